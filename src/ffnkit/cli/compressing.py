@@ -1,0 +1,241 @@
+"""``ffnkit inspect``, ``compress`` and ``export``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from ffnkit import files
+from ffnkit.cli import console, describe, options
+from ffnkit.cli.app import app
+from ffnkit.cli.history import History
+from ffnkit.cli.outputs import check_output
+from ffnkit.errors import FfnkitError
+
+PANEL = "Models"
+Form = Literal["compact", "standard", "both"]
+
+
+@app.command(rich_help_panel=PANEL)
+def inspect(model: options.Model, as_json: options.Json = False) -> None:
+    """Print every FFN of a model: name, shape, share of the parameters, FLOPs a token. Reads no weights.
+
+    [bold]Examples[/bold]
+
+      ffnkit inspect roberta-base
+
+      ffnkit inspect ./my-model [cyan]--json[/cyan] | jq .ffn_share
+    """
+    import ffnkit
+    from ffnkit.architectures import empty_model
+
+    console.quieten()
+    inventory = ffnkit.inspect(empty_model(model))
+    if as_json:
+        console.print_json(inventory.to_dict())
+    else:
+        console.out(str(inventory))
+
+
+@app.command(rich_help_panel=PANEL)
+def compress(
+    model: options.Model,
+    method: Annotated[str | None, typer.Option("--method", "-m", help="One of 'ffnkit methods'.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", "-s", metavar="NAME=VALUE", help="A setting of the method; repeatable.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", "-l", help="all, last:8, 4-11, 4,5,9; 'encoder:last:4' in two stacks.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the method. \\[default: 0]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The folder to write. Whole or not there: never half.")
+    ] = None,
+    form: Annotated[
+        Form, typer.Option("--form", help="compact: smallest; standard: plain from_pretrained; both: two subfolders.")
+    ] = "compact",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write no model.")] = False,
+    plan_in: Annotated[Path | None, typer.Option("--plan", help="Apply this saved plan instead of a method.")] = None,
+    plan_out: Annotated[Path | None, typer.Option("--plan-out", help="Save the plan here.")] = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Make the FFNs of a model smaller: plan, print the plan, apply it, save.
+
+    [bold]Examples[/bold]
+
+      ffnkit compress roberta-base --method fusion [cyan]--set width=0.25 --layers last:8 --dry-run[/cyan]
+
+      ffnkit compress roberta-base --method fusion --set width=0.25 --layers last:8 [cyan]--out small[/cyan]
+
+      ffnkit compress ./llama --method fusion --set width=2048 [cyan]--form standard[/cyan] --out small
+
+    A width such as 0.25 is a share of the neurons, a whole number counts them. Tune the result: ffnkit tune small ...
+    """
+    if out is None and not dry_run:
+        raise FfnkitError("ffnkit compress", "neither --out nor --dry-run is given", "Add --out DIR to save the result")
+    options.check_dtype(dtype)
+    if out is not None:
+        check_output(out, overwrite=overwrite, source=model)
+    if plan_out is not None and plan_out.is_dir():
+        raise FfnkitError(f"--plan-out {plan_out}", "this is a folder", "Name a file")
+    chosen = choose_method(method, settings or [], layers, seed, plan_in)
+    console.quieten()
+    job = Compression(model, chosen, plan_in, dtype, device)
+    report = job.run(plan_out, None if dry_run else out, form, as_json)
+    if as_json:
+        console.print_json(report)
+
+
+def choose_method(
+    name: str | None, pairs: list[str], layers: str | None, seed: int | None, plan_in: Path | None
+) -> Any | None:
+    """The method that the options ask for; None when a saved plan takes its place.
+
+    Raises:
+        FfnkitError: no method, an unknown one, settings that it does not have or refuses.
+    """
+    if plan_in is not None:
+        if name is not None or pairs or layers is not None or seed is not None:
+            do = "Leave out --method, --set, --layers and --seed: the plan holds the decisions"
+            raise FfnkitError(f"--plan {plan_in}", "a method or its settings are given too", do)
+        if not plan_in.exists():
+            raise FfnkitError(f"--plan {plan_in}", "there is no such file", "Make one with --plan-out")
+        return None
+    from ffnkit import methods
+
+    names = ", ".join(methods.names())
+    if name is None:
+        raise FfnkitError("ffnkit compress", "no --method is given", f"Choose among {names}")
+    if name not in methods.names():
+        raise FfnkitError(f"--method {name}", "no such method", f"Choose among {names}")
+    settings = describe.parse_settings(pairs)
+    for key, value in (("layers", layers), ("seed", seed)):
+        if value is not None and key in settings:
+            raise FfnkitError(f"--{key} {value}", f"--set {key}=... is given too", "Give one of the two")
+        if value is not None:
+            settings[key] = value
+    if isinstance(settings.get("layers"), int | list):  # YAML reads 4 and [4, 5] as numbers
+        chosen = settings["layers"]
+        settings["layers"] = ",".join(map(str, chosen)) if isinstance(chosen, list) else str(chosen)
+    return describe.build(methods.get(name), settings, f"method {name}")
+
+
+class Compression:
+    """One run of ``ffnkit compress``.
+
+    Args:
+        source: the model's name or folder.
+        method, plan_in: what to do: a method, or a saved plan where there is no method.
+        dtype, device: as given on the command line.
+    """
+
+    def __init__(self, source: str, method: Any | None, plan_in: Path | None, dtype: str, device: str) -> None:
+        self.source, self.method, self.plan_in = source, method, plan_in
+        self.dtype, self.device = dtype, device
+
+    def run(self, plan_out: Path | None, out: Path | None, form: Form, as_json: bool) -> dict[str, Any]:
+        """Plan, show, apply and save; without ``out`` nothing is applied. Returns what --json prints."""
+        import ffnkit
+        from ffnkit.architectures import empty_model, load_any
+
+        place = options.pick_device(self.device)
+        if self.method is not None and hasattr(self.method, "targets"):
+            self.method.targets(empty_model(self.source))  # layers and widths that do not fit, before weights are read
+        console.say(f"loading {self.source}")
+        model = load_any(self.source, dtype=self.dtype).to(place)
+        before = ffnkit.inspect(model)
+        plan = self.make_plan(model)
+        if not as_json:
+            console.out(str(plan))
+        if plan_out is not None:
+            plan.save(plan_out)
+            console.say(f"plan saved in {plan_out}")
+        report: dict[str, Any] = {"model": self.source, "plan": plan.description(), "before": totals(before)}
+        if out is None:
+            return report
+        ffnkit.apply(model, plan)
+        after = ffnkit.inspect(model)
+        report["after"] = totals(after)
+        report["saved"] = self.save(model, out, form, History.of(self.source).compressed(plan, before, after))
+        for name, saved in report["saved"].items():
+            console.say(f"{name}: {saved['folder']}, {megabytes(saved['bytes'])}")
+        return report
+
+    def make_plan(self, model: Any) -> Any:
+        """The saved plan, or the method's own, with its progress layer by layer."""
+        import ffnkit
+
+        if self.method is None:
+            return ffnkit.Plan.load(self.plan_in)  # type: ignore[arg-type]
+        with console.progress("planning") as step:
+            return ffnkit.plan(model, self.method, progress=step)
+
+    def save(self, model: Any, out: Path, form: Form, history: History) -> dict[str, dict[str, Any]]:
+        """Save in the form asked for, with tokenizer, card and history; all in place in one step."""
+        import ffnkit
+        from ffnkit.architectures import load_companion
+
+        companion = load_companion(self.source)
+        parts = {form: "."} if form != "both" else {"compact": "compact", "standard": "standard"}
+        with files.staging(out, keep_others=True) as temporary:
+            for name, part in parts.items():
+                write = ffnkit.save if name == "compact" else ffnkit.export
+                write(model, temporary / part, tokenizer=companion, card=history.card(model, name))  # type: ignore[arg-type]
+                history.write(temporary / part)
+        return {name: {"folder": str(out / part), "bytes": weights_bytes(out / part)} for name, part in parts.items()}
+
+
+@app.command(rich_help_panel=PANEL)
+def export(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A compact checkpoint (any model will do).")],
+    out: options.Out,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Turn a compact checkpoint into a standard one, which opens with plain from_pretrained; no ffnkit needed.
+
+    The result is reloaded and its outputs are compared before it is put in place. Widths that differ by layer are
+    padded with zeros to the widest, so a standard checkpoint can be larger than a compact one.
+
+    [bold]Example[/bold]
+
+      ffnkit export tuned [cyan]--out final[/cyan]
+    """
+    check_output(out, overwrite=overwrite, source=model)
+    console.quieten()
+    import ffnkit
+    from ffnkit.architectures import load_any, load_companion
+
+    loaded = load_any(model)
+    history = History.of(model)
+    with files.staging(out, keep_others=True) as temporary:
+        result = ffnkit.export(
+            loaded, temporary, tokenizer=load_companion(model), card=history.card(loaded, "standard")
+        )
+        history.write(temporary)
+    result = replace(result, path=str(out))
+    if as_json:
+        console.print_json(asdict(result))
+    else:
+        console.out(str(result))
+
+
+def totals(inventory: Any) -> dict[str, Any]:
+    """The sums of an inventory, without its rows."""
+    return {key: value for key, value in inventory.to_dict().items() if not isinstance(value, list)}
+
+
+def weights_bytes(folder: Path) -> int:
+    """Bytes of the weights in ``folder``."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def megabytes(count: int) -> str:
+    """Bytes as MB, or kB where that is more telling."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

@@ -1,0 +1,98 @@
+"""What the command line does with errors and with global options, in one place."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from typer.core import TyperGroup
+
+from ffnkit.cli import console
+from ffnkit.errors import FfnkitError
+
+GLOBAL_FLAGS = ("--debug", "--quiet", "--verbose")
+NO_SPACE = "writing the output: no space left on the disk. Free some space or choose another --out"
+BAD_INPUT, INTERNAL, INTERRUPTED = 2, 1, 130
+
+
+class Group(TyperGroup):
+    """A command group that takes global flags in any place and turns every exception into one line and an exit code.
+
+    Exit codes: 0 done, 2 bad input or an output that cannot be written, 130 interrupted, 1 an error of ffnkit itself.
+    """
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the command line; ``args`` without the program's name, ``sys.argv[1:]`` by default."""
+        words = hoist(list(sys.argv[1:] if args is None else args))
+        if not standalone_mode:
+            return super().main(words, prog_name, complete_var, False, windows_expand_args, **extra)
+        debug = words[: len(GLOBAL_FLAGS)].count("--debug") > 0
+        try:
+            code = super().main(words, prog_name, complete_var, False, windows_expand_args, **extra)
+        except BaseException as error:
+            code = report(error, debug)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def hoist(words: list[str]) -> list[str]:
+    """``words`` with the global flags moved to the front, so that they work after the command too."""
+    end = words.index("--") if "--" in words else len(words)
+    flags = [word for word in GLOBAL_FLAGS if word in words[:end]]
+    return flags + [word for i, word in enumerate(words) if i >= end or word not in GLOBAL_FLAGS]
+
+
+def report(error: BaseException, debug: bool) -> int:
+    """Print the one line for ``error`` on stderr and return the exit code; the traceback first when ``debug``."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else INTERNAL
+    if isinstance(error, BrokenPipeError):
+        # Whoever read our output has gone; nothing more can be written, at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INTERNAL
+    if debug:
+        import traceback
+
+        console.write_error("".join(traceback.format_exception(error)).rstrip())
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+        console.error("interrupted. Run the same command again: what can be resumed is resumed")
+        return INTERRUPTED
+    line = expected(error)
+    if line is not None:
+        console.error(line)
+        return BAD_INPUT
+    console.error(f"{type(error).__name__}: {' '.join(str(error).split())}. Run again with --debug for the traceback")
+    return INTERNAL
+
+
+def expected(error: BaseException) -> str | None:
+    """The line for an error that the user can do something about; None for any other."""
+    if isinstance(error, FfnkitError):
+        return str(error)
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # the parser's own usage errors
+        return usage_line(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NO_SPACE
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"open {error.filename or 'a file'}: {error.strerror}. Check the permissions or choose another path"
+    if "No space left on device" in str(error):  # writers in other languages raise their own exception types
+        return NO_SPACE
+    return None
+
+
+def usage_line(error: Any) -> str:
+    """One line for a usage error, naming the command whose help explains more."""
+    message = " ".join(error.format_message().split()).rstrip(".").replace("?.", "?")
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "ffnkit"
+    return f"{message}. See '{path} --help'"

@@ -1,0 +1,85 @@
+"""How a checkpoint came to be, in a file beside its weights, and the model card that is written from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ffnkit.files import write_text
+
+FILE = "ffnkit.json"
+
+
+@dataclass(frozen=True)
+class History:
+    """What was done to a model, from the base model on.
+
+    Attributes:
+        base_model: hub name, or the name of the folder, of the model that all began with.
+        method, settings: what narrowed its FFNs; method None: nothing did.
+        layers: (name, neurons before, neurons after) of every FFN that there was before.
+        training: settings of the last tuning.
+        task, metrics: what it was measured on last, and the figures.
+    """
+
+    base_model: str
+    method: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    layers: tuple[tuple[str, int, int | None], ...] = ()
+    training: dict[str, Any] = field(default_factory=dict)
+    task: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: str) -> History:
+        """The history beside the weights of ``model``; a new one where there is none."""
+        try:
+            data = json.loads((Path(model) / FILE).read_text(encoding="utf-8"))
+            known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
+            return cls(**{**known, "layers": tuple(tuple(row) for row in known.get("layers", ()))})
+        except (OSError, ValueError, TypeError):
+            return cls(base_model=public_name(model))
+
+    def compressed(self, plan: Any, before: Any, after: Any) -> History:
+        """With a plan that was applied; ``before`` and ``after`` are inventories."""
+        widths = {row.name: row.width for row in after.rows}
+        started = {name: width for name, width, _ in self.layers}
+        layers = tuple((row.name, started.get(row.name, row.width), widths.get(row.name)) for row in before.rows)
+        return replace(self, method=plan.method, settings=dict(plan.settings), layers=layers, task=None, metrics={})
+
+    def tuned(self, training: dict[str, Any], task: str, metrics: dict[str, float]) -> History:
+        """With a tuning and what was measured after it."""
+        return replace(self, training=training, task=task, metrics=metrics)
+
+    def write(self, folder: Path) -> None:
+        """Put the history beside the weights."""
+        from ffnkit.cli.console import plain
+
+        write_text(folder / FILE, json.dumps(plain(asdict(self)), indent=2, ensure_ascii=False) + "\n")
+
+    def card(self, model: Any, form: Literal["compact", "standard"]) -> str:
+        """The text of README.md."""
+        from ffnkit.report.card import CardInfo, LayerWidth, Metric, model_card
+        from ffnkit.report.environment import versions
+
+        task = self.task or ""
+        info = CardInfo(
+            base_model=self.base_model,
+            form=form,
+            method=self.method,
+            settings=self.settings,
+            layers=[LayerWidth(*row) for row in self.layers],
+            metrics=[Metric(name, value, dataset=task, split="report") for name, value in self.metrics.items()],
+            training=self.training,
+            versions=versions(),
+            auto_class=type(model).__name__,
+        )
+        return model_card(info)
+
+
+def public_name(model: str) -> str:
+    """A hub name as it is; of a folder its own name only, for cards are published."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else model

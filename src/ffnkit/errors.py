@@ -1,0 +1,21 @@
+"""The one exception of ffnkit."""
+
+from __future__ import annotations
+
+
+class FfnkitError(ValueError):
+    """Bad input or an operation that cannot be done, said in one line of three parts.
+
+    Args:
+        asked: what was asked for, naming the value as the user wrote it.
+        found: what was found instead.
+        do: what the user can do about it.
+    """
+
+    def __init__(self, asked: str, found: str, do: str) -> None:
+        self.asked, self.found, self.do = asked, found, do
+        super().__init__(" ".join(f"{asked}: {found}. {do}".split()))
+
+    def within(self, context: str) -> FfnkitError:
+        """The same error with ``context`` (model, method, shape) put before it."""
+        return FfnkitError(f"{context}: {self.asked}", self.found, self.do)

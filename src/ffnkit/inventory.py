@@ -1,0 +1,137 @@
+"""What a model's FFNs are and what they weigh."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ffnkit import blocks
+from ffnkit.nn.scaled import Scaled
+
+
+@dataclass(frozen=True)
+class Row:
+    """One FFN. ``shared_with`` names further places that hold the same weights."""
+
+    name: str
+    stack: str
+    layer: int
+    layout: str
+    d: int
+    width: int
+    gated: bool
+    experts: int
+    parameters: int
+    share: float
+    flops_per_token: float
+    shared_with: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Every FFN of a model.
+
+    Attributes:
+        model: class name. rows: one an FFN, in order.
+        parameters: of the whole model, each once. ffn_parameters: in FFNs, each once.
+        flops_per_token: 2 x the weights of the linears, convolutions and experts that a token passes (routed experts
+            by top-k / E, shared FFNs as often as they run), attention scores and embeddings left out. In two-stack
+            models: one token of each stack.
+        ffn_flops_per_token: the FFNs' part.
+    """
+
+    model: str
+    rows: tuple[Row, ...]
+    parameters: int
+    ffn_parameters: int
+    flops_per_token: float
+    ffn_flops_per_token: float
+
+    @property
+    def ffn_share(self) -> float:
+        return self.ffn_parameters / self.parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ffn_share": self.ffn_share}
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {self.parameters:,} parameters, {self.ffn_parameters:,} ({self.ffn_share:.1%}) in FFNs"]
+        name_width = max(len(row.name) for row in self.rows)
+        for row in self.rows:
+            experts = f"{row.experts} experts of " if row.experts else ""
+            shape = f"{experts}{row.d} x {row.width}{' gated' if row.gated else ''}"
+            shared = f"  shared with {', '.join(row.shared_with)}" if row.shared_with else ""
+            lines.append(
+                f"  {row.name:<{name_width}}  {shape:<24}  {row.parameters:>12,}  {row.share:>6.1%}"
+                f"  {row.flops_per_token / 1e6:>10.3f} MFLOPs/token{shared}"
+            )
+        total, ffn = self.flops_per_token / 1e6, self.ffn_flops_per_token / 1e6
+        lines.append(f"  {total:.3f} MFLOPs a token in linears, {ffn:.3f} in FFNs ({ffn / max(total, 1e-12):.1%})")
+        return "\n".join(lines)
+
+
+def inspect(model: nn.Module) -> Inventory:
+    """Every FFN of a model with its shape, its share of the parameters and its FLOPs a token.
+
+    Works on an empty model (meta device) too. Raises FfnkitError for a model without a known FFN.
+    """
+    found = blocks.ffns(model)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    rows = tuple(
+        Row(
+            ffn.name,
+            ffn.stack,
+            ffn.layer,
+            ffn.layout.name,
+            ffn.d,
+            ffn.width,
+            ffn.gated,
+            ffn.experts,
+            ffn.num_parameters,
+            ffn.num_parameters / total,
+            ffn.flops_per_token,
+            tuple(ffn.twins),
+        )
+        for ffn in found
+    )
+    ffn_flops = sum(ffn.flops_per_token * len(ffn.owners) * _runs(model, ffn) for ffn in found)
+    return Inventory(
+        model=type(model).__name__,
+        rows=rows,
+        parameters=total,
+        ffn_parameters=sum(row.parameters for row in rows),
+        flops_per_token=ffn_flops + _other_flops(model, found),
+        ffn_flops_per_token=ffn_flops,
+    )
+
+
+def _runs(model: nn.Module, ffn: blocks.FFN) -> int:
+    """How often one module runs in a pass: ALBERT runs its few layers many times."""
+    if ffn.layout.name != "ALBERT":
+        return 1
+    config = model.config
+    return int(config.num_hidden_layers) // (int(config.num_hidden_groups) * int(config.inner_group_num))  # type: ignore[arg-type,union-attr]
+
+
+def _other_flops(model: nn.Module, found: list[blocks.FFN]) -> float:
+    """2 x the weights of every linear and convolution outside the FFNs; each convolution at one output position."""
+    inside = {
+        id(module)
+        for ffn in found
+        if not ffn.layout.experts
+        for owner in ffn.owners.values()
+        for module in (owner.get_submodule(ffn.path(site)) for site in ffn.sites)
+    }
+    runs = max(_runs(model, ffn) for ffn in found)
+    layers = {name for ffn in found for name in ffn.owners} if runs > 1 else set()
+    flops = 0.0
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in inside:
+            continue
+        if isinstance(module, (nn.Linear, Conv1D, Scaled, nn.Conv1d, nn.Conv2d)):
+            repeated = runs if any(name.startswith(layer + ".") for layer in layers) else 1
+            flops += 2.0 * module.weight.numel() * repeated
+    return flops

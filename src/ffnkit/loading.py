@@ -1,0 +1,235 @@
+"""Opening checkpoints of the hub or of a folder, with one-line errors and a check of the weights."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+import os
+import socket
+import urllib.request
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ffnkit.errors import FfnkitError
+
+logger = logging.getLogger(__name__)
+_REPORTERS = ("transformers.modeling_utils", "transformers.utils.loading_report")
+_FLOATS = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
+
+
+def load_pretrained(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> Any:
+    """``auto_class.from_pretrained(name_or_dir, **kwargs)``, checked.
+
+    Compact checkpoints open too. Custom code runs only with ``trust_remote_code=True`` among ``kwargs``.
+
+    Raises:
+        FfnkitError: no such model, files that cannot be read, a network that cannot be reached, weights of another
+            shape than the config's, or a weight that is NaN or infinite.
+    """
+    return load_with_info(auto_class, name_or_dir, **kwargs)[0]
+
+
+def load_with_info(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+    """:func:`load_pretrained`, and transformers' loading info: missing, unexpected and mismatched keys.
+
+    The load report of transformers is printed unless the task head alone is new.
+    """
+    name = check_name(name_or_dir)
+    register_hook()
+    kwargs = {"trust_remote_code": False, **hub_kwargs(name), **kwargs}
+    with open_errors(f"model {name}"), _held_reports() as held:
+        model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    if not _only_head(model, info):
+        for record in held:
+            logging.getLogger(record.name).handle(record)
+    _check_body(model, info, name)
+    check_weights(model, name)
+    return model, info
+
+
+def load_tokenizer(name_or_dir: str | Path, **kwargs: Any) -> Any:
+    """The tokenizer of a hub name or a folder.
+
+    Raises:
+        FfnkitError: no such model, or no tokenizer files beside it.
+    """
+    from transformers import AutoTokenizer
+
+    name = check_name(name_or_dir)
+    kwargs = {"trust_remote_code": False, **hub_kwargs(name), **kwargs}
+    do = "Name a model or folder that has tokenizer files with --tokenizer (tokenizer= in Python)"
+    with open_errors(f"tokenizer of {name}", do):
+        tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise FfnkitError(f"tokenizer of {name}", "there are no tokenizer files beside the model", do)
+    return tokenizer
+
+
+def check_name(name_or_dir: str | Path) -> str:
+    """``name_or_dir`` as from_pretrained wants it, with ``~`` expanded.
+
+    Raises:
+        FfnkitError: it is a file, a path to nothing, or a folder without config.json.
+    """
+    text = str(name_or_dir)
+    path = Path(text).expanduser()
+    asked = f"model {text!r}" if not text.strip() else f"model {text}"
+    if path.is_file():
+        raise FfnkitError(asked, "this is a file", "Name the folder that holds config.json, or a model of the hub")
+    if path.is_dir():
+        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json", "tokenizer_config.json")):
+            raise FfnkitError(asked, "the folder has no config.json", "Name a folder that save_pretrained wrote")
+        return str(path)
+    if not text.strip() or text.startswith((".", "/", "~", "\\")) or text.count("/") > 1 or os.path.isabs(text):
+        raise FfnkitError(asked, "there is no such folder", "Check the path, or name a model of the hub")
+    return text
+
+
+@contextlib.contextmanager
+def open_errors(asked: str, do: str | None = None) -> Iterator[None]:
+    """Turns what from_pretrained raises into one FfnkitError about ``asked``; other errors pass."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except FfnkitError:
+        raise
+    except SafetensorError as error:
+        found = f"its safetensors file is corrupted or cut short ({_first_line(error)})"
+        raise FfnkitError(asked, found, "Save or download it again") from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        found, usual = _reason(error)
+        raise FfnkitError(asked, found, do or usual) from error
+
+
+def register_hook() -> None:
+    """Lets from_pretrained open compact checkpoints."""
+    if importlib.util.find_spec("ffnkit.hook"):
+        importlib.import_module("ffnkit.hook")
+
+
+def hub_kwargs(name: str) -> dict[str, Any]:
+    """``local_files_only`` for a hub name when the hub is out of reach, so that failing takes no minute of retries."""
+    return {} if Path(name).exists() or hub_reachable() else {"local_files_only": True}
+
+
+@cache
+def hub_reachable(timeout: float = 3.0) -> bool:
+    """Whether the hub answers (True behind a proxy, where this cannot be told); asked once a process.
+
+    Args:
+        timeout: seconds to wait for a connection.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    address = urlsplit(constants.ENDPOINT)
+    if address.hostname is None or (address.scheme or "https") in urllib.request.getproxies():
+        return True
+    try:
+        with socket.create_connection((address.hostname, address.port or 443), timeout=timeout):
+            return True
+    except OSError:
+        return False
+
+
+def check_weights(model: Any, name: str) -> None:
+    """Raises FfnkitError naming the first floating-point weight that is NaN or infinite. Reads each weight once."""
+    import torch
+
+    with torch.no_grad():
+        for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.is_meta or str(tensor.dtype) not in _FLOATS or not hasattr(tensor, "isfinite"):
+                continue
+            bad = torch.isnan if not isinstance(tensor, torch.nn.Parameter) else _not_finite
+            wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+            # A finite sum clears a tensor; only the others are looked at number by number.
+            if torch.isfinite(tensor.sum(dtype=wide)) or not (count := int(bad(tensor).sum())):
+                continue
+            found = f"{count} of {tensor.numel()} numbers of {key} are NaN or infinite"
+            raise FfnkitError(f"model {name}", found, "Use another checkpoint, or one from before training diverged")
+
+
+def is_head(model: Any, key: str) -> bool:
+    """Whether the tensor ``key`` lies outside the body of ``model``, or is of a pooler inside it."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return bool(prefix) and hasattr(model, prefix) and not key.startswith(f"{prefix}.")
+
+
+def _not_finite(tensor: Any) -> Any:
+    return ~tensor.isfinite()
+
+
+def _only_head(model: Any, info: dict[str, Any]) -> bool:
+    """Whether what the load report tells is only that this model has another head than the checkpoint's."""
+    if info.get("mismatched_keys") or info.get("error_msgs") or info.get("conversion_errors"):
+        return False
+    body = getattr(model, getattr(model, "base_model_prefix", "") or "base_model", None)
+    own = {child for child, _ in body.named_children()} if body is not None and body is not model else set()
+    unexpected = [key for key in info.get("unexpected_keys", ()) if key.split(".")[0] in own - {"pooler"}]
+    strange = [key for key in info.get("unexpected_keys", ()) if not is_head(model, key)]
+    return not unexpected and not strange and all(is_head(model, key) for key in info.get("missing_keys", ()))
+
+
+def _check_body(model: Any, info: dict[str, Any], name: str) -> None:
+    asked = f"model {name}"
+    for key, stored, wanted in info.get("mismatched_keys", ()):
+        if not is_head(model, key):
+            found = f"{key} is {tuple(stored)} in the file and {tuple(wanted)} by its config"
+            raise FfnkitError(asked, found, "Use a checkpoint whose config.json fits its weights")
+    body = [key for key in model.state_dict() if not is_head(model, key)]
+    missing = [key for key in info.get("missing_keys", ()) if not is_head(model, key)]
+    if 2 * len(missing) > len(body):
+        found = f"its files lack {len(missing)} of the {len(body)} tensors of a {type(model).__name__}"
+        raise FfnkitError(asked, found, "Use a checkpoint whose config.json fits its weights")
+
+
+@contextlib.contextmanager
+def _held_reports() -> Iterator[list[logging.LogRecord]]:
+    """Collects transformers' load reports instead of printing them."""
+    held: list[logging.LogRecord] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        report = "LOAD REPORT" in record.getMessage()
+        if report:
+            held.append(record)
+        return not report
+
+    loggers = [logging.getLogger(name) for name in _REPORTERS]
+    for each in loggers:
+        each.addFilter(keep)
+    try:
+        yield held
+    finally:
+        for each in loggers:
+            each.removeFilter(keep)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """What was found, and what to do, for an error of from_pretrained."""
+    text = str(error)
+    if "connect" in text.lower() or "LocalEntryNotFound" in text or "offline mode" in text:
+        return "it is not in the cache and the hub cannot be reached", "Connect to the network, or name a local folder"
+    if "is not a local folder and is not a valid model identifier" in text or "Repo id must be" in text:
+        return "there is no such folder and no such model on the hub", "Check the name"
+    if "Unrecognized configuration class" in text:
+        return "transformers has no model of this kind for its architecture", "Choose another model or another task"
+    if "trust_remote_code" in text:
+        return "it needs code of its own", "Pass trust_remote_code=True if you trust its authors"
+    if "size mismatch" in text:
+        line = next((part.strip() for part in text.splitlines() if "size mismatch" in part), "sizes do not match")
+        return line.rstrip("."), "Use a checkpoint whose config.json fits its weights and the task"
+    if "no file named" in text:
+        return _first_line(error), "Name a folder that save_pretrained wrote"
+    return _first_line(error), "Check the name and the files of the model"

@@ -1,0 +1,39 @@
+"""The methods: each plans, none changes a model, none knows another."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from ffnkit.errors import FfnkitError
+from ffnkit.methods.fusion import Fusion
+
+METHODS: tuple[type[Fusion], ...] = (Fusion,)
+
+
+def names() -> list[str]:
+    return [method.name for method in METHODS]
+
+
+def get(name: str) -> type[Fusion]:
+    """The method of that name. Raises FfnkitError, naming those there are."""
+    for method in METHODS:
+        if method.name == name:
+            return method
+    raise FfnkitError(f"method '{name}'", f"there are {', '.join(names())}", "Name one of them")
+
+
+def build(name: str, **settings: Any) -> Fusion:
+    """A method from its name and settings. Raises FfnkitError on a setting that it does not have."""
+    method = get(name)
+    fields = {f.name: f for f in dataclasses.fields(method)}
+    for key in settings:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            do = f"Did you mean {near[0]}?" if near else f"It has {', '.join(fields)}"
+            raise FfnkitError(f"setting '{key}' of {name}", "there is no such setting", do)
+    for key, field in fields.items():
+        if field.default is dataclasses.MISSING and key not in settings:
+            raise FfnkitError(f"method {name}", f"no value for '{key}'", f"Give {key}=...")
+    return method(**settings)

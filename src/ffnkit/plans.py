@@ -1,0 +1,229 @@
+"""A plan: what a method would do to a model, as data that can be printed, saved, compared and applied."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ffnkit import blocks, edits
+from ffnkit.edits import Edit, Resize
+from ffnkit.errors import FfnkitError
+from ffnkit.files import disk_errors
+from ffnkit.ops.neurons import Neurons
+
+FORMAT = 1
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a plan knows of one FFN that it edits; ``apply`` refuses a model where any of it differs."""
+
+    name: str
+    width: int
+    d: int
+    gated: bool
+    experts: int
+    parameters: int
+    neuron_parameters: int  # of one neuron, over all experts
+
+    @classmethod
+    def of(cls, ffn: blocks.FFN) -> Shape:
+        per_neuron = sum(
+            tensor.numel() // ffn.width for name, tensor in ffn.raw().tensors().items() if name != "down_bias"
+        )
+        return cls(ffn.name, ffn.width, ffn.d, ffn.gated, ffn.experts, ffn.num_parameters, per_neuron)
+
+    def __str__(self) -> str:
+        experts = f"{self.experts} experts of " if self.experts else ""
+        return f"{experts}{self.d} x {self.width}{' gated' if self.gated else ''}"
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A method's decisions about one model.
+
+    Attributes:
+        method: the method's name. settings: its settings.
+        model: the model's class name.
+        edits: what to do, in order. shapes: the FFNs that it was made for, by name.
+        parameters: of the whole model before.
+        quantities: measured while planning, by FFN: e.g. the relative clustering error.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    model: str
+    edits: tuple[Edit, ...]
+    shapes: dict[str, Shape]
+    parameters: int
+    quantities: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    # --- what changes
+
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Neurons before and after of each FFN that is resized."""
+        return {e.ffn: (self.shapes[e.ffn].width, e.width) for e in self.edits if isinstance(e, Resize)}
+
+    @property
+    def saved_parameters(self) -> int:
+        return sum(self.saved(name) for name in self.widths())
+
+    def saved(self, name: str) -> int:
+        """Parameters that one FFN loses; its output bias stays."""
+        before, after = self.widths()[name]
+        return self.shapes[name].neuron_parameters * (before - after)
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{key}={value!r}" for key, value in self.settings.items())
+        lines = [f"{self.method}({settings}) for {self.model}"]
+        widths = self.widths()
+        name_width = max((len(name) for name in widths), default=0)
+        for name, (before, after) in widths.items():
+            shape = self.shapes[name]
+            left = shape.parameters - self.saved(name)
+            notes = "".join(f", {key} {value:.3g}" for key, value in self.quantities.get(name, {}).items())
+            lines.append(
+                f"  {name:<{name_width}}  {shape}  ->  {after} neurons,"
+                f" {shape.parameters:,} -> {left:,} parameters{notes}"
+            )
+        after_all = self.parameters - self.saved_parameters
+        share = 100 * self.saved_parameters / max(self.parameters, 1)
+        lines.append(f"  model: {self.parameters:,} -> {after_all:,} parameters ({share:.1f}% fewer)")
+        return "\n".join(lines)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan) or self.description() != other.description():
+            return False
+        pairs = zip(self.edits, other.edits, strict=True)
+        return all(torch.equal(v, b.tensors()[k]) for a, b in pairs for k, v in a.tensors().items())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    # --- as a file
+
+    def description(self) -> dict[str, Any]:
+        """The plan without its tensors, as plain data."""
+        return {
+            "format": FORMAT,
+            "method": self.method,
+            "settings": self.settings,
+            "model": self.model,
+            "parameters": self.parameters,
+            "shapes": [shape.__dict__ for shape in self.shapes.values()],
+            "quantities": self.quantities,
+            "edits": [{"kind": e.kind, "settings": e.settings(), "tensors": sorted(e.tensors())} for e in self.edits],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan to one safetensors file (tensors, and the rest as JSON in its metadata)."""
+        path = Path(path)
+        tensors = {
+            f"{number}.{name}": value.contiguous()
+            for number, edit in enumerate(self.edits)
+            for name, value in edit.tensors().items()
+        }
+        temporary = path.with_name(f".{path.name}.tmp")
+        with disk_errors(path):
+            path.absolute().parent.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file(tensors, temporary, metadata={"ffnkit_plan": json.dumps(self.description())})
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan file. Raises FfnkitError where it is missing, damaged or of another format."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {}).get("ffnkit_plan")
+                if text is None:
+                    raise FfnkitError(f"plan '{path}'", "a safetensors file without a plan", "Name a saved plan")
+                data = json.loads(text)
+                if data["format"] != FORMAT:
+                    raise FfnkitError(f"plan '{path}'", f"format {data['format']}", "Make the plan again")
+                found = tuple(
+                    edits.build(e["kind"], e["settings"], {n: file.get_tensor(f"{number}.{n}") for n in e["tensors"]})
+                    for number, e in enumerate(data["edits"])
+                )
+        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise FfnkitError(f"plan '{path}'", f"it cannot be read ({error})", "Make the plan again") from error
+        shapes = {s["name"]: Shape(**s) for s in data["shapes"]}
+        return cls(
+            data["method"], data["settings"], data["model"], found, shapes, data["parameters"], data["quantities"]
+        )
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a method returns: its edits, and what it measured for each FFN."""
+
+    edits: tuple[Edit, ...]
+    quantities: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+class Method(Protocol):
+    """A method: a frozen dataclass of settings that drafts edits and changes nothing."""
+
+    name: str
+
+    def settings(self) -> dict[str, Any]: ...
+
+    def draft(
+        self, model: nn.Module, data: Iterable[dict[str, Tensor]] | None, progress: Progress | None
+    ) -> Draft: ...
+
+
+def plan(
+    model: nn.Module,
+    method: Method,
+    data: Iterable[dict[str, Tensor]] | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """What ``method`` would do to ``model``; changes nothing.
+
+    Args:
+        model: a transformers model.
+        method: settings such as ``Fusion(width=0.25, layers="last:8")``.
+        data: batches for ``model(**batch)``, for methods that ask for them.
+        progress: called with (done, total, FFN name) after each FFN.
+
+    Raises:
+        FfnkitError: naming model and method, where the settings do not fit the model.
+    """
+    try:
+        shapes = {ffn.name: Shape.of(ffn) for ffn in blocks.ffns(model)}
+        with torch.no_grad():
+            draft = method.draft(model, data, progress)
+    except FfnkitError as error:
+        raise error.within(f"{method.name} on {type(model).__name__}") from error
+    return Plan(
+        method=method.name,
+        settings=method.settings(),
+        model=type(model).__name__,
+        edits=draft.edits,
+        shapes={edit.ffn: shapes[edit.ffn] for edit in draft.edits},
+        parameters=sum(p.numel() for p in model.parameters()),
+        quantities=draft.quantities,
+    )
+
+
+def check_weights(neurons: Neurons, name: str) -> None:
+    """Raises FfnkitError where the weights cannot be computed with: on the meta device, quantized, NaN or infinite."""
+    for key, value in neurons.tensors().items():
+        if value.device.type == "meta":
+            raise FfnkitError(f"weights of {name}", "the model is empty (meta device)", "Load the weights first")
+        if not value.is_floating_point() or type(value) not in (Tensor, nn.Parameter):
+            do = "Compress the model in float, save it, and load that with quantization_config"
+            raise FfnkitError(f"weights of {name}", f"{key} is quantized ({type(value).__name__} {value.dtype})", do)
+        if not bool(torch.isfinite(value).all()):
+            raise FfnkitError(f"weights of {name}", f"{key} holds NaN or infinity", "Repair the model's weights first")

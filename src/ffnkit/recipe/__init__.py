@@ -1,0 +1,22 @@
+"""The main job: a YAML recipe of arms and seeds on one task, run as resumable units."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .loading import load_recipe, quickstart
+    from .results import Results
+    from .job import run
+    from .schema import Recipe
+
+__all__ = ["Recipe", "Results", "load_recipe", "quickstart", "run"]
+_HOMES = {"Recipe": "schema", "Results": "results", "load_recipe": "loading", "quickstart": "loading", "run": "job"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,94 @@
+"""The model card of a unit's checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from ffnkit.report import environment
+from ffnkit.report.card import CardInfo, LayerWidth, Metric, model_card
+
+from .sources import PACKAGED
+from .state import Unit, unit_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ffnkit.tasks import Task
+
+    from .schema import Recipe
+
+BASES = {PACKAGED: "sentence-transformers/all-MiniLM-L6-v2"}
+
+
+def card_of(
+    recipe: Recipe,
+    unit: Unit,
+    model: PreTrainedModel,
+    task: Task,
+    before: dict[str, int],
+    form: Literal["compact", "standard"],
+) -> str:
+    """What the card says of how this checkpoint came to be and what was measured on it.
+
+    Args:
+        before: width of each FFN of the uncompressed model, by name.
+    """
+    arm = recipe.arms[unit.arm]
+    evaluated = unit.marker("evaluate") or {}
+    settings: dict[str, Any] = {"seed": unit.seed, **arm.settings} if arm.compressed else {}
+    return model_card(
+        CardInfo(
+            base_model=BASES.get(recipe.model, recipe.model),
+            form=form,
+            method=arm.method if arm.compressed else None,
+            settings=settings,
+            layers=_widths(model, before) if arm.compressed else (),
+            metrics=_metrics(recipe, unit, task, evaluated.get("metrics", {})),
+            training=_training(recipe, unit),
+            figures={
+                "parameters": f"{evaluated['parameters']:,}",
+                "of them in FFNs": f"{evaluated['ffn_parameters']:,}",
+                "FLOPs a token": f"{evaluated['flops_per_token']:,}",
+            }
+            if evaluated
+            else {},
+            versions=environment.versions(),
+            notes=[recipe.notes] if recipe.notes else [],
+            auto_class="AutoModelForSequenceClassification",
+            pipeline_tag="text-classification",
+        )
+    )
+
+
+def _widths(model: PreTrainedModel, before: dict[str, int]) -> tuple[LayerWidth, ...]:
+    from ffnkit.blocks import ffns
+
+    now = {ffn.name: ffn.width for ffn in ffns(model)}
+    return tuple(LayerWidth(name, width, now.get(name)) for name, width in before.items())
+
+
+def _metrics(recipe: Recipe, unit: Unit, task: Task, found: dict[str, float]) -> tuple[Metric, ...]:
+    first = next(iter(recipe.arms))
+    reference = (unit_of(unit.folder.parents[2], first, unit.seed).marker("evaluate") or {}).get("metrics", {})
+    whole = reference if unit.arm != first and not recipe.arms[first].compressed else {}
+    return tuple(
+        Metric(name, value, dataset=task.name, split="report", baseline=whole.get(name))
+        for name, value in found.items()
+    )
+
+
+def _training(recipe: Recipe, unit: Unit) -> dict[str, Any]:
+    if "tune" not in recipe.stages:
+        return {}
+    tuner = recipe.tuner_of(unit.arm)
+    fields = ("learning_rate", "schedule", "warmup", "weight_decay", "batch_size", "max_length", "precision")
+    tune = recipe.tune
+    steps = (unit.marker("tune") or {}).get("steps")
+    distilled = {"layer-wise distillation": "before tuning"} if unit.marker("distil") else {}
+    return {
+        "tuner": tuner.model_dump() if tuner.settings else tuner.name,
+        "steps": steps,
+        **{name: getattr(tune, name) for name in fields},
+        **distilled,
+        "seed": unit.seed,
+    }

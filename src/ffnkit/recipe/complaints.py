@@ -1,0 +1,102 @@
+"""Pydantic's errors said in one line that names the field by its path."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from ffnkit.errors import FfnkitError
+
+from .settings import method_fields, tuner_fields
+
+_MISSING = {"missing"}
+_UNKNOWN = {"extra_forbidden", "unexpected_keyword_argument"}
+
+
+def near(word: object, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for the closest of ``known``, else the list of them."""
+    known = list(known)
+    close = difflib.get_close_matches(str(word), known, n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known are {', '.join(known)}" if known else "none is known here"
+
+
+def explain(error: ValidationError, data: dict[str, Any], where: str) -> FfnkitError:
+    """The first error as one line, and how many more there are."""
+    lines: list[tuple[str, str, str]] = []
+    # A misspelt field is also a missing one: the misspelling says more.
+    for item in sorted(error.errors(include_url=False), key=lambda item: item["type"] in _MISSING):
+        line = _line(item, data)
+        if not any(line[0] == other[0] for other in lines):  # one a field: unions report every branch
+            lines.append(line)
+    path, found, do = lines[0]
+    more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+    return FfnkitError(f"{where}: {path}", found, do + more)
+
+
+def _line(item: Any, data: dict[str, Any]) -> tuple[str, str, str]:
+    path = _shown(item["loc"], data)
+    name = ".".join(str(part) for part in path)
+    value, kind = item["input"], item["type"]
+    if kind in _UNKNOWN:
+        return name, "unknown field", near(path[-1], _fields_at(path[:-1], data)).capitalize()
+    if kind in _MISSING:
+        return name, "is missing", "Add it"
+    if kind == "recipe":
+        found, _, do = item["msg"].partition("; ")
+        return name, found, do.capitalize() or "Change this field"
+    if kind == "literal_error":
+        known = [word.strip("' ") for word in item["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        return name, f"unknown value {value!r}", near(value, known).capitalize()
+    return name, f"{_short(value)} {_in_words(item['msg'])}", "Change this field"
+
+
+def _in_words(message: str) -> str:
+    message = message.removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")[0]
+    message = message.replace("a valid tuple", "a list").replace("a valid integer", "a whole number")
+    message = re.sub(r"a valid (dictionary|mapping)( or (an )?instance of \w+)?", "fields with values", message)
+    return message.replace("a valid boolean", "true or false").replace("a valid string", "text")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _shown(loc: tuple[str | int, ...], data: dict[str, Any]) -> tuple[str | int, ...]:
+    """The path as the file has it: parts that only the schema knows are left out."""
+    shown: list[str | int] = []
+    here: Any = data
+    for place, part in enumerate(loc):
+        last = place == len(loc) - 1
+        if isinstance(here, dict) and (part in here or last):
+            shown.append(part)
+            here = here.get(part)
+        elif isinstance(here, list | tuple) and isinstance(part, int):
+            shown.append(part)
+            here = here[part] if part < len(here) else None
+    return tuple(shown) or tuple(loc[:1]) or ("recipe",)
+
+
+def _fields_at(path: tuple[str | int, ...], data: dict[str, Any]) -> list[str]:
+    from .schema import DistilSettings, Limits, Measure, Recipe, TaskSpec, TrainSettings
+
+    if not path:
+        return list(Recipe.model_fields)
+    parts: dict[str, type[BaseModel]] = {"limits": Limits, "task": TaskSpec, "measure": Measure}
+    parts |= {"tune": TrainSettings, "distil": DistilSettings}
+    if len(path) == 1 and path[0] in parts:
+        return list(parts[str(path[0])].model_fields)
+    here: Any = data
+    for part in path:
+        here = here.get(part, {}) if isinstance(here, dict) else {}
+    if path[-1] == "tuner":
+        return ["name", *tuner_fields(str(here.get("name", "full")))]
+    if len(path) == 2 and path[0] == "arms":
+        return ["method", "tuner", "distil", *method_fields(str(here.get("method", "none")))]
+    return []

@@ -1,0 +1,146 @@
+"""The main job: every unit of a recipe, then the latencies, the table and the report."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ffnkit.errors import FfnkitError
+
+from . import results as written
+from .results import Results
+from .schema import Recipe
+from .state import Unit, base_facts, check_same, open_out, unit_facts, unit_of, write_json
+from .worker import run_apart, run_here
+
+Say = Callable[[str], None]
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path,
+    progress: bool = True,
+    *,
+    restart: bool = False,
+    remeasure: bool = False,
+    isolate: bool = True,
+) -> Results:
+    """Run what is missing of a recipe in ``out`` and write its results.
+
+    Killed at any moment and called again it goes on, with the same final figures. A unit that fails is recorded and
+    the others are run; ``Results.exit_code`` is then 1.
+
+    Args:
+        recipe: as ``load_recipe`` gives it.
+        out: folder of the run; an earlier run of the same recipe is continued, with new arms and seeds added to it.
+        progress: print lines of progress on stderr.
+        restart: delete what an earlier run left in ``out``.
+        remeasure: measure the latencies again.
+        isolate: give each unit a process of its own, which makes its peak memory its own.
+
+    Raises:
+        FfnkitError: something is wrong with the recipe, its model, its data or ``out``; nothing was trained then.
+        KeyboardInterrupt: after Ctrl-C; what is finished is kept.
+    """
+    from .preflight import preflight
+
+    out, say = Path(out), _sayer(progress)
+    open_out(out, False)
+    with _alone(out):
+        say(f"{recipe.name}: {len(recipe.arms)} arms x {len(recipe.seeds)} seeds in {out}")
+        model, data = preflight(recipe)
+        base = base_facts(recipe, model, data)
+        units = {unit_of(out, *pair): unit_facts(recipe, base, *pair) for pair in recipe.units()}
+        if restart:
+            open_out(out, True)
+        check_same(out, units.items())
+        stored = {f"{unit.arm}/{unit.seed}": facts for unit, facts in units.items()}
+        write_json(out / "run.json", {"recipe": recipe.to_dict(), "units": stored})
+        metric = _metric(recipe)
+        try:
+            _run_units(recipe, out, units, metric, say, isolate, progress)
+            _measure(recipe, out, remeasure, say)
+        except KeyboardInterrupt:
+            written.write(recipe, written.collect(recipe, out, metric), pages=False)
+            say("Stopped. What is finished is kept; run the same command to continue.")
+            raise
+        results = written.collect(recipe, out, metric)
+        written.write(recipe, results, pages=True)
+    for row in results.failed:
+        say(f"failed: {row['arm']}, seed {row['seed']}: {row['error']}")
+    return results
+
+
+def _metric(recipe: Recipe) -> str:
+    from .sources import task_of
+
+    return recipe.task.metric or task_of(recipe).main_metric
+
+
+def _run_units(
+    recipe: Recipe,
+    out: Path,
+    units: dict[Unit, dict[str, Any]],
+    metric: str,
+    say: Say,
+    isolate: bool,
+    progress: bool,
+) -> None:
+    start, bars = time.perf_counter(), progress and sys.stderr.isatty()
+    for number, (unit, facts) in enumerate(units.items(), 1):
+        if unit.done:
+            say(f"[{number}/{len(units)}] {unit.name}: done before")
+            continue
+        say(f"[{number}/{len(units)}] {unit.name} ({_clock(time.perf_counter() - start)} so far)")
+        if isolate:
+            good = run_apart(out, unit, progress=progress, bars=bars)
+        else:
+            good = run_here(recipe, unit, facts, say, bars)
+        if not good:
+            say(f"  failed: {(unit.marker('failed') or {}).get('error')}")
+        written.write(recipe, written.collect(recipe, out, metric), pages=False)
+
+
+def _measure(recipe: Recipe, out: Path, again: bool, say: Say) -> None:
+    from .timing import measure_latency
+
+    begin = time.perf_counter()
+    try:
+        if measure_latency(recipe, out, again=again):
+            say(f"latencies of all arms in alternation: {time.perf_counter() - begin:.1f} s")
+    except FfnkitError as error:
+        say(f"latency was not measured: {error}")
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _sayer(progress: bool) -> Say:
+    if not progress:
+        return lambda line: None
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    return lambda line: console.print(line, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Hold the folder: two runs at once would write over each other. The system lets go when we end, however."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            do = "Wait for it, or give another --out"
+            raise FfnkitError(f"running into {out}", "another run is at work there", do) from None
+        yield

@@ -1,0 +1,51 @@
+"""Checks that need the model's shape and the data, made before anything is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ffnkit.errors import FfnkitError
+
+from .sources import Source, method_of
+from .state import folder_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .schema import Recipe
+
+
+def preflight(recipe: Recipe) -> tuple[str, str]:
+    """Digests of the model and of the data, after every check that is cheap.
+
+    Raises:
+        FfnkitError: no such model or tokenizer, layers or a width that do not fit an arm's model, data that lack
+            columns or labels. The line names the arm or the field.
+    """
+    source = Source(recipe)
+    compressed = {name: arm for name, arm in recipe.arms.items() if arm.compressed}
+    if compressed:
+        empty = source.empty()
+        for name, arm in compressed.items():
+            try:
+                _fits(empty, method_of(arm, recipe.seeds[0]))
+            except FfnkitError as error:
+                raise error.within(f"arms.{name}") from None
+    _ = source.tokenizer
+    for split in ("train", "dev", "report"):
+        if len(getattr(source.splits, split)) == 0:
+            raise FfnkitError(f"the {split} split of {source.task.name}", "has no rows", "Give more data")
+    folder = Path(source.model_name)
+    return (folder_digest(folder) if folder.is_dir() else source.model_name), source.data_digest()
+
+
+def _fits(model: PreTrainedModel, method: Any) -> None:
+    """Refuse layers that do not exist and widths that do not fit."""
+    targets = getattr(method, "targets", None)
+    if targets is not None:
+        targets(model)
+        return
+    from ffnkit.blocks import ffns, select
+
+    select(ffns(model), getattr(method, "layers", "all"))

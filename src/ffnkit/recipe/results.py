@@ -1,0 +1,160 @@
+"""What a run leaves to read: rows, results.json, the table, the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ffnkit.files import write_text
+
+from .schema import Recipe
+from .state import Unit, arm_dict, read_json, stages_of, unit_of, write_json
+
+STAGE_MARKERS = ("compress", "distil", "before", "tune", "evaluate", "export")
+
+
+@dataclass(frozen=True)
+class Results:
+    """The rows of a run, one an arm and seed, and what could not be run."""
+
+    out: Path
+    rows: list[dict[str, Any]]
+    metric: str
+    arms: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    failed: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every unit is done."""
+        return all(row["status"] == "done" for row in self.rows)
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 1 where a unit failed or was not run."""
+        return 0 if self.ok else 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """As results.json holds it."""
+        return read_json(self.out / "results.json") or {"rows": plain(self.rows)}
+
+    def __str__(self) -> str:
+        """The table with its notes, and what failed."""
+        from ffnkit.report.formats import to_markdown
+
+        return to_markdown(self.summary()).rstrip()
+
+    def summary(self) -> Any:
+        """Means and spreads, one line an arm (``ffnkit.report.table.Summary``)."""
+        from ffnkit.report.table import summarize
+
+        return summarize(_reported(self.rows), self.metric, arms=self.arms, seeds=self.seeds)
+
+
+def _reported(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["status"] != "not run"]
+
+
+def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of one unit from its markers; what was not measured is None."""
+    marks = {stage: unit.marker(stage) or {} for stage in STAGE_MARKERS}
+    failed, end = unit.marker("failed"), unit.marker("end") or {}
+    done = unit.done
+    arm = recipe.arms[unit.arm]
+    row: dict[str, Any] = {
+        "arm": unit.arm,
+        "seed": unit.seed,
+        "status": "done" if done else "failed" if failed else "not run",
+        "metrics": marks["evaluate"].get("metrics", {}),
+        "dev_metric": marks["tune"].get("dev_metric"),
+        "best_step": marks["tune"].get("best_step"),
+        "steps": marks["tune"].get("steps"),
+    }
+    if recipe.evaluate_before:
+        row["metrics_before"] = marks["before"].get("metrics", {})
+    for name in ("parameters", "ffn_parameters", "flops_per_token", "ffn_flops_per_token"):
+        row[name] = marks["evaluate"].get(name)
+    row["trainable_parameters"] = marks["tune"].get("trainable_parameters")
+    for name in ("bytes_on_disk_compact", "bytes_on_disk_standard"):
+        row[name] = marks["export"].get(name)
+    measured = latency.get("arms", {}).get(unit.arm) if done else None
+    row |= measured or {"latency_s": None, "latency_ratio": None}
+    row["peak_memory_bytes"] = marks["tune"].get("peak_memory_bytes")
+    stages = stages_of(recipe, unit.arm)
+    row["seconds"] = {stage: marks[stage]["seconds"] for stage in stages if "seconds" in marks[stage]}
+    row["attempts"] = {stage: marks[stage]["attempts"] for stage in stages if marks[stage].get("attempts", 1) > 1}
+    row["settings"] = arm_dict(arm) | {"tuner": recipe.tuner_of(unit.arm).model_dump()}
+    row["checkpoints"] = {
+        form: str((unit.folder / form).relative_to(unit.folder.parents[2]))
+        for form in ("compact", "standard")
+        if done and (unit.folder / form).is_dir()
+    }
+    row["versions"], row["machine"] = end.get("versions", {}), end.get("machine", {})
+    if failed and not done:
+        row["error"] = failed["error"]
+    return row
+
+
+def collect(recipe: Recipe, out: Path, metric: str) -> Results:
+    """The rows of every unit of the recipe as they stand on disk."""
+    latency = read_json(out / "latency.json") or {}
+    rows = [row_of(recipe, unit_of(out, arm, seed), latency) for arm in recipe.arms for seed in recipe.seeds]
+    failed = [row for row in rows if row["status"] == "failed"]
+    return Results(out, rows, metric, tuple(recipe.arms), recipe.seeds, failed)
+
+
+def plain(value: Any) -> Any:
+    """``value`` in JSON's types; NaN and infinities become None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write(recipe: Recipe, results: Results, *, pages: bool) -> None:
+    """results.json, in one piece; with ``pages`` the table and the report as well."""
+    latency = read_json(results.out / "latency.json") or {}
+    content = {
+        "name": recipe.name,
+        "notes": recipe.notes,
+        "metric": results.metric,
+        "recipe": recipe.to_dict(),
+        "latency": {key: value for key, value in latency.items() if key not in {"arms", "fingerprint"}},
+        "rows": results.rows,
+    }
+    write_json(results.out / "results.json", plain(content))
+    if pages and _reported(results.rows):
+        _pages(recipe, results)
+
+
+def _pages(recipe: Recipe, results: Results) -> None:
+    from ffnkit.report import formats
+    from ffnkit.report.page import PageInfo, write_page
+
+    summary = results.summary()
+    notes = [recipe.notes] if recipe.notes else []
+    table = f"# {recipe.name}\n\n" + "".join(f"{note}\n\n" for note in notes) + formats.to_markdown(summary)
+    write_text(results.out / "table.md", table)
+    write_text(results.out / "results.csv", formats.to_csv(summary))
+    last: dict[str, Any] = next((row for row in reversed(results.rows) if row["status"] == "done"), {})
+    info = PageInfo(
+        title=recipe.name,
+        model=recipe.model,
+        task=recipe.task.name or f"{recipe.task.train} ({', '.join(recipe.task.text)} -> {recipe.task.label})",
+        metric=results.metric,
+        split_policy="checkpoints chosen on a part of the training data; reported once on the split kept for it",
+        rows=_reported(results.rows),
+        arms={name: arm_dict(arm) if arm.compressed else {} for name, arm in recipe.arms.items()},
+        settings={"tuner": recipe.tuner.name, **{f"tune {k}": v for k, v in recipe.tune.model_dump().items()}},
+        seeds=recipe.seeds,
+        versions=last.get("versions", {}),
+        machine=last.get("machine", {}),
+        notes=notes,
+    )
+    write_page(results.out / "report.html", info)

@@ -1,0 +1,239 @@
+"""What a recipe may hold: the fields, their types, and the rules between them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from ffnkit.errors import FfnkitError
+from ffnkit.tune.settings import DistilSettings, TrainSettings
+
+from .settings import check_method, check_task, check_tuner
+
+STAGES = ("compress", "distil", "tune", "evaluate", "export")
+Stage = Literal["compress", "distil", "tune", "evaluate", "export"]
+Count = Annotated[int, Field(strict=True, gt=0)]
+NONE = "none"  # the method of an arm that is left uncompressed
+
+
+def fail(path: tuple[str | int, ...], message: str, value: Any) -> NoReturn:
+    """Raise pydantic's error at ``path`` below the value that is being checked."""
+    kind = PydanticCustomError("recipe", "{message}", {"message": message})
+    raise ValidationError.from_exception_data("recipe", [InitErrorDetails(type=kind, loc=path, input=value)])
+
+
+class Part(BaseModel):
+    """A piece of a recipe: unknown fields are refused, nothing changes once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Limits(Part):
+    """How many rows of each split are used; null takes all, of dev the task's usual share of train."""
+
+    train: Count | None = None
+    dev: Count | None = None
+    report: Count | None = None
+
+
+class TaskSpec(Part):
+    """A task known by name, or files of one's own with the names of their columns."""
+
+    name: str | None = None
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    text: tuple[str, ...] = ()
+    label: str | None = None
+    metric: str | None = None
+    regression: StrictBool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            columns = value.get("text")
+            return {**value, "text": [columns]} if isinstance(columns, str) else value
+        return {"name": value}
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TaskSpec:
+        if self.name is not None:
+            if self.train is not None or self.label is not None or self.text:
+                fail(("name",), "a task is given by its name or by files (train, text, label), not both", self.name)
+            complaint = check_task(self.name)
+            if complaint:
+                fail(("name",), complaint, self.name)
+            return self
+        for field in ("train", "text", "label"):
+            if not getattr(self, field):
+                fail((field,), "is missing: a task of files needs train, text and label", None)
+        if len(self.text) > 2:
+            fail(("text",), f"names {len(self.text)} columns; give 1 or 2", list(self.text))
+        return self
+
+
+class TunerSpec(BaseModel):
+    """A tuner by name; further fields are the tuner's own settings."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "full"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return value if isinstance(value, dict | TunerSpec) else {"name": value}
+
+    @model_validator(mode="after")
+    def _known(self) -> TunerSpec:
+        complaint = check_tuner(self.name, self.settings)
+        if complaint:
+            fail(("name",), complaint, self.name)
+        return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The tuner's own settings."""
+        return dict(self.model_extra or {})
+
+
+class Arm(Part):
+    """One way to treat the model; the method's own settings stand beside ``method`` in the file."""
+
+    method: str = NONE
+    tuner: TunerSpec | None = None
+    distil: StrictBool = True
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, value: Any) -> Any:
+        value = {} if value is None else value
+        if not isinstance(value, dict):
+            return value
+        own = {key: value[key] for key in ("method", "tuner", "distil") if key in value}
+        settings = {key: item for key, item in value.items() if key not in own}
+        method = own.get("method", NONE)
+        if isinstance(method, str):
+            complaint = check_method(method, settings)
+            if complaint:
+                fail((complaint[0],), complaint[1], settings.get(complaint[0], method))
+        return {**own, "settings": settings}
+
+    @property
+    def compressed(self) -> bool:
+        """Whether a method is applied."""
+        return self.method != NONE
+
+
+class Measure(Part):
+    """How latency is measured, once, at the end of the run."""
+
+    latency: StrictBool = True
+    batch_size: Count = 32
+    length: Count = 128
+    repeats: Count = 20
+
+
+class Recipe(Part):
+    """A run: every arm with every seed on one task."""
+
+    name: str
+    notes: str = ""
+    model: str
+    tokenizer: str | None = None
+    task: TaskSpec
+    data_dir: str | None = None
+    limits: Limits = Limits()
+    seeds: tuple[Annotated[int, Field(strict=True, ge=0)], ...] = (0,)
+    stages: tuple[Stage, ...] = ("compress", "tune", "evaluate", "export")
+    tuner: TunerSpec = TunerSpec()
+    arms: dict[str, Arm]
+    tune: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
+    distil: DistilSettings = Field(default_factory=lambda: DistilSettings.model_validate({}))
+    evaluate_before: StrictBool = False
+    export: Literal["none", "compact", "standard", "both"] = "both"
+    export_seeds: Literal["first", "all"] = "first"
+    measure: Measure = Measure()
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if not seeds:
+            raise PydanticCustomError("recipe", "is empty; give at least one seed")
+        twice = [seed for seed, count in Counter(seeds).items() if count > 1]
+        if twice:
+            raise PydanticCustomError("recipe", "seed {seed} is given twice", {"seed": twice[0]})
+        return seeds
+
+    @field_validator("stages")
+    @classmethod
+    def _stages(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
+        if not stages:
+            raise PydanticCustomError("recipe", "is empty; give at least one of {all}", {"all": ", ".join(STAGES)})
+        right = [stage for stage in STAGES if stage in stages]
+        if list(stages) != right:
+            what = "a stage is given twice" if len(set(stages)) < len(stages) else "is out of order"
+            raise PydanticCustomError("recipe", what + "; write [{right}]", {"right": ", ".join(right)})
+        return stages
+
+    @field_validator("arms")
+    @classmethod
+    def _arms(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
+        if not arms:
+            raise PydanticCustomError("recipe", "is empty; give at least one arm, such as `uncompressed: {{}}`")
+        for name in arms:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                fail((name,), "an arm's name becomes a folder: letters, digits, dot, dash and underscore only", name)
+        return arms
+
+    @model_validator(mode="after")
+    def _together(self) -> Recipe:
+        for name, arm in self.arms.items():
+            if arm.compressed and "compress" not in self.stages:
+                fail(("stages",), f"arm {name} has a method, so the stage compress is needed", list(self.stages))
+        if "distil" in self.stages and "compress" not in self.stages:
+            fail(("stages",), "distil needs compress before it", list(self.stages))
+        return self
+
+    def units(self) -> list[tuple[str, int]]:
+        """Every (arm, seed), seed by seed, so that a first whole comparison is there early."""
+        return [(arm, seed) for seed in self.seeds for arm in self.arms]
+
+    def tuner_of(self, arm: str) -> TunerSpec:
+        """The tuner of an arm: its own, or the recipe's."""
+        return self.arms[arm].tuner or self.tuner
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as it stands in the file, defaults filled in."""
+        data = self.model_dump(mode="json")
+        for name, arm in self.arms.items():
+            data["arms"][name] = arm_dict(arm)
+        return data
+
+
+def arm_dict(arm: Arm) -> dict[str, Any]:
+    """An arm as it stands in the file: the method's settings beside ``method``."""
+    data = arm.model_dump(mode="json", exclude={"settings"}, exclude_none=True)
+    return {**data, **arm.settings}
+
+
+def recipe_from(data: Any, where: str = "recipe") -> Recipe:
+    """Check plain data and return the recipe.
+
+    Raises:
+        FfnkitError: one line that names the first wrong field, and how many more are wrong.
+    """
+    from .complaints import explain
+
+    if not isinstance(data, dict):
+        found = f"holds a {type(data).__name__}, not fields"
+        raise FfnkitError(where, found, "Write `name:`, `model:`, `task:`, `arms:`")
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise explain(error, data, where) from None

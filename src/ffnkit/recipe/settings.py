@@ -1,0 +1,129 @@
+"""The names and settings that other parts define: methods, tasks, tuners."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, create_model
+
+from ffnkit.errors import FfnkitError
+
+
+def check_task(name: str) -> str | None:
+    """What is wrong with a task's name, or None."""
+    from ffnkit import tasks
+
+    from .complaints import near
+
+    known = tasks.names()
+    return None if name in known else f"unknown task {name!r}; {near(name, known)}"
+
+
+def method_fields(name: str) -> list[str]:
+    """The settings of a method; none where it is not known."""
+    kind = _methods().get(name)
+    return [field.name for field in dataclasses.fields(kind) if field.init] if kind else []
+
+
+def check_method(name: str, settings: dict[str, Any]) -> tuple[str, str] | None:
+    """The field that is wrong and why, or None.
+
+    Raises:
+        pydantic.ValidationError: a setting that is unknown or of a wrong type.
+    """
+    from .complaints import near
+
+    if name == "none":
+        if not settings:
+            return None
+        first = next(iter(settings))
+        return (
+            first,
+            f"a setting of a method, but this arm has none; write `method: {next(iter(_methods()), 'fusion')}` in it",
+        )
+    if name not in _methods():
+        return "method", f"unknown method {name!r}; {near(name, [*_methods(), 'none'])}"
+    if complaint := _wrong_width(settings.get("width", 1)):
+        return "width", complaint
+    _schema(name).model_validate(settings)
+    return _built(name, settings)
+
+
+def _wrong_width(width: Any) -> str | None:
+    """What is wrong with a width whatever the model; a model may be too narrow for it still."""
+    if isinstance(width, bool) or not isinstance(width, int | float):
+        return f"{width!r} is not a number; Give a count of neurons, or a share such as 0.5"
+    if not width > 0:
+        return f"{width} is not above 0; Give a count of neurons, or a share such as 0.5"
+    if isinstance(width, float) and width > 1:
+        return f"{width} is above 1.0, the whole width; Give a share up to 1.0, or a whole number of neurons"
+    return None
+
+
+def _built(name: str, settings: dict[str, Any]) -> tuple[str, str] | None:
+    from ffnkit import methods
+
+    try:
+        methods.build(name, **settings)
+    except FfnkitError as error:
+        named = [field for field in settings if re.search(rf"\b{re.escape(field)}\b", error.asked)]
+        return (named[0] if len(named) == 1 else "method"), f"{error.asked}: {error.found}; {error.do}"
+    return None
+
+
+def tuner_fields(name: str) -> list[str]:
+    """The settings of a tuner; none where it is not known."""
+    kind = _tuners().get(name)
+    return list(kind.model_fields) if kind else []
+
+
+def check_tuner(name: str, settings: dict[str, Any]) -> str | None:
+    """What is wrong with a tuner's name, or None.
+
+    Raises:
+        pydantic.ValidationError: a setting that is unknown or of a wrong type.
+    """
+    from .complaints import near
+
+    if name not in _tuners():
+        return f"unknown tuner {name!r}; {near(name, _tuners())}"
+    _tuners()[name].model_validate(settings)
+    return None
+
+
+@cache
+def _tuners() -> dict[str, type[BaseModel]]:
+    from ffnkit.tune.tuners import TUNERS
+
+    return {tuner.name: tuner for tuner in TUNERS}
+
+
+def has_setting(method: str, setting: str) -> bool:
+    """Whether a method knows a setting."""
+    return setting in method_fields(method)
+
+
+@cache
+def _methods() -> dict[str, type]:
+    from ffnkit import methods
+
+    return {str(method.name): method for method in methods.METHODS}
+
+
+@cache
+def _schema(name: str) -> type[BaseModel]:
+    """A pydantic model of the fields of a method's dataclass."""
+    kind = _methods()[name]
+    hints = typing.get_type_hints(kind)
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        if not field.init:
+            continue
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        fields[field.name] = (hints.get(field.name, Any), ... if needed else None)
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    return create_model(f"{name} settings", __config__=config, **fields)

@@ -1,0 +1,146 @@
+"""What a unit is made from: the model, the tokenizer, the data, the method and the tuner that a recipe names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from .schema import Arm, Recipe
+from .settings import has_setting
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ffnkit.tasks import Splits, Task
+
+PACKAGED = "quickstart"  # the name of the model that comes with a package
+
+
+def expand(path: str) -> str:
+    """``~`` and ``$NAME`` put in."""
+    return os.path.expanduser(os.path.expandvars(path))
+
+
+def model_name(recipe: Recipe) -> str:
+    """The folder or hub name of the model.
+
+    Raises:
+        FfnkitError: a path that leads nowhere, or to no model.
+    """
+    from ffnkit.loading import check_name
+
+    if recipe.model == PACKAGED:
+        from ffnkit.tasks.quickstart import model_path
+
+        return str(model_path())
+    return check_name(expand(recipe.model))
+
+
+def method_of(arm: Arm, seed: int) -> Any:
+    """The arm's method; its seed is the unit's unless the arm sets one."""
+    from ffnkit import methods
+
+    settings = dict(arm.settings)
+    if has_setting(arm.method, "seed"):
+        settings.setdefault("seed", seed)
+    return methods.build(arm.method, **settings)
+
+
+def tuner_of(recipe: Recipe, arm: str) -> Any:
+    """The arm's tuner as ``ffnkit.tune.train`` takes it."""
+    from ffnkit.tune import get
+
+    return get(recipe.tuner_of(arm).model_dump())
+
+
+def task_of(recipe: Recipe) -> Task:
+    """The task that a recipe names, or one of its files."""
+    from ffnkit import tasks
+
+    spec = recipe.task
+    if spec.name is not None:
+        return tasks.get(spec.name)
+    assert spec.train is not None and spec.label is not None
+    return tasks.file_task(
+        expand(spec.train),
+        expand(spec.validation) if spec.validation else None,
+        text=spec.text,
+        label=spec.label,
+        metric=spec.metric,
+        regression=spec.regression,
+        test=expand(spec.test) if spec.test else None,
+    )
+
+
+class Source:
+    """Loads the parts of a recipe, each once; the model anew each time that it is asked for."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.model_name = model_name(recipe)
+
+    @cached_property
+    def task(self) -> Task:
+        """The task."""
+        return task_of(self.recipe)
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The same rows for every arm and seed."""
+        limits = self.recipe.limits
+        data_dir = expand(self.recipe.data_dir) if self.recipe.data_dir else None
+        return self.task.splits(data_dir, seed=0, dev=limits.dev, train_limit=limits.train, report_limit=limits.report)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer, or the one that the recipe names."""
+        name = self.recipe.tokenizer
+        return self.task.load_tokenizer(expand(name) if name else self.model_name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the Trainer puts the model."""
+        import torch
+
+        accelerated = self.recipe.tune.device == "auto" and torch.accelerator.is_available()
+        return torch.accelerator.current_accelerator() if accelerated else torch.device("cpu")  # type: ignore[return-value]
+
+    def model(self, seed: int) -> PreTrainedModel:
+        """The uncompressed model; its new head is the same in every arm that has this seed."""
+        from transformers import set_seed
+
+        set_seed(seed)
+        return self.task.load_model(self.model_name, tokenizer=self.tokenizer)
+
+    def empty(self) -> PreTrainedModel:
+        """The model's shape without its weights; a compact checkpoint, whose config lacks its widths, is loaded."""
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        from ffnkit.architectures import is_ffnkit_config, read_config
+        from ffnkit.loading import open_errors
+
+        config = read_config(self.model_name)
+        if is_ffnkit_config(config):
+            return self.model(0)
+        with open_errors(f"model {self.recipe.model}"), torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config)
+
+    def widths(self) -> dict[str, int]:
+        """Width of each FFN before compression, by name."""
+        from ffnkit.blocks import ffns
+
+        return {ffn.name: ffn.width for ffn in ffns(self.empty())}
+
+    def data_digest(self) -> str:
+        """Of every row of every split, in order."""
+        content = hashlib.sha256()
+        for split in (self.splits.train, self.splits.dev, self.splits.report, *self.splits.extra.values()):
+            content.update(b"split")
+            for rows in split.iter(batch_size=8192):
+                content.update(json.dumps(rows, sort_keys=True, default=str).encode())
+        return content.hexdigest()[:16]

@@ -1,0 +1,193 @@
+"""What a run leaves on disk: one folder a unit, a marker a stage, fingerprints that tell what may be reused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ffnkit.errors import FfnkitError
+from ffnkit.files import write_text
+from ffnkit.tune.settings import HARMLESS
+
+from .schema import Recipe, arm_dict
+
+FORMAT = 1  # of the folder; raised when an older one can no longer be continued
+_SAMPLE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One arm with one seed: its folder and the markers in it."""
+
+    arm: str
+    seed: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """As shown to the user."""
+        return f"{self.arm}, seed {self.seed}"
+
+    @property
+    def work(self) -> Path:
+        """What only an unfinished unit needs."""
+        return self.folder / "work"
+
+    def marker(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage wrote, or None; a marker is written last and in one piece."""
+        return read_json(self.folder / f"{stage}.json")
+
+    def mark(self, stage: str, figures: dict[str, Any]) -> None:
+        """Say that a stage is finished."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / f"{stage}.json", figures)
+
+    def unmark(self, stage: str) -> None:
+        """Take a marker away."""
+        (self.folder / f"{stage}.json").unlink(missing_ok=True)
+
+    @property
+    def done(self) -> bool:
+        """Whether every stage is finished."""
+        return self.marker("done") is not None
+
+
+def unit_of(out: Path, arm: str, seed: int) -> Unit:
+    """The unit of an arm and a seed in ``out``."""
+    return Unit(arm, seed, out / "units" / arm / f"seed-{seed}")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None when there is none or it is broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in one piece."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+# ------------------------------------------------------------------------------------------- fingerprints
+def digest(value: Any) -> str:
+    """Sixteen hex digits of anything that JSON can hold."""
+    text = json.dumps(value, sort_keys=True, default=str, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def folder_digest(folder: Path) -> str:
+    """Of a model's folder: names and sizes of its files, the whole of small ones and both ends of large ones."""
+    parts: list[Any] = []
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.suffix not in {".json", ".txt", ".safetensors", ".bin", ".model"}:
+            continue
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            content = hashlib.sha256(file.read(_SAMPLE))
+            if size > _SAMPLE:
+                file.seek(max(_SAMPLE, size - _SAMPLE))
+                content.update(file.read(_SAMPLE))
+        parts.append([path.name, size, content.hexdigest()])
+    return digest(parts)
+
+
+def base_facts(recipe: Recipe, model: str, data: str) -> dict[str, Any]:
+    """What every unit depends on and changes its figures, by the field of the recipe that it comes from."""
+    plain = recipe.to_dict()
+    return {
+        "format": FORMAT,
+        "model": model,
+        "tokenizer": recipe.tokenizer,
+        "task": plain["task"],
+        "limits": plain["limits"],
+        "stages": [stage for stage in recipe.stages if stage != "distil"],
+        "tune": {name: value for name, value in plain["tune"].items() if name not in HARMLESS},
+        "evaluate_before": recipe.evaluate_before,
+        "export": [recipe.export, recipe.export_seeds],
+        "data": data,  # last: another limit is also other data, and the limit says more
+    }
+
+
+def unit_facts(recipe: Recipe, base: dict[str, Any], arm: str, seed: int) -> dict[str, Any]:
+    """What the figures of one unit depend on."""
+    chosen = recipe.arms[arm]
+    facts: dict[str, Any] = {"arm": arm_dict(chosen), "tuner": recipe.tuner_of(arm).model_dump(), "seed": seed, **base}
+    facts["arm"].pop("tuner", None)
+    facts["distil"] = recipe.to_dict()["distil"] if distilled(recipe, arm) else None
+    return facts
+
+
+def distilled(recipe: Recipe, arm: str) -> bool:
+    """Whether an arm passes through the stage distil."""
+    return "distil" in recipe.stages and recipe.arms[arm].compressed and recipe.arms[arm].distil
+
+
+def stages_of(recipe: Recipe, arm: str) -> list[str]:
+    """The stages that a unit of this arm passes through."""
+    skipped = set() if distilled(recipe, arm) else {"distil"}
+    skipped |= set() if recipe.arms[arm].compressed else {"compress"}
+    stages: list[str] = [stage for stage in recipe.stages if stage not in skipped]
+    if recipe.evaluate_before:
+        stages.insert(stages.index("tune") if "tune" in stages else len(stages), "before")
+    return stages
+
+
+# --------------------------------------------------------------------------------------- the output folder
+OURS = ("run.json", "results.json", "results.csv", "table.md", "report.html", "latency.json", "units")
+
+
+def open_out(out: Path, restart: bool) -> None:
+    """Make the folder of a run, or take it up again.
+
+    Raises:
+        FfnkitError: a file stands there, or files of something else bear our names.
+    """
+    if out.exists() and not out.is_dir():
+        raise FfnkitError(f"--out {out}", "this is a file", "Give a folder")
+    taken = [name for name in OURS if (out / name).exists()]
+    if taken and read_json(out / "run.json") is None:
+        raise FfnkitError(
+            f"--out {out}", f"holds {', '.join(taken)}, which no run of a recipe wrote", "Give another folder"
+        )
+    if restart:
+        for name in reversed(OURS):  # the marker goes last: a kill in between leaves a folder that is still ours
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    try:
+        (out / "units").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FfnkitError(f"--out {out}", f"cannot be made ({error.strerror})", "Give another folder") from None
+
+
+def check_same(out: Path, wanted: Iterable[tuple[Unit, dict[str, Any]]]) -> None:
+    """Refuse to mix two recipes in one folder; new arms and seeds are welcome.
+
+    Raises:
+        FfnkitError: a unit that was begun has other settings now; the line names the field.
+    """
+    for unit, facts in wanted:
+        found = unit.marker("unit")
+        if found is None or found.get("facts") == json.loads(json.dumps(facts, default=str)):
+            continue
+        field, old, new = _difference(found.get("facts", {}), json.loads(json.dumps(facts, default=str)))
+        raise FfnkitError(
+            f"running this recipe into {out}",
+            f"it holds {unit.name} of another recipe ({field} was {old}, is {new})",
+            "Give another --out, or --restart to delete what is there and begin anew",
+        )
+
+
+def _difference(old: Any, new: Any, path: str = "") -> tuple[str, str, str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            if old.get(key) != new.get(key):
+                return _difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+    return path or "recipe", json.dumps(old)[:60], json.dumps(new)[:60]

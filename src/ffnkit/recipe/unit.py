@@ -1,0 +1,227 @@
+"""One unit: an arm with a seed, stage by stage, each taken up from what the last one left on disk."""
+
+from __future__ import annotations
+
+import gc
+import math
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import ffnkit
+from ffnkit.report import environment, measure
+
+from . import sources
+from .cards import card_of
+from .schema import Recipe
+from .state import Unit, digest, stages_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Say = Callable[[str], None]
+PLAN, DISTILLED, TUNED = "plan", "distilled.safetensors", "tuned.safetensors"
+
+
+def run_unit(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Say, bars: bool = False) -> None:
+    """Bring a unit to its end, from wherever it stands.
+
+    Args:
+        facts: what its figures depend on; stored with it.
+        say: takes one line of progress.
+        bars: show the Trainer's progress bars.
+    """
+    if unit.marker("unit") is None:
+        shutil.rmtree(unit.folder, ignore_errors=True)
+        unit.mark("unit", {"arm": unit.arm, "seed": unit.seed, "fingerprint": digest(facts), "facts": facts})
+    unit.unmark("failed")
+    unit.work.mkdir(parents=True, exist_ok=True)
+    job = _Job(recipe, unit, bars)
+    for stage in stages_of(recipe, unit.arm):
+        if unit.marker(stage) is not None:
+            continue
+        began = unit.work / f"began-{stage}"
+        attempts = int(began.read_text() or 0) + 1 if began.exists() else 1
+        began.write_text(str(attempts))
+        say(f"  {stage} ..." + (" (taken up again)" if attempts > 1 else ""))
+        start = time.perf_counter()
+        figures = getattr(job, stage)()
+        seconds = time.perf_counter() - start
+        seconds = max(seconds, figures.pop("train_seconds", 0.0))  # those of attempts that were killed count too
+        unit.mark(stage, {"seconds": seconds, "attempts": attempts, **figures})
+        say(f"  {stage} {seconds:.1f} s{_told(figures)}")
+    job.forget()
+    unit.mark("end", {"versions": environment.versions(), "machine": environment.machine()})
+    shutil.rmtree(unit.work, ignore_errors=True)
+    unit.mark("done", {})
+
+
+def _told(figures: dict[str, Any]) -> str:
+    metrics = figures.get("metrics") or figures.get("dev_metrics") or {}
+    return "".join(f", {name} {value:.4f}" for name, value in metrics.items() if isinstance(value, float))
+
+
+class _Job:
+    """The model of a unit while it is being worked on; the stages are its methods."""
+
+    def __init__(self, recipe: Recipe, unit: Unit, bars: bool) -> None:
+        self.recipe, self.unit, self.bars = recipe, unit, bars
+        self.arm = recipe.arms[unit.arm]
+        self.source = sources.Source(recipe)
+        self._model: PreTrainedModel | None = None
+
+    # ------------------------------------------------------------------------------------------ the model
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model as the last finished stage left it."""
+        if self._model is None:
+            self._model = self._restored()
+        return self._model
+
+    def forget(self) -> None:
+        """Free the model."""
+        self._model = None
+        gc.collect()
+
+    def _restored(self) -> PreTrainedModel:
+        """Built again from what is on disk: the source, the plan, the newest weights."""
+        model = self.source.model(self.unit.seed)
+        if self.unit.marker("compress"):
+            ffnkit.apply(model, ffnkit.Plan.load(self.unit.work / PLAN))
+        if self.unit.marker("tune"):
+            ffnkit.fold(model)
+            _read(model, self.unit.work / TUNED)
+        elif self.unit.marker("distil"):
+            _read(model, self.unit.work / DISTILLED)
+        return model
+
+    # ----------------------------------------------------------------------------------------- the stages
+    def compress(self) -> dict[str, Any]:
+        """Plan and apply the arm's method; the plan stays on disk until the unit is finished."""
+        model = self.source.model(self.unit.seed)
+        plan = ffnkit.plan(model, sources.method_of(self.arm, self.unit.seed))
+        plan.save(self.unit.work / PLAN)
+        self._model = cast("PreTrainedModel", ffnkit.apply(model, plan))
+        return {}
+
+    def distil(self) -> dict[str, Any]:
+        """Train the narrow FFNs to the hidden states of the uncompressed model, which is freed afterwards."""
+        from transformers import DataCollatorWithPadding
+
+        from ffnkit.tune import distil
+
+        settings, source = self.recipe.distil, self.source
+        teacher = source.model(self.unit.seed).to(source.device)  # type: ignore[arg-type]
+        result = distil(
+            self.model.to(source.device),  # type: ignore[arg-type]
+            teacher,
+            source.task.encode(source.splits.train, source.tokenizer, settings.max_length),
+            settings,
+            seed=self.unit.seed,
+            collate=DataCollatorWithPadding(source.tokenizer),
+            out_dir=self.unit.work / "distil",
+            progress=self.bars,
+        )
+        del teacher
+        _write(self.model, self.unit.work / DISTILLED)
+        gc.collect()
+        return {"steps": result.steps, "first_loss": result.first_loss, "last_loss": result.last_loss}
+
+    def before(self) -> dict[str, Any]:
+        """The metrics before tuning, for a model whose head is trained already."""
+        return self._metrics()
+
+    def tune(self) -> dict[str, Any]:
+        """Fine-tune, going on from the Trainer's newest checkpoint, then fold."""
+        from ffnkit.tune import train
+
+        recipe = self.recipe
+        with measure.peak_memory(self.source.device) as peak:
+            result = train(
+                self.model,
+                self.source.tokenizer,
+                self.source.task,
+                self.source.splits,
+                recipe.tune,
+                tuner=sources.tuner_of(recipe, self.unit.arm),
+                seed=self.unit.seed,
+                out_dir=self.unit.work / "tune",
+                progress=self.bars,
+            )
+        self._model = cast("PreTrainedModel", ffnkit.fold(result.model))
+        _write(self.model, self.unit.work / TUNED)
+        return {
+            "train_seconds": result.seconds,
+            "steps": result.steps,
+            "best_step": getattr(result, "best_step", None),
+            "dev_metric": result.best_metric,
+            "trainable_parameters": _count(result.trainable_parameters),
+            "peak_memory_bytes": peak.device_peak_bytes or peak.peak_bytes,
+            "peak_memory_exact": peak.exact or peak.device_peak_bytes is not None,
+        }
+
+    def evaluate(self) -> dict[str, Any]:
+        """The metrics on the split that is only reported, and the counts of the model."""
+        counts = {name: value for name, value in measure.figures(self.model).items() if name != "trainable_parameters"}
+        return {**self._metrics(), **counts}
+
+    def _metrics(self) -> dict[str, Any]:
+        from ffnkit.tune import evaluate
+
+        settings, source = self.recipe.tune, self.source
+        self.model.to(source.device)  # type: ignore[arg-type]
+        metrics: dict[str, float] = {}
+        losses: dict[str, float] = {}
+        for name, rows in {"report": source.splits.report, **source.splits.extra}.items():
+            found = evaluate(
+                self.model,
+                source.tokenizer,
+                source.task,
+                rows,
+                batch_size=settings.eval_batch_size,
+                max_length=settings.max_length,
+            )
+            losses[name] = found.pop("loss", math.nan)
+            metrics |= found if name == "report" else {f"{key} ({name})": value for key, value in found.items()}
+        return {"metrics": metrics, "losses": losses}
+
+    def export(self) -> dict[str, Any]:
+        """Both checkpoint forms are written and weighed; those that the recipe asks for are kept."""
+        recipe = self.recipe
+        first = self.unit.seed == recipe.seeds[0] or recipe.export_seeds == "all"
+        sizes: dict[str, Any] = {}
+        before = self.source.widths()
+        forms: tuple[Literal["compact", "standard"], ...] = ("compact", "standard")
+        for form in forms:
+            write: Callable[..., Any] = ffnkit.save if form == "compact" else ffnkit.export
+            keep = first and recipe.export in (form, "both")
+            folder = (self.unit.folder if keep else self.unit.work) / form
+            card = card_of(recipe, self.unit, self.model, self.source.task, before, form)
+            write(self.model, folder, tokenizer=self.source.tokenizer, card=card)
+            sizes[f"bytes_on_disk_{form}"] = measure.bytes_on_disk(folder).weights
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
+        return sizes
+
+
+def _count(value: Any) -> int:
+    return int(value) if isinstance(value, int | float) else sum(parameter.numel() for parameter in value)
+
+
+def _write(model: PreTrainedModel, path: Path) -> None:
+    from safetensors.torch import save_model
+
+    from ffnkit.files import disk_errors
+
+    partial = path.with_suffix(".partial")
+    with disk_errors(path):
+        save_model(model, str(partial))
+        partial.replace(path)
+
+
+def _read(model: PreTrainedModel, path: Path) -> None:
+    from safetensors.torch import load_model
+
+    load_model(model, str(path))

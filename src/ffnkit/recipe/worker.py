@@ -1,0 +1,117 @@
+"""Runs one unit in a process of its own: clean memory figures, and a crash that ends one unit only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ffnkit.errors import FfnkitError
+
+from .schema import Recipe, recipe_from
+from .state import Unit, digest, read_json, unit_of
+
+FAILED, STOPPED = 1, 130
+
+
+def run_apart(out: Path, unit: Unit, *, progress: bool, bars: bool) -> bool:
+    """Run a unit of the recipe stored in ``out`` in a new process; False when it failed.
+
+    The child ends when this process does: it watches a pipe that closes with us.
+    """
+    command = [sys.executable, "-m", "ffnkit.recipe.worker", str(out), unit.arm, str(unit.seed)]
+    command += ["--progress"] * progress + ["--bars"] * bars
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+    try:
+        code = child.wait()
+    except BaseException:
+        _stop(child)
+        raise
+    if code == STOPPED:
+        raise KeyboardInterrupt
+    if code < 0:
+        hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+        record(unit, f"the process was ended by {signal.Signals(-code).name}{hint}")
+    elif code and unit.marker("failed") is None:
+        record(unit, f"the process ended with code {code}")
+    return code == 0
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """Give the child the time to end by itself, then end it."""
+    assert child.stdin is not None
+    child.stdin.close()
+    try:
+        child.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+def run_here(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Callable[[str], None], bars: bool) -> bool:
+    """Run a unit in this process; False when it failed, and why is recorded."""
+    from .unit import run_unit
+
+    try:
+        run_unit(recipe, unit, facts, say, bars)
+    except Exception as error:
+        line = str(error) if isinstance(error, FfnkitError) else f"{type(error).__name__}: {error}"
+        record(unit, " ".join(line.split()), traceback.format_exc())
+        return False
+    return True
+
+
+def record(unit: Unit, error: str, trace: str = "") -> None:
+    """Leave the reason of a failure in the unit's folder."""
+    unit.mark("failed", {"error": error, "traceback": trace})
+
+
+def _watch(pipe: int) -> None:
+    """End this process when the parent is gone."""
+    while os.read(pipe, 1):
+        pass
+    os._exit(STOPPED)
+
+
+def main(arguments: list[str]) -> int:
+    """The child's side."""
+    out, arm, seed = Path(arguments[0]), arguments[1], int(arguments[2])
+    threading.Thread(target=_watch, args=(sys.stdin.fileno(),), daemon=True).start()
+    progress, bars = "--progress" in arguments, "--bars" in arguments
+    stored = read_json(out / "run.json") or {}
+    recipe = recipe_from(stored.get("recipe"), str(out / "run.json"))
+    unit = unit_of(out, arm, seed)
+    facts = stored["units"][f"{arm}/{seed}"]
+    found = unit.marker("unit")
+    if found is not None and found["fingerprint"] != digest(facts):
+        shown = FfnkitError(unit.name, "is of another recipe", "Give another --out, or --restart")
+        record(unit, str(shown))
+        return FAILED
+
+    def say(line: str) -> None:
+        if progress:
+            print(line, file=sys.stderr, flush=True)
+
+    if not progress or not bars:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+    try:
+        return 0 if run_here(recipe, unit, facts, say, bars) else FAILED
+    except KeyboardInterrupt:
+        return STOPPED
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(code)  # threads of libraries must not hold a finished unit

@@ -1,0 +1,1 @@
+"""Measurements, tables, plots, the report page and model cards."""

@@ -1,0 +1,272 @@
+"""The model card of a checkpoint: README.md with the front matter that the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ffnkit.errors import FfnkitError
+from ffnkit.report.citations import FFNKIT, OF_METHOD
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCardData
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class LayerWidth:
+    """Hidden neurons of one FFN (of each expert, in a mixture) before and after; None: shared with another, or gone."""
+
+    name: str
+    before: int
+    after: int | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured figure.
+
+    Attributes:
+        name, value: the metric and its value, a mean where ``seeds`` is above 1.
+        dataset, split: what it was measured on.
+        config: configuration of the dataset, such as "sst2" of glue.
+        task: the hub's name of the kind of task.
+        std: standard deviation over seeds.
+        seeds: number of seeds behind the value.
+        baseline: the same figure of the uncompressed model, tuned in the same way.
+    """
+
+    name: str
+    value: float
+    dataset: str
+    split: str = "validation"
+    config: str | None = None
+    task: str = "text-classification"
+    std: float | None = None
+    seeds: int = 1
+    baseline: float | None = None
+
+
+@dataclass(frozen=True)
+class CardInfo:
+    """What a model card says; what is empty is said to be not known or not measured, never guessed.
+
+    Attributes:
+        base_model: hub id, or the folder of the model that was changed.
+        form: "compact" (opens with ffnkit) or "standard" (opens with plain transformers).
+        method, settings: the method and its settings; method None: the FFNs were left as they were.
+        layers: width of every FFN before and after.
+        metrics: measured figures.
+        training: settings of tuning and distillation, as names and values.
+        figures: other measured values by name ("parameters", "latency of a batch of 32"), already in words.
+        versions: of packages, as ``ffnkit.report.measure.versions`` gives them.
+        citations: BibTeX entries beyond those of the method and ffnkit.
+        notes: limitations and remarks, one sentence each.
+        name: of the checkpoint, as its title.
+        auto_class: the transformers class that opens it.
+        license, datasets, language, pipeline_tag: for the front matter, where known.
+    """
+
+    base_model: str
+    form: Literal["compact", "standard"] = "compact"
+    method: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    layers: Sequence[LayerWidth] = ()
+    metrics: Sequence[Metric] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    citations: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    name: str | None = None
+    auto_class: str = "AutoModel"
+    license: str | None = None
+    datasets: Sequence[str] = ()
+    language: str | None = None
+    pipeline_tag: str | None = None
+
+    @property
+    def base_name(self) -> str:
+        """The base model without the folders of whoever made the checkpoint."""
+        return self.base_model if _on_hub(self.base_model) else Path(self.base_model).name or "a local model"
+
+    @property
+    def title(self) -> str:
+        parts = (self.base_name.split("/")[-1], self.method, self.form)
+        return self.name or "-".join(part for part in parts if part)
+
+
+def layer_widths(before: Iterable[Any], after: Iterable[Any]) -> tuple[LayerWidth, ...]:
+    """Widths of two inventories, row by row; rows have ``name`` and ``width``, as attributes or keys."""
+    now = {_get(row, "name"): _get(row, "width") for row in after}
+    return tuple(LayerWidth(_get(row, "name"), _get(row, "width"), now.get(_get(row, "name"))) for row in before)
+
+
+def _get(row: Any, key: str) -> Any:
+    return row[key] if isinstance(row, Mapping) else getattr(row, key)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` has the form of an id on the hub."""
+    return bool(HUB_ID.fullmatch(name)) and ".." not in name and "--" not in name
+
+
+def _on_hub(model: str) -> bool:
+    """Whether ``model`` is taken from the hub: a folder of that name would come first."""
+    return is_hub_id(model) and not Path(model).exists()
+
+
+def model_card(info: CardInfo) -> str:
+    """README.md of a checkpoint: front matter, what it is, how to open it, measured figures, tuning, limits, citation.
+
+    Raises:
+        FfnkitError: ``form`` is neither "compact" nor "standard".
+    """
+    if info.form not in ("compact", "standard"):
+        raise FfnkitError(f"a model card of form '{info.form}'", "there is no such form", "Use compact or standard")
+    sections = [
+        f"# {_text(info.title)}",
+        _what(info),
+        "## How to open it\n\n" + _opening(info),
+        "## Measured figures\n\n" + _figures(info),
+        "## How it was tuned\n\n" + (_pairs(info.training) or "Not tuned, or not recorded."),
+        "## Limitations\n\n" + _limits(info),
+        *(["## Versions\n\n" + _pairs(info.versions)] if info.versions else []),
+        "## Citation\n\n" + _citation(info),
+    ]
+    return f"---\n{front_matter(info).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
+# -------------------------------------------------------------------------------------------- front matter
+def front_matter(info: CardInfo) -> ModelCardData:
+    """The metadata; ids that the hub would refuse (folders, names of files) are left to the text."""
+    from huggingface_hub import ModelCardData
+
+    results = [_result(metric) for metric in info.metrics if math.isfinite(metric.value)]
+    named = [*info.datasets, *(metric.dataset for metric in info.metrics)]
+    data = [name for name in dict.fromkeys(named) if is_hub_id(name)]
+    return ModelCardData(
+        base_model=info.base_model if _on_hub(info.base_model) else None,
+        library_name="transformers",
+        tags=["ffnkit", *([info.method] if info.method else []), f"ffnkit-{info.form}"],
+        license=info.license,
+        language=info.language,
+        pipeline_tag=info.pipeline_tag,
+        datasets=data or None,
+        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
+        model_name=info.title if results else None,
+        eval_results=results or None,
+    )
+
+
+def _result(metric: Metric) -> EvalResult:
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type=metric.task,
+        dataset_type=metric.dataset,
+        dataset_name=f"{metric.dataset} ({metric.config})" if metric.config else metric.dataset,
+        dataset_config=metric.config,
+        dataset_split=metric.split,
+        metric_type=metric.name,
+        metric_name=metric.name,
+        metric_value=float(metric.value),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ sections
+def _what(info: CardInfo) -> str:
+    base = _text(info.base_name)
+    origin = f"[{base}](https://huggingface.co/{info.base_model})" if _on_hub(info.base_model) else f"`{base}`"
+    if info.method:
+        text = f"{origin} with its feed-forward blocks changed by the method **{_text(info.method)}** of ffnkit."
+    else:
+        text = f"{origin}; its feed-forward blocks were left as they were."
+    settings = f"\n\nSettings:\n\n{_pairs(info.settings)}" if info.settings else ""
+    return text + settings + _widths(info.layers)
+
+
+def _widths(layers: Sequence[LayerWidth]) -> str:
+    """A table in which neighbours of equal widths share a line."""
+    if not layers:
+        return ""
+    lines = ["", "", "| FFN | hidden neurons before | after |", "| :-- | --: | --: |"]
+    for (before, after), group in groupby(layers, key=lambda layer: (layer.before, layer.after)):
+        names = [layer.name for layer in group]
+        shown = f"`{names[0]}`" if len(names) == 1 else f"`{names[0]}` to `{names[-1]}` ({len(names)})"
+        lines.append(f"| {shown} | {before} | {'shared or dropped' if after is None else after} |")
+    return "\n".join(lines)
+
+
+def _opening(info: CardInfo) -> str:
+    compact = info.form == "compact"
+    lines = ["import ffnkit  # lets from_pretrained read the compact form"] if compact else []
+    lines += [f"from transformers import {info.auto_class}", ""]
+    lines.append(f'model = {info.auto_class}.from_pretrained("path-or-hub-id-of-this-checkpoint")')
+    code = "```python\n" + "\n".join(lines) + "\n```"
+    if compact:
+        return (
+            "This is the compact form, the smallest on disk. It needs `pip install ffnkit`, and ffnkit imported before "
+            f"it is opened; without it, opening fails.\n\n{code}\n\n`ffnkit export` turns it into the standard form, "
+            "which plain transformers opens."
+        )
+    return f"This is the standard form: plain transformers opens it, ffnkit is not needed.\n\n{code}"
+
+
+def _figures(info: CardInfo) -> str:
+    metrics = [metric for metric in info.metrics if math.isfinite(metric.value)]
+    if not metrics:
+        scores = f"Scores on a task: {NOT_MEASURED}."
+    else:
+        head = "| metric | data | this model | uncompressed, tuned alike | seeds |\n| :-- | :-- | --: | --: | --: |\n"
+        scores = head + "\n".join(_metric_line(metric) for metric in metrics)
+    lost = [metric.name for metric in info.metrics if not math.isfinite(metric.value)]
+    left_out = f"\n\nNot finite, and so left out: {', '.join(lost)}." if lost else ""
+    return scores + left_out + "\n\n" + (_pairs(info.figures) or f"Size, speed and memory: {NOT_MEASURED}.")
+
+
+def _metric_line(metric: Metric) -> str:
+    data = " ".join(part for part in (metric.dataset, metric.config, metric.split) if part)
+    value = f"{metric.value:.4f}" + (f" ± {metric.std:.4f}" if metric.std is not None else "")
+    baseline = NOT_MEASURED if metric.baseline is None else f"{metric.baseline:.4f}"
+    return f"| {_text(metric.name)} | {_text(data)} | {value} | {baseline} | {metric.seeds} |"
+
+
+def _limits(info: CardInfo) -> str:
+    notes = [_text(note) for note in info.notes]
+    if info.method:
+        notes.append("Narrower feed-forward blocks hold less: expect losses on what was not measured above.")
+    notes.append(f"The limitations, biases and licence terms of {_text(info.base_name)} apply to this model as well.")
+    if any(metric.seeds < 3 for metric in info.metrics):
+        notes.append("Fewer than 3 seeds are behind some figures: small differences may be chance.")
+    if info.license is None:
+        notes.append("The licence is not stated here; it is that of the base model and of the data.")
+    return "\n".join(f"- {note}" for note in notes)
+
+
+def _citation(info: CardInfo) -> str:
+    entries = dict.fromkeys([*OF_METHOD.get(info.method or "", ()), *info.citations, FFNKIT])
+    return "```bibtex\n" + "\n\n".join(entry.strip() for entry in entries) + "\n```"
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    named = {str(name).replace("_", " "): _value(value) for name, value in values.items()}
+    return "\n".join(f"- {_text(name)}: {_text(value)}" for name, value in named.items())
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_value(item)}" for key, item in value.items())
+    return ", ".join(_value(item) for item in value) if isinstance(value, list | tuple) else str(value)
+
+
+def _text(text: str) -> str:
+    """One line that Markdown and HTML leave as it is in a list, a heading or a table."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

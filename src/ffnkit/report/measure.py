@@ -1,0 +1,297 @@
+"""What a model costs: parameters, bytes on disk, seconds of a batch, peak memory; and on what it was measured."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ffnkit.errors import FfnkitError
+from ffnkit.report.environment import machine as machine
+from ffnkit.report.environment import versions as versions
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+# training_args.bin, optimizer.pt and the like lie beside the weights and are not weights
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "model*.h5", "*.msgpack")
+
+
+# ---------------------------------------------------------------------------------------------------- size
+def parameters(model: nn.Module) -> int:
+    """Number of parameters, a shared one counted once; buffers do not count."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def trainable(model: nn.Module) -> int:
+    """Number of parameters that take a gradient, a shared one counted once."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def ffn_parameters(model: nn.Module) -> int:
+    """Number of parameters in the FFNs, a tied FFN counted once."""
+    return figures(model)["ffn_parameters"]
+
+
+def flops(model: nn.Module) -> int:
+    """FLOPs a token of one forward pass, as ``ffnkit.inspect`` counts them."""
+    return figures(model)["flops_per_token"]
+
+
+def figures(model: nn.Module) -> dict[str, int]:
+    """The counts of one row of results: parameters, ffn_parameters, trainable_parameters and FLOPs a token."""
+    from ffnkit.inventory import inspect
+
+    seen = inspect(model)
+    return {
+        "parameters": parameters(model),
+        "ffn_parameters": int(seen.ffn_parameters),
+        "trainable_parameters": trainable(model),
+        "flops_per_token": int(seen.flops_per_token),
+        "ffn_flops_per_token": int(seen.ffn_flops_per_token),
+    }
+
+
+@dataclass(frozen=True)
+class DiskBytes:
+    """Bytes of a checkpoint folder: its weight files, and all of its files."""
+
+    weights: int
+    total: int
+
+
+def bytes_on_disk(folder: str | Path) -> DiskBytes:
+    """Bytes of the weight files directly in ``folder`` (of the first format found) and of every file below it.
+
+    Raises:
+        FfnkitError: ``folder`` is not a folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FfnkitError(f"the size of '{folder}'", "there is no such folder", "Give the folder of a checkpoint")
+    weights = 0
+    for pattern in WEIGHT_FILES:
+        if found := list(folder.glob(pattern)):
+            weights = sum(file.stat().st_size for file in found)
+            break
+    return DiskBytes(weights, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
+
+
+# ------------------------------------------------------------------------------------------------- latency
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of ``n`` measurements."""
+
+    median: float
+    lower: float
+    upper: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        import numpy as np
+
+        lower, median, upper = (float(q) for q in np.quantile(np.asarray(values, dtype=np.float64), (0.25, 0.5, 0.75)))
+        return cls(median, lower, upper, len(values))
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """Seconds of a batch by name, and the ratios to the first name, each taken within one round."""
+
+    seconds: dict[str, Spread]
+    ratios: dict[str, Spread]
+
+
+def latency(
+    model: nn.Module | Callable[..., Any],
+    batch: Mapping[str, Any] | None = None,
+    *,
+    repeats: int = 20,
+    warmup: int = 3,
+    threads: int | None = None,
+) -> Spread:
+    """Seconds of ``model(**batch)``: median and quartiles of ``repeats`` calls after ``warmup`` unmeasured ones.
+
+    In eval mode under ``torch.inference_mode``; an accelerator is waited for before each reading of the clock.
+    ``batch`` must lie on the model's device; ``None`` calls without arguments. ``threads`` holds for this call only.
+    """
+    return latencies({"model": model}, batch, repeats=repeats, warmup=warmup, threads=threads).seconds["model"]
+
+
+def latencies(
+    models: Mapping[str, nn.Module | Callable[..., Any]],
+    batch: Mapping[str, Any] | None = None,
+    *,
+    repeats: int = 20,
+    warmup: int = 3,
+    threads: int | None = None,
+) -> Latencies:
+    """Seconds of a batch for several models, measured in turn so that a drift of the machine hits all alike.
+
+    Each of ``repeats`` rounds calls every model once, starting one further on each round. A ratio is taken within a
+    round, against the first model of the mapping; its median and quartiles are over the rounds.
+
+    Raises:
+        FfnkitError: no model, or fewer than one repeat.
+    """
+    import torch
+
+    if not models or repeats < 1 or warmup < 0:
+        raise FfnkitError(
+            f"latency of {len(models)} models, {repeats} repeats, {warmup} warm-up calls",
+            "at least one model and one repeat are needed",
+            "Give repeats >= 1 and warmup >= 0",
+        )
+    names = list(models)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    sync = _synchronizer([*models.values()], batch)
+    with _evaluating(models.values()), _threads(threads), torch.inference_mode():
+        for turn in range(warmup + repeats):
+            start = turn % len(names)
+            for name in names[start:] + names[:start]:
+                elapsed = _timed(models[name], batch or {}, sync)
+                if turn >= warmup:
+                    seconds[name].append(elapsed)
+    first = seconds[names[0]]
+    ratios = {name: [a / b for a, b in zip(values, first, strict=True)] for name, values in seconds.items()}
+    return Latencies(
+        {name: Spread.of(values) for name, values in seconds.items()},
+        {name: Spread.of(values) for name, values in ratios.items()},
+    )
+
+
+def _timed(call: Callable[..., Any], batch: Mapping[str, Any], sync: Callable[[], None]) -> float:
+    sync()
+    start = time.perf_counter()
+    call(**batch)
+    sync()
+    return time.perf_counter() - start
+
+
+def _synchronizer(models: Sequence[Any], batch: Mapping[str, Any] | None) -> Callable[[], None]:
+    """A function that waits for the accelerators on which the models or the batch lie."""
+    import torch
+
+    tensors = [value for value in (batch or {}).values() if isinstance(value, torch.Tensor)]
+    tensors += [tensor for model in models if isinstance(model, torch.nn.Module) for tensor in model.parameters()]
+    devices = {tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "meta")}
+
+    def wait() -> None:
+        for device in devices:
+            torch.accelerator.synchronize(device)
+
+    return wait
+
+
+@contextmanager
+def _evaluating(models: Any) -> Iterator[None]:
+    """Eval mode; afterwards every module is back in the mode that it was in."""
+    import torch
+
+    modes = [(module, module.training) for m in models if isinstance(m, torch.nn.Module) for module in m.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# -------------------------------------------------------------------------------------------------- memory
+@dataclass
+class PeakMemory:
+    """Peak memory inside ``with peak_memory()``; filled in when the block ends.
+
+    Attributes:
+        before_bytes: resident memory of the process when the block began.
+        peak_bytes: the largest resident memory of the process, libraries and file pages included.
+        exact: the peak counts from the start of the block; if False the system could not reset its high-water mark
+            and ``peak_bytes`` is the peak since the process began.
+        device_before_bytes, device_peak_bytes: bytes of tensors on the CUDA device; None without one.
+    """
+
+    before_bytes: int = 0
+    peak_bytes: int = 0
+    exact: bool = False
+    device_before_bytes: int | None = None
+    device_peak_bytes: int | None = None
+
+    @property
+    def increase_bytes(self) -> int:
+        """How far the peak was above the resident memory before the block."""
+        return max(0, self.peak_bytes - self.before_bytes)
+
+
+@contextmanager
+def peak_memory(device: torch.device | str | None = None) -> Iterator[PeakMemory]:
+    """Measure the peak memory of a block: the process's resident memory and, for a CUDA ``device``, its tensors."""
+    import torch
+
+    gc.collect()
+    on_cuda = device is not None and torch.device(device).type == "cuda"
+    peak = PeakMemory(exact=_reset_high_water())
+    peak.before_bytes = resident_bytes()
+    if on_cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        peak.device_before_bytes = torch.cuda.memory_allocated(device)
+    try:
+        yield peak
+    finally:
+        if on_cuda:
+            torch.cuda.synchronize(device)
+            peak.device_peak_bytes = torch.cuda.max_memory_allocated(device)
+        peak.peak_bytes = max(peak_resident_bytes(), peak.before_bytes)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak_resident_bytes() -> int:
+    """Peak resident memory of this process: since its start, or since the last reset where the system allows one."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def _reset_high_water() -> bool:
+    """Set the kernel's high-water mark to the present resident memory; False where that is not permitted."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,327 @@
+"""From rows of results.json (one an arm and seed) to one line an arm, with spread, paired differences and notes.
+
+A row is a dict with ``arm`` and ``seed``; all else is optional: ``metrics`` {name: value} (a metric may also stand at
+the top level), ``parameters``, ``ffn_parameters``, ``trainable_parameters``, ``flops_per_token``,
+``bytes_on_disk_compact``, ``bytes_on_disk_standard``, ``latency_s``, ``latency_ratio`` (to the first arm, measured in
+alternation with it), ``peak_memory_bytes``, ``seconds`` {stage: seconds}, ``error``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ffnkit.errors import FfnkitError
+
+SLOWER = 1 / 0.97
+NO_GAIN = 0.97
+FEW_SEEDS = 3
+VALUES = (
+    "parameters",
+    "ffn_parameters",
+    "trainable_parameters",
+    "flops_per_token",
+    "bytes_on_disk_compact",
+    "bytes_on_disk_standard",
+    "latency_s",
+    "peak_memory_bytes",
+)
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Mean of ``n`` seeds and their standard deviation (n-1); ``std`` is None for one seed."""
+
+    mean: float
+    std: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Stat:
+        n = len(values)
+        mean = math.fsum(values) / n
+        return cls(mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else None, n)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean difference to the first arm over the ``n`` seeds that both have, with a 95% t interval where n > 1."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What was measured of one arm; an arm without rows was not run."""
+
+    name: str
+    seeds: tuple[Any, ...] = ()
+    metrics: dict[str, Stat] = field(default_factory=dict)
+    by_seed: dict[Any, float] = field(default_factory=dict)
+    difference: Difference | None = None
+    values: dict[str, Stat] = field(default_factory=dict)
+    latency_ratio: Stat | None = None
+    seconds: dict[str, Stat] = field(default_factory=dict)
+
+    @property
+    def run(self) -> bool:
+        return bool(self.seeds)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The arms in order, the first being what the others are compared with, and the notes that belong under them."""
+
+    arms: tuple[Arm, ...]
+    metric: str
+    metrics: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def summarize(
+    rows: Sequence[Row], metric: str, *, arms: Sequence[str] | None = None, seeds: Sequence[Any] | None = None
+) -> Summary:
+    """One ``Arm`` for each arm: means, standard deviations, and differences to the first arm paired by seed.
+
+    Args:
+        rows: rows of results.json. A row with ``error`` or without any value counts as not run.
+        metric: the metric that is compared.
+        arms: the arms that were asked for, in order; without it, those of the rows in order of appearance.
+        seeds: the seeds that were asked for; arms that lack some are named in the notes.
+
+    Raises:
+        FfnkitError: a row without arm or seed, two rows of the same arm and seed, no arm at all.
+    """
+    by_arm = _group(rows, arms)
+    first = next(iter(by_arm.values()))
+    built = tuple(_arm(name, mine, first, metric) for name, mine in by_arm.items())
+    metrics = tuple(dict.fromkeys([metric, *(name for arm in built for name in arm.metrics)]))
+    return Summary(built, metric, metrics, tuple(_notes(built, metric, seeds, rows)))
+
+
+def _group(rows: Sequence[Row], arms: Sequence[str] | None) -> dict[str, dict[Any, Row]]:
+    """{arm: {seed: row}} without the rows that failed."""
+    by_arm: dict[str, dict[Any, Row]] = {name: {} for name in arms or ()}
+    for row in rows:
+        if "arm" not in row or "seed" not in row:
+            found = f"a row without arm or seed: {sorted(row)}"
+            raise FfnkitError("a table of results", found, "Give both in each row")
+        mine = by_arm.setdefault(row["arm"], {})
+        if row["seed"] in mine:
+            found = f"two rows of arm '{row['arm']}' and seed {row['seed']}"
+            raise FfnkitError("a table of results", found, "Keep one row an arm and seed")
+        if not row.get("error") and len(row) > 2:
+            mine[row["seed"]] = row
+    if not by_arm:
+        raise FfnkitError("a table of results", "there is no arm", "Give rows or the names of the arms")
+    return by_arm
+
+
+def _arm(name: str, rows: Mapping[Any, Row], first: Mapping[Any, Row], metric: str) -> Arm:
+    metrics = dict.fromkeys(key for row in rows.values() for key in (metric, *row.get("metrics", {})))
+    stages = dict.fromkeys(key for row in rows.values() for key in row.get("seconds", {}))
+    return Arm(
+        name=name,
+        seeds=tuple(rows),
+        metrics=_stats({key: [_metric(row, key) for row in rows.values()] for key in metrics}),
+        by_seed={seed: value for seed, row in rows.items() if (value := _metric(row, metric)) is not None},
+        difference=None if rows is first else _difference(rows, first, metric),
+        values=_stats({key: [_number(row.get(key)) for row in rows.values()] for key in VALUES}),
+        latency_ratio=Stat(1.0, None, len(rows)) if rows is first and rows else _latency_ratio(rows, first),
+        seconds=_stats({key: [_number(row.get("seconds", {}).get(key)) for row in rows.values()] for key in stages}),
+    )
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None for what was not measured."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _metric(row: Row, metric: str) -> float | None:
+    return _number(row.get("metrics", {}).get(metric, row.get(metric)))
+
+
+def _stats(values: Mapping[str, Sequence[float | None]]) -> dict[str, Stat]:
+    measured = {key: [v for v in column if v is not None] for key, column in values.items()}
+    return {key: Stat.of(column) for key, column in measured.items() if column}
+
+
+def _paired(rows: Mapping[Any, Row], first: Mapping[Any, Row], metric: str) -> list[float]:
+    pairs = [(_metric(row, metric), _metric(first[seed], metric)) for seed, row in rows.items() if seed in first]
+    return [a - b for a, b in pairs if a is not None and b is not None]
+
+
+def _difference(rows: Mapping[Any, Row], first: Mapping[Any, Row], metric: str) -> Difference | None:
+    deltas = _paired(rows, first, metric)
+    if not deltas:
+        return None
+    stat = Stat.of(deltas)
+    if stat.std is None:
+        return Difference(stat.mean, None, None, 1)
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, stat.n - 1)) * stat.std / math.sqrt(stat.n)
+    return Difference(stat.mean, stat.mean - half, stat.mean + half, stat.n)
+
+
+def _latency_ratio(rows: Mapping[Any, Row], first: Mapping[Any, Row]) -> Stat | None:
+    """Ratios taken in alternation where the rows have them, else of the seconds of the same seeds."""
+    ratios = [r for row in rows.values() if (r := _number(row.get("latency_ratio"))) is not None]
+    if not ratios:
+        pairs = [(row, first[seed]) for seed, row in rows.items() if seed in first]
+        seconds = [(_number(row.get("latency_s")), _number(base.get("latency_s"))) for row, base in pairs]
+        ratios = [a / b for a, b in seconds if a is not None and b]
+    return Stat.of(ratios) if ratios else None
+
+
+# --------------------------------------------------------------------------------------------------- notes
+def _notes(arms: Sequence[Arm], metric: str, seeds: Sequence[Any] | None, rows: Sequence[Row]) -> list[str]:
+    notes = [f"{arm.name}: not run." for arm in arms if not arm.run]
+    notes += [f"{row['arm']}, seed {row['seed']}: failed ({row['error']})." for row in rows if row.get("error")]
+    for arm in arms:
+        missing = [str(seed) for seed in seeds or () if arm.run and seed not in arm.seeds]
+        if missing:
+            notes.append(f"{arm.name}: not run for seed {', '.join(missing)}.")
+    run = [arm for arm in arms if arm.run]
+    if not run:
+        return notes
+    if run[0] is arms[0] and len(run) > 1:
+        notes.append(f"Differences are to {arms[0].name}, paired by seed; the interval is 95% (t, n-1).")
+    fewest = min(len(arm.by_seed) for arm in run)
+    if fewest == 1:
+        notes.append("One seed for some arms: no spread and no interval can be given for them.")
+    if fewest < FEW_SEEDS:
+        notes.append(f"Fewer than {FEW_SEEDS} seeds: small differences of {metric} may be chance.")
+    notes.append("The spread is over seeds; it does not hold the chance in which examples the split has.")
+    return notes + _latency_notes(run, rows)
+
+
+def _latency_notes(arms: Sequence[Arm], rows: Sequence[Row]) -> list[str]:
+    notes = []
+    for arm in arms[1:]:
+        ratio = arm.latency_ratio
+        if ratio is None:
+            continue
+        low, high = ratio.mean - (ratio.std or 0), ratio.mean + (ratio.std or 0)
+        if ratio.mean > SLOWER:
+            notes.append(f"{arm.name} is slower: {ratio.mean:.2f} times the latency of {arms[0].name}.")
+        elif ratio.mean > NO_GAIN or low <= 1 <= high:
+            notes.append(f"{arm.name} brings no speed: its latency is {ratio.mean:.2f} of that of {arms[0].name}.")
+    compared = any(arm.latency_ratio is not None for arm in arms[1:])
+    if compared and not any(_number(row.get("latency_ratio")) is not None for row in rows):
+        notes.append("Latencies were taken in separate runs, not in alternation: drift of the machine is in them.")
+    return notes
+
+
+# ------------------------------------------------------------------------------------------------- columns
+def parameters(stat: Stat) -> str:
+    return _scaled(stat.mean, ((1e9, "B"), (1e6, "M"), (1e3, "k")))
+
+
+def operations(stat: Stat) -> str:
+    return _scaled(stat.mean, ((1e9, "G"), (1e6, "M"), (1e3, "k")))
+
+
+def size(stat: Stat) -> str:
+    return _scaled(stat.mean, ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")))
+
+
+def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """Four digits at most, in the largest unit that the value reaches, else in the smallest one."""
+    unit, name = next((pair for pair in units if value >= pair[0]), units[-1])
+    value /= unit
+    return f"{value:.{2 if value < 100 else 1 if value < 1000 else 0}f} {name}"
+
+
+def milliseconds(stat: Stat) -> str:
+    return f"{stat.mean * 1e3:.1f} ms"
+
+
+def duration(stat: Stat) -> str:
+    return f"{stat.mean:.1f} s" if stat.mean < 600 else f"{stat.mean / 60:.1f} min"
+
+
+COLUMNS = {
+    "parameters": ("parameters", parameters),
+    "ffn_parameters": ("in FFNs", parameters),
+    "trainable_parameters": ("trained", parameters),
+    "flops_per_token": ("FLOPs/token", operations),
+    "bytes_on_disk_compact": ("disk, compact", size),
+    "bytes_on_disk_standard": ("disk, standard", size),
+    "latency_s": ("latency (ratio)", milliseconds),
+    "peak_memory_bytes": ("peak memory", size),
+}
+
+
+def score(stat: Stat | None) -> str:
+    """Mean ± standard deviation, the mean alone for one seed."""
+    if stat is None:
+        return "not measured"
+    return f"{stat.mean:.4f}" if stat.std is None else f"{stat.mean:.4f} ± {stat.std:.4f}"
+
+
+def difference(delta: Difference | None) -> str:
+    if delta is None:
+        return "–"
+    if delta.low is None:
+        return f"{delta.mean:+.4f} (n = 1, no interval)"
+    return f"{delta.mean:+.4f} [{delta.low:+.4f}, {delta.high:+.4f}]"
+
+
+def cells(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """Headers and one list of strings an arm; columns that no arm has are left out, and ``unmeasured`` names them."""
+    columns = [key for key in COLUMNS if any(key in arm.values for arm in summary.arms)]
+    compared = any(arm.difference for arm in summary.arms)
+    timed = any(arm.seconds for arm in summary.arms)
+    header = ["arm", "seeds", *summary.metrics, *(["difference [95%]"] if compared else [])]
+    header += [COLUMNS[key][0] for key in columns] + (["time"] if timed else [])
+    return header, [_line(arm, summary, columns, compared, timed, len(header)) for arm in summary.arms]
+
+
+def blocks(summary: Summary) -> list[tuple[list[str], list[list[str]]]]:
+    """``cells`` as one or two narrower tables: scores and sizes, then costs."""
+    header, lines = cells(summary)
+    heads = [COLUMNS["parameters"][0], COLUMNS["ffn_parameters"][0]]
+    split = 2 + len(summary.metrics) + ("difference [95%]" in header) + sum(head in header for head in heads)
+    first = (header[:split], [line[:split] for line in lines])
+    if len(header) == split:
+        return [first]
+    return [first, ([header[0], *header[split:]], [[line[0], *line[split:]] for line in lines])]
+
+
+def _line(arm: Arm, summary: Summary, columns: list[str], compared: bool, timed: bool, width: int) -> list[str]:
+    if not arm.run:
+        return [arm.name, "0"] + ["not run"] * (width - 2)
+    line = [arm.name, str(len(arm.seeds)), *(score(arm.metrics.get(name)) for name in summary.metrics)]
+    line += [difference(arm.difference)] if compared else []
+    line += [_value(arm, key) for key in columns]
+    if timed:
+        total = math.fsum(stat.mean for stat in arm.seconds.values())
+        line.append(duration(Stat(total, None, 1)) if arm.seconds else "not measured")
+    return line
+
+
+def _value(arm: Arm, key: str) -> str:
+    if key not in arm.values:
+        return "not measured"
+    text = COLUMNS[key][1](arm.values[key])
+    return f"{text} ({arm.latency_ratio.mean:.2f})" if key == "latency_s" and arm.latency_ratio else text
+
+
+def unmeasured(summary: Summary) -> list[str]:
+    """The columns that no arm has a value for."""
+    return [head for key, (head, _) in COLUMNS.items() if not any(key in arm.values for arm in summary.arms)]
+
+
+def all_notes(summary: Summary) -> list[str]:
+    """The notes of the summary and, as the last, what was not measured."""
+    missing = unmeasured(summary) if any(arm.run for arm in summary.arms) else []
+    return [*summary.notes, *([f"Not measured: {', '.join(missing)}."] if missing else [])]

@@ -1,0 +1,230 @@
+"""How the true shape of an edited model is written into its config, and which config key holds each FFN's width.
+
+A model whose FFNs all have the width that its config says needs nothing of this. Any other model (widths that differ,
+shared FFNs, factors kept apart) carries ``config.quantization_config`` with ``quant_method: ffnkit``: transformers'
+one hook that may rebuild modules before the weights are read. The plain width keys then hold 1, an impossible width:
+opened without ffnkit, such a checkpoint raises instead of filling weights at random.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from ffnkit import blocks
+from ffnkit.errors import FfnkitError
+from ffnkit.hook import FORMAT, QUANT_METHOD
+from ffnkit.nn.scaled import EXPERTS_SCALE
+
+IMPOSSIBLE_WIDTH = 1
+
+# In the order in which they are tried; the first whose value is the FFN's width names it.
+_WIDTH_KEYS = (
+    "intermediate_size",
+    "n_inner",
+    "d_ff",
+    "ffn_dim",
+    "hidden_dim",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "ffn_hidden_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+)
+
+
+def config_tree(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """(dotted path, config) of a config and its sub-configs; the root's path is ""."""
+    yield "", config
+    for name in getattr(config, "sub_configs", {}):
+        child = getattr(config, name, None)
+        if isinstance(child, PreTrainedConfig):
+            for path, each in config_tree(child):
+                yield f"{name}.{path}" if path else name, each
+
+
+def _subconfig(config: PreTrainedConfig, path: str) -> PreTrainedConfig:
+    for part in path.split(".") if path else ():
+        config = getattr(config, part)
+    return config
+
+
+def _key(config: PreTrainedConfig, ffn: blocks.FFN) -> str | None:
+    preferred: list[str] = []
+    if "shared_expert" in ffn.name:
+        preferred.append("shared_expert_intermediate_size")
+    elif "experts" in ffn.name.split("."):
+        preferred.append("moe_intermediate_size")
+    for stack in ("encoder", "decoder"):
+        if stack in ffn.name.split("."):
+            preferred.append(f"{stack}_ffn_dim")
+    for key in dict.fromkeys([*preferred, *_WIDTH_KEYS]):
+        value = getattr(config, key, "absent")
+        if value == ffn.width or (key == "n_inner" and value is None):
+            return key
+    return None
+
+
+def width_keys(model: nn.Module, found: list[blocks.FFN]) -> dict[str, tuple[str, str] | None]:
+    """(path of the sub-config, key) that holds each FFN's width; None where the family fixes it otherwise."""
+    config = model.config
+    described = description(model)
+    if described is not None:
+        return {ffn.name: _stored_key(described, ffn) for ffn in found}
+    tree = list(config_tree(config))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    keys: dict[str, tuple[str, str] | None] = {}
+    for ffn in found:
+        keys[ffn.name] = None
+        for path, candidate in _candidates(tree, modules, ffn.name):
+            key = _key(candidate, ffn)
+            if key is not None:
+                keys[ffn.name] = (path, key)
+                break
+    return keys
+
+
+def _stored_key(described: dict[str, Any], ffn: blocks.FFN) -> tuple[str, str] | None:
+    stored = described["ffns"][ffn.name]["key"]
+    return None if stored is None else (stored[0], stored[1])
+
+
+def _candidates(
+    tree: list[tuple[str, PreTrainedConfig]], modules: dict[str, nn.Module], name: str
+) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """The configs that may hold the width, nearest first: that of the innermost module that keeps one, then all."""
+    parts = name.split(".")
+    for end in range(len(parts), -1, -1):
+        near = getattr(modules.get(".".join(parts[:end])), "config", None)
+        if isinstance(near, PreTrainedConfig):
+            # stacks such as T5's hold a copy of the config: the type tells which one is meant
+            same = [(path, c) for path, c in tree if c is near] or [(p, c) for p, c in tree if type(c) is type(near)]
+            yield from same
+    yield from tree
+
+
+# --- describing ---------------------------------------------------------------------------------------------------
+
+
+def description(model: nn.Module) -> dict[str, Any] | None:
+    """What the config says of an edited model, or None for a model of plain shape."""
+    config = getattr(model, "config", None)
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    data = stored if isinstance(stored, dict) else stored.to_dict()
+    return data if data.get("quant_method") == QUANT_METHOD else None
+
+
+def describe(found: list[blocks.FFN], keys: dict[str, tuple[str, str] | None]) -> dict[str, Any]:
+    """The true shape of a model: {"ffns": {name: {"width", "key", "scaled", "twins"}}, ...}."""
+    rows = {}
+    for ffn in found:
+        key = keys[ffn.name]
+        rows[ffn.name] = {
+            "width": ffn.width,
+            "key": None if key is None else list(key),
+            "scaled": ffn.scale is not None,
+            "twins": list(ffn.twins),
+        }
+    return {"quant_method": QUANT_METHOD, "format": FORMAT, "ffns": rows}
+
+
+def is_plain(found: list[blocks.FFN], keys: dict[str, tuple[str, str] | None], original: dict[str, int]) -> bool:
+    """Whether plain transformers can build this shape: one width for each config key, nothing shared or apart."""
+    widths: dict[Any, set[int]] = defaultdict(set)
+    for ffn in found:
+        if ffn.scale is not None or ffn.twins:
+            return False
+        if keys[ffn.name] is None and ffn.width != original.get(ffn.name, ffn.width):
+            return False
+        widths[keys[ffn.name]].add(ffn.width)
+    return all(len(values) == 1 for key, values in widths.items() if key is not None)
+
+
+def update_config(model: nn.Module, keys: dict[str, tuple[str, str] | None], original: dict[str, int]) -> None:
+    """Make the config say the model's present shape; called after every change of modules.
+
+    Args:
+        keys: from :func:`width_keys`, before the change.
+        original: the width that the plain class builds for FFNs without a key, by name.
+    """
+    found = blocks.ffns(model)
+    config = model.config
+    base = (description(model) or {}).get("base")
+    if is_plain(found, keys, original):
+        for ffn in found:
+            if (key := keys[ffn.name]) is not None:
+                set_width(config, key, ffn.width)
+        if description(model) is not None:
+            del config.quantization_config
+        return
+    data = describe(found, keys)
+    for name, row in data["ffns"].items():
+        if row["key"] is None:
+            row["original"] = original.get(name, row["width"])
+    if base is not None:
+        data["base"] = base
+    declare_shared(model)
+    config.quantization_config = data
+    for key in keys.values():
+        if key is not None:
+            set_width(config, key, IMPOSSIBLE_WIDTH)
+
+
+def original_widths(model: nn.Module, found: list[blocks.FFN]) -> dict[str, int]:
+    """The width that the plain class builds, for FFNs whose width no config key holds."""
+    rows = (description(model) or {}).get("ffns", {})
+    return {ffn.name: rows.get(ffn.name, {}).get("original", ffn.width) for ffn in found}
+
+
+def set_width(config: PreTrainedConfig, key: tuple[str, str], width: int) -> None:
+    setattr(_subconfig(config, key[0]), key[1], width)
+
+
+def rows_for(model: nn.Module, described: dict[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:
+    """The described FFNs, each with the places in ``model`` that share it; the model may have another head.
+
+    Raises FfnkitError where the model has an FFN that the checkpoint does not describe.
+    """
+    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
+    primary = {name: first for first, row in described["ffns"].items() for name in (first, *row["twins"])}
+    places: dict[str, list[str]] = defaultdict(list)
+    for ffn in blocks.ffns(model):
+        for name in ffn.owners:
+            source = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in primary), None)
+            if source is None:
+                suffixes = {n for n in primary if n.endswith("." + name) or name.endswith("." + n)}
+                if len(suffixes) != 1:
+                    raise FfnkitError(
+                        f"opening a compact checkpoint as {type(model).__name__}",
+                        f"it does not describe the FFN {name}",
+                        "Open it with the class that it was saved from",
+                    )
+                source = suffixes.pop()
+            places[primary[source]].append(name)
+    return [(described["ffns"][first], names) for first, names in places.items()]
+
+
+def declare_shared(model: nn.Module) -> None:
+    """Tell transformers which of the model's parameters are further names of others: FFNs that share their weights.
+
+    ``save_pretrained`` refuses undeclared sharing, and loading would fill the further names at random.
+    """
+    twins: dict[str, str] = {}
+    for ffn in blocks.ffns(model) if blocks.has_ffns(model) else []:
+        own = {name for name, _ in ffn.module.named_parameters()} | {name for name, _ in ffn.module.named_buffers()}
+        sites = {ffn.path(site) for site in ffn.sites}
+        for name in own:
+            if name in sites or any(name.startswith(site + ".") for site in sites) or name == EXPERTS_SCALE:
+                twins |= {f"{twin}.{name}": f"{ffn.name}.{name}" for twin in ffn.twins}
+    if not twins:
+        return
+    declared = getattr(model, "_tied_weights_keys", None) or {}
+    model._tied_weights_keys = {**declared, **twins}  # type: ignore[assignment]
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = {**model.all_tied_weights_keys, **twins}  # type: ignore[assignment,dict-item]

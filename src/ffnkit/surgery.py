@@ -1,0 +1,226 @@
+"""The only place that changes a model's modules: apply a plan, fold it, rebuild an empty model to a saved shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit import blocks, shapes
+from ffnkit.blocks import FFN
+from ffnkit.edits import Resize, Swap
+from ffnkit.errors import FfnkitError
+from ffnkit.nn.scaled import Scaled, scale_experts, unscale_experts
+from ffnkit.ops.neurons import Neurons, average, balance, cluster_sizes
+from ffnkit.plans import Plan, Shape
+
+
+@torch.no_grad()
+def apply(model: nn.Module, plan: Plan) -> nn.Module:
+    """Carry out a plan on the model, in place; returns the same object.
+
+    Everything is checked before the first change. Memory beyond the model: one FFN.
+
+    Raises:
+        FfnkitError: where the model is not of the shape that the plan was made for.
+    """
+    found = {ffn.name: ffn for ffn in blocks.ffns(model)}
+    _check(found, plan, type(model).__name__)
+    keys = shapes.width_keys(model, list(found.values()))
+    original = shapes.original_widths(model, list(found.values()))
+    for edit in plan.edits:
+        ffn = found[edit.ffn]
+        if isinstance(edit, Resize):
+            resize(ffn, _fused(ffn, edit))
+        elif isinstance(edit, Swap):
+            attach_scale(ffn, edit.scale)
+    shapes.update_config(model, keys, original)
+    return model
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> nn.Module:
+    """Turn every special linear back into a plain layer with the same outputs, in place; returns the same object."""
+    found = blocks.ffns(model)
+    keys = shapes.width_keys(model, found)
+    original = shapes.original_widths(model, found)
+    for ffn in found:
+        if ffn.scale is not None:
+            detach_scale(ffn, fold=True)
+    shapes.update_config(model, keys, original)
+    return model
+
+
+def rebuild(model: nn.Module, described: dict[str, Any]) -> None:
+    """Give a freshly built, empty model the shape that a compact checkpoint describes (``shapes.describe``)."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    by_owner = {name: ffn for ffn in blocks.ffns(model) for name in ffn.owners}
+    for row, names in shapes.rows_for(model, described):
+        first = by_owner[names[0]]
+        width = row["width"]
+        if first.width != width:
+            resize(first, _empty(first.raw(), width))
+        if row["scaled"]:
+            size = (first.experts, width) if first.experts else (width,)
+            attach_scale(first, torch.empty(size, device=first._weight("down").device))
+        for name in names[1:]:
+            if by_owner[name] is not first:
+                share(first, modules[name])
+    shapes.declare_shared(model)
+
+
+# --- the single changes -------------------------------------------------------------------------------------------
+
+
+def resize(ffn: FFN, neurons: Neurons) -> None:
+    """Give an FFN new neurons, any number of them; every owner of its weights follows."""
+    values = site_values(ffn, neurons)
+    if ffn.layout.experts:
+        for path, (weight, _) in values.items():
+            new = _like(ffn.module._parameters[path], weight)
+            for owner in _unique(ffn.owners.values()):
+                owner._parameters[path] = new
+    else:
+        for path, (weight, bias) in values.items():
+            old = ffn.module.get_submodule(path)
+            if blocks.is_transposed(old):
+                weight = weight.mT
+            new_weight = _like(old.weight, weight)
+            new_bias = None if bias is None else _like(old.bias, bias)
+            for linear in _unique(owner.get_submodule(path) for owner in ffn.owners.values()):
+                linear.weight, linear.bias = new_weight, new_bias
+                _set_features(linear)
+    for owner in _unique(ffn.owners.values()):
+        for name in blocks.WIDTH_ATTRIBUTES:
+            if isinstance(owner.__dict__.get(name), int):
+                setattr(owner, name, neurons.ff)
+
+
+def attach_scale(ffn: FFN, scale: Tensor) -> None:
+    """Put a fixed factor in front of down, (ff,) or (E, ff)."""
+    if ffn.layout.experts:
+        for owner in _unique(ffn.owners.values()):
+            scale_experts(owner, ffn.path("down"), scale)
+        return
+    made: dict[nn.Module, Scaled] = {}
+    for owner in ffn.owners.values():
+        linear = owner.get_submodule(ffn.path("down"))
+        if not isinstance(linear, Scaled):  # one linear may hang in several owners
+            made.setdefault(linear, Scaled(linear, scale))  # type: ignore[arg-type]
+            owner.set_submodule(ffn.path("down"), made[linear])
+
+
+def detach_scale(ffn: FFN, *, fold: bool) -> None:
+    """Take the factor off again, multiplied into down where ``fold`` is true."""
+    if ffn.layout.experts:
+        for number, owner in enumerate(_unique(ffn.owners.values())):
+            unscale_experts(owner, fold=fold and number == 0)
+        return
+    made: dict[nn.Module, nn.Module] = {}
+    for owner in ffn.owners.values():
+        scaled = owner.get_submodule(ffn.path("down"))
+        if isinstance(scaled, Scaled):
+            if scaled not in made:
+                made[scaled] = scaled.fold()
+            owner.set_submodule(ffn.path("down"), made[scaled])
+
+
+def share(ffn: FFN, owner: nn.Module) -> None:
+    """Let another owner of the same layout use this FFN's very linears."""
+    if ffn.layout.experts:
+        for path in dict.fromkeys((ffn.path("up"), ffn.path("down"))):
+            owner._parameters[path] = ffn.module._parameters[path]
+        if ffn.scale is not None:
+            scale_experts(owner, ffn.path("down"), ffn.scale)
+        return
+    for site in ffn.sites:
+        owner.set_submodule(ffn.path(site), ffn.module.get_submodule(ffn.path(site)))
+
+
+# --- helpers ------------------------------------------------------------------------------------------------------
+
+
+def _check(found: dict[str, FFN], plan: Plan, model: str) -> None:
+    for name, shape in plan.shapes.items():
+        if name not in found:
+            raise FfnkitError(
+                f"applying a plan for {plan.model} to {model}", f"it has no FFN {name}", "Make the plan for this model"
+            )
+        here = Shape.of(found[name])
+        if here != shape:
+            raise FfnkitError(
+                f"applying a plan for {plan.model} to {model}",
+                f"{name} is {here} where the plan was made for {shape}",
+                "Make the plan for this model",
+            )
+        if found[name].scale is not None:
+            raise FfnkitError(
+                f"applying a plan to {model}", f"{name} carries a factor kept apart", "Fold the model first"
+            )
+
+
+def _fused(ffn: FFN, edit: Resize) -> Neurons:
+    """The neurons that a Resize asks for, computed in float32 at least."""
+    old = ffn.raw()
+    exact = torch.promote_types(old.up.dtype, torch.float32)
+    lifted = old.map(lambda value: value.to(exact))
+    labels = edit.labels.to(old.up.device).long()
+    if labels.shape != lifted.up.shape[:-1] or int(cluster_sizes(labels, edit.width).min()) == 0:
+        raise FfnkitError(f"resizing {ffn.name} to {edit.width}", "labels do not fit it", "Make the plan again")
+    return average(balance(lifted) if edit.balance else lifted, labels, edit.width)
+
+
+def _empty(neurons: Neurons, width: int) -> Neurons:
+    """Neurons of another width with arbitrary values, on the same device (the meta device while loading)."""
+    grown = {
+        name: value.new_empty(_with_width(name, value.shape, width)) for name, value in neurons.tensors().items()
+    }
+    return Neurons(**grown)
+
+
+def _with_width(name: str, shape: torch.Size, width: int) -> tuple[int, ...]:
+    if name == "down_bias":
+        return tuple(shape)
+    if name in ("up", "gate"):
+        return (*shape[:-2], width, shape[-1])
+    return (*shape[:-1], width)
+
+
+def site_values(ffn: FFN, neurons: Neurons) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Weight (out, in) and bias by the path of each linear or parameter."""
+    values = {ffn.path("down"): (neurons.down, neurons.down_bias)}
+    if ffn.layout.fused:
+        assert neurons.gate is not None
+        bias = None
+        if neurons.up_bias is not None and neurons.gate_bias is not None:
+            bias = torch.cat([neurons.gate_bias, neurons.up_bias], dim=-1)
+        values[ffn.path("up")] = (torch.cat([neurons.gate, neurons.up], dim=-2), bias)
+    else:
+        values[ffn.path("up")] = (neurons.up, neurons.up_bias)
+        if neurons.gate is not None:
+            values[ffn.path("gate")] = (neurons.gate, neurons.gate_bias)
+    return values
+
+
+def _like(old: Any, value: Tensor) -> nn.Parameter:
+    """A parameter with the dtype, device and trainability of the one that it replaces."""
+    new = value.detach().to(device=old.device, dtype=old.dtype).contiguous()
+    if new.data_ptr() == old.data_ptr() and new.device.type != "meta":
+        new = new.clone()
+    parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+    if getattr(old, "_is_hf_initialized", False):
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    return parameter
+
+
+def _set_features(linear: nn.Module) -> None:
+    rows, columns = linear.weight.shape  # type: ignore[misc,union-attr]
+    if isinstance(linear, nn.Linear):
+        linear.out_features, linear.in_features = rows, columns  # type: ignore[assignment]
+    elif hasattr(linear, "nf"):
+        linear.nf, linear.nx = columns, rows
+
+
+def _unique(modules: Any) -> list[nn.Module]:
+    return list(dict.fromkeys(modules))

@@ -1,0 +1,190 @@
+"""The nine GLUE tasks, from a folder of JSON-lines files or from the hub.
+
+Source: Wang et al., GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding, 2019.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ffnkit.errors import FfnkitError
+
+from .base import Source, Task
+from .files import check_columns, read
+from .splitting import Table, size
+
+HUB = "nyu-mll/glue"
+_STSB = (0.0, 5.0)
+
+
+def _task(
+    name: str, text: tuple[str, ...], labels: tuple[str, ...], metrics: tuple[str, ...], notes: str
+) -> Task:
+    return Task(
+        name=name,
+        kind="classification" if labels else "regression",
+        text=text,
+        label="label",
+        metrics=metrics,
+        main_metric=metrics[0],
+        source=f"GLUE: <data folder>/{name}, else {HUB} on the hub",
+        notes=notes,
+        label_names=labels,
+        load=functools.partial(_load, name, text, labels),
+    )
+
+
+def _load(name: str, text: tuple[str, ...], labels: tuple[str, ...], data_dir: Path | None) -> Source:
+    """The rows of a task: ``data_dir``, else FFNKIT_DATA, else the hub."""
+    check = functools.partial(_checked, name=name, text=text, labels=labels)
+    given = data_dir or (Path(found) if (found := os.environ.get("FFNKIT_DATA")) else None)
+    if given is not None and (data_dir is not None or (given / name).is_dir()):
+        return _from_folder(name, given.expanduser(), check)
+    return _from_hub(name, check, given)
+
+
+def _from_folder(name: str, data_dir: Path, check: Any) -> Source:
+    folder = data_dir / name
+    if not folder.is_dir():
+        found = f"there is no folder {name} in it" if data_dir.is_dir() else "there is no such folder"
+        do = f"Give the folder that holds {name}/train.jsonl and {name}/validation.jsonl"
+        raise FfnkitError(f"data of task {name}: data folder {data_dir}", found, do)
+    report = next((path for end in ("", "_matched") if (path := folder / f"validation{end}.jsonl").is_file()), None)
+    if report is None:
+        raise FfnkitError(f"data of task {name}", f"{folder} has no validation.jsonl", "Put the official one there")
+    mismatched = folder / "validation_mismatched.jsonl"
+    return Source(
+        train=check(read(folder / "train.jsonl"), where=str(folder / "train.jsonl")),
+        report=check(read(report), where=str(report)),
+        extra={"mismatched": check(read(mismatched), where=str(mismatched))} if mismatched.is_file() else {},
+        where=f"folder {folder}",
+        notes=_NOTES.get(name, ()),
+    )
+
+
+def _from_hub(name: str, check: Any, tried: Path | None) -> Source:
+    from datasets import load_dataset
+
+    from ffnkit.loading import hub_reachable
+
+    try:
+        with contextlib.nullcontext() if hub_reachable() else _offline():
+            loaded = load_dataset(HUB, name)
+    except Exception as error:  # datasets, its file systems and its http client each raise their own
+        looked = f"{tried} has no folder {name}, and " if tried else ""
+        found = f"{looked}{HUB} is not in the cache and the hub cannot be reached ({type(error).__name__})"
+        do = f"Give a folder that holds {name}/train.jsonl and {name}/validation.jsonl (--data-dir or FFNKIT_DATA)"
+        raise FfnkitError(f"data of task {name}", found, do) from error
+    tables = {split: check(dict(rows.to_dict()), where=f"{HUB} {name}/{split}") for split, rows in loaded.items()
+              if not split.startswith("test")}
+    return Source(
+        train=tables["train"],
+        report=tables["validation_matched" if "validation_matched" in tables else "validation"],
+        extra={"mismatched": tables["validation_mismatched"]} if "validation_mismatched" in tables else {},
+        where=f"hub {HUB}, {name}",
+        notes=_NOTES.get(name, ()),
+    )
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Has datasets look in its cache only, instead of a minute of retries."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+
+
+def _checked(table: Table, *, where: str, name: str, text: tuple[str, ...], labels: tuple[str, ...]) -> Table:
+    """The columns of the task, once every row has texts and a label of the label set."""
+    check_columns(table, (*text, "label"), where)
+    if not size(table):
+        raise FfnkitError(where, "it has no rows", f"Give the official rows of {name}")
+    for column in text:
+        bad = [row for row, value in enumerate(table[column]) if not isinstance(value, str)]
+        if bad:
+            found = f"{len(bad)} of {size(table)} rows have no text in {column!r}, row {bad[0] + 1} first"
+            raise FfnkitError(where, found, "Give every row a string there")
+    return {**{column: table[column] for column in text}, "label": _labels(table["label"], labels, where)}
+
+
+def _labels(values: list[Any], labels: tuple[str, ...], where: str) -> list[Any]:
+    """Class ids, or the scores of stsb as floats."""
+    numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+    unlabelled = sum(value is None or value == -1 for value in values)
+    if unlabelled:
+        found = f"{unlabelled} of {len(values)} rows have no label (-1 or null)"
+        raise FfnkitError(where, found, "Give labelled rows; GLUE's test splits have none")
+    if labels:
+        wanted, bad = f"0 to {len(labels) - 1}", [v for v in values if v not in range(len(labels)) or v is True]
+    else:
+        wanted, bad = f"{_STSB[0]:g} to {_STSB[1]:g}", [v for v in numbers if not _STSB[0] <= v <= _STSB[1]]
+    if bad or len(numbers) < len(values):
+        odd = bad or [value for value in values if isinstance(value, bool) or not isinstance(value, int | float)]
+        found = f"{len(odd)} of {len(values)} rows have a label outside {wanted}, such as {odd[0]!r}"
+        raise FfnkitError(where, found, "Use the labels of the hub's data set")
+    return [int(value) if labels else float(value) for value in values]
+
+
+_NOTES: dict[str, tuple[str, ...]] = {
+    "sst2": ("train holds phrases cut from sentences, dev too: figures on dev come out higher than on report",),
+    "wnli": ("report is adversarial to train: most models do worse than the majority class, 0.563",),
+}
+
+TASKS: tuple[Task, ...] = (
+    _task("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews",), "is the sentence grammatical?"),
+    _task("sst2", ("sentence",), ("negative", "positive"), ("accuracy",), "sentiment of a film review's sentence"),
+    _task(
+        "mrpc",
+        ("sentence1", "sentence2"),
+        ("not_equivalent", "equivalent"),
+        ("accuracy", "f1"),
+        "are the two news sentences paraphrases?",
+    ),
+    _task(
+        "qqp",
+        ("question1", "question2"),
+        ("not_duplicate", "duplicate"),
+        ("accuracy", "f1"),
+        "do the two questions ask the same?",
+    ),
+    _task("stsb", ("sentence1", "sentence2"), (), ("pearson", "spearman"), "similarity of two sentences, 0 to 5"),
+    _task(
+        "mnli",
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        ("accuracy",),
+        "does the premise entail the hypothesis? report: matched genres; mismatched ones beside",
+    ),
+    _task(
+        "qnli",
+        ("question", "sentence"),
+        ("entailment", "not_entailment"),
+        ("accuracy",),
+        "does the sentence answer the question?",
+    ),
+    _task(
+        "rte",
+        ("sentence1", "sentence2"),
+        ("entailment", "not_entailment"),
+        ("accuracy",),
+        "does the first sentence entail the second?",
+    ),
+    _task(
+        "wnli",
+        ("sentence1", "sentence2"),
+        ("not_entailment", "entailment"),
+        ("accuracy",),
+        "is the second sentence, with the pronoun replaced, entailed?",
+    ),
+)

@@ -1,0 +1,80 @@
+"""Settings of fine-tuning said in the terms of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from ffnkit.errors import FfnkitError
+
+from .settings import TrainSettings
+
+
+def chosen_metric(task: Any, settings: TrainSettings) -> str:
+    """The metric that picks the best checkpoint. Raises FfnkitError where the task has none of that name."""
+    metric = settings.best_metric or str(task.main_metric)
+    known = [*task.metrics, "loss"]
+    if metric not in known:
+        found = f"task {task.name} has no such metric"
+        raise FfnkitError(f"best_metric {metric!r}", found, f"Use {' or '.join(known)}")
+    return metric
+
+
+def _greater_is_better(metric: str) -> bool:
+    from ffnkit.tasks.metrics import METRICS
+
+    return metric != "loss" and (metric not in METRICS or METRICS[metric].greater_is_better)
+
+
+def training_arguments(
+    s: TrainSettings, metric: str, out_dir: str | Path, seed: int, progress: bool
+) -> TrainingArguments:
+    """The settings for transformers. Raises FfnkitError for fp16 without a GPU and for what transformers refuses."""
+    on_cpu = s.device == "cpu" or not torch.accelerator.is_available()
+    if s.precision == "fp16" and on_cpu:
+        raise FfnkitError("precision 'fp16'", "there is no GPU to train on", "Use bf16 or fp32")
+    strategy = "epoch" if s.eval_every is None else "steps"
+    every = {} if s.eval_every is None else {"eval_steps": s.eval_every, "save_steps": s.eval_every}
+    try:
+        return TrainingArguments(
+            output_dir=str(out_dir),
+            learning_rate=s.learning_rate,
+            lr_scheduler_type=s.schedule,
+            lr_scheduler_kwargs=dict(s.schedule_options),
+            warmup_steps=s.warmup,
+            weight_decay=s.weight_decay,
+            adam_beta1=s.betas[0],
+            adam_beta2=s.betas[1],
+            adam_epsilon=s.eps,
+            optim=s.optimizer,
+            max_grad_norm=s.max_grad_norm,
+            num_train_epochs=s.epochs,
+            max_steps=s.steps or -1,
+            per_device_train_batch_size=s.batch_size,
+            per_device_eval_batch_size=s.eval_batch_size,
+            gradient_accumulation_steps=s.accumulation,
+            bf16=s.precision == "bf16",
+            fp16=s.precision == "fp16",
+            eval_strategy=strategy,
+            save_strategy=strategy,
+            **every,  # type: ignore[arg-type]
+            save_total_limit=s.save_total_limit,
+            load_best_model_at_end=s.keep_best,
+            metric_for_best_model=metric,
+            greater_is_better=_greater_is_better(metric),
+            restore_callback_states_from_checkpoint=True,
+            logging_steps=s.logging_every,
+            logging_nan_inf_filter=False,
+            report_to=s.report_to,
+            disable_tqdm=not progress,
+            seed=seed,
+            data_seed=seed,
+            use_cpu=on_cpu,
+            dataloader_pin_memory=not on_cpu,
+            label_names=["labels"],
+        )
+    except (ValueError, ImportError) as error:
+        raise FfnkitError("training settings", str(error), "Change the setting") from error

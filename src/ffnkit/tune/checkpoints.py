@@ -1,0 +1,136 @@
+"""Checkpoints on disk: which are whole, whose they are, and their removal."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ffnkit.errors import FfnkitError
+from ffnkit.files import check_target, write_text
+
+FINGERPRINT = "run.json"
+STATE = "trainer_state.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+
+
+def claim(out_dir: str | Path, run: dict[str, Any]) -> None:
+    """Make ``out_dir`` the folder of this run, or see that it is already.
+
+    Args:
+        run: what decides the outcome, as JSON data; "weights" is compared up to rounding.
+
+    Raises:
+        FfnkitError: the folder is a file, or holds checkpoints of a run that differs.
+    """
+    folder = check_target(out_dir)
+    path = folder / FINGERPRINT
+    found = _read(path)
+    if found is None:
+        if checkpoints(folder):
+            what = f"checkpoints without a readable {FINGERPRINT}"
+            raise FfnkitError(f"training in '{folder}'", f"it holds {what}", "Name another folder or remove them")
+        write_text(path, json.dumps(run, indent=1))
+        return
+    differing = _differing(run, found)
+    if not differing:
+        return
+    if checkpoints(folder):
+        asked = f"resuming training in '{folder}'"
+        do = "Name another folder, or remove this one to start anew"
+        raise FfnkitError(asked, f"its checkpoints are of a run that differs in {', '.join(differing)}", do)
+    write_text(path, json.dumps(run, indent=1))
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoint folders in ``folder``, oldest first, whole or not."""
+    found = [(int(m[1]), p) for p in Path(folder).glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def newest(folder: str | Path) -> Path | None:
+    """The last whole checkpoint, or None."""
+    return next((path for path in reversed(checkpoints(folder)) if is_whole(path)), None)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether nothing of a checkpoint is missing or cut short; its state file is what is written last."""
+    from safetensors import SafetensorError, safe_open
+
+    if _read(path / STATE) is None:
+        return False
+    if not all(zipfile.is_zipfile(path / name) for name in _ARCHIVES):
+        return False
+    weights = sorted(path.glob("*.safetensors"))
+    try:
+        for file in weights:
+            with safe_open(file, framework="numpy"):
+                pass
+    except (SafetensorError, OSError):
+        return False
+    return bool(weights)
+
+
+def remove_broken(folder: str | Path) -> None:
+    """Remove checkpoints that a kill left half written, so that they are neither counted nor opened."""
+    for path in checkpoints(folder):
+        if not is_whole(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def clean(folder: str | Path) -> None:
+    """Remove all checkpoints of a finished run; everything else in the folder stays."""
+    for path in checkpoints(folder):
+        shutil.rmtree(path, ignore_errors=True)
+    (Path(folder) / FINGERPRINT).unlink(missing_ok=True)
+
+
+def state_of(path: Path) -> dict[str, Any]:
+    """The Trainer state of a checkpoint."""
+    state = _read(path / STATE)
+    assert state is not None, f"{path} is not whole"
+    return state
+
+
+def weights_sample(model: nn.Module) -> list[float]:
+    """Three values of each parameter: enough to tell models of one shape apart, few enough for a text file."""
+    sample: list[float] = []
+    for parameter in model.parameters():
+        flat = parameter.detach().flatten()
+        sample += [float(flat[i]) for i in (0, flat.numel() // 3, flat.numel() - 1)] if flat.numel() else []
+    return sample
+
+
+def _differing(run: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Dotted names of what differs; settings are compared one by one."""
+    names = []
+    for key in [*run, *(key for key in found if key not in run)]:
+        ours, theirs = run.get(key), found.get(key)
+        if key == "weights":
+            if not _close(ours, theirs):
+                names.append("the initial weights (seed the head before loading the model)")
+        elif isinstance(ours, dict) and isinstance(theirs, dict):
+            names += [f"{key}.{name}" for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        elif ours != theirs:
+            names.append(key)
+    return names
+
+
+def _close(ours: Any, theirs: Any) -> bool:
+    first, second = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
+    return first.shape == second.shape and np.allclose(first, second, rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return data if isinstance(data, dict) else None

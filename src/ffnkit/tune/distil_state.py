@@ -1,0 +1,85 @@
+"""The state of a distillation on disk: one safetensors file, whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ffnkit.errors import FfnkitError
+from ffnkit.files import check_target, disk_errors
+
+FILE = "distil.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class State:
+    """Losses so far, seconds, and where they are saved (None: nowhere)."""
+
+    folder: Path | None
+    run: dict[str, Any]
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, out_dir: str | Path | None, parameters: Mapping[str, nn.Parameter], run: dict[str, Any]) -> State:
+        """The state saved in ``out_dir``, or a fresh one.
+
+        Raises:
+            FfnkitError: the file cannot be read, or is of a run with other settings.
+        """
+        if out_dir is None:
+            return cls(None, run)
+        folder = check_target(out_dir)
+        path = folder / FILE
+        if not path.exists():
+            return cls(folder, run)
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found, seconds = json.loads(meta["run"]), float(meta["seconds"])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise FfnkitError(f"resuming distillation from '{path}'", str(error), "Remove the file") from error
+        differing = [key for key in run if run[key] != found.get(key)]
+        if differing:
+            told = f"it is of a run that differs in {', '.join(differing)}"
+            raise FfnkitError(f"resuming distillation from '{path}'", told, "Name another folder or remove the file")
+        losses = tensors.pop("losses").tolist()
+        return cls(folder, run, losses, seconds, tensors)
+
+    def restore(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Put the saved weights and moments in place; nothing for a fresh state."""
+        if not self.tensors:
+            return
+        for name, parameter in parameters.items():
+            with torch.no_grad():
+                parameter.copy_(self.tensors[f"weight/{name}"])
+            moments = {key: self.tensors[f"{key}/{name}"].to(parameter) for key in _MOMENTS}
+            optimizer.state[parameter] = {"step": torch.tensor(float(len(self.losses))), **moments}
+        self.tensors = {}
+
+    def save(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Write the state in one step: a kill leaves the old file or the new one."""
+        if self.folder is None:
+            return
+        tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
+        for name, parameter in parameters.items():
+            tensors[f"weight/{name}"] = parameter.detach().cpu().contiguous()
+            for key in _MOMENTS:
+                tensors[f"{key}/{name}"] = optimizer.state[parameter][key].cpu().contiguous()
+        temporary = self.folder / f".{FILE}.tmp"
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary, metadata={"run": json.dumps(self.run), "seconds": repr(self.seconds)})
+            os.replace(temporary, self.folder / FILE)

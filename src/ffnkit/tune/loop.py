@@ -1,0 +1,123 @@
+"""transformers' Trainer with the few changes that exact resuming and fair comparison need."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import IntervalStrategy
+
+from ffnkit.errors import FfnkitError
+
+
+class Loop(Trainer):
+    """The Trainer; losses of micro-batches are means, checkpoints hold the names that the model in memory has.
+
+    Args:
+        group_lengths: length of each training example, to make batches of similar lengths; None: plain shuffling.
+    """
+
+    def __init__(self, *args: Any, group_lengths: np.ndarray | None = None, **kwargs: Any) -> None:
+        self._group_lengths = group_lengths
+        super().__init__(*args, **kwargs)
+        # Heads with one label an example return the mean over the micro-batch, whatever their forward accepts.
+        self.model_accepts_loss_kwargs = False
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self._group_lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return GroupedSampler(self._group_lengths, batch, self.args.seed)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        more: dict[str, Any] = {}
+        if not hasattr(self.model, "peft_config"):
+            # Names of older layouts, which save_pretrained prefers for some families, could not be loaded in place.
+            more["save_original_format"] = False
+        model: Any = self.model
+        model.save_pretrained(output_dir or self.args.output_dir, **more)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        absent = set(load_result.missing_keys)
+        named = dict(self.model.named_parameters(remove_duplicate=False))  # type: ignore[union-attr]
+        there = {id(p) for name, p in named.items() if name not in absent}
+        lost = sorted(name for name in absent if name in named and id(named[name]) not in there)
+        if lost or load_result.unexpected_keys:
+            found = f"the names of its weights do not match ({(lost or load_result.unexpected_keys)[0]})"
+            raise FfnkitError("resuming from a checkpoint", found, "Give the model that was trained, or another folder")
+
+
+class GroupedSampler(Sampler[int]):
+    """Batches of similar lengths, shuffled anew each epoch from the seed and the number of the epoch alone.
+
+    The library's own sampler draws from the global generator, so that its order would depend on dropout and could not
+    be found again in the middle of an epoch.
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths.tolist(), batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        # it asks for a dataset beside the lengths, but takes no more than its size from either
+        return iter(LengthGroupedSampler(self.batch_size, lengths=self.lengths, generator=generator))
+
+
+class Saving(TrainerCallback):
+    """Further checkpoints between evaluations, and an evaluation at the last step."""
+
+    def __init__(self, every: int | None) -> None:
+        self.every = every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        by_epoch = args.eval_strategy == IntervalStrategy.EPOCH
+        if state.global_step >= state.max_steps and not by_epoch:
+            control.should_evaluate = control.should_save = True
+        # Saved before the evaluation that ends an epoch, a checkpoint would resume behind that evaluation.
+        ends_epoch = by_epoch and (float(state.epoch).is_integer() or state.global_step >= state.max_steps)
+        if self.every is not None and state.global_step % self.every == 0 and not ends_epoch:
+            control.should_save = True
+
+
+class Clock(TrainerCallback, ExportableState):
+    """Seconds of training, over all the calls that a run took; it travels in the checkpoints."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.step_seconds = 0.0
+        self._since: float | None = None
+        self._step_since = 0.0
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._since = time.perf_counter()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds, self._since = self.total(), None
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._step_since = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.step_seconds += time.perf_counter() - self._step_since
+
+    def total(self) -> float:
+        """Seconds until now, evaluation and saving included."""
+        return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"seconds": self.total(), "step_seconds": self.step_seconds}}

@@ -1,0 +1,170 @@
+"""LoRA through peft: which modules get adapters, and a plain model again afterwards."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ffnkit.errors import FfnkitError
+
+from .head import head_modules
+
+if TYPE_CHECKING:
+    from .tuners import Lora
+
+_TASK_TYPES = (
+    ("ForSequenceClassification", "SEQ_CLS"),
+    ("ForTokenClassification", "TOKEN_CLS"),
+    ("ForQuestionAnswering", "QUESTION_ANS"),
+    ("ForCausalLM", "CAUSAL_LM"),
+    ("LMHeadModel", "CAUSAL_LM"),
+    ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
+    ("MTModel", "SEQ_2_SEQ_LM"),
+)
+_TIES = "_ffnkit_ties"  # on a peft model: names under which one target stands in several places
+
+
+def prepare(model: nn.Module, tuner: Lora) -> nn.Module:
+    """A peft model around ``model``, special linears folded first.
+
+    Folding comes first because an adapter merged into a linear that keeps a factor apart would be multiplied by it;
+    and since the weights under the adapters are frozen, it does not matter to them where the factor stands.
+
+    Raises:
+        FfnkitError: targets that match nothing, or that have no linear to adapt.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    _fold(model)
+    modules, parameters = targets(model, tuner.targets)
+    heads = list(head_modules(model)) if tuner.head else []
+    modules = [name for name in modules if not any(name == head or name.startswith(f"{head}.") for head in heads)]
+    ties = _ties(model, modules)
+    kinds = {type(model.get_submodule(name)) for name in modules}
+    config = LoraConfig(
+        task_type=_task_type(model),
+        r=tuner.rank,
+        lora_alpha=tuner.alpha,  # type: ignore[arg-type]
+        lora_dropout=0.0 if parameters else tuner.dropout,  # adapters of bare tensors know no dropout
+        bias=tuner.bias,
+        target_modules=_exactly(modules) if modules else [],
+        target_parameters=parameters or None,
+        modules_to_save=heads or None,
+        fan_in_fan_out=kinds == {Conv1D},
+    )
+    base: Any = model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned = get_peft_model(base, config)
+    _share(tuned.get_base_model(), ties)
+    object.__setattr__(tuned, _TIES, ties)
+    return tuned
+
+
+def finish(model: nn.Module, tuner: Lora) -> nn.Module:
+    """The plain model with the adapters merged; saves the adapter first where the tuner names a folder."""
+    if tuner.adapter_dir is not None:
+        save_adapter(model, tuner.adapter_dir)
+    ties: list[list[str]] = getattr(model, _TIES, [])
+    plain: nn.Module = model.merge_and_unload()  # type: ignore[operator]
+    _share(plain, ties)
+    if hasattr(plain, "peft_config"):
+        del plain.peft_config
+    return plain.requires_grad_(True)
+
+
+def save_adapter(model: nn.Module, folder: object) -> None:
+    """Save the adapter of a peft model in peft's form, whole or not at all."""
+    from ffnkit.files import staging
+
+    with staging(str(folder)) as temporary:
+        model.save_pretrained(temporary)  # type: ignore[operator]
+
+
+def targets(model: nn.Module, asked: str) -> tuple[list[str], list[str]]:
+    """Names of the modules that get adapters, and of the bare 3-D parameters of experts.
+
+    Args:
+        asked: "ffn", "attention", "all", or a regular expression that a whole module name must match.
+
+    Raises:
+        FfnkitError: nothing matches, or the expression cannot be read.
+    """
+    if asked in ("ffn", "all", "attention"):
+        modules, parameters = _ffn_targets(model) if asked != "attention" else ([], [])
+        if asked != "ffn":
+            modules += [name for name in _attention_targets(model) if name not in modules]
+    else:
+        modules, parameters = _matching(model, asked), []
+    if not modules and not parameters:
+        raise FfnkitError(f"lora targets {asked!r}", "no linear of the model matches", "Name ffn, attention or all")
+    return modules, parameters
+
+
+def _ffn_targets(model: nn.Module) -> tuple[list[str], list[str]]:
+    from ffnkit.blocks import ffns
+
+    owned = {id(p) for ffn in ffns(model) for p in ffn.parameters()}
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    modules = [name for name, m in linear.items() if id(m.weight) in owned]
+    inside = {id(p) for name in modules for p in linear[name].parameters()}
+    parameters = [n for n, p in model.named_parameters() if p.ndim == 3 and id(p) in owned and id(p) not in inside]
+    return modules, parameters
+
+
+def _attention_targets(model: nn.Module) -> list[str]:
+    owners = [name for name, m in model.named_modules() if "attention" in type(m).__name__.lower()]
+    return [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear | Conv1D) and any(name.startswith(f"{owner}.") for owner in owners)
+    ]
+
+
+def _matching(model: nn.Module, pattern: str) -> list[str]:
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        do = "Name ffn, attention, all, or a regular expression over module names"
+        raise FfnkitError(f"lora targets {pattern!r}", f"not a regular expression ({error})", do) from None
+    kinds = (nn.Linear, Conv1D, nn.Embedding)
+    return [name for name, m in model.named_modules() if isinstance(m, kinds) and wanted.fullmatch(name)]
+
+
+def _exactly(names: Iterable[str]) -> str:
+    """A regular expression for these names and no others: peft's lists match by ending."""
+    return "|".join(re.escape(name) for name in names)
+
+
+def _task_type(model: nn.Module) -> str | None:
+    return next((kind for ending, kind in _TASK_TYPES if type(model).__name__.endswith(ending)), None)
+
+
+def _fold(model: nn.Module) -> None:
+    special = any(callable(getattr(m, "fold", None)) or hasattr(type(m), "ffnkit_scaled") for m in model.modules())
+    if special:
+        from ffnkit.surgery import fold
+
+        fold(model)
+
+
+def _ties(model: nn.Module, modules: list[str]) -> list[list[str]]:
+    """Groups of names of one and the same target: peft adapts it under the first name only."""
+    places: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
+    owners = {id(model.get_submodule(name)) for name in modules}
+    return [names for key, names in places.items() if key in owners and len(names) > 1]
+
+
+def _share(model: nn.Module, ties: list[list[str]]) -> None:
+    for first, *others in ties:
+        module = model.get_submodule(first)
+        for name in others:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,294 @@
+"""Fine-tuning on a task by transformers' Trainer, resumable at any moment with the same outcome."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import resource
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ffnkit.errors import FfnkitError
+
+from . import checkpoints
+from .arguments import chosen_metric, training_arguments
+from .evaluation import encoded, lengths
+from .loop import Clock, Loop, Saving
+from .settings import HARMLESS, TrainSettings
+from .tuners import Tuner, finish, get, prepare, trainable_parameters
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainResult:
+    """A trained model and how it came about.
+
+    Attributes:
+        model: a plain transformers model (adapters merged), where it was trained, in eval mode.
+        seconds: wall-clock seconds of training with its evaluations and checkpoints, over all calls that it took.
+        steps: optimizer steps.
+        samples_per_second: examples a second inside training steps, evaluation left out.
+        best_metric: the best value on dev of the metric ``best_metric_name``; None where none was reached.
+        best_step: the step of that value, of which ``model`` has the weights under ``keep_best``.
+        trainable_parameters: numbers trained.
+        losses: entries with step, loss, learning_rate and grad_norm.
+        history: entries with step and every metric on dev.
+        log: all of the Trainer's log.
+        peak_rss: largest resident memory of this process so far, in bytes.
+        peak_cuda: largest memory of tensors on the GPU during training, in bytes; None without one.
+    """
+
+    model: nn.Module
+    seconds: float
+    steps: int
+    samples_per_second: float
+    best_metric_name: str
+    best_metric: float | None
+    best_step: int | None
+    trainable_parameters: int
+    losses: list[dict[str, float]]
+    history: list[dict[str, float]]
+    peak_rss: int
+    peak_cuda: int | None
+    log: list[dict[str, Any]] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the model and the raw log, as JSON data."""
+        return {key: value for key, value in vars(self).items() if key not in ("model", "log")}
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch; call it before loading a model whose head is drawn at random."""
+    set_seed(seed)
+
+
+def train(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Any,
+    splits: Any,
+    settings: TrainSettings | None = None,
+    *,
+    tuner: str | Mapping[str, Any] | Tuner = "full",
+    seed: int = 0,
+    out_dir: str | Path,
+    progress: bool = True,
+) -> TrainResult:
+    """Fine-tune ``model`` on ``splits.train``; ``splits.dev`` picks the checkpoint. ``splits.report`` is not read.
+
+    Called again with the same ``out_dir`` after a kill, it goes on from the last whole checkpoint and ends with the
+    weights that an uninterrupted run has. Equal seeds see the same batches in the same order, whatever the model.
+
+    Args:
+        model: a model with the task's head; it is changed in place (with "lora", folded and adapted).
+        tokenizer: the model's tokenizer.
+        task: a :class:`ffnkit.tasks.Task`.
+        splits: what :meth:`Task.splits` gives.
+        tuner: what trains: a name, a mapping of name and settings, or a tuner.
+        seed: order of the data, dropout, adapters. The head is drawn when the model is loaded, by the caller.
+        out_dir: folder for checkpoints, of this run only.
+        progress: progress bars.
+
+    Raises:
+        FfnkitError: a metric that the task has not, fp16 without a GPU, an empty split, nothing to train, or
+            checkpoints of another run in ``out_dir``.
+    """
+    settings = settings or TrainSettings()
+    tuner = get(tuner)
+    metric = chosen_metric(task, settings)
+    data = encoded(task, splits.train, tokenizer, settings.max_length)
+    dev = encoded(task, splits.dev, tokenizer, settings.max_length)
+    for name, split in (("train", data), ("dev", dev)):
+        if len(split) == 0:
+            raise FfnkitError(f"training on {task.name}", f"the {name} split is empty", "Give more rows")
+    arguments = training_arguments(settings, metric, out_dir, seed, progress)
+    checkpoints.claim(out_dir, _run(model, task, data, dev, settings, tuner, seed))
+    checkpoints.remove_broken(out_dir)
+
+    seed_everything(seed)
+    tuned = prepare(model, tuner)
+    trained = sum(p.numel() for p in trainable_parameters(tuned))
+    if not trained:
+        raise FfnkitError(f"tuner {tuner.name}", "no parameter of the model trains", "Choose another tuner")
+    use_cache = getattr(tuned.config, "use_cache", None)
+    with _checkpointing(tuned, settings.gradient_checkpointing):
+        loop = _loop(tuned, tokenizer, task, data, dev, arguments, settings)
+        _on_device(torch.cuda.reset_peak_memory_stats)
+        state = _run_or_resume(loop, out_dir, settings)
+    _leave(loop, use_cache)
+    result = _result(loop, state, finish(tuned, tuner).eval(), settings, metric, trained)
+    if not settings.keep_checkpoints:
+        checkpoints.clean(out_dir)
+    return result
+
+
+def _run(
+    model: nn.Module, task: Any, data: Any, dev: Any, settings: TrainSettings, tuner: Tuner, seed: int
+) -> dict[str, Any]:
+    """What decides the outcome of a run, as JSON data."""
+    shapes = [(name, list(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
+    return {
+        "settings": settings.model_dump(mode="json", exclude=set(HARMLESS)),
+        "tuner": {"name": tuner.name, **tuner.model_dump(mode="json", exclude={"adapter_dir"})},
+        "seed": seed,
+        "task": str(task.name),
+        "train": _digest(data),
+        "dev": _digest(dev),
+        "model": hashlib.blake2b(json.dumps(shapes).encode(), digest_size=8).hexdigest(),
+        "weights": checkpoints.weights_sample(model),
+    }
+
+
+def _digest(dataset: Any) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for batch in dataset.iter(batch_size=4096):
+        labels = batch["labels"] if "labels" in batch else batch.get("label")
+        digest.update(
+            json.dumps([[list(map(int, ids)) for ids in batch["input_ids"]], list(map(float, labels))]).encode()
+        )
+    return f"{len(dataset)}:{digest.hexdigest()}"
+
+
+def _loop(
+    model: nn.Module, tokenizer: Any, task: Any, data: Any, dev: Any, arguments: TrainingArguments, s: TrainSettings
+) -> Loop:
+    callbacks: list[Any] = [Saving(s.save_every), Clock()]
+    if s.early_stopping is not None:
+        callbacks.append(EarlyStoppingCallback(s.early_stopping))
+    try:
+        loop = Loop(
+            model=model,
+            args=arguments,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            train_dataset=data,
+            eval_dataset=dev.select(np.argsort(-lengths(dev), kind="stable")),  # by length: less padding
+            compute_metrics=lambda p: task.compute_metrics(p.predictions, p.label_ids),
+            preprocess_logits_for_metrics=lambda logits, _: logits[0] if isinstance(logits, tuple) else logits,
+            callbacks=callbacks,
+            group_lengths=lengths(data) if s.group_by_length else None,
+        )
+    except (ValueError, ImportError) as error:
+        raise FfnkitError("training", str(error), "Change the settings or the model") from error
+    loop.remove_callback(PrinterCallback)
+    if not arguments.disable_tqdm:
+        loop.remove_callback(ProgressCallback)
+        loop.add_callback(_QuietProgress)
+    return loop
+
+
+class _QuietProgress(ProgressCallback):
+    """The progress bars without a printed dictionary at each entry of the log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            shown = {k.removeprefix("eval_"): f"{v:.4g}" for k, v in logs.items() if _shown(k, v)}
+            self.training_bar.set_postfix(shown)
+
+
+def _shown(key: str, value: Any) -> bool:
+    told = ("runtime", "per_second", "epoch", "flos", "learning_rate", "grad_norm")
+    return isinstance(value, float) and not any(part in key for part in told)
+
+
+def _run_or_resume(loop: Loop, out_dir: str | Path, settings: TrainSettings) -> dict[str, Any]:
+    """Train; from the last whole checkpoint where there is one. The state of the run comes back."""
+    last = checkpoints.newest(out_dir)
+    if last is not None:
+        state = checkpoints.state_of(last)
+        if _over(state):
+            _load_final(loop, Path(out_dir), last, state, settings)
+            return state
+        log.info("resuming from %s", last)
+    loop.train(resume_from_checkpoint=None if last is None else str(last))
+    clock = next(c for c in loop.callback_handler.callbacks if isinstance(c, Clock))
+    return {**vars(loop.state), "stateful_callbacks": {"Clock": clock.state()}}
+
+
+def _over(state: dict[str, Any]) -> bool:
+    """Whether the run that saved this state had come to its end; the Trainer itself would go on for a step."""
+    control = state["stateful_callbacks"].get("TrainerControl", {})
+    stopped = isinstance(control, dict) and control.get("args", {}).get("should_training_stop", False)
+    return bool(stopped) or state["global_step"] >= state["max_steps"]
+
+
+def _load_final(loop: Loop, out_dir: Path, last: Path, state: dict[str, Any], settings: TrainSettings) -> None:
+    best = out_dir / f"checkpoint-{state.get('best_global_step')}"
+    chosen = best if settings.keep_best and checkpoints.is_whole(best) else last
+    loop._load_from_checkpoint(str(chosen))
+
+
+def _leave(loop: Loop, use_cache: bool | None) -> None:
+    """Undo what the Trainer did to the model: the wrapper of mixed precision, ``use_cache``."""
+    model: Any = loop.accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False)
+    if use_cache is not None:
+        model.config.use_cache = use_cache
+    loop.accelerator.free_memory()
+
+
+def _result(
+    loop: Loop, state: dict[str, Any], model: nn.Module, settings: TrainSettings, metric: str, trained: int
+) -> TrainResult:
+    entries: list[dict[str, Any]] = state["log_history"]
+    clock = state["stateful_callbacks"]["Clock"]["attributes"]
+    seen = state["global_step"] * settings.batch_size * settings.accumulation * max(loop.args.world_size, 1)
+    best = state.get("best_global_step")
+    return TrainResult(
+        model=model,
+        seconds=clock["seconds"],
+        steps=state["global_step"],
+        samples_per_second=seen / max(clock["step_seconds"], 1e-9),
+        best_metric_name=metric,
+        best_metric=float(state["best_metric"]) if best else None,
+        best_step=best or None,
+        trainable_parameters=trained,
+        losses=[_entry(e, "loss", "learning_rate", "grad_norm") for e in entries if "loss" in e],
+        history=[_entry(e, *(k for k in e if k.startswith("eval_"))) for e in entries if "eval_loss" in e],
+        peak_rss=_peak_rss(),
+        peak_cuda=_on_device(torch.cuda.max_memory_allocated),
+        log=entries,
+    )
+
+
+def _entry(entry: dict[str, Any], *keys: str) -> dict[str, float]:
+    slow = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    chosen = {key.removeprefix("eval_"): entry[key] for key in keys if key in entry and key not in slow}
+    return {"step": entry["step"], **chosen}
+
+
+def _peak_rss() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _on_device(call: Any) -> Any:
+    return call() if torch.cuda.is_available() else None
+
+
+@contextmanager
+def _checkpointing(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing inside the block; the name of the method depends on the release of transformers."""
+    if not wanted:
+        yield
+        return
+    on = "activation_checkpointing_enable" if hasattr(model, "activation_checkpointing_enable") else None
+    off = on.replace("enable", "disable") if on else "gradient_checkpointing_disable"
+    try:
+        getattr(model, on or "gradient_checkpointing_enable")()
+    except ValueError as error:
+        raise FfnkitError("gradient_checkpointing", str(error), "Leave it out for this model") from error
+    try:
+        yield
+    finally:
+        getattr(model, off)()

@@ -1,0 +1,148 @@
+"""What trains: the whole model, its FFNs and task head, or low-rank adapters. Light to import.
+
+A tuner is a frozen class of settings with ``prepare(model) -> model``, which sets what trains, and ``finish(model) ->
+model``, which gives back a plain transformers model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ffnkit.errors import FfnkitError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_FLAGS = "_ffnkit_requires_grad"  # on a prepared model: what trained before, by parameter id
+
+
+class Tuner(BaseModel):
+    """Base of all tuners: fields are settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: ClassVar[str] = ""
+    description: ClassVar[str] = ""
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Set what trains, in place; the model to train comes back."""
+        return model
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """A plain transformers model with the trained weights."""
+        return model
+
+
+class Full(Tuner):
+    """Train every parameter of the model."""
+
+    name: ClassVar[str] = "full"
+    description: ClassVar[str] = "every parameter"
+
+
+class Ffn(Tuner):
+    """Train the FFNs and the task head only; embeddings, attention and norms stay as they are."""
+
+    name: ClassVar[str] = "ffn"
+    description: ClassVar[str] = "the FFNs and the task head"
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        from ffnkit.blocks import ffns
+
+        from .head import head_parameters
+
+        trained = {id(p) for ffn in ffns(model) for p in ffn.parameters()} | {id(p) for p in head_parameters(model)}
+        object.__setattr__(model, _FLAGS, {id(p): p.requires_grad for p in model.parameters()})
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
+        return model
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        flags: dict[int, bool] = getattr(model, _FLAGS, {})
+        for parameter in model.parameters():
+            parameter.requires_grad_(flags.get(id(parameter), parameter.requires_grad))
+        if hasattr(model, _FLAGS):
+            object.__delattr__(model, _FLAGS)
+        return model
+
+
+class Lora(Tuner):
+    """Train low-rank adapters (peft's LoRA) and the task head; the adapters are merged at the end.
+
+    Source: Hu et al., LoRA (arXiv 2106.09685): W + (alpha / rank) B A.
+    """
+
+    name: ClassVar[str] = "lora"
+    description: ClassVar[str] = "low-rank adapters and the task head, through peft"
+
+    rank: Annotated[int, Field(gt=0)] = Field(8, description="rank of the adapters")
+    alpha: Annotated[float, Field(gt=0)] = Field(16, description="the adapters' output is scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="on the adapters' input")
+    targets: str = Field("ffn", description="ffn, attention, all, or a regular expression over module names")
+    head: bool = Field(True, description="train the task head too")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="biases that train, as in peft")
+    adapter_dir: Path | None = Field(None, description="also save the adapter there, in peft's form")
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        from . import lora
+
+        return lora.prepare(model, self)
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        from . import lora
+
+        return lora.finish(model, self)
+
+
+TUNERS: tuple[type[Tuner], ...] = (Full, Ffn, Lora)
+
+
+def names() -> list[str]:
+    """The names of all tuners."""
+    return [tuner.name for tuner in TUNERS]
+
+
+def get(tuner: str | Mapping[str, Any] | Tuner) -> Tuner:
+    """A tuner from its name, from a mapping of ``name`` and settings, or from itself.
+
+    Raises:
+        FfnkitError: an unknown name (the known ones are listed), an unknown setting or a wrong value.
+    """
+    if isinstance(tuner, Tuner):
+        return tuner
+    settings = dict(tuner) if isinstance(tuner, Mapping) else {"name": tuner}
+    name = settings.pop("name", None)
+    kind = next((kind for kind in TUNERS if kind.name == name), None)
+    if kind is None:
+        raise FfnkitError(f"tuner {name!r}", "it is not known", f"Choose one of {', '.join(names())}")
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        known = ", ".join(kind.model_fields) or "none"
+        raise FfnkitError(f"tuner {name}: {field}", first["msg"], f"Its settings: {known}") from None
+
+
+def prepare(model: nn.Module, tuner: str | Mapping[str, Any] | Tuner = "full") -> nn.Module:
+    """Set what trains; the model to train comes back (with "lora" a peft model around ``model``)."""
+    return get(tuner).prepare(model)
+
+
+def finish(model: nn.Module, tuner: str | Mapping[str, Any] | Tuner | None = None) -> nn.Module:
+    """The plain transformers model after training; adapters are merged.
+
+    Args:
+        tuner: the one given to :func:`prepare`; None: told from the model.
+    """
+    if tuner is None:
+        tuner = "lora" if hasattr(model, "merge_and_unload") else "ffn" if hasattr(model, _FLAGS) else "full"
+    return get(tuner).finish(model)
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that train (``requires_grad``), each once however often it is shared."""
+    return list({id(p): p for p in model.parameters() if p.requires_grad}.values())

