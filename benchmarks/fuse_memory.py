@@ -14,6 +14,7 @@ import ctypes
 import dataclasses
 import gc
 import json
+import os
 import subprocess
 import sys
 import time
@@ -102,6 +103,7 @@ def measure_case(case: str, device: str) -> dict[str, Any]:
         "ffn_layer_bytes": max(each.parameters for each in before.rows) * 4,
         "rss_loaded_bytes": measure.resident_bytes(),
         "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
     base = torch.cuda.memory_allocated() if device == "cuda" else row["rss_loaded_bytes"]
     for name, work in steps.items():
@@ -141,6 +143,8 @@ def markdown(results: dict[str, Any]) -> str:
             f"| {row['kmeans_share']:.0%} | {row['model_bytes'] / 1e6:,.0f} MB | {peaks[0] / 1e6:,.0f} MB "
             f"| {peaks[1] / 1e6:,.0f} MB | {row['peak_in_layers']:.1f} x {row['ffn_layer_bytes'] / 1e6:,.1f} MB |"
         )
+    loads = [row["load_average"] for row in results["rows"] if row["load_average"] is not None]
+    busy = f" Load average at the start: up to {max(loads):.1f}." if loads else ""
     restarts = results["rows"][0]["method"]["restarts"] if results["rows"] else None
     lines += [
         "",
@@ -148,7 +152,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"- {machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} threads, "
         f"{machine['memory_bytes'] / 1e9:.1f} GB; accelerator: {machine['accelerator']}; {machine['os']}.",
         f"- python {versions['python']}, torch {versions['torch']}, transformers {versions['transformers']}, "
-        f"ffnkit {versions['ffnkit']}. One run of each; other work on the machine would be in the seconds.",
+        f"ffnkit {versions['ffnkit']}. One run of each; other work on the machine is in the seconds.{busy}",
     ]
     if not all(row["peak_exact"] for row in results["rows"]):
         lines.append("- The system's high-water mark could not be reset: peaks count from the start of the process.")

@@ -37,9 +37,7 @@ class Family:
     model_class: str
     config_args: dict[str, Any]
     expect: tuple[Expect, ...]
-    width_keys: dict[str, int] = field(
-        default_factory=dict
-    )  # dotted key -> width (None there: the default)
+    width_keys: dict[str, int] = field(default_factory=dict)  # dotted key -> width (None there: the default)
     kind: str = "text"  # text, seq2seq, image, clip, audio, wave
     seed: int = 0
 

@@ -8,5 +8,5 @@ from typing import Any
 import ffnkit as fk
 
 METHODS: dict[str, Callable[..., Any]] = {
-    "fusion": lambda **more: fk.Fusion(**{"width": 0.5, "seed": 0} | more),
+    "fusion": lambda **more: fk.Fusion(**{"width": 0.5, "seed": 0, "restarts": 1} | more),
 }

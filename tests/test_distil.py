@@ -73,7 +73,9 @@ def test_loss_is_the_formula(name: str) -> None:
 def test_an_equal_student_has_no_loss(name: str) -> None:
     teacher = FAMILIES[name].model()
     batch = batches(name, teacher, 1)[0]
-    assert layerwise_loss(copy.deepcopy(teacher), teacher, batch).item() < 1e-9  # attention kernels differ without gradients
+    assert (
+        layerwise_loss(copy.deepcopy(teacher), teacher, batch).item() < 1e-9
+    )  # attention kernels differ without gradients
     assert layerwise_loss(noisy(teacher), teacher, batch).item() > 1e-3
 
 
@@ -249,9 +251,7 @@ def test_states_of_other_runs_are_refused(tmp_path: Path) -> None:
     data = batches("bert", teacher)
     distil(noisy(teacher), teacher, data, DistilSettings(steps=1), out_dir=tmp_path, progress=False)
     with pytest.raises(FfnkitError, match="differs in settings"):
-        distil(
-            noisy(teacher), teacher, data, DistilSettings(steps=1, eps=1e-3), out_dir=tmp_path, progress=False
-        )
+        distil(noisy(teacher), teacher, data, DistilSettings(steps=1, eps=1e-3), out_dir=tmp_path, progress=False)
     with pytest.raises(FfnkitError, match="differs in seed"):
         distil(noisy(teacher), teacher, data, DistilSettings(steps=1), seed=3, out_dir=tmp_path, progress=False)
     (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:100])

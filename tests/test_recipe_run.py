@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,20 @@ from ffnkit.recipe.state import Unit, unit_of
 
 MOODS = ["good", "great", "fine", "nice", "warm", "bad", "awful", "poor", "cold", "sad"]
 THINGS = ["film", "plot", "cast", "scene", "music", "the", "a", "was", "very", "quite"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def light_collections() -> Iterator[None]:
+    """The libraries' objects never die: without them a garbage collection takes no second, and a run has many."""
+    import accelerate  # noqa: F401
+    import datasets  # noqa: F401
+    import matplotlib.pyplot  # noqa: F401
+    import transformers.trainer  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +221,9 @@ def test_killed_at_every_marker(folder: Path, finished: Path, tmp_path: Path, mo
             break
         except Killed:
             kills += 1
-    assert kills == len(seen) == 3 + 2 + 5 + 1 + 2  # unit, end and done of both units beside their stages
+    assert (
+        kills == len(seen) == 3 + 3 + 3 + 5
+    )  # unit, end and done of both units, three stages of one and five of the other
     assert outcome(out) == outcome(finished)
     # taken up again in the stage that was cut off, not from the start
     assert json.loads((out / "units/half/seed-0/tune.json").read_text())["attempts"] == 2
@@ -276,7 +294,7 @@ def test_bad_input_is_found_before_anything_starts(folder: Path, tmp_path: Path)
             run(recipe_of(folder, **changes), out)
         line = str(error.value)
         assert all(part in line for part in parts) and "\n" not in line, line
-        assert not list(out.glob("units/*"))
+        assert not out.exists()
 
 
 def test_bad_output_folders(folder: Path, tmp_path: Path) -> None:
@@ -307,7 +325,7 @@ def test_sigkill_in_processes_of_their_own(folder: Path, finished: Path, tmp_pat
     """A real kill while a unit tunes in its process; both processes go, and the next run ends the same."""
     out = tmp_path / "out"
     recipe = tmp_path / "recipe.json"
-    recipe.write_text(json.dumps(recipe_of(folder).to_dict()))
+    recipe.write_text(json.dumps(recipe_of(folder, arms={"half": {"method": "fusion", "width": 0.5}}).to_dict()))
     code = (
         "import json, sys; from pathlib import Path; from ffnkit.recipe import run; from ffnkit.recipe.schema import "
         "recipe_from; import torch; run(recipe_from(json.loads(Path(sys.argv[1]).read_text())), sys.argv[2], False)"
@@ -327,4 +345,6 @@ def test_sigkill_in_processes_of_their_own(folder: Path, finished: Path, tmp_pat
     time.sleep(1.0)  # the child sees that we are gone
     assert unit.done == stopped
     subprocess.run(command, env=environment, check=True)
-    assert outcome(out) == outcome(finished)
+    ours, whole = outcome(out), outcome(finished)
+    assert ours["figures"] == whole["figures"][1:]
+    assert ours["weights"].items() <= whole["weights"].items() and len(ours["weights"]) == 2

@@ -216,6 +216,15 @@ def test_a_ratio_within_its_own_noise_is_no_speed() -> None:
     assert any("brings no speed" in note for note in summarize(table, "accuracy").notes)
 
 
+@pytest.mark.parametrize(("quartiles", "quiet"), [([0.75, 1.02], False), ([0.75, 0.85], True)])
+def test_a_ratio_whose_quartiles_hold_one_is_no_speed(quartiles: list[float], quiet: bool) -> None:
+    table = [row("base", 0, 0.8), row("new", 0, 0.8, latency_ratio=0.8, latency_ratio_quartiles=quartiles)]
+    notes = [note for note in summarize(table, "accuracy").notes if "brings no speed" in note]
+    assert notes == (
+        [] if quiet else ["new brings no speed: its latency is 0.80 of that of base (noise: 0.75 to 1.02)."]
+    )
+
+
 def test_latencies_of_separate_runs_are_compared_with_a_warning() -> None:
     table = [row("base", 0, 0.8, latency_s=0.2), row("new", 0, 0.8, latency_s=0.1)]
     summary = summarize(table, "accuracy")
@@ -338,7 +347,7 @@ CARD = CardInfo(
     method="fusion",
     settings={"width": 0.25, "layers": "last:4"},
     layers=[LayerWidth(f"encoder.layer.{i}", 1536, 1536 if i < 2 else 384) for i in range(6)],
-    metrics=[Metric("accuracy", 0.8423, "glue", config="sst2", std=0.004, seeds=2, baseline=0.861)],
+    metrics=[Metric("accuracy", 0.8423, "nyu-mll/glue", config="sst2", std=0.004, seeds=2, baseline=0.861)],
     training={"tuner": "full", "learning_rate": 1e-4},
     versions={"torch": "2.13"},
     notes=["Tuned for 150 steps only."],
@@ -352,7 +361,7 @@ def test_card_parses_and_holds_the_measured_figures() -> None:
     assert card.data.base_model == "sentence-transformers/all-MiniLM-L6-v2"
     assert card.data.library_name == "transformers" and card.data.license == "apache-2.0"
     assert {"ffnkit", "fusion"} <= set(card.data.tags)
-    assert card.data.datasets == ["glue"] and card.data.metrics == ["accuracy"]
+    assert card.data.datasets == ["nyu-mll/glue"] and card.data.metrics == ["accuracy"]
     (result,) = card.data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_config) == ("accuracy", 0.8423, "sst2")
     for expected in ("0.8423 ± 0.0040", "0.8610", "`encoder.layer.2` to `encoder.layer.5` (4) | 1536 | 384"):

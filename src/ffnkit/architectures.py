@@ -18,12 +18,12 @@ def read_config(name_or_dir: str) -> PretrainedConfig:
     """
     from transformers import AutoConfig
 
-    from ffnkit.loading import check_name, hub_kwargs, open_errors, register_hook
+    from ffnkit.loading import check_name, hub_or_cache, open_errors, register_hook
 
     name = check_name(name_or_dir)
     register_hook()
-    with open_errors(f"model {name}"):
-        return AutoConfig.from_pretrained(name, trust_remote_code=False, **hub_kwargs(name))
+    with open_errors(f"model {name}"), hub_or_cache():
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def architecture_class(config: PretrainedConfig, name: str) -> Any:
@@ -91,7 +91,7 @@ def load_companion(name_or_dir: str) -> Any | None:
     """The tokenizer or processor beside a model, or None when there is none."""
     from transformers import AutoProcessor
 
-    from ffnkit.loading import check_name, hub_kwargs, load_tokenizer
+    from ffnkit.loading import check_name, hub_or_cache, load_tokenizer
 
     try:
         return load_tokenizer(name_or_dir)
@@ -99,6 +99,7 @@ def load_companion(name_or_dir: str) -> Any | None:
         pass
     name = check_name(name_or_dir)
     try:
-        return AutoProcessor.from_pretrained(name, trust_remote_code=False, **hub_kwargs(name))
+        with hub_or_cache():
+            return AutoProcessor.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError):
         return None

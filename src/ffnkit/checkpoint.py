@@ -307,7 +307,7 @@ def _verify(model: nn.Module, directory: Path, state: dict[str, Tensor]) -> floa
 
 def _sync_config(model: nn.Module) -> None:
     """Describe sharing that was done by hand, without ``apply``."""
-    if not blocks.has_ffns(model):
+    if not blocks.has_ffns(model) or getattr(model, "is_quantized", False):
         return
     found = blocks.ffns(model)
     keys, original = shapes.width_keys(model, found), shapes.original_widths(model, found)
@@ -317,7 +317,8 @@ def _sync_config(model: nn.Module) -> None:
 
 def _check_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.device.type != "meta" and not bool(parameter.isfinite().all()):
+        plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor  # no quantized subclass
+        if plain and parameter.is_floating_point() and not parameter.is_meta and not bool(parameter.isfinite().all()):
             raise FfnkitError(f"weights of {type(model).__name__}", f"{name} holds NaN or infinity", "Use other weights")
 
 

@@ -77,6 +77,7 @@ class FfnkitQuantizer(HfQuantizer):
         if quantization_config.base is not None:
             config = AutoQuantizationConfig.from_dict(copy.deepcopy(quantization_config.base))
             self.inner = AutoHfQuantizer.from_config(config, pre_quantized=quantization_config.base_done)
+            self.pre_quantized = self.inner.pre_quantized
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from ffnkit import surgery

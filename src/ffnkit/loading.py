@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 import socket
+import sys
 import urllib.request
 from collections.abc import Iterator
 from functools import cache
@@ -41,8 +42,8 @@ def load_with_info(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> t
     """
     name = check_name(name_or_dir)
     register_hook()
-    kwargs = {"trust_remote_code": False, **hub_kwargs(name), **kwargs}
-    with open_errors(f"model {name}"), _held_reports() as held:
+    kwargs = {"trust_remote_code": False, **kwargs}
+    with open_errors(f"model {name}"), hub_or_cache(), _held_reports() as held:
         model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
     if not _only_head(model, info):
         for record in held:
@@ -61,9 +62,9 @@ def load_tokenizer(name_or_dir: str | Path, **kwargs: Any) -> Any:
     from transformers import AutoTokenizer
 
     name = check_name(name_or_dir)
-    kwargs = {"trust_remote_code": False, **hub_kwargs(name), **kwargs}
+    kwargs = {"trust_remote_code": False, **kwargs}
     do = "Name a model or folder that has tokenizer files with --tokenizer (tokenizer= in Python)"
-    with open_errors(f"tokenizer of {name}", do):
+    with open_errors(f"tokenizer of {name}", do), hub_or_cache():
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise FfnkitError(f"tokenizer of {name}", "there are no tokenizer files beside the model", do)
@@ -77,15 +78,16 @@ def check_name(name_or_dir: str | Path) -> str:
         FfnkitError: it is a file, a path to nothing, or a folder without config.json.
     """
     text = str(name_or_dir)
-    path = Path(text).expanduser()
-    asked = f"model {text!r}" if not text.strip() else f"model {text}"
+    if not text.strip():
+        raise FfnkitError("model ''", "the name is empty", "Name a folder, or a model of the hub")
+    path, asked = Path(text).expanduser(), f"model {text}"
     if path.is_file():
         raise FfnkitError(asked, "this is a file", "Name the folder that holds config.json, or a model of the hub")
     if path.is_dir():
         if not any((path / file).is_file() for file in ("config.json", "adapter_config.json", "tokenizer_config.json")):
             raise FfnkitError(asked, "the folder has no config.json", "Name a folder that save_pretrained wrote")
         return str(path)
-    if not text.strip() or text.startswith((".", "/", "~", "\\")) or text.count("/") > 1 or os.path.isabs(text):
+    if text.startswith((".", "/", "~", "\\")) or text.count("/") > 1 or os.path.isabs(text):
         raise FfnkitError(asked, "there is no such folder", "Check the path, or name a model of the hub")
     return text
 
@@ -113,8 +115,28 @@ def register_hook() -> None:
         importlib.import_module("ffnkit.hook")
 
 
+@contextlib.contextmanager
+def hub_or_cache() -> Iterator[None]:
+    """Has the hub's libraries look in their caches only while the hub is out of reach, instead of retrying a minute."""
+    if hub_reachable():
+        yield
+        return
+    from huggingface_hub import constants
+
+    # datasets keeps a copy of the flag; it is changed where datasets is imported already.
+    holders = [constants, *(module for module in [sys.modules.get("datasets.config")] if module is not None)]
+    before = [holder.HF_HUB_OFFLINE for holder in holders]
+    for holder in holders:
+        holder.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for holder, value in zip(holders, before, strict=True):
+            holder.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]
+
+
 def hub_kwargs(name: str) -> dict[str, Any]:
-    """``local_files_only`` for a hub name when the hub is out of reach, so that failing takes no minute of retries."""
+    """``local_files_only`` for from_pretrained where ``name`` is of the hub and the hub is out of reach."""
     return {} if Path(name).exists() or hub_reachable() else {"local_files_only": True}
 
 

@@ -17,7 +17,7 @@ class History:
     """What was done to a model, from the base model on.
 
     Attributes:
-        base_model: hub name, or the name of the folder, of the model that all began with.
+        base_model: hub name, or ``./`` and the name of the folder, of the model that all began with.
         method, settings: what narrowed its FFNs; method None: nothing did.
         layers: (name, neurons before, neurons after) of every FFN that there was before.
         training: settings of the last tuning.
@@ -80,6 +80,6 @@ class History:
 
 
 def public_name(model: str) -> str:
-    """A hub name as it is; of a folder its own name only, for cards are published."""
+    """A hub name as it is; of a folder ``./`` and its own name only, for cards are published."""
     path = Path(model).expanduser()
-    return path.resolve().name if path.exists() else model
+    return f"./{path.resolve().name}" if path.exists() else model

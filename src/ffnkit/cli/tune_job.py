@@ -14,6 +14,8 @@ from ffnkit.cli import console, describe
 from ffnkit.cli.history import History, public_name
 from ffnkit.errors import FfnkitError
 
+HIDDEN = ("task", "files", "teacher_files")  # parts of the fingerprint that no reader wants
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -67,6 +69,7 @@ class TuneJob:
     seed: int
     limit: int | None
     fold: bool
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         from ffnkit.tune import tuners
@@ -89,11 +92,11 @@ class TuneJob:
         import ffnkit
         from ffnkit import tune
 
-        self.open_work()
         start = time.perf_counter()
-        tokenizer = self.task.load_tokenizer(self.model)
+        tokenizer = load_tokenizer(self.task, self.model, self.tokenizer)
         splits = self.task.splits(self.data_dir, seed=self.seed, train_limit=self.limit)
         tell(self.task, splits)
+        self.open_work()
         tune.seed_everything(self.seed)  # the new head is drawn at random
         model = self.task.load_model(self.model, tokenizer=tokenizer)
         if self.teacher is not None:
@@ -159,6 +162,9 @@ class TuneJob:
         """What the tuned weights depend on."""
         return {
             "model": self.model,
+            "files": files_of(self.model),
+            "teacher_files": files_of(self.teacher) if self.teacher else [],
+            "tokenizer": self.tokenizer,
             "task": str(self.task),
             "data_dir": self.data_dir,
             "settings": self.train_settings.model_dump(mode="json"),
@@ -172,7 +178,7 @@ class TuneJob:
     def report(self, result: Any, metrics: dict[str, Any], splits: Any, seconds: float) -> dict[str, Any]:
         """What metrics.json holds."""
         return {
-            **{key: value for key, value in self.facts().items() if key not in ("task", "distil")},
+            **{key: value for key, value in self.facts().items() if key not in HIDDEN},
             "task": self.task.name,
             "split": "report",
             "rows": len(splits.report),
@@ -200,6 +206,21 @@ class TuneJob:
             history.write(temporary)
             files.write_text(temporary / "metrics.json", json.dumps(console.plain(report), indent=2) + "\n")
         shutil.rmtree(self.work, ignore_errors=True)
+
+
+def files_of(model: str) -> list[list[Any]]:
+    """Name, size and time of a local model's files, to tell whether it is the same as before."""
+    folder = Path(model).expanduser()
+    found = [path for path in sorted(folder.glob("*")) if path.suffix in (".json", ".safetensors")]
+    return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in found]
+
+
+def load_tokenizer(task: Any, model: str, other: str | None) -> Any:
+    """The tokenizer of ``model``, or the one that --tokenizer names. A model that does not open is said first."""
+    from ffnkit.architectures import read_config
+
+    read_config(model)
+    return task.load_tokenizer(other or model)
 
 
 def tell(task: Any, splits: Any) -> None:
@@ -235,10 +256,11 @@ class EvalJob:
     limit: int | None
     seed: int
     device: Any
+    tokenizer: str | None = None
 
     def run(self) -> dict[str, Any]:
         """Metrics of a saved model on one split, as ``--json`` prints them."""
-        tokenizer = self.task.load_tokenizer(self.model)
+        tokenizer = load_tokenizer(self.task, self.model, self.tokenizer)
         splits = self.task.splits(self.data_dir, seed=self.seed, dev_limit=self.limit, report_limit=self.limit)
         if self.split == "dev":
             splits = replace(splits, report=splits.dev, extra={})

@@ -33,6 +33,11 @@ LabelColumn = Annotated[str | None, typer.Option("--label-column", help="The col
 Metric = Annotated[str | None, typer.Option("--metric", help="The metric of your own files.", rich_help_panel=DATA)]
 MaxLength = Annotated[int | None, typer.Option("--max-length", min=1, help="Tokens a text.", rich_help_panel=DATA)]
 
+Tokenizer = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="Model or folder of the tokenizer, if not MODEL.", rich_help_panel=DATA),
+]
+
 
 def setting(flag: str, text: str, **kwargs: Any) -> Any:
     """An option of the panel Training that stands for a field of TrainSettings; not given: the field's default."""
@@ -51,6 +56,7 @@ def tune(
     label_column: LabelColumn = None,
     metric: Metric = None,
     max_length: MaxLength = None,
+    tokenizer: Tokenizer = None,
     tuner: Annotated[str, typer.Option("--tuner", help="One of 'ffnkit tuners'.", rich_help_panel=TRAINING)] = "full",
     learning_rate: Annotated[float | None, setting("--lr", "Learning rate.")] = None,
     epochs: Annotated[float | None, setting("--epochs", "Passes over the data.")] = None,
@@ -132,6 +138,7 @@ def tune(
         seed=seed,
         limit=limit,
         fold=fold,
+        tokenizer=tokenizer,
     )
     console.quieten()
     report = job.run()
@@ -163,6 +170,7 @@ def evaluate(
     label_column: LabelColumn = None,
     metric: Metric = None,
     max_length: MaxLength = None,
+    tokenizer: Tokenizer = None,
     split: Annotated[
         Literal["report", "dev"], typer.Option("--split", help="The validation split, or a part of train.")
     ] = "report",
@@ -186,7 +194,7 @@ def evaluate(
     chosen = sources.task()
     console.quieten()
     place = options.pick_device(device)
-    report = EvalJob(model, chosen, data_dir, split, batch_size, max_length or 128, limit, seed, place).run()
+    report = EvalJob(model, chosen, data_dir, split, batch_size, max_length or 128, limit, seed, place, tokenizer).run()
     if as_json:
         console.print_json(report)
     else:

@@ -31,7 +31,7 @@ class Scaled(nn.Module):
         # out of the submodules, so that it appears in no state dict and in no search for linears.
         linear._parameters.update(weight=None, bias=None)
         self.__dict__["_shell"] = linear
-        self.register_buffer("scale", scale.to(device=linear.weight.device, dtype=linear.weight.dtype))
+        self.register_buffer("scale", scale.to(device=self.weight.device, dtype=self.weight.dtype))
         self.scale: Tensor
         self.training = linear.training
 

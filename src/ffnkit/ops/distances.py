@@ -152,8 +152,8 @@ class DirectDistances:
 def pairwise(points: Tensor, block: int | None = None) -> Tensor:
     """Squared distances (n, n) of points (n, m) float32: symmetric, zero diagonal, none negative.
 
-    |x|^2 + |y|^2 - 2 x.y in float32 is wrong by about ``rounding(m)`` times |x|^2 + |y|^2. A block that holds a pair
-    nearer than that is done again in float64, so that equal points come out at exactly zero distance and nearly
+    |x|^2 + |y|^2 - 2 x.y in float32 is wrong by about ``rounding(m)`` times |x|^2 + |y|^2. Columns of a block that hold a
+    pair nearer than that are done again in float64, so that equal points come out at exactly zero distance and nearly
     equal ones at their true, tiny, distance, not at noise that k-means++ could draw. Half of the product is computed.
     """
     n, m = points.shape
@@ -161,22 +161,20 @@ def pairwise(points: Tensor, block: int | None = None) -> Tensor:
     squares = _squares(points)
     out = points.new_empty(n, n)
     for top in range(0, n, step):
-        rows = slice(top, min(top + step, n))
-        for left in range(0, top + 1, step):
-            columns = slice(left, min(left + step, n))
-            scale = squares[rows, None] + squares[columns]
-            tile = torch.addmm(scale, points[rows], points[columns].T, alpha=-2)
-            near = tile < scale.mul_(rounding(m))
-            if left == top:
-                near.fill_diagonal_(False)
-            if bool(near.any()):
-                tile = _tile64(points[rows], points[columns])
-            if left == top:
-                tile = torch.tril(tile, -1)
-                tile += tile.T.clone()
-            out[rows, columns] = tile
-            if left != top:
-                out[columns, rows] = tile.T
+        stop = min(top + step, n)
+        rows = slice(top, stop)
+        scale = squares[rows, None] + squares[:stop]
+        panel = torch.addmm(scale, points[rows], points[:stop].T, alpha=-2)
+        near = panel < scale.mul_(rounding(m))
+        near[:, rows].fill_diagonal_(False)
+        if bool(near.any()):
+            columns = near.any(0).nonzero()[:, 0]
+            for some in columns.split(step):
+                panel[:, some] = _tile64(points[rows], points[some])
+        corner = panel[:, rows].tril_(-1)
+        corner += corner.T.clone()
+        out[rows, :stop] = panel
+        out[:top, rows] = panel[:, :top].T
     return out
 
 

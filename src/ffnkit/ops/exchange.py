@@ -111,8 +111,8 @@ def improve(clustering: Clustering, max_iterations: int, tolerance: float) -> in
     """
     done = 0
     for exchanging in (False, True):
-        if exchanging:
-            clustering.restart(exchanging=True)
+        if clustering.exchanging != exchanging:
+            clustering.restart(exchanging)
         while done < max_iterations:
             gain, may = clustering.gains()
             movers = may.nonzero()[:, 0]
@@ -129,7 +129,8 @@ def improve(clustering: Clustering, max_iterations: int, tolerance: float) -> in
                 movers, targets = movers[chosen], targets[chosen]
             before = clustering.inertia
             clustering.move(movers, targets)
-            if tolerance > 0 and bool(before - clustering.inertia <= tolerance * before):
+            # At tolerance 0 too: an iteration that does not lower the inertia moves points within rounding, and back.
+            if bool(before - clustering.inertia <= tolerance * before):
                 break
     return done
 

@@ -88,6 +88,7 @@ def kmeans(
             for e, matrix in enumerate(points)
         ]
         return _stack(each, points)
+    points = points.detach()
     low, high = _check(points, k, restarts, max_iterations, tolerance, weights)
     n = len(points)
     with full_precision(points.device):
@@ -178,7 +179,7 @@ def _masses(same: Tensor, u: int, weights: Tensor | None) -> Tensor:
     if weights is None:
         return torch.bincount(same, minlength=u).float()
     members = Clusters.of(same, torch.arange(u, device=same.device), u)
-    weights = weights.to(same.device).double()
+    weights = weights.detach().to(same.device).double()
     mass = members.sums(weights[:, None], torch.ones_like(weights))[:, 0]
     return (mass / mass.mean()).clamp(min=1e-12).float()
 
@@ -204,7 +205,7 @@ def _finish(points: Tensor, labels: Tensor, weights: Tensor | None, k: int, iter
     labels = rank[labels]
     clusters = Clusters.of(labels, torch.arange(k, device=device), k)
     ones = torch.ones(n, dtype=torch.float64, device=device)
-    given = ones if weights is None else weights.to(device).double()
+    given = ones if weights is None else weights.detach().to(device).double()
     mass = clusters.sums(given[:, None], ones)[:, 0]
     # A cluster without weight has the plain mean of its members.
     mean_weights = torch.where(mass[labels] > 0, given, ones)

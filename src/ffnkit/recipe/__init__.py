@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .job import run
     from .loading import load_recipe, quickstart
     from .results import Results
-    from .job import run
     from .schema import Recipe
 
 __all__ = ["Recipe", "Results", "load_recipe", "quickstart", "run"]

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
+from ffnkit.files import disk_errors
 
 from . import results as written
 from .results import Results
 from .schema import Recipe
-from .state import Unit, base_facts, check_same, open_out, unit_facts, unit_of, write_json
+from .state import Unit, base_facts, check_out, check_same, clear_out, unit_facts, unit_of, write_json
 from .worker import run_apart, run_here
 
 Say = Callable[[str], None]
@@ -49,14 +50,14 @@ def run(
     from .preflight import preflight
 
     out, say = Path(out), _sayer(progress)
-    open_out(out, False)
+    check_out(out)
+    say(f"{recipe.name}: {len(recipe.arms)} arms x {len(recipe.seeds)} seeds in {out}")
+    model, data = preflight(recipe)
+    base = base_facts(recipe, model, data)
+    units = {unit_of(out, *pair): unit_facts(recipe, base, *pair) for pair in recipe.units()}
     with _alone(out):
-        say(f"{recipe.name}: {len(recipe.arms)} arms x {len(recipe.seeds)} seeds in {out}")
-        model, data = preflight(recipe)
-        base = base_facts(recipe, model, data)
-        units = {unit_of(out, *pair): unit_facts(recipe, base, *pair) for pair in recipe.units()}
         if restart:
-            open_out(out, True)
+            clear_out(out)
         check_same(out, units.items())
         stored = {f"{unit.arm}/{unit.seed}": facts for unit, facts in units.items()}
         write_json(out / "run.json", {"recipe": recipe.to_dict(), "units": stored})
@@ -132,6 +133,8 @@ def _sayer(progress: bool) -> Say:
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Hold the folder: two runs at once would write over each other. The system lets go when we end, however."""
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:  # Windows

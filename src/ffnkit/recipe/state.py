@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-from ffnkit.files import write_text
+from ffnkit.files import check_target, write_text
 from ffnkit.tune.settings import HARMLESS
 
 from .schema import Recipe, arm_dict
@@ -144,27 +144,24 @@ def stages_of(recipe: Recipe, arm: str) -> list[str]:
 OURS = ("run.json", "results.json", "results.csv", "table.md", "report.html", "latency.json", "units")
 
 
-def open_out(out: Path, restart: bool) -> None:
-    """Make the folder of a run, or take it up again.
+def check_out(out: Path) -> None:
+    """See whether a run may be written to ``out``; nothing is made yet.
 
     Raises:
-        FfnkitError: a file stands there, or files of something else bear our names.
+        FfnkitError: a file stands there, it cannot be written, or files of something else bear our names.
     """
-    if out.exists() and not out.is_dir():
-        raise FfnkitError(f"--out {out}", "this is a file", "Give a folder")
+    check_target(out)
     taken = [name for name in OURS if (out / name).exists()]
     if taken and read_json(out / "run.json") is None:
-        raise FfnkitError(
-            f"--out {out}", f"holds {', '.join(taken)}, which no run of a recipe wrote", "Give another folder"
-        )
-    if restart:
-        for name in reversed(OURS):  # the marker goes last: a kill in between leaves a folder that is still ours
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    try:
-        (out / "units").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FfnkitError(f"--out {out}", f"cannot be made ({error.strerror})", "Give another folder") from None
+        found = f"it holds {', '.join(taken)}, which no run of a recipe wrote"
+        raise FfnkitError(f"output folder '{out}'", found, "Give another folder")
+
+
+def clear_out(out: Path) -> None:
+    """Delete what a run left in ``out``, and nothing else."""
+    for name in reversed(OURS):  # run.json goes last: a kill in between leaves a folder that is still ours
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def check_same(out: Path, wanted: Iterable[tuple[Unit, dict[str, Any]]]) -> None:

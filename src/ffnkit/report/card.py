@@ -35,7 +35,7 @@ class Metric:
 
     Attributes:
         name, value: the metric and its value, a mean where ``seeds`` is above 1.
-        dataset, split: what it was measured on.
+        dataset, split: what it was measured on; a hub id such as "nyu-mll/glue" goes into the front matter.
         config: configuration of the dataset, such as "sst2" of glue.
         task: the hub's name of the kind of task.
         std: standard deviation over seeds.
@@ -150,8 +150,8 @@ def front_matter(info: CardInfo) -> ModelCardData:
     from huggingface_hub import ModelCardData
 
     results = [_result(metric) for metric in info.metrics if math.isfinite(metric.value)]
-    named = [*info.datasets, *(metric.dataset for metric in info.metrics)]
-    data = [name for name in dict.fromkeys(named) if is_hub_id(name)]
+    named = [metric.dataset for metric in info.metrics if "/" in metric.dataset]  # a bare name may be a user's file
+    data = [name for name in dict.fromkeys([*info.datasets, *named]) if is_hub_id(name)]
     return ModelCardData(
         base_model=info.base_model if _on_hub(info.base_model) else None,
         library_name="transformers",

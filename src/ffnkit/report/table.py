@@ -3,7 +3,7 @@
 A row is a dict with ``arm`` and ``seed``; all else is optional: ``metrics`` {name: value} (a metric may also stand at
 the top level), ``parameters``, ``ffn_parameters``, ``trainable_parameters``, ``flops_per_token``,
 ``bytes_on_disk_compact``, ``bytes_on_disk_standard``, ``latency_s``, ``latency_ratio`` (to the first arm, measured in
-alternation with it), ``peak_memory_bytes``, ``seconds`` {stage: seconds}, ``error``.
+alternation with it) and ``latency_ratio_quartiles``, ``peak_memory_bytes``, ``seconds`` {stage: seconds}, ``error``.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Arm:
     difference: Difference | None = None
     values: dict[str, Stat] = field(default_factory=dict)
     latency_ratio: Stat | None = None
+    ratio_range: tuple[float, float] | None = None
     seconds: dict[str, Stat] = field(default_factory=dict)
 
     @property
@@ -126,6 +127,7 @@ def _group(rows: Sequence[Row], arms: Sequence[str] | None) -> dict[str, dict[An
 def _arm(name: str, rows: Mapping[Any, Row], first: Mapping[Any, Row], metric: str) -> Arm:
     metrics = dict.fromkeys(key for row in rows.values() for key in (metric, *row.get("metrics", {})))
     stages = dict.fromkeys(key for row in rows.values() for key in row.get("seconds", {}))
+    ratio = Stat(1.0, None, len(rows)) if rows is first and rows else _latency_ratio(rows, first)
     return Arm(
         name=name,
         seeds=tuple(rows),
@@ -133,7 +135,8 @@ def _arm(name: str, rows: Mapping[Any, Row], first: Mapping[Any, Row], metric: s
         by_seed={seed: value for seed, row in rows.items() if (value := _metric(row, metric)) is not None},
         difference=None if rows is first else _difference(rows, first, metric),
         values=_stats({key: [_number(row.get(key)) for row in rows.values()] for key in VALUES}),
-        latency_ratio=Stat(1.0, None, len(rows)) if rows is first and rows else _latency_ratio(rows, first),
+        latency_ratio=ratio,
+        ratio_range=None if ratio is None else _ratio_range(rows, ratio),
         seconds=_stats({key: [_number(row.get("seconds", {}).get(key)) for row in rows.values()] for key in stages}),
     )
 
@@ -182,6 +185,14 @@ def _latency_ratio(rows: Mapping[Any, Row], first: Mapping[Any, Row]) -> Stat | 
     return Stat.of(ratios) if ratios else None
 
 
+def _ratio_range(rows: Mapping[Any, Row], ratio: Stat) -> tuple[float, float]:
+    """Between which ratios the noise lies: the quartiles where the rows have them, else one deviation over seeds."""
+    quartiles = [found for row in rows.values() if (found := row.get("latency_ratio_quartiles"))]
+    if quartiles:
+        return min(float(low) for low, _ in quartiles), max(float(high) for _, high in quartiles)
+    return ratio.mean - (ratio.std or 0), ratio.mean + (ratio.std or 0)
+
+
 # --------------------------------------------------------------------------------------------------- notes
 def _notes(arms: Sequence[Arm], metric: str, seeds: Sequence[Any] | None, rows: Sequence[Row]) -> list[str]:
     notes = [f"{arm.name}: not run." for arm in arms if not arm.run]
@@ -208,13 +219,16 @@ def _latency_notes(arms: Sequence[Arm], rows: Sequence[Row]) -> list[str]:
     notes = []
     for arm in arms[1:]:
         ratio = arm.latency_ratio
-        if ratio is None:
+        if ratio is None or arm.ratio_range is None:
             continue
-        low, high = ratio.mean - (ratio.std or 0), ratio.mean + (ratio.std or 0)
-        if ratio.mean > SLOWER:
+        low, high = arm.ratio_range
+        if ratio.mean > SLOWER and low > 1:
             notes.append(f"{arm.name} is slower: {ratio.mean:.2f} times the latency of {arms[0].name}.")
         elif ratio.mean > NO_GAIN or low <= 1 <= high:
-            notes.append(f"{arm.name} brings no speed: its latency is {ratio.mean:.2f} of that of {arms[0].name}.")
+            noise = f" (noise: {low:.2f} to {high:.2f})" if low < high else ""
+            notes.append(
+                f"{arm.name} brings no speed: its latency is {ratio.mean:.2f} of that of {arms[0].name}{noise}."
+            )
     compared = any(arm.latency_ratio is not None for arm in arms[1:])
     if compared and not any(_number(row.get("latency_ratio")) is not None for row in rows):
         notes.append("Latencies were taken in separate runs, not in alternation: drift of the machine is in them.")

@@ -44,7 +44,7 @@ _LEFT_OUT_TORCH = {"fx", "distributed", "onnx"}
 _TORCH_COMPILED = {"_torch_docs.py", "_tensor_docs.py", "_tensor.py", "_jit_internal.py"}
 _ADD_DOC = {"add_newdoc", "add_docstr", "add_docstr_all"}
 
-_NAMES = r"scikit[- ]?learn|scikits?|sklearn|numpy|scipy|pytorch|libtorch|torch[a-z]*|aten|np|sp"
+_NAMES = r"scikit[- ]?learn|scikits?|sklearn|numpy|scipy|(?:py|lib|execu)?torch[a-z]*|aten|np|sp"
 _MASKED = re.compile(rf"(?<![A-Za-z0-9])(?:{_NAMES})(?:(?:\.|::)\w+)*(?![A-Za-z0-9])", re.IGNORECASE)
 _ROLE = re.compile(r":[a-z:]+:`~?([^`<]*?)(?:\s*<[^`]*>)?`")
 _SIGNATURE = re.compile(r"[\w.]+ ?\(.*\)(?: *-> *\S.*)?(?: --)?")

@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 _BATCH = 4096
 
 
-def encode(
-    dataset: Dataset, text: tuple[str, ...], label: str, kind: str, tokenizer: Any, max_length: int
-) -> Dataset:
+def encode(dataset: Dataset, text: tuple[str, ...], label: str, kind: str, tokenizer: Any, max_length: int) -> Dataset:
     """``dataset`` as input_ids, attention_mask, token_type_ids where the tokenizer gives them, and labels.
 
     Where a tokenizer puts nothing between the two texts of a pair (GPT-2's), a line break goes there.

@@ -123,4 +123,6 @@ def _parquet(path: Path) -> Table:
         return dict(pyarrow.parquet.ParquetFile(path).read().to_pydict())
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise FfnkitError(f"data file {path}", f"it is not a whole parquet file ({reason})", "Write it again") from error
+        raise FfnkitError(
+            f"data file {path}", f"it is not a whole parquet file ({reason})", "Write it again"
+        ) from error

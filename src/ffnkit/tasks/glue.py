@@ -5,10 +5,8 @@ Source: Wang et al., GLUE: A Multi-Task Benchmark and Analysis Platform for Natu
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,7 @@ HUB = "nyu-mll/glue"
 _STSB = (0.0, 5.0)
 
 
-def _task(
-    name: str, text: tuple[str, ...], labels: tuple[str, ...], metrics: tuple[str, ...], notes: str
-) -> Task:
+def _task(name: str, text: tuple[str, ...], labels: tuple[str, ...], metrics: tuple[str, ...], notes: str) -> Task:
     return Task(
         name=name,
         kind="classification" if labels else "regression",
@@ -70,18 +66,21 @@ def _from_folder(name: str, data_dir: Path, check: Any) -> Source:
 def _from_hub(name: str, check: Any, tried: Path | None) -> Source:
     from datasets import load_dataset
 
-    from ffnkit.loading import hub_reachable
+    from ffnkit.loading import hub_or_cache
 
     try:
-        with contextlib.nullcontext() if hub_reachable() else _offline():
+        with hub_or_cache():
             loaded = load_dataset(HUB, name)
     except Exception as error:  # datasets, its file systems and its http client each raise their own
         looked = f"{tried} has no folder {name}, and " if tried else ""
         found = f"{looked}{HUB} is not in the cache and the hub cannot be reached ({type(error).__name__})"
         do = f"Give a folder that holds {name}/train.jsonl and {name}/validation.jsonl (--data-dir or FFNKIT_DATA)"
         raise FfnkitError(f"data of task {name}", found, do) from error
-    tables = {split: check(dict(rows.to_dict()), where=f"{HUB} {name}/{split}") for split, rows in loaded.items()
-              if not split.startswith("test")}
+    tables = {
+        split: check(dict(rows.to_dict()), where=f"{HUB} {name}/{split}")
+        for split, rows in loaded.items()
+        if not split.startswith("test")
+    }
     return Source(
         train=tables["train"],
         report=tables["validation_matched" if "validation_matched" in tables else "validation"],
@@ -89,20 +88,6 @@ def _from_hub(name: str, check: Any, tried: Path | None) -> Source:
         where=f"hub {HUB}, {name}",
         notes=_NOTES.get(name, ()),
     )
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Has datasets look in its cache only, instead of a minute of retries."""
-    import datasets
-    from huggingface_hub import constants
-
-    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
 def _checked(table: Table, *, where: str, name: str, text: tuple[str, ...], labels: tuple[str, ...]) -> Table:

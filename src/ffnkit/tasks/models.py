@@ -65,8 +65,8 @@ def _stored_labels(name_or_dir: str | Path, kwargs: dict[str, Any]) -> list[str]
 
     name = loading.check_name(name_or_dir)
     known = {key: kwargs[key] for key in ("trust_remote_code", "revision", "token", "cache_dir") if key in kwargs}
-    with loading.open_errors(f"model {name}"):
-        config = AutoConfig.from_pretrained(name, **loading.hub_kwargs(name), **known)
+    with loading.open_errors(f"model {name}"), loading.hub_or_cache():
+        config = AutoConfig.from_pretrained(name, **known)
     return [str(label) for _, label in sorted((config.id2label or {}).items())]
 
 

@@ -12,7 +12,7 @@ from ffnkit.errors import FfnkitError
 from .base import Source, Task
 from .files import check_columns, read
 from .metrics import check
-from .splitting import Table, size
+from .splitting import Table
 
 _DEFAULTS = {"classification": ("accuracy", "macro_f1"), "regression": ("pearson", "spearman", "mse")}
 
@@ -160,9 +160,11 @@ def _classes(labels: list[int | str], path: Path) -> tuple[Any, ...]:
     if len({type(each) for each in labels}) > 1:
         found = "some labels are numbers and some are names"
         raise FfnkitError(_where(path), found, "Write all labels the one way")
-    names = tuple(sorted(set(labels)))  # type: ignore[type-var]
+    names = tuple(sorted(set(labels)))
     if len(names) < 2:
-        raise FfnkitError(_where(path), f"all {len(labels)} rows have the label {names[0]!r}", "Give two classes or more")
+        raise FfnkitError(
+            _where(path), f"all {len(labels)} rows have the label {names[0]!r}", "Give two classes or more"
+        )
     return names
 
 

@@ -76,12 +76,10 @@ def carve(table: Table, label: str, count: int, seed: int, stratified: bool) -> 
     Both keep the order of ``table``. No class loses its last row to the carved side.
     """
     rng = np.random.default_rng(seed)
-    if stratified:
-        picked = _stratified(np.asarray(table[label]), count, rng)
-    else:
-        picked = rng.permutation(size(table))[:count]
     chosen = np.zeros(size(table), dtype=bool)
-    chosen[picked] = True
+    chosen[
+        _stratified(np.asarray(table[label]), count, rng) if stratified else rng.permutation(size(table))[:count]
+    ] = 1
     return take(table, np.flatnonzero(~chosen)), take(table, np.flatnonzero(chosen))
 
 

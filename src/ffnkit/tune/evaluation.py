@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import DataCollatorWithPadding
 
+from ffnkit.errors import FfnkitError
+
 
 def encoded(task: Any, dataset: Any, tokenizer: Any, max_length: int) -> Any:
     """``dataset`` as token ids; one that is encoded already comes back as it is."""
@@ -41,8 +43,13 @@ def evaluate(
         dataset: rows of the task, or rows that :meth:`Task.encode` has encoded.
         batch_size: examples a forward pass.
         max_length: longer texts are cut, in tokens.
+
+    Raises:
+        FfnkitError: no rows.
     """
     data = encoded(task, dataset, tokenizer, max_length)
+    if len(data) == 0:
+        raise FfnkitError(f"evaluating on {task.name}", "the split has no rows", "Give at least one row")
     order = np.argsort(-lengths(data), kind="stable")
     device = next(model.parameters()).device
     collate = DataCollatorWithPadding(tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import logging
 
 from ffnkit.errors import FfnkitError
 
@@ -44,7 +46,8 @@ class Loop(Trainer):
             # Names of older layouts, which save_pretrained prefers for some families, could not be loaded in place.
             more["save_original_format"] = False
         model: Any = self.model
-        model.save_pretrained(output_dir or self.args.output_dir, **more)
+        with _no_bars():
+            model.save_pretrained(output_dir or self.args.output_dir, **more)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         absent = set(load_result.missing_keys)
@@ -54,6 +57,18 @@ class Loop(Trainer):
         if lost or load_result.unexpected_keys:
             found = f"the names of its weights do not match ({(lost or load_result.unexpected_keys)[0]})"
             raise FfnkitError("resuming from a checkpoint", found, "Give the model that was trained, or another folder")
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the library's bars for files that are written."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class GroupedSampler(Sampler[int]):
@@ -79,7 +94,10 @@ class GroupedSampler(Sampler[int]):
 
 
 class Saving(TrainerCallback):
-    """Further checkpoints between evaluations, and an evaluation at the last step."""
+    """Further checkpoints between evaluations, an evaluation at the last step, and a log entry at each checkpoint.
+
+    The loss of the log is a mean since the entry before; a checkpoint in between would lose the first part of it.
+    """
 
     def __init__(self, every: int | None) -> None:
         self.every = every
@@ -92,6 +110,10 @@ class Saving(TrainerCallback):
         ends_epoch = by_epoch and (float(state.epoch).is_integer() or state.global_step >= state.max_steps)
         if self.every is not None and state.global_step % self.every == 0 and not ends_epoch:
             control.should_save = True
+        control.should_log = control.should_log or control.should_save
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log = control.should_log or control.should_save
 
 
 class Clock(TrainerCallback, ExportableState):

@@ -122,12 +122,12 @@ def train(
     trained = sum(p.numel() for p in trainable_parameters(tuned))
     if not trained:
         raise FfnkitError(f"tuner {tuner.name}", "no parameter of the model trains", "Choose another tuner")
-    use_cache = getattr(tuned.config, "use_cache", None)
+    use_cache, own_forward = getattr(tuned.config, "use_cache", None), "forward" in vars(tuned)
     with _checkpointing(tuned, settings.gradient_checkpointing):
         loop = _loop(tuned, tokenizer, task, data, dev, arguments, settings)
         _on_device(torch.cuda.reset_peak_memory_stats)
         state = _run_or_resume(loop, out_dir, settings)
-    _leave(loop, use_cache)
+    _leave(loop, use_cache, own_forward)
     result = _result(loop, state, finish(tuned, tuner).eval(), settings, metric, trained)
     if not settings.keep_checkpoints:
         checkpoints.clean(out_dir)
@@ -229,11 +229,15 @@ def _load_final(loop: Loop, out_dir: Path, last: Path, state: dict[str, Any], se
     loop._load_from_checkpoint(str(chosen))
 
 
-def _leave(loop: Loop, use_cache: bool | None) -> None:
-    """Undo what the Trainer did to the model: the wrapper of mixed precision, ``use_cache``."""
+def _leave(loop: Loop, use_cache: bool | None, own_forward: bool) -> None:
+    """Undo what the Trainer did to the model (``use_cache``, the wrapper of mixed precision); free the optimizer."""
     model: Any = loop.accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False)
+    if not own_forward:
+        vars(model).pop("forward", None)  # unwrapping leaves a bound method, which a copy of the model would share
     if use_cache is not None:
         model.config.use_cache = use_cache
+    for holder in (loop, loop.callback_handler):
+        holder.optimizer = holder.lr_scheduler = None
     loop.accelerator.free_memory()
 
 
