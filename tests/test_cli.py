@@ -392,6 +392,15 @@ def test_tune_and_eval_on_a_table(bert: Path, table: Path, tmp_path: Path) -> No
     assert "accuracy" in good("eval", tmp_path / "tuned", *data, "--split", "dev").stdout
 
 
+def test_tune_a_compact_body_without_a_head(bert: Path, table: Path, tmp_path: Path) -> None:
+    transformers.BertModel.from_pretrained(bert).save_pretrained(tmp_path / "body")
+    fuse(tmp_path / "body", tmp_path / "small", "--layers", "last:2")
+    words = ("--train-file", table, *COLUMNS, "--steps", 1, "--batch-size", 8, "--tokenizer", bert, "--quiet")
+    good("tune", tmp_path / "small", *words, "--out", tmp_path / "tuned")
+    rows = json.loads(good("inspect", tmp_path / "tuned", "--json").stdout)["rows"]
+    assert [row["width"] for row in rows] == [40, 20, 20]
+
+
 def test_distil_lora_and_no_fold(bert: Path, table: Path, tmp_path: Path) -> None:
     fuse(bert, tmp_path / "small")
     report = good(

@@ -248,7 +248,9 @@ def test_distances_to_means_match_a_loop(way: type) -> None:
     found = way(points).to_means(Clusters.of(labels, wanted, 7), w)
     means = slow(points, labels, w)[0]
     assert_close(found, torch.cdist(means[wanted], points.double()).square(), rel=1e-5)
-    assert_close(way(points).to_points(wanted), torch.cdist(points[wanted].double(), points.double()).square(), rel=1e-5)
+    assert_close(
+        way(points).to_points(wanted), torch.cdist(points[wanted].double(), points.double()).square(), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("limit", [1 << 30, 0])

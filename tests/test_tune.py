@@ -153,7 +153,7 @@ def assert_same(first: nn.Module, second: nn.Module) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _cheap_collections() -> Iterator[None]:
-    """The Trainer collects garbage when it starts; going through all imported modules would be most of a test's time."""
+    """The Trainer collects garbage when it starts; to search all imported modules would take most of a test."""
     gc.collect()
     gc.freeze()
     yield

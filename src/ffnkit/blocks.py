@@ -129,7 +129,9 @@ class FFN:
         """Path of a site ("up", "gate", "down") below the owner."""
         path = getattr(self.layout, site)
         if path is None:
-            raise FfnkitError(f"site '{site}' of {self.name}", f"a '{self.layout.name}' FFN has none", "Name up or down")
+            raise FfnkitError(
+                f"site '{site}' of {self.name}", f"a '{self.layout.name}' FFN has none", "Name up or down"
+            )
         return str(path)
 
     def linear(self, site: str, owner: nn.Module | None = None) -> Linear:
@@ -193,7 +195,9 @@ class FFN:
         shapes = {name: tuple(value.shape) for name, value in mine.items()}
         if shapes != {name: tuple(value.shape) for name, value in given.items()}:
             found = {name: tuple(value.shape) for name, value in given.items()}
-            raise FfnkitError(f"writing {self.name} of {shapes}", f"neurons of {found}", "Give neurons of its own shape")
+            raise FfnkitError(
+                f"writing {self.name} of {shapes}", f"neurons of {found}", "Give neurons of its own shape"
+            )
         for name, value in mine.items():
             value.copy_(given[name])
 
@@ -348,8 +352,8 @@ def _unknown(model: nn.Module) -> FfnkitError:
     (ff, d) = _shape(model.get_submodule(f"{owner}.{up}" if owner else up))
     return FfnkitError(
         f"the FFNs of {name}",
-        f"no layout is known, but {len(pairs)} pairs of mirrored linears, the first in '{owner or 'the model itself'}': "
-        f"{up} ({d} -> {ff}) and {down} ({ff} -> {d})",
+        f"no layout is known, but {len(pairs)} pairs of mirrored linears, the first in "
+        f"'{owner or 'the model itself'}': {up} ({d} -> {ff}) and {down} ({ff} -> {d})",
         f'If they are its FFNs, add the row: ffnkit.blocks.LAYOUTS.append(Layout("{name}", up="{up}", down="{down}"))',
     )
 

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from ffnkit import blocks, files, probe, shapes
 from ffnkit.errors import FfnkitError
@@ -71,7 +72,7 @@ class ExportReport:
 
 
 def save(
-    model: nn.Module,
+    model: PreTrainedModel,
     directory: str | Path,
     tokenizer: Any = None,
     card: str | None = None,
@@ -135,7 +136,7 @@ def load(directory: str | Path, **kwargs: Any) -> Any:
     return model
 
 
-class opening:  # noqa: N801  (a context manager, read as a verb)
+class opening:
     """Turn the many errors of opening a checkpoint into one line."""
 
     def __init__(self, name: str | Path) -> None:
@@ -154,7 +155,9 @@ class opening:  # noqa: N801  (a context manager, read as a verb)
                     ) from error
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, FfnkitError) or not isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError)):
+        if isinstance(error, FfnkitError) or not isinstance(
+            error, (OSError, ValueError, RuntimeError, SafetensorError)
+        ):
             return
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         found = f"it cannot be opened ({first})"
@@ -165,7 +168,7 @@ class opening:  # noqa: N801  (a context manager, read as a verb)
 
 
 def export(
-    model: nn.Module,
+    model: PreTrainedModel,
     directory: str | Path,
     tokenizer: Any = None,
     card: str | None = None,
@@ -207,7 +210,7 @@ def export(
 
 
 def _padded_widths(
-    model: nn.Module, found: list[blocks.FFN], keys: dict[str, tuple[str, str] | None]
+    model: PreTrainedModel, found: list[blocks.FFN], keys: dict[str, tuple[str, str] | None]
 ) -> dict[str, int]:
     """The width that plain transformers can build for each FFN: the widest under its key, or the family's own."""
     original = shapes.original_widths(model, found)
@@ -219,7 +222,7 @@ def _padded_widths(
 
 
 def _standard_config(
-    model: nn.Module, found: list[blocks.FFN], keys: dict[str, tuple[str, str] | None], targets: dict[str, int]
+    model: PreTrainedModel, found: list[blocks.FFN], keys: dict[str, tuple[str, str] | None], targets: dict[str, int]
 ) -> Any:
     config = copy.deepcopy(model.config)
     described = shapes.description(model)
@@ -233,7 +236,7 @@ def _standard_config(
     return config
 
 
-def _standard_state(model: nn.Module, found: list[blocks.FFN], targets: dict[str, int]) -> dict[str, Tensor]:
+def _standard_state(model: PreTrainedModel, found: list[blocks.FFN], targets: dict[str, int]) -> dict[str, Tensor]:
     """The model's state dict with folded, padded, written-out FFNs; tensors that stay as they are are not copied."""
     state = dict(model.state_dict())
     for ffn in found:
@@ -279,16 +282,18 @@ def _named_values(ffn: blocks.FFN, neurons: Neurons) -> dict[str, Tensor]:
     return named
 
 
-def _verify(model: nn.Module, directory: Path, state: dict[str, Tensor]) -> float | None:
+def _verify(model: PreTrainedModel, directory: Path, state: dict[str, Tensor]) -> float | None:
     """Reload and compare; the largest relative difference of the outputs, or None where no inputs are known."""
     with opening(directory):
-        fresh, report = type(model).from_pretrained(directory, dtype=model.dtype, output_loading_info=True)  # type: ignore[attr-defined]
+        loaded: Any = type(model).from_pretrained(directory, dtype=model.dtype, output_loading_info=True)
+        fresh, report = loaded  # type: ignore[attr-defined]
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     again = fresh.state_dict()
     wrong += [k for k, v in again.items() if k in state and not torch.equal(v.cpu(), state[k].to(v.dtype).cpu())]
     if wrong:
         raise FfnkitError(
-            f"exporting {type(model).__name__}", f"{len(wrong)} tensors did not reload equal, e.g. {wrong[0]}",
+            f"exporting {type(model).__name__}",
+            f"{len(wrong)} tensors did not reload equal, e.g. {wrong[0]}",
             "Keep the compact form, and report the model's class",
         )
     error = probe.compare(model, fresh.to(model.device))  # type: ignore[arg-type]
@@ -296,7 +301,8 @@ def _verify(model: nn.Module, directory: Path, state: dict[str, Tensor]) -> floa
     limit = 2000 * torch.finfo(model.dtype).eps  # type: ignore[arg-type]
     if error is not None and not error <= limit:
         raise FfnkitError(
-            f"exporting {type(model).__name__}", f"outputs differ by {error:.2g} after reloading",
+            f"exporting {type(model).__name__}",
+            f"outputs differ by {error:.2g} after reloading",
             "Keep the compact form, and report the model's class",
         )
     return error
@@ -305,7 +311,7 @@ def _verify(model: nn.Module, directory: Path, state: dict[str, Tensor]) -> floa
 # --- helpers ------------------------------------------------------------------------------------------------------
 
 
-def _sync_config(model: nn.Module) -> None:
+def _sync_config(model: PreTrainedModel) -> None:
     """Describe sharing that was done by hand, without ``apply``."""
     if not blocks.has_ffns(model) or getattr(model, "is_quantized", False):
         return
@@ -315,19 +321,21 @@ def _sync_config(model: nn.Module) -> None:
         shapes.update_config(model, keys, original)
 
 
-def _check_finite(model: nn.Module) -> None:
+def _check_finite(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor  # no quantized subclass
         if plain and parameter.is_floating_point() and not parameter.is_meta and not bool(parameter.isfinite().all()):
-            raise FfnkitError(f"weights of {type(model).__name__}", f"{name} holds NaN or infinity", "Use other weights")
+            raise FfnkitError(
+                f"weights of {type(model).__name__}", f"{name} holds NaN or infinity", "Use other weights"
+            )
 
 
-def _persistent_buffers(model: nn.Module) -> list[Tensor]:
+def _persistent_buffers(model: PreTrainedModel) -> list[Tensor]:
     names = set(model.state_dict())
     return [buffer for name, buffer in model.named_buffers() if name in names]
 
 
-def _companions(model: nn.Module, directory: Path, tokenizer: Any) -> None:
+def _companions(model: PreTrainedModel, directory: Path, tokenizer: Any) -> None:
     """Tokenizer, processor and chat template: saved from the object given, else copied from the model's source."""
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
@@ -355,7 +363,7 @@ def _source_file(source: str, name: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _short_card(model: nn.Module, *, compact: bool) -> str:
+def _short_card(model: PreTrainedModel, *, compact: bool) -> str:
     from ffnkit.inventory import inspect
 
     tags = "tags:\n- ffnkit\nlibrary_name: transformers\n"
@@ -365,4 +373,6 @@ def _short_card(model: nn.Module, *, compact: bool) -> str:
         else "Opened by plain `from_pretrained`."
     )
     body = f"\n```\n{inspect(model)}\n```\n" if blocks.has_ffns(model) else ""
-    return f"---\n{tags}---\n\n# {type(model).__name__}\n\nSaved by ffnkit. {how}\n{body}\nMeasured figures: none given.\n"
+    return (
+        f"---\n{tags}---\n\n# {type(model).__name__}\n\nSaved by ffnkit. {how}\n{body}\nMeasured figures: none given.\n"
+    )

@@ -70,6 +70,7 @@ class FfnkitQuantizer(HfQuantizer):
     """Rebuilds the FFNs of an empty model; everything else is plain loading, or the nested quantizer's work."""
 
     requires_calibration = False
+    quantization_config: FfnkitConfig
 
     def __init__(self, quantization_config: FfnkitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)

@@ -58,7 +58,9 @@ class Inventory:
         return {**asdict(self), "ffn_share": self.ffn_share}
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: {self.parameters:,} parameters, {self.ffn_parameters:,} ({self.ffn_share:.1%}) in FFNs"]
+        lines = [
+            f"{self.model}: {self.parameters:,} parameters, {self.ffn_parameters:,} ({self.ffn_share:.1%}) in FFNs"
+        ]
         name_width = max(len(row.name) for row in self.rows)
         for row in self.rows:
             experts = f"{row.experts} experts of " if row.experts else ""

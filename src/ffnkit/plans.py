@@ -87,7 +87,7 @@ class Plan:
         lines = [f"{self.method}({settings}) for {self.model}"]
         widths = self.widths()
         name_width = max((len(name) for name in widths), default=0)
-        for name, (before, after) in widths.items():
+        for name, (_, after) in widths.items():
             shape = self.shapes[name]
             left = shape.parameters - self.saved(name)
             notes = "".join(f", {key} {value:.3g}" for key, value in self.quantities.get(name, {}).items())
@@ -178,9 +178,7 @@ class Method(Protocol):
 
     def settings(self) -> dict[str, Any]: ...
 
-    def draft(
-        self, model: nn.Module, data: Iterable[dict[str, Tensor]] | None, progress: Progress | None
-    ) -> Draft: ...
+    def draft(self, model: nn.Module, data: Iterable[dict[str, Tensor]] | None, progress: Progress | None) -> Draft: ...
 
 
 def plan(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ffnkit import blocks
 from ffnkit.errors import FfnkitError
@@ -69,7 +69,7 @@ def _key(config: PreTrainedConfig, ffn: blocks.FFN) -> str | None:
     return None
 
 
-def width_keys(model: nn.Module, found: list[blocks.FFN]) -> dict[str, tuple[str, str] | None]:
+def width_keys(model: PreTrainedModel, found: list[blocks.FFN]) -> dict[str, tuple[str, str] | None]:
     """(path of the sub-config, key) that holds each FFN's width; None where the family fixes it otherwise."""
     config = model.config
     described = description(model)
@@ -110,7 +110,7 @@ def _candidates(
 # --- describing ---------------------------------------------------------------------------------------------------
 
 
-def description(model: nn.Module) -> dict[str, Any] | None:
+def description(model: PreTrainedModel) -> dict[str, Any] | None:
     """What the config says of an edited model, or None for a model of plain shape."""
     config = getattr(model, "config", None)
     stored = getattr(config, "quantization_config", None)
@@ -146,7 +146,7 @@ def is_plain(found: list[blocks.FFN], keys: dict[str, tuple[str, str] | None], o
     return all(len(values) == 1 for key, values in widths.items() if key is not None)
 
 
-def update_config(model: nn.Module, keys: dict[str, tuple[str, str] | None], original: dict[str, int]) -> None:
+def update_config(model: PreTrainedModel, keys: dict[str, tuple[str, str] | None], original: dict[str, int]) -> None:
     """Make the config say the model's present shape; called after every change of modules.
 
     Args:
@@ -176,7 +176,7 @@ def update_config(model: nn.Module, keys: dict[str, tuple[str, str] | None], ori
             set_width(config, key, IMPOSSIBLE_WIDTH)
 
 
-def original_widths(model: nn.Module, found: list[blocks.FFN]) -> dict[str, int]:
+def original_widths(model: PreTrainedModel, found: list[blocks.FFN]) -> dict[str, int]:
     """The width that the plain class builds, for FFNs whose width no config key holds."""
     rows = (description(model) or {}).get("ffns", {})
     return {ffn.name: rows.get(ffn.name, {}).get("original", ffn.width) for ffn in found}
@@ -186,7 +186,7 @@ def set_width(config: PreTrainedConfig, key: tuple[str, str], width: int) -> Non
     setattr(_subconfig(config, key[0]), key[1], width)
 
 
-def rows_for(model: nn.Module, described: dict[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:
+def rows_for(model: PreTrainedModel, described: dict[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:
     """The described FFNs, each with the places in ``model`` that share it; the model may have another head.
 
     Raises FfnkitError where the model has an FFN that the checkpoint does not describe.
@@ -210,7 +210,7 @@ def rows_for(model: nn.Module, described: dict[str, Any]) -> list[tuple[dict[str
     return [(described["ffns"][first], names) for first, names in places.items()]
 
 
-def declare_shared(model: nn.Module) -> None:
+def declare_shared(model: PreTrainedModel) -> None:
     """Tell transformers which of the model's parameters are further names of others: FFNs that share their weights.
 
     ``save_pretrained`` refuses undeclared sharing, and loading would fill the further names at random.

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ffnkit import blocks, shapes
 from ffnkit.blocks import FFN
@@ -17,7 +18,7 @@ from ffnkit.plans import Plan, Shape
 
 
 @torch.no_grad()
-def apply(model: nn.Module, plan: Plan) -> nn.Module:
+def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     """Carry out a plan on the model, in place; returns the same object.
 
     Everything is checked before the first change. Memory beyond the model: one FFN.
@@ -40,7 +41,7 @@ def apply(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 @torch.no_grad()
-def fold(model: nn.Module) -> nn.Module:
+def fold(model: PreTrainedModel) -> PreTrainedModel:
     """Turn every special linear back into a plain layer with the same outputs, in place; returns the same object."""
     found = blocks.ffns(model)
     keys = shapes.width_keys(model, found)
@@ -52,7 +53,7 @@ def fold(model: nn.Module) -> nn.Module:
     return model
 
 
-def rebuild(model: nn.Module, described: dict[str, Any]) -> None:
+def rebuild(model: PreTrainedModel, described: dict[str, Any]) -> None:
     """Give a freshly built, empty model the shape that a compact checkpoint describes (``shapes.describe``)."""
     modules = dict(model.named_modules(remove_duplicate=False))
     by_owner = {name: ffn for ffn in blocks.ffns(model) for name in ffn.owners}
@@ -78,9 +79,9 @@ def resize(ffn: FFN, neurons: Neurons) -> None:
     values = site_values(ffn, neurons)
     if ffn.layout.experts:
         for path, (weight, _) in values.items():
-            new = _like(ffn.module._parameters[path], weight)
+            fresh = _like(ffn.module._parameters[path], weight)
             for owner in _unique(ffn.owners.values()):
-                owner._parameters[path] = new
+                owner._parameters[path] = fresh
     else:
         for path, (weight, bias) in values.items():
             old = ffn.module.get_submodule(path)
@@ -173,9 +174,7 @@ def _fused(ffn: FFN, edit: Resize) -> Neurons:
 
 def _empty(neurons: Neurons, width: int) -> Neurons:
     """Neurons of another width with arbitrary values, on the same device (the meta device while loading)."""
-    grown = {
-        name: value.new_empty(_with_width(name, value.shape, width)) for name, value in neurons.tensors().items()
-    }
+    grown = {name: value.new_empty(_with_width(name, value.shape, width)) for name, value in neurons.tensors().items()}
     return Neurons(**grown)
 
 

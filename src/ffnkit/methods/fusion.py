@@ -55,7 +55,9 @@ class Fusion:
         for key, low in (("seed", 0), ("restarts", 1)):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise FfnkitError(f"{key} {value!r}", f"not a whole number of at least {low}", f"Give {key}={low} or more")
+                raise FfnkitError(
+                    f"{key} {value!r}", f"not a whole number of at least {low}", f"Give {key}={low} or more"
+                )
         chosen = blocks.select(blocks.ffns(model), self.layers)
         return [(ffn, blocks.resolve_width(self.width, ffn.width, ffn.name)) for ffn in chosen]
 

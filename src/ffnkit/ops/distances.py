@@ -152,9 +152,9 @@ class DirectDistances:
 def pairwise(points: Tensor, block: int | None = None) -> Tensor:
     """Squared distances (n, n) of points (n, m) float32: symmetric, zero diagonal, none negative.
 
-    |x|^2 + |y|^2 - 2 x.y in float32 is wrong by about ``rounding(m)`` times |x|^2 + |y|^2. Columns of a block that hold a
-    pair nearer than that are done again in float64, so that equal points come out at exactly zero distance and nearly
-    equal ones at their true, tiny, distance, not at noise that k-means++ could draw. Half of the product is computed.
+    |x|^2 + |y|^2 - 2 x.y in float32 may be wrong by ``rounding(m)`` times |x|^2 + |y|^2. Columns of a block that hold
+    a pair nearer than that are done again in float64, so that equal points come out at distance zero and nearly equal
+    ones at their true, tiny, distance, not at noise that k-means++ could draw. Half of the product is computed.
     """
     n, m = points.shape
     step = block or max(512, math.ceil(n / 16))
@@ -197,4 +197,3 @@ def _tile64(a: Tensor, b: Tensor) -> Tensor:
 
 def _squares(points: Tensor) -> Tensor:
     return torch.linalg.vector_norm(points, dim=1).square()
-

@@ -224,7 +224,7 @@ def _finish(points: Tensor, labels: Tensor, weights: Tensor | None, k: int, iter
 
 def _stack(each: list[KMeans], points: Tensor) -> KMeans:
     if not each:
-        raise FfnkitError("k-means", f"a batch of shape {tuple(points.shape)}", "Give at least one matrix.")
+        raise FfnkitError("k-means", f"a batch of shape {tuple(points.shape)}", "Give at least one matrix")
     return KMeans(
         torch.stack([one.labels for one in each]),
         torch.stack([one.centroids for one in each]),
@@ -240,19 +240,19 @@ def _check(
     """Refuse what cannot be clustered. Returns the smallest and the largest entry."""
     if points.dim() != 2 or not points.is_floating_point() or points.numel() == 0:
         found = f"a {points.dtype} tensor of shape {tuple(points.shape)}"
-        raise FfnkitError("k-means", found, "Give a floating matrix (n, m) or a batch (E, n, m), not empty.")
+        raise FfnkitError("k-means", found, "Give a floating matrix (n, m) or a batch (E, n, m), not empty")
     n = len(points)
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
-        raise FfnkitError(f"k-means with k={k!r}", f"{n} points", f"Choose a whole number from 1 to {n}.")
+        raise FfnkitError(f"k-means with k={k!r}", f"{n} points", f"Choose a whole number from 1 to {n}")
     if restarts < 1 or max_iterations < 1 or not 0 <= tolerance < 1:
         found = f"restarts={restarts}, max_iterations={max_iterations}, tolerance={tolerance}"
-        raise FfnkitError("k-means", found, "Give 1 or more of the first two and a tolerance in [0, 1).")
+        raise FfnkitError("k-means", found, "Give 1 or more of the first two and a tolerance in [0, 1)")
     low, high = (float(value) for value in points.aminmax())
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise FfnkitError("k-means", "NaN or infinite points", "Check the weights of the model.")
+        raise FfnkitError("k-means", "NaN or infinite points", "Check the weights of the model")
     if weights is not None:
         if weights.shape != (n,):
-            raise FfnkitError("k-means weights", f"shape {tuple(weights.shape)}", f"Give one a point, ({n},).")
+            raise FfnkitError("k-means weights", f"shape {tuple(weights.shape)}", f"Give one a point, ({n},)")
         if not bool(torch.isfinite(weights).all() & (weights >= 0).all() & (weights > 0).any()):
-            raise FfnkitError("k-means weights", "NaN, infinite, negative or all zero", "Give some above zero.")
+            raise FfnkitError("k-means weights", "NaN, infinite, negative or all zero", "Give some above zero")
     return low, high

@@ -52,13 +52,10 @@ def plus_plus(distances: PointDistances, weights: Tensor, draws: Tensor) -> tupl
     n = len(weights)
     run = torch.arange(restarts, device=weights.device)
     labels = torch.zeros(restarts, n, dtype=torch.int64, device=weights.device)
-    start = _draw(weights.double()[None] * (2.0**61 / weights.double().sum()), draws[:1, 0, :1].view(1, 1))
-    if restarts > 1:
-        start = _draw(
-            (weights.double() * (2.0**61 / weights.double().sum())).expand(restarts, n).contiguous(), draws[:, 0, :1]
-        )
+    # Powers that keep the sum of n integers below 2^62.
+    shares = weights.double() * (2.0**61 / weights.double().sum())
+    start = _draw(shares.repeat(restarts, 1), draws[:, 0, :1])
     closest = distances.to_points(start[:, 0])
-    # The largest power that keeps the sum of n integers below 2^62.
     ticks = weights.double() * (2.0**61 / (n * weights.max().double() * distances.bound.double().clamp(min=1e-300)))
     for step in range(1, k):
         drawn = _draw(closest * ticks, draws[:, step])

@@ -103,7 +103,7 @@ class _Job:
         model = self.source.model(self.unit.seed)
         plan = ffnkit.plan(model, sources.method_of(self.arm, self.unit.seed))
         plan.save(self.unit.work / PLAN)
-        self._model = cast("PreTrainedModel", ffnkit.apply(model, plan))
+        self._model = ffnkit.apply(model, plan)
         return {}
 
     def distil(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class _Job:
                 out_dir=self.unit.work / "tune",
                 progress=self.bars,
             )
-        self._model = cast("PreTrainedModel", ffnkit.fold(result.model))
+        self._model = ffnkit.fold(cast("PreTrainedModel", result.model))
         _write(self.model, self.unit.work / TUNED)
         return {
             "train_seconds": result.seconds,

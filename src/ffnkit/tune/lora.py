@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
@@ -150,7 +151,7 @@ def _fold(model: nn.Module) -> None:
     if special:
         from ffnkit.surgery import fold
 
-        fold(model)
+        fold(cast(PreTrainedModel, model))
 
 
 def _ties(model: nn.Module, modules: list[str]) -> list[list[str]]:

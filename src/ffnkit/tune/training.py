@@ -11,12 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers import DataCollatorWithPadding, EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ffnkit.errors import FfnkitError
@@ -50,7 +50,7 @@ class TrainResult:
         peak_cuda: largest memory of tensors on the GPU during training, in bytes; None without one.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     seconds: float
     steps: int
     samples_per_second: float
@@ -128,7 +128,8 @@ def train(
         _on_device(torch.cuda.reset_peak_memory_stats)
         state = _run_or_resume(loop, out_dir, settings)
     _leave(loop, use_cache, own_forward)
-    result = _result(loop, state, finish(tuned, tuner).eval(), settings, metric, trained)
+    plain = cast(PreTrainedModel, finish(tuned, tuner).eval())
+    result = _result(loop, state, plain, settings, metric, trained)
     if not settings.keep_checkpoints:
         checkpoints.clean(out_dir)
     return result
@@ -242,7 +243,7 @@ def _leave(loop: Loop, use_cache: bool | None, own_forward: bool) -> None:
 
 
 def _result(
-    loop: Loop, state: dict[str, Any], model: nn.Module, settings: TrainSettings, metric: str, trained: int
+    loop: Loop, state: dict[str, Any], model: PreTrainedModel, settings: TrainSettings, metric: str, trained: int
 ) -> TrainResult:
     entries: list[dict[str, Any]] = state["log_history"]
     clock = state["stateful_callbacks"]["Clock"]["attributes"]
