@@ -116,6 +116,7 @@ def _package(folder: Path, weights: bytes | None) -> None:
 def test_the_weights_are_checked(weights: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _package(tmp_path, weights)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, quickstart.PACKAGE, raising=False)  # find_spec answers from there first
     monkeypatch.setattr(quickstart, "SHA256", hashlib.sha256(b"right").hexdigest())
     if weights == b"right":
         assert quickstart.model_path() == tmp_path / quickstart.PACKAGE / "model"

@@ -20,9 +20,10 @@ from torch import nn
 from ffnkit.errors import FfnkitError
 from ffnkit.report import environment, measure
 from ffnkit.report.card import CardInfo, LayerWidth, Metric, layer_widths, model_card
+from ffnkit.report.columns import cells
 from ffnkit.report.formats import to_csv, to_markdown, to_rich
 from ffnkit.report.page import PageInfo, page, write_page
-from ffnkit.report.table import Stat, cells, summarize
+from ffnkit.report.table import Stat, summarize
 
 
 def row(arm: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:

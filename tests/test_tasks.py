@@ -238,6 +238,31 @@ def test_no_source_within_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     one_line(error, "nyu-mll/glue", "--data-dir", "FFNKIT_DATA")
 
 
+def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def rows(first: int, label: int | None = None) -> datasets.Dataset:
+        numbers = range(first, first + 30)
+        labels = [number % 3 if label is None else label for number in numbers]
+        texts = [sentence(number) for number in numbers]
+        return datasets.Dataset.from_dict({"premise": texts, "hypothesis": texts, "label": labels, "idx": labels})
+
+    def load_dataset(*arguments: str) -> datasets.DatasetDict:
+        asked.append(arguments)
+        parts = {"train": rows(0), "validation_matched": rows(100), "validation_mismatched": rows(200)}
+        return datasets.DatasetDict({**parts, "test_matched": rows(300, -1)})
+
+    monkeypatch.delenv("FFNKIT_DATA", raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    splits = tasks.get("mnli").splits()
+    assert asked == [("nyu-mll/glue", "mnli")] and splits.source.startswith("hub")
+    assert splits.report["premise"][0] == sentence(100) and list(splits.extra) == ["mismatched"]
+    assert splits.extra["mismatched"]["premise"][0] == sentence(200)
+    assert len(splits.train) + len(splits.dev) == 30
+
+
 # ---- files of the user
 
 

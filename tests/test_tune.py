@@ -37,6 +37,7 @@ from ffnkit.blocks import ffns
 from ffnkit.errors import FfnkitError
 from ffnkit.tune import (
     TUNERS,
+    DistilSettings,
     TrainSettings,
     checkpoints,
     clean,
@@ -690,3 +691,14 @@ def test_evaluation_agrees_with_the_trainer(tmp_path: Path) -> None:
 def test_the_seed_fixes_a_head() -> None:
     assert_same(bert(), bert())
     assert training.seed_everything is seed_everything
+
+
+# Documentation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [TrainSettings, DistilSettings, tuners.Lora])
+def test_every_setting_is_documented(kind: Any) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "tuning.md").read_text(encoding="utf-8")
+    for name, field in kind.model_fields.items():
+        assert f"| `{name}` |" in page, f"docs/tuning.md has no row for {kind.__name__}.{name}"
+        assert field.description in page, f"docs/tuning.md says something else of {kind.__name__}.{name}"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ffnkit.surgery import apply, fold
     from ffnkit.tune import trainable_parameters
 
-# ruff: noqa: RUF022 (the order is that of use)
+
 __all__ = [
     "inspect",
     "plan",

@@ -10,20 +10,19 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def read_config(name_or_dir: str) -> PretrainedConfig:
-    """The config of a hub name or a folder.
+def read_config(name_or_dir: str, **kwargs: Any) -> PretrainedConfig:
+    """The config of a hub name or a folder; ``kwargs`` as for ``from_pretrained`` (revision, token, ...).
 
     Raises:
         FfnkitError: there is no such model, or its config cannot be read.
     """
     from transformers import AutoConfig
 
-    from ffnkit.loading import check_name, hub_or_cache, open_errors, register_hook
+    from ffnkit.loading import check_name, hub_or_cache, open_errors
 
     name = check_name(name_or_dir)
-    register_hook()
     with open_errors(f"model {name}"), hub_or_cache():
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
 
 
 def architecture_class(config: PretrainedConfig, name: str) -> Any:

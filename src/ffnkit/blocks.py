@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -226,9 +227,9 @@ def is_linear(module: object) -> bool:
     return isinstance(module, (nn.Linear, Conv1D, Scaled))
 
 
-def _shape(linear: nn.Module) -> tuple[int, int]:
-    rows, columns = linear.weight.shape  # type: ignore[misc,union-attr]
-    return (columns, rows) if is_transposed(linear) else (rows, columns)  # type: ignore[return-value]
+def _shape(linear: Any) -> tuple[int, int]:
+    rows, columns = linear.weight.shape
+    return (columns, rows) if is_transposed(linear) else (rows, columns)
 
 
 # --- finding ------------------------------------------------------------------------------------------------------
@@ -282,7 +283,7 @@ def _match(module: nn.Module) -> Layout | None:
         linears = [_descend(module, path) for path in paths]
         if not all(is_linear(linear) for linear in linears):
             continue
-        (ff, d), gate_shape, (out, inner) = (_shape(linear) for linear in linears)  # type: ignore[arg-type]
+        (ff, d), gate_shape, (out, inner) = (_shape(linear) for linear in linears)
         if layout.fused:
             ff //= 2
         elif gate_shape != (ff, d):

@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ffnkit import blocks, files, probe, shapes
+from ffnkit.architectures import architecture_class, read_config
 from ffnkit.errors import FfnkitError
+from ffnkit.formats import QUANT_METHOD
+from ffnkit.loading import check_weights, load_pretrained, open_errors
 from ffnkit.ops.neurons import Neurons
+
+# Settings of from_pretrained that find the config as well as the weights.
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "force_download")
 
 # What travels with a model besides weights and config; written by tokenizers, processors and generation.
 _COMPANIONS = (
@@ -93,10 +98,10 @@ def save(
     Raises:
         FfnkitError: no space, not writable, a file in the way, NaN weights, a shape that the form cannot hold.
     """
-    _check_finite(model)
+    check_weights(model, type(model).__name__)
     _sync_config(model)
     with files.staging(directory, keep_others=True) as temporary:
-        model.save_pretrained(temporary, **save_pretrained_kwargs)  # type: ignore[operator]
+        model.save_pretrained(temporary, **save_pretrained_kwargs)
         _companions(model, temporary, tokenizer)
         (temporary / "README.md").write_text(card or _short_card(model, compact=True), encoding="utf-8")
     return Path(directory)
@@ -113,55 +118,15 @@ def load(directory: str | Path, **kwargs: Any) -> Any:
     Raises:
         FfnkitError: where it is missing, damaged or holds NaN.
     """
-    import transformers
-    from transformers import AutoConfig
-
-    import ffnkit.hook  # noqa: F401  (registers the hook)
-
     files.recover(directory)
-    with opening(directory):
-        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
-        trust = kwargs.get("trust_remote_code", False)
-        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(directory, trust_remote_code=trust, **hub)
-        described = getattr(config, "quantization_config", None)
-        if isinstance(described, dict) and described.get("quant_method") == shapes.QUANT_METHOD:
-            quantization = kwargs.pop("quantization_config", None)
-            if quantization is not None:
-                data = quantization if isinstance(quantization, dict) else quantization.to_dict()
-                config.quantization_config = {**described, "base": data, "base_done": False}
-        names = getattr(config, "architectures", None) or []
-        cls = getattr(transformers, names[0], None) if names else None
-        model = (cls or transformers.AutoModel).from_pretrained(directory, config=config, **kwargs)
-    _check_finite(model)
-    return model
-
-
-class opening:
-    """Turn the many errors of opening a checkpoint into one line."""
-
-    def __init__(self, name: str | Path) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        path = Path(self.name)
-        if path.is_dir():
-            for file in sorted(path.glob("*.safetensors")):
-                try:
-                    with safe_open(file, framework="pt"):
-                        pass
-                except (SafetensorError, OSError) as error:
-                    raise FfnkitError(
-                        f"opening '{self.name}'", f"{file.name} is damaged ({error})", "Copy or save it again"
-                    ) from error
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, FfnkitError) or not isinstance(
-            error, (OSError, ValueError, RuntimeError, SafetensorError)
-        ):
-            return
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        found = f"it cannot be opened ({first})"
-        raise FfnkitError(f"opening '{self.name}'", found, "Name a model folder or a hub name") from error
+    config = kwargs.pop("config", None) or read_config(str(directory), **{k: kwargs[k] for k in _HUB if k in kwargs})
+    described = getattr(config, "quantization_config", None)
+    if isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD:
+        quantization = kwargs.pop("quantization_config", None)
+        if quantization is not None:
+            data = quantization if isinstance(quantization, dict) else quantization.to_dict()
+            config.quantization_config = {**described, "base": data, "base_done": False}
+    return load_pretrained(architecture_class(config, str(directory)), directory, config=config, **kwargs)
 
 
 # --- standard -----------------------------------------------------------------------------------------------------
@@ -185,7 +150,7 @@ def export(
     Raises:
         FfnkitError: where it cannot be written, or does not reload equal.
     """
-    _check_finite(model)
+    check_weights(model, type(model).__name__)
     found = blocks.ffns(model)
     keys = shapes.width_keys(model, found)
     targets = _padded_widths(model, found, keys)
@@ -284,9 +249,9 @@ def _named_values(ffn: blocks.FFN, neurons: Neurons) -> dict[str, Tensor]:
 
 def _verify(model: PreTrainedModel, directory: Path, state: dict[str, Tensor]) -> float | None:
     """Reload and compare; the largest relative difference of the outputs, or None where no inputs are known."""
-    with opening(directory):
+    with open_errors(f"the export '{directory}'"):
         loaded: Any = type(model).from_pretrained(directory, dtype=model.dtype, output_loading_info=True)
-        fresh, report = loaded  # type: ignore[attr-defined]
+        fresh, report = loaded
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     again = fresh.state_dict()
     wrong += [k for k, v in again.items() if k in state and not torch.equal(v.cpu(), state[k].to(v.dtype).cpu())]
@@ -296,9 +261,9 @@ def _verify(model: PreTrainedModel, directory: Path, state: dict[str, Tensor]) -
             f"{len(wrong)} tensors did not reload equal, e.g. {wrong[0]}",
             "Keep the compact form, and report the model's class",
         )
-    error = probe.compare(model, fresh.to(model.device))  # type: ignore[arg-type]
+    error = probe.compare(model, fresh.to(model.device))
     # Folding and padding change the order of sums only: a few hundred roundings of the model's own precision.
-    limit = 2000 * torch.finfo(model.dtype).eps  # type: ignore[arg-type]
+    limit = 2000 * torch.finfo(model.dtype).eps
     if error is not None and not error <= limit:
         raise FfnkitError(
             f"exporting {type(model).__name__}",
@@ -319,15 +284,6 @@ def _sync_config(model: PreTrainedModel) -> None:
     keys, original = shapes.width_keys(model, found), shapes.original_widths(model, found)
     if shapes.description(model) is not None or not shapes.is_plain(found, keys, original):
         shapes.update_config(model, keys, original)
-
-
-def _check_finite(model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
-        plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor  # no quantized subclass
-        if plain and parameter.is_floating_point() and not parameter.is_meta and not bool(parameter.isfinite().all()):
-            raise FfnkitError(
-                f"weights of {type(model).__name__}", f"{name} holds NaN or infinity", "Use other weights"
-            )
 
 
 def _persistent_buffers(model: PreTrainedModel) -> list[Tensor]:

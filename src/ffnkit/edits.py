@@ -66,7 +66,7 @@ def build(kind: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Ed
         if cls.__name__ == kind:
             names = {field.name for field in dataclasses.fields(cls)}
             if names == set(settings) | set(tensors):
-                return cls(**settings, **tensors)
+                return cls(**{**settings, **tensors})
             raise FfnkitError(f"edit '{kind}'", f"fields {sorted(set(settings) | set(tensors))}", f"Expected {names}")
     known = ", ".join(cls.__name__ for cls in EDITS)
     raise FfnkitError(f"edit '{kind}'", f"this version knows {known}", "Update ffnkit or make the plan again")

@@ -21,11 +21,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ffnkit.errors import FfnkitError
+from ffnkit.formats import FORMAT, QUANT_METHOD
 
 # ``shapes`` and ``surgery`` are imported when first used: this module may be loaded in the middle of transformers'
 # own import, when the modules that they need are not there yet.
-QUANT_METHOD = "ffnkit"
-FORMAT = 1
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -89,7 +88,10 @@ class FfnkitQuantizer(HfQuantizer):
         return model
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
-        described = self.quantization_config.to_dict()
+        from ffnkit import shapes
+
+        described = shapes.renamed(model, self.quantization_config.to_dict())
+        self.quantization_config.ffns = described["ffns"]
         del model.hf_quantizer
         model.config.quantization_config = described
         if self.inner is None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
 import logging
 import os
 import socket
@@ -41,7 +39,6 @@ def load_with_info(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> t
     The load report of transformers is printed unless the task head alone is new.
     """
     name = check_name(name_or_dir)
-    register_hook()
     kwargs = {"trust_remote_code": False, **kwargs}
     with open_errors(f"model {name}"), hub_or_cache(), _held_reports() as held:
         model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
@@ -109,12 +106,6 @@ def open_errors(asked: str, do: str | None = None) -> Iterator[None]:
         raise FfnkitError(asked, found, do or usual) from error
 
 
-def register_hook() -> None:
-    """Lets from_pretrained open compact checkpoints."""
-    if importlib.util.find_spec("ffnkit.hook"):
-        importlib.import_module("ffnkit.hook")
-
-
 @contextlib.contextmanager
 def hub_or_cache() -> Iterator[None]:
     """Has the hub's libraries look in their caches only while the hub is out of reach, instead of retrying a minute."""
@@ -133,11 +124,6 @@ def hub_or_cache() -> Iterator[None]:
     finally:
         for holder, value in zip(holders, before, strict=True):
             holder.HF_HUB_OFFLINE = value  # type: ignore[attr-defined]
-
-
-def hub_kwargs(name: str) -> dict[str, Any]:
-    """``local_files_only`` for from_pretrained where ``name`` is of the hub and the hub is out of reach."""
-    return {} if Path(name).exists() or hub_reachable() else {"local_files_only": True}
 
 
 @cache
@@ -167,7 +153,9 @@ def check_weights(model: Any, name: str) -> None:
 
     with torch.no_grad():
         for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if tensor.is_meta or str(tensor.dtype) not in _FLOATS or not hasattr(tensor, "isfinite"):
+            # Quantized tensors are subclasses that claim the float type which they stand for.
+            plain = type(tensor.data) is torch.Tensor
+            if not plain or tensor.is_meta or str(tensor.dtype) not in _FLOATS:
                 continue
             bad = torch.isnan if not isinstance(tensor, torch.nn.Parameter) else _not_finite
             wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ffnkit import blocks
 from ffnkit.errors import FfnkitError
-from ffnkit.hook import FORMAT, QUANT_METHOD
+from ffnkit.formats import FORMAT, QUANT_METHOD
 from ffnkit.nn.scaled import EXPERTS_SCALE
 
 IMPOSSIBLE_WIDTH = 1
@@ -210,6 +210,12 @@ def rows_for(model: PreTrainedModel, described: dict[str, Any]) -> list[tuple[di
     return [(described["ffns"][first], names) for first, names in places.items()]
 
 
+def renamed(model: PreTrainedModel, described: dict[str, Any]) -> dict[str, Any]:
+    """The description with the names that the FFNs have in ``model``: a body may have been given a head or lost it."""
+    rows = {names[0]: {**row, "twins": names[1:]} for row, names in rows_for(model, described)}
+    return {**described, "ffns": rows}
+
+
 def declare_shared(model: PreTrainedModel) -> None:
     """Tell transformers which of the model's parameters are further names of others: FFNs that share their weights.
 
@@ -225,6 +231,6 @@ def declare_shared(model: PreTrainedModel) -> None:
     if not twins:
         return
     declared = getattr(model, "_tied_weights_keys", None) or {}
-    model._tied_weights_keys = {**declared, **twins}  # type: ignore[assignment]
+    model._tied_weights_keys = {**declared, **twins}
     if hasattr(model, "all_tied_weights_keys"):
-        model.all_tied_weights_keys = {**model.all_tied_weights_keys, **twins}  # type: ignore[assignment,dict-item]
+        model.all_tied_weights_keys = {**model.all_tied_weights_keys, **twins}

@@ -213,13 +213,13 @@ def _like(old: Any, value: Tensor) -> nn.Parameter:
     return parameter
 
 
-def _set_features(linear: nn.Module) -> None:
-    rows, columns = linear.weight.shape  # type: ignore[misc,union-attr]
+def _set_features(linear: Any) -> None:
+    rows, columns = linear.weight.shape
     if isinstance(linear, nn.Linear):
-        linear.out_features, linear.in_features = rows, columns  # type: ignore[assignment]
+        linear.out_features, linear.in_features = rows, columns
     elif hasattr(linear, "nf"):
         linear.nf, linear.nx = columns, rows
 
 
-def _unique(modules: Any) -> list[nn.Module]:
+def _unique(modules: Any) -> list[Any]:
     return list(dict.fromkeys(modules))

@@ -114,7 +114,7 @@ class TuneJob:
         )
         metrics = measured(result.model, tokenizer, self.task, splits, self.train_settings.max_length)
         if self.fold:
-            ffnkit.fold(cast("PreTrainedModel", result.model))
+            ffnkit.fold(result.model)
         report = self.report(result, metrics, splits, time.perf_counter() - start)
         self.save(result.model, tokenizer, report)
         return report

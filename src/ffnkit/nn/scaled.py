@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,8 @@ class Scaled(nn.Module):
 def unscaled(scaled: Scaled) -> nn.Linear | Conv1D:
     """The layer that was replaced, around the present parameters, the scale left out (not folded)."""
     plain: nn.Linear | Conv1D = scaled.__dict__["_shell"]
-    plain._parameters.update(weight=scaled.weight, bias=scaled.bias)
+    for name, parameter in scaled.named_parameters(recurse=False):
+        plain._parameters[name] = parameter
     return plain.train(scaled.training)
 
 
@@ -64,7 +66,7 @@ EXPERTS_SCALE = "neuron_scale"
 
 
 @functools.cache
-def _scaled_class(base: type[nn.Module], name: str) -> type[nn.Module]:
+def _scaled_class(base: Any, name: str) -> type[nn.Module]:
     def product(self: nn.Module) -> Tensor:
         return self._parameters[name] * getattr(self, EXPERTS_SCALE)[:, None, :]
 
@@ -82,7 +84,7 @@ def scale_experts(owner: nn.Module, name: str, scale: Tensor) -> None:
     """
     parameter = getattr(owner, name)
     owner.register_buffer(EXPERTS_SCALE, scale.to(device=parameter.device, dtype=parameter.dtype))
-    owner.__class__ = _scaled_class(type(owner), name)
+    owner.__class__ = _scaled_class(type(owner), name)  # type: ignore[arg-type]
 
 
 def experts_scale(owner: nn.Module) -> Tensor | None:
@@ -92,7 +94,7 @@ def experts_scale(owner: nn.Module) -> Tensor | None:
 
 def unscale_experts(owner: nn.Module, *, fold: bool) -> None:
     """Undo :func:`scale_experts`, multiplying the scale into the parameter where ``fold`` is true."""
-    name: str = type(owner).ffnkit_scaled  # type: ignore[attr-defined,assignment]
+    name: str = type(owner).ffnkit_scaled  # type: ignore[attr-defined]
     if fold:
         with torch.no_grad():
             owner._parameters[name].mul_(getattr(owner, EXPERTS_SCALE)[:, None, :])  # type: ignore[union-attr]

@@ -39,19 +39,16 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def one_thread(n: int, device: torch.device) -> Iterator[None]:
-    """Single-threaded torch where steps are short (CPU, n of some thousand).
+def one_thread() -> Iterator[int]:
+    """Single-threaded torch for short steps on the CPU; gives the number of threads that there were.
 
     The second thread saves little there, and where the cores are shared each of thousands of steps would wait for it
     to be scheduled: a hundred times slower at worst.
     """
     before = torch.get_num_threads()
-    if device.type != "cpu" or n > 8192 or before == 1:
-        yield
-        return
     torch.set_num_threads(1)
     try:
-        yield
+        yield before
     finally:
         torch.set_num_threads(before)
 

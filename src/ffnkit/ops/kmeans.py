@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,8 @@ from ffnkit.ops.seeding import plus_plus, uniforms
 
 GRAM_LIMIT = 4 << 30
 """Bytes of the n x n matrix above which distances are computed anew at each step (n = 32768 in float32)."""
+SHORT = 8192
+"""Points up to which the steps after the matrix product are too short to be shared among threads."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ def kmeans(
 
     Memory beyond the points, in bytes: 4 n^2 for the pairwise distances, and the larger of 4 n m (a centred copy,
     while they are computed) and 4 n k. Above ``gram_limit_bytes`` the n^2 term is dropped and the copy stays.
+    On the CPU, for up to 8192 points, restarts run side by side, each with 4 n k bytes.
     Time: one product of n^2 m multiply-adds / 2; then O(n log(k)) a starting point and O(n) a member that changes.
 
     Args:
@@ -99,8 +104,7 @@ def kmeans(
             return _finish(points, _split(first, same, k), weights, k, 0)
         mass = _masses(same, len(first), weights)
         distances = _distances(_centred(points if len(first) == n else points[first], low, high), gram_limit_bytes)
-        with one_thread(len(first), points.device):
-            labels, iterations = _best(distances, mass, uniforms(k, restarts, seed), max_iterations, tolerance)
+        labels, iterations = _best(distances, mass, uniforms(k, restarts, seed), max_iterations, tolerance)
         return _finish(points, labels[same], weights, k, iterations)
 
 
@@ -109,17 +113,25 @@ def _best(
 ) -> tuple[Tensor, int]:
     """Labels of the restart with the lowest inertia, and its number of iterations."""
     k = draws.shape[1]
-    best: tuple[float, Tensor, int] | None = None
-    for labels, paid in zip(*plus_plus(distances, mass, draws.to(mass.device)), strict=True):
+
+    def run(start: tuple[Tensor, Tensor]) -> tuple[float, Tensor, int]:
+        labels, paid = start
         refill(labels, paid * mass, k)
         clustering = Clustering(distances, labels, mass, k)
         iterations = improve(clustering, max_iterations, tolerance)
-        inertia = float(clustering.inertia)
-        if best is None or inertia < best[0]:
-            best = inertia, clustering.labels, iterations
-        del clustering  # its costs, before the next ones are made
-    assert best is not None
-    return best[1], best[2]
+        return float(clustering.inertia), clustering.labels, iterations
+
+    short = len(mass) <= SHORT and mass.device.type == "cpu"
+    with one_thread() if short else nullcontext(1) as cores:
+        starts = list(zip(*plus_plus(distances, mass, draws.to(mass.device)), strict=True))
+        if short and min(cores, len(starts)) > 1:
+            # Restarts do not depend on each other: one thread each, in the place of many threads for short steps.
+            with ThreadPoolExecutor(min(cores, len(starts))) as pool:
+                results = list(pool.map(run, starts))
+        else:
+            results = [run(start) for start in starts]
+    _, best, iterations = min(results, key=lambda result: result[0])
+    return best, iterations
 
 
 def distinct(points: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,8 +47,7 @@ class Neurons:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Neurons:
         """Every tensor passed through ``function``."""
-        values = {name: getattr(self, name) for name in _FIELDS}
-        return Neurons(**{name: None if value is None else function(value) for name, value in values.items()})
+        return Neurons(**{name: function(value) for name, value in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by field name."""

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import ffnkit
 from ffnkit.report import environment, measure
@@ -150,7 +150,7 @@ class _Job:
                 out_dir=self.unit.work / "tune",
                 progress=self.bars,
             )
-        self._model = ffnkit.fold(cast("PreTrainedModel", result.model))
+        self._model = ffnkit.fold(result.model)
         _write(self.model, self.unit.work / TUNED)
         return {
             "train_seconds": result.seconds,

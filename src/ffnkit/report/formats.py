@@ -6,7 +6,8 @@ import csv
 import io
 from typing import TYPE_CHECKING, Any
 
-from ffnkit.report.table import VALUES, Arm, Stat, Summary, all_notes, blocks, cells
+from ffnkit.report.columns import all_notes, blocks, cells
+from ffnkit.report.table import VALUES, Arm, Stat, Summary
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.files import write_text
+from ffnkit.report.columns import all_notes, blocks, duration
 from ffnkit.report.plot import metric_plot
-from ffnkit.report.table import Row, Summary, all_notes, blocks, duration, summarize
+from ffnkit.report.table import Row, Summary, summarize
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #60666d; --line: #d9dde1; --paper: #fff; --tint: #f5f6f8;

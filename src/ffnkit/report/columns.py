@@ -1,0 +1,113 @@
+"""A summary in words: which columns a table has, and each figure in the unit that people read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ffnkit.report.table import Arm, Difference, Stat, Summary
+
+
+def parameters(stat: Stat) -> str:
+    return _scaled(stat.mean, ((1e9, "B"), (1e6, "M"), (1e3, "k")))
+
+
+def operations(stat: Stat) -> str:
+    return _scaled(stat.mean, ((1e9, "G"), (1e6, "M"), (1e3, "k")))
+
+
+def size(stat: Stat) -> str:
+    return _scaled(stat.mean, ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")))
+
+
+def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """Four digits at most, in the largest unit that the value reaches, else in the smallest one."""
+    unit, name = next((pair for pair in units if value >= pair[0]), units[-1])
+    value /= unit
+    return f"{value:.{2 if value < 100 else 1 if value < 1000 else 0}f} {name}"
+
+
+def milliseconds(stat: Stat) -> str:
+    return f"{stat.mean * 1e3:.1f} ms"
+
+
+def duration(stat: Stat) -> str:
+    return f"{stat.mean:.1f} s" if stat.mean < 600 else f"{stat.mean / 60:.1f} min"
+
+
+COLUMNS = {
+    "parameters": ("parameters", parameters),
+    "ffn_parameters": ("in FFNs", parameters),
+    "trainable_parameters": ("trained", parameters),
+    "flops_per_token": ("FLOPs/token", operations),
+    "bytes_on_disk_compact": ("disk, compact", size),
+    "bytes_on_disk_standard": ("disk, standard", size),
+    "latency_s": ("latency (ratio)", milliseconds),
+    "peak_memory_bytes": ("peak memory", size),
+}
+
+
+def score(stat: Stat | None) -> str:
+    """Mean ± standard deviation, the mean alone for one seed."""
+    if stat is None:
+        return "not measured"
+    return f"{stat.mean:.4f}" if stat.std is None else f"{stat.mean:.4f} ± {stat.std:.4f}"
+
+
+def difference(delta: Difference | None) -> str:
+    if delta is None:
+        return "–"
+    if delta.low is None:
+        return f"{delta.mean:+.4f} (n = 1, no interval)"
+    return f"{delta.mean:+.4f} [{delta.low:+.4f}, {delta.high:+.4f}]"
+
+
+def cells(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """Headers and one list of strings an arm; columns that no arm has are left out, and ``unmeasured`` names them."""
+    columns = [key for key in COLUMNS if any(key in arm.values for arm in summary.arms)]
+    compared = any(arm.difference for arm in summary.arms)
+    timed = any(arm.seconds for arm in summary.arms)
+    header = ["arm", "seeds", *summary.metrics, *(["difference [95%]"] if compared else [])]
+    header += [COLUMNS[key][0] for key in columns] + (["time"] if timed else [])
+    return header, [_line(arm, summary, columns, compared, timed, len(header)) for arm in summary.arms]
+
+
+def blocks(summary: Summary) -> list[tuple[list[str], list[list[str]]]]:
+    """``cells`` as one or two narrower tables: scores and sizes, then costs."""
+    header, lines = cells(summary)
+    heads = [COLUMNS["parameters"][0], COLUMNS["ffn_parameters"][0]]
+    split = 2 + len(summary.metrics) + ("difference [95%]" in header) + sum(head in header for head in heads)
+    first = (header[:split], [line[:split] for line in lines])
+    if len(header) == split:
+        return [first]
+    return [first, ([header[0], *header[split:]], [[line[0], *line[split:]] for line in lines])]
+
+
+def _line(arm: Arm, summary: Summary, columns: list[str], compared: bool, timed: bool, width: int) -> list[str]:
+    if not arm.run:
+        return [arm.name, "0"] + ["not run"] * (width - 2)
+    line = [arm.name, str(len(arm.seeds)), *(score(arm.metrics.get(name)) for name in summary.metrics)]
+    line += [difference(arm.difference)] if compared else []
+    line += [_value(arm, key) for key in columns]
+    if timed:
+        total = math.fsum(stat.mean for stat in arm.seconds.values())
+        line.append(duration(Stat(total, None, 1)) if arm.seconds else "not measured")
+    return line
+
+
+def _value(arm: Arm, key: str) -> str:
+    if key not in arm.values:
+        return "not measured"
+    text = COLUMNS[key][1](arm.values[key])
+    return f"{text} ({arm.latency_ratio.mean:.2f})" if key == "latency_s" and arm.latency_ratio else text
+
+
+def unmeasured(summary: Summary) -> list[str]:
+    """The columns that no arm has a value for."""
+    return [head for key, (head, _) in COLUMNS.items() if not any(key in arm.values for arm in summary.arms)]
+
+
+def all_notes(summary: Summary) -> list[str]:
+    """The notes of the summary and, as the last, what was not measured."""
+    missing = unmeasured(summary) if any(arm.run for arm in summary.arms) else []
+    return [*summary.notes, *([f"Not measured: {', '.join(missing)}."] if missing else [])]
