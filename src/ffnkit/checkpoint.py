@@ -206,7 +206,7 @@ def _standard_state(model: PreTrainedModel, found: list[blocks.FFN], targets: di
     state = dict(model.state_dict())
     for ffn in found:
         scaled, short = ffn.scale is not None, targets[ffn.name] - ffn.width
-        if not scaled and not short:
+        if not scaled and not short and not ffn.twins:
             continue
         neurons = ffn.read()
         if short:
@@ -214,7 +214,7 @@ def _standard_state(model: PreTrainedModel, found: list[blocks.FFN], targets: di
         values = _named_values(ffn, neurons)
         for owner in ffn.owners:
             for name, value in values.items():
-                state[f"{owner}.{name}"] = value.detach()
+                state[f"{owner}.{name}"] = value.detach() if owner == ffn.name else value.detach().clone()
             for name in [f"{owner}.{ffn.path('down')}.scale", f"{owner}.neuron_scale"]:
                 state.pop(name, None)
     return {name: value.contiguous() for name, value in state.items()}

@@ -108,7 +108,8 @@ def attach_scale(ffn: FFN, scale: Tensor) -> None:
     for owner in ffn.owners.values():
         linear = owner.get_submodule(ffn.path("down"))
         if not isinstance(linear, Scaled):  # one linear may hang in several owners
-            made.setdefault(linear, Scaled(linear, scale))  # type: ignore[arg-type]
+            if linear not in made:
+                made[linear] = Scaled(linear, scale)  # type: ignore[arg-type]
             owner.set_submodule(ffn.path("down"), made[linear])
 
 

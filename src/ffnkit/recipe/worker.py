@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -29,14 +30,14 @@ def run_apart(out: Path, unit: Unit, *, progress: bool, bars: bool) -> bool:
     command += ["--progress"] * progress + ["--bars"] * bars
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
-    try:
-        code = child.wait()
-    except BaseException:
-        _stop(child)
-        raise
-    if code == STOPPED:
-        raise KeyboardInterrupt
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    # A group of its own: Ctrl-C reaches us alone, and we end the child, which then prints no traceback.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, process_group=0) as child:
+        try:
+            code = child.wait()
+        except BaseException:
+            _stop(child)
+            raise
     if code < 0:
         hint = " (out of memory?)" if -code == signal.SIGKILL else ""
         record(unit, f"the process was ended by {signal.Signals(-code).name}{hint}")
@@ -85,6 +86,7 @@ def main(arguments: list[str]) -> int:
     """The child's side."""
     out, arm, seed = Path(arguments[0]), arguments[1], int(arguments[2])
     threading.Thread(target=_watch, args=(sys.stdin.fileno(),), daemon=True).start()
+    _hush()
     progress, bars = "--progress" in arguments, "--bars" in arguments
     stored = read_json(out / "run.json") or {}
     recipe = recipe_from(stored.get("recipe"), str(out / "run.json"))
@@ -100,15 +102,17 @@ def main(arguments: list[str]) -> int:
         if progress:
             print(line, file=sys.stderr, flush=True)
 
-    if not progress or not bars:
-        import transformers
+    return 0 if run_here(recipe, unit, facts, say, bars) else FAILED
 
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-    try:
-        return 0 if run_here(recipe, unit, facts, say, bars) else FAILED
-    except KeyboardInterrupt:
-        return STOPPED
+
+def _hush() -> None:
+    """Leave the screen to our own lines: no logs of libraries."""
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

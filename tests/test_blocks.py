@@ -1,0 +1,124 @@
+"""Selecting layers, resolving widths, unknown architectures, shared weights."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from families import FAMILIES
+from torch import nn
+
+from ffnkit import blocks
+from ffnkit.blocks import Layout, ffns, resolve_width, select
+from ffnkit.errors import FfnkitError
+
+
+def chosen(name: str, layers: str) -> list[tuple[str, int]]:
+    return sorted({(f.stack, f.layer) for f in select(ffns(FAMILIES[name].model()), layers)})
+
+
+def bert(layers: int = 6) -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    return BertModel(
+        BertConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=layers, intermediate_size=24, vocab_size=50)
+    )
+
+
+@pytest.mark.parametrize(
+    ("layers", "numbers"),
+    [
+        ("all", [0, 1, 2, 3, 4, 5]),
+        ("last:2", [4, 5]),
+        ("first:2", [0, 1]),
+        ("1-3", [1, 2, 3]),
+        ("1,3, 5", [1, 3, 5]),
+        ("0-1,5", [0, 1, 5]),
+        ("last:1,0", [0, 5]),
+        ("4", [4]),
+    ],
+)
+def test_layer_expressions(layers: str, numbers: list[int]) -> None:
+    assert [f.layer for f in select(ffns(bert()), layers)] == numbers
+
+
+@pytest.mark.parametrize(
+    "layers", ["6", "4-9", "last:7", "last:0", "5-2", "", "some", "encoder:1", "1,,2", "-1", "last:"]
+)
+def test_layers_that_do_not_exist_are_refused_and_named(layers: str) -> None:
+    with pytest.raises(FfnkitError, match="0-5") as error:
+        select(ffns(bert()), layers)
+    assert "\n" not in str(error.value)
+
+
+def test_a_stack_before_the_layers_holds_for_what_follows() -> None:
+    both = chosen("t5", "0")
+    assert both == [("decoder", 0), ("encoder", 0)]
+    assert chosen("t5", "encoder:0") == [("encoder", 0)]
+    assert chosen("t5", "encoder:0,1") == [("encoder", 0), ("encoder", 1)]
+    deepest = max(chosen("t5", "decoder:all"))
+    assert chosen("t5", "encoder:0,decoder:last:1") == [deepest, ("encoder", 0)]
+
+
+@pytest.mark.parametrize(("width", "expected"), [(1, 1), (24, 24), (0.5, 12), (1.0, 24), (0.01, 1)])
+def test_widths_as_numbers_and_shares(width: float, expected: int) -> None:
+    assert resolve_width(width, 24, "x") == expected
+
+
+@pytest.mark.parametrize("width", [0, 25, -1, 0.0, 1.5, -0.5, True, "half", float("nan")])
+def test_widths_that_do_not_fit_are_refused(width: float) -> None:
+    with pytest.raises(FfnkitError, match=r"layer\.0.*Give"):
+        resolve_width(width, 24, "layer.0")
+
+
+class Unknown(nn.Module):
+    """An architecture with an FFN of its own names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.ModuleList(
+            nn.Sequential(OrderedDict(inward=nn.Linear(8, 20), act=nn.ReLU(), outward=nn.Linear(20, 8)))
+            for _ in range(2)
+        )
+
+
+def test_an_unknown_architecture_is_told_its_mirrored_linears_and_the_row_to_add() -> None:
+    with pytest.raises(FfnkitError) as error:
+        ffns(Unknown())
+    message = str(error.value)
+    assert "inward (8 -> 20)" in message and "outward (20 -> 8)" in message and "2 pairs" in message
+    assert 'Layout("Unknown", up="inward", down="outward")' in message and "\n" not in message
+
+
+def test_the_row_of_the_message_makes_it_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "LAYOUTS", [*blocks.LAYOUTS, Layout("Unknown", up="inward", down="outward")])
+    assert [(f.layer, f.width, f.d) for f in ffns(Unknown())] == [(0, 20, 8), (1, 20, 8)]
+
+
+def test_a_model_without_ffns_is_refused() -> None:
+    with pytest.raises(FfnkitError, match="no pair of linears"):
+        ffns(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+
+
+def test_shared_ffns_are_one_with_twins() -> None:
+    model = bert(3)
+    layers = model.encoder.layer
+    layers[2].intermediate, layers[2].output.dense = layers[0].intermediate, layers[0].output.dense
+    found = ffns(model)
+    assert [list(f.owners) for f in found] == [["encoder.layer.0", "encoder.layer.2"], ["encoder.layer.1"]]
+
+
+def test_quantized_and_empty_weights_are_refused() -> None:
+    import ffnkit as fk
+
+    with torch.device("meta"):
+        empty = bert()
+    assert fk.inspect(empty).ffn_parameters > 0
+    with pytest.raises(FfnkitError, match="meta device"):
+        fk.plan(empty, fk.Fusion(width=0.5))
+    broken = bert()
+    with torch.no_grad():
+        broken.encoder.layer[3].output.dense.weight[0, 0] = float("nan")
+    with pytest.raises(FfnkitError, match=r"layer\.3.*down holds NaN"):
+        fk.plan(broken, fk.Fusion(width=0.5))
