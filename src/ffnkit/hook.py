@@ -88,8 +88,9 @@ class FfnkitQuantizer(HfQuantizer):
         return model
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
-        from ffnkit import shapes
+        from ffnkit import shapes, surgery
 
+        surgery.share_twins(model, self.quantization_config.to_dict())
         described = shapes.renamed(model, self.quantization_config.to_dict())
         self.quantization_config.ffns = described["ffns"]
         del model.hf_quantizer

@@ -8,6 +8,7 @@ opened without ffnkit, such a checkpoint raises instead of filling weights at ra
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -217,20 +218,26 @@ def renamed(model: PreTrainedModel, described: dict[str, Any]) -> dict[str, Any]
 
 
 def declare_shared(model: PreTrainedModel) -> None:
-    """Tell transformers which of the model's parameters are further names of others: FFNs that share their weights.
+    """Tell transformers which tensors of the model have several names: FFNs that share their weights.
 
-    ``save_pretrained`` refuses undeclared sharing, and loading would fill the further names at random.
+    ``save_pretrained`` refuses undeclared sharing.
     """
-    twins: dict[str, str] = {}
     for ffn in blocks.ffns(model) if blocks.has_ffns(model) else []:
-        own = {name for name, _ in ffn.module.named_parameters()} | {name for name, _ in ffn.module.named_buffers()}
-        sites = {ffn.path(site) for site in ffn.sites}
-        for name in own:
-            if name in sites or any(name.startswith(site + ".") for site in sites) or name == EXPERTS_SCALE:
-                twins |= {f"{twin}.{name}": f"{ffn.name}.{name}" for twin in ffn.twins}
-    if not twins:
-        return
-    declared = getattr(model, "_tied_weights_keys", None) or {}
-    model._tied_weights_keys = {**declared, **twins}
-    if hasattr(model, "all_tied_weights_keys"):
-        model.all_tied_weights_keys = {**model.all_tied_weights_keys, **twins}
+        if ffn.twins:
+            declare_twins(model, ffn, list(ffn.twins))
+
+
+def declare_twins(model: PreTrainedModel, ffn: blocks.FFN, twins: list[str]) -> None:
+    """Declare the FFNs at the paths ``twins`` as further names of ``ffn``, for saving and for loading."""
+    state = ffn.module.state_dict(keep_vars=True)
+    sites = tuple(f"{ffn.path(site)}." for site in ffn.sites) if not ffn.layout.experts else ()
+    exact = {EXPERTS_SCALE, ffn.path("up"), ffn.path("down")} if ffn.layout.experts else set()
+    own = [name for name in state if name in exact or name.startswith(sites or ("\0",))]
+    pairs = {f"{twin}.{name}": f"{ffn.name}.{name}" for twin in twins for name in own}
+    model._tied_weights_keys = {**(getattr(model, "_tied_weights_keys", None) or {}), **pairs}
+    # On loading only parameters can be tied; a twin's factor is missing then, and comes back with ``share_twins``.
+    buffers = {f"{twin}.{name}" for twin in twins for name in own if not isinstance(state[name], nn.Parameter)}
+    tied = {name: source for name, source in pairs.items() if name not in buffers}
+    model.all_tied_weights_keys = {**getattr(model, "all_tied_weights_keys", {}), **tied}
+    ignored = {re.escape(name) for name in buffers} | set(model._keys_to_ignore_on_load_missing or ())
+    model._keys_to_ignore_on_load_missing = sorted(ignored) or None

@@ -54,21 +54,31 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def rebuild(model: PreTrainedModel, described: dict[str, Any]) -> None:
-    """Give a freshly built, empty model the shape that a compact checkpoint describes (``shapes.describe``)."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    """Give a freshly built, empty model the shape that a compact checkpoint describes (``shapes.describe``).
+
+    FFNs that share their weights are declared so; ``share_twins`` makes them one once the weights are there.
+    """
     by_owner = {name: ffn for ffn in blocks.ffns(model) for name in ffn.owners}
     for row, names in shapes.rows_for(model, described):
-        first = by_owner[names[0]]
         width = row["width"]
-        if first.width != width:
-            resize(first, _empty(first.raw(), width))
-        if row["scaled"]:
-            size = (first.experts, width) if first.experts else (width,)
-            attach_scale(first, torch.empty(size, device=first._weight("down").device))
+        for ffn in _unique(by_owner[name] for name in names):
+            if ffn.width != width:
+                resize(ffn, _empty(ffn.raw(), width))
+            if row["scaled"]:
+                size = (ffn.experts, width) if ffn.experts else (width,)
+                attach_scale(ffn, torch.empty(size, device=ffn._weight("down").device))
+        twins = [name for name in names[1:] if by_owner[name] is not by_owner[names[0]]]
+        if twins:
+            shapes.declare_twins(model, by_owner[names[0]], twins)
+
+
+def share_twins(model: PreTrainedModel, described: dict[str, Any]) -> None:
+    """Make the FFNs that a compact checkpoint stores once one object again, after loading."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    by_owner = {name: ffn for ffn in blocks.ffns(model) for name in ffn.owners}
+    for _, names in shapes.rows_for(model, described):
         for name in names[1:]:
-            if by_owner[name] is not first:
-                share(first, modules[name])
-    shapes.declare_shared(model)
+            share(by_owner[names[0]], modules[name])
 
 
 # --- the single changes -------------------------------------------------------------------------------------------
@@ -133,7 +143,9 @@ def share(ffn: FFN, owner: nn.Module) -> None:
     if ffn.layout.experts:
         for path in dict.fromkeys((ffn.path("up"), ffn.path("down"))):
             owner._parameters[path] = ffn.module._parameters[path]
-        if ffn.scale is not None:
+        if ffn.scale is not None and owner is not ffn.module:
+            if hasattr(type(owner), "ffnkit_scaled"):
+                unscale_experts(owner, fold=False)
             scale_experts(owner, ffn.path("down"), ffn.scale)
         return
     for site in ffn.sites:

