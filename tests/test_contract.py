@@ -112,6 +112,10 @@ def test_a_saved_plan_applies_identically(method: str, name: str, tmp_path: Path
     assert same(snapshot(first), snapshot(second))
     assert [type(m) for m in first.modules()] == [type(m) for m in second.modules()]
     differ(family, first, model)
+    for value in [*first.parameters(), *first.buffers()]:  # what a model does to its weights is not the plan's affair
+        value.data.zero_()
+    assert plan == loaded
+    assert same(snapshot(fk.apply(copy.deepcopy(model), plan)), snapshot(second))
 
 
 @pytest.mark.parametrize(("method", "name"), [(m, n) for m in METHODS for n in RESIZABLE])
@@ -154,10 +158,10 @@ def test_the_counts_are_needed(name: str) -> None:
     scales = [ffn.scale for ffn in ffns(model)]
     assert all(scale is not None and not scale.requires_grad for scale in scales)
     unfolded = copy.deepcopy(model)
-    for ffn in ffns(model):
+    for ffn in ffns(unfolded):
         assert ffn.scale is not None
         ffn.scale.fill_(1)
-    differ(family, model, unfolded)
+    differ(family, unfolded, model)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -273,6 +277,11 @@ def eager(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def reloadable(model: nn.Module) -> Snapshot:
+    """The snapshot, without telling of sinusoidal positions whether they train: transformers' loading forgets it."""
+    return {k: (v, trains and "embed_positions" not in k) for k, (v, trains) in snapshot(model).items()}
+
+
 @dataclass
 class Saved:
     """A family's fused model and the folders it was saved to."""
@@ -323,10 +332,10 @@ def test_compact_checkpoints_reload(name: str, form: str, shelf: Shelf) -> None:
     loaded = eager(fk.load(saved.compact))
     assert type(loaded) is type(saved.model)
     assert [type(m).__name__ for m in loaded.modules()] == [type(m).__name__ for m in saved.model.modules()]
-    assert same(snapshot(loaded), snapshot(saved.model))
-    compare(saved.family, loaded, saved.model, 0.0)
+    assert same(reloadable(loaded), reloadable(saved.model))
+    compare(saved.family, loaded, saved.model, 1e-6)  # equal bits; the order of sums may follow their place in memory
     hooked = eager(saved.plainly(saved.compact))
-    assert same(snapshot(hooked), snapshot(saved.model)), "with ffnkit imported from_pretrained opens it too"
+    assert same(snapshot(hooked), snapshot(loaded)), "with ffnkit imported from_pretrained opens it too"
 
 
 @EACH_FORM

@@ -71,8 +71,9 @@ def _metrics(recipe: Recipe, unit: Unit, task: Task, found: dict[str, float]) ->
     first = next(iter(recipe.arms))
     reference = (unit_of(unit.folder.parents[2], first, unit.seed).marker("evaluate") or {}).get("metrics", {})
     whole = reference if unit.arm != first and not recipe.arms[first].compressed else {}
+    dataset, config, split = (*task.hub, "validation") if task.hub else (task.name, None, "report")
     return tuple(
-        Metric(name, value, dataset=task.name, split="report", baseline=whole.get(name))
+        Metric(name, value, dataset=dataset, config=config, split=split, baseline=whole.get(name))
         for name, value in found.items()
     )
 

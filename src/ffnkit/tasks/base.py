@@ -74,6 +74,7 @@ class Task:
         source: where the data come from, in words.
         notes: a line on what the task asks.
         label_names: the classes by id; empty for a regression.
+        hub: name and configuration of the dataset on the hub, for model cards; empty for other data.
         load: reads the rows; takes the data folder or None.
     """
 
@@ -86,6 +87,7 @@ class Task:
     source: str
     notes: str = ""
     label_names: tuple[str, ...] = ()
+    hub: tuple[str, ...] = ()
     load: Callable[[Path | None], Source] = field(repr=False, compare=False, kw_only=True)
 
     @property

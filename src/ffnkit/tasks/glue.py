@@ -31,6 +31,7 @@ def _task(name: str, text: tuple[str, ...], labels: tuple[str, ...], metrics: tu
         source=f"GLUE: <data folder>/{name}, else {HUB} on the hub",
         notes=notes,
         label_names=labels,
+        hub=(HUB, name),
         load=functools.partial(_load, name, text, labels),
     )
 
