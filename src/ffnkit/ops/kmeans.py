@@ -181,9 +181,11 @@ def _centred(points: Tensor, low: float, high: float) -> Tensor:
 
     A common offset would cost digits in every product, and large or tiny numbers would leave the range of squares.
     """
-    scale = 2.0 ** -math.frexp(high - low)[1] if math.isfinite(high - low) else 2.0**-1024
-    values = points if points.dtype in (torch.float32, torch.float64) else points.float()
-    return (values - values.mean(0)).mul_(scale).float()
+    values = points if points.dtype == torch.float64 else points.float()
+    widest = 1000 if values.dtype == torch.float64 else 120
+    exponent = math.frexp(high / 2 - low / 2)[1] + 1
+    values = values * 2.0 ** -max(-widest, min(exponent, widest))
+    return values.sub_(values.mean(0)).float()
 
 
 def _masses(same: Tensor, u: int, weights: Tensor | None) -> Tensor:
