@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from ffnkit.errors import FfnkitError
 from ffnkit.ops import kmeans as module
 from ffnkit.ops.distances import Clusters, DirectDistances, PairDistances
-from ffnkit.ops.exchange import apart, refill
+from ffnkit.ops.exchange import Clustering, improve, refill, within
 from ffnkit.ops.kmeans import KMeans, distinct, kmeans
 
 
@@ -368,20 +369,42 @@ def test_distinct() -> None:
     assert same[1] == same[0] and same[35] == same[30] == same[2] and same[20] != same[21]
 
 
-def test_apart_shares_no_cluster_and_keeps_the_best() -> None:
-    generator = torch.Generator().manual_seed(0)
-    source, target = torch.randint(0, 30, (2, 200), generator=generator)
-    chosen = apart(source, target, 30)
-    ends = torch.cat([source[chosen], target[chosen]])
-    inside = int((source[chosen] == target[chosen]).sum())
-    assert chosen[0] == 0 and len(ends.unique()) == len(ends) - inside
+@pytest.mark.parametrize("quota", [1, 3])
+def test_moves_of_a_round_stay_within_quotas_and_include_the_best(quota: int) -> None:
+    source = torch.randint(0, 30, (200,), generator=torch.Generator().manual_seed(0))
+    target = (source + torch.randint(1, 30, (200,), generator=torch.Generator().manual_seed(1))) % 30
+    chosen = within(source, target, torch.full((30,), quota))
+    uses = torch.bincount(torch.cat([source[chosen], target[chosen]]), minlength=30)
+    assert int(uses.max()) == quota and chosen[0] == 0 and bool((chosen.diff() > 0).all())
+    everything = torch.bincount(torch.cat([source, target]), minlength=30)
+    assert int(everything.max()) > quota, "the quota has something to refuse"
 
 
 def test_refill_takes_the_farthest_and_empties_nothing() -> None:
     labels = torch.tensor([0, 0, 0, 3, 3, 4])
-    changed = refill(labels, torch.tensor([1.0, 5.0, 0.0, 2.0, 0.0, 9.0]), 5)
-    assert labels.tolist() == [0, 1, 0, 2, 3, 4] and sorted(set(changed.tolist())) == [0, 1, 2, 3]
-    assert len(refill(labels, torch.ones(6), 5)) == 0
+    refill(labels, torch.tensor([1.0, 5.0, 0.0, 2.0, 0.0, 9.0]), 5)
+    assert labels.tolist() == [0, 1, 0, 2, 3, 4]
+
+
+def test_every_round_lowers_the_inertia_and_a_bad_one_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = normal(200, 15)
+    seen: list[float] = []
+    clustering = Clustering(PairDistances(points), torch.arange(200) % 20, torch.ones(200), 20)
+    original = clustering.gains
+
+    def gains() -> tuple[Tensor, Tensor]:
+        seen.append(float(clustering.inertia))
+        return original()
+
+    monkeypatch.setattr(clustering, "gains", gains)
+    assert improve(clustering, 1000, 0.0) > 5 and all(a >= b for a, b in pairwise(seen)) and seen[0] > seen[-1]
+    assert clustering.inertia == pytest.approx(slow(points, clustering.labels)[2], rel=1e-5)
+
+    before = clustering.labels.clone()
+    everyone = torch.ones(200), torch.ones(200, dtype=torch.bool)  # moves that do not pay
+    monkeypatch.setattr(clustering, "gains", lambda: everyone)
+    improve(clustering, 1000, 0.0)
+    assert torch.equal(clustering.labels, before)
 
 
 @pytest.mark.skipif("FFNKIT_MODELS" not in os.environ, reason="FFNKIT_MODELS is not set")

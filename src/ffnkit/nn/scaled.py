@@ -32,7 +32,7 @@ class Scaled(nn.Module):
         # out of the submodules, so that it appears in no state dict and in no search for linears.
         linear._parameters.update(weight=None, bias=None)
         self.__dict__["_shell"] = linear
-        self.register_buffer("scale", scale.to(device=self.weight.device, dtype=self.weight.dtype))
+        self.register_buffer("scale", scale.to(device=self.weight.device, dtype=self.weight.dtype, copy=True))
         self.scale: Tensor
         self.training = linear.training
 
@@ -68,7 +68,11 @@ EXPERTS_SCALE = "neuron_scale"
 @functools.cache
 def _scaled_class(base: Any, name: str) -> type[nn.Module]:
     def product(self: nn.Module) -> Tensor:
-        return self._parameters[name] * getattr(self, EXPERTS_SCALE)[:, None, :]
+        parameter: Any = self._parameters[name]
+        scale: Tensor = getattr(self, EXPERTS_SCALE)
+        # While a checkpoint is read, one of the two may be there and the other still empty.
+        whole: Tensor = parameter if parameter.is_meta or scale.is_meta else parameter * scale[:, None, :]
+        return whole
 
     def setter(self: nn.Module, value: Tensor) -> None:  # reached only for values that are no nn.Parameter
         raise TypeError(f"{name} must be an nn.Parameter")
@@ -83,7 +87,7 @@ def scale_experts(owner: nn.Module, name: str, scale: Tensor) -> None:
     the experts' forward (loop, grouped products) sees the product. The buffer is called ``neuron_scale``.
     """
     parameter = getattr(owner, name)
-    owner.register_buffer(EXPERTS_SCALE, scale.to(device=parameter.device, dtype=parameter.dtype))
+    owner.register_buffer(EXPERTS_SCALE, scale.to(device=parameter.device, dtype=parameter.dtype, copy=True))
     owner.__class__ = _scaled_class(type(owner), name)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""Lowering the inertia of a clustering: Lloyd's iterations, then exchanges of single points."""
+"""Lowering the inertia of a clustering by moving points, with their effect on the means counted in."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ class MeanDistances(Protocol):
 
 
 class Clustering:
-    """A clustering while it is being improved.
+    """A clustering while it is being improved; no cluster is or becomes empty.
 
-    ``costs`` (k, n) float32 is the one large array: what a point pays, per unit of its weight, in each other cluster;
-    infinite in its own. Only the rows of clusters that changed are computed again.
+    Moving a point of weight w from cluster a to b changes the inertia by
+    w W_b / (W_b + w) d_b^2 - w W_a / (W_a - w) d_a^2, where d are distances to the means and W sums of weights.
+    ``costs`` (k, n) float32 is the one large array: the first term, per unit of w, for every cluster but the point's
+    own, where it is infinite. Only the rows of clusters that changed are computed again.
     """
 
     def __init__(self, distances: MeanDistances, labels: Tensor, weights: Tensor, k: int) -> None:
@@ -33,14 +35,14 @@ class Clustering:
         self.mass = weights.new_empty(k, dtype=torch.float64)
         self.inertias = torch.empty_like(self.mass)
         self.costs = weights.new_empty(0, 0)
-        self.restart(exchanging=False)
+        if k * len(labels) > CHUNK:
+            self.costs = weights.new_empty(k, len(labels))
+        self.update(torch.arange(k, device=labels.device))
 
-    def restart(self, exchanging: bool) -> None:
-        """Compute everything again, for Lloyd's iterations or for exchanges."""
-        self.exchanging = exchanging
-        if self.k * len(self.labels) > CHUNK:
-            self.costs = self.weights.new_empty(self.k, len(self.labels))
-        self.update(torch.arange(self.k, device=self.labels.device))
+    @property
+    def inertia(self) -> Tensor:
+        """Sum of weight times squared distance to the own mean, float64."""
+        return self.inertias.sum()
 
     def update(self, changed: Tensor) -> None:
         """Compute what belongs to the clusters ``changed`` (ascending) again."""
@@ -53,27 +55,19 @@ class Clustering:
             w = self.weights[clusters.members].double()
             mass, inertia = clusters.totals(torch.stack([w, w * own], 1)).unbind(1)
             self.mass[some], self.inertias[some] = mass, inertia
-            if self.exchanging:
-                rows /= 1 + self.unit / mass[:, None].float()
+            rows /= 1 + self.unit / mass[:, None].float()
             rows[clusters.position, clusters.members] = torch.inf
             if len(some) == self.k:
                 self.costs = rows
             else:
                 self.costs[some] = rows
 
-    @property
-    def inertia(self) -> Tensor:
-        """Sum of weight times squared distance to the own mean, float64."""
-        return self.inertias.sum()
-
     def gains(self) -> tuple[Tensor, Tensor]:
         """How much each point would save (n,), per unit of its weight, by its best move, and who may move (n,)."""
         spread = (self.inertias / self.mass).float()[self.labels] + self.own
-        stay = self.own
-        if self.exchanging:
-            mass = self.mass[self.labels]
-            # The second bound holds always; it replaces a difference of nearly equal numbers for a dominant weight.
-            stay = torch.minimum(stay * (mass / (mass - self.weights)).float(), spread)
+        mass = self.mass[self.labels]
+        # The second bound holds always; it replaces a difference of nearly equal numbers for a dominant weight.
+        stay = torch.minimum(self.own * (mass / (mass - self.weights)).float(), spread)
         sizes = self.counts[self.labels]
         gain = stay - self.costs.amin(0)
         noise = torch.finfo(torch.float32).eps * (8 + sizes.sqrt())
@@ -85,90 +79,92 @@ class Clustering:
         # On the CPU the smallest of a contiguous row is found several times faster than that of a column.
         return torch.cat([self.costs.index_select(1, some).T.contiguous().argmin(1) for some in chunks])
 
-    def move(self, movers: Tensor, targets: Tensor) -> None:
-        """Put ``movers`` into the clusters ``targets``, refill clusters that lost everyone, update."""
+    def move(self, points: Tensor, targets: Tensor) -> None:
+        """Put ``points`` into the clusters ``targets`` and update."""
         touched = torch.zeros(self.k, dtype=torch.bool, device=self.labels.device)
-        touched[self.labels[movers]] = True
+        touched[self.labels[points]] = True
         touched[targets] = True
-        self.labels[movers] = targets
-        if not self.exchanging:
-            taken = refill(self.labels, self.own * self.weights, self.k)
-            touched[taken] = True
+        self.labels[points] = targets
         self.update(touched.nonzero()[:, 0])
 
 
 def improve(clustering: Clustering, max_iterations: int, tolerance: float) -> int:
-    """Lloyd's iterations until nothing moves, then exchanges until none pays. Returns the number of iterations.
+    """Move points to other clusters, many in a round, until no move pays. Returns the number of rounds.
 
-    A Lloyd iteration moves every point that is nearer to another mean. An exchange also counts how the two means
-    follow: moving a point of weight w from cluster a to b changes the inertia by
-    w W_b / (W_b + w) d_b^2 - w W_a / (W_a - w) d_a^2, so it leaves the local minima of Lloyd's iterations, which are
-    poor where clusters are small. Moves that share no cluster are made together: their savings add up exactly. Where
-    no exchange pays, every point is in the cluster of its nearest mean.
+    First, large clusters take part in several moves of a round, as long as that lowers the inertia. Then moves of a
+    round share no cluster, so that their savings add up exactly. Where no single move pays, every point is in the
+    cluster of its nearest mean, so Lloyd's iterations would end there as well; they also end far above, where
+    clusters are small: a point holds the mean of its cluster near itself.
 
     Source: Hartigan and Wong, "Algorithm AS 136", Applied Statistics 28, 1979; Telgarsky and Vattani, "Hartigan's
     method: k-means clustering without Voronoi", AISTATS 2010.
     """
     done = 0
-    for exchanging in (False, True):
-        if clustering.exchanging != exchanging:
-            clustering.restart(exchanging)
+    for shared in (True, False):
         while done < max_iterations:
             gain, may = clustering.gains()
             movers = may.nonzero()[:, 0]
             if len(movers) == 0:
-                break
+                return done
             done += 1
-            if exchanging:
-                # Those that save most first. At most k / 2 are made at once, so the first k are enough to choose from.
-                saved = gain[movers] * clustering.weights[movers]
-                movers = movers[saved.argsort(descending=True, stable=True)[: clustering.k]]
-            targets = clustering.targets(movers)
-            if exchanging:
-                chosen = apart(clustering.labels[movers], targets, clustering.k)
-                movers, targets = movers[chosen], targets[chosen]
             before = clustering.inertia
-            clustering.move(movers, targets)
-            # At tolerance 0 too: an iteration that does not lower the inertia moves points within rounding, and back.
-            if bool(before - clustering.inertia <= tolerance * before):
+            points, targets = exchanges(clustering, gain, movers, shared)
+            home = clustering.labels[points]
+            clustering.move(points, targets)
+            saved = before - clustering.inertia
+            if bool(saved < 0):  # the means moved too far, or what was to be saved is below rounding
+                clustering.move(points, home)
+            if bool(saved <= tolerance * before):
                 break
     return done
 
 
-def apart(sources: Tensor, targets: Tensor, k: int, rounds: int = 4) -> Tensor:
-    """Which moves (source, target), in order of preference, can be made together: no two of them share a cluster."""
-    rank = torch.arange(len(sources), device=sources.device)
-    free = torch.ones_like(rank, dtype=torch.bool)
-    taken = torch.zeros_like(free)
-    ends = torch.cat([sources, targets])
+def exchanges(clustering: Clustering, gain: Tensor, movers: Tensor, shared: bool) -> tuple[Tensor, Tensor]:
+    """The moves of a round, (point, cluster), of ``movers``: those that save most, each cluster up to its quota.
+
+    The quota is one move, or with ``shared`` a quarter of the members: so few do not shift the mean far.
+    """
+    quota = torch.ones_like(clustering.counts)
+    if shared:
+        quota = torch.maximum(quota, clustering.counts // 4)
+    saved = gain[movers] * clustering.weights[movers]
+    # Each move takes two places, so twice as many as there can be are enough to choose from.
+    movers = movers[saved.argsort(descending=True, stable=True)[: int(quota.sum())]]
+    targets = clustering.targets(movers)
+    chosen = within(clustering.labels[movers], targets, quota)
+    return movers[chosen], targets[chosen]
+
+
+def within(sources: Tensor, targets: Tensor, quota: Tensor, rounds: int = 4) -> Tensor:
+    """Which moves (source, target), in order of preference, to make so that no cluster is in more than its quota."""
+    left, taken = quota.clone(), []
+    index = torch.arange(len(sources), device=sources.device)
     for _ in range(rounds):
-        offer = torch.where(free, rank, len(rank)).repeat(2)
-        first = rank.new_full((k,), len(rank)).scatter_reduce_(0, ends, offer, "amin")
-        wins = (first[sources] == rank) & (first[targets] == rank)
-        taken |= wins
-        used = torch.zeros(k, dtype=torch.bool, device=rank.device)
-        used[ends[taken.repeat(2)]] = True
-        free = ~(used[sources] | used[targets])
-    return taken.nonzero()[:, 0]
+        ends = torch.stack([sources[index], targets[index]], 1).view(-1)
+        order = ends.argsort(stable=True)
+        sizes = torch.bincount(ends, minlength=len(quota))
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[ends[order]]
+        fits = (place < left[ends]).view(-1, 2).all(1)
+        taken.append(index[fits])
+        left -= torch.bincount(ends.view(-1, 2)[fits].view(-1), minlength=len(quota))
+        index = index[~fits]
+        index = index[(left[sources[index]] > 0) & (left[targets[index]] > 0)]
+    return torch.cat(taken).sort().values
 
 
-def refill(labels: Tensor, paid: Tensor, k: int) -> Tensor:
-    """Give each empty cluster the point that pays most where it is, in place; returns the clusters that changed.
+def refill(labels: Tensor, paid: Tensor, k: int) -> None:
+    """Give each empty cluster the point that pays most where it is, in place.
 
     Args:
         labels: (n,) in 0..k-1, n at least k; changed in place. No cluster loses its last member.
         paid: (n,) weight times squared distance of each point to its centre.
     """
     counts = torch.bincount(labels, minlength=k)
-    empty = (counts == 0).nonzero()[:, 0].tolist()
-    if not empty:
-        return labels[:0]
-    paid, changed = paid.clone(), []
-    for cluster in empty:
+    paid = paid.clone()
+    for cluster in (counts == 0).nonzero()[:, 0].tolist():
         point = int(torch.where(counts[labels] > 1, paid, -1).argmax())
-        changed += [cluster, int(labels[point])]
         counts[labels[point]] -= 1
         counts[cluster] += 1
         labels[point] = cluster
         paid[point] = 0
-    return torch.tensor(changed, device=labels.device)

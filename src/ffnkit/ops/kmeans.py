@@ -30,7 +30,7 @@ class KMeans:
         centroids: (k, m), the (weighted) means, in the floating type of the points (at least float32).
         counts: (k,) int64, the number of members, 1 or more.
         inertia: sum of (weight times) squared distance of each point to its centroid, in float64.
-        iterations: Lloyd iterations and rounds of exchanges of the best restart.
+        iterations: rounds of moves of the best restart.
 
     For a batch of E matrices the tensors have a leading axis E, inertia is the sum and iterations the most.
     """
@@ -53,7 +53,7 @@ def kmeans(
     weights: Tensor | None = None,
     gram_limit_bytes: int = GRAM_LIMIT,
 ) -> KMeans:
-    """Cluster the rows of ``points``: greedy k-means++, Lloyd's iterations, exchanges of points; the best restart.
+    """Cluster the rows of ``points``: greedy k-means++, then moves of points by Hartigan's rule; the best restart.
 
     Runs on the device of ``points``. The same seed gives the same result, whatever the global random state. Equal
     points share a cluster as long as there are at most k different ones; where there are fewer, they are split so
@@ -70,8 +70,8 @@ def kmeans(
         k: number of clusters, 1..n.
         seed: of all random draws.
         restarts: number of starts; the first does not depend on how many follow.
-        max_iterations: most Lloyd iterations and rounds of exchanges of a restart.
-        tolerance: stop when an iteration lowers the inertia by no more than this share of it; 0: when nothing moves.
+        max_iterations: most rounds of moves of a restart.
+        tolerance: stop when a round lowers the inertia by no more than this share of it; 0: when no move pays.
         weights: (n,) or (E, n), importance of each point, none negative; all 1 when None.
         gram_limit_bytes: most bytes for the pairwise distances.
 
