@@ -178,6 +178,37 @@ def test_tokenizer_generation_config_and_card_travel_along(tmp_path: Path, model
         assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"} <= present
 
 
+_PLAIN = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+assert "ffnkit" not in sys.modules
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        torch.save(model(torch.load(folder + ".in")).logits, folder + ".out")
+assert "ffnkit" not in sys.modules
+"""
+
+
+def test_pretrained_decoders_open_in_a_fresh_process_without_ffnkit(tmp_path: Path, models_dir: Path) -> None:
+    """A LLaMA (gated) and a GPT-2 (Conv1D), fused in all layers and in the last two."""
+    expected = {}
+    for name in ("stories260K", "gpt_nano_sort"):
+        for layers in ("all", "last:2"):
+            model = fk.load(models_dir / name)
+            ids = torch.arange(6).repeat(2, 1) % 3
+            fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, layers=layers)))
+            folder = tmp_path / f"{name}-{layers.replace(':', '')}"
+            fk.export(model, folder)
+            torch.save(ids, f"{folder}.in")
+            with torch.no_grad():
+                expected[folder] = model(ids).logits
+    subprocess.run([sys.executable, "-c", _PLAIN, *map(str, expected)], check=True, timeout=120)
+    for folder, logits_here in expected.items():
+        assert_close(torch.load(f"{folder}.out"), logits_here, rel=1e-6, what=folder.name)
+
+
 def test_quantized_weights_compose_with_the_hook(tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     from torchao.quantization import Int8WeightOnlyConfig

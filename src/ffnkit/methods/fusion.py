@@ -89,5 +89,5 @@ class Fusion:
         # float32: distances decide labels only; bf16 would merge neurons that differ. Experts one at a time.
         points = balance(neurons.map(lambda value: value.float())).matrix()
         result = kmeans(points, width, seed=self.seed, restarts=self.restarts)
-        total = (points - points.mean(dim=0)).double().square().sum().item()
+        total = points.var(dim=0, correction=0).double().sum().item() * len(points)  # no second copy of the points
         return result.labels.to("cpu", torch.int32), result.inertia / total if total > 0 else 0.0
