@@ -184,7 +184,7 @@ def _result(metric: Metric) -> EvalResult:
 # ------------------------------------------------------------------------------------------------ sections
 def _what(info: CardInfo) -> str:
     base = _text(info.base_name)
-    origin = f"[{base}](https://huggingface.co/{info.base_model})" if _on_hub(info.base_model) else f"`{base}`"
+    origin = f"`{base}`"  # the hub links the base model from the front matter
     if info.method:
         text = f"{origin} with its feed-forward blocks changed by the method **{_text(info.method)}** of ffnkit."
     else:
