@@ -6,7 +6,23 @@ from collections.abc import Callable
 from typing import Any
 
 import ffnkit as fk
+from ffnkit import methods
 
 METHODS: dict[str, Callable[..., Any]] = {
     "fusion": lambda **more: fk.Fusion(**{"width": 0.5, "seed": 0, "restarts": 1} | more),
+}
+
+# The others share everything but the choice of neurons: one family of each kind of FFN shows that.
+KINDS = ("bert", "gpt2", "llama", "phi3", "t5", "switch", "mixtral", "albert")
+OTHERS: dict[str, Callable[..., Any]] = {
+    "calibrated-fusion": lambda **more: fk.CalibratedFusion(**{"width": 0.5, "refine": 3} | more),
+    "clustering": lambda **more: methods.build("clustering", **{"width": 0.5, "restarts": 1} | more),
+    "sketch": lambda **more: methods.build("sketch", **{"width": 0.5, "keep": 3} | more),
+    "svd": lambda **more: methods.build("svd", **{"width": 0.5} | more),
+    "mmd": lambda **more: methods.build("mmd", **{"width": 0.5, "steps": 3} | more),
+    "random": lambda **more: methods.build("random", **{"width": 0.5} | more),
+    "magnitude": lambda **more: methods.build("magnitude", **{"width": 0.5} | more),
+    "importance": lambda **more: methods.build("importance", **{"width": 0.5} | more),
+    "reinit": lambda **more: methods.build("reinit", **{"width": 0.5} | more),
+    "unstructured": lambda **more: methods.build("unstructured", **{"width": 0.5} | more),
 }

@@ -58,8 +58,10 @@ def one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
 # ---- names
 
 
-def test_names_lists_glue_and_the_quickstart() -> None:
-    assert tasks.names() == [*GLUE, "docstrings"]
+def test_names_lists_every_kind() -> None:
+    written = ["e2e", "webnlg", "dart", "wikitext2", "tinystories"]
+    assert tasks.names() == [*GLUE, "docstrings", *written]
+    assert all(tasks.get(name).name == name for name in tasks.names())
     with pytest.raises(FfnkitError) as error:
         tasks.get("sst3")
     one_line(error, "sst3", "sst2")

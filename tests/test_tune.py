@@ -35,6 +35,7 @@ from transformers import (
 
 from ffnkit.blocks import ffns
 from ffnkit.errors import FfnkitError
+from ffnkit.tasks.classifying import Classifier
 from ffnkit.tune import (
     TUNERS,
     DistilSettings,
@@ -57,7 +58,7 @@ VOCAB: dict[str, int] = {"[PAD]": 0, "[UNK]": 1, **{word: i + 2 for i, word in e
 
 
 @dataclass(frozen=True)
-class WordTask:
+class WordTask(Classifier):
     """Which half of the vocabulary does the first word come from? (As a regression: its share of the way.)"""
 
     name: str = "words"
@@ -65,7 +66,7 @@ class WordTask:
     main_metric: str = "accuracy"
     metrics: tuple[str, ...] = ("accuracy",)
 
-    def encode(self, dataset: Dataset, tokenizer: Any, max_length: int = 128) -> Dataset:
+    def encode(self, dataset: Dataset, tokenizer: Any, max_length: int = 128, *, model: Any = None) -> Dataset:
         coded = tokenizer(list(dataset["text"]), truncation=True, max_length=max_length)
         return Dataset.from_dict({**coded, "labels": list(dataset["label"])})
 
@@ -329,7 +330,7 @@ def test_lora_folds_first() -> None:
     disturb_adapters(tuned)
     adapted = logits(tuned)
     assert_close(logits(tuners.finish(tuned)), adapted, rel=1e-5)
-    assert all(f.scale is None for f in ffns(tuned))
+    assert all(not f.special for f in ffns(tuned))
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -637,12 +638,12 @@ def test_a_fused_model_trains_and_resumes(tmp_path: Path, monkeypatch: pytest.Mo
         return fk.apply(model, fk.plan(model, fk.Fusion(width=0.25, layers="last:1")))
 
     more = {"eval_every": 3, "learning_rate": 0.01}
-    scale = ffns(fused())[-1].scale
+    scale = ffns(fused())[-1].linear("down").scale
     whole = fit(fused(), tmp_path / "whole", **more)
     killed_at(8, monkeypatch, lambda: fit(fused(), tmp_path / "killed", **more))
     again = fit(fused(), tmp_path / "killed", **more)
     assert_same(again.model, whole.model)
-    assert torch.equal(ffns(again.model)[-1].scale, scale) and scale.max() > 1
+    assert torch.equal(ffns(again.model)[-1].linear("down").scale, scale) and scale.max() > 1
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ffnkit.checkpoint import export, load, save
     from ffnkit.errors import FfnkitError
     from ffnkit.inventory import inspect
+    from ffnkit.methods.calibrated import CalibratedFusion
     from ffnkit.methods.fusion import Fusion
     from ffnkit.plans import Plan, plan
     from ffnkit.surgery import apply, fold
@@ -23,6 +24,7 @@ __all__ = [
     "plan",
     "Plan",
     "Fusion",
+    "CalibratedFusion",
     "apply",
     "fold",
     "save",
@@ -39,6 +41,7 @@ _HOMES = {
     "plan": "plans",
     "Plan": "plans",
     "Fusion": "methods.fusion",
+    "CalibratedFusion": "methods.calibrated",
     "apply": "surgery",
     "fold": "surgery",
     "save": "checkpoint",

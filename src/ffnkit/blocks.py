@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
-from ffnkit.nn.scaled import Scaled, experts_scale
+from ffnkit.nn.lowrank import LowRank
+from ffnkit.nn.scaled import Scaled
+from ffnkit.nn.served import broadcast, buffer_name, served
+from ffnkit.nn.special import Special
 from ffnkit.ops.neurons import Neurons
 
-Linear = nn.Linear | Conv1D | Scaled
+Linear = nn.Linear | Conv1D | Special
 
 
 @dataclass(frozen=True)
@@ -97,17 +100,30 @@ class FFN:
         return self.layout.gate is not None
 
     @property
+    def linear_in_up(self) -> bool:
+        """Whether a gated FFN's output is linear in up, so that up and down may trade a factor.
+
+        Clamps (``limit``, ``swiglu_limit``) and gates of a family's own making, such as (up + 1) * glu, are not.
+        """
+        owner = self.module
+        config = getattr(owner, "config", None)
+        limits = (getattr(place, name, None) for place in (owner, config) for name in ("limit", "swiglu_limit"))
+        own_gate = getattr(type(owner), "_apply_gate", None)
+        usual = own_gate is None or own_gate.__module__ == "transformers.integrations.moe"
+        return usual and all(limit is None for limit in limits)
+
+    @property
     def experts(self) -> int:
         return self._weight("down").shape[0] if self.layout.experts else 0
 
     @property
     def width(self) -> int:
         """ff, the number of neurons."""
-        return self._oriented("down").shape[-1]
+        return self._features("down")[1]
 
     @property
     def d(self) -> int:
-        return self._oriented("down").shape[-2]
+        return self._features("down")[0]
 
     @property
     def num_parameters(self) -> int:
@@ -161,37 +177,51 @@ class FFN:
     def scale(self) -> Tensor | None:
         """The fixed factor in front of down, (ff,) or (E, ff), where a method keeps one apart."""
         if self.layout.experts:
-            return experts_scale(self.module)
+            return getattr(self.module, buffer_name("scaled", "down"), None)
         down = self.linear("down")
         return down.scale if isinstance(down, Scaled) else None
+
+    @property
+    def special(self) -> dict[str, dict[str, Any]]:
+        """What stands in the place of plain weights, by site: {"down": {"kind": "scaled"}, ...}; folding ends it."""
+        if self.layout.experts:
+            known = (buffer.split("_")[1:] for _, buffer in served(self.module))
+            return {site: {"kind": kind} for kind, site in known}
+        linears = {site: self.linear(site) for site in self.sites}
+        return {
+            site: {"kind": linear.kind, **({"rank": linear.rank} if isinstance(linear, LowRank) else {})}
+            for site, linear in linears.items()
+            if isinstance(linear, Special)
+        }
 
     # --- weights
 
     def read(self) -> Neurons:
-        """The weights as neurons: views of the parameters, so bitwise what the model holds.
+        """The weights as neurons: views of the parameters where they are plain, so bitwise what the model holds.
 
-        A scale that stands apart is folded into ``down`` (a copy then): what is read is the function's weights.
+        Factors kept apart are multiplied in and thin pairs multiplied out (copies then).
         """
-        neurons = self.raw()
-        return neurons if self.scale is None else neurons.scaled(self.scale)
+        return self._neurons(self._effective)
 
     def raw(self) -> Neurons:
-        """The weights as neurons, views, a scale that stands apart left out."""
-        up, up_bias = self._oriented("up"), self._bias("up")
+        """The weights as neurons, a factor that stands apart left out."""
+        return self._neurons(self._oriented)
+
+    def _neurons(self, weight: Callable[[str], Tensor]) -> Neurons:
+        up, up_bias = weight("up"), self._bias("up")
         gate = gate_bias = None
         if self.layout.fused:
             gate, up = up.chunk(2, dim=-2)
             if up_bias is not None:
                 gate_bias, up_bias = up_bias.chunk(2, dim=-1)
         elif self.gated:
-            gate, gate_bias = self._oriented("gate"), self._bias("gate")
-        return Neurons(up, self._oriented("down"), gate, up_bias, gate_bias, self._bias("down"))
+            gate, gate_bias = weight("gate"), self._bias("gate")
+        return Neurons(up, weight("down"), gate, up_bias, gate_bias, self._bias("down"))
 
     @torch.no_grad()
     def write(self, neurons: Neurons) -> None:
-        """Write weights of the same shape in place. Raises FfnkitError on another shape or a scale kept apart."""
-        if self.scale is not None:
-            raise FfnkitError(f"writing {self.name}", "its neurons carry a scale kept apart", "Fold the model first")
+        """Write weights of the same shape in place. Raises FfnkitError on another shape or special linears."""
+        self.check_plain(f"writing {self.name}")
         mine, given = self.raw().tensors(), neurons.tensors()
         shapes = {name: tuple(value.shape) for name, value in mine.items()}
         if shapes != {name: tuple(value.shape) for name, value in given.items()}:
@@ -202,17 +232,47 @@ class FFN:
         for name, value in mine.items():
             value.copy_(given[name])
 
+    def check_plain(self, asked: str) -> None:
+        """Raises FfnkitError where something special stands in the place of plain weights."""
+        if self.special:
+            kinds = ", ".join(f"{site} is {value['kind']}" for site, value in self.special.items())
+            do = "Fold the model first (ffnkit.fold), then go on"
+            raise FfnkitError(asked, f"{self.name} is edited already ({kinds})", do)
+
     def _weight(self, site: str, owner: nn.Module | None = None) -> Tensor:
         if self.layout.experts:
             parameter = (owner or self.module)._parameters[self.path(site)]
             assert parameter is not None
             return parameter
-        return self.linear(site, owner).weight
+        return self.linear(site, owner).weight  # type: ignore[return-value]
+
+    def _identity(self, site: str) -> int:
+        """What FFNs that share this site's weights have in common."""
+        if self.layout.experts:
+            return id(self._weight(site))
+        return id(next(self.linear(site).parameters(recurse=False)))
+
+    def _features(self, site: str) -> tuple[int, int]:
+        """(out, in)."""
+        if self.layout.experts:
+            return tuple(self._weight(site).shape[-2:])  # type: ignore[return-value]
+        return _shape(self.linear(site))
 
     def _oriented(self, site: str) -> Tensor:
         """The weight as (out, in)."""
         weight = self._weight(site)
         return weight.mT if not self.layout.experts and is_transposed(self.linear(site)) else weight
+
+    def _effective(self, site: str) -> Tensor:
+        """The weight as (out, in) with every factor in it."""
+        weight = self._oriented(site)
+        if self.layout.experts:
+            for name, buffer in served(self.module):
+                if name == self.path(site):
+                    weight = weight * broadcast(getattr(self.module, buffer))
+            return weight
+        linear = self.linear(site)
+        return weight * linear.scale.to(weight.dtype) if isinstance(linear, Scaled) else weight
 
     def _bias(self, site: str) -> Tensor | None:
         return None if self.layout.experts else self.linear(site).bias
@@ -220,16 +280,28 @@ class FFN:
 
 def is_transposed(linear: nn.Module) -> bool:
     """Whether the weight lies as (in, out)."""
-    return isinstance(linear, Conv1D) or (isinstance(linear, Scaled) and linear.transposed)
+    return isinstance(linear, Conv1D) or (isinstance(linear, Special) and linear.transposed)
 
 
 def is_linear(module: object) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D, Scaled))
+    return isinstance(module, (nn.Linear, Conv1D, Special))
 
 
 def _shape(linear: Any) -> tuple[int, int]:
+    if isinstance(linear, Special):
+        return linear.features
     rows, columns = linear.weight.shape
     return (columns, rows) if is_transposed(linear) else (rows, columns)
+
+
+def activations(ffn: FFN) -> list[Callable[[Tensor], Tensor]]:
+    """Functions that may be the FFN's activation, the likely ones first; who asks compares with what was observed."""
+    from transformers.activations import ACT2FN
+
+    near = [*vars(ffn.module).values(), *ffn.module.children()]
+    near += [value for child in ffn.module.children() for value in (*vars(child).values(), *child.children())]
+    own = [value for value in near if callable(value) and not is_linear(value)]
+    return [*own, *(ACT2FN[name] for name in ("gelu", "relu", "silu", "gelu_new", "quick_gelu", "relu2", "tanh"))]
 
 
 # --- finding ------------------------------------------------------------------------------------------------------
@@ -247,7 +319,7 @@ def ffns(model: nn.Module) -> list[FFN]:
         if layout is None:
             continue
         ffn = FFN(name, module, layout)
-        key = tuple(id(ffn._weight(site)) for site in ffn.sites)
+        key = tuple(ffn._identity(site) for site in ffn.sites)
         if key in by_weights:
             by_weights[key].twins[name] = module
         else:
@@ -289,9 +361,25 @@ def _match(module: nn.Module) -> Layout | None:
         elif gate_shape != (ff, d):
             continue
         # The output may have another width than the input in a few models; those are no plain FFNs.
-        if (out, inner) == (d, ff):
+        if (out, inner) == (d, ff) and not _has_middle(module, linears, ff, d):
             return layout
     return None
+
+
+def _has_middle(owner: nn.Module, linears: list[Any], ff: int, d: int) -> bool:
+    """Whether something with weights of its own works on the hidden neurons, such as a norm or a convolution.
+
+    Then neurons are no independent paths from up to down, and narrowing them changes it.
+    """
+    if ff == d:
+        return False
+    own = {id(linear) for linear in linears}
+    for module in owner.modules():
+        if id(module) in own or is_linear(module):
+            continue
+        if any(len(p.shape) in (1, 3, 4) and p.shape[0] == ff for p in module.parameters(recurse=False)):
+            return not any(id(child) in own for child in module.children())
+    return False
 
 
 def _descend(module: nn.Module, path: str) -> nn.Module | None:

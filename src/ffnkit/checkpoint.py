@@ -19,6 +19,7 @@ from ffnkit.architectures import architecture_class, read_config
 from ffnkit.errors import FfnkitError
 from ffnkit.formats import QUANT_METHOD
 from ffnkit.loading import check_weights, load_pretrained, open_errors
+from ffnkit.nn.served import PREFIX
 from ffnkit.ops.neurons import Neurons
 
 # Settings of from_pretrained that find the config as well as the weights.
@@ -205,8 +206,8 @@ def _standard_state(model: PreTrainedModel, found: list[blocks.FFN], targets: di
     """The model's state dict with folded, padded, written-out FFNs; tensors that stay as they are are not copied."""
     state = dict(model.state_dict())
     for ffn in found:
-        scaled, short = ffn.scale is not None, targets[ffn.name] - ffn.width
-        if not scaled and not short and not ffn.twins:
+        short = targets[ffn.name] - ffn.width
+        if not ffn.special and not short and not ffn.twins:
             continue
         neurons = ffn.read()
         if short:
@@ -215,9 +216,17 @@ def _standard_state(model: PreTrainedModel, found: list[blocks.FFN], targets: di
         for owner in ffn.owners:
             for name, value in values.items():
                 state[f"{owner}.{name}"] = value.detach() if owner == ffn.name else value.detach().clone()
-            for name in [f"{owner}.{ffn.path('down')}.scale", f"{owner}.neuron_scale"]:
-                state.pop(name, None)
+            for name in _special_names(ffn, owner, state):
+                del state[name]
     return {name: value.contiguous() for name, value in state.items()}
+
+
+def _special_names(ffn: blocks.FFN, owner: str, state: dict[str, Tensor]) -> list[str]:
+    """Entries of the state dict that no plain layer has: factors, masks, thin pairs."""
+    places = [f"{owner}.{ffn.path(site)}." for site in ffn.special] if not ffn.layout.experts else []
+    plain = {place + name for place in places for name in ("weight", "bias")}
+    starts = (*places, f"{owner}.{PREFIX}")
+    return [name for name in state if name.startswith(starts) and name not in plain]
 
 
 def pad(neurons: Neurons, width: int) -> Neurons:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ffnkit.errors import FfnkitError
+from ffnkit.files import spooled
+from ffnkit.ops.neurons import Neurons
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """One decision about one FFN. Tensors are small decisions (labels); weights are computed when it is applied."""
+    """One decision about one FFN, as data.
+
+    Tensors are small decisions (labels, indices) or new weights; large ones are memory-mapped (``files.spooled``).
+    """
 
     ffn: str
 
@@ -36,20 +44,56 @@ class Resize(Edit):
         width: the new ff.
         labels: (ff,) int32 cluster of each neuron, or (E, ff) with experts; each cluster has a member.
         balance: whether gated neurons are brought to canonical scale and sign before the mean.
+        root: whether up, its bias and down are multiplied by the root of the cluster's size (gated: gate is not).
     """
 
     width: int
     labels: Tensor
     balance: bool = False
+    root: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Keep(Edit):
+    """Some neurons stay, whole, and the others go.
+
+    Attributes:
+        width: the new ff. index: (width,) int32 numbers of the neurons that stay, or (E, width) with experts.
+    """
+
+    width: int
+    index: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rewrite(Edit):
+    """New neurons for one FFN, given as weights (shapes as in ``ops.neurons.Neurons``)."""
+
+    width: int
+    up: Tensor
+    down: Tensor
+    gate: Tensor | None = None
+    up_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    @classmethod
+    def of(cls, ffn: str, neurons: Neurons) -> Rewrite:
+        """The edit that gives an FFN these neurons."""
+        own = {name: spooled(value.detach()) for name, value in neurons.tensors().items()}
+        return cls(ffn, width=neurons.ff, **own)
+
+    def neurons(self) -> Neurons:
+        return Neurons(**{name: value for name, value in self.tensors().items()})
 
 
 @dataclass(frozen=True, eq=False)
 class Swap(Edit):
-    """A linear becomes a special one that trains otherwise and folds back.
+    """A fixed factor stands in front of a linear, apart from its weight, until the model is folded.
 
     Attributes:
         site: "up", "gate" or "down". layer: the special linear's name, "scaled".
-        scale: (ff,) or (E, ff), the fixed factor of the scaled linear's inputs.
+        scale: (in,), or (E, in) with experts: the fixed factor of the linear's inputs.
     """
 
     site: str
@@ -57,7 +101,41 @@ class Swap(Edit):
     scale: Tensor
 
 
-EDITS: tuple[type[Edit], ...] = (Resize, Swap)
+@dataclass(frozen=True, eq=False)
+class Factor(Edit):
+    """A linear becomes the product of two thin ones: first (r, in), second (out, r)."""
+
+    site: str
+    first: Tensor
+    second: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Mask(Edit):
+    """Weights of a linear, or of experts, become zero and stay zero.
+
+    Attributes:
+        site: "up", "gate" or "down". shape: of the weight, (.., out, in).
+        bits: uint8, the mask's bits packed row by row, the first one highest; ones stay.
+    """
+
+    site: str
+    shape: list[int]
+    bits: Tensor
+
+    @classmethod
+    def of(cls, ffn: str, site: str, mask: Tensor) -> Mask:
+        """The edit that keeps the weights where ``mask`` (bool, as the weight lies in (.., out, in)) is true."""
+        bits = torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
+        return cls(ffn, site=site, shape=list(mask.shape), bits=bits)
+
+    def mask(self) -> Tensor:
+        """The mask, bool."""
+        count = math.prod(self.shape)
+        return torch.from_numpy(np.unpackbits(self.bits.numpy(), count=count)).bool().reshape(self.shape)
+
+
+EDITS: tuple[type[Edit], ...] = (Resize, Keep, Rewrite, Swap, Factor, Mask)
 
 
 def build(kind: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Edit:

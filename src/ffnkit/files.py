@@ -11,8 +11,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ffnkit.errors import FfnkitError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
@@ -206,3 +210,26 @@ def _exchange(first: Path, second: Path) -> bool:
     if ctypes.get_errno() in (errno.EINVAL, errno.ENOSYS):
         return False
     raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(second))
+
+
+SPOOL_FROM = 1 << 20  # bytes; smaller tensors stay in memory
+
+
+def spooled(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU; a large one memory-mapped from a temporary file, so that its pages can be let go.
+
+    The file has no name any more once it is mapped: it goes with the last tensor that uses it, however we end.
+    """
+    import torch
+
+    own = tensor.detach().cpu().contiguous()
+    size = own.numel() * own.element_size()
+    if size < SPOOL_FROM:
+        return own.clone() if own.data_ptr() == tensor.data_ptr() else own
+    with tempfile.NamedTemporaryFile(prefix="ffnkit-") as file:
+        with disk_errors(tempfile.gettempdir()):
+            file.truncate(size)
+            storage = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=size)
+        mapped = torch.empty(0, dtype=own.dtype).set_(storage).view(own.shape)  # type: ignore[arg-type]
+        mapped.copy_(own)
+    return mapped

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit import blocks
-from ffnkit.nn.scaled import Scaled
+from ffnkit.nn.special import Special
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _other_flops(model: nn.Module, found: list[blocks.FFN]) -> float:
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in inside:
             continue
-        if isinstance(module, (nn.Linear, Conv1D, Scaled, nn.Conv1d, nn.Conv2d)):
+        if isinstance(module, (nn.Linear, Conv1D, Special, nn.Conv1d, nn.Conv2d)):
             repeated = runs if any(name.startswith(layer + ".") for layer in layers) else 1
-            flops += 2.0 * module.weight.numel() * repeated
+            flops += 2.0 * cast(Tensor, module.weight).numel() * repeated
     return flops

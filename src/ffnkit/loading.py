@@ -47,6 +47,7 @@ def load_with_info(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> t
             logging.getLogger(record.name).handle(record)
     _check_body(model, info, name)
     check_weights(model, name)
+    _note_drawn(model, info)
     return model, info
 
 
@@ -172,6 +173,27 @@ def is_head(model: Any, key: str) -> bool:
     return bool(prefix) and hasattr(model, prefix) and not key.startswith(f"{prefix}.")
 
 
+def drawn_head(model: Any) -> tuple[str, ...]:
+    """Parameters of the head that were in no file when ffnkit opened the model; none once any of them has changed."""
+    drawn = getattr(model, "_ffnkit_drawn", {})
+    now = dict(model.named_parameters())
+    for key, first in drawn.items():
+        if key not in now or not first.to(now[key].dtype).equal(_sample(now[key])):
+            return ()
+    return tuple(drawn)
+
+
+def _note_drawn(model: Any, info: dict[str, Any]) -> None:
+    absent = {*info.get("missing_keys", ()), *(key for key, *_ in info.get("mismatched_keys", ()))}
+    named = dict(model.named_parameters())
+    model._ffnkit_drawn = {key: _sample(named[key]) for key in named if key in absent and is_head(model, key)}
+
+
+def _sample(parameter: Any) -> Any:
+    """Some of its numbers, on the CPU."""
+    return parameter.detach().flatten()[:256].clone().cpu()
+
+
 def _not_finite(tensor: Any) -> Any:
     return ~tensor.isfinite()
 
@@ -234,7 +256,8 @@ def _reason(error: Exception) -> tuple[str, str]:
     if "is not a local folder and is not a valid model identifier" in text or "Repo id must be" in text:
         return "there is no such folder and no such model on the hub", "Check the name"
     if "Unrecognized configuration class" in text:
-        return "transformers has no model of this kind for its architecture", "Choose another model or another task"
+        do = "Choose another model or another task; one that writes text classifies by label words (--head words)"
+        return "transformers has no model of this kind for its architecture", do
     if "trust_remote_code" in text:
         return "it needs code of its own", "Pass trust_remote_code=True if you trust its authors"
     if "size mismatch" in text:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ffnkit import blocks, edits
-from ffnkit.edits import Edit, Resize
+from ffnkit.edits import Edit, Factor, Mask
 from ffnkit.errors import FfnkitError
 from ffnkit.files import disk_errors
 from ffnkit.ops.neurons import Neurons
@@ -70,29 +70,41 @@ class Plan:
     # --- what changes
 
     def widths(self) -> dict[str, tuple[int, int]]:
-        """Neurons before and after of each FFN that is resized."""
-        return {e.ffn: (self.shapes[e.ffn].width, e.width) for e in self.edits if isinstance(e, Resize)}
+        """Neurons before and after of each FFN that gets another number of them."""
+        return {e.ffn: (self.shapes[e.ffn].width, e.width) for e in self.edits if hasattr(e, "width")}
 
     @property
     def saved_parameters(self) -> int:
-        return sum(self.saved(name) for name in self.widths())
+        return sum(self.saved(name) for name in self.shapes)
 
     def saved(self, name: str) -> int:
-        """Parameters that one FFN loses; its output bias stays."""
-        before, after = self.widths()[name]
-        return self.shapes[name].neuron_parameters * (before - after)
+        """Parameters that one FFN loses; its output bias stays. Zeros of a mask are stored, and not counted."""
+        shape = self.shapes[name]
+        before, after = self.widths().get(name, (shape.width, shape.width))
+        thin = [e for e in self.edits if isinstance(e, Factor) and e.ffn == name]
+        factored = sum(len(e.second) * e.first.shape[1] - e.first.numel() - e.second.numel() for e in thin)
+        return shape.neuron_parameters * (before - after) + factored
+
+    def _becomes(self, name: str) -> str:
+        """In words, what an FFN turns into."""
+        mine = [edit for edit in self.edits if edit.ffn == name]
+        if name in self.widths():
+            return f"{self.widths()[name][1]} neurons"
+        if ranks := [len(edit.first) for edit in mine if isinstance(edit, Factor)]:
+            return f"rank {', '.join(map(str, dict.fromkeys(ranks)))}"
+        kept = [edit.mask() for edit in mine if isinstance(edit, Mask)]
+        nonzero, total = sum(int(mask.sum()) for mask in kept), sum(mask.numel() for mask in kept)
+        return f"{nonzero:,} of {total:,} weights not zero"
 
     def __str__(self) -> str:
         settings = ", ".join(f"{key}={value!r}" for key, value in self.settings.items())
         lines = [f"{self.method}({settings}) for {self.model}"]
-        widths = self.widths()
-        name_width = max((len(name) for name in widths), default=0)
-        for name, (_, after) in widths.items():
-            shape = self.shapes[name]
+        name_width = max((len(name) for name in self.shapes), default=0)
+        for name, shape in self.shapes.items():
             left = shape.parameters - self.saved(name)
             notes = "".join(f", {key} {value:.3g}" for key, value in self.quantities.get(name, {}).items())
             lines.append(
-                f"  {name:<{name_width}}  {shape}  ->  {after} neurons,"
+                f"  {name:<{name_width}}  {shape}  ->  {self._becomes(name)},"
                 f" {shape.parameters:,} -> {left:,} parameters{notes}"
             )
         after_all = self.parameters - self.saved_parameters

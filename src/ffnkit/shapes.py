@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ffnkit import blocks
 from ffnkit.errors import FfnkitError
 from ffnkit.formats import FORMAT, QUANT_METHOD
-from ffnkit.nn.scaled import EXPERTS_SCALE
+from ffnkit.nn.served import PREFIX
 
 IMPOSSIBLE_WIDTH = 1
 
@@ -122,14 +122,14 @@ def description(model: PreTrainedModel) -> dict[str, Any] | None:
 
 
 def describe(found: list[blocks.FFN], keys: dict[str, tuple[str, str] | None]) -> dict[str, Any]:
-    """The true shape of a model: {"ffns": {name: {"width", "key", "scaled", "twins"}}, ...}."""
+    """The true shape of a model: {"ffns": {name: {"width", "key", "special", "twins"}}, ...}."""
     rows = {}
     for ffn in found:
         key = keys[ffn.name]
         rows[ffn.name] = {
             "width": ffn.width,
             "key": None if key is None else list(key),
-            "scaled": ffn.scale is not None,
+            "special": ffn.special,
             "twins": list(ffn.twins),
         }
     return {"quant_method": QUANT_METHOD, "format": FORMAT, "ffns": rows}
@@ -139,7 +139,7 @@ def is_plain(found: list[blocks.FFN], keys: dict[str, tuple[str, str] | None], o
     """Whether plain transformers can build this shape: one width for each config key, nothing shared or apart."""
     widths: dict[Any, set[int]] = defaultdict(set)
     for ffn in found:
-        if ffn.scale is not None or ffn.twins:
+        if ffn.special or ffn.twins:
             return False
         if keys[ffn.name] is None and ffn.width != original.get(ffn.name, ffn.width):
             return False
@@ -231,8 +231,8 @@ def declare_twins(model: PreTrainedModel, ffn: blocks.FFN, twins: list[str]) -> 
     """Declare the FFNs at the paths ``twins`` as further names of ``ffn``, for saving and for loading."""
     state = ffn.module.state_dict(keep_vars=True)
     sites = tuple(f"{ffn.path(site)}." for site in ffn.sites) if not ffn.layout.experts else ()
-    exact = {EXPERTS_SCALE, ffn.path("up"), ffn.path("down")} if ffn.layout.experts else set()
-    own = [name for name in state if name in exact or name.startswith(sites or ("\0",))]
+    exact = {ffn.path("up"), ffn.path("down")} if ffn.layout.experts else set()
+    own = [name for name in state if name in exact or name.startswith(sites or PREFIX)]
     pairs = {f"{twin}.{name}": f"{ffn.name}.{name}" for twin in twins for name in own}
     model._tied_weights_keys = {**(getattr(model, "_tied_weights_keys", None) or {}), **pairs}
     # On loading only parameters can be tied; a twin's factor is missing then, and comes back with ``share_twins``.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,10 +13,14 @@ from transformers import PreTrainedModel
 
 from ffnkit import blocks, shapes
 from ffnkit.blocks import FFN
-from ffnkit.edits import Resize, Swap
+from ffnkit.edits import Edit, Factor, Keep, Mask, Resize, Rewrite, Swap
 from ffnkit.errors import FfnkitError
-from ffnkit.nn.scaled import Scaled, scale_experts, unscale_experts
-from ffnkit.ops.neurons import Neurons, average, balance, cluster_sizes
+from ffnkit.nn.lowrank import LowRank
+from ffnkit.nn.masked import Masked
+from ffnkit.nn.scaled import Scaled
+from ffnkit.nn.served import serve, served, unserve
+from ffnkit.nn.special import Special
+from ffnkit.ops.neurons import Neurons, average, balance, cluster_sizes, concatenate
 from ffnkit.plans import Plan, Shape
 
 
@@ -32,12 +39,25 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     original = shapes.original_widths(model, list(found.values()))
     for edit in plan.edits:
         ffn = found[edit.ffn]
-        if isinstance(edit, Resize):
-            resize(ffn, _fused(ffn, edit))
-        elif isinstance(edit, Swap):
-            attach_scale(ffn, edit.scale)
+        carry_out(ffn, edit)
     shapes.update_config(model, keys, original)
     return model
+
+
+def carry_out(ffn: FFN, edit: Edit) -> None:
+    """One edit of one FFN."""
+    if isinstance(edit, Resize):
+        resize(ffn, _fused(ffn, edit))
+    elif isinstance(edit, Keep):
+        resize(ffn, _kept(ffn.raw(), edit.index.to(ffn.raw().up.device).long()))
+    elif isinstance(edit, Rewrite):
+        resize(ffn, edit.neurons())
+    elif isinstance(edit, Swap):
+        attach(ffn, edit.site, "scaled", edit.scale)
+    elif isinstance(edit, Factor):
+        attach(ffn, edit.site, "lowrank", edit.first, edit.second)
+    elif isinstance(edit, Mask):
+        attach(ffn, edit.site, "masked", edit.mask())
 
 
 @torch.no_grad()
@@ -47,8 +67,8 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
     keys = shapes.width_keys(model, found)
     original = shapes.original_widths(model, found)
     for ffn in found:
-        if ffn.scale is not None:
-            detach_scale(ffn, fold=True)
+        if ffn.special:
+            detach(ffn)
     shapes.update_config(model, keys, original)
     return model
 
@@ -64,9 +84,8 @@ def rebuild(model: PreTrainedModel, described: dict[str, Any]) -> None:
         for ffn in _unique(by_owner[name] for name in names):
             if ffn.width != width:
                 resize(ffn, _empty(ffn.raw(), width))
-            if row["scaled"]:
-                size = (ffn.experts, width) if ffn.experts else (width,)
-                attach_scale(ffn, torch.empty(size, device=ffn._weight("down").device))
+            for site, special in row["special"].items():
+                attach(ffn, site, special["kind"], *_blank(ffn, site, special))
         twins = [name for name in names[1:] if by_owner[name] is not by_owner[names[0]]]
         if twins:
             shapes.declare_twins(model, by_owner[names[0]], twins)
@@ -108,34 +127,72 @@ def resize(ffn: FFN, neurons: Neurons) -> None:
                 setattr(owner, name, neurons.ff)
 
 
-def attach_scale(ffn: FFN, scale: Tensor) -> None:
-    """Put a fixed factor in front of down, (ff,) or (E, ff)."""
+_SPECIAL: dict[str, Callable[..., Special]] = {kind.kind: kind for kind in (Scaled, LowRank, Masked)}
+
+
+@contextmanager
+def borrowed(ffn: FFN) -> Iterator[None]:
+    """Whatever happens to the FFN's plain weights inside the block, the very same parameters are back after it."""
+    owners = _unique(ffn.owners.values())
+    paths = [ffn.path(site) for site in ffn.sites]
+    holders = owners if ffn.layout.experts else _unique(o.get_submodule(p) for o in owners for p in paths)
+    modules = _unique([*holders, *owners])
+    parameters = [dict(module._parameters) for module in modules]
+    plain = [{k: v for k, v in vars(module).items() if type(v) is int} for module in modules]
+    try:
+        yield
+    finally:
+        for module, own, numbers in zip(modules, parameters, plain, strict=True):
+            module._parameters.update(own)
+            vars(module).update(numbers)
+
+
+def attach(ffn: FFN, site: str, kind: str, *tensors: Tensor) -> None:
+    """Put a special linear in the place of a plain one, in every owner.
+
+    Args:
+        kind: "scaled" (a factor of the inputs), "lowrank" (first, second) or "masked" (bool).
+    """
     if ffn.layout.experts:
+        if kind == "lowrank":
+            ffn.linear(site)  # says why there is none
         for owner in _unique(ffn.owners.values()):
-            scale_experts(owner, ffn.path("down"), scale)
+            serve(owner, ffn.path(site), kind, site, *tensors)
         return
-    made: dict[nn.Module, Scaled] = {}
+    made: dict[nn.Module, Special] = {}
     for owner in ffn.owners.values():
-        linear = owner.get_submodule(ffn.path("down"))
-        if not isinstance(linear, Scaled):  # one linear may hang in several owners
+        linear = owner.get_submodule(ffn.path(site))
+        if not isinstance(linear, Special):  # one linear may hang in several owners
             if linear not in made:
-                made[linear] = Scaled(linear, scale)  # type: ignore[arg-type]
-            owner.set_submodule(ffn.path("down"), made[linear])
+                made[linear] = _SPECIAL[kind](linear, *tensors)
+            owner.set_submodule(ffn.path(site), made[linear])
 
 
-def detach_scale(ffn: FFN, *, fold: bool) -> None:
-    """Take the factor off again, multiplied into down where ``fold`` is true."""
+def detach(ffn: FFN) -> None:
+    """Turn an FFN's special linears back into plain ones with the same outputs."""
     if ffn.layout.experts:
         for number, owner in enumerate(_unique(ffn.owners.values())):
-            unscale_experts(owner, fold=fold and number == 0)
+            unserve(owner, fold=number == 0)
         return
     made: dict[nn.Module, nn.Module] = {}
     for owner in ffn.owners.values():
-        scaled = owner.get_submodule(ffn.path("down"))
-        if isinstance(scaled, Scaled):
-            if scaled not in made:
-                made[scaled] = scaled.fold()
-            owner.set_submodule(ffn.path("down"), made[scaled])
+        for site in ffn.sites:
+            special = owner.get_submodule(ffn.path(site))
+            if isinstance(special, Special):
+                if special not in made:
+                    made[special] = special.fold()
+                owner.set_submodule(ffn.path(site), made[special])
+
+
+def _blank(ffn: FFN, site: str, special: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Tensors of the shapes that a special linear holds, with arbitrary values."""
+    weight = ffn._oriented(site)
+    (out, inner), lead = weight.shape[-2:], weight.shape[:-2]
+    if special["kind"] == "scaled":
+        return (weight.new_empty(*lead, inner),)
+    if special["kind"] == "masked":
+        return (torch.ones_like(weight, dtype=torch.bool),)
+    return weight.new_empty(special["rank"], inner), weight.new_empty(out, special["rank"])
 
 
 def share(ffn: FFN, owner: nn.Module) -> None:
@@ -143,10 +200,11 @@ def share(ffn: FFN, owner: nn.Module) -> None:
     if ffn.layout.experts:
         for path in dict.fromkeys((ffn.path("up"), ffn.path("down"))):
             owner._parameters[path] = ffn.module._parameters[path]
-        if ffn.scale is not None and owner is not ffn.module:
-            if hasattr(type(owner), "ffnkit_scaled"):
-                unscale_experts(owner, fold=False)
-            scale_experts(owner, ffn.path("down"), ffn.scale)
+        if owner is not ffn.module:
+            unserve(owner, fold=False)
+            for name, buffer in served(ffn.module):
+                _, kind, site = buffer.split("_")
+                serve(owner, name, kind, site, getattr(ffn.module, buffer))
         return
     for site in ffn.sites:
         owner.set_submodule(ffn.path(site), ffn.module.get_submodule(ffn.path(site)))
@@ -168,10 +226,7 @@ def _check(found: dict[str, FFN], plan: Plan, model: str) -> None:
                 f"{name} is {here} where the plan was made for {shape}",
                 "Make the plan for this model",
             )
-        if found[name].scale is not None:
-            raise FfnkitError(
-                f"applying a plan to {model}", f"{name} carries a factor kept apart", "Fold the model first"
-            )
+        found[name].check_plain(f"applying a plan to {model}")
 
 
 def _fused(ffn: FFN, edit: Resize) -> Neurons:
@@ -182,7 +237,19 @@ def _fused(ffn: FFN, edit: Resize) -> Neurons:
     labels = edit.labels.to(old.up.device).long()
     if labels.shape != lifted.up.shape[:-1] or int(cluster_sizes(labels, edit.width).min()) == 0:
         raise FfnkitError(f"resizing {ffn.name} to {edit.width}", "labels do not fit it", "Make the plan again")
-    return average(balance(lifted) if edit.balance else lifted, labels, edit.width)
+    means = average(balance(lifted) if edit.balance else lifted, labels, edit.width)
+    if not edit.root:
+        return means
+    root = cluster_sizes(labels, edit.width).to(exact).sqrt()
+    bias = None if means.up_bias is None else means.up_bias * root
+    return dataclasses.replace(means.scaled(root), up=means.up * root[..., None], up_bias=bias)
+
+
+def _kept(neurons: Neurons, index: Tensor) -> Neurons:
+    """The neurons at ``index`` (width,), or (E, width) with experts."""
+    if not neurons.experts:
+        return neurons.take(index)
+    return concatenate([neurons.expert(e).take(index[e]) for e in range(neurons.experts)])
 
 
 def _empty(neurons: Neurons, width: int) -> Neurons:

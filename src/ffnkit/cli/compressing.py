@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +11,7 @@ import typer
 from ffnkit import files
 from ffnkit.cli import console, describe, options
 from ffnkit.cli.app import app
+from ffnkit.cli.data_options import DATA, DataDir, TaskName, Tokenizer
 from ffnkit.cli.history import History
 from ffnkit.cli.outputs import check_output
 from ffnkit.errors import FfnkitError
@@ -54,6 +55,16 @@ def compress(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The folder to write. Whole or not there: never half.")
     ] = None,
+    task: TaskName = None,
+    data_dir: DataDir = None,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="Calibration text: txt, jsonl, csv, parquet.", rich_help_panel=DATA),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option("--calibration-tokens", min=1, help="Tokens of calibration data.", rich_help_panel=DATA)
+    ] = 6400,
+    tokenizer: Tokenizer = None,
     form: Annotated[
         Form, typer.Option("--form", help="compact: smallest; standard: plain from_pretrained; both: two subfolders.")
     ] = "compact",
@@ -73,7 +84,12 @@ def compress(
 
       ffnkit compress roberta-base --method fusion --set width=0.25 --layers last:8 [cyan]--out small[/cyan]
 
+      ffnkit compress roberta-base --method calibrated-fusion --set width=0.25 [cyan]--text notes.txt[/cyan] --out small
+
       ffnkit compress ./llama --method fusion --set width=2048 [cyan]--form standard[/cyan] --out small
+
+    With --task or --text, calibrated-fusion is the method unless another is named: it measures activations on a few
+    thousand tokens and keeps far more of the model than methods that see the weights only.
 
     A width such as 0.25 is a share of the neurons, a whole number counts them. Tune the result: ffnkit tune small ...
     """
@@ -84,9 +100,13 @@ def compress(
         check_output(out, overwrite=overwrite, source=model)
     if plan_out is not None and plan_out.is_dir():
         raise FfnkitError(f"--plan-out {plan_out}", "this is a folder", "Name a file")
+    if method is None and plan_in is None and (task is not None or text is not None):
+        method = "calibrated-fusion"
     chosen = choose_method(method, settings or [], layers, seed, plan_in)
+    calibration = Calibration(task, data_dir, text, tokens, tokenizer, seed or 0)
+    calibration.check(chosen)
     console.quieten()
-    job = Compression(model, chosen, plan_in, dtype, device)
+    job = Compression(model, chosen, plan_in, dtype, device, calibration)
     report = job.run(plan_out, None if dry_run else out, form, as_json)
     if as_json:
         console.print_json(report)
@@ -126,6 +146,51 @@ def choose_method(
     return describe.build(methods.get(name), settings, f"method {name}")
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """The data of a method that measures activations: a task's training rows, or a file of text."""
+
+    task: str | None
+    data_dir: Path | None
+    text: Path | None
+    tokens: int
+    tokenizer: str | None
+    seed: int
+
+    def check(self, method: Any | None) -> None:
+        """Raises FfnkitError where data are missing, given twice, or of no use to the method."""
+        if self.task is not None and self.text is not None:
+            raise FfnkitError(f"--text {self.text}", f"--task {self.task} is given too", "Give one of the two")
+        needed, given = getattr(method, "needs_data", False), self.task is not None or self.text is not None
+        if needed and not given:
+            found = "it measures activations, and no data are given"
+            raise FfnkitError(f"--method {method.name}", found, "Add --task NAME or --text FILE")  # type: ignore[union-attr]
+        if given and not needed:
+            name = getattr(method, "name", "the saved plan")
+            raise FfnkitError(f"--{'task' if self.task else 'text'}", f"{name} uses no data", "Leave it out")
+        if self.text is not None and not self.text.is_file():
+            raise FfnkitError(f"--text {self.text}", "there is no such file", "Name a text file")
+        if self.task is not None:
+            from ffnkit import tasks
+
+            tasks.get(self.task)
+
+    def batches(self, model: Any, source: str) -> list[dict[str, Any]]:
+        """Padded batches for the model."""
+        from ffnkit import tasks
+        from ffnkit.tune import CalibrationSettings, calibration_batches
+
+        settings = CalibrationSettings(tokens=self.tokens, text=str(self.text) if self.text else None)
+        if self.task is None:
+            from ffnkit.tasks.models import load_tokenizer
+
+            return calibration_batches(model, load_tokenizer(self.tokenizer or source), settings, seed=self.seed)
+        task = tasks.get(self.task)
+        tokenizer = task.load_tokenizer(self.tokenizer or source)
+        rows = task.splits(self.data_dir).train
+        return calibration_batches(model, tokenizer, settings, task=task, rows=rows, seed=self.seed)
+
+
 class Compression:
     """One run of ``ffnkit compress``.
 
@@ -135,9 +200,17 @@ class Compression:
         dtype, device: as given on the command line.
     """
 
-    def __init__(self, source: str, method: Any | None, plan_in: Path | None, dtype: str, device: str) -> None:
+    def __init__(
+        self,
+        source: str,
+        method: Any | None,
+        plan_in: Path | None,
+        dtype: str,
+        device: str,
+        calibration: Calibration | None = None,
+    ) -> None:
         self.source, self.method, self.plan_in = source, method, plan_in
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.calibration = dtype, device, calibration
 
     def run(self, plan_out: Path | None, out: Path | None, form: Form, as_json: bool) -> dict[str, Any]:
         """Plan, show, apply and save; without ``out`` nothing is applied. Returns what --json prints."""
@@ -173,8 +246,10 @@ class Compression:
 
         if self.method is None:
             return ffnkit.Plan.load(self.plan_in)  # type: ignore[arg-type]
+        measured = getattr(self.method, "needs_data", False) and self.calibration is not None
+        data = self.calibration.batches(model, self.source) if measured and self.calibration else None
         with console.progress("planning") as step:
-            return ffnkit.plan(model, self.method, progress=step)
+            return ffnkit.plan(model, self.method, data=data, progress=step)
 
     def save(self, model: Any, out: Path, form: Form, history: History) -> dict[str, dict[str, Any]]:
         """Save in the form asked for, with tokenizer, card and history; all in place in one step."""

@@ -22,6 +22,7 @@ class History:
         layers: (name, neurons before, neurons after) of every FFN that there was before.
         training: settings of the last tuning.
         task, metrics: what it was measured on last, and the figures.
+        kind: the hub's name of the kind of that task.
     """
 
     base_model: str
@@ -31,6 +32,7 @@ class History:
     training: dict[str, Any] = field(default_factory=dict)
     task: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    kind: str = "text-classification"
 
     @classmethod
     def of(cls, model: str) -> History:
@@ -49,9 +51,9 @@ class History:
         layers = tuple((row.name, started.get(row.name, row.width), widths.get(row.name)) for row in before.rows)
         return replace(self, method=plan.method, settings=dict(plan.settings), layers=layers, task=None, metrics={})
 
-    def tuned(self, training: dict[str, Any], task: str, metrics: dict[str, float]) -> History:
+    def tuned(self, training: dict[str, Any], task: str, metrics: dict[str, float], kind: str) -> History:
         """With a tuning and what was measured after it."""
-        return replace(self, training=training, task=task, metrics=metrics)
+        return replace(self, training=training, task=task, metrics=metrics, kind=kind)
 
     def write(self, folder: Path) -> None:
         """Put the history beside the weights."""
@@ -65,13 +67,16 @@ class History:
         from ffnkit.report.environment import versions
 
         task = self.task or ""
+        figures = [
+            Metric(name, value, dataset=task, split="report", task=self.kind) for name, value in self.metrics.items()
+        ]
         info = CardInfo(
             base_model=self.base_model,
             form=form,
             method=self.method,
             settings=self.settings,
             layers=[LayerWidth(*row) for row in self.layers],
-            metrics=[Metric(name, value, dataset=task, split="report") for name, value in self.metrics.items()],
+            metrics=figures,
             training=self.training,
             versions=versions(),
             auto_class=type(model).__name__,

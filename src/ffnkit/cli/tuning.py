@@ -2,41 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from ffnkit.cli import console, describe, options
+from ffnkit.cli import data_options as data
 from ffnkit.cli.app import app
 from ffnkit.cli.outputs import check_output
 from ffnkit.errors import FfnkitError
 
-DATA, TRAINING, RESULT = "Task and data", "Training", "Result"
+TRAINING, RESULT = "Training", "Result"
 Precision = Literal["fp32", "bf16", "fp16"]
-
-TaskName = Annotated[str | None, typer.Option("--task", "-t", help="One of 'ffnkit tasks'.", rich_help_panel=DATA)]
-DataDir = Annotated[
-    Path | None,
-    typer.Option("--data-dir", envvar="FFNKIT_DATA", help="Folder with TASK/train.jsonl ...", rich_help_panel=DATA),
-]
-TrainFile = Annotated[
-    Path | None, typer.Option("--train-file", help="Your own csv, jsonl, json or parquet.", rich_help_panel=DATA)
-]
-ValidationFile = Annotated[
-    Path | None, typer.Option("--validation-file", help="Your own file for the reported figure.", rich_help_panel=DATA)
-]
-TextColumn = Annotated[
-    list[str] | None, typer.Option("--text-column", help="A column of text; give two for pairs.", rich_help_panel=DATA)
-]
-LabelColumn = Annotated[str | None, typer.Option("--label-column", help="The column of labels.", rich_help_panel=DATA)]
-Metric = Annotated[str | None, typer.Option("--metric", help="The metric of your own files.", rich_help_panel=DATA)]
-MaxLength = Annotated[int | None, typer.Option("--max-length", min=1, help="Tokens a text.", rich_help_panel=DATA)]
-
-Tokenizer = Annotated[
-    str | None,
-    typer.Option("--tokenizer", help="Model or folder of the tokenizer, if not MODEL.", rich_help_panel=DATA),
-]
 
 
 def setting(flag: str, text: str, **kwargs: Any) -> Any:
@@ -48,15 +27,22 @@ def setting(flag: str, text: str, **kwargs: Any) -> Any:
 def tune(
     model: options.Model,
     out: options.Out,
-    task: TaskName = None,
-    data_dir: DataDir = None,
-    train_file: TrainFile = None,
-    validation_file: ValidationFile = None,
-    text_column: TextColumn = None,
-    label_column: LabelColumn = None,
-    metric: Metric = None,
-    max_length: MaxLength = None,
-    tokenizer: Tokenizer = None,
+    task: data.TaskName = None,
+    data_dir: data.DataDir = None,
+    train_file: data.TrainFile = None,
+    validation_file: data.ValidationFile = None,
+    text_column: data.TextColumn = None,
+    label_column: data.LabelColumn = None,
+    input_column: data.InputColumn = None,
+    target_column: data.TargetColumn = None,
+    template: data.Template = None,
+    kind: data.Kind = None,
+    head: data.Head = None,
+    metric: data.Metric = None,
+    stride: data.Stride = None,
+    generation_set: data.Generation = None,
+    max_length: data.MaxLength = None,
+    tokenizer: data.Tokenizer = None,
     tuner: Annotated[str, typer.Option("--tuner", help="One of 'ffnkit tuners'.", rich_help_panel=TRAINING)] = "full",
     learning_rate: Annotated[float | None, setting("--lr", "Learning rate.")] = None,
     epochs: Annotated[float | None, setting("--epochs", "Passes over the data.")] = None,
@@ -78,13 +64,18 @@ def tune(
         list[str] | None, setting("--tuner-set", "A setting of the tuner; repeatable.", metavar="NAME=VALUE")
     ] = None,
     distil_from: Annotated[
-        str | None, setting("--distil-from", "First match the layers of this uncompressed model.", metavar="TEACHER")
+        str | None, setting("--distil-from", "First match this uncompressed or tuned model.", metavar="TEACHER")
+    ] = None,
+    distil_text: Annotated[
+        Path | None, setting("--distil-text", "Match on this file of text, without labels.", metavar="FILE")
     ] = None,
     distil_set: Annotated[
         list[str] | None, setting("--distil-set", "A setting of the distillation; repeatable.", metavar="NAME=VALUE")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of data, head, order.", rich_help_panel=TRAINING)] = 0,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows of train.", rich_help_panel=DATA)] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Rows of train.", rich_help_panel=data.DATA)
+    ] = None,
     fold: Annotated[
         bool, typer.Option("--fold/--no-fold", help="Fold what was kept apart for tuning.", rich_help_panel=RESULT)
     ] = True,
@@ -104,11 +95,34 @@ def tune(
       [cyan]--text-column title --text-column body --label-column topic[/cyan] --out tuned
 
       ffnkit tune small --task sst2 [cyan]--distil-from roberta-base[/cyan] --out tuned
+
+      ffnkit tune small --task sst2 [cyan]--distil-from big-tuned --distil-set objective=both[/cyan] --out tuned
+
+      ffnkit tune gpt2-small [cyan]--task e2e --generation-set num_beams=4[/cyan] --out tuned
+
+      ffnkit tune t5-small --train-file news.jsonl
+      [cyan]--input-column article --target-column summary[/cyan] --out tuned
+
+      ffnkit tune gpt2-small [cyan]--train-file book.txt --max-length 512[/cyan] --out tuned
     """
-    from ffnkit.cli.tune_job import Sources, TuneJob
+    from ffnkit.cli.eval_job import Sources
+    from ffnkit.cli.tune_job import TuneJob
 
     check_output(out, overwrite=overwrite, source=model)
-    sources = Sources(task, data_dir, train_file, validation_file, tuple(text_column or ()), label_column, metric)
+    sources = Sources(
+        name=task,
+        train=train_file,
+        validation=validation_file,
+        text=tuple(text_column or ()),
+        label=label_column,
+        inputs=tuple(input_column or ()),
+        target=target_column,
+        template=template,
+        metric=metric,
+        kind=kind,
+        stride=stride,
+        head=head,
+    )
     given = {
         "learning_rate": learning_rate,
         "epochs": epochs,
@@ -134,11 +148,12 @@ def tune(
         tuner=tuner,
         tuner_settings=describe.parse_settings(tuner_set or []),
         teacher=distil_from,
-        distil_settings=describe.parse_settings(distil_set or []),
+        distil_settings=distil_given(distil_text, distil_set or []),
         seed=seed,
         limit=limit,
         fold=fold,
         tokenizer=tokenizer,
+        generation_settings=describe.parse_settings(generation_set or []),
     )
     console.quieten()
     report = job.run()
@@ -159,24 +174,42 @@ def merged(given: dict[str, Any], pairs: list[str]) -> dict[str, Any]:
     return found
 
 
+def distil_given(text: Path | None, pairs: list[str]) -> dict[str, Any]:
+    """Settings of the distillation: ``--distil-set`` with ``--distil-text``."""
+    found = describe.parse_settings(pairs)
+    if text is not None and "text" in found:
+        raise FfnkitError(f"--distil-set text={found['text']}", "--distil-text is given too", "Give one of the two")
+    return found if text is None else {**found, "text": str(text)}
+
+
 @app.command("eval", rich_help_panel="Models")
 def evaluate(
     model: options.Model,
-    task: TaskName = None,
-    data_dir: DataDir = None,
-    train_file: TrainFile = None,
-    validation_file: ValidationFile = None,
-    text_column: TextColumn = None,
-    label_column: LabelColumn = None,
-    metric: Metric = None,
-    max_length: MaxLength = None,
-    tokenizer: Tokenizer = None,
+    task: data.TaskName = None,
+    data_dir: data.DataDir = None,
+    train_file: data.TrainFile = None,
+    validation_file: data.ValidationFile = None,
+    text_column: data.TextColumn = None,
+    label_column: data.LabelColumn = None,
+    input_column: data.InputColumn = None,
+    target_column: data.TargetColumn = None,
+    template: data.Template = None,
+    kind: data.Kind = None,
+    head: data.Head = None,
+    metric: data.Metric = None,
+    stride: data.Stride = None,
+    generation_set: data.Generation = None,
+    max_length: data.MaxLength = None,
+    tokenizer: data.Tokenizer = None,
     split: Annotated[
         Literal["report", "dev"], typer.Option("--split", help="The validation split, or a part of train.")
     ] = "report",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts at a time.")] = 64,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows; all by default.")] = None,
     device: options.Device = "auto",
+    predictions: Annotated[
+        Path | None, typer.Option("--predictions", help="Write generated texts to this file, as JSON lines.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the split --split dev.")] = 0,
     as_json: options.Json = False,
 ) -> None:
@@ -187,14 +220,31 @@ def evaluate(
       ffnkit eval tuned --task sst2
 
       ffnkit eval tuned --task sst2 [cyan]--json[/cyan] | jq .metrics.accuracy
-    """
-    from ffnkit.cli.tune_job import EvalJob, Sources
 
-    sources = Sources(task, data_dir, train_file, validation_file, tuple(text_column or ()), label_column, metric)
+      ffnkit eval tuned --task webnlg [cyan]--generation-set num_beams=4 --predictions written.jsonl[/cyan]
+    """
+    from ffnkit.cli.eval_job import EvalJob, Sources, generation_built
+
+    sources = Sources(
+        name=task,
+        train=train_file,
+        validation=validation_file,
+        text=tuple(text_column or ()),
+        label=label_column,
+        inputs=tuple(input_column or ()),
+        target=target_column,
+        template=template,
+        metric=metric,
+        kind=kind,
+        stride=stride,
+        head=head,
+    )
     chosen = sources.task()
     console.quieten()
     place = options.pick_device(device)
-    report = EvalJob(model, chosen, data_dir, split, batch_size, max_length or 128, limit, seed, place, tokenizer).run()
+    generation = generation_built(describe.parse_settings(generation_set or []))
+    job = EvalJob(model, chosen, data_dir, split, batch_size, max_length or 128, limit, seed, place, tokenizer)
+    report = replace(job, generation=generation, predictions=predictions).run()
     if as_json:
         console.print_json(report)
     else:

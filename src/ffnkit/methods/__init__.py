@@ -7,16 +7,36 @@ import difflib
 from typing import Any
 
 from ffnkit.errors import FfnkitError
+from ffnkit.methods.calibrated import CalibratedFusion
+from ffnkit.methods.clustering import Clustering
 from ffnkit.methods.fusion import Fusion
+from ffnkit.methods.mmd import Mmd
+from ffnkit.methods.reinit import Reinit
+from ffnkit.methods.selection import Importance, Magnitude, Random
+from ffnkit.methods.sketch import Sketch
+from ffnkit.methods.svd import Svd
+from ffnkit.methods.unstructured import Unstructured
 
-METHODS: tuple[type[Fusion], ...] = (Fusion,)
+METHODS: tuple[Any, ...] = (
+    Fusion,
+    CalibratedFusion,
+    Clustering,
+    Sketch,
+    Svd,
+    Mmd,
+    Random,
+    Magnitude,
+    Importance,
+    Reinit,
+    Unstructured,
+)
 
 
 def names() -> list[str]:
     return [method.name for method in METHODS]
 
 
-def get(name: str) -> type[Fusion]:
+def get(name: str) -> Any:
     """The method of that name. Raises FfnkitError, naming those there are."""
     for method in METHODS:
         if method.name == name:
@@ -24,7 +44,7 @@ def get(name: str) -> type[Fusion]:
     raise FfnkitError(f"method '{name}'", f"there are {', '.join(names())}", "Name one of them")
 
 
-def build(name: str, **settings: Any) -> Fusion:
+def build(name: str, **settings: Any) -> Any:
     """A method from its name and settings. Raises FfnkitError on a setting that it does not have."""
     method = get(name)
     fields = {f.name: f for f in dataclasses.fields(method)}

@@ -53,6 +53,10 @@ class Neurons:
         """The tensors that are there, by field name."""
         return {name: getattr(self, name) for name in _FIELDS if getattr(self, name) is not None}
 
+    def to(self, dtype: torch.dtype) -> Neurons:
+        """Every tensor in another precision."""
+        return self.map(lambda value: value.to(dtype))
+
     def expert(self, index: int) -> Neurons:
         """One expert's FFN."""
         return self.map(lambda value: value[index])

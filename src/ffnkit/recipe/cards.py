@@ -13,7 +13,7 @@ from .state import Unit, unit_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ffnkit.tasks import Task
+    from ffnkit.tasks import AnyTask
 
     from .schema import Recipe
 
@@ -24,7 +24,7 @@ def card_of(
     recipe: Recipe,
     unit: Unit,
     model: PreTrainedModel,
-    task: Task,
+    task: AnyTask,
     before: dict[str, int],
     form: Literal["compact", "standard"],
 ) -> str:
@@ -54,8 +54,8 @@ def card_of(
             else {},
             versions=environment.versions(),
             notes=[recipe.notes] if recipe.notes else [],
-            auto_class="AutoModelForSequenceClassification",
-            pipeline_tag="text-classification",
+            auto_class=task.auto_class(model.config).__name__,
+            pipeline_tag=task.pipeline_tag,
         )
     )
 
@@ -67,13 +67,22 @@ def _widths(model: PreTrainedModel, before: dict[str, int]) -> tuple[LayerWidth,
     return tuple(LayerWidth(name, width, now.get(name)) for name, width in before.items())
 
 
-def _metrics(recipe: Recipe, unit: Unit, task: Task, found: dict[str, float]) -> tuple[Metric, ...]:
+def _metrics(recipe: Recipe, unit: Unit, task: AnyTask, found: dict[str, float]) -> tuple[Metric, ...]:
     first = next(iter(recipe.arms))
     reference = (unit_of(unit.folder.parents[2], first, unit.seed).marker("evaluate") or {}).get("metrics", {})
     whole = reference if unit.arm != first and not recipe.arms[first].compressed else {}
-    dataset, config, split = (*task.hub, "validation") if task.hub else (task.name, None, "report")
+    dataset, config = task.hub[0] if task.hub else task.name, task.hub[1] if len(task.hub) > 1 else None
+    split = "validation" if task.hub else "report"
     return tuple(
-        Metric(name, value, dataset=dataset, config=config, split=split, baseline=whole.get(name))
+        Metric(
+            name,
+            value,
+            dataset=dataset,
+            config=config,
+            split=split,
+            task=task.pipeline_tag,
+            baseline=whole.get(name),
+        )
         for name, value in found.items()
     )
 
@@ -85,7 +94,8 @@ def _training(recipe: Recipe, unit: Unit) -> dict[str, Any]:
     fields = ("learning_rate", "schedule", "warmup", "weight_decay", "batch_size", "max_length", "precision")
     tune = recipe.tune
     steps = (unit.marker("tune") or {}).get("steps")
-    distilled = {"layer-wise distillation": "before tuning"} if unit.marker("distil") else {}
+    compared = {"layers": "hidden states", "logits": "logits", "both": "hidden states and logits"}
+    distilled = {"distillation before tuning": compared[recipe.distil.objective]} if unit.marker("distil") else {}
     return {
         "tuner": tuner.model_dump() if tuner.settings else tuner.name,
         "steps": steps,

@@ -84,12 +84,26 @@ def _shown(loc: tuple[str | int, ...], data: dict[str, Any]) -> tuple[str | int,
 
 
 def _fields_at(path: tuple[str | int, ...], data: dict[str, Any]) -> list[str]:
-    from .schema import DistilSettings, Limits, Measure, Recipe, TaskSpec, TrainSettings
+    from .schema import (
+        CalibrationSettings,
+        DistilSettings,
+        GenerationSettings,
+        Limits,
+        Measure,
+        Recipe,
+        TaskSpec,
+        TrainSettings,
+    )
 
     if not path:
         return list(Recipe.model_fields)
-    parts: dict[str, type[BaseModel]] = {"limits": Limits, "task": TaskSpec, "measure": Measure}
-    parts |= {"tune": TrainSettings, "distil": DistilSettings}
+    parts: dict[str, type[BaseModel]] = {
+        "calibration": CalibrationSettings,
+        "limits": Limits,
+        "task": TaskSpec,
+        "measure": Measure,
+    }
+    parts |= {"tune": TrainSettings, "distil": DistilSettings, "generation": GenerationSettings}
     if len(path) == 1 and path[0] in parts:
         return list(parts[str(path[0])].model_fields)
     here: Any = data

@@ -79,7 +79,8 @@ def run(
 def _metric(recipe: Recipe) -> str:
     from .sources import task_of
 
-    return recipe.task.metric or task_of(recipe).main_metric
+    task = task_of(recipe)
+    return recipe.task.metric if recipe.task.metric in task.metrics else task.main_metric
 
 
 def _run_units(

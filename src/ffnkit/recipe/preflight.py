@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitError
 
-from .sources import Source, method_of
-from .state import folder_digest
+from .sources import Source, expand, method_of
+from .state import distilled, folder_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,8 +36,22 @@ def preflight(recipe: Recipe) -> tuple[str, str]:
     for split in ("train", "dev", "report"):
         if len(getattr(source.splits, split)) == 0:
             raise FfnkitError(f"the {split} split of {source.task.name}", "has no rows", "Give more data")
+    if any(distilled(recipe, name) for name in recipe.arms):
+        _distils(recipe, source)
     folder = Path(source.model_name)
     return (folder_digest(folder) if folder.is_dir() else source.model_name), source.data_digest()
+
+
+def _distils(recipe: Recipe, source: Source) -> None:
+    """Refuse a teacher without a trained head where its answers are wanted, and a text that is not there."""
+    settings = recipe.distil
+    try:
+        if settings.text is not None and not Path(expand(settings.text)).is_file():
+            raise FfnkitError(f"text {settings.text}", "there is no such file", "Check the path")
+        if settings.teacher is not None or settings.objective != "layers":
+            source.teacher(recipe.seeds[0])
+    except FfnkitError as error:
+        raise error.within("distil") from None
 
 
 def _fits(model: PreTrainedModel, method: Any) -> None:

@@ -146,7 +146,7 @@ def _pages(recipe: Recipe, results: Results) -> None:
     info = PageInfo(
         title=recipe.name,
         model=recipe.model,
-        task=recipe.task.name or f"{recipe.task.train} ({', '.join(recipe.task.text)} -> {recipe.task.label})",
+        task=recipe.task.where,
         metric=results.metric,
         split_policy="checkpoints chosen on a part of the training data; reported once on the split kept for it",
         rows=_reported(results.rows),

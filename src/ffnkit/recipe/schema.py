@@ -10,13 +10,15 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, 
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ffnkit.errors import FfnkitError
-from ffnkit.tune.settings import DistilSettings, TrainSettings
+from ffnkit.tasks.settings import GenerationSettings
+from ffnkit.tune.settings import CalibrationSettings, DistilSettings, TrainSettings
 
 from .settings import check_method, check_task, check_tuner
 
 STAGES = ("compress", "distil", "tune", "evaluate", "export")
 Stage = Literal["compress", "distil", "tune", "evaluate", "export"]
 Count = Annotated[int, Field(strict=True, gt=0)]
+NAMES = {"inputs": "input"}  # fields of a task whose name in a recipe is another
 NONE = "none"  # the method of an arm that is left uncompressed
 
 
@@ -41,7 +43,11 @@ class Limits(Part):
 
 
 class TaskSpec(Part):
-    """A task known by name, or files of one's own with the names of their columns."""
+    """A task known by name, or files of one's own with the names of their columns.
+
+    ``text`` and ``label`` make a classification or regression, ``input`` and ``target`` a generation task; a .txt file,
+    or ``kind: language-modelling`` with ``text``, is for language modelling.
+    """
 
     name: str | None = None
     train: str | None = None
@@ -49,32 +55,47 @@ class TaskSpec(Part):
     test: str | None = None
     text: tuple[str, ...] = ()
     label: str | None = None
+    input: tuple[str, ...] = ()
+    target: str | None = None
+    template: str | None = None
     metric: str | None = None
     regression: StrictBool | None = None
+    kind: Literal["language-modelling"] | None = None
+    stride: Count | None = None
+    head: Literal["class", "words"] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            columns = value.get("text")
-            return {**value, "text": [columns]} if isinstance(columns, str) else value
+            single = {name: [value[name]] for name in ("text", "input") if isinstance(value.get(name), str)}
+            return {**value, **single}
         return {"name": value}
 
     @model_validator(mode="after")
     def _one_of_two(self) -> TaskSpec:
-        if self.name is not None:
-            if self.train is not None or self.label is not None or self.text:
-                fail(("name",), "a task is given by its name or by files (train, text, label), not both", self.name)
-            complaint = check_task(self.name)
-            if complaint:
-                fail(("name",), complaint, self.name)
-            return self
-        for field in ("train", "text", "label"):
-            if not getattr(self, field):
-                fail((field,), "is missing: a task of files needs train, text and label", None)
-        if len(self.text) > 2:
-            fail(("text",), f"names {len(self.text)} columns; give 1 or 2", list(self.text))
+        from ffnkit.tasks.choosing import Choice
+
+        complaint = check_task(self.name) if self.name is not None else None
+        if complaint:
+            fail(("name",), complaint, self.name)
+        problem = Choice(**self.choice()).problem()
+        if problem:
+            field, found, do = problem
+            fail((NAMES.get(field, field),), f"{found}; {do}", getattr(self, NAMES.get(field, field)))
         return self
+
+    def choice(self) -> dict[str, Any]:
+        """The fields as :class:`ffnkit.tasks.choosing.Choice` calls them."""
+        known = {name: field for field, name in NAMES.items()}
+        return {known.get(name, name): value for name, value in self}
+
+    @property
+    def where(self) -> str:
+        """The task in words."""
+        from ffnkit.tasks.choosing import Choice
+
+        return Choice(**self.choice()).where
 
 
 class TunerSpec(BaseModel):
@@ -149,12 +170,14 @@ class Recipe(Part):
     task: TaskSpec
     data_dir: str | None = None
     limits: Limits = Limits()
+    calibration: CalibrationSettings = Field(default_factory=lambda: CalibrationSettings.model_validate({}))
     seeds: tuple[Annotated[int, Field(strict=True, ge=0)], ...] = (0,)
     stages: tuple[Stage, ...] = ("compress", "tune", "evaluate", "export")
     tuner: TunerSpec = TunerSpec()
     arms: dict[str, Arm]
     tune: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
     distil: DistilSettings = Field(default_factory=lambda: DistilSettings.model_validate({}))
+    generation: GenerationSettings = Field(default_factory=lambda: GenerationSettings.model_validate({}))
     evaluate_before: StrictBool = False
     export: Literal["none", "compact", "standard", "both"] = "both"
     export_seeds: Literal["first", "all"] = "first"

@@ -8,14 +8,14 @@ import os
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .schema import Arm, Recipe
+from .schema import NAMES, Arm, Recipe
 from .settings import has_setting
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ffnkit.tasks import Splits, Task
+    from ffnkit.tasks import AnyTask, Splits
 
 PACKAGED = "quickstart"  # the name of the model that comes with a package
 
@@ -57,23 +57,13 @@ def tuner_of(recipe: Recipe, arm: str) -> Any:
     return get(recipe.tuner_of(arm).model_dump())
 
 
-def task_of(recipe: Recipe) -> Task:
+def task_of(recipe: Recipe) -> AnyTask:
     """The task that a recipe names, or one of its files."""
     from ffnkit import tasks
 
-    spec = recipe.task
-    if spec.name is not None:
-        return tasks.get(spec.name)
-    assert spec.train is not None and spec.label is not None
-    return tasks.file_task(
-        expand(spec.train),
-        expand(spec.validation) if spec.validation else None,
-        text=spec.text,
-        label=spec.label,
-        metric=spec.metric,
-        regression=spec.regression,
-        test=expand(spec.test) if spec.test else None,
-    )
+    fields = recipe.task.choice()
+    files = {name: expand(fields[name]) for name in ("train", "validation", "test") if fields[name]}
+    return tasks.choose({field: f"task.{name}" for field, name in NAMES.items()}, **{**fields, **files})
 
 
 class Source:
@@ -84,7 +74,7 @@ class Source:
         self.model_name = model_name(recipe)
 
     @cached_property
-    def task(self) -> Task:
+    def task(self) -> AnyTask:
         """The task."""
         return task_of(self.recipe)
 
@@ -116,10 +106,22 @@ class Source:
         set_seed(seed)
         return self.task.load_model(self.model_name, tokenizer=self.tokenizer)
 
+    def teacher(self, seed: int) -> PreTrainedModel:
+        """The model that distillation learns from: the uncompressed one, or the one that the recipe names.
+
+        Raises:
+            FfnkitError: its head is not trained, and its answers are asked for.
+        """
+        settings = self.recipe.distil
+        if settings.teacher is None and settings.objective == "layers":
+            return self.model(seed)
+        name = self.model_name if settings.teacher is None else expand(settings.teacher)
+        trained = settings.objective != "layers"
+        return self.task.load_model(name, tokenizer=self.tokenizer, trained_head=trained)
+
     def empty(self) -> PreTrainedModel:
         """The model's shape without its weights; a compact checkpoint, whose config lacks its widths, is loaded."""
         import torch
-        from transformers import AutoModelForSequenceClassification
 
         from ffnkit.architectures import is_ffnkit_config, read_config
         from ffnkit.loading import open_errors
@@ -128,7 +130,16 @@ class Source:
         if is_ffnkit_config(config):
             return self.model(0)
         with open_errors(f"model {self.recipe.model}"), torch.device("meta"):
-            return AutoModelForSequenceClassification.from_config(config)
+            return self.task.auto_class(config).from_config(config)
+
+    def calibration(self, model: PreTrainedModel, seed: int) -> list[dict[str, Any]]:
+        """Batches for methods that measure activations: of the training rows, or of the file that is named."""
+        from ffnkit.tune import calibration_batches
+
+        settings = self.recipe.calibration
+        if settings.text is not None:
+            settings = settings.model_copy(update={"text": expand(settings.text)})
+        return calibration_batches(model, self.tokenizer, settings, task=self.task, rows=self.splits.train, seed=seed)
 
     def widths(self) -> dict[str, int]:
         """Width of each FFN before compression, by name."""

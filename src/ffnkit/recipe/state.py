@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.files import check_target, write_text
 from ffnkit.tune.settings import HARMLESS
 
-from .schema import Recipe, arm_dict
+from .schema import Arm, Recipe, arm_dict
 
 FORMAT = 1  # of the folder; raised when an older one can no longer be continued
 _SAMPLE = 1 << 20
@@ -110,6 +111,7 @@ def base_facts(recipe: Recipe, model: str, data: str) -> dict[str, Any]:
         "limits": plain["limits"],
         "stages": [stage for stage in recipe.stages if stage != "distil"],
         "tune": {name: value for name, value in plain["tune"].items() if name not in HARMLESS},
+        "generation": {name: value for name, value in plain["generation"].items() if name != "batch_size"},
         "evaluate_before": recipe.evaluate_before,
         "export": [recipe.export, recipe.export_seeds],
         "data": data,  # last: another limit is also other data, and the limit says more
@@ -121,7 +123,36 @@ def unit_facts(recipe: Recipe, base: dict[str, Any], arm: str, seed: int) -> dic
     chosen = recipe.arms[arm]
     facts: dict[str, Any] = {"arm": arm_dict(chosen), "tuner": recipe.tuner_of(arm).model_dump(), "seed": seed, **base}
     facts["arm"].pop("tuner", None)
-    facts["distil"] = recipe.to_dict()["distil"] if distilled(recipe, arm) else None
+    facts["calibration"] = calibration_facts(recipe) if measures(chosen) else None
+    facts["distil"] = distil_facts(recipe) if distilled(recipe, arm) else None
+    return facts
+
+
+def measures(arm: Arm) -> bool:
+    """Whether an arm's method measures activations on data."""
+    from ffnkit import methods
+
+    return arm.compressed and bool(getattr(methods.get(arm.method), "needs_data", False))
+
+
+def calibration_facts(recipe: Recipe) -> dict[str, Any]:
+    """The settings of the calibration, with a digest of the file that they name."""
+    facts: dict[str, Any] = recipe.to_dict()["calibration"]
+    path = Path(os.path.expanduser(os.path.expandvars(facts["text"]))) if facts["text"] else None
+    if path is not None and path.is_file():
+        facts["text"] = [facts["text"], hashlib.sha256(path.read_bytes()).hexdigest()[:16]]
+    return facts
+
+
+def distil_facts(recipe: Recipe) -> dict[str, Any]:
+    """The settings of the distillation, with digests of the files that they name."""
+    facts: dict[str, Any] = recipe.to_dict()["distil"]
+    for field in ("text", "teacher"):
+        path = Path(os.path.expanduser(os.path.expandvars(facts[field]))) if facts[field] else None
+        if path is not None and path.is_dir():
+            facts[field] = [facts[field], folder_digest(path)]
+        elif path is not None and path.is_file():
+            facts[field] = [facts[field], hashlib.sha256(path.read_bytes()).hexdigest()[:16]]
     return facts
 
 

@@ -73,7 +73,10 @@ def _made(out: Path, recipe: Recipe, arm: str) -> Any:
 
 
 def batch_for(model: PreTrainedModel, size: int, length: int) -> dict[str, torch.Tensor]:
-    """Random tokens without padding on the model's device: input_ids and attention_mask, (size, length)."""
+    """Random tokens without padding on the model's device: input_ids and attention_mask, (size, length).
+
+    An encoder-decoder that writes gets as many ``decoder_input_ids``.
+    """
     import torch
 
     config = model.config.get_text_config()
@@ -87,4 +90,7 @@ def batch_for(model: PreTrainedModel, size: int, length: int) -> dict[str, torch
     if isinstance(config.eos_token_id, int):
         ids[:, -1] = config.eos_token_id  # encoder-decoder classifiers read the state of the one end token
     ids = ids.to(model.device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    # an encoder-decoder that writes reads the targets too; classifiers feed their inputs to the decoder themselves
+    writes = getattr(model.config, "is_encoder_decoder", False) and model.can_generate()
+    return {**batch, "decoder_input_ids": ids} if writes else batch

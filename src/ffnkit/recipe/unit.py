@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from ffnkit.report import environment, measure
 from . import sources
 from .cards import card_of
 from .schema import Recipe
-from .state import Unit, digest, stages_of
+from .state import Unit, digest, measures, stages_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,37 +100,46 @@ class _Job:
     def compress(self) -> dict[str, Any]:
         """Plan and apply the arm's method; the plan stays on disk until the unit is finished."""
         model = self.source.model(self.unit.seed)
-        plan = ffnkit.plan(model, sources.method_of(self.arm, self.unit.seed))
+        data = self.source.calibration(model, self.unit.seed) if measures(self.arm) else None
+        model.to(self.source.device)  # type: ignore[arg-type]
+        plan = ffnkit.plan(model, sources.method_of(self.arm, self.unit.seed), data=data)
         plan.save(self.unit.work / PLAN)
         self._model = ffnkit.apply(model, plan)
         return {}
 
     def distil(self) -> dict[str, Any]:
-        """Train the narrow FFNs to the hidden states of the uncompressed model, which is freed afterwards."""
-        from transformers import DataCollatorWithPadding
-
-        from ffnkit.tune import distil
+        """Fit the narrow model to the uncompressed one, or to a tuned teacher, which is freed afterwards."""
+        from ffnkit.tune import distil, distil_examples
 
         settings, source = self.recipe.distil, self.source
-        teacher = source.model(self.unit.seed).to(source.device)  # type: ignore[arg-type]
+        teacher = source.teacher(self.unit.seed).to(source.device)  # type: ignore[arg-type]
+        if settings.text is not None:
+            settings = settings.model_copy(update={"text": sources.expand(settings.text)})
+        data, collate = distil_examples(self.model, source.tokenizer, settings, source.task, source.splits.train)
         result = distil(
             self.model.to(source.device),  # type: ignore[arg-type]
             teacher,
-            source.task.encode(source.splits.train, source.tokenizer, settings.max_length),
+            data,
             settings,
             seed=self.unit.seed,
-            collate=DataCollatorWithPadding(source.tokenizer),
+            collate=collate,
             out_dir=self.unit.work / "distil",
             progress=self.bars,
         )
         del teacher
         _write(self.model, self.unit.work / DISTILLED)
         gc.collect()
-        return {"steps": result.steps, "first_loss": result.first_loss, "last_loss": result.last_loss}
+        ends = {name: [values[0], values[-1]] for name, values in result.parts.items()}
+        return {
+            "steps": result.steps,
+            "first_loss": result.first_loss,
+            "last_loss": result.last_loss,
+            "parts": ends,
+        }
 
     def before(self) -> dict[str, Any]:
         """The metrics before tuning, for a model whose head is trained already."""
-        return self._metrics()
+        return self._metrics(keep=False)
 
     def tune(self) -> dict[str, Any]:
         """Fine-tune, going on from the Trainer's newest checkpoint, then fold."""
@@ -149,6 +157,7 @@ class _Job:
                 seed=self.unit.seed,
                 out_dir=self.unit.work / "tune",
                 progress=self.bars,
+                generation=recipe.generation,
             )
         self._model = ffnkit.fold(result.model)
         _write(self.model, self.unit.work / TUNED)
@@ -165,27 +174,34 @@ class _Job:
     def evaluate(self) -> dict[str, Any]:
         """The metrics on the split that is only reported, and the counts of the model."""
         counts = {name: value for name, value in measure.figures(self.model).items() if name != "trainable_parameters"}
-        return {**self._metrics(), **counts}
+        return {**self._metrics(keep=True), **counts}
 
-    def _metrics(self) -> dict[str, Any]:
-        from ffnkit.tune import evaluate
+    def _metrics(self, keep: bool) -> dict[str, Any]:
+        """Metrics, losses and speeds on every reported split; with ``keep``, what was written goes into files."""
+        from ffnkit.tune import assess, write_predictions
 
         settings, source = self.recipe.tune, self.source
         self.model.to(source.device)  # type: ignore[arg-type]
         metrics: dict[str, float] = {}
         losses: dict[str, float] = {}
+        speed: dict[str, dict[str, float]] = {}
         for name, rows in {"report": source.splits.report, **source.splits.extra}.items():
-            found = evaluate(
+            found = assess(
                 self.model,
                 source.tokenizer,
                 source.task,
                 rows,
                 batch_size=settings.eval_batch_size,
                 max_length=settings.max_length,
+                generation=self.recipe.generation,
             )
-            losses[name] = found.pop("loss", math.nan)
-            metrics |= found if name == "report" else {f"{key} ({name})": value for key, value in found.items()}
-        return {"metrics": metrics, "losses": losses}
+            losses[name] = found.loss
+            speed |= {name: found.speed} if found.speed else {}
+            other = "" if name == "report" else f" ({name})"
+            metrics |= {f"{key}{other}": value for key, value in found.metrics.items()}
+            if keep and found.predictions:
+                write_predictions(self.unit.folder / f"predictions-{name}.jsonl", found, source.task)
+        return {"metrics": metrics, "losses": losses, **({"speed": speed} if speed else {})}
 
     def export(self) -> dict[str, Any]:
         """Both checkpoint forms are written and weighed; those that the recipe asks for are kept."""

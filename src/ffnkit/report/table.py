@@ -212,7 +212,16 @@ def _notes(arms: Sequence[Arm], metric: str, seeds: Sequence[Any] | None, rows: 
     if fewest < FEW_SEEDS:
         notes.append(f"Fewer than {FEW_SEEDS} seeds: small differences of {metric} may be chance.")
     notes.append("The spread is over seeds; it does not hold the chance in which examples the split has.")
+    notes += _direction_notes([metric, *(name for arm in run for name in arm.metrics)])
     return notes + _latency_notes(run, rows)
+
+
+def _direction_notes(metrics: Sequence[str]) -> list[str]:
+    """Which metrics are better low; a further split stands behind a metric's name in brackets."""
+    from ffnkit.tasks.metrics import greater_is_better
+
+    low = dict.fromkeys(name for name in (each.partition(" (")[0] for each in metrics) if not greater_is_better(name))
+    return [f"Less is better: {', '.join(low)}."] if low else []
 
 
 def _latency_notes(arms: Sequence[Arm], rows: Sequence[Row]) -> list[str]:

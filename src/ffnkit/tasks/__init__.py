@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ffnkit.errors import FfnkitError
 
 from .base import Splits, Task
 from .own import file_task
+from .protocol import AnyTask, Evaluation
+from .settings import GenerationSettings
 
-__all__ = ["Splits", "Task", "file_task", "get", "names"]
+if TYPE_CHECKING:
+    from .choosing import choose as choose
+    from .generation import GenerationTask as GenerationTask
+    from .generation import generation_task as generation_task
+    from .modelling import LanguageTask as LanguageTask
+    from .modelling import text_task as text_task
+    from .words import WordsTask as WordsTask
+
+_HOMES = {
+    "choose": "choosing",
+    "GenerationTask": "generation",
+    "generation_task": "generation",
+    "LanguageTask": "modelling",
+    "text_task": "modelling",
+    "WordsTask": "words",
+}
+__all__ = ["AnyTask", "Evaluation", "GenerationSettings", "Splits", "Task", "file_task", "get", "names", *_HOMES]
 
 
 def names() -> list[str]:
@@ -15,8 +35,8 @@ def names() -> list[str]:
     return list(_known())
 
 
-def get(name: str) -> Task:
-    """The task called ``name``; nothing is read before :meth:`Task.splits`.
+def get(name: str) -> AnyTask:
+    """The task called ``name``; nothing is read before its ``splits``.
 
     Raises:
         FfnkitError: there is no such task.
@@ -28,8 +48,22 @@ def get(name: str) -> Task:
     return known[name]
 
 
-def _known() -> dict[str, Task]:
+def _known() -> dict[str, AnyTask]:
+    from . import language, nlg
     from .docstrings import TASK
+    from .generation import GenerationTask
     from .glue import TASKS
+    from .modelling import LanguageTask
 
-    return {task.name: task for task in (*TASKS, TASK)}
+    known: list[AnyTask] = [*TASKS, TASK]
+    known += [GenerationTask(nlg.get(name)) for name in nlg.names()]
+    known += [LanguageTask(language.get(name)) for name in language.names()]
+    return {task.name: task for task in known}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitError
 
+from .classifying import Classifier
 from .splitting import Table, carve, distinct, share, size, subsample, without
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Splits:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(Classifier):
     """A labelled text task.
 
     Attributes:
@@ -103,9 +104,9 @@ class Task:
     @property
     def greater_is_better(self) -> bool:
         """Whether more of the main metric is better."""
-        from .metrics import METRICS
+        from .metrics import greater_is_better
 
-        return METRICS[self.main_metric].greater_is_better
+        return greater_is_better(self.main_metric)
 
     def splits(
         self,
@@ -151,12 +152,13 @@ class Task:
             notes=tuple(notes),
         )
 
-    def encode(self, dataset: Dataset, tokenizer: Any, max_length: int = 128) -> Dataset:
+    def encode(self, dataset: Dataset, tokenizer: Any, max_length: int = 128, *, model: Any = None) -> Dataset:
         """Token ids of every row, unpadded, and ``labels``; held in memory.
 
         Args:
             dataset: rows of one of the splits.
             max_length: longer texts are cut, in tokens; of a pair the longer text first.
+            model: plays no part here.
         """
         from .encoding import encode
 

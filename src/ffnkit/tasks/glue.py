@@ -6,7 +6,6 @@ Source: Wang et al., GLUE: A Multi-Task Benchmark and Analysis Platform for Natu
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,11 @@ from ffnkit.errors import FfnkitError
 
 from .base import Source, Task
 from .files import check_columns, read
+from .locate import data_folder, from_hub
 from .splitting import Table, size
 
 HUB = "nyu-mll/glue"
+_FILES = ("train.jsonl", "validation.jsonl")
 _STSB = (0.0, 5.0)
 
 
@@ -39,18 +40,11 @@ def _task(name: str, text: tuple[str, ...], labels: tuple[str, ...], metrics: tu
 def _load(name: str, text: tuple[str, ...], labels: tuple[str, ...], data_dir: Path | None) -> Source:
     """The rows of a task: ``data_dir``, else FFNKIT_DATA, else the hub."""
     check = functools.partial(_checked, name=name, text=text, labels=labels)
-    given = data_dir or (Path(found) if (found := os.environ.get("FFNKIT_DATA")) else None)
-    if given is not None and (data_dir is not None or (given / name).is_dir()):
-        return _from_folder(name, given.expanduser(), check)
-    return _from_hub(name, check, given)
+    folder = data_folder(name, data_dir, _FILES)
+    return _from_folder(name, folder, check) if folder else _from_hub(name, check)
 
 
-def _from_folder(name: str, data_dir: Path, check: Any) -> Source:
-    folder = data_dir / name
-    if not folder.is_dir():
-        found = f"there is no folder {name} in it" if data_dir.is_dir() else "there is no such folder"
-        do = f"Give the folder that holds {name}/train.jsonl and {name}/validation.jsonl"
-        raise FfnkitError(f"data of task {name}: data folder {data_dir}", found, do)
+def _from_folder(name: str, folder: Path, check: Any) -> Source:
     report = next((path for end in ("", "_matched") if (path := folder / f"validation{end}.jsonl").is_file()), None)
     if report is None:
         raise FfnkitError(f"data of task {name}", f"{folder} has no validation.jsonl", "Put the official one there")
@@ -64,19 +58,8 @@ def _from_folder(name: str, data_dir: Path, check: Any) -> Source:
     )
 
 
-def _from_hub(name: str, check: Any, tried: Path | None) -> Source:
-    from datasets import load_dataset
-
-    from ffnkit.loading import hub_or_cache
-
-    try:
-        with hub_or_cache():
-            loaded = load_dataset(HUB, name)
-    except Exception as error:  # datasets, its file systems and its http client each raise their own
-        looked = f"{tried} has no folder {name}, and " if tried else ""
-        found = f"{looked}{HUB} is not in the cache and the hub cannot be reached ({type(error).__name__})"
-        do = f"Give a folder that holds {name}/train.jsonl and {name}/validation.jsonl (--data-dir or FFNKIT_DATA)"
-        raise FfnkitError(f"data of task {name}", found, do) from error
+def _from_hub(name: str, check: Any) -> Source:
+    loaded = from_hub(name, (HUB, name), _FILES)
     tables = {
         split: check(dict(rows.to_dict()), where=f"{HUB} {name}/{split}")
         for split, rows in loaded.items()

@@ -80,6 +80,17 @@ METRICS: dict[str, Metric] = {
 }
 
 
+def greater_is_better(name: str) -> bool:
+    """Whether more of a metric is better: of this table, of generated text, or the loss and the perplexity."""
+    from .text_metrics import METRICS as OF_TEXT
+
+    if name in METRICS:
+        return METRICS[name].greater_is_better
+    if name in OF_TEXT:
+        return OF_TEXT[name].greater_is_better
+    return name not in ("loss", "perplexity", "bits_per_byte")
+
+
 def check(name: str, kind: str, num_labels: int) -> str:
     """``name`` if it measures a task of this kind with this many labels.
 

@@ -45,7 +45,7 @@ def load_model(task: Task, name_or_dir: str | Path, *, tokenizer: Any, trained_h
         _check_head(task, str(name_or_dir), redrawn, absent, stored)
     elif redrawn:
         logger.warning("%s: its head is for other labels than %s's, and is drawn anew", name_or_dir, task.name)
-    _set_padding(model, tokenizer, str(name_or_dir))
+    set_padding(model, tokenizer, str(name_or_dir))
     return model
 
 
@@ -82,7 +82,8 @@ def _check_head(task: Task, name: str, redrawn: list[str], absent: list[str], st
         raise FfnkitError(asked, found, "Reorder the rows of its head, or tune it on this task")
 
 
-def _set_padding(model: Any, tokenizer: Any, name: str) -> None:
+def set_padding(model: Any, tokenizer: Any, name: str) -> None:
+    """The tokenizer's padding token in the model's config; FfnkitError for a tokenizer that is too large for it."""
     config = model.config.get_text_config()
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if tokenizer is not None:

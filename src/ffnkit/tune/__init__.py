@@ -1,4 +1,4 @@
-"""What is trained and how: tuners, fine-tuning, evaluation, layer-wise distillation. Names load on first use."""
+"""What is trained and how: tuners, fine-tuning, evaluation, distillation. Names load on first use."""
 
 from __future__ import annotations
 
@@ -6,11 +6,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .calibration import calibration_batches as calibration_batches
     from .checkpoints import clean as clean
+    from .distil_loss import distillation_loss as distillation_loss
     from .distil_loss import layerwise_loss as layerwise_loss
+    from .distil_text import distil_examples as distil_examples
+    from .distil_text import text_examples as text_examples
     from .distillation import DistilResult as DistilResult
     from .distillation import distil as distil
+    from .evaluation import assess as assess
     from .evaluation import evaluate as evaluate
+    from .evaluation import write_predictions as write_predictions
+    from .settings import CalibrationSettings as CalibrationSettings
     from .settings import DistilSettings as DistilSettings
     from .settings import TrainSettings as TrainSettings
     from .training import TrainResult as TrainResult
@@ -21,11 +28,18 @@ if TYPE_CHECKING:
     from .tuners import trainable_parameters as trainable_parameters
 
 _HOMES = {
+    "calibration_batches": "calibration",
+    "CalibrationSettings": "settings",
     "clean": "checkpoints",
     "DistilResult": "distillation",
     "distil": "distillation",
+    "distil_examples": "distil_text",
+    "distillation_loss": "distil_loss",
     "layerwise_loss": "distil_loss",
+    "text_examples": "distil_text",
+    "assess": "evaluation",
     "evaluate": "evaluation",
+    "write_predictions": "evaluation",
     "DistilSettings": "settings",
     "TrainSettings": "settings",
     "TrainResult": "training",

@@ -9,24 +9,19 @@ import torch
 from transformers import TrainingArguments
 
 from ffnkit.errors import FfnkitError
+from ffnkit.tasks.metrics import greater_is_better
 
 from .settings import TrainSettings
 
 
 def chosen_metric(task: Any, settings: TrainSettings) -> str:
     """The metric that picks the best checkpoint. Raises FfnkitError where the task has none of that name."""
-    metric = settings.best_metric or str(task.main_metric)
+    metric = settings.best_metric or str(task.dev_metric)
     known = [*task.metrics, "loss"]
     if metric not in known:
         found = f"task {task.name} has no such metric"
         raise FfnkitError(f"best_metric {metric!r}", found, f"Use {' or '.join(known)}")
     return metric
-
-
-def _greater_is_better(metric: str) -> bool:
-    from ffnkit.tasks.metrics import METRICS
-
-    return metric != "loss" and (metric not in METRICS or METRICS[metric].greater_is_better)
 
 
 def training_arguments(
@@ -64,7 +59,7 @@ def training_arguments(
             save_total_limit=s.save_total_limit,
             load_best_model_at_end=s.keep_best,
             metric_for_best_model=metric,
-            greater_is_better=_greater_is_better(metric),
+            greater_is_better=greater_is_better(metric),
             restore_callback_states_from_checkpoint=True,
             logging_steps=s.logging_every,
             logging_nan_inf_filter=False,

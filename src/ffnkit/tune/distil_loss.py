@@ -1,7 +1,7 @@
-"""The loss of layer-wise distillation: how far the hidden states of two models are apart.
+"""The losses of distillation: how far hidden states, answers, or both of two models are apart.
 
 Source: Wei et al., MLP Fusion (arXiv 2307.08941): the mean over layers of the mean over tokens of
-||h_l(student) - h_l(teacher)||^2, summed over the width.
+||h_l(student) - h_l(teacher)||^2, summed over the width. The loss of the answers: see ``distil_logits``.
 Differs: padding is masked.
 """
 
@@ -14,6 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
+
+from .distil_logits import logits_loss
+from .distil_outputs import Outputs, model_inputs, run, stack_mask
+from .settings import DistilSettings
 
 
 def layerwise_loss(student: nn.Module, teacher: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -29,17 +33,50 @@ def layerwise_loss(student: nn.Module, teacher: nn.Module, batch: Mapping[str, T
     Raises:
         FfnkitError: models of unlike depth or width, or a mask of another length than the hidden states.
     """
-    inputs = _inputs(student, batch)
+    return distillation_loss(student, teacher, batch, DistilSettings())[0]
+
+
+def distillation_loss(
+    student: nn.Module, teacher: nn.Module, batch: Mapping[str, Any], settings: DistilSettings
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of ``settings.objective``, and its parts, unweighted and detached.
+
+    layers: :func:`layerwise_loss`. logits: :func:`ffnkit.tune.distil_logits.logits_loss`. both: layers_weight * layers
+    + logits_weight * logits, in one forward pass of each model.
+
+    Returns:
+        the loss, and the parts "layers", "logits" and "hard" as far as they are in it.
+
+    Raises:
+        FfnkitError: as of the two losses.
+    """
+    wants = {"states": settings.objective != "logits", "logits": settings.objective != "layers"}
+    inputs = model_inputs(student, batch)
     with torch.no_grad():
-        wanted = _hidden_states(teacher, inputs)
-    got = _hidden_states(student, inputs)
-    depths = [(len(states) if states else 0) for states in wanted.values()]
-    if [len(states) for states in got.values()] != depths or got.keys() != wanted.keys():
+        wanted = run(teacher, inputs, **wants)
+    got = run(student, inputs, **wants)
+    terms, parts = [], {}
+    if wants["states"]:
+        layers = _layers(student, got, wanted, batch)
+        terms.append(layers if settings.objective == "layers" else settings.layers_weight * layers)
+        parts["layers"] = layers.detach()
+    if got.logits is not None and wanted.logits is not None:
+        answers, found = logits_loss(
+            got.logits, wanted.logits, student, batch, settings.temperature, settings.hard_weight
+        )
+        terms.append(answers if settings.objective == "logits" else settings.logits_weight * answers)
+        parts |= found
+    return torch.stack(terms).sum(), parts
+
+
+def _layers(student: nn.Module, got: Outputs, wanted: Outputs, batch: Mapping[str, Any]) -> Tensor:
+    depths = [len(states) for states in wanted.states.values()]
+    if [len(states) for states in got.states.values()] != depths or got.states.keys() != wanted.states.keys():
         raise FfnkitError("layer-wise distillation", "student and teacher differ in depth", "Keep every layer")
     losses = []
-    for stack, states in got.items():
-        mask = _mask(stack, student, inputs, states[0])
-        losses += [_distance(s, t, mask) for s, t in zip(states, wanted[stack], strict=True)]
+    for stack, states in got.states.items():
+        mask = stack_mask(stack, student, batch, states[0])
+        losses += [_distance(s, t, mask) for s, t in zip(states, wanted.states[stack], strict=True)]
     return torch.stack(losses).mean()
 
 
@@ -51,51 +88,3 @@ def _distance(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return squared.mean()
     return (squared * mask).sum() / mask.sum().clamp(min=1)
-
-
-def _hidden_states(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, ...]]:
-    """Outputs of every layer of every stack, embeddings left out."""
-    device = next(model.parameters()).device
-    output = model(**{k: v.to(device) for k, v in inputs.items()}, output_hidden_states=True, return_dict=True)
-    found = {name: output.get(f"{name}_hidden_states") for name in ("encoder", "decoder")}
-    if not any(found.values()):
-        found = {"": output.get("hidden_states")}
-    states = {name: tuple(value[1:]) for name, value in found.items() if value}
-    if not any(states.values()):
-        do = "Distil a model that has output_hidden_states"
-        raise FfnkitError(f"hidden states of {type(model).__name__}", "its output has none", do)
-    return states
-
-
-def _inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-    labels = inputs.pop("labels", inputs.pop("label", None))
-    has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    given = any(name.startswith("decoder_input") for name in inputs)
-    if has_decoder and not given and labels is not None and labels.ndim == 2:
-        inputs["labels"] = labels  # the decoder's inputs are made from them
-    return inputs
-
-
-def _mask(stack: str, model: nn.Module, inputs: Mapping[str, Tensor], states: Tensor) -> Tensor | None:
-    """Ones for the tokens that count, (batch, tokens); None where all do."""
-    mask = _decoder_mask(inputs, states) if stack == "decoder" else inputs.get("attention_mask")
-    if mask is None:
-        return None
-    if tuple(mask.shape) != tuple(states.shape[:2]):
-        found = f"a mask of shape {tuple(mask.shape)} for hidden states of shape {tuple(states.shape)}"
-        raise FfnkitError(f"layer-wise distillation of {type(model).__name__}", found, "Leave the mask out of the data")
-    return mask.to(device=states.device, dtype=torch.float32)
-
-
-def _decoder_mask(inputs: Mapping[str, Tensor], states: Tensor) -> Tensor | None:
-    if "decoder_attention_mask" in inputs:
-        return inputs["decoder_attention_mask"]
-    if "labels" in inputs:
-        return inputs["labels"].ne(-100)
-    mask = inputs.get("attention_mask")
-    given = any(name.startswith("decoder_input") for name in inputs)
-    if given or mask is None or tuple(mask.shape) != tuple(states.shape[:2]):
-        return None
-    # Classifiers feed the inputs to the decoder shifted by one: a start token, then the tokens but the last.
-    return torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)

@@ -18,18 +18,25 @@ from ffnkit.errors import FfnkitError
 from ffnkit.files import check_target, disk_errors
 
 FILE = "distil.safetensors"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
 class State:
-    """Losses so far, seconds, and where they are saved (None: nowhere)."""
+    """Losses so far and their parts by name, seconds, and where they are saved (None: nowhere)."""
 
     folder: Path | None
     run: dict[str, Any]
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, loss: float, parts: Mapping[str, float]) -> None:
+        """Note the loss of one step."""
+        self.losses.append(loss)
+        for name, part in parts.items():
+            self.parts.setdefault(name, []).append(part)
 
     @classmethod
     def load(cls, out_dir: str | Path | None, parameters: Mapping[str, nn.Parameter], run: dict[str, Any]) -> State:
@@ -56,7 +63,9 @@ class State:
             told = f"it is of a run that differs in {', '.join(differing)}"
             raise FfnkitError(f"resuming distillation from '{path}'", told, "Name another folder or remove the file")
         losses = tensors.pop("losses").tolist()
-        return cls(folder, run, losses, seconds, tensors)
+        named = [name for name in tensors if name.startswith("part/")]
+        parts = {name.removeprefix("part/"): tensors.pop(name).tolist() for name in named}
+        return cls(folder, run, losses, seconds, tensors, parts)
 
     def restore(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
         """Put the saved weights and moments in place; nothing for a fresh state."""
@@ -65,8 +74,10 @@ class State:
         for name, parameter in parameters.items():
             with torch.no_grad():
                 parameter.copy_(self.tensors[f"weight/{name}"])
-            moments = {key: self.tensors[f"{key}/{name}"].to(parameter) for key in _MOMENTS}
-            optimizer.state[parameter] = {"step": torch.tensor(float(len(self.losses))), **moments}
+            if f"step/{name}" in self.tensors:
+                saved = {key: self.tensors[f"{key}/{name}"] for key in _ADAM}
+                # Adam counts its steps in float32 on the CPU, whatever the parameter is.
+                optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter) for k, v in saved.items()}
         self.tensors = {}
 
     def save(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -76,8 +87,9 @@ class State:
         tensors = {"losses": torch.tensor(self.losses, dtype=torch.float64)}
         for name, parameter in parameters.items():
             tensors[f"weight/{name}"] = parameter.detach().cpu().contiguous()
-            for key in _MOMENTS:
-                tensors[f"{key}/{name}"] = optimizer.state[parameter][key].cpu().contiguous()
+            for key, value in optimizer.state.get(parameter, {}).items():  # empty without a gradient so far
+                tensors[f"{key}/{name}"] = value.cpu().contiguous()
+        tensors |= {f"part/{name}": torch.tensor(each, dtype=torch.float64) for name, each in self.parts.items()}
         temporary = self.folder / f".{FILE}.tmp"
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,16 @@
-"""Layer-wise distillation: compressed FFNs are fitted so that hidden states come back to those of the whole model.
+"""Distillation: a compressed model is fitted to the whole one, by its hidden states, its answers, or both.
 
 Source: Wei et al., MLP Fusion (arXiv 2307.08941), the stage before tuning: the loss is the mean over layers of the
 mean over tokens of ||h_l(student) - h_l(teacher)||^2, summed over the width; the FFNs of compressed layers train.
+Hinton et al. (arXiv 1503.02531) for the answers.
 Differs: padding is masked; dropout is off, so that a student equal to its teacher has a loss of zero.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.blocks import FFN, ffns
-from ffnkit.errors import FfnkitError
-
 from .distil_data import Data
-from .distil_loss import layerwise_loss
+from .distil_head import settle_heads
+from .distil_loss import distillation_loss
 from .distil_state import State
+from .distil_trains import chosen_ffns, in_eval, only, trained_parameters
 from .settings import DistilSettings
 
 
@@ -36,8 +36,10 @@ class DistilResult:
         seconds: wall-clock seconds over all calls that it took.
         first_loss, last_loss: mean loss over the first and the last tenth of the steps.
         losses: the loss of every step.
-        log: entries with step, loss (mean since the entry before) and learning_rate.
+        parts: what it is made of, unweighted, by name ("layers", "logits", "hard"), of every step.
+        log: entries with step, loss and its parts (means since the entry before) and learning_rate.
         trainable_parameters: numbers trained.
+        head: what the student's drawn head took from the teacher's: names of parameters.
     """
 
     names: tuple[str, ...]
@@ -46,8 +48,10 @@ class DistilResult:
     first_loss: float
     last_loss: float
     losses: tuple[float, ...]
+    parts: dict[str, tuple[float, ...]]
     log: tuple[dict[str, float], ...]
     trainable_parameters: int
+    head: tuple[str, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -56,7 +60,7 @@ class DistilResult:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON data, without the loss of every step."""
-        return {key: value for key, value in vars(self).items() if key != "losses"}
+        return {key: value for key, value in vars(self).items() if key not in ("losses", "parts")}
 
 
 def distil(
@@ -71,32 +75,36 @@ def distil(
     names: Sequence[str] | None = None,
     progress: bool = True,
 ) -> DistilResult:
-    """Fit the compressed FFNs of ``student``, in place, to the hidden states of ``teacher``.
+    """Fit ``student``, in place, to ``teacher``: its hidden states, its answers, or both.
 
-    Only inputs of the models are used, so any task will do, and labels are not needed. No reference to the teacher is
-    kept. With ``out_dir`` a state is saved as it goes, and the same call after a kill goes on from it to the weights
-    of an uninterrupted run.
+    Labels are not needed (but for ``hard_weight``), so any inputs of the models will do. No reference to the teacher
+    is kept. With ``out_dir`` a state is saved as it goes, and the same call after a kill goes on from it to the
+    weights of an uninterrupted run.
 
     Args:
-        student: the compressed model; every flag and its mode are restored.
-        teacher: the uncompressed model, taken before compression; unchanged.
+        student: the compressed model; every flag and its mode are restored. Where answers count and its head is
+            freshly drawn, it takes the teacher's.
+        teacher: the uncompressed model, taken before compression or tuned since; unchanged. Where answers count, its
+            head must be trained.
         data: with ``collate`` a dataset of encoded examples, batched here in an order drawn from ``seed``; without it
-            an iterable of ready batches that can be gone through again (a DataLoader, a list).
+            an iterable of ready batches that can be gone through again (a DataLoader, a list). Plain texts: see
+            :func:`ffnkit.tune.text_examples`.
         names: names of the FFNs to train; None: those whose width or weights differ from the teacher's.
 
     Raises:
-        FfnkitError: nothing compressed, unknown names, models of unlike depth, an unknown number of steps, or a state
-            of another run in ``out_dir``.
+        FfnkitError: nothing compressed, unknown names, models of unlike depth or answers, a head that is not trained,
+            an unknown number of steps, or a state of another run in ``out_dir``.
     """
     settings = settings or DistilSettings()
-    chosen = _chosen(student, teacher, names)
-    parameters = _parameters(chosen)
+    chosen = chosen_ffns(student, teacher, names, settings.trains)
+    head = settle_heads(student, teacher) if settings.objective != "layers" else ()
+    parameters = trained_parameters(student, chosen, settings.trains)
     source = Data(data, collate, settings.batch_size, seed)
     total = source.steps(settings.epochs) if settings.steps is None else settings.steps
     state = State.load(out_dir, parameters, _run(settings, seed, total, parameters))
-    with _only(student, parameters), _eval(student), _eval(teacher):
+    with only(student, parameters), in_eval(student), in_eval(teacher):
         _fit(student, teacher, source, settings, state, parameters, total, progress)
-    return _result(tuple(f.name for f in chosen), state, parameters, settings, total)
+    return _result(tuple(f.name for f in chosen), head, state, parameters, settings, total)
 
 
 def _fit(
@@ -125,12 +133,12 @@ def _fit(
             group["lr"] = learning_rate(settings, len(state.losses), total)
         optimizer.zero_grad(set_to_none=True)
         with _autocast(device, settings.precision):
-            loss = layerwise_loss(student, teacher, batch)
+            loss, parts = distillation_loss(student, teacher, batch, settings)
         loss.backward()
         if settings.max_grad_norm:
             nn.utils.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm)
         optimizer.step()
-        state.losses.append(loss.item())
+        state.add(loss.item(), {name: part.item() for name, part in parts.items()})
         if len(state.losses) % settings.logging_every == 0:
             bar.set_postfix(loss=f"{state.losses[-1]:.4g}")
         if len(state.losses) % settings.save_every == 0 or len(state.losses) == total:
@@ -150,50 +158,6 @@ def learning_rate(settings: DistilSettings, step: int, total: int) -> float:
     return settings.learning_rate * (total - step) / max(total - warmup, 1)
 
 
-def _chosen(student: nn.Module, teacher: nn.Module, names: Sequence[str] | None) -> list[FFN]:
-    """The FFNs to train."""
-    found = ffns(student)
-    if names is not None:
-        unknown = sorted(set(names) - {f.name for f in found})
-        if unknown:
-            known = ", ".join(f.name for f in found)
-            raise FfnkitError(f"distilling FFN {unknown[0]!r}", "the model has no such FFN", f"Choose among {known}")
-        return [f for f in found if f.name in set(names)]
-    before = {f.name: f for f in ffns(teacher)}
-    chosen = [f for f in found if f.name not in before or _compressed(f, before[f.name])]
-    if not chosen:
-        do = "Compress before distilling, and take the teacher before that, or pass names"
-        raise FfnkitError("layer-wise distillation", "no FFN of the student differs from the teacher's", do)
-    return chosen
-
-
-def _compressed(student: FFN, teacher: FFN) -> bool:
-    if student.width != teacher.width or _special(student):
-        return True
-    ours, theirs = student.parameters(), teacher.parameters()
-    if len(ours) != len(theirs):
-        return True
-    return any(a.shape != b.shape or not torch.equal(a, b.to(a)) for a, b in zip(ours, theirs, strict=True))
-
-
-def _special(ffn: FFN) -> bool:
-    if ffn.scale is not None:
-        return True
-    return not ffn.experts and any(callable(getattr(ffn.linear(site), "fold", None)) for site in ffn.sites)
-
-
-def _parameters(chosen: list[FFN]) -> dict[str, nn.Parameter]:
-    """The parameters of FFNs, each once, named for the saved state."""
-    named: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for ffn in chosen:
-        for place, parameter in enumerate(ffn.parameters()):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                named[f"{ffn.name}.{place}"] = parameter
-    return named
-
-
 def _run(settings: DistilSettings, seed: int, total: int, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
     harmless = {"save_every", "logging_every", "max_length"}
     return {
@@ -206,6 +170,7 @@ def _run(settings: DistilSettings, seed: int, total: int, parameters: Mapping[st
 
 def _result(
     names: tuple[str, ...],
+    head: tuple[str, ...],
     state: State,
     parameters: Mapping[str, nn.Parameter],
     settings: DistilSettings,
@@ -215,10 +180,10 @@ def _result(
     tenth = max(1, len(losses) // 10)
     log = []
     for start in range(0, len(losses), every):
-        part = losses[start : start + every]
-        step = start + len(part)
+        step = min(start + every, len(losses))
+        means = {name: sum(values[start:step]) / (step - start) for name, values in state.parts.items()}
         rate = learning_rate(settings, step - 1, total)
-        log.append({"step": step, "loss": sum(part) / len(part), "learning_rate": rate})
+        log.append({"step": step, "loss": sum(losses[start:step]) / (step - start), **means, "learning_rate": rate})
     return DistilResult(
         names=names,
         steps=len(losses),
@@ -226,35 +191,11 @@ def _result(
         first_loss=sum(losses[:tenth]) / tenth,
         last_loss=sum(losses[-tenth:]) / tenth,
         losses=tuple(losses),
+        parts={name: tuple(values) for name, values in state.parts.items()},
         log=tuple(log),
         trainable_parameters=sum(p.numel() for p in parameters.values()),
+        head=head,
     )
-
-
-@contextmanager
-def _only(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Only these parameters train inside the block; all flags are as before after it."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _autocast(device: torch.device, precision: str) -> Any:

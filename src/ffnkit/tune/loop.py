@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,26 +11,72 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from transformers.utils import logging
 
 from ffnkit.errors import FfnkitError
+from ffnkit.tasks.running import target_counts
 
 
 class Loop(Trainer):
-    """The Trainer; losses of micro-batches are means, checkpoints hold the names that the model in memory has.
+    """The Trainer; the task evaluates, checkpoints hold the names that the model in memory has.
+
+    The loss of a step is the mean over its micro-batches; where labels are tokens, the mean over all of its tokens.
 
     Args:
+        scores: metrics and loss of the model on dev, by name; None: as the Trainer evaluates.
         group_lengths: length of each training example, to make batches of similar lengths; None: plain shuffling.
     """
 
-    def __init__(self, *args: Any, group_lengths: np.ndarray | None = None, **kwargs: Any) -> None:
-        self._group_lengths = group_lengths
+    def __init__(
+        self,
+        *args: Any,
+        scores: Callable[[Any], dict[str, float]] | None = None,
+        group_lengths: np.ndarray | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._scores, self._group_lengths = scores, group_lengths
         super().__init__(*args, **kwargs)
-        # Heads with one label an example return the mean over the micro-batch, whatever their forward accepts.
+        # Whatever their forward accepts, models return the mean over a micro-batch, which is weighted here.
         self.model_accepts_loss_kwargs = False
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        if self._scores is None:
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        model: Any = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=True)
+        found = {f"{metric_key_prefix}_{name}": value for name, value in self._scores(model).items()}
+        return EvalLoopOutput(
+            predictions=np.empty(0), label_ids=None, metrics=found, num_samples=len(dataloader.dataset)
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Target tokens of a step's micro-batches on this device; None where labels are of whole texts."""
+        if len(batch_samples) < 2 or batch_samples[0]["labels"].ndim < 2:
+            return None
+        counts = [target_counts(batch["labels"], self.model).sum() for batch in batch_samples]
+        return torch.stack(counts).sum().to(device)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        share = None
+        if num_items_in_batch is not None:  # divided by the number of micro-batches afterwards
+            own = target_counts(inputs["labels"], self.model).sum().to(num_items_in_batch.device)
+            share = own * self.current_gradient_accumulation_steps / num_items_in_batch.clamp(min=1)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        loss = loss if share is None else loss * share
+        return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self._group_lengths is None:
@@ -143,3 +189,17 @@ class Clock(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"seconds": self.total(), "step_seconds": self.step_seconds}}
+
+
+class QuietProgress(ProgressCallback):
+    """The progress bars without a printed dictionary at each entry of the log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            shown = {k.removeprefix("eval_"): f"{v:.4g}" for k, v in logs.items() if _shown(k, v)}
+            self.training_bar.set_postfix(shown)
+
+
+def _shown(key: str, value: Any) -> bool:
+    told = ("runtime", "per_second", "epoch", "flos", "learning_rate", "grad_norm")
+    return isinstance(value, float) and not any(part in key for part in told)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
+from ffnkit.nn.special import is_special
 
 from .head import head_modules
 
@@ -147,7 +148,7 @@ def _task_type(model: nn.Module) -> str | None:
 
 
 def _fold(model: nn.Module) -> None:
-    special = any(callable(getattr(m, "fold", None)) or hasattr(type(m), "ffnkit_scaled") for m in model.modules())
+    special = any(is_special(module) for module in model.modules())
     if special:
         from ffnkit.surgery import fold
 

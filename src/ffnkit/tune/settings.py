@@ -74,8 +74,19 @@ class TrainSettings(_Settings):
 
 
 class DistilSettings(_Settings):
-    """How the compressed FFNs are fitted to the hidden states of the uncompressed model."""
+    """How a compressed model is fitted to the uncompressed one: what is compared, what trains, on which text."""
 
+    objective: Literal["layers", "logits", "both"] = Field("layers", description="hidden states, answers, or both")
+    temperature: Positive = Field(2.0, description="softens both models' logits; unused by a regression")
+    hard_weight: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of the true labels' loss in that of the logits"
+    )
+    layers_weight: NotNegative = Field(1.0, description="weight of the hidden states' loss where objective is both")
+    logits_weight: NotNegative = Field(1.0, description="weight of the logits' loss where objective is both")
+    trains: Literal["ffn", "all"] = Field("ffn", description="ffn: the compressed FFNs; all: every parameter")
+    text: str | None = Field(None, description="a file of text without labels, in place of the task's training texts")
+    text_column: str = Field("text", description="the column of that file, unless it is plain text")
+    teacher: str | None = Field(None, description="of a recipe: a tuned model to learn from, not the uncompressed one")
     learning_rate: Positive = Field(5e-5, description="peak learning rate of Adam")
     schedule: Literal["linear", "constant"] = Field("linear", description="linear decays to 0 at the last step")
     warmup: NotNegative = Field(0.0, description="below 1: share of the steps; from 1: number of steps")
@@ -89,3 +100,21 @@ class DistilSettings(_Settings):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: forward passes under autocast")
     save_every: Count = Field(100, description="steps between saved states, where an output folder is given")
     logging_every: Count = Field(10, description="steps between entries of the loss log")
+
+    @model_validator(mode="after")
+    def _fits_objective(self) -> DistilSettings:
+        if self.hard_weight and self.objective == "layers":
+            raise ValueError("hard_weight is a part of the loss of logits; set objective to logits or both")
+        if self.objective == "both" and not self.layers_weight + self.logits_weight:
+            raise ValueError("layers_weight and logits_weight are both 0; give at least one of them")
+        return self
+
+
+class CalibrationSettings(_Settings):
+    """Which data a method sees that measures activations."""
+
+    tokens: Count = Field(6400, description="tokens in all, padding left out")
+    text: str | None = Field(None, description="a text file, or a table with a column of text; null: the task's rows")
+    text_column: str = Field("text", description="the column of the text, where the file is a table")
+    max_length: Count = Field(128, description="longer texts are cut, in tokens")
+    batch_size: Count = Field(16, description="texts of a forward pass")

@@ -13,18 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
-from transformers import DataCollatorWithPadding, EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ffnkit.errors import FfnkitError
+from ffnkit.tasks.running import encoded_rows, lengths
+from ffnkit.tasks.settings import GenerationSettings
 
 from . import checkpoints
 from .arguments import chosen_metric, training_arguments
-from .evaluation import encoded, lengths
-from .loop import Clock, Loop, Saving
+from .loop import Clock, Loop, QuietProgress, Saving
 from .settings import HARMLESS, TrainSettings
 from .tuners import Tuner, finish, get, prepare, trainable_parameters
 
@@ -85,6 +85,7 @@ def train(
     seed: int = 0,
     out_dir: str | Path,
     progress: bool = True,
+    generation: GenerationSettings | None = None,
 ) -> TrainResult:
     """Fine-tune ``model`` on ``splits.train``; ``splits.dev`` picks the checkpoint. ``splits.report`` is not read.
 
@@ -100,6 +101,7 @@ def train(
         seed: order of the data, dropout, adapters. The head is drawn when the model is loaded, by the caller.
         out_dir: folder for checkpoints, of this run only.
         progress: progress bars.
+        generation: how texts are decoded where ``best_metric`` is a metric of generated text.
 
     Raises:
         FfnkitError: a metric that the task has not, fp16 without a GPU, an empty split, nothing to train, or
@@ -108,13 +110,16 @@ def train(
     settings = settings or TrainSettings()
     tuner = get(tuner)
     metric = chosen_metric(task, settings)
-    data = encoded(task, splits.train, tokenizer, settings.max_length)
-    dev = encoded(task, splits.dev, tokenizer, settings.max_length)
+    data = encoded_rows(task, splits.train, tokenizer, settings.max_length, model)
+    dev = encoded_rows(task, splits.dev, tokenizer, settings.max_length, model)
     for name, split in (("train", data), ("dev", dev)):
         if len(split) == 0:
             raise FfnkitError(f"training on {task.name}", f"the {name} split is empty", "Give more rows")
     arguments = training_arguments(settings, metric, out_dir, seed, progress)
-    checkpoints.claim(out_dir, _run(model, task, data, dev, settings, tuner, seed))
+    facts = _run(model, task, data, dev, settings, tuner, seed)
+    if metric in task.metrics and generation is not None:
+        facts["generation"] = generation.model_dump(mode="json")
+    checkpoints.claim(out_dir, facts)
     checkpoints.remove_broken(out_dir)
 
     seed_everything(seed)
@@ -123,8 +128,23 @@ def train(
     if not trained:
         raise FfnkitError(f"tuner {tuner.name}", "no parameter of the model trains", "Choose another tuner")
     use_cache, own_forward = getattr(tuned.config, "use_cache", None), "forward" in vars(tuned)
+
+    def scores(model: nn.Module) -> dict[str, float]:
+        found = task.evaluate(
+            model,
+            tokenizer,
+            splits.dev,
+            batch_size=arguments.eval_batch_size,
+            max_length=settings.max_length,
+            generation=generation,
+            encoded=dev,
+            loss_only=metric == "loss",
+        )
+        return dict(found.to_dict())
+
     with _checkpointing(tuned, settings.gradient_checkpointing):
-        loop = _loop(tuned, tokenizer, task, data, dev, arguments, settings)
+        collate = task.collator(tokenizer, tuned)
+        loop = _loop(tuned, collate, data, dev, scores, arguments, settings)
         _on_device(torch.cuda.reset_peak_memory_stats)
         state = _run_or_resume(loop, out_dir, settings)
     _leave(loop, use_cache, own_forward)
@@ -156,14 +176,13 @@ def _digest(dataset: Any) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for batch in dataset.iter(batch_size=4096):
         labels = batch["labels"] if "labels" in batch else batch.get("label")
-        digest.update(
-            json.dumps([[list(map(int, ids)) for ids in batch["input_ids"]], list(map(float, labels))]).encode()
-        )
+        plain = [label if isinstance(label, list) else float(label) for label in labels]
+        digest.update(json.dumps([[list(map(int, ids)) for ids in batch["input_ids"]], plain]).encode())
     return f"{len(dataset)}:{digest.hexdigest()}"
 
 
 def _loop(
-    model: nn.Module, tokenizer: Any, task: Any, data: Any, dev: Any, arguments: TrainingArguments, s: TrainSettings
+    model: nn.Module, collate: Any, data: Any, dev: Any, scores: Any, arguments: TrainingArguments, s: TrainSettings
 ) -> Loop:
     callbacks: list[Any] = [Saving(s.save_every), Clock()]
     if s.early_stopping is not None:
@@ -172,11 +191,10 @@ def _loop(
         loop = Loop(
             model=model,
             args=arguments,
-            data_collator=DataCollatorWithPadding(tokenizer),
+            data_collator=collate,
             train_dataset=data,
-            eval_dataset=dev.select(np.argsort(-lengths(dev), kind="stable")),  # by length: less padding
-            compute_metrics=lambda p: task.compute_metrics(p.predictions, p.label_ids),
-            preprocess_logits_for_metrics=lambda logits, _: logits[0] if isinstance(logits, tuple) else logits,
+            eval_dataset=dev,
+            scores=scores,
             callbacks=callbacks,
             group_lengths=lengths(data) if s.group_by_length else None,
         )
@@ -185,22 +203,8 @@ def _loop(
     loop.remove_callback(PrinterCallback)
     if not arguments.disable_tqdm:
         loop.remove_callback(ProgressCallback)
-        loop.add_callback(_QuietProgress)
+        loop.add_callback(QuietProgress)
     return loop
-
-
-class _QuietProgress(ProgressCallback):
-    """The progress bars without a printed dictionary at each entry of the log."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and logs:
-            shown = {k.removeprefix("eval_"): f"{v:.4g}" for k, v in logs.items() if _shown(k, v)}
-            self.training_bar.set_postfix(shown)
-
-
-def _shown(key: str, value: Any) -> bool:
-    told = ("runtime", "per_second", "epoch", "flos", "learning_rate", "grad_norm")
-    return isinstance(value, float) and not any(part in key for part in told)
 
 
 def _run_or_resume(loop: Loop, out_dir: str | Path, settings: TrainSettings) -> dict[str, Any]:

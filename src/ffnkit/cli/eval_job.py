@@ -1,0 +1,164 @@
+"""Which task ``ffnkit tune`` and ``eval`` work on, what is measured, and the work behind ``eval``."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ffnkit.cli import console, describe
+from ffnkit.errors import FfnkitError
+
+OPTIONS = {
+    "name": "--task",
+    "train": "--train-file",
+    "validation": "--validation-file",
+    "text": "--text-column",
+    "label": "--label-column",
+    "inputs": "--input-column",
+    "target": "--target-column",
+    "template": "--template",
+    "metric": "--metric",
+    "kind": "--kind",
+}  # what the fields of a choice are called here
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where texts and labels come from: a task by name, or files with the names of their columns."""
+
+    name: str | None = None
+    train: Path | None = None
+    validation: Path | None = None
+    text: tuple[str, ...] = ()
+    label: str | None = None
+    inputs: tuple[str, ...] = ()
+    target: str | None = None
+    template: str | None = None
+    metric: str | None = None
+    kind: str | None = None
+    stride: int | None = None
+    head: str | None = None
+
+    def task(self) -> Any:
+        """The task.
+
+        Raises:
+            FfnkitError: neither or both are given, a file or column is missing, no such task.
+        """
+        from ffnkit import tasks
+
+        if self.name is None and self.train is None:
+            do = f"Choose a --task among {', '.join(tasks.names())}, or give --train-file with its columns"
+            raise FfnkitError("the data", "neither --task nor --train-file is given", do)
+        return tasks.choose(OPTIONS, **asdict(self))
+
+
+def load_tokenizer(task: Any, model: str, other: str | None) -> Any:
+    """The tokenizer of ``model``, or the one that --tokenizer names. A model that does not open is said first."""
+    from ffnkit.architectures import read_config
+
+    read_config(model)
+    return task.load_tokenizer(other or model)
+
+
+def tell(task: Any, splits: Any) -> None:
+    """Say what the splits are made of, on stderr."""
+    console.say(f"{task.name}: {len(splits.train)} train, {len(splits.dev)} dev, {len(splits.report)} report rows")
+    for note in splits.notes:
+        console.say(f"  {note}")
+
+
+def generation_built(settings: dict[str, Any]) -> Any:
+    """How text is decoded; FfnkitError for settings that there are not."""
+    from ffnkit.tasks import GenerationSettings
+
+    return describe.build(GenerationSettings, settings, "the decoding")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Evaluations of the report split and of each further one ("mismatched", "test")."""
+
+    report: Any
+    extra: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        tokenizer: Any,
+        task: Any,
+        splits: Any,
+        max_length: int,
+        batch_size: int = 64,
+        generation: Any = None,
+    ) -> Measured:
+        """Measure a model."""
+        from ffnkit import tune
+
+        settings = {"batch_size": batch_size, "max_length": max_length, "generation": generation}
+
+        def found(rows: Any) -> Any:
+            return tune.assess(model, tokenizer, task, rows, **settings)
+
+        extra = {name: found(rows) for name, rows in splits.extra.items()}
+        return cls(found(splits.report), extra)
+
+    def to_dict(self) -> dict[str, Any]:
+        """``metrics``, those of further splits under ``extra``, and ``speed`` where text was generated."""
+        extra = {name: each.to_dict() for name, each in self.extra.items()}
+        speed = {"speed": self.report.speed} if self.report.speed else {}
+        return {"metrics": self.report.to_dict(), **({"extra": extra} if extra else {}), **speed}
+
+    def write(self, folder: Path, task: Any) -> None:
+        """What a generation task wrote, a file a split."""
+        from ffnkit import tune
+
+        for name, each in {"": self.report, **self.extra}.items():
+            if each.predictions:
+                tune.write_predictions(folder / f"predictions{name and f'-{name}'}.jsonl", each, task)
+
+
+@dataclass(frozen=True)
+class EvalJob:
+    """One run of ``ffnkit eval``."""
+
+    model: str
+    task: Any
+    data_dir: Path | None
+    split: str
+    batch_size: int
+    max_length: int
+    limit: int | None
+    seed: int
+    device: Any
+    tokenizer: str | None = None
+    generation: Any = None
+    predictions: Path | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Metrics of a saved model on one split, as ``--json`` prints them."""
+        from ffnkit import tune
+
+        tokenizer = load_tokenizer(self.task, self.model, self.tokenizer)
+        splits = self.task.splits(self.data_dir, seed=self.seed, dev_limit=self.limit, report_limit=self.limit)
+        if self.split == "dev":
+            splits = replace(splits, report=splits.dev, extra={})
+        model = self.task.load_model(self.model, tokenizer=tokenizer, trained_head=True).to(self.device)
+        start = time.perf_counter()
+        found = Measured.of(
+            model, tokenizer, self.task, splits, self.max_length, self.batch_size, generation=self.generation
+        )
+        if self.predictions is not None:
+            tune.write_predictions(self.predictions, found.report, self.task)
+        return {
+            "model": self.model,
+            "task": self.task.name,
+            "split": self.split,
+            "rows": len(splits.report),
+            **found.to_dict(),
+            "main_metric": self.task.main_metric,
+            "seconds": time.perf_counter() - start,
+        }

@@ -1,0 +1,127 @@
+"""What the methods share: which FFNs, which widths, checks, and what data tell about hidden neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit import blocks
+from ffnkit.errors import FfnkitError
+from ffnkit.ops.neurons import Neurons
+from ffnkit.plans import Progress, check_weights
+from ffnkit.taps import Batch, Flow, watch
+
+Width = int | float | Mapping[str, int]
+
+
+def check_counts(method: Any, **least: int) -> None:
+    """Raises FfnkitError unless each setting named is a whole number of at least its limit."""
+    for key, low in least.items():
+        value = getattr(method, key)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise FfnkitError(f"{key} {value!r}", f"not a whole number of at least {low}", f"Give {key}={low} or more")
+
+
+def targets(model: nn.Module, layers: str, width: Width) -> list[tuple[blocks.FFN, int]]:
+    """The FFNs to narrow and their new widths.
+
+    Args:
+        width: neurons left: an int counts them, a float is a share, a mapping gives each FFN by name its own; FFNs
+            that the mapping leaves out stay as they are.
+
+    Raises:
+        FfnkitError: layers or width do not fit, or the mapping names an FFN that is not there.
+    """
+    chosen = blocks.select(blocks.ffns(model), layers)
+    if not isinstance(width, Mapping):
+        return [(ffn, blocks.resolve_width(width, ffn.width, ffn.name)) for ffn in chosen]
+    known = {ffn.name for ffn in chosen}
+    unknown = [name for name in width if name not in known]
+    if unknown:
+        raise FfnkitError(f"width of {unknown[0]}", "no FFN of that name is chosen", f"There are {', '.join(known)}")
+    return [(ffn, blocks.resolve_width(width[ffn.name], ffn.width, ffn.name)) for ffn in chosen if ffn.name in width]
+
+
+def each(
+    found: list[tuple[blocks.FFN, int]], progress: Progress | None, what: str
+) -> Iterator[tuple[blocks.FFN, int, Neurons]]:
+    """FFN, new width and present weights, one after the other, checked; reports progress behind each.
+
+    Raises:
+        FfnkitError: an FFN is edited already, empty, quantized or not finite.
+    """
+    for number, (ffn, width) in enumerate(found):
+        ffn.check_plain(f"{what} {ffn.name}")
+        neurons = ffn.raw()
+        check_weights(neurons, ffn.name)
+        yield ffn, width, neurons
+        if progress is not None:
+            progress(number + 1, len(found), ffn.name)
+
+
+def lifted(neurons: Neurons) -> Neurons:
+    """The neurons in float32 at least: sums and decompositions in bf16 would lose the small differences."""
+    exact = torch.promote_types(neurons.up.dtype, torch.float32)
+    return neurons.map(lambda value: value.detach().to(exact))
+
+
+def singles(neurons: Neurons) -> list[Neurons]:
+    """The FFN itself, or each of its experts."""
+    return [neurons.expert(e) for e in range(neurons.experts)] if neurons.experts else [neurons]
+
+
+def generator(seed: int, *places: int) -> torch.Generator:
+    """A CPU generator for one place (FFN, expert), so that no draw depends on what else is planned."""
+    mixed = seed
+    for place in places:
+        mixed = (mixed * 1_000_003 + place + 1) % (1 << 62)
+    return torch.Generator().manual_seed(mixed)
+
+
+def need_data(data: Iterable[Batch] | None, name: str) -> Iterable[Batch]:
+    """The data. Raises FfnkitError where there are none."""
+    if data is None:
+        do = "Give batches for model(**batch): fk.plan(model, method, data=batches), or --task / --text"
+        raise FfnkitError(f"method {name}", "it measures activations, and no data are given", do)
+    return data
+
+
+def activity(model: nn.Module, data: Iterable[Batch], found: list[blocks.FFN]) -> dict[str, Tensor]:
+    """rms of each hidden neuron over the tokens that count: (ff,), or (E, ff) with experts, float64; one pass.
+
+    Experts that no token reached have zeros. Experts' tokens weigh by their squared routing weight.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+
+    def receive(ffn: blocks.FFN, flow: Flow) -> None:
+        if ffn.name not in sums:
+            lead = (ffn.experts,) if ffn.experts else ()
+            sums[ffn.name] = torch.zeros((*lead, ffn.width), dtype=torch.float64, device=flow.hidden.device)
+            counts[ffn.name] = torch.zeros(lead, dtype=torch.float64, device=flow.hidden.device)
+        squares = flow.hidden.double().square()
+        weights = squares.new_ones(len(squares)) if flow.weights is None else flow.weights.double()
+        place = ... if flow.expert is None else flow.expert
+        sums[ffn.name][place] += weights @ squares
+        counts[ffn.name][place] += weights.sum()
+
+    watch(model, data, found, receive)
+    for ffn in found:  # a routed FFN that no token reached
+        sums.setdefault(ffn.name, torch.zeros(ffn.width, dtype=torch.float64))
+        counts.setdefault(ffn.name, torch.zeros((), dtype=torch.float64))
+    return {name: (total / counts[name].clamp_min(1e-300)[..., None]).sqrt() for name, total in sums.items()}
+
+
+def norms(neurons: Neurons) -> Tensor:
+    """||up_i|| ||down_i||, with a gate ||gate_i|| ||up_i|| ||down_i||: (ff,), or (E, ff) with experts."""
+    product = neurons.up.norm(dim=-1) * neurons.down.norm(dim=-2)
+    return product if neurons.gate is None else product * neurons.gate.norm(dim=-1)
+
+
+def largest(scores: Tensor, width: int) -> Tensor:
+    """int32 numbers, ascending, of the ``width`` largest scores along the last axis; ties go to the first."""
+    order = torch.sort(scores.cpu(), dim=-1, descending=True, stable=True).indices[..., :width]
+    return order.sort(dim=-1).values.to(torch.int32)

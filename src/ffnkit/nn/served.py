@@ -1,0 +1,77 @@
+"""Factors on parameters that no module can replace: experts whose weights are one 3-D parameter.
+
+The owner's class is exchanged for one that serves parameter times factor under the parameter's name. The parameter
+keeps its name in the state dict, its gradient is that of the factor kept apart, and every implementation of the
+experts' forward (a loop, grouped products) sees the product.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Not "<parameter>_...": transformers' weight conversions match the parameters' names as patterns.
+PREFIX = "neuron_"
+
+
+def buffer_name(kind: str, site: str) -> str:
+    """The name of the buffer that holds a factor, e.g. "neuron_scaled_down"."""
+    return f"{PREFIX}{kind}_{site}"
+
+
+@functools.cache
+def _serving(base: Any, pairs: tuple[tuple[str, str], ...]) -> type[nn.Module]:
+    members: dict[str, Any] = {name: _product(name, buffer) for name, buffer in pairs}
+    return type(base.__name__, (base,), {**members, "ffnkit_served": pairs})
+
+
+def _product(name: str, buffer: str) -> property:
+    def product(self: nn.Module) -> Tensor:
+        parameter: Any = self._parameters[name]
+        factor: Tensor = getattr(self, buffer)
+        # While a checkpoint is read, one of the two may be there and the other still empty.
+        return parameter if parameter.is_meta or factor.is_meta else parameter * broadcast(factor)
+
+    def setter(self: nn.Module, value: Tensor) -> None:  # reached only for values that are no nn.Parameter
+        raise TypeError(f"{name} must be an nn.Parameter")
+
+    return property(product, setter)
+
+
+def broadcast(factor: Tensor) -> Tensor:
+    """A factor for each input (E, in), or for each weight (E, rows, columns), as it multiplies a 3-D parameter."""
+    return factor[:, None, :] if factor.ndim == 2 else factor
+
+
+def serve(owner: nn.Module, name: str, kind: str, site: str, factor: Tensor) -> None:
+    """Make ``owner.name`` read as the parameter times ``factor``, which becomes a buffer."""
+    parameter = owner._parameters[name]
+    assert parameter is not None
+    dtype = torch.bool if factor.dtype == torch.bool else parameter.dtype
+    own = factor.to(device=parameter.device, dtype=dtype, copy=True)
+    if own.dtype == torch.bool and not parameter.is_meta:
+        with torch.no_grad():
+            parameter.mul_(own)
+    base = type(owner).__bases__[0] if hasattr(type(owner), "ffnkit_served") else type(owner)
+    pairs = (*served(owner), (name, buffer_name(kind, site)))
+    owner.register_buffer(buffer_name(kind, site), own)
+    owner.__class__ = _serving(base, pairs)
+
+
+def served(owner: nn.Module) -> tuple[tuple[str, str], ...]:
+    """(parameter, buffer) of each factor that the owner's class serves."""
+    return getattr(type(owner), "ffnkit_served", ())
+
+
+def unserve(owner: nn.Module, *, fold: bool) -> None:
+    """Undo every :func:`serve`, multiplying the factors into the parameters where ``fold`` is true."""
+    for name, buffer in served(owner):
+        if fold:
+            with torch.no_grad():
+                owner._parameters[name].mul_(broadcast(getattr(owner, buffer)))  # type: ignore[union-attr]
+        delattr(owner, buffer)
+    if hasattr(type(owner), "ffnkit_served"):
+        owner.__class__ = type(owner).__bases__[0]

@@ -1,0 +1,66 @@
+"""What the special linears have in common: they stand in a plain layer's place and give it back when folded."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class Special(nn.Module, ABC):
+    """A linear that trains otherwise than a plain one. It keeps the names ``weight`` and ``bias``.
+
+    It is no subclass of ``nn.Linear`` on purpose: an adapter that merged itself into ``weight`` would change the
+    outputs. Libraries that look for linears leave it alone or say so.
+
+    Attributes:
+        kind: its name in checkpoints. transposed: whether the weight lies as (in, out), as in a Conv1D.
+        bias: (out,) or None, taken over from the plain layer.
+    """
+
+    kind: ClassVar[str]
+    transposed: bool
+    bias: nn.Parameter | None
+
+    def _stand_in(self, linear: nn.Linear | Conv1D) -> None:
+        """Take the place of ``linear`` and empty it.
+
+        The emptied layer itself comes back when folding (Falcon and others use classes of their own). It is kept out
+        of the submodules, so that it appears in no state dict and in no search for linears.
+        """
+        self.transposed = isinstance(linear, Conv1D)
+        self.bias = linear.bias
+        linear._parameters.update(weight=None, bias=None)
+        self.__dict__["_shell"] = linear
+        self.training = linear.training
+
+    def _plain(self, weight: nn.Parameter) -> nn.Linear | Conv1D:
+        """The layer that was replaced, around ``weight`` and the present bias."""
+        plain: nn.Linear | Conv1D = self.__dict__["_shell"]
+        plain._parameters.update(weight=weight, bias=self.bias)
+        return plain.train(self.training)
+
+    @property
+    @abstractmethod
+    def features(self) -> tuple[int, int]:
+        """(out, in)."""
+
+    @abstractmethod
+    def fold(self) -> nn.Linear | Conv1D:
+        """The plain layer with equal outputs."""
+
+    def extra_repr(self) -> str:
+        out, inner = self.features
+        return f"out={out}, in={inner}, bias={self.bias is not None}, transposed={self.transposed}"
+
+
+def oriented(weight: Tensor, transposed: bool) -> Tensor:
+    """A stored weight as (out, in), or an (out, in) weight as it is stored."""
+    return weight.mT if transposed else weight
+
+
+def is_special(module: Any) -> bool:
+    """Whether a module is a special linear, or the owner of experts whose class serves a factor."""
+    return isinstance(module, Special) or hasattr(type(module), "ffnkit_served")

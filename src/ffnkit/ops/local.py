@@ -1,0 +1,92 @@
+"""Fit a narrow FFN to a wide one's outputs on the same inputs: plain regression, one FFN at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit.ops.neurons import Neurons
+
+Activation = Callable[[Tensor], Tensor]
+STEP = 0.02  # Adam's step, relative to the rms of the tensor that it moves
+
+
+def forward(neurons: Neurons, x: Tensor, activation: Activation) -> Tensor:
+    """The FFN's output (n, d) for inputs x (n, d)."""
+    return nn.functional.linear(hidden(neurons, x, activation), neurons.down, neurons.down_bias)
+
+
+def hidden(neurons: Neurons, x: Tensor, activation: Activation) -> Tensor:
+    """What down receives, (n, ff)."""
+    up = nn.functional.linear(x, neurons.up, neurons.up_bias)
+    if neurons.gate is None:
+        return activation(up)
+    return activation(nn.functional.linear(x, neurons.gate, neurons.gate_bias)) * up
+
+
+def regress(
+    start: Neurons,
+    x: Tensor,
+    target: Tensor,
+    activation: Activation,
+    *,
+    steps: int,
+    generator: torch.Generator,
+    weights: Tensor | None = None,
+    batch: int = 1024,
+) -> Neurons:
+    """Minimise ||FFN(x) - target||^2 over all of the neurons' weights by Adam, from ``start``.
+
+    A tenth of the tokens is held out; the start comes back where the fit is no better on them.
+
+    Args:
+        x, target: (n, d), float32. weights: (n,) how much each token counts.
+        steps: of Adam, with the step falling to zero along a cosine.
+    """
+    order = torch.randperm(len(x), generator=generator).to(x.device)
+    held, used = order[: len(x) // 10], order[len(x) // 10 :]
+    if steps == 0 or len(held) == 0:
+        return start
+    parts = {name: value.detach().clone().requires_grad_() for name, value in start.tensors().items()}
+    groups = [{"params": [p], "lr": STEP * max(p.detach().square().mean().sqrt().item(), 1e-8)} for p in parts.values()]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    fitted = Neurons(**parts)
+    with torch.enable_grad():
+        for _ in range(steps):
+            rows = used[torch.randint(len(used), (min(batch, len(used)),), generator=generator).to(x.device)]
+            optimizer.zero_grad()
+            _loss(fitted, x[rows], target[rows], activation, _rows(weights, rows)).backward()
+            optimizer.step()
+            schedule.step()
+    fitted = fitted.map(lambda value: value.detach())
+    with torch.no_grad():
+        before, after = (
+            _loss(each, x[held], target[held], activation, _rows(weights, held)) for each in (start, fitted)
+        )
+    return dataclasses.replace(fitted) if bool(after < before) else start
+
+
+def _rows(weights: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if weights is None else weights[rows]
+
+
+def _loss(neurons: Neurons, x: Tensor, target: Tensor, activation: Activation, weights: Tensor | None) -> Tensor:
+    squared = (forward(neurons, x, activation) - target).square().mean(1)
+    return squared.mean() if weights is None else (squared * weights).sum() / weights.sum().clamp_min(1e-30)
+
+
+def activation_of(neurons: Neurons, x: Tensor, observed: Tensor, candidates: list[Activation]) -> Activation | None:
+    """The candidate that gives the hidden activations observed for inputs x; None where none does."""
+    wanted = observed.float()
+    for candidate in candidates:
+        try:
+            found = hidden(neurons, x, candidate)
+        except (RuntimeError, TypeError, ValueError):
+            continue
+        if found.shape == wanted.shape and bool((found - wanted).norm() <= 2e-2 * wanted.norm()):
+            return candidate
+    return None

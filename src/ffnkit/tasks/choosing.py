@@ -1,0 +1,158 @@
+"""The task that a user means: one by name, or files with the names of their columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ffnkit.errors import FfnkitError
+
+from . import get
+from .base import Task
+from .generation import GenerationTask, generation_task
+from .modelling import LanguageTask, text_task
+from .own import file_task
+from .protocol import AnyTask
+from .words import WordsTask
+
+PLAIN = (".txt", ".text", ".tokens", ".md")
+"""Files of plain text, which have no columns."""
+LANGUAGE = "language-modelling"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What can be said of a task; most of it is left out.
+
+    Attributes:
+        name: a task by name; files and columns are then left out.
+        train, validation, test: files of one's own.
+        text, label: columns of a classification or regression; of language modelling the column of the text.
+        inputs, target, template: columns of a generation task, and how a prompt is made of them.
+        metric: the main metric; of a generation task one or more, parted by commas.
+        regression: what a task with labels is, where the labels do not say so.
+        kind: "language-modelling" for a table with a column of text.
+        stride: of the perplexity.
+        head: "words" to classify by label words, "class" (or None) by a classification head.
+    """
+
+    name: str | None = None
+    train: str | Path | None = None
+    validation: str | Path | None = None
+    test: str | Path | None = None
+    text: Sequence[str] = ()
+    label: str | None = None
+    inputs: Sequence[str] = ()
+    target: str | None = None
+    template: str | None = None
+    metric: str | None = None
+    regression: bool | None = None
+    kind: str | None = None
+    stride: int | None = None
+    head: str | None = None
+
+    def problem(self) -> tuple[str, str, str] | None:
+        """The first field that is wrong or missing whatever the files hold: its name, what was found, what to do."""
+        columns = ("text", "label", "inputs", "target", "template", "kind", "regression")
+        given = [name for name in ("train", "validation", "test", *columns) if getattr(self, name) not in (None, ())]
+        if self.name is not None:
+            found = f"{self.name} is given and {given[0] if given else ''} too, not both will do"
+            return ("name", found, "Give a task's name, or files with their columns") if given else None
+        if self.train is None:
+            return "train", "no task and no file is named", "Name a task (ffnkit tasks lists them), or a file"
+        if self.inputs or self.target is not None:
+            for name in ("inputs", "target"):
+                if not getattr(self, name):
+                    return name, "is missing: a generation task of files needs inputs and target", "Name a column"
+            other = next((name for name in ("text", "label", "kind", "regression") if name in given), None)
+            return (other, "inputs and target make it a generation task", "Leave it out") if other else None
+        if self.template is not None:
+            return "template", "there are no inputs and no target", "Name their columns"
+        if self.is_language:
+            other = next((name for name in ("label", "regression") if name in given), None)
+            return (other, "plain text has no labels", "Leave it out") if other else None
+        if not self.text:
+            found = "is missing: a task of files with labels needs train, text and label"
+            return "text", found, "Name a column of text, or inputs and a target for a generation task"
+        if self.label is None:
+            do = f"Name one; for {LANGUAGE} give a .txt file or the kind {LANGUAGE}"
+            return "label", "is missing: a task of files with labels needs train, text and label", do
+        if len(self.text) > 2:
+            return "text", f"names {len(self.text)} columns", "Give 1 or 2"
+        return None
+
+    @property
+    def is_language(self) -> bool:
+        """Whether files are for language modelling."""
+        plain = self.train is not None and Path(self.train).suffix.lower() in PLAIN
+        return self.kind == LANGUAGE or (plain and not self.inputs and not self.text and self.label is None)
+
+    @property
+    def where(self) -> str:
+        """The task in words: its name, or its files and columns."""
+        if self.name is not None:
+            return self.name
+        columns = {"text": self.text, "label": self.label, "inputs": self.inputs, "target": self.target}
+        reads = ", ".join(columns["inputs"] or columns["text"] or ("plain text",))
+        right = self.target or self.label
+        return f"{self.train} ({reads}{f' -> {right}' if right else ''})"
+
+
+def choose(names: Mapping[str, str] | None = None, **fields: Any) -> AnyTask:
+    """The task of a :class:`Choice`, its files read and checked.
+
+    Args:
+        names: what the user calls the fields, for the errors ({"label": "--label-column"}).
+        fields: of :class:`Choice`.
+
+    Raises:
+        FfnkitError: fields that do not go together, no such task, files that cannot be used.
+    """
+    choice = Choice(**fields)
+    if problem := choice.problem():
+        field, found, do = problem
+        raise FfnkitError((names or {}).get(field, field), found, do)
+    if choice.name is not None:
+        return _adapted(get(choice.name), choice)
+    assert choice.train is not None
+    files: dict[str, Any] = {"train": choice.train, "validation": choice.validation, "test": choice.test}
+    task: AnyTask
+    if choice.target is not None:
+        more: dict[str, Any] = {"metrics": _several(choice.metric)} if choice.metric else {}
+        task = generation_task(
+            **files, inputs=tuple(choice.inputs), target=choice.target, template=choice.template, **more
+        )
+    elif choice.is_language:
+        more = {"column": choice.text[0]} if choice.text else {}
+        task = text_task(**files, **more)
+    else:
+        assert choice.label is not None
+        regression, metric = choice.regression, choice.metric
+        task = file_task(**files, text=tuple(choice.text), label=choice.label, metric=metric, regression=regression)
+    return _adapted(task, choice)
+
+
+def _adapted(task: AnyTask, choice: Choice) -> AnyTask:
+    """With the metric, stride and head that were asked for."""
+    if choice.stride is not None:
+        if not isinstance(task, LanguageTask):
+            raise FfnkitError(f"stride {choice.stride}", f"task {task.name} is a {task.kind}", "Leave it out")
+        task = replace(task, stride=choice.stride)
+    if choice.head == "words":
+        if not isinstance(task, Task):
+            raise FfnkitError("head 'words'", f"task {task.name} is a {task.kind}", "Leave it out")
+        task = WordsTask(task)
+    if choice.metric is None or choice.name is None:
+        return task
+    if isinstance(task, GenerationTask):
+        return task.with_metrics(_several(choice.metric))
+    if choice.metric not in task.metrics:
+        found = f"task {task.name} has no such metric"
+        raise FfnkitError(f"metric {choice.metric!r}", found, f"Use {' or '.join(task.metrics)}")
+    return task
+
+
+def _several(metric: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in metric.split(",") if part.strip())

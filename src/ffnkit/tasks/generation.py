@@ -1,0 +1,201 @@
+"""Tasks to generate text for a prompt: E2E, WebNLG, DART, and files of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import nlg
+from .base import Splits
+from .protocol import Evaluation
+from .running import encoded_rows
+from .settings import GenerationSettings
+from .writing import Writer, perplexity
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .sequences import Sequences
+    from .splitting import Table
+
+
+@dataclass(frozen=True)
+class GenerationTask(Writer):
+    """Prompts with one or more right answers each. Trained on every reference, on the answer's tokens only.
+
+    Attributes:
+        data: the rows and what is special about them.
+    """
+
+    data: nlg.TextData
+
+    kind = "generation"
+    text = ("prompt",)
+    label = "references"
+
+    @property
+    def name(self) -> str:
+        """As :func:`ffnkit.tasks.get` knows it."""
+        return self.data.name
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Of the generated texts, and the perplexity of the references."""
+        return (*self.data.metrics, "perplexity")
+
+    @property
+    def main_metric(self) -> str:
+        """The first of the metrics in tables."""
+        return self.data.metrics[0]
+
+    @property
+    def source(self) -> str:
+        """Where the data come from, in words."""
+        return self.data.source
+
+    @property
+    def notes(self) -> str:
+        """A line on what the task asks."""
+        return self.data.notes
+
+    @property
+    def hub(self) -> tuple[str, ...]:
+        """Name and configuration of the dataset on the hub."""
+        return self.data.hub
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Tokens that the tokenizer must learn."""
+        return self.data.special_tokens
+
+    def with_metrics(self, metrics: Sequence[str]) -> GenerationTask:
+        """The task with other metrics of text, the main one first; FfnkitError for an unknown one."""
+        from .text_metrics import check
+
+        return replace(self, data=replace(self.data, metrics=tuple(dict.fromkeys(map(check, metrics)))))
+
+    def splits(
+        self,
+        data_dir: str | Path | None = None,
+        *,
+        seed: int = 0,
+        dev: int | float | None = None,
+        train_limit: int | None = None,
+        dev_limit: int | None = None,
+        report_limit: int | None = None,
+    ) -> Splits:
+        """One row a prompt: "prompt", "references", "segments"; see :meth:`ffnkit.tasks.nlg.TextData.splits`."""
+        found = self.data.splits(
+            data_dir, seed=seed, dev=dev, train_limit=train_limit, dev_limit=dev_limit, report_limit=report_limit
+        )
+        return Splits(
+            train=_dataset(found.train),
+            dev=_dataset(found.dev),
+            report=_dataset(found.report),
+            extra={name: _dataset(table) for name, table in found.extra.items()},
+            source=found.source,
+            notes=found.notes,
+        )
+
+    def encode(self, dataset: Dataset, tokenizer: Any, max_length: int = 128, *, model: Any = None) -> Dataset:
+        """One example a reference: ``input_ids``, ``labels`` (-100 over the prompt), ``token_type_ids`` for GPT-2.
+
+        Args:
+            dataset: rows of one of the splits.
+            max_length: tokens of prompt and answer together, of each of the two for an encoder-decoder.
+            model: tells decoders and encoder-decoders apart; needed.
+
+        Raises:
+            FfnkitError: no room for a prompt and an answer.
+        """
+        pairs = nlg.pairs(dataset.to_dict())
+        sequences = self._sequences(tokenizer, model, max_length)
+        return sequences.examples(pairs["prompt"], pairs["target"], pairs["segments"])
+
+    def evaluate(
+        self,
+        model: Any,
+        tokenizer: Any,
+        dataset: Dataset,
+        *,
+        batch_size: int = 64,
+        max_length: int = 128,
+        generation: GenerationSettings | None = None,
+        encoded: Dataset | None = None,
+        loss_only: bool = False,
+    ) -> Evaluation:
+        """Loss and perplexity of the references; unless ``loss_only``, texts are generated and scored."""
+        from .decoding import decode
+        from .text_metrics import score
+
+        data = encoded if encoded is not None else encoded_rows(self, dataset, tokenizer, max_length, model)
+        loss = self.token_loss(model, tokenizer, data, batch_size)
+        likelihood = {"perplexity": perplexity(loss)}
+        if loss_only or "prompt" not in dataset.column_names:
+            return Evaluation(likelihood, loss)
+        settings = generation or GenerationSettings()
+        most = settings.max_new_tokens or self.data.max_new_tokens
+        sequences = self._sequences(tokenizer, model, max_length, most)
+        rows = dataset.to_dict()
+        prompts = sequences.prompts(rows["prompt"], rows["segments"])
+        texts, seconds = decode(model, sequences, prompts, settings, most)
+        scores = score(texts, rows["references"], self.data.metrics)
+        predictions = tuple(
+            {"prompt": prompt, "prediction": text, "references": references}
+            for prompt, text, references in zip(rows["prompt"], texts, rows["references"], strict=True)
+        )
+        speed = {"generation_seconds": seconds, "generated_per_second": len(texts) / max(seconds, 1e-9)}
+        return Evaluation({**scores, **likelihood}, loss, speed, predictions)
+
+    def _sequences(self, tokenizer: Any, model: Any, max_length: int, most: int | None = None) -> Sequences:
+        from .sequences import Sequences
+
+        data = self.data
+        return Sequences(tokenizer, model, max_length, most or data.max_new_tokens, data.eos, data.target_type)
+
+
+def generation_task(
+    train: str | Path,
+    validation: str | Path | None = None,
+    *,
+    inputs: Sequence[str],
+    target: str,
+    template: str | None = None,
+    metrics: Sequence[str] = ("rougeL", "rouge1", "rouge2"),
+    name: str = "files",
+    test: str | Path | None = None,
+    max_new_tokens: int = 64,
+) -> GenerationTask:
+    """Summaries, answers, translations from files of one's own; arguments as of :func:`ffnkit.tasks.nlg.file_data`."""
+    return GenerationTask(
+        nlg.file_data(
+            train,
+            validation,
+            inputs=inputs,
+            target=target,
+            template=template,
+            metrics=metrics,
+            name=name,
+            test=test,
+            max_new_tokens=max_new_tokens,
+        )
+    )
+
+
+def _dataset(table: Table) -> Dataset:
+    import pyarrow
+    from datasets import Dataset
+
+    strings = pyarrow.list_(pyarrow.string())
+    segments = [[list(pair) for pair in row] for row in table["segments"]]
+    return Dataset(
+        pyarrow.table(
+            {
+                "prompt": pyarrow.array(table["prompt"], pyarrow.string()),
+                "references": pyarrow.array(table["references"], strings),
+                "segments": pyarrow.array(segments, pyarrow.list_(strings)),
+            }
+        )
+    )

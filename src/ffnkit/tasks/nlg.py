@@ -1,0 +1,242 @@
+"""Data of generation tasks: E2E, WebNLG 2017 and DART, and files of the user's own.
+
+Tables have the columns "prompt" (str: all that stands before the target, what separates the two included),
+"references" (list[str], one or more) and "segments" (list of (text, type) pairs, ``" ".join`` of whose texts is the
+prompt; type is the special token whose id GPT-2 takes as the token type of all tokens of the segment, "" where a task
+has no types).
+
+Source: Novikova et al., The E2E Dataset, SIGDIAL 2017; Gardent et al., The WebNLG Challenge, INLG 2017; Nan et al.,
+DART: Open-Domain Structured Data Record to Text Generation, NAACL 2021.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ffnkit.errors import FfnkitError
+
+from .base import Source
+from .splitting import Table, carve, share, size, subsample, take, texts, without
+
+logger = logging.getLogger(__name__)
+PROMPT = ("prompt",)
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Pairs of a prompt and right answers, and what a task needs to know of them.
+
+    Attributes:
+        name: "e2e", "webnlg", "dart", or the user's.
+        metrics: names in ``text_metrics.METRICS`` that the field reports, the main one first.
+        special_tokens: tokens that the tokenizer must learn (:func:`add_special_tokens`); () for none.
+        eos: the special token that ends a target; "" for the tokenizer's own end-of-text token.
+        target_type: token type of the target's tokens (as the second of a segment); "" for none.
+        source: where the rows come from, in words.
+        notes: a line on what the task asks.
+        hub: name and configuration on the hub; () for other data.
+        max_new_tokens: how many tokens to generate at most.
+        load: reads the rows; takes the data folder or None.
+    """
+
+    name: str
+    metrics: tuple[str, ...]
+    special_tokens: tuple[str, ...] = ()
+    eos: str = ""
+    target_type: str = ""
+    source: str = ""
+    notes: str = ""
+    hub: tuple[str, ...] = ()
+    max_new_tokens: int = 64
+    load: Callable[[Path | None], Source] = field(repr=False, compare=False, kw_only=True)
+
+    def splits(
+        self,
+        data_dir: str | Path | None = None,
+        *,
+        seed: int = 0,
+        dev: int | float | None = None,
+        train_limit: int | None = None,
+        dev_limit: int | None = None,
+        report_limit: int | None = None,
+    ) -> TextSplits:
+        """Reads the rows and splits them; the same arguments and files give the same rows.
+
+        Args:
+            data_dir: the folder of ``<task>/<split>.jsonl`` files; else FFNKIT_DATA, else the hub.
+            seed: draws ``dev`` and the subsamples.
+            dev: prompts (int) or share (float) of train that become ``dev``; by default as of
+                :meth:`ffnkit.tasks.base.Task.splits`.
+            train_limit, dev_limit, report_limit: at most so many prompts, for quick runs.
+
+        Raises:
+            FfnkitError: no data within reach, or rows that cannot be used.
+        """
+        asked = f"data of task {self.name}"
+        read = self.load(Path(data_dir) if data_dir is not None else None)
+        train, report, notes = _disjoint(read, asked)
+        count = share(size(train), dev, f"{asked}: dev split")
+        rest, carved = carve(train, "prompt", count, seed, stratified=False)
+        notes.append(f"dev: {count} prompts carved out of train with seed {seed}")
+        parts = {}
+        limits = {"train": (rest, train_limit), "dev": (carved, dev_limit), "report": (report, report_limit)}
+        limits |= {name: (table, report_limit) for name, table in read.extra.items()}
+        for name, (table, limit) in limits.items():
+            parts[name] = subsample(table, limit, seed, f"{asked}: limit of {name}")
+            if size(parts[name]) < size(table):
+                notes.append(f"{name}: {size(parts[name])} of {size(table)} prompts drawn with seed {seed}")
+        for note in notes:
+            logger.info("%s: %s", self.name, note)
+        extra = {name: parts[name] for name in read.extra}
+        return TextSplits(parts["train"], parts["dev"], parts["report"], extra, read.where, tuple(notes))
+
+
+@dataclass(frozen=True)
+class TextSplits:
+    """Tables of a :class:`TextData`; one row a prompt with all its references (see :func:`pairs` to train on).
+
+    No prompt of ``report`` or ``extra`` is in ``train`` or ``dev``, and none of ``dev`` in ``train``.
+
+    Attributes:
+        extra: further rows to report on, by name ("test", "test_unseen").
+        source: where the rows come from.
+        notes: what was dropped and carved, and what a reader of the figures must know.
+    """
+
+    train: Table
+    dev: Table
+    report: Table
+    extra: Mapping[str, Table] = field(default_factory=dict)
+    source: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def names() -> list[str]:
+    """The data that :func:`get` knows, in the order of the documentation."""
+    from .data2text import DATA
+
+    return list(DATA)
+
+
+def get(name: str) -> TextData:
+    """The data called ``name``; nothing is read before :meth:`TextData.splits`.
+
+    Raises:
+        FfnkitError: there is no such data.
+    """
+    from .data2text import DATA
+
+    if name not in DATA:
+        do = f"Choose one of {', '.join(DATA)}, or use file_data for files of your own"
+        raise FfnkitError(f"generation task {name!r}", "there is no such task", do)
+    return DATA[name]
+
+
+def file_data(
+    train: str | Path,
+    validation: str | Path | None = None,
+    *,
+    inputs: Sequence[str],
+    target: str,
+    template: str | None = None,
+    metrics: Sequence[str] = ("rougeL", "rouge1", "rouge2"),
+    name: str = "files",
+    test: str | Path | None = None,
+    max_new_tokens: int = 64,
+) -> TextData:
+    """Prompts and targets from CSV, JSON-lines, JSON or parquet files, which are read and checked at once.
+
+    Args:
+        train: rows to train on; ``dev`` is carved out of them.
+        validation: rows for the reported figure; by default a tenth of train is carved out, the same for every seed.
+        inputs: the input columns; "a.b" is key b of the objects in column a.
+        target: the target's column: a string, or a list of strings for many right answers.
+        template: the prompt with columns in braces, such as "question: {question} context: {context} answer:"; by
+            default just this: each column with its name, then the target's name as a cue.
+        metrics: names in ``text_metrics.METRICS``, the main one first.
+        name: the task's name.
+        test: further rows to report on.
+        max_new_tokens: how many tokens to generate at most.
+
+    Raises:
+        FfnkitError: files that cannot be read, columns that are not there, rows without input or target, a template
+            that names other columns or leaves some out, an unknown metric.
+    """
+    from .own_text import read_own
+    from .text_metrics import check
+
+    source, template = read_own(train, validation, test, inputs=inputs, target=target, template=template, name=name)
+    if not metrics or max_new_tokens < 1:
+        found = "no metric" if not metrics else f"at most {max_new_tokens} tokens to generate"
+        raise FfnkitError(f"task {name}", found, "Name a metric, and generate at least one token")
+    return TextData(
+        name=name,
+        metrics=tuple(dict.fromkeys(check(metric) for metric in metrics)),
+        source=source.where,
+        notes=f"{template!r}, target {target}",
+        max_new_tokens=max_new_tokens,
+        load=lambda _: source,
+    )
+
+
+def pairs(table: Table) -> Table:
+    """One row for each (prompt, reference): columns "prompt", "target", "segments". A reference that repeats counts
+    once."""
+    rows = [(row, one) for row, several in enumerate(table["references"]) for one in dict.fromkeys(several)]
+    return {
+        "prompt": [table["prompt"][row] for row, _ in rows],
+        "target": [one for _, one in rows],
+        "segments": [table["segments"][row] for row, _ in rows],
+    }
+
+
+def merged(table: Table) -> tuple[Table, int]:
+    """Rows of one prompt (white space aside) as one row with the references of all; and the number of rows saved."""
+    first: dict[tuple[str, ...], int] = {}
+    joined: dict[int, dict[str, None]] = {}
+    for row, key in enumerate(texts(table, PROMPT)):
+        joined.setdefault(first.setdefault(key, row), {}).update(dict.fromkeys(table["references"][row]))
+    if len(joined) == size(table):
+        return table, 0
+    return {**take(table, list(joined)), "references": [list(each) for each in joined.values()]}, size(table) - len(
+        joined
+    )
+
+
+def add_special_tokens(tokenizer: Any, tokens: Sequence[str]) -> int:
+    """Adds ``tokens`` to the tokenizer, each swallowing the white space to its left; returns how many were new.
+
+    Resize the model's embeddings if this is not 0. With them, tokenizing a prompt as a whole or segment by segment
+    gives the same ids.
+    """
+    from transformers import AddedToken
+
+    known = tokenizer.get_vocab()
+    new = [AddedToken(token, lstrip=True, special=True, normalized=False) for token in tokens if token not in known]
+    return int(tokenizer.add_tokens(new, special_tokens=True)) if new else 0
+
+
+def _disjoint(read: Source, asked: str) -> tuple[Table, Table, list[str]]:
+    """Train (a prompt once) and report without a common prompt, with notes."""
+    notes = list(read.notes)
+    train, joined = merged(read.train)
+    if joined:
+        notes.append(f"train: {joined} rows joined to earlier ones with the same prompt")
+    reported = {"report": read.report, **read.extra} if read.report else dict(read.extra)
+    for name, table in reported.items():
+        train, dropped = without(train, table, PROMPT)
+        if dropped:
+            notes.append(f"train: {dropped} prompts dropped that are in {name}")
+    if size(train) < 4:
+        found = f"{size(train)} different training prompts are left of {size(read.train)} rows"
+        raise FfnkitError(asked, found, "Give more rows, and a validation file that is not the training file")
+    if read.report:
+        return train, read.report, notes
+    count = share(size(train), None, f"{asked}: report split", usual=read.report_share, most=5000)
+    train, report = carve(train, "prompt", count, 0, stratified=False)
+    notes.append(f"report: {count} prompts carved out of train with seed 0")
+    return train, report, notes

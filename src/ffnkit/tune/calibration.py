@@ -1,0 +1,56 @@
+"""Calibration data: a few thousand tokens of a task or of plain text, as batches for ``fk.plan(..., data=batches)``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ffnkit.errors import FfnkitError
+
+from .distil_text import text_examples
+from .settings import CalibrationSettings
+
+
+def calibration_batches(
+    model: nn.Module,
+    tokenizer: Any,
+    settings: CalibrationSettings | None = None,
+    *,
+    task: Any = None,
+    rows: Any = None,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Padded batches drawn with ``seed``, until they hold ``settings.tokens`` tokens or the data end.
+
+    Args:
+        task, rows: a task and rows of its training split, where ``settings.text`` names no file. Labels stay in the
+            batches for decoders whose inputs are made from them; methods that measure activations do not use them.
+
+    Raises:
+        FfnkitError: neither a file nor a task, a file that cannot be read or has no text.
+    """
+    settings = settings or CalibrationSettings()
+    if settings.text is not None:
+        from ffnkit.tasks.language import read_texts
+
+        texts = read_texts(Path(settings.text), settings.text_column)
+        examples, collate = text_examples(texts, tokenizer, model, settings.max_length)
+    elif task is not None:
+        examples = task.encode(rows, tokenizer, max_length=settings.max_length, model=model)
+        collate = task.collator(tokenizer, model)
+    else:
+        raise FfnkitError("calibration data", "neither a text file nor a task is given", "Add --text FILE or --task")
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    batches: list[dict[str, Any]] = []
+    held = 0
+    for start in range(0, len(order), settings.batch_size):
+        batch = dict(collate([examples[i] for i in order[start : start + settings.batch_size]]))
+        batches.append(batch)
+        mask = batch.get("attention_mask")
+        held += int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+        if held >= settings.tokens:
+            break
+    return batches

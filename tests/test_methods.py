@@ -1,0 +1,191 @@
+"""The methods beside fusion, on one family of each kind of FFN: plan, apply, fold, both checkpoint forms."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from methods import KINDS, OTHERS
+from test_contract import EXACT, RELOADED, compare, differ, same, snapshot
+from tolerance import assert_close
+from torch import nn
+
+import ffnkit as fk
+from ffnkit import methods
+from ffnkit.blocks import ffns
+from ffnkit.errors import FfnkitError
+from ffnkit.methods.mmd import mmd
+from ffnkit.ops import local
+from ffnkit.ops.moments import Moments
+from ffnkit.ops.neurons import Neurons
+from ffnkit.ops.subset import choose, refit, remaining
+from ffnkit.taps import watch
+
+EACH = pytest.mark.parametrize(("method", "name"), [(m, n) for m in OTHERS for n in KINDS])
+
+
+def planned(name: str, method: str, model: nn.Module | None = None, batches: int = 2, **more: Any) -> Any:
+    family = FAMILIES[name]
+    model = family.model() if model is None else model
+    data = [family.inputs(model, seed=seed) for seed in range(batches)]
+    return fk.plan(model, OTHERS[method](**more), data=data)
+
+
+def refused(method: str, name: str) -> bool:
+    """Thin pairs cannot stand in the place of experts that share one 3-D parameter."""
+    return method == "svd" and name == "mixtral"
+
+
+@EACH
+def test_plan_apply_fold_save_and_export(method: str, name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    model = family.model()
+    if refused(method, name):
+        with pytest.raises(FfnkitError, match="3-D parameter"):
+            planned(name, method)
+        return
+    before, classes = snapshot(model), [type(m) for m in model.modules()]
+    plan = planned(name, method, model)
+    assert same(snapshot(model), before) and [type(m) for m in model.modules()] == classes
+    assert plan == planned(name, method) and str(plan)
+    plan.save(tmp_path / "plan")
+    loaded = fk.Plan.load(tmp_path / "plan")
+    assert loaded == plan
+
+    applied = fk.apply(copy.deepcopy(model), loaded)
+    differ(family, applied, model)
+    saved = plan.saved_parameters
+    assert sum(p.numel() for p in applied.parameters()) == plan.parameters - saved
+    fk.save(applied, tmp_path / "compact")
+    again = fk.load(tmp_path / "compact")
+    if any(ffn.experts for ffn in ffns(again)):
+        again.set_experts_implementation("eager")
+    compare(family, again.eval(), applied, RELOADED)
+    fk.export(applied, tmp_path / "standard")
+
+    double = fk.apply(copy.deepcopy(model).double(), loaded)
+    unfolded = copy.deepcopy(double)
+    fk.fold(double)
+    compare(family, double, unfolded, EXACT if method != "svd" else 1e-10)
+    assert [type(m) for m in double.modules()] == classes
+
+
+@pytest.mark.parametrize("method", ["magnitude", "importance", "random", "calibrated-fusion", "svd", "unstructured"])
+def test_full_width_changes_nothing(method: str) -> None:
+    model = FAMILIES["llama"].model()
+    applied = fk.apply(copy.deepcopy(model), planned("llama", method, width=1.0))
+    compare(FAMILIES["llama"], applied, model, 1e-6)
+
+
+@pytest.mark.parametrize("method", ["importance", "calibrated-fusion"])
+def test_methods_that_measure_ask_for_data(method: str) -> None:
+    with pytest.raises(FfnkitError, match="no data are given"):
+        fk.plan(FAMILIES["bert"].model(), OTHERS[method]())
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "mixtral"])
+def test_neurons_that_the_data_never_use_go_without_loss(name: str) -> None:
+    family = FAMILIES[name]
+    model = family.model().double()
+    for ffn in ffns(model):
+        neurons = ffn.read()
+        dead = neurons.map(torch.clone)
+        half = neurons.ff // 2
+        dead.down[..., half:] = 0
+        ffn.write(dead)
+    for method in ("calibrated-fusion", "importance"):
+        more = {"refine": 0, "ridge": 0.0} if method == "calibrated-fusion" else {}
+        exact = fk.apply(copy.deepcopy(model), planned(name, method, model, batches=40, **more))
+        compare(family, exact, model, 1e-5)  # statistics are formed in float32
+    differ(family, fk.apply(copy.deepcopy(model), planned(name, "random", model)), model)  # the control
+
+
+def test_greedy_choice_and_refit_follow_their_formulas() -> None:
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(200, 12, generator=generator, dtype=torch.float64) @ torch.randn(
+        12, 12, generator=generator, dtype=torch.float64
+    )
+    down = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    target = h @ down.T
+
+    def error(kept: list[int]) -> float:
+        solution = torch.linalg.lstsq(h[:, kept], target).solution
+        return (target - h[:, kept] @ solution).square().sum().item()
+
+    slow: list[int] = []
+    for _ in range(5):
+        slow.append(min((i for i in range(12) if i not in slow), key=lambda i: error([*slow, i])))
+    gram = h.T @ h
+    chosen = choose(gram, down, 5)
+    assert chosen.order.tolist() == slow
+    assert_close(
+        chosen.remains[1:], torch.tensor([error(slow[: k + 1]) for k in range(5)], dtype=torch.float64), rel=1e-8
+    )
+    kept = chosen.order
+    assert_close(refit(gram, down, kept, 0.0), torch.linalg.lstsq(h[:, kept], target).solution.T, rel=1e-8)
+    share = error(slow) / target.square().sum().item()
+    assert abs(remaining(gram, down, kept, refit(gram, down, kept, 0.0)) - share) < 1e-10
+    assert remaining(gram, down, kept, down[:, kept]) > 1.5 * share  # the control: not refitted
+
+
+def test_streamed_moments_equal_those_of_all_tokens() -> None:
+    h = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + 3
+    weights = torch.rand(50, generator=torch.Generator().manual_seed(1))
+    moments = Moments(6, h.device)
+    for part, share in zip(h.split(7), weights.split(7), strict=True):
+        moments.add(part, share)
+    w = weights.double()[:, None]
+    mean = (h.double() * w).sum(0) / w.sum()
+    assert_close(moments.mean(), mean, rel=1e-6)
+    assert_close(moments.centred(), ((h - mean) * w).T @ (h - mean) / w.sum(), rel=1e-5)
+    assert (moments.centred() - moments.second()).abs().max() > 1  # the control: centring matters here
+
+
+def test_mmd_follows_its_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points, rows = torch.randn(4, 3, generator=generator).double(), torch.randn(9, 3, generator=generator).double() + 1
+    both = torch.cat([points, rows])
+    distance = torch.tensor([[(a - b).square().sum().item() for b in both] for a in both])
+    mean = distance.sum() / (13 * 13 - 13)
+    kernel = sum((-distance / (mean * 2.0 ** (i - 2))).exp() for i in range(5))
+    slow = kernel[:4, :4].mean() - 2 * kernel[:4, 4:].mean() + kernel[4:, 4:].mean()
+    assert_close(mmd(points, rows), slow.double(), rel=1e-6)
+    assert mmd(rows, rows).abs() < 1e-12 < slow
+
+
+def test_padding_does_not_count() -> None:
+    family = FAMILIES["bert"]
+    model = family.model()
+    batch = family.inputs(model)
+    seen: list[int] = []
+    watch(model, [batch], ffns(model)[:1], lambda ffn, flow: seen.append(len(flow.kept().input)))
+    assert seen == [int(batch["attention_mask"].sum())]
+    assert seen[0] < batch["input_ids"].numel()
+
+
+def test_regression_keeps_the_start_where_it_does_not_help() -> None:
+    generator = torch.Generator().manual_seed(0)
+    neurons = Neurons(torch.randn(6, 4, generator=generator), torch.randn(4, 6, generator=generator))
+    x = torch.randn(60, 4, generator=generator)
+    target = local.forward(neurons, x, torch.relu)
+    draw = torch.Generator().manual_seed(0)
+    assert local.regress(neurons, x, target, torch.relu, steps=5, generator=draw) is neurons
+    other = neurons.take(torch.arange(3))
+    fitted = local.regress(other, x, target, torch.relu, steps=50, generator=torch.Generator().manual_seed(0))
+    assert fitted is not other
+
+
+def test_unknown_width_name_is_refused() -> None:
+    with pytest.raises(FfnkitError, match="no FFN of that name"):
+        fk.plan(FAMILIES["bert"].model(), methods.build("magnitude", width={"nowhere": 3}))
+
+
+def test_widths_by_name() -> None:
+    model = FAMILIES["bert"].model()
+    names = [ffn.name for ffn in ffns(model)]
+    plan = fk.plan(model, methods.build("magnitude", width={names[1]: 7}))
+    assert plan.widths() == {names[1]: (40, 7)}
