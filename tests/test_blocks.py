@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES
 from torch import nn
 
@@ -122,3 +123,34 @@ def test_quantized_and_empty_weights_are_refused() -> None:
         broken.encoder.layer[3].output.dense.weight[0, 0] = float("nan")
     with pytest.raises(FfnkitError, match=r"layer\.3.*down holds NaN"):
         fk.plan(broken, fk.Fusion(width=0.5))
+
+
+SMALL = {
+    "vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def test_what_works_between_up_and_down_is_refused() -> None:
+    bitnet = transformers.BitNetModel(transformers.BitNetConfig(**SMALL, num_key_value_heads=2))
+    with pytest.raises(FfnkitError, match="norm or a convolution"):
+        ffns(bitnet)
+    sizes = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4}
+    with pytest.raises(FfnkitError, match="norm or a convolution"):
+        ffns(transformers.SegformerModel(transformers.SegformerConfig(**sizes)))
+    # The controls: norms behind the FFN, in its output module, do no harm.
+    query = transformers.InstructBlipQFormerConfig(**SMALL, encoder_hidden_size=16)
+    assert len(ffns(transformers.InstructBlipQFormerModel(query))) == 2
+
+
+def test_experts_of_an_unknown_form_are_named() -> None:
+    config = transformers.GptOssConfig(**SMALL, head_dim=8, num_key_value_heads=2, num_local_experts=4)
+    with pytest.raises(FfnkitError, match="3-D parameters"):
+        ffns(transformers.GptOssModel(config))
+
+
+def test_a_clamped_gate_is_not_linear_in_up() -> None:
+    ffn = ffns(FAMILIES["mixtral"].model())[0]
+    assert ffn.linear_in_up
+    ffn.module.swiglu_limit = 7.0
+    assert not ffn.linear_in_up

@@ -341,7 +341,8 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from model.named_modules(remove_duplicate=False)
 
 
-def _match(module: nn.Module) -> Layout | None:
+def _match(module: nn.Module, *, middle: bool = False) -> Layout | None:
+    """The row that a module fits; with ``middle`` also where something works on the hidden neurons in between."""
     for layout in LAYOUTS:
         paths = (layout.up, layout.gate or layout.up, layout.down)
         if layout.experts:
@@ -361,7 +362,7 @@ def _match(module: nn.Module) -> Layout | None:
         elif gate_shape != (ff, d):
             continue
         # The output may have another width than the input in a few models; those are no plain FFNs.
-        if (out, inner) == (d, ff) and not _has_middle(module, linears, ff, d):
+        if (out, inner) == (d, ff) and (middle or not _has_middle(module, linears, ff, d)):
             return layout
     return None
 
@@ -433,8 +434,16 @@ def _top_k(model: nn.Module, owner: nn.Module) -> int:
 
 def _unknown(model: nn.Module) -> FfnkitError:
     """The error for a model without a known FFN, with the mirrored linears that it has."""
-    pairs = list(mirrored(model))
     name = type(model).__name__
+    between = next((path for path, module in model.named_modules() if _match(module, middle=True)), None)
+    if between is not None:
+        found = f"in '{between}' a norm or a convolution works on the hidden neurons, so none can go alone"
+        return FfnkitError(f"the FFNs of {name}", found, "Use a model without one")
+    deep = [path for path, p in model.named_parameters() if p.ndim == 3 and "expert" in path]
+    if deep:
+        found = f"its experts lie in 3-D parameters of a form that is not known, such as {deep[0]}"
+        return FfnkitError(f"the FFNs of {name}", found, "Use a model of another family")
+    pairs = list(mirrored(model))
     if not pairs:
         return FfnkitError(f"the FFNs of {name}", "it has no pair of linears d -> ff -> d", "Name a transformer model")
     owner, up, down = pairs[0]
