@@ -1,0 +1,79 @@
+"""Replay: block by block gives what whole passes give, and leaves the model as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from test_contract import same, snapshot
+from tolerance import assert_close, relative_error
+
+from ffnkit.blocks import FFN, ffns
+from ffnkit.replay import Replay
+from ffnkit.taps import Flow, watch
+
+NAMES = ("bert", "gpt2", "llama", "t5", "bart", "albert", "clip", "whisper", "mixtral", "switch", "vit")
+
+
+class Outputs:
+    """What every FFN gave, in order."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, ffn: FFN, flow: Flow) -> None:
+        self.parts.setdefault(ffn.name, []).append(flow.kept().output)
+
+    def all(self) -> dict[str, torch.Tensor]:
+        return {name: torch.cat(parts) for name, parts in self.parts.items()}
+
+
+def replayed(model: Any, batches: list[Any], found: list[FFN]) -> dict[str, torch.Tensor]:
+    outputs = Outputs()
+    with Replay(model, batches, found) as replay:
+        for group in replay.groups:
+            replay.watch(group, outputs.add)
+            replay.advance(group)
+    return outputs.all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_block_by_block_equals_whole_passes(name: str) -> None:
+    family = FAMILIES[name]
+    model = family.model()
+    batches = [family.inputs(model, seed=seed) for seed in range(3)]
+    before = snapshot(model)
+    expected = Outputs()
+    watch(model, batches, ffns(model), expected.add)
+    wanted = expected.all()
+    for found in (ffns(model), ffns(model)[-1:]):
+        got = replayed(model, batches, found)
+        for ffn in found:
+            if ffn.name in wanted:  # few tokens may leave an expert out
+                assert_close(got[ffn.name], wanted[ffn.name], rel=1e-5, what=ffn.name)
+    assert same(snapshot(model), before)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_an_installed_ffn_changes_later_layers_and_goes_again() -> None:
+    family = FAMILIES["llama"]
+    model = family.model()
+    batches = [family.inputs(model, seed=0)]
+    found = ffns(model)
+    plain = replayed(model, batches, found)
+    identities = [id(p) for p in model.parameters()]
+    outputs = Outputs()
+    with Replay(model, batches, found) as replay:
+        for number, group in enumerate(replay.groups):
+            replay.watch(group, outputs.add)
+            if number == 0:
+                replay.install(group[0], group[0].read().take(torch.arange(3)))
+            replay.advance(group)
+    changed = outputs.all()
+    assert_close(changed[found[0].name], plain[found[0].name], rel=1e-6)
+    assert relative_error(changed[found[1].name], plain[found[1].name]) > 1e-3
+    assert [id(p) for p in model.parameters()] == identities
+    again = replayed(model, batches, found)
+    assert_close(again[found[-1].name], plain[found[-1].name], rel=1e-6)
