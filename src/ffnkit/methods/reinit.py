@@ -58,13 +58,8 @@ class Reinit:
         for number, (ffn, width, neurons) in enumerate(each(self.targets(model), progress, "replacing")):
             index = torch.zeros(width, dtype=torch.long, device=neurons.up.device)
             draw = generator(self.seed, number)
-            edits.append(Rewrite.of(ffn.name, _drawn(_shaped(neurons, index), std, draw)))
+            edits.append(Rewrite.of(ffn.name, _drawn(neurons.take(index), std, draw)))
         return Draft(tuple(edits))
-
-
-def _shaped(neurons: Neurons, index: Tensor) -> Neurons:
-    """Neurons of the new width; their values do not matter."""
-    return neurons.take(index)
 
 
 def _drawn(like: Neurons, std: float, generator: torch.Generator) -> Neurons:

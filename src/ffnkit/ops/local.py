@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -67,7 +66,7 @@ def regress(
         before, after = (
             _loss(each, x[held], target[held], activation, _rows(weights, held)) for each in (start, fitted)
         )
-    return dataclasses.replace(fitted) if bool(after < before) else start
+    return fitted if bool(after < before) else start
 
 
 def _rows(weights: Tensor | None, rows: Tensor) -> Tensor | None:
