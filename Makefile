@@ -37,7 +37,7 @@ lint: $(READY) ## ruff check, ruff format --check, mypy
 	$(BIN)/mypy
 
 bench: $(READY) ## run the benchmarks, one after the other
-	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+	@set -e; for file in $(filter-out %/common.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
 
 clean: ## remove the environment, caches and outputs
 	rm -rf .venv $(DEMO_OUT) .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info

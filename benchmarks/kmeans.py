@@ -15,8 +15,6 @@ taken where it is installed.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,14 +24,13 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+from common import RESULTS, started, write
 from safetensors import safe_open
 from sklearn.cluster import KMeans as SklearnKMeans
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from ffnkit.files import write_text
 from ffnkit.ops import kmeans as module
-from ffnkit.report import measure
 
 RESTARTS = 10
 SHOWN = {"machine": ("cpu", "cores"), "versions": ("torch", "scikit-learn", "numpy")}
@@ -221,25 +218,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--model", help="folder of a model of BERT's layout")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
-    results: dict[str, Any] = {
-        "machine": measure.machine(),
-        "versions": measure.versions(),
-        "rounds": options.rounds,
-        "load": [os.getloadavg()[0]],
-        "rows": [],
-    }
+    results = started() | {"rounds": options.rounds}
     for threads in options.threads:
         torch.set_num_threads(threads)
         with threadpool_limits(threads):
             for name, points, k in cases(options.model):
                 results["rows"].append(measure_case(name, points, k, options.rounds))
-    results["load"].append(os.getloadavg()[0])
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_text(options.out / "kmeans.json", json.dumps(results, indent=2) + "\n")
-    write_text(options.out / "kmeans.md", report(results))
-    print(report(results))
+    write(options.out, "kmeans", results, report)
 
 
 if __name__ == "__main__":

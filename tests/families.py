@@ -154,6 +154,9 @@ _ROWS = (
     _gated("smollm3", "SmolLM3ForCausalLM"),
     _gated("cohere", "CohereForCausalLM"),
     _gated("stablelm", "StableLmForCausalLM"),
+    _gated(
+        "lfm2", "Lfm2ForCausalLM", block_auto_adjust_ff_dim=False, layer_types=["full_attention", "conv", "conv"]
+    ),
     _gated("ernie4-5", "Ernie4_5ForCausalLM", head_dim=4),
     # Vision, text with vision, speech
     Family("vit", "ViTForImageClassification", IMAGE, (Expect(3, 40),), WIDTH, kind="image"),
@@ -244,6 +247,16 @@ _ROWS = (
     _experts(
         "granitemoe", "GraniteMoeForCausalLM", Expect(2, 24, gated=True, experts=4), keys=GATED_WIDTH,
         num_local_experts=4,
+    ),
+    _experts(
+        "llama4", "Llama4ForCausalLM",  # weights of its experts lie as (E, in, out); every second layer is dense
+        Expect(1, 40, gated=True), Expect(1, 24, gated=True, experts=4), Expect(1, 24, gated=True),
+        keys={"intermediate_size": 24, "intermediate_size_mlp": 40},
+        intermediate_size_mlp=40, num_local_experts=4, num_experts_per_tok=1, interleave_moe_layer_step=2, head_dim=4,
+    ),
+    _experts(
+        "aria", "AriaTextForCausalLM", Expect(2, 24, gated=True, experts=4), Expect(2, 24, gated=True),
+        keys=GATED_WIDTH, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1,
     ),
 )
 # fmt: on

@@ -13,7 +13,7 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 # The others share everything but the choice of neurons: one family of each kind of FFN shows that.
-KINDS = ("bert", "gpt2", "llama", "phi3", "t5", "switch", "mixtral", "albert")
+KINDS = ("bert", "gpt2", "llama", "phi3", "t5", "switch", "mixtral", "llama4", "albert")
 OTHERS: dict[str, Callable[..., Any]] = {
     "calibrated-fusion": lambda **more: fk.CalibratedFusion(**{"width": 0.5, "refine": 3} | more),
     "clustering": lambda **more: methods.build("clustering", **{"width": 0.5, "restarts": 1} | more),

@@ -145,7 +145,7 @@ def test_what_works_between_up_and_down_is_refused() -> None:
 
 def test_experts_of_an_unknown_form_are_named() -> None:
     config = transformers.GptOssConfig(**SMALL, head_dim=8, num_key_value_heads=2, num_local_experts=4)
-    with pytest.raises(FfnkitError, match="3-D parameters"):
+    with pytest.raises(FfnkitError, match="its experts lie in parameters of a form that is not known"):
         ffns(transformers.GptOssModel(config))
 
 

@@ -11,18 +11,21 @@ import torch
 from families import FAMILIES
 from methods import KINDS, OTHERS
 from test_contract import EXACT, RELOADED, compare, differ, same, snapshot
-from tolerance import assert_close
+from tolerance import assert_close, relative_error
 from torch import nn
+from transformers import BertConfig, BertModel
 
 import ffnkit as fk
 from ffnkit import methods
 from ffnkit.blocks import ffns
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.mmd import mmd
-from ffnkit.ops import local
+from ffnkit.files import SPOOL_FROM
+from ffnkit.methods.mmd import bandwidth, gradient, mmd
+from ffnkit.methods.unstructured import largest_weights
+from ffnkit.ops import local, subset
 from ffnkit.ops.moments import Moments
 from ffnkit.ops.neurons import Neurons
-from ffnkit.ops.subset import choose, refit, remaining
+from ffnkit.ops.subset import choose, refit
 from ffnkit.taps import watch
 
 EACH = pytest.mark.parametrize(("method", "name"), [(m, n) for m in OTHERS for n in KINDS])
@@ -37,7 +40,7 @@ def planned(name: str, method: str, model: nn.Module | None = None, batches: int
 
 def refused(method: str, name: str) -> bool:
     """Thin pairs cannot stand in the place of experts that share one 3-D parameter."""
-    return method == "svd" and name == "mixtral"
+    return method == "svd" and FAMILIES[name].has_experts
 
 
 @EACH
@@ -126,10 +129,34 @@ def test_greedy_choice_and_refit_follow_their_formulas() -> None:
         chosen.remains[1:], torch.tensor([error(slow[: k + 1]) for k in range(5)], dtype=torch.float64), rel=1e-8
     )
     kept = chosen.order
-    assert_close(refit(gram, down, kept, 0.0), torch.linalg.lstsq(h[:, kept], target).solution.T, rel=1e-8)
-    share = error(slow) / target.square().sum().item()
-    assert abs(remaining(gram, down, kept, refit(gram, down, kept, 0.0)) - share) < 1e-10
-    assert remaining(gram, down, kept, down[:, kept]) > 1.5 * share  # the control: not refitted
+    fitted, explained = refit(gram, down, kept, 0.0)
+    assert_close(fitted, torch.linalg.lstsq(h[:, kept], target).solution.T, rel=1e-8)
+    total = target.square().sum().item()
+    assert abs(chosen.outputs / total - 1) < 1e-10
+    assert abs(explained / (total - error(slow)) - 1) < 1e-10
+    plain = (target - h[:, kept] @ down[:, kept].T).square().sum().item()
+    assert plain > 1.5 * error(slow)  # the control: not refitted
+    stiff, less = refit(gram, down, kept, 1.0)
+    assert abs(less / (total - (target - h[:, kept] @ stiff.T).square().sum().item()) - 1) < 1e-10
+    assert less < explained
+
+
+def test_many_neurons_are_chosen_as_one_by_one() -> None:
+    """Scores are kept up to date without the whole product: as computed anew, beyond the neurons held back too."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(400, 160, generator=generator, dtype=torch.float64)
+    h = h @ torch.randn(160, 160, generator=generator, dtype=torch.float64)
+    down = torch.randn(40, 160, generator=generator, dtype=torch.float64)
+    gram, width, ridge = h.T @ h, 2 * subset.DELAY + 9, 1e-3
+    chosen = choose(gram, down, width, ridge)
+    left = gram + ridge * gram.diagonal().mean() * torch.eye(160, dtype=torch.float64)
+    for step in range(width):
+        assert_close(chosen.remains[step], (left * (down.T @ down)).sum(), rel=1e-8)
+        gain = (left @ down.T).square().sum(1) / left.diagonal().clamp_min(1e-9)
+        gain[chosen.order[:step]] = -1
+        best = int(gain.argmax())
+        assert int(chosen.order[step]) == best
+        left = left - torch.outer(left[best], left[best]) / left[best, best]
 
 
 def test_streamed_moments_equal_those_of_all_tokens() -> None:
@@ -143,6 +170,52 @@ def test_streamed_moments_equal_those_of_all_tokens() -> None:
     assert_close(moments.mean(), mean, rel=1e-6)
     assert_close(moments.centred(), ((h - mean) * w).T @ (h - mean) / w.sum(), rel=1e-5)
     assert (moments.centred() - moments.second()).abs().max() > 1  # the control: centring matters here
+    kept, second = moments.centred(), moments.second()
+    assert torch.equal(moments.second(), second)  # asking changes nothing
+    assert torch.equal(moments.centred(last=True), kept)
+    assert not torch.equal(moments.second(), second)  # the control: the sums were given up
+
+
+def test_moments_of_many_columns_are_symmetric_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    h = torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
+    for panel in (1, 3, 512):
+        monkeypatch.setattr("ffnkit.ops.moments.PANEL", panel)
+        moments = Moments(7, h.device)
+        moments.add(h)
+        gram = moments.second()
+        assert_close(gram, h.double().T @ h.double() / 40, rel=1e-6)
+        assert_close(gram, gram.T, rel=1e-7)
+
+
+@pytest.mark.parametrize("name", ("sketch", "svd", "calibrated-fusion"))
+def test_a_plan_serves_many_models(name: str) -> None:
+    """Models that a plan was applied to share no weights with it, nor with each other; beyond what is spooled."""
+    config = BertConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=1, num_attention_heads=2)
+    config.vocab_size = 50
+    model = BertModel(config).eval()
+    more = {"refine": 0} if name == "calibrated-fusion" else {}
+    batches = [{"input_ids": torch.arange(40)[None]}]
+    plan = fk.plan(model, methods.build(name, width=0.5, **more), data=batches)
+    assert any(t.numel() * t.element_size() > SPOOL_FROM for edit in plan.edits for t in edit.tensors().values())
+    first, second = (fk.apply(copy.deepcopy(model), plan) for _ in range(2))
+    before = [p.detach().clone() for p in second.parameters()]
+    with torch.no_grad():
+        for p in first.parameters():
+            p.zero_()
+    assert all(torch.equal(p, old) for p, old in zip(second.parameters(), before, strict=True))
+    third = fk.apply(copy.deepcopy(model), plan)
+    assert all(torch.equal(p, old) for p, old in zip(third.parameters(), before, strict=True))
+    assert not torch.equal(next(first.parameters()), next(second.parameters()))  # the control
+
+
+def test_the_largest_weights_stay_and_ties_go_to_the_first() -> None:
+    weight = torch.tensor([[1.0, -3.0, 2.0], [2.0, 0.0, -2.0]])
+    assert largest_weights(weight, 3).tolist() == [[False, True, True], [True, False, False]]
+    assert largest_weights(weight, 0).sum() == 0 and largest_weights(weight, 6).all()
+    drawn = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for count in (1, 77, 1199):
+        order = torch.sort(drawn.abs().flatten(), descending=True, stable=True).indices[:count]
+        assert torch.equal(largest_weights(drawn, count).flatten().nonzero()[:, 0], order.sort().values)
 
 
 def test_mmd_follows_its_formula() -> None:
@@ -153,8 +226,25 @@ def test_mmd_follows_its_formula() -> None:
     mean = distance.sum() / (13 * 13 - 13)
     kernel = sum((-distance / (mean * 2.0 ** (i - 2))).exp() for i in range(5))
     slow = kernel[:4, :4].mean() - 2 * kernel[:4, 4:].mean() + kernel[4:, 4:].mean()
-    assert_close(mmd(points, rows), slow.double(), rel=1e-6)
-    assert mmd(rows, rows).abs() < 1e-12 < slow
+    assert abs(mmd(points, rows) / float(slow) - 1) < 1e-6
+    assert abs(mmd(rows, rows)) < 1e-12 < slow
+
+
+def test_the_gradient_of_mmd_is_that_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(4, 3, generator=generator).double().requires_grad_()
+    rows = torch.randn(9, 3, generator=generator).double() + 1
+    wide = bandwidth(points.detach(), rows)
+
+    def affinity(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        distance = (first[:, None] - second[None]).square().sum(-1)
+        return sum(((-distance / (wide * 2.0 ** (i - 2))).exp().mean() for i in range(5)), torch.zeros(()))
+
+    (affinity(points, points) - 2 * affinity(points, rows)).backward()
+    for at_once in (2, 1024):
+        monkeypatch.setattr("ffnkit.methods.mmd.AT_ONCE", at_once)
+        assert_close(gradient(points.detach(), rows), points.grad, rel=1e-9)
+    assert relative_error(gradient(points.detach(), rows + 1), points.grad) > 0.1  # the control
 
 
 def test_padding_does_not_count() -> None:

@@ -276,7 +276,7 @@ def test_own_template_lists_of_targets_and_nested_columns(tmp_path: Path) -> Non
     assert list(source.extra) == ["test"]
     with pytest.raises(FfnkitError) as error:
         data.splits()
-    one_line(error, "0 different training prompts")
+    one_line(error, "0 training prompts")
 
 
 def test_own_csv_and_squad_answers(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from ffnkit.blocks import FFN, ffns
 from ffnkit.replay import Replay
 from ffnkit.taps import Flow, watch
 
-NAMES = ("bert", "gpt2", "llama", "t5", "bart", "albert", "clip", "whisper", "mixtral", "switch", "vit")
+NAMES = ("bert", "gpt2", "llama", "t5", "bart", "albert", "clip", "whisper", "mixtral", "llama4", "switch", "vit")
 
 
 class Outputs:
@@ -77,3 +77,26 @@ def test_an_installed_ffn_changes_later_layers_and_goes_again() -> None:
     assert [id(p) for p in model.parameters()] == identities
     again = replayed(model, batches, found)
     assert_close(again[found[-1].name], plain[found[-1].name], rel=1e-6)
+
+
+def test_a_block_that_stays_runs_once_and_gives_the_same() -> None:
+    family = FAMILIES["bert"]
+    model = family.model()
+    batches = [family.inputs(model, seed=seed) for seed in range(2)]
+    found = ffns(model)
+    calls: list[str] = []
+    handles = [ffn.linear("down").register_forward_hook(lambda *_, name=ffn.name: calls.append(name)) for ffn in found]
+    runs = {}
+    for last in (True, False):
+        calls.clear()
+        outputs = Outputs()
+        with Replay(model, batches, found) as replay:
+            for group in replay.groups:
+                replay.watch(group, outputs.add, last=last)
+                replay.advance(group)
+        runs[last] = outputs.all(), calls.count(found[-1].name)
+    for handle in handles:
+        handle.remove()
+    for name, output in runs[False][0].items():
+        assert_close(runs[True][0][name], output, rel=1e-6, what=name)
+    assert runs[True][1] == runs[False][1] - len(batches)

@@ -59,8 +59,8 @@ def one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
 
 
 def test_names_lists_every_kind() -> None:
-    written = ["e2e", "webnlg", "dart", "wikitext2", "tinystories"]
-    assert tasks.names() == [*GLUE, "docstrings", *written]
+    written = ["e2e", "webnlg", "dart", "multi30k", "multi30k-de-en", "wikitext2", "tinystories"]
+    assert tasks.names() == [*GLUE, "docstrings", *written, "cifar10", "mnist", "digits"]
     assert all(tasks.get(name).name == name for name in tasks.names())
     with pytest.raises(FfnkitError) as error:
         tasks.get("sst3")

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ffnkit.analysis.study import analyze
     from ffnkit.blocks import LAYOUTS, Layout
+    from ffnkit.budget.allocation import Allocation, allocate
     from ffnkit.checkpoint import export, load, save
     from ffnkit.errors import FfnkitError
     from ffnkit.inventory import inspect
     from ffnkit.methods.calibrated import CalibratedFusion
     from ffnkit.methods.fusion import Fusion
+    from ffnkit.methods.merging import Merging
     from ffnkit.plans import Plan, plan
     from ffnkit.surgery import apply, fold
     from ffnkit.tune import trainable_parameters
@@ -25,8 +28,12 @@ __all__ = [
     "Plan",
     "Fusion",
     "CalibratedFusion",
+    "Merging",
+    "allocate",
+    "Allocation",
     "apply",
     "fold",
+    "analyze",
     "save",
     "load",
     "export",
@@ -42,8 +49,12 @@ _HOMES = {
     "Plan": "plans",
     "Fusion": "methods.fusion",
     "CalibratedFusion": "methods.calibrated",
+    "Merging": "methods.merging",
+    "allocate": "budget.allocation",
+    "Allocation": "budget.allocation",
     "apply": "surgery",
     "fold": "surgery",
+    "analyze": "analysis.study",
     "save": "checkpoint",
     "load": "checkpoint",
     "export": "checkpoint",

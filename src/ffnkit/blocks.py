@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,9 @@ class Layout:
         up, down: the linears from d to ff and back.
         gate: the gate's linear; the name of ``up`` again where one linear holds the gate in its first half of rows.
         experts: the paths are 3-D parameters, (E, rows, columns), not linears.
+        transposed: of experts: the parameters lie as (E, in, out), applied as ``x @ weight``.
+        up_first: where one linear holds both, its first half is up and its second the gate.
+        owner: the row holds for classes of this name only; "" for all.
     """
 
     name: str
@@ -42,6 +45,9 @@ class Layout:
     down: str
     gate: str | None = None
     experts: bool = False
+    transposed: bool = False
+    up_first: bool = False
+    owner: str = ""
 
     @property
     def fused(self) -> bool:
@@ -51,9 +57,17 @@ class Layout:
 # Gated rows come first: a gated FFN also has an up and a down.
 LAYOUTS: list[Layout] = [
     Layout("gated", "up_proj", "down_proj", gate="gate_proj"),  # LLaMA, OLMo, Mistral, Qwen, Gemma, shared experts
+    Layout(
+        "Phi-4 audio", "gate_up_proj", "down_proj", gate="gate_up_proj", up_first=True, owner="Phi4MultimodalAudioMLP"
+    ),
     Layout("gated fused", "gate_up_proj", "down_proj", gate="gate_up_proj"),  # Phi-3, GLM
     Layout("gated experts", "gate_up_proj", "down_proj", gate="gate_up_proj", experts=True),  # Mixtral, OLMoE
+    Layout(
+        "gated experts transposed", "gate_up_proj", "down_proj", gate="gate_up_proj", experts=True, transposed=True
+    ),  # Llama 4, Aria
+    Layout("gated experts apart", "up_proj", "down_proj", gate="gate_proj", experts=True),  # Inkling's shared experts
     Layout("experts", "up_proj", "down_proj", experts=True),
+    Layout("LFM2", "w3", "w2", gate="w1"),
     Layout("T5 gated", "wi_1", "wo", gate="wi_0"),
     Layout("T5", "wi", "wo"),  # also every expert of Switch
     Layout("ModernBERT", "Wi", "Wo", gate="Wi"),
@@ -69,7 +83,14 @@ LAYOUTS: list[Layout] = [
 ]
 
 # The names under which owners remember their width; kept true when a width changes.
-WIDTH_ATTRIBUTES = ("intermediate_size", "intermediate_dim", "moe_intermediate_size", "ffn_dim", "inner_dim")
+WIDTH_ATTRIBUTES = (
+    "intermediate_size",
+    "intermediate_dim",
+    "moe_intermediate_size",
+    "expert_dim",
+    "ffn_dim",
+    "inner_dim",
+)
 
 
 @dataclass(eq=False)
@@ -164,8 +185,7 @@ class FFN:
     def parameters(self) -> list[nn.Parameter]:
         """The FFN's parameters, each once."""
         if self.layout.experts:
-            names = dict.fromkeys((self.path("up"), self.path("down")))
-            return [self.module._parameters[name] for name in names]  # type: ignore[misc]
+            return [self.module._parameters[self.path(site)] for site in self.sites]  # type: ignore[misc]
         modules = dict.fromkeys(self.linear(site) for site in self.sites)
         return [parameter for module in modules for parameter in module.parameters(recurse=False)]
 
@@ -177,7 +197,8 @@ class FFN:
     def scale(self) -> Tensor | None:
         """The fixed factor in front of down, (ff,) or (E, ff), where a method keeps one apart."""
         if self.layout.experts:
-            return getattr(self.module, buffer_name("scaled", "down"), None)
+            factor: Tensor | None = getattr(self.module, buffer_name("scaled", "down"), None)
+            return factor if factor is None or factor.ndim == 2 else factor.squeeze(-1)
         down = self.linear("down")
         return down.scale if isinstance(down, Scaled) else None
 
@@ -211,12 +232,21 @@ class FFN:
         up, up_bias = weight("up"), self._bias("up")
         gate = gate_bias = None
         if self.layout.fused:
-            gate, up = up.chunk(2, dim=-2)
+            gate, up = self._halves(up, -2)
             if up_bias is not None:
-                gate_bias, up_bias = up_bias.chunk(2, dim=-1)
+                gate_bias, up_bias = self._halves(up_bias, -1)
         elif self.gated:
             gate, gate_bias = weight("gate"), self._bias("gate")
         return Neurons(up, weight("down"), gate, up_bias, gate_bias, self._bias("down"))
+
+    def _halves(self, value: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """(gate, up) of a tensor that holds both."""
+        first, second = value.chunk(2, dim=dim)
+        return (second, first) if self.layout.up_first else (first, second)
+
+    def fuse(self, gate: Tensor, up: Tensor, dim: int) -> Tensor:
+        """One tensor of gate and up, in the order that the family has."""
+        return torch.cat((up, gate) if self.layout.up_first else (gate, up), dim=dim)
 
     @torch.no_grad()
     def write(self, neurons: Neurons) -> None:
@@ -255,23 +285,24 @@ class FFN:
     def _features(self, site: str) -> tuple[int, int]:
         """(out, in)."""
         if self.layout.experts:
-            return tuple(self._weight(site).shape[-2:])  # type: ignore[return-value]
+            return tuple(self._oriented(site).shape[-2:])  # type: ignore[return-value]
         return _shape(self.linear(site))
 
     def _oriented(self, site: str) -> Tensor:
         """The weight as (out, in)."""
         weight = self._weight(site)
-        return weight.mT if not self.layout.experts and is_transposed(self.linear(site)) else weight
+        transposed = self.layout.transposed if self.layout.experts else is_transposed(self.linear(site))
+        return weight.mT if transposed else weight
 
     def _effective(self, site: str) -> Tensor:
         """The weight as (out, in) with every factor in it."""
-        weight = self._oriented(site)
         if self.layout.experts:
+            weight = self._weight(site)
             for name, buffer in served(self.module):
                 if name == self.path(site):
                     weight = weight * broadcast(getattr(self.module, buffer))
-            return weight
-        linear = self.linear(site)
+            return weight.mT if self.layout.transposed else weight
+        linear, weight = self.linear(site), self._oriented(site)
         return weight * linear.scale.to(weight.dtype) if isinstance(linear, Scaled) else weight
 
     def _bias(self, site: str) -> Tensor | None:
@@ -292,6 +323,11 @@ def _shape(linear: Any) -> tuple[int, int]:
         return linear.features
     rows, columns = linear.weight.shape
     return (columns, rows) if is_transposed(linear) else (rows, columns)
+
+
+def output_width(linear: nn.Module) -> int:
+    """Columns of what a linear gives."""
+    return _shape(linear)[0]
 
 
 def activations(ffn: FFN) -> list[Callable[[Tensor], Tensor]]:
@@ -344,13 +380,11 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _match(module: nn.Module, *, middle: bool = False) -> Layout | None:
     """The row that a module fits; with ``middle`` also where something works on the hidden neurons in between."""
     for layout in LAYOUTS:
+        if layout.owner not in ("", type(module).__name__):
+            continue
         paths = (layout.up, layout.gate or layout.up, layout.down)
         if layout.experts:
-            up, gate, down = (module._parameters.get(path) for path in paths)
-            if up is None or gate is None or down is None or up.ndim != 3 or down.ndim != 3:
-                continue
-            rows = up.shape[1] // 2 if layout.fused else up.shape[1]
-            if down.shape == (up.shape[0], up.shape[2], rows):
+            if _are_experts(module, layout, paths):
                 return layout
             continue
         linears = [_descend(module, path) for path in paths]
@@ -365,6 +399,19 @@ def _match(module: nn.Module, *, middle: bool = False) -> Layout | None:
         if (out, inner) == (d, ff) and (middle or not _has_middle(module, linears, ff, d)):
             return layout
     return None
+
+
+def _are_experts(module: nn.Module, layout: Layout, paths: tuple[str, str, str]) -> bool:
+    """Whether 3-D parameters have the shapes of a row; biases and alternating rows of gate and up are not known."""
+    up, gate, down = (module._parameters.get(path) for path in paths)
+    if up is None or gate is None or down is None or not up.ndim == gate.ndim == down.ndim == 3:
+        return False
+    if any(module._parameters.get(f"{path}_bias") is not None for path in paths):
+        return False
+    if gate.shape != up.shape or not getattr(module, "is_concatenated", True):
+        return False
+    (number, rows, d), (_, out, inner) = (p.mT.shape if layout.transposed else p.shape for p in (up, down))
+    return (number, out, inner) == (down.shape[0], d, rows // 2 if layout.fused else rows)
 
 
 def _has_middle(owner: nn.Module, linears: list[Any], ff: int, d: int) -> bool:
@@ -411,12 +458,20 @@ def _place(found: list[FFN]) -> None:
         ffn.stack = re.sub(r"_(model|tower|transformer|module)$", "", word)
 
 
+def block_name(ffn: str) -> str:
+    """The layer that holds an FFN: its path up to the first number; "" where there is none."""
+    parts = ffn.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return "" if number is None else ".".join(parts[: number + 1])
+
+
 def _share(model: nn.Module, found: list[FFN]) -> None:
     """Set the share of tokens that reach each routed expert."""
     for ffn in found:
         parent = ffn.name.rpartition(".")[0]
         if ffn.layout.experts:
-            ffn.active = _top_k(model, ffn.module) / ffn.experts
+            shared = "shared" in ffn.name.rpartition(".")[2]  # every token passes
+            ffn.active = 1.0 if shared else _top_k(model, ffn.module) / ffn.experts
         elif parent.rpartition(".")[2] == "experts":
             container = model.get_submodule(parent)
             ffn.active = _top_k(model, container) / max(len(list(container.children())), 1)
@@ -426,7 +481,7 @@ def _top_k(model: nn.Module, owner: nn.Module) -> int:
     config = getattr(owner, "config", None) or getattr(model, "config", None)
     configs = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
     for each in configs:
-        for key in ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "num_selected_experts"):
+        for key in ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "num_selected_experts"):
             if isinstance(getattr(each, key, None), int):
                 return int(getattr(each, key))
     return 1
@@ -439,9 +494,9 @@ def _unknown(model: nn.Module) -> FfnkitError:
     if between is not None:
         found = f"in '{between}' a norm or a convolution works on the hidden neurons, so none can go alone"
         return FfnkitError(f"the FFNs of {name}", found, "Use a model without one")
-    deep = [path for path, p in model.named_parameters() if p.ndim == 3 and "expert" in path]
+    deep = [p for p, value in model.named_parameters() if "expert" in p and (value.ndim == 3 or p[-7:] != ".weight")]
     if deep:
-        found = f"its experts lie in 3-D parameters of a form that is not known, such as {deep[0]}"
+        found = f"its experts lie in parameters of a form that is not known, such as {deep[0]}"
         return FfnkitError(f"the FFNs of {name}", found, "Use a model of another family")
     pairs = list(mirrored(model))
     if not pairs:
@@ -456,9 +511,24 @@ def _unknown(model: nn.Module) -> FfnkitError:
     )
 
 
-def mirrored(model: nn.Module) -> Iterator[tuple[str, str, str]]:
-    """(owner, up, down) of linears d -> ff and ff -> d with ff > d that hang close together."""
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+def middle_layout(module: nn.Module) -> Layout | None:
+    """The row that a module would fit, were there not something that works on its hidden neurons; else None."""
+    return _match(module, middle=True) if _match(module) is None else None
+
+
+def mirrored(model: nn.Module, *, without: Container[int] = ()) -> Iterator[tuple[str, str, str]]:
+    """(owner, up, down) of linears d -> ff and ff -> d with ff > d that hang close together.
+
+    Also d -> 2 ff and ff -> d, where one linear may hold gate and up.
+
+    Args:
+        without: ids of weights that are not asked for.
+    """
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if is_linear(module) and id(next(module.parameters(recurse=False))) not in without
+    }
     groups: dict[str, list[str]] = defaultdict(list)
     for name in linears:
         parts = name.split(".")
@@ -470,7 +540,7 @@ def mirrored(model: nn.Module) -> Iterator[tuple[str, str, str]]:
         for up in groups[owner]:
             ff, d = _shape(linears[up])
             for down in groups[owner]:
-                if up not in used and down not in used and ff > d and _shape(linears[down]) == (d, ff):
+                if up not in used and down not in used and ff > d and _shape(linears[down]) in ((d, ff), (d, ff / 2)):
                     used |= {up, down}
                     start = len(owner) + 1 if owner else 0
                     yield owner, up[start:], down[start:]

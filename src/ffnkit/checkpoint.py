@@ -18,7 +18,7 @@ from ffnkit import blocks, files, probe, shapes
 from ffnkit.architectures import architecture_class, read_config
 from ffnkit.errors import FfnkitError
 from ffnkit.formats import QUANT_METHOD
-from ffnkit.loading import check_weights, load_pretrained, open_errors
+from ffnkit.loading import check_weights, grouped_step, load_pretrained, open_errors, run_uneven_experts
 from ffnkit.nn.served import PREFIX
 from ffnkit.ops.neurons import Neurons
 
@@ -178,13 +178,19 @@ def export(
 def _padded_widths(
     model: PreTrainedModel, found: list[blocks.FFN], keys: dict[str, tuple[str, str] | None]
 ) -> dict[str, int]:
-    """The width that plain transformers can build for each FFN: the widest under its key, or the family's own."""
+    """The width that plain transformers can build and run for each FFN: the widest under its key, or the family's."""
     original = shapes.original_widths(model, found)
     widest: dict[tuple[str, str], int] = defaultdict(int)
     for ffn in found:
         if (key := keys[ffn.name]) is not None:
-            widest[key] = max(widest[key], ffn.width)
+            widest[key] = max(widest[key], _even_width(ffn))
     return {ffn.name: original[ffn.name] if (k := keys[ffn.name]) is None else widest[k] for ffn in found}
+
+
+def _even_width(ffn: blocks.FFN) -> int:
+    """The width, or for experts in 3-D parameters the next one that transformers' grouped product bears."""
+    step = grouped_step(ffn.parameters()[0]) if ffn.layout.experts else 1
+    return -(-ffn.width // step) * step
 
 
 def _standard_config(
@@ -247,7 +253,7 @@ def _named_values(ffn: blocks.FFN, neurons: Neurons) -> dict[str, Tensor]:
     named = {}
     for path, (weight, bias) in site_values(ffn, neurons).items():
         if ffn.layout.experts:
-            named[path] = weight
+            named[path] = weight.mT if ffn.layout.transposed else weight
             continue
         transposed = blocks.is_transposed(ffn.module.get_submodule(path))
         named[f"{path}.weight"] = weight.mT if transposed else weight
@@ -270,6 +276,7 @@ def _verify(model: PreTrainedModel, directory: Path, state: dict[str, Tensor]) -
             f"{len(wrong)} tensors did not reload equal, e.g. {wrong[0]}",
             "Keep the compact form, and report the model's class",
         )
+    run_uneven_experts(fresh)
     error = probe.compare(model, fresh.to(model.device))
     # Folding and padding change the order of sums only: a few hundred roundings of the model's own precision.
     limit = 2000 * torch.finfo(model.dtype).eps

@@ -29,6 +29,11 @@ class Edit:
     def kind(self) -> str:
         return type(self).__name__
 
+    @property
+    def touched(self) -> tuple[str, ...]:
+        """The FFNs that it changes, by name."""
+        return (self.ffn,)
+
     def tensors(self) -> dict[str, Tensor]:
         return {k: v for k, v in self.__dict__.items() if isinstance(v, Tensor)}
 
@@ -109,6 +114,11 @@ class Factor(Edit):
     first: Tensor
     second: Tensor
 
+    @classmethod
+    def of(cls, ffn: str, site: str, first: Tensor, second: Tensor) -> Factor:
+        """The edit that puts these two in the place of a linear."""
+        return cls(ffn, site=site, first=spooled(first), second=spooled(second))
+
 
 @dataclass(frozen=True, eq=False)
 class Mask(Edit):
@@ -135,7 +145,38 @@ class Mask(Edit):
         return torch.from_numpy(np.unpackbits(self.bits.numpy(), count=count)).bool().reshape(self.shape)
 
 
-EDITS: tuple[type[Edit], ...] = (Resize, Keep, Rewrite, Swap, Factor, Mask)
+@dataclass(frozen=True, eq=False)
+class Tie(Edit):
+    """Several FFNs become one, held once: the mean of their matched neurons, or this FFN as it is.
+
+    Attributes:
+        members: the other FFNs, by name.
+        average: whether the mean of all is taken; else this FFN takes the others' place.
+        orders: (members, ff) int32: neuron j of this FFN goes with neuron orders[i, j] of member i.
+    """
+
+    members: list[str]
+    average: bool
+    orders: Tensor
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        return (self.ffn, *self.members)
+
+
+@dataclass(frozen=True, eq=False)
+class Drop(Edit):
+    """A whole layer goes, with its attention and norms; the layers behind it move up.
+
+    Attributes:
+        layer: its path. parameters: those that go with it, other than of this FFN.
+    """
+
+    layer: str
+    parameters: int
+
+
+EDITS: tuple[type[Edit], ...] = (Resize, Keep, Rewrite, Swap, Factor, Mask, Tie, Drop)
 
 
 def build(kind: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Edit:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import math
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from ffnkit.errors import FfnkitError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
@@ -216,20 +217,30 @@ SPOOL_FROM = 1 << 20  # bytes; smaller tensors stay in memory
 
 
 def spooled(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU; a large one memory-mapped from a temporary file, so that its pages can be let go.
-
-    The file has no name any more once it is mapped: it goes with the last tensor that uses it, however we end.
-    """
+    """The tensor on the CPU; a large one memory-mapped from a temporary file, in memory only while it is read."""
     import torch
 
     own = tensor.detach().cpu().contiguous()
-    size = own.numel() * own.element_size()
-    if size < SPOOL_FROM:
+    if own.numel() * own.element_size() < SPOOL_FROM:
         return own.clone() if own.data_ptr() == tensor.data_ptr() else own
-    with tempfile.NamedTemporaryFile(prefix="ffnkit-") as file:
-        with disk_errors(tempfile.gettempdir()):
-            file.truncate(size)
-            storage = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=size)
-        mapped = torch.empty(0, dtype=own.dtype).set_(storage).view(own.shape)  # type: ignore[arg-type]
-        mapped.copy_(own)
-    return mapped
+    with tempfile.NamedTemporaryFile(prefix="ffnkit-") as file, disk_errors(tempfile.gettempdir()):
+        file.write(own.view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        return _mapped(file.name, own.shape, own.dtype)
+
+
+def spool(shape: Sequence[int], dtype: dtype) -> Tensor:
+    """A tensor of zeros in a temporary file, which takes room on the disk as it is written to.
+
+    The file has no name any more once it is mapped: it goes with the last tensor that uses it, however we end.
+    """
+    with tempfile.NamedTemporaryFile(prefix="ffnkit-") as file, disk_errors(tempfile.gettempdir()):
+        file.truncate(math.prod(shape) * dtype.itemsize)
+        return _mapped(file.name, shape, dtype)
+
+
+def _mapped(name: str, shape: Sequence[int], dtype: dtype) -> Tensor:
+    import torch
+
+    storage = torch.UntypedStorage.from_file(name, shared=True, nbytes=math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage).view(tuple(shape))  # type: ignore[arg-type]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -31,6 +34,28 @@ class Row:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Weights that look like a part of FFNs, but that ffnkit does not edit.
+
+    Attributes:
+        name: where they hang; ``*`` stands for numbers. count: in how many places.
+        shapes: of the weights in one place, by name. parameters: of all places. share: of the model's.
+        why: what keeps ffnkit from them.
+    """
+
+    name: str
+    count: int
+    shapes: dict[str, tuple[int, ...]]
+    parameters: int
+    share: float
+    why: str
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in self.shapes.items())
+        return f"{self.count} x {self.name} ({shapes}), {self.share:.1%} of the parameters: {self.why}"
+
+
+@dataclass(frozen=True)
 class Inventory:
     """Every FFN of a model.
 
@@ -41,6 +66,7 @@ class Inventory:
             by top-k / E, shared FFNs as often as they run), attention scores and embeddings left out. In two-stack
             models: one token of each stack.
         ffn_flops_per_token: the FFNs' part.
+        left_out: weights that look like a part of FFNs, but that ffnkit does not edit.
     """
 
     model: str
@@ -49,6 +75,7 @@ class Inventory:
     ffn_parameters: int
     flops_per_token: float
     ffn_flops_per_token: float
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def ffn_share(self) -> float:
@@ -72,6 +99,7 @@ class Inventory:
             )
         total, ffn = self.flops_per_token / 1e6, self.ffn_flops_per_token / 1e6
         lines.append(f"  {total:.3f} MFLOPs a token in linears, {ffn:.3f} in FFNs ({ffn / max(total, 1e-12):.1%})")
+        lines += [f"  left out: {left}" for left in self.left_out]
         return "\n".join(lines)
 
 
@@ -107,7 +135,69 @@ def inspect(model: nn.Module) -> Inventory:
         ffn_parameters=sum(row.parameters for row in rows),
         flops_per_token=ffn_flops + _other_flops(model, found),
         ffn_flops_per_token=ffn_flops,
+        left_out=left_out(model, found),
     )
+
+
+# --- what is left out ---------------------------------------------------------------------------------------------
+
+_NO_FFN = re.compile(r"att(ention|n)|mamba|mixer|embed|position|proj(ection|ector)|router|connector", re.IGNORECASE)
+_WIDEST = 16  # ff / d of an FFN at most; bottlenecks of other uses go further
+Place = tuple[str, dict[str, nn.Parameter], str]  # owner, weights by name below it, why
+
+
+def left_out(model: nn.Module, found: list[blocks.FFN]) -> tuple[LeftOut, ...]:
+    """Weights placed like those of FFNs that none of the FFNs ``found`` covers.
+
+    These are experts of a form that is not known (alternating rows of gate and up, biases, more experts than weights),
+    FFNs with a norm or a convolution in between, and mirrored linears, d -> ff and ff -> d, outside of attention.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    covered = {id(p) for ffn in found for p in ffn.parameters()}
+    groups: dict[Any, list[dict[str, nn.Parameter]]] = {}
+    for owner, weights, why in chain(_unknown_experts(model), _with_middle(model), _mirrored(model, covered)):
+        fresh = {name: p for name, p in weights.items() if id(p) not in covered and p.ndim > 1}
+        covered |= {id(p) for p in fresh.values()}
+        shapes = tuple((name, tuple(p.shape)) for name, p in fresh.items())
+        if fresh:
+            groups.setdefault((re.sub(r"(?<![^._])\d+(?![^.])", "*", owner), shapes, why), []).append(fresh)
+    rows = []
+    for (name, shapes, why), places in groups.items():
+        size = sum(p.numel() for place in places for p in place.values())
+        rows.append(LeftOut(name, len(places), dict(shapes), size, size / total, why))
+    return tuple(rows)
+
+
+def _unknown_experts(model: nn.Module) -> Iterator[Place]:
+    """Modules named after experts."""
+    for path, module in model.named_modules():
+        named = re.fullmatch(r"(shared_)?experts?", path.rpartition(".")[2]) or type(module).__name__.endswith(
+            "Experts"
+        )
+        if named and not _NO_FFN.search(path):
+            yield path, dict(module.named_parameters()), "experts of a form that is not known"
+
+
+def _with_middle(model: nn.Module) -> Iterator[Place]:
+    for path, module in model.named_modules():
+        layout = blocks.middle_layout(module)
+        if layout is not None:
+            names = (f"{site}.weight" for site in dict.fromkeys((layout.up, layout.gate or layout.up, layout.down)))
+            weights = {name: module.get_parameter(name) for name in names}
+            yield path, weights, "a norm or a convolution works on the hidden neurons"
+
+
+def _mirrored(model: nn.Module, covered: set[int]) -> Iterator[Place]:
+    modules = dict(model.named_modules())
+    for owner, *pair in blocks.mirrored(model, without=covered):
+        paths = [f"{owner}.{name}" if owner else name for name in pair]
+        near = [type(modules[path.rpartition(".")[0]]).__name__ for path in paths]
+        weights = {
+            f"{name}.weight": modules[path].get_parameter("weight") for name, path in zip(pair, paths, strict=True)
+        }
+        narrow, wide = sorted(weights[f"{pair[0]}.weight"].shape)
+        if wide <= _WIDEST * narrow and not any(_NO_FFN.search(text) for text in (*paths, *near)):
+            yield owner, weights, "mirrored linears of no known row"
 
 
 def _runs(model: nn.Module, ffn: blocks.FFN) -> int:

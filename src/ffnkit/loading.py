@@ -48,7 +48,28 @@ def load_with_info(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> t
     _check_body(model, info, name)
     check_weights(model, name)
     _note_drawn(model, info)
+    if "experts_implementation" not in kwargs:
+        run_uneven_experts(model)
     return model, info
+
+
+def grouped_step(weight: Any) -> int:
+    """Of what the widths of experts in a 3-D parameter must be a multiple for torch's grouped product: 16 bytes."""
+    return max(16 // weight.element_size(), 1)
+
+
+def run_uneven_experts(model: Any) -> bool:
+    """Have experts run by their own loop where one is of a width that the grouped product refuses.
+
+    True where the model's ``experts_implementation`` was changed for it, from ``grouped_mm`` to ``eager``.
+    """
+    weights = [p for name, p in model.named_parameters() if name.endswith(".down_proj") and p.ndim == 3]
+    if not any(size % grouped_step(p) for p in weights for size in p.shape[1:]):
+        return False
+    known: dict[str, str | None] = getattr(model, "get_experts_implementation", dict)()
+    if "grouped_mm" in known.values():
+        model.set_experts_implementation("eager")
+    return "grouped_mm" in known.values()
 
 
 def load_tokenizer(name_or_dir: str | Path, **kwargs: Any) -> Any:

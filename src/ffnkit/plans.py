@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ffnkit import blocks, edits
-from ffnkit.edits import Edit, Factor, Mask
+from ffnkit.edits import Drop, Edit, Factor, Mask, Tie
 from ffnkit.errors import FfnkitError
 from ffnkit.files import disk_errors
 from ffnkit.ops.neurons import Neurons
@@ -57,6 +57,8 @@ class Plan:
         edits: what to do, in order. shapes: the FFNs that it was made for, by name.
         parameters: of the whole model before.
         quantities: measured while planning, by FFN: e.g. the relative clustering error.
+        report: how the method came to its edits, as plain data: e.g. what a search tried, and the seconds. Neither
+            saved nor compared.
     """
 
     method: str
@@ -66,6 +68,7 @@ class Plan:
     shapes: dict[str, Shape]
     parameters: int
     quantities: dict[str, dict[str, float]] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
 
     # --- what changes
 
@@ -78,16 +81,37 @@ class Plan:
         return sum(self.saved(name) for name in self.shapes)
 
     def saved(self, name: str) -> int:
-        """Parameters that one FFN loses; its output bias stays. Zeros of a mask are stored, and not counted."""
+        """Parameters that one FFN loses; its output bias stays. Zeros of a mask are stored, and not counted.
+
+        An FFN that shares another's weights loses all of its own.
+        """
         shape = self.shapes[name]
+        if name in self._shared():
+            return shape.parameters
+        if (drop := self._dropped().get(name)) is not None:
+            return shape.parameters + drop.parameters
         before, after = self.widths().get(name, (shape.width, shape.width))
         thin = [e for e in self.edits if isinstance(e, Factor) and e.ffn == name]
         factored = sum(len(e.second) * e.first.shape[1] - e.first.numel() - e.second.numel() for e in thin)
         return shape.neuron_parameters * (before - after) + factored
 
+    def _shared(self) -> dict[str, str]:
+        """The FFN whose weights it will use, by the name of each FFN that loses its own."""
+        return {member: edit.ffn for edit in self.edits if isinstance(edit, Tie) for member in edit.members}
+
+    def _dropped(self) -> dict[str, Drop]:
+        return {edit.ffn: edit for edit in self.edits if isinstance(edit, Drop)}
+
     def _becomes(self, name: str) -> str:
         """In words, what an FFN turns into."""
+        if name in self._shared():
+            return f"shares {self._shared()[name]}"
+        if name in self._dropped():
+            return f"gone with {self._dropped()[name].layer}"
         mine = [edit for edit in self.edits if edit.ffn == name]
+        ties = [edit for edit in mine if isinstance(edit, Tie)]
+        if ties:
+            return f"{'the mean of' if ties[0].average else 'shared by'} {1 + len(ties[0].members)} FFNs"
         if name in self.widths():
             return f"{self.widths()[name][1]} neurons"
         if ranks := [len(edit.first) for edit in mine if isinstance(edit, Factor)]:
@@ -97,7 +121,8 @@ class Plan:
         return f"{nonzero:,} of {total:,} weights not zero"
 
     def __str__(self) -> str:
-        settings = ", ".join(f"{key}={value!r}" for key, value in self.settings.items())
+        shown = {k: "by layer" if isinstance(v, dict) else repr(v) for k, v in self.settings.items()}
+        settings = ", ".join(f"{key}={value}" for key, value in shown.items())
         lines = [f"{self.method}({settings}) for {self.model}"]
         name_width = max((len(name) for name in self.shapes), default=0)
         for name, shape in self.shapes.items():
@@ -177,10 +202,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Draft:
-    """What a method returns: its edits, and what it measured for each FFN."""
+    """What a method returns: its edits, what it measured for each FFN, and how it came to them."""
 
     edits: tuple[Edit, ...]
     quantities: dict[str, dict[str, float]] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
 
 
 class Method(Protocol):
@@ -221,9 +247,10 @@ def plan(
         settings=method.settings(),
         model=type(model).__name__,
         edits=draft.edits,
-        shapes={edit.ffn: shapes[edit.ffn] for edit in draft.edits},
+        shapes={name: shapes[name] for edit in draft.edits for name in edit.touched},
         parameters=sum(p.numel() for p in model.parameters()),
         quantities=draft.quantities,
+        report=draft.report,
     )
 
 
@@ -235,5 +262,6 @@ def check_weights(neurons: Neurons, name: str) -> None:
         if not value.is_floating_point() or type(value) not in (Tensor, nn.Parameter):
             do = "Compress the model in float, save it, and load that with quantization_config"
             raise FfnkitError(f"weights of {name}", f"{key} is quantized ({type(value).__name__} {value.dtype})", do)
-        if not bool(torch.isfinite(value).all()):
+        # A sum is finite only if all terms are, and costs no further memory.
+        if not bool(torch.isfinite(value.detach().sum())) and not bool(torch.isfinite(value).all()):
             raise FfnkitError(f"weights of {name}", f"{key} holds NaN or infinity", "Repair the model's weights first")

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.blocks import FFN
+from ffnkit.blocks import FFN, block_name
 from ffnkit.errors import FfnkitError
+from ffnkit.loading import run_uneven_experts
 from ffnkit.ops.neurons import Neurons
 from ffnkit.surgery import borrowed, resize
 from ffnkit.taps import Batch, Receive, evaluating, model_inputs, stack_masks, tapped
@@ -61,6 +62,7 @@ class Replay:
         self._done: dict[str, list[str]] = {}  # blocks behind us, by the list that holds them
         self._outputs: dict[str, list[Any]] = {}  # what the last of them gave, a batch each
         self._whole = False
+        self._passed: str | None = None  # the block whose outputs are there since it was watched
         self._lent = ExitStack()
 
     def __enter__(self) -> Replay:
@@ -74,15 +76,26 @@ class Replay:
         """Let an FFN run with other neurons, of any width, until the block of ``with`` ends."""
         self._lent.enter_context(borrowed(ffn))
         resize(ffn, neurons)
+        if ffn.layout.experts and run_uneven_experts(self.model):
+            self._lent.callback(self.model.set_experts_implementation, "grouped_mm")  # type: ignore[arg-type]
 
-    def watch(self, group: list[FFN], receive: Receive) -> None:
-        """Hand every call of the FFNs of one block to ``receive``, over all batches."""
+    def watch(self, group: list[FFN], receive: Receive, *, last: bool = False) -> None:
+        """Hand every call of the FFNs of one block to ``receive``, over all batches.
+
+        Args:
+            last: the block stays as it is and is not watched again before :meth:`advance`, which then need not run it.
+        """
         name = block_name(group[0].name)
+        self._passed = None
+        keep = last and not self._whole and self._stops(group)
         masks: dict[str, Tensor | None] = {}
         with tapped(group, receive, masks):
             for number, batch in enumerate(self.batches):
                 masks.update(stack_masks(self.model, batch, group))
-                self._run(number, name if self._stops(group) else None)
+                output = self._run(number, name if self._stops(group) else None)
+                if keep:
+                    self._room(name)[number] = output
+        self._passed = name if keep else None
 
     def advance(self, group: list[FFN]) -> None:
         """Keep what this block, as it is now, gives for every batch; blocks that come later start from there."""
@@ -90,15 +103,26 @@ class Replay:
         holder = name.rpartition(".")[0]
         if self._whole or not self._stops(group) or not name:
             return
-        outputs = [self._run(number, name) for number in range(len(self.batches))]
+        outputs = self._room(name)
+        if self._passed != name:
+            for number in range(len(self.batches)):
+                outputs[number] = self._run(number, name)
         passed = [n for n in self.calls if n.rpartition(".")[0] == holder]
         done = passed[: passed.index(name) + 1]
         first = holder not in self._done
-        self._done[holder], self._outputs[holder] = done, outputs
+        self._done[holder] = done
         if first and not self._faithful(passed[len(done) :]):
             self._whole = True
             self._done.clear()
             self._outputs.clear()
+
+    def finish(self, number: int) -> None:
+        """Run one batch to the model's end, for hooks to see; blocks behind us are not run again."""
+        self._run(number, None)
+
+    def _room(self, name: str) -> list[Any]:
+        """Where a block's outputs go, a batch each: each takes the place of the one that it was computed from."""
+        return self._outputs.setdefault(name.rpartition(".")[0], [None] * len(self.batches))
 
     # --- one pass
 
@@ -178,13 +202,6 @@ class Replay:
         finally:
             self._done = held
         return _same(short, full)
-
-
-def block_name(ffn: str) -> str:
-    """The layer that holds an FFN: its path up to the first number; "" where there is none."""
-    parts = ffn.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    return "" if number is None else ".".join(parts[: number + 1])
 
 
 def _returning(output: Any) -> Any:

@@ -26,6 +26,7 @@ IMPOSSIBLE_WIDTH = 1
 # In the order in which they are tried; the first whose value is the FFN's width names it.
 _WIDTH_KEYS = (
     "intermediate_size",
+    "intermediate_size_mlp",
     "n_inner",
     "d_ff",
     "ffn_dim",
@@ -231,7 +232,7 @@ def declare_twins(model: PreTrainedModel, ffn: blocks.FFN, twins: list[str]) -> 
     """Declare the FFNs at the paths ``twins`` as further names of ``ffn``, for saving and for loading."""
     state = ffn.module.state_dict(keep_vars=True)
     sites = tuple(f"{ffn.path(site)}." for site in ffn.sites) if not ffn.layout.experts else ()
-    exact = {ffn.path("up"), ffn.path("down")} if ffn.layout.experts else set()
+    exact = {ffn.path(site) for site in ffn.sites} if ffn.layout.experts else set()
     own = [name for name in state if name in exact or name.startswith(sites or PREFIX)]
     pairs = {f"{twin}.{name}": f"{ffn.name}.{name}" for twin in twins for name in own}
     model._tied_weights_keys = {**(getattr(model, "_tied_weights_keys", None) or {}), **pairs}
@@ -241,3 +242,13 @@ def declare_twins(model: PreTrainedModel, ffn: blocks.FFN, twins: list[str]) -> 
     model.all_tied_weights_keys = {**getattr(model, "all_tied_weights_keys", {}), **tied}
     ignored = {re.escape(name) for name in buffers} | set(model._keys_to_ignore_on_load_missing or ())
     model._keys_to_ignore_on_load_missing = sorted(ignored) or None
+    model._adjust_bias = _adjust_bias  # type: ignore[method-assign]
+
+
+def _adjust_bias(tied: nn.Module, source: Any) -> None:
+    """In place of transformers' own, which cuts the bias of a tied layer to its weight's first dimension.
+
+    That is the wrong one in layers whose weight lies as (in, out), and the bias would be lost without a word.
+    """
+    if not blocks.is_transposed(tied):
+        PreTrainedModel._adjust_bias(None, tied, source)  # type: ignore[arg-type]

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 
 from ffnkit import blocks, shapes
 from ffnkit.blocks import FFN
-from ffnkit.edits import Edit, Factor, Keep, Mask, Resize, Rewrite, Swap
+from ffnkit.depth import moved, without_layers
+from ffnkit.edits import Drop, Edit, Factor, Keep, Mask, Resize, Rewrite, Swap, Tie
 from ffnkit.errors import FfnkitError
+from ffnkit.loading import run_uneven_experts
 from ffnkit.nn.lowrank import LowRank
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.scaled import Scaled
@@ -34,13 +36,20 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         FfnkitError: where the model is not of the shape that the plan was made for.
     """
     found = {ffn.name: ffn for ffn in blocks.ffns(model)}
-    _check(found, plan, type(model).__name__)
+    check_fits(found, plan, type(model).__name__)
     keys = shapes.width_keys(model, list(found.values()))
     original = shapes.original_widths(model, list(found.values()))
     for edit in plan.edits:
-        ffn = found[edit.ffn]
-        carry_out(ffn, edit)
+        if isinstance(edit, Tie):
+            tie(model, [found[name] for name in edit.touched], edit)
+        elif not isinstance(edit, Drop):
+            carry_out(found[edit.ffn], edit)
+    gone = [edit.layer for edit in plan.edits if isinstance(edit, Drop)]
+    if gone:
+        renamed, _ = without_layers(model, gone)
+        keys, original = moved(keys, renamed, gone), moved(original, renamed, gone)
     shapes.update_config(model, keys, original)
+    run_uneven_experts(model)
     return model
 
 
@@ -51,11 +60,11 @@ def carry_out(ffn: FFN, edit: Edit) -> None:
     elif isinstance(edit, Keep):
         resize(ffn, _kept(ffn.raw(), edit.index.to(ffn.raw().up.device).long()))
     elif isinstance(edit, Rewrite):
-        resize(ffn, edit.neurons())
+        resize(ffn, edit.neurons().map(torch.clone))  # a plan's tensors stay its own
     elif isinstance(edit, Swap):
         attach(ffn, edit.site, "scaled", edit.scale)
     elif isinstance(edit, Factor):
-        attach(ffn, edit.site, "lowrank", edit.first, edit.second)
+        attach(ffn, edit.site, "lowrank", edit.first.clone(), edit.second.clone())
     elif isinstance(edit, Mask):
         attach(ffn, edit.site, "masked", edit.mask())
 
@@ -89,15 +98,15 @@ def rebuild(model: PreTrainedModel, described: dict[str, Any]) -> None:
         twins = [name for name in names[1:] if by_owner[name] is not by_owner[names[0]]]
         if twins:
             shapes.declare_twins(model, by_owner[names[0]], twins)
+    run_uneven_experts(model)
 
 
 def share_twins(model: PreTrainedModel, described: dict[str, Any]) -> None:
     """Make the FFNs that a compact checkpoint stores once one object again, after loading."""
-    modules = dict(model.named_modules(remove_duplicate=False))
     by_owner = {name: ffn for ffn in blocks.ffns(model) for name in ffn.owners}
     for _, names in shapes.rows_for(model, described):
         for name in names[1:]:
-            share(by_owner[names[0]], modules[name])
+            share(model, by_owner[names[0]], names[0], name)
 
 
 # --- the single changes -------------------------------------------------------------------------------------------
@@ -108,7 +117,7 @@ def resize(ffn: FFN, neurons: Neurons) -> None:
     values = site_values(ffn, neurons)
     if ffn.layout.experts:
         for path, (weight, _) in values.items():
-            fresh = _like(ffn.module._parameters[path], weight)
+            fresh = _like(ffn.module._parameters[path], weight.mT if ffn.layout.transposed else weight)
             for owner in _unique(ffn.owners.values()):
                 owner._parameters[path] = fresh
     else:
@@ -156,6 +165,8 @@ def attach(ffn: FFN, site: str, kind: str, *tensors: Tensor) -> None:
     if ffn.layout.experts:
         if kind == "lowrank":
             ffn.linear(site)  # says why there is none
+        if ffn.layout.transposed:  # factors as the parameters lie: (E, in, 1), or (E, in, out)
+            tensors = tuple(t[..., None] if t.ndim == 2 else t.mT.contiguous() for t in tensors)
         for owner in _unique(ffn.owners.values()):
             serve(owner, ffn.path(site), kind, site, *tensors)
         return
@@ -195,25 +206,75 @@ def _blank(ffn: FFN, site: str, special: dict[str, Any]) -> tuple[Tensor, ...]:
     return weight.new_empty(special["rank"], inner), weight.new_empty(out, special["rank"])
 
 
-def share(ffn: FFN, owner: nn.Module) -> None:
-    """Let another owner of the same layout use this FFN's very linears."""
+def tie(model: PreTrainedModel, ffns: list[FFN], edit: Tie) -> None:
+    """Make several FFNs one: the first gets the mean of all, or stays, and the others use its very modules."""
+    anchor = ffns[0]
+    if edit.average:
+        resize(anchor, merged(ffns, edit.orders))
+    for member in ffns[1:]:
+        for name in member.owners:
+            share(model, anchor, anchor.name, name)
+            anchor.twins[name] = model.get_submodule(name)
+
+
+def merged(ffns: list[FFN], orders: Tensor) -> Neurons:
+    """The mean of FFNs whose neurons are put in the order of the first one's, in its dtype; one FFN at a time.
+
+    Args:
+        orders: (len(ffns) - 1, ff): neuron j of the first goes with neuron orders[i, j] of the (i + 1)-th.
+
+    Source: Verma et al. (arXiv 2501.06126), W_in* = mean of P_i W_in,i, W_out* = mean of W_out,i P_i^T.
+    """
+    first = ffns[0].raw()
+    exact = torch.promote_types(first.up.dtype, torch.float32)
+    sums = first.map(lambda value: value.detach().to(exact, copy=True))
+    for ffn, order in zip(ffns[1:], orders, strict=True):
+        fits = ffn.raw().take(order.to(first.up.device).long())
+        for name, value in sums.tensors().items():
+            value += getattr(fits, name).to(value)
+    return sums.map(lambda value: value / len(ffns)).to(first.up.dtype)
+
+
+def share(model: PreTrainedModel, ffn: FFN, source: str, name: str) -> None:
+    """Let the owner ``name`` use the weights of the owner ``source`` of ``ffn``.
+
+    An owner that holds nothing else is replaced as a whole: libraries that exchange its linears (adapters, wrappers)
+    then do so for all places at once. Elsewhere the linears are shared.
+    """
+    first, owner = ffn.owners[source], model.get_submodule(name)
+    if owner is first:
+        return
     if ffn.layout.experts:
         for path in dict.fromkeys((ffn.path("up"), ffn.path("down"))):
-            owner._parameters[path] = ffn.module._parameters[path]
-        if owner is not ffn.module:
-            unserve(owner, fold=False)
-            for name, buffer in served(ffn.module):
-                _, kind, site = buffer.split("_")
-                serve(owner, name, kind, site, getattr(ffn.module, buffer))
-        return
-    for site in ffn.sites:
-        owner.set_submodule(ffn.path(site), ffn.module.get_submodule(ffn.path(site)))
+            owner._parameters[path] = first._parameters[path]
+        unserve(owner, fold=False)
+        for path, buffer in served(first):
+            _, kind, site = buffer.split("_")
+            serve(owner, path, kind, site, getattr(first, buffer))
+    elif _exchangeable(first, owner, ffn):
+        model.set_submodule(name, first)
+    else:
+        for site in ffn.sites:
+            owner.set_submodule(ffn.path(site), first.get_submodule(ffn.path(site)))
+
+
+def _exchangeable(first: nn.Module, owner: nn.Module, ffn: FFN) -> bool:
+    """Whether two owners hold nothing but an FFN, and are told alike in all else (a layer's number would differ)."""
+    inside = {id(p) for site in ffn.sites for p in first.get_submodule(ffn.path(site)).parameters()}
+    facts = [{k: v for k, v in vars(m).items() if type(v) in (int, float, str, bool)} for m in (first, owner)]
+    return (
+        type(first) is type(owner)
+        and facts[0] == facts[1]
+        and all(id(p) in inside for p in first.parameters())
+        and not [name for name, _ in first.named_buffers() if not name.startswith(tuple(map(ffn.path, ffn.sites)))]
+    )
 
 
 # --- helpers ------------------------------------------------------------------------------------------------------
 
 
-def _check(found: dict[str, FFN], plan: Plan, model: str) -> None:
+def check_fits(found: dict[str, FFN], plan: Plan, model: str) -> None:
+    """Raises FfnkitError where the FFNs of a model, by name, are not those that the plan was made for."""
     for name, shape in plan.shapes.items():
         if name not in found:
             raise FfnkitError(
@@ -273,8 +334,8 @@ def site_values(ffn: FFN, neurons: Neurons) -> dict[str, tuple[Tensor, Tensor | 
         assert neurons.gate is not None
         bias = None
         if neurons.up_bias is not None and neurons.gate_bias is not None:
-            bias = torch.cat([neurons.gate_bias, neurons.up_bias], dim=-1)
-        values[ffn.path("up")] = (torch.cat([neurons.gate, neurons.up], dim=-2), bias)
+            bias = ffn.fuse(neurons.gate_bias, neurons.up_bias, -1)
+        values[ffn.path("up")] = (ffn.fuse(neurons.gate, neurons.up, -2), bias)
     else:
         values[ffn.path("up")] = (neurons.up, neurons.up_bias)
         if neurons.gate is not None:

@@ -99,10 +99,13 @@ def tapped(found: list[FFN], receive: Receive, masks: Mapping[str, Tensor | None
     handles: list[Any] = []
     try:
         for ffn in found:
-            for owner in dict.fromkeys(ffn.owners.values()):
-                handles += (
-                    _tap_experts(ffn, owner, receive, masks) if ffn.layout.experts else _tap(ffn, owner, receive, masks)
-                )
+            if ffn.layout.experts:
+                for owner in dict.fromkeys(ffn.owners.values()):
+                    handles += _tap_experts(ffn, owner, receive, masks)
+                continue
+            # owners that share their weights share these very modules, or hold others with the same parameters
+            for owner in {ffn.linear("down", owner): owner for owner in ffn.owners.values()}.values():
+                handles += _tap(ffn, owner, receive, masks)
         yield
     finally:
         for handle in handles:
@@ -133,17 +136,36 @@ def _weights(mask: Tensor | None, x: Tensor) -> Tensor | None:
 
 def _tap_experts(ffn: FFN, owner: nn.Module, receive: Receive, masks: Mapping[str, Tensor | None]) -> list[Any]:
     def finish(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        x, index, weights = routing(ffn, args, kwargs)
-        mask = _weights(masks.get(ffn.stack), x)
-        for number in range(ffn.experts):
-            token, place = torch.where(index == number)
-            if len(token):
-                share = weights[token, place].float().square()
-                share = share if mask is None else share * mask[token]
-                inner, hidden, result = expert_forward(ffn, module, number, x[token])
+        for number, x, share in routed(ffn, args, kwargs, masks.get(ffn.stack)):
+            if len(x):
+                inner, hidden, result = expert_forward(ffn, module, number, x)
                 receive(ffn, Flow(inner, hidden, result, weights=share, expert=number))
 
     return [owner.register_forward_hook(finish, with_kwargs=True)]
+
+
+def routed(
+    ffn: FFN, args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(expert, its tokens (n, d), how much each counts (n,)) for a call of experts in 3-D parameters.
+
+    Experts are called with tokens, choices and weights; or, as in Llama 4, with every token for every expert, times
+    its routing weight, which is 0 for those that were not chosen.
+    """
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if len(tensors) == 1 and tensors[0].numel() % (ffn.experts * ffn.d) == 0:
+        each = tensors[0].reshape(ffn.experts, -1, ffn.d)
+        counts = _weights(mask, each[0])
+        for number, x in enumerate(each):
+            token = torch.where((x != 0).any(-1))[0]
+            yield number, x[token], torch.ones_like(x[token, 0].float()) if counts is None else counts[token]
+        return
+    x, index, weights = routing(ffn, args, kwargs)
+    counts = _weights(mask, x)
+    for number in range(ffn.experts):
+        token, place = torch.where(index == number)
+        share = weights[token, place].float().square()
+        yield number, x[token], share if counts is None else share * counts[token]
 
 
 def routing(ffn: FFN, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,16 +180,22 @@ def routing(ffn: FFN, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple
 
 def expert_forward(ffn: FFN, owner: Any, number: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(input, hidden, output) of one expert for tokens x (n, d), routing weight left out."""
-    up = getattr(owner, ffn.path("up"))[number]
-    pre = nn.functional.linear(x, up)
+
+    def apply(site: str, value: Tensor) -> Tensor:
+        weight = getattr(owner, ffn.path(site))[number]
+        return value @ weight if ffn.layout.transposed else nn.functional.linear(value, weight)
+
+    pre = apply("up", x)
     if not ffn.gated:
         hidden = owner.act_fn(pre)
+    elif not ffn.layout.fused:
+        hidden = owner.act_fn(apply("gate", x)) * pre
     elif hasattr(owner, "_apply_gate"):
         hidden = owner._apply_gate(pre)
     else:
         gate, value = pre.chunk(2, dim=-1)
         hidden = owner.act_fn(gate) * value
-    return x, hidden, nn.functional.linear(hidden, getattr(owner, ffn.path("down"))[number])
+    return x, hidden, apply("down", hidden)
 
 
 def _routed(ffn: FFN) -> bool:
@@ -194,28 +222,28 @@ def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """The batch without labels, unless the decoder's inputs are made from them."""
     inputs = {k: v for k, v in batch.items() if k not in ("label", "labels")}
     labels = batch.get("labels")
-    has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    if (
-        has_decoder
-        and labels is not None
-        and labels.ndim == 2
-        and not any(k.startswith("decoder_input") for k in inputs)
-    ):
-        inputs["labels"] = labels
-    return inputs
+    wanted = _has_decoder(model) and labels is not None and labels.ndim == 2 and not decoder_given(batch)
+    return {**inputs, "labels": labels} if wanted else inputs
 
 
 def stack_masks(model: nn.Module, batch: Batch, found: list[FFN]) -> dict[str, Tensor | None]:
     """For each stack the mask (batch, tokens) of the tokens that count; None where all do."""
+    return {stack: stack_mask(stack, model, batch) for stack in dict.fromkeys(ffn.stack for ffn in found)}
+
+
+def stack_mask(stack: str, model: nn.Module, batch: Batch) -> Tensor | None:
+    """The mask (batch, tokens) of the tokens of one stack that count; None where all do."""
+    if stack == "decoder" and _has_decoder(model):
+        labels, given = batch.get("labels"), batch.get("decoder_attention_mask")
+        return labels.ne(-100) if given is None and labels is not None and labels.ndim == 2 else given
     own = batch.get("attention_mask")
-    masks: dict[str, Tensor | None] = {}
-    has_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    for stack in dict.fromkeys(ffn.stack for ffn in found):
-        if has_decoder and stack == "decoder":
-            labels = batch.get("labels")
-            masks[stack] = batch.get("decoder_attention_mask")
-            if masks[stack] is None and labels is not None and labels.ndim == 2:
-                masks[stack] = labels.ne(-100)
-        else:
-            masks[stack] = own if own is not None and own.ndim == 2 else None
-    return masks
+    return own if own is not None and own.ndim == 2 else None
+
+
+def decoder_given(batch: Batch) -> bool:
+    """Whether the decoder's own inputs are in the batch."""
+    return any(name.startswith("decoder_input") for name in batch)
+
+
+def _has_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +11,8 @@ import typer
 from ffnkit import files
 from ffnkit.cli import console, describe, options
 from ffnkit.cli.app import app
+from ffnkit.cli.budgets import Budget
+from ffnkit.cli.calibration import Calibration
 from ffnkit.cli.data_options import DATA, DataDir, TaskName, Tokenizer
 from ffnkit.cli.history import History
 from ffnkit.cli.outputs import check_output
@@ -52,6 +54,12 @@ def compress(
         str | None, typer.Option("--layers", "-l", help="all, last:8, 4-11, 4,5,9; 'encoder:last:4' in two stacks.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the method. \\[default: 0]")] = None,
+    budget: Annotated[
+        float | None, typer.Option("--budget", help="Share (or number) of FFN parameters left; sets widths by layer.")
+    ] = None,
+    multiple: Annotated[
+        int | None, typer.Option("--multiple", min=1, help="With --budget: widths are multiples of it. \\[64 or 8]")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The folder to write. Whole or not there: never half.")
     ] = None,
@@ -88,10 +96,15 @@ def compress(
 
       ffnkit compress ./llama --method fusion --set width=2048 [cyan]--form standard[/cyan] --out small
 
+      ffnkit compress roberta-base [cyan]--budget 0.5[/cyan] --text notes.txt --out small
+
     With --task or --text, calibrated-fusion is the method unless another is named: it measures activations on a few
     thousand tokens and keeps far more of the model than methods that see the weights only.
 
-    A width such as 0.25 is a share of the neurons, a whole number counts them. Tune the result: ffnkit tune small ...
+    A width such as 0.25 is a share of the neurons, a whole number counts them. --budget gives each layer a width of its
+    own, so that together they keep that share of the FFN parameters; equal ones unless --form is compact.
+
+    Tune the result: ffnkit tune small ...
     """
     if out is None and not dry_run:
         raise FfnkitError("ffnkit compress", "neither --out nor --dry-run is given", "Add --out DIR to save the result")
@@ -102,11 +115,15 @@ def compress(
         raise FfnkitError(f"--plan-out {plan_out}", "this is a folder", "Name a file")
     if method is None and plan_in is None and (task is not None or text is not None):
         method = "calibrated-fusion"
-    chosen = choose_method(method, settings or [], layers, seed, plan_in)
+    limit = Budget.read(budget, multiple, form, settings or [])
+    if limit is not None and plan_in is not None:
+        raise FfnkitError(f"--plan {plan_in}", "--budget is given too", "Leave it out: the plan holds the widths")
+    pairs = [*(settings or []), *(limit.settings(method) if limit is not None else [])]
+    chosen = choose_method(method, pairs, layers, seed, plan_in)
     calibration = Calibration(task, data_dir, text, tokens, tokenizer, seed or 0)
-    calibration.check(chosen)
+    calibration.check(chosen, limit)
     console.quieten()
-    job = Compression(model, chosen, plan_in, dtype, device, calibration)
+    job = Compression(model, chosen, plan_in, dtype, device, calibration, limit)
     report = job.run(plan_out, None if dry_run else out, form, as_json)
     if as_json:
         console.print_json(report)
@@ -146,51 +163,6 @@ def choose_method(
     return describe.build(methods.get(name), settings, f"method {name}")
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """The data of a method that measures activations: a task's training rows, or a file of text."""
-
-    task: str | None
-    data_dir: Path | None
-    text: Path | None
-    tokens: int
-    tokenizer: str | None
-    seed: int
-
-    def check(self, method: Any | None) -> None:
-        """Raises FfnkitError where data are missing, given twice, or of no use to the method."""
-        if self.task is not None and self.text is not None:
-            raise FfnkitError(f"--text {self.text}", f"--task {self.task} is given too", "Give one of the two")
-        needed, given = getattr(method, "needs_data", False), self.task is not None or self.text is not None
-        if needed and not given:
-            found = "it measures activations, and no data are given"
-            raise FfnkitError(f"--method {method.name}", found, "Add --task NAME or --text FILE")  # type: ignore[union-attr]
-        if given and not needed:
-            name = getattr(method, "name", "the saved plan")
-            raise FfnkitError(f"--{'task' if self.task else 'text'}", f"{name} uses no data", "Leave it out")
-        if self.text is not None and not self.text.is_file():
-            raise FfnkitError(f"--text {self.text}", "there is no such file", "Name a text file")
-        if self.task is not None:
-            from ffnkit import tasks
-
-            tasks.get(self.task)
-
-    def batches(self, model: Any, source: str) -> list[dict[str, Any]]:
-        """Padded batches for the model."""
-        from ffnkit import tasks
-        from ffnkit.tune import CalibrationSettings, calibration_batches
-
-        settings = CalibrationSettings(tokens=self.tokens, text=str(self.text) if self.text else None)
-        if self.task is None:
-            from ffnkit.tasks.models import load_tokenizer
-
-            return calibration_batches(model, load_tokenizer(self.tokenizer or source), settings, seed=self.seed)
-        task = tasks.get(self.task)
-        tokenizer = task.load_tokenizer(self.tokenizer or source)
-        rows = task.splits(self.data_dir).train
-        return calibration_batches(model, tokenizer, settings, task=task, rows=rows, seed=self.seed)
-
-
 class Compression:
     """One run of ``ffnkit compress``.
 
@@ -198,6 +170,7 @@ class Compression:
         source: the model's name or folder.
         method, plan_in: what to do: a method, or a saved plan where there is no method.
         dtype, device: as given on the command line.
+        budget: chooses the method's widths, where it is given.
     """
 
     def __init__(
@@ -208,9 +181,10 @@ class Compression:
         dtype: str,
         device: str,
         calibration: Calibration | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.source, self.method, self.plan_in = source, method, plan_in
-        self.dtype, self.device, self.calibration = dtype, device, calibration
+        self.dtype, self.device, self.calibration, self.budget = dtype, device, calibration, budget
 
     def run(self, plan_out: Path | None, out: Path | None, form: Form, as_json: bool) -> dict[str, Any]:
         """Plan, show, apply and save; without ``out`` nothing is applied. Returns what --json prints."""
@@ -219,17 +193,22 @@ class Compression:
 
         place = options.pick_device(self.device)
         if self.method is not None and hasattr(self.method, "targets"):
-            self.method.targets(empty_model(self.source))  # layers and widths that do not fit, before weights are read
+            empty = empty_model(self.source)
+            self.method.targets(empty)  # layers and widths that do not fit, before weights are read
+            if self.budget is not None:
+                self.budget.check(empty, self.method)
         console.say(f"loading {self.source}")
         model = load_any(self.source, dtype=self.dtype).to(place)
         before = ffnkit.inspect(model)
-        plan = self.make_plan(model)
+        plan, widths = self.make_plan(model)
         if not as_json:
-            console.out(str(plan))
+            console.out(str(plan) if widths is None else f"{widths}\n{plan}")
         if plan_out is not None:
             plan.save(plan_out)
             console.say(f"plan saved in {plan_out}")
         report: dict[str, Any] = {"model": self.source, "plan": plan.description(), "before": totals(before)}
+        if widths is not None:
+            report["budget"] = widths.to_dict()
         if out is None:
             return report
         ffnkit.apply(model, plan)
@@ -240,16 +219,23 @@ class Compression:
             console.say(f"{name}: {saved['folder']}, {megabytes(saved['bytes'])}")
         return report
 
-    def make_plan(self, model: Any) -> Any:
-        """The saved plan, or the method's own, with its progress layer by layer."""
+    def make_plan(self, model: Any) -> tuple[Any, Any]:
+        """The saved plan, or the method's own, with its progress layer by layer; and the widths under a budget."""
         import ffnkit
 
         if self.method is None:
-            return ffnkit.Plan.load(self.plan_in)  # type: ignore[arg-type]
-        measured = getattr(self.method, "needs_data", False) and self.calibration is not None
-        data = self.calibration.batches(model, self.source) if measured and self.calibration else None
+            return ffnkit.Plan.load(self.plan_in), None  # type: ignore[arg-type]
+        needed = getattr(self.method, "needs_data", False)
+        used = needed or (self.budget is not None and self.budget.measures)
+        given = self.calibration is not None and self.calibration.given
+        data = self.calibration.batches(model, self.source) if used and given and self.calibration else None
+        method, widths = self.method, None
+        if self.calibration is not None:
+            method = self.calibration.scored(method, self.source)
+        if self.budget is not None:
+            method, widths = self.budget.settle(method, model, data)
         with console.progress("planning") as step:
-            return ffnkit.plan(model, self.method, data=data, progress=step)
+            return ffnkit.plan(model, method, data=data if needed else None, progress=step), widths
 
     def save(self, model: Any, out: Path, form: Form, history: History) -> dict[str, dict[str, Any]]:
         """Save in the form asked for, with tokenizer, card and history; all in place in one step."""

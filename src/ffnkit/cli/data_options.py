@@ -15,7 +15,12 @@ DataDir = Annotated[
     typer.Option("--data-dir", envvar="FFNKIT_DATA", help="Folder with TASK/train.jsonl ...", rich_help_panel=DATA),
 ]
 TrainFile = Annotated[
-    Path | None, typer.Option("--train-file", help="Your own csv, jsonl, json, parquet or txt.", rich_help_panel=DATA)
+    Path | None,
+    typer.Option(
+        "--train-file",
+        help="Your own csv, jsonl, json, parquet, txt; a folder, tar, zip of images.",
+        rich_help_panel=DATA,
+    ),
 ]
 ValidationFile = Annotated[
     Path | None, typer.Option("--validation-file", help="Your own file for the reported figure.", rich_help_panel=DATA)
@@ -32,8 +37,8 @@ Template = Annotated[
     typer.Option("--template", help="The prompt, with input columns in braces.", rich_help_panel=DATA),
 ]
 Kind = Annotated[
-    Literal["language-modelling"] | None,
-    typer.Option("--kind", help="For a table with a column of plain text.", rich_help_panel=DATA),
+    Literal["language-modelling", "image-classification"] | None,
+    typer.Option("--kind", help="For a table with a column of plain text; for images.", rich_help_panel=DATA),
 ]
 Head = Annotated[
     Literal["class", "words"] | None,

@@ -80,6 +80,7 @@ class History:
             training=self.training,
             versions=versions(),
             auto_class=type(model).__name__,
+            pipeline_tag=self.kind if self.task else None,
         )
         return model_card(info)
 

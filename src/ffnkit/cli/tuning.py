@@ -44,6 +44,9 @@ def tune(
     max_length: data.MaxLength = None,
     tokenizer: data.Tokenizer = None,
     tuner: Annotated[str, typer.Option("--tuner", help="One of 'ffnkit tuners'.", rich_help_panel=TRAINING)] = "full",
+    routers: Annotated[
+        Literal["trained", "frozen"] | None, setting("--routers", "Routers of a mixture of experts.")
+    ] = None,
     learning_rate: Annotated[float | None, setting("--lr", "Learning rate.")] = None,
     epochs: Annotated[float | None, setting("--epochs", "Passes over the data.")] = None,
     steps: Annotated[int | None, setting("--steps", "Optimizer steps; in place of --epochs.")] = None,
@@ -98,6 +101,8 @@ def tune(
 
       ffnkit tune small --task sst2 [cyan]--distil-from big-tuned --distil-set objective=both[/cyan] --out tuned
 
+      ffnkit tune switch-small --task sst2 [cyan]--head words --routers frozen[/cyan] --out tuned
+
       ffnkit tune gpt2-small [cyan]--task e2e --generation-set num_beams=4[/cyan] --out tuned
 
       ffnkit tune t5-small --train-file news.jsonl
@@ -146,7 +151,7 @@ def tune(
         data_dir=data_dir,
         settings=merged(given, more or []),
         tuner=tuner,
-        tuner_settings=describe.parse_settings(tuner_set or []),
+        tuner_settings=merged({"routers": routers}, tuner_set or [], "--tuner-set"),
         teacher=distil_from,
         distil_settings=distil_given(distil_text, distil_set or []),
         seed=seed,
@@ -164,12 +169,12 @@ def tune(
         console.out(f"saved in {out}")
 
 
-def merged(given: dict[str, Any], pairs: list[str]) -> dict[str, Any]:
+def merged(given: dict[str, Any], pairs: list[str], option: str = "--set") -> dict[str, Any]:
     """The options that were given, with ``--set``; FfnkitError when a setting is given in both ways."""
     found = {name: value for name, value in given.items() if value is not None}
     for name, value in describe.parse_settings(pairs).items():
         if name in found:
-            raise FfnkitError(f"--set {name}={value}", "its own option is given too", "Give one of the two")
+            raise FfnkitError(f"{option} {name}={value}", "its own option is given too", "Give one of the two")
         found[name] = value
     return found
 

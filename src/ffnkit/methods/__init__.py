@@ -9,7 +9,9 @@ from typing import Any
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.calibrated import CalibratedFusion
 from ffnkit.methods.clustering import Clustering
+from ffnkit.methods.dropping import FfnDrop, LayerDrop
 from ffnkit.methods.fusion import Fusion
+from ffnkit.methods.merging import Merging
 from ffnkit.methods.mmd import Mmd
 from ffnkit.methods.reinit import Reinit
 from ffnkit.methods.selection import Importance, Magnitude, Random
@@ -20,6 +22,7 @@ from ffnkit.methods.unstructured import Unstructured
 METHODS: tuple[Any, ...] = (
     Fusion,
     CalibratedFusion,
+    Merging,
     Clustering,
     Sketch,
     Svd,
@@ -29,6 +32,8 @@ METHODS: tuple[Any, ...] = (
     Importance,
     Reinit,
     Unstructured,
+    LayerDrop,
+    FfnDrop,
 )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +14,20 @@ from torch import Tensor, nn
 from ffnkit import blocks
 from ffnkit.edits import Edit, Rewrite, Swap
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.common import Batch, Width, check_counts, generator, lifted, need_data, norms, targets
+from ffnkit.methods.common import Batch, Narrowing, generator, lifted, need_data, norms
 from ffnkit.ops import local
 from ffnkit.ops.moments import Moments
 from ffnkit.ops.neurons import Neurons, concatenate
-from ffnkit.ops.subset import choose, refit, remaining
+from ffnkit.ops.subset import choose, refit
 from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.replay import Replay
 from ffnkit.taps import Flow
 
+ROWS = 1024  # tokens that pass through an FFN at a time
+
 
 @dataclass(frozen=True)
-class CalibratedFusion:
+class CalibratedFusion(Narrowing):
     """Narrow each FFN so that its output on data stays: choose neurons, refit the output layer, then all of it.
 
     On the tokens of the data, with H the hidden activations and W the output layer:
@@ -50,8 +52,6 @@ class CalibratedFusion:
         (arXiv 2307.08941).
     """
 
-    width: Width
-    layers: str = "all"
     sequential: bool = False
     refine: int = 100
     ridge: float = 1e-2
@@ -62,16 +62,13 @@ class CalibratedFusion:
     summary: ClassVar[str] = "keep the neurons that data need and refit the output layer: data-aware fusion"
     paper: ClassVar[str] = ""
     needs_data: ClassVar[bool] = True
-
-    def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    least: ClassVar[dict[str, int]] = {"seed": 0, "refine": 0, "tokens": 1}
 
     def targets(self, model: nn.Module) -> list[tuple[blocks.FFN, int]]:
         """The FFNs to narrow and their new widths. Raises FfnkitError where layers or settings do not fit."""
-        check_counts(self, seed=0, refine=0, tokens=1)
         if not isinstance(self.ridge, int | float) or not self.ridge >= 0:
             raise FfnkitError(f"ridge {self.ridge!r}", "not a number of at least 0", "Give ridge=0.01")
-        return targets(model, self.layers, self.width)
+        return super().targets(model)
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         batches = need_data(data, self.name)
@@ -85,7 +82,7 @@ class CalibratedFusion:
         with Replay(model, batches, [ffn for ffn, _ in found]) as replay:
             for group in replay.groups:
                 seen = {ffn.name: Seen(ffn, self.tokens if self.refine else 0) for ffn in group}
-                replay.watch(group, partial(_note, seen))
+                replay.watch(group, partial(_note, seen), last=not self.sequential)
                 made: dict[str, Neurons] = {}
                 for ffn in group:
                     neurons, factor, error = self._narrow(ffn, seen.pop(ffn.name), widths[ffn.name])
@@ -93,7 +90,8 @@ class CalibratedFusion:
                     by_name[ffn.name] = [rewrite]
                     if widths[ffn.name] < ffn.width:
                         by_name[ffn.name].append(Swap(ffn.name, site="down", layer="scaled", scale=factor))
-                    made[ffn.name] = rewrite.neurons().scaled(factor)
+                    if self.sequential:
+                        made[ffn.name] = rewrite.neurons().scaled(factor)
                     quantities[ffn.name] = {"output error on the data": error}
                     if progress is not None:
                         progress(len(by_name), len(found), ffn.name)
@@ -127,10 +125,14 @@ class CalibratedFusion:
             kept = torch.sort(norms(old), descending=True, stable=True).indices[:width].sort().values
             return old.take(kept), old.up.new_ones(width), 0.0, 0.0
         moments = seen.moments
-        gram = moments.centred() if old.down_bias is not None else moments.second()
-        kept = choose(gram, old.down, width, self.ridge).order.sort().values.to(gram.device)
-        down = refit(gram, old.down, kept, self.ridge)
-        error = remaining(gram, old.down, kept, down)
+        gram = moments.centred(last=True) if old.down_bias is not None else moments.second(last=True)
+        chosen = choose(gram, old.down, width, self.ridge)
+        kept = chosen.order.sort().values.to(gram.device)
+        down, explained = refit(gram, old.down, kept, self.ridge)
+        del gram
+        moments.forget()
+        norm = chosen.outputs
+        error = max(norm - explained, 0.0) / max(norm, 1e-300)
         fresh = dataclasses.replace(old.take(kept), down=down.to(old.down.dtype))
         if old.down_bias is not None:
             lost = old.down.double() @ moments.mean() - down @ moments.mean()[kept]
@@ -140,13 +142,13 @@ class CalibratedFusion:
         size = moments.absolute()
         factor = (size.sum() / size[kept].sum().clamp_min(1e-30)).clamp_min(1.0).float().item()
         scale = old.up.new_full((width,), factor)
-        norm = ((old.down.double() @ gram.double()) * old.down.double()).sum().item()
         return dataclasses.replace(fresh, down=fresh.down / factor), scale, error, norm
 
     def _refined(
         self, ffn: blocks.FFN, old: Neurons, start: Neurons, seen: Part, number: int, error: float
     ) -> tuple[Neurons, float]:
         x = torch.cat(seen.inputs)
+        seen.inputs.clear()
         probe = seen.probe
         activation = local.activation_of(old, probe[0], probe[1], blocks.activations(ffn))
         if activation is None:
@@ -154,7 +156,7 @@ class CalibratedFusion:
             raise FfnkitError(f"refining {ffn.name}", "its activation is none that is known", do)
         weights = torch.cat(seen.weights) if seen.weights else None
         with torch.no_grad():
-            target = torch.cat([local.forward(old, rows, activation) for rows in x.split(4096)])
+            target = torch.cat([local.forward(old, rows, activation) for rows in x.split(ROWS)])
         draw = generator(self.seed, number)
         fitted = local.regress(start, x, target, activation, steps=self.refine, generator=draw, weights=weights)
         if fitted is start:
@@ -164,7 +166,7 @@ class CalibratedFusion:
         mean = (
             (target.double() * ones.double()[:, None]).sum(0) / ones.double().sum() if old.down_bias is not None else 0
         )
-        for rows in torch.arange(len(x), device=x.device).split(4096):
+        for rows in torch.arange(len(x), device=x.device).split(ROWS):
             gap = local.forward(fitted, x[rows], activation).double() - target[rows].double()
             rest += (gap.square().sum(1) * ones[rows].double()).sum().item()
             total += ((target[rows].double() - mean).square().sum(1) * ones[rows].double()).sum().item()
@@ -187,7 +189,7 @@ class Part:
         self.moments = Moments(flow.hidden.shape[-1], flow.hidden.device)
         self.inputs: list[Tensor] = []
         self.weights: list[Tensor] = []
-        self.probe = (flow.input[:64].float(), flow.hidden[:64].float())
+        self.probe = tuple(value[:64].float().clone() for value in (flow.input, flow.hidden))
         self.held = 0
 
     def add(self, flow: Flow, most: int) -> None:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
-from ffnkit import blocks
-from ffnkit.edits import Edit, Resize
-from ffnkit.methods.common import Batch, Width, check_counts, each, targets
-from ffnkit.ops.clusters import cluster_neurons
+from ffnkit.methods.common import Batch, Narrowing, clusterings
 from ffnkit.plans import Draft, Progress
 
 
 @dataclass(frozen=True)
-class Clustering:
+class Clustering(Narrowing):
     """Narrow each FFN to the centroids of its neurons, P^(1/2) on up, its bias and down.
 
     ``y = down P^(1/2) act(P^(1/2) (up x + up_bias)) + down_bias``. With ReLU this equals MLP Fusion and its kernel
@@ -34,29 +30,16 @@ class Clustering:
         keeps the function of MLP Fusion exactly.
     """
 
-    width: Width
-    layers: str = "all"
     seed: int = 0
     restarts: int = 10
 
     name: ClassVar[str] = "clustering"
     summary: ClassVar[str] = "cluster neurons, the root of the cluster sizes on both sides (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
-
-    def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def targets(self, model: nn.Module) -> list[tuple[blocks.FFN, int]]:
-        """The FFNs to narrow and their new widths. Raises FfnkitError where layers or width do not fit."""
-        check_counts(self, seed=0, restarts=1)
-        return targets(model, self.layers, self.width)
+    least: ClassVar[dict[str, int]] = {"seed": 0, "restarts": 1}
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
-        edits: list[Edit] = []
-        quantities: dict[str, dict[str, float]] = {}
-        for ffn, width, neurons in each(self.targets(model), progress, "clustering"):
-            balanced = neurons.gated and ffn.linear_in_up
-            labels, loss = cluster_neurons(neurons, width, seed=self.seed, restarts=self.restarts, balanced=balanced)
-            edits.append(Resize(ffn.name, width=width, labels=labels, balance=balanced, root=True))
-            quantities[ffn.name] = {"within-cluster variance": loss}
-        return Draft(tuple(edits), quantities)
+        found = self.targets(model)
+        made = list(clusterings(found, progress, "clustering", self.seed, self.restarts, root=True))
+        quantities = {edit.ffn: {"within-cluster variance": loss} for edit, loss in made}
+        return Draft(tuple(edit for edit, _ in made), quantities)

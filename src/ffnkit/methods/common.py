@@ -2,19 +2,48 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ffnkit import blocks
+from ffnkit.edits import Resize
 from ffnkit.errors import FfnkitError
+from ffnkit.ops.clusters import cluster_neurons
 from ffnkit.ops.neurons import Neurons
 from ffnkit.plans import Progress, check_weights
 from ffnkit.taps import Batch, Flow, watch
 
 Width = int | float | Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """What methods have in common that leave each FFN a width, or the parameters of one of that width.
+
+    Attributes:
+        width: neurons left in each FFN: an int counts them, a float is a share (1.0 = all); or one by FFN's name.
+        layers: which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".
+        least: settings that count something, and the smallest value of each.
+    """
+
+    width: Width
+    layers: str = "all"
+
+    least: ClassVar[dict[str, int]] = {}
+
+    def settings(self) -> dict[str, Any]:
+        """The settings by name."""
+        return dataclasses.asdict(self)
+
+    def targets(self, model: nn.Module) -> list[tuple[blocks.FFN, int]]:
+        """The FFNs to narrow and their new widths. Raises FfnkitError where layers or settings do not fit."""
+        check_counts(self, **self.least)
+        return targets(model, self.layers, self.width)
 
 
 def check_counts(method: Any, **least: int) -> None:
@@ -62,6 +91,16 @@ def each(
             progress(number + 1, len(found), ffn.name)
 
 
+def clusterings(
+    found: list[tuple[blocks.FFN, int]], progress: Progress | None, what: str, seed: int, restarts: int, **more: bool
+) -> Iterator[tuple[Resize, float]]:
+    """The edit that leaves each FFN the means of its neurons' clusters, and the variance that they lose."""
+    for ffn, width, neurons in each(found, progress, what):
+        balanced = neurons.gated and ffn.linear_in_up
+        labels, loss = cluster_neurons(neurons, width, seed=seed, restarts=restarts, balanced=balanced)
+        yield Resize(ffn.name, width=width, labels=labels, balance=balanced, **more), loss
+
+
 def lifted(neurons: Neurons) -> Neurons:
     """The neurons in float32 at least: sums and decompositions in bf16 would lose the small differences."""
     exact = torch.promote_types(neurons.up.dtype, torch.float32)
@@ -102,11 +141,11 @@ def activity(model: nn.Module, data: Iterable[Batch], found: list[blocks.FFN]) -
             lead = (ffn.experts,) if ffn.experts else ()
             sums[ffn.name] = torch.zeros((*lead, ffn.width), dtype=torch.float64, device=flow.hidden.device)
             counts[ffn.name] = torch.zeros(lead, dtype=torch.float64, device=flow.hidden.device)
-        squares = flow.hidden.double().square()
-        weights = squares.new_ones(len(squares)) if flow.weights is None else flow.weights.double()
+        squares = flow.hidden.float().square()
+        weights = squares.new_ones(len(squares)) if flow.weights is None else flow.weights.float()
         place = ... if flow.expert is None else flow.expert
         sums[ffn.name][place] += weights @ squares
-        counts[ffn.name][place] += weights.sum()
+        counts[ffn.name][place] += weights.sum(dtype=torch.float64)
 
     watch(model, data, found, receive)
     for ffn in found:  # a routed FFN that no token reached

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
-from ffnkit import blocks
-from ffnkit.edits import Edit, Resize, Swap
-from ffnkit.methods.common import Batch, Width, check_counts, each, targets
-from ffnkit.ops.clusters import cluster_neurons
+from ffnkit.edits import Edit, Swap
+from ffnkit.methods.common import Batch, Narrowing, clusterings
 from ffnkit.ops.neurons import cluster_sizes
 from ffnkit.plans import Draft, Progress
 
 
 @dataclass(frozen=True)
-class Fusion:
+class Fusion(Narrowing):
     """Narrow each FFN to the centroids of its neurons, keeping its neural tangent kernel close.
 
     ``y = down P act(up x + up_bias) + down_bias`` with up, up_bias, down the centroids and P the cluster sizes. P is
@@ -37,32 +34,22 @@ class Fusion:
         duplicates are found; the paper has no gated FFNs.
     """
 
-    width: Width
-    layers: str = "all"
     seed: int = 0
     restarts: int = 10
 
     name: ClassVar[str] = "fusion"
     summary: ClassVar[str] = "cluster neurons into a narrower FFN that keeps the neural tangent kernel (MLP Fusion)"
     paper: ClassVar[str] = "arXiv 2307.08941"
-
-    def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def targets(self, model: nn.Module) -> list[tuple[blocks.FFN, int]]:
-        """The FFNs to narrow and their new widths. Raises FfnkitError where layers or width do not fit."""
-        check_counts(self, seed=0, restarts=1)
-        return targets(model, self.layers, self.width)
+    least: ClassVar[dict[str, int]] = {"seed": 0, "restarts": 1}
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
         quantities: dict[str, dict[str, float]] = {}
-        for ffn, width, neurons in each(self.targets(model), progress, "fusing"):
-            balanced = neurons.gated and ffn.linear_in_up
-            labels, loss = cluster_neurons(neurons, width, seed=self.seed, restarts=self.restarts, balanced=balanced)
-            edits.append(Resize(ffn.name, width=width, labels=labels, balance=balanced))
-            if width < neurons.ff:
-                sizes = cluster_sizes(labels, width)
-                edits.append(Swap(ffn.name, site="down", layer="scaled", scale=sizes.float()))
-            quantities[ffn.name] = {"within-cluster variance": loss}
+        found = self.targets(model)
+        for edit, loss in clusterings(found, progress, "fusing", self.seed, self.restarts):
+            edits.append(edit)
+            if edit.width < edit.labels.shape[-1]:
+                sizes = cluster_sizes(edit.labels, edit.width)
+                edits.append(Swap(edit.ffn, site="down", layer="scaled", scale=sizes.float()))
+            quantities[edit.ffn] = {"within-cluster variance": loss}
         return Draft(tuple(edits), quantities)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from ffnkit import blocks
 from ffnkit.edits import Edit, Rewrite
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.common import Batch, Width, check_counts, each, generator, lifted, singles, targets
+from ffnkit.methods.common import Batch, Narrowing, each, generator, lifted, singles
 from ffnkit.ops.neurons import Neurons, balance, concatenate
 from ffnkit.plans import Draft, Progress
 
-KERNELS = 5
+SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the kernels, times the mean squared distance
+AT_ONCE = 1024  # rows that are compared with all points at a time
 
 
 @dataclass(frozen=True)
-class Mmd:
+class Mmd(Narrowing):
     """Move c points, random neurons at first, until their distribution is close to that of all neurons.
 
     The loss is the biased MMD^2 between the points and the rows [up, up_bias, down], with five kernels
@@ -40,8 +41,6 @@ class Mmd:
         canonical scale, and the root stands on up and down.
     """
 
-    width: Width
-    layers: str = "all"
     steps: int = 100
     learning_rate: float = 1e-2
     seed: int = 0
@@ -49,16 +48,13 @@ class Mmd:
     name: ClassVar[str] = "mmd"
     summary: ClassVar[str] = "points whose distribution matches the neurons' (maximum mean discrepancy, baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
-
-    def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    least: ClassVar[dict[str, int]] = {"seed": 0, "steps": 0}
 
     def targets(self, model: nn.Module) -> list[tuple[blocks.FFN, int]]:
         """The FFNs to narrow and their new widths. Raises FfnkitError where layers or settings do not fit."""
-        check_counts(self, seed=0, steps=0)
         if not self.learning_rate > 0:
             raise FfnkitError(f"learning_rate {self.learning_rate!r}", "not above 0", "Give a positive number")
-        return targets(model, self.layers, self.width)
+        return super().targets(model)
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
@@ -79,45 +75,66 @@ class Mmd:
             return neurons, 0.0
         rows = neurons.matrix()
         start = torch.randperm(len(rows), generator=generator)[:width].to(rows.device)
-        with torch.enable_grad():
-            points = rows[start].clone().requires_grad_()
-            optimizer = torch.optim.AdamW([points], lr=self.learning_rate)
-            for _ in range(self.steps):
-                optimizer.zero_grad()
-                mmd(points, rows, constant=False).backward()
-                optimizer.step()
-        points = points.detach()
+        points = rows[start].clone()
+        optimizer = torch.optim.AdamW([points], lr=self.learning_rate)
+        for _ in range(self.steps):
+            step(points, rows, optimizer)
         root = (len(rows) / width) ** 0.5
         found = neurons.with_matrix(points)
         bias = None if found.up_bias is None else found.up_bias * root
         scaled = dataclasses.replace(found, up=found.up * root, up_bias=bias, down=found.down * root)
-        return scaled, mmd(points, rows).item()
+        return scaled, mmd(points, rows)
 
 
-def mmd(points: Tensor, rows: Tensor, *, constant: bool = True) -> Tensor:
-    """The biased MMD^2 of points (c, m) and rows (n, m).
+def step(points: Tensor, rows: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """One step of the points (c, m) down the MMD^2 to the rows (n, m)."""
+    points.grad = gradient(points, rows)
+    optimizer.step()
 
-    Args:
-        constant: whether the mean over pairs of rows, (n, n), which no point changes but by the bandwidth, is added.
-            Without it gradients in the points are the same, and memory is (c, n).
+
+def mmd(points: Tensor, rows: Tensor) -> float:
+    """The biased MMD^2 of points (c, m) and rows (n, m)."""
+    width = bandwidth(points, rows)
+
+    def mean(first: Tensor, second: Tensor) -> float:
+        total = sum(
+            float((squares / (-width * scale)).exp_().sum(dtype=torch.float64))
+            for part in first.split(AT_ONCE)
+            for squares in (_squared(part, second),)
+            for scale in SCALES
+        )
+        return total / (len(first) * len(second))
+
+    return mean(points, points) - 2 * mean(points, rows) + mean(rows, rows)
+
+
+def gradient(points: Tensor, rows: Tensor) -> Tensor:
+    """The gradient of :func:`mmd` in the points, (c, m), the bandwidth held fixed; rows are taken a few at a time.
+
+    With k' the derivative of the sum of the kernels by the squared distance: 4 / c^2 sum_j k'(p_i, p_j) (p_i - p_j)
+    - 4 / (c n) sum_j k'(p_i, r_j) (p_i - r_j).
     """
-    among, across = _squared(points, points), _squared(points, rows)
-    count, total = len(points) + len(rows), 0.0
-    # The mean squared distance over all pairs of both sets, in closed form: 2 sum ||a||^2 / n - 2 ||mean||^2.
-    with torch.no_grad():
-        square = points.square().sum() + rows.square().sum()
-        mean = (points.sum(0) + rows.sum(0)) / count
-        width = (2 * count * square - 2 * count**2 * mean.square().sum()) / (count**2 - count)
-    result = points.new_zeros(())
-    for number in range(KERNELS):
-        bandwidth = width * 2.0 ** (number - KERNELS // 2)
-        result = result + (-among / bandwidth).exp().mean() - 2 * (-across / bandwidth).exp().mean()
-        if constant:
-            total += sum((-_squared(part, rows) / bandwidth).exp().sum().item() for part in rows.split(1024))
-    return result + total / len(rows) ** 2
+    width, result = bandwidth(points, rows), torch.zeros_like(points)
+    for others, share in ((points, 4 / len(points) ** 2), (rows, -4 / (len(points) * len(rows)))):
+        for part in others.split(AT_ONCE):
+            squares = _squared(points, part)
+            slope = torch.zeros_like(squares)
+            for scale in SCALES:
+                slope.sub_((squares / (-width * scale)).exp_().div_(width * scale))
+            result.addcmul_(points, slope.sum(1, keepdim=True), value=share).addmm_(slope, part, alpha=-share)
+    return result
+
+
+def bandwidth(points: Tensor, rows: Tensor) -> Tensor:
+    """The mean squared distance over all pairs of both sets: 2 (sum ||a||^2 / n - ||mean||^2) n / (n - 1)."""
+    count = len(points) + len(rows)
+    square = torch.linalg.vector_norm(points).square() + torch.linalg.vector_norm(rows).square()
+    mean = (points.sum(0) + rows.sum(0)) / count
+    return (2 * count * square - 2 * count**2 * mean.square().sum()) / (count**2 - count)
 
 
 def _squared(first: Tensor, second: Tensor) -> Tensor:
     """Squared distances, (len(first), len(second)), never below 0."""
-    squares = first.square().sum(1)[:, None] + second.square().sum(1)[None] - 2 * first @ second.T
-    return squares.clamp_min(0)
+    one, other = (torch.linalg.vector_norm(each, dim=1).square() for each in (first, second))
+    squares = one[:, None] + other
+    return squares.addmm_(first, second.T, alpha=-2).clamp_min_(0)

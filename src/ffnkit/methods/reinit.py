@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 from ffnkit import blocks
 from ffnkit.edits import Edit, Rewrite
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.common import Batch, Width, check_counts, each, generator, targets
+from ffnkit.methods.common import Batch, Narrowing, each, generator
 from ffnkit.ops.neurons import Neurons
 from ffnkit.plans import Draft, Progress
 
 
 @dataclass(frozen=True)
-class Reinit:
+class Reinit(Narrowing):
     """Replace each FFN by one of the given width with random weights, N(0, std^2), and zero biases.
 
     Attributes:
@@ -31,24 +30,19 @@ class Reinit:
     Source: the baseline of MLP Fusion (arXiv 2307.08941) with FFNs that are trained from scratch.
     """
 
-    width: Width
-    layers: str = "all"
     std: float | None = None
     seed: int = 0
 
     name: ClassVar[str] = "reinit"
     summary: ClassVar[str] = "narrow FFNs with random weights (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
-
-    def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    least: ClassVar[dict[str, int]] = {"seed": 0}
 
     def targets(self, model: nn.Module) -> list[tuple[blocks.FFN, int]]:
         """The FFNs to replace and their new widths. Raises FfnkitError where layers, width or std do not fit."""
-        check_counts(self, seed=0)
         if self.std is not None and not self.std > 0:
             raise FfnkitError(f"std {self.std!r}", "not above 0", "Give a positive number, or leave it out")
-        return targets(model, self.layers, self.width)
+        return super().targets(model)
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         config = getattr(model, "config", None)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +13,20 @@ from ffnkit import blocks
 from ffnkit.edits import Edit, Keep
 from ffnkit.methods.common import (
     Batch,
-    Width,
+    Narrowing,
     activity,
-    check_counts,
     each,
     generator,
     largest,
     lifted,
     need_data,
     norms,
-    targets,
 )
 from ffnkit.plans import Draft, Progress
 
 
 @dataclass(frozen=True)
-class Random:
+class Random(Narrowing):
     """Keep neurons drawn at random.
 
     Attributes:
@@ -40,21 +37,12 @@ class Random:
     Source: MLP Fusion (arXiv 2307.08941), the baseline of random sampling.
     """
 
-    width: Width
-    layers: str = "all"
     seed: int = 0
 
     name: ClassVar[str] = "random"
     summary: ClassVar[str] = "keep random neurons (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
-
-    def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def targets(self, model: nn.Module) -> list[tuple[blocks.FFN, int]]:
-        """The FFNs to narrow and their new widths. Raises FfnkitError where layers or width do not fit."""
-        check_counts(self, seed=0)
-        return targets(model, self.layers, self.width)
+    least: ClassVar[dict[str, int]] = {"seed": 0}
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
@@ -67,7 +55,7 @@ class Random:
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Narrowing):
     """Keep the neurons with the largest weights: ||up_i|| ||down_i||, with a gate times ||gate_i||.
 
     A neuron goes whole: its row of up and gate, its biases and its column of down.
@@ -81,19 +69,9 @@ class Magnitude:
         neurons; here a neuron has one score.
     """
 
-    width: Width
-    layers: str = "all"
-
     name: ClassVar[str] = "magnitude"
     summary: ClassVar[str] = "keep the neurons with the largest weights (structured pruning, baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
-
-    def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def targets(self, model: nn.Module) -> list[tuple[blocks.FFN, int]]:
-        """The FFNs to narrow and their new widths. Raises FfnkitError where layers or width do not fit."""
-        return targets(model, self.layers, self.width)
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
@@ -104,7 +82,7 @@ class Magnitude:
 
 
 @dataclass(frozen=True)
-class Importance:
+class Importance(Narrowing):
     """Keep the neurons that add most to the output on data: rms(h_i) ||down_i||.
 
     Attributes:
@@ -116,20 +94,10 @@ class Importance:
         what the neuron adds to the output.
     """
 
-    width: Width
-    layers: str = "all"
-
     name: ClassVar[str] = "importance"
     summary: ClassVar[str] = "keep the neurons that add most to the output on data (structured pruning, baseline)"
     paper: ClassVar[str] = "arXiv 2407.14679"
     needs_data: ClassVar[bool] = True
-
-    def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def targets(self, model: nn.Module) -> list[tuple[blocks.FFN, int]]:
-        """The FFNs to narrow and their new widths. Raises FfnkitError where layers or width do not fit."""
-        return targets(model, self.layers, self.width)
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         batches = need_data(data, self.name)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +14,20 @@ from ffnkit.edits import Edit, Rewrite
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import (
     Batch,
-    Width,
-    check_counts,
+    Narrowing,
     each,
     generator,
     largest,
     lifted,
     norms,
     singles,
-    targets,
 )
 from ffnkit.ops.neurons import Neurons, concatenate
 from ffnkit.plans import Draft, Progress
 
 
 @dataclass(frozen=True)
-class Sketch:
+class Sketch(Narrowing):
     """Project the neurons on random directions: W1 S, b1 S and S^T W2 with S ~ N(0, 1/c), (ff, c).
 
     The activation is applied to the sketched pre-activations, so this is a coarse stand-in: it keeps the linear part
@@ -47,22 +44,17 @@ class Sketch:
     Differs: gated FFNs use one S for gate and up; the paper has none.
     """
 
-    width: Width
-    layers: str = "all"
     keep: int | float = 0
     seed: int = 0
 
     name: ClassVar[str] = "sketch"
     summary: ClassVar[str] = "random combinations of neurons, the largest ones kept if wanted (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
-
-    def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    least: ClassVar[dict[str, int]] = {"seed": 0}
 
     def targets(self, model: nn.Module) -> list[tuple[blocks.FFN, int]]:
         """The FFNs to narrow and their new widths. Raises FfnkitError where layers, width or keep do not fit."""
-        check_counts(self, seed=0)
-        found = targets(model, self.layers, self.width)
+        found = super().targets(model)
         for ffn, width in found:
             self._kept(width, ffn.name)
         return found

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 from ffnkit import blocks
 from ffnkit.edits import Edit, Factor
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.common import Batch, Width, each, targets
+from ffnkit.methods.common import Batch, Narrowing, each
 from ffnkit.plans import Draft, Progress
 
 
 @dataclass(frozen=True)
-class Svd:
+class Svd(Narrowing):
     """Truncate the SVD of every matrix of an FFN, with as many parameters as an FFN of the given width has.
 
     A matrix (out, in) of rank r costs r (out + in): the rank is what fits into the parameters that the matrix of the
@@ -33,15 +32,9 @@ class Svd:
     Source: MLP Fusion (arXiv 2307.08941), the baseline "SVD"; Eckart and Young 1936.
     """
 
-    width: Width
-    layers: str = "all"
-
     name: ClassVar[str] = "svd"
     summary: ClassVar[str] = "each matrix as a product of two thin ones, rank from the budget (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
-
-    def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
 
     def targets(self, model: nn.Module) -> list[tuple[blocks.FFN, int]]:
         """The FFNs and the widths whose parameters they may have.
@@ -49,7 +42,7 @@ class Svd:
         Raises:
             FfnkitError: layers or width do not fit, or experts share one 3-D parameter.
         """
-        found = targets(model, self.layers, self.width)
+        found = super().targets(model)
         for ffn, width in found:
             for site in ffn.sites:
                 ffn.linear(site)  # says why experts in one 3-D parameter cannot be factored
@@ -68,7 +61,7 @@ class Svd:
             for site in ffn.sites:
                 weight = ffn._oriented(site)
                 first, second, rest = truncated(weight, _rank(ffn, site, width))
-                edits.append(Factor(ffn.name, site=site, first=first, second=second))
+                edits.append(Factor.of(ffn.name, site, first, second))
                 lost, total = lost + rest, total + weight.double().square().sum().item()
             quantities[ffn.name] = {"weights' energy lost": lost / total if total > 0 else 0.0}
         return Draft(tuple(edits), quantities)

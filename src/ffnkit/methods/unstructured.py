@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ffnkit import blocks
 from ffnkit.edits import Edit, Mask
-from ffnkit.methods.common import Batch, Width, each, targets
+from ffnkit.methods.common import Batch, Narrowing, each
 from ffnkit.plans import Draft, Progress
 
 
 @dataclass(frozen=True)
-class Unstructured:
+class Unstructured(Narrowing):
     """Keep the largest weights of every matrix, as many as an FFN of the given width has; the others become zero.
 
     The zeros stay zero while tuning. Memory, disk and time do not shrink: dense hardware multiplies zeros too. It is
@@ -31,19 +30,9 @@ class Unstructured:
     Source: MLP Fusion (arXiv 2307.08941), the baseline of unstructured pruning; Han et al. (arXiv 1506.02626).
     """
 
-    width: Width
-    layers: str = "all"
-
     name: ClassVar[str] = "unstructured"
     summary: ClassVar[str] = "keep the largest single weights by a mask; saves no time (baseline)"
     paper: ClassVar[str] = "arXiv 1506.02626"
-
-    def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def targets(self, model: nn.Module) -> list[tuple[blocks.FFN, int]]:
-        """The FFNs and the widths whose weights they keep. Raises FfnkitError where layers or width do not fit."""
-        return targets(model, self.layers, self.width)
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
@@ -61,5 +50,10 @@ class Unstructured:
 
 def largest_weights(weight: Tensor, count: int) -> Tensor:
     """A mask, bool, of exactly ``count`` weights of the largest magnitude; ties go to the first."""
-    order = torch.sort(weight.detach().abs().flatten(), descending=True, stable=True).indices[:count]
-    return torch.zeros(weight.numel(), dtype=torch.bool).index_fill_(0, order.cpu(), True).view(weight.shape)
+    sizes = weight.detach().abs().float().cpu().flatten()
+    if count == 0:
+        return torch.zeros(weight.shape, dtype=torch.bool)
+    least = float(np.partition(sizes.numpy(), len(sizes) - count)[len(sizes) - count])  # of those that stay
+    mask = sizes > least
+    ties = (sizes == least).nonzero()[: count - int(mask.sum()), 0]
+    return mask.index_fill_(0, ties, True).view(weight.shape)

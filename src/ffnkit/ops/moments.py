@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+PANEL = 512  # columns of h whose products with the others are formed at a time
 DOUBLE_UP_TO = 6144  # columns; a float64 Gram matrix of more takes over 300 MB
 
 
@@ -28,17 +29,13 @@ class Moments:
     def add(self, h: Tensor, weights: Tensor | None = None) -> None:
         """Tokens h (n, width), each weighing ``weights`` (n,) or 1."""
         rows = h.detach().float()
-        if weights is None:
-            self.count += len(rows)
-            self._sum += rows.sum(0, dtype=torch.float64)
-            self._absolute += rows.abs().sum(0, dtype=torch.float64)
-            self._gram += rows.T @ rows
-            return
-        share = weights.to(rows)
-        self.count += float(share.sum())
-        self._sum += (rows * share[:, None]).sum(0, dtype=torch.float64)
-        self._absolute += (rows.abs() * share[:, None]).sum(0, dtype=torch.float64)
-        self._gram += (rows * share[:, None]).T @ rows
+        share = rows.new_ones(len(rows)) if weights is None else weights.to(rows)
+        weighed = rows if weights is None else rows * share[:, None]
+        self.count += float(share.sum(dtype=torch.float64))
+        self._sum += share @ rows
+        self._absolute += share @ rows.abs()
+        for part in self._panels():
+            self._gram[part, : part.stop] += weighed[:, part].T @ rows[:, : part.stop]
 
     def mean(self) -> Tensor:
         """(width,), float64."""
@@ -48,11 +45,27 @@ class Moments:
         """The mean of |h|, (width,), float64."""
         return self._absolute / max(self.count, 1e-300)
 
-    def second(self) -> Tensor:
-        """H^T H / n, (width, width)."""
-        return self._gram / max(self.count, 1e-300)
+    def second(self, *, last: bool = False) -> Tensor:
+        """H^T H / n, (width, width).
 
-    def centred(self) -> Tensor:
-        """The covariance, (width, width)."""
-        mean = self.mean()
-        return self.second() - torch.outer(mean, mean).to(self._gram.dtype)
+        Args:
+            last: nothing is asked of these moments afterwards: the sums become the result, and no copy is made.
+        """
+        gram = self._gram if last else self._gram.clone()
+        for part in self._panels():
+            gram[: part.start, part] = gram[part, : part.start].T
+        return gram.div_(max(self.count, 1e-300))
+
+    def centred(self, *, last: bool = False) -> Tensor:
+        """The covariance, (width, width); ``last`` as in :meth:`second`."""
+        mean = self.mean().to(self._gram.dtype)
+        return self.second(last=last).addr_(mean, mean, alpha=-1)
+
+    def forget(self) -> None:
+        """Let the matrix go; means stay."""
+        self._gram = self._gram.new_empty(0, 0)
+
+    def _panels(self) -> list[slice]:
+        """The panels of rows of which the sums hold what lies up to the diagonal."""
+        width = len(self._sum)
+        return [slice(start, min(start + PANEL, width)) for start in range(0, width, PANEL)]

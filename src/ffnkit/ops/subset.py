@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 AT_ONCE = 512  # scores are computed anew at least so many times
+DELAY = 32  # neurons whose effect on what is left of the outputs is subtracted together
+COLUMNS = 1024  # of a matrix that is widened to float64 at a time
 
 
 @dataclass(frozen=True)
@@ -22,10 +24,12 @@ class Chosen:
     Attributes:
         order: (width,) int64, in the order in which they were chosen: every head of it is the choice for that width.
         remains: (width + 1,) float64, the squared output error, ridge included, after 0, 1, ... neurons.
+        outputs: ||H W^T||_F^2, without ridge.
     """
 
     order: Tensor
     remains: Tensor
+    outputs: float
 
 
 def choose(gram: Tensor, down: Tensor, width: int, ridge: float = 0.0) -> Chosen:
@@ -33,7 +37,8 @@ def choose(gram: Tensor, down: Tensor, width: int, ridge: float = 0.0) -> Chosen
 
     Adding i to S lowers the error by ||g_i W^T||^2 / g_ii, with g the Schur complement of G_SS in G. One column of a
     Cholesky factor a step: width x ff x (width / 2 + 2 d) multiplications and additions. Beyond 1024 neurons a few
-    are taken at once, so that the passes over memory stay few.
+    are taken at once. g W^T is brought up to date for ``DELAY`` neurons together; in between only the norms of its
+    rows are, which is one pass over it a step.
 
     Args:
         gram: (ff, ff) H^T H, float32 or float64. down: (d, ff). width: neurons to choose.
@@ -42,57 +47,92 @@ def choose(gram: Tensor, down: Tensor, width: int, ridge: float = 0.0) -> Chosen
     Source: orthogonal matching pursuit for many right sides (Tropp et al. 2006, simultaneous OMP); column subset
         selection.
     """
-    ff = gram.shape[0]
-    weight = down.to(gram.dtype)
+    ff, d = gram.shape[0], down.shape[0]
     shift = ridge * gram.diagonal().mean()
     diagonal = gram.diagonal() + shift
     tiny = torch.finfo(gram.dtype).eps * diagonal.max().clamp_min(torch.finfo(gram.dtype).tiny)
-    projected = gram @ weight.T + shift * weight.T  # g W^T, (ff, d)
+    left = Left(gram, down.to(gram.dtype), shift)
     factor = gram.new_zeros(width, ff)  # rows: columns of the Cholesky factor
     taken = torch.zeros(ff, dtype=torch.bool, device=gram.device)
     order = torch.empty(width, dtype=torch.int64)
     remains = torch.empty(width + 1, dtype=torch.float64)
-    remains[0] = (projected * weight.T).sum(dtype=torch.float64)
+    remains[0] = left.total
     at_once = max(1, width // AT_ONCE)
+    moved = gram.new_empty(DELAY + at_once, d)  # what the neurons since ``base`` take from the outputs
+    base = 0
     for start in range(0, width, at_once):
         stop = min(start + at_once, width)
-        gain = projected.square().sum(1) / diagonal.clamp_min(tiny)
+        gain = left.sizes / diagonal.clamp_min(tiny)
         picked = gain.masked_fill_(taken, -1.0).topk(stop - start).indices
         taken[picked] = True
         for step, best in enumerate(picked.tolist(), start):
             order[step] = best
+            root = diagonal[best].clamp_min(tiny).sqrt()
             column = gram[best] - factor[:step, best] @ factor[:step]
             column[best] += shift
-            column /= diagonal[best].clamp_min(tiny).sqrt()
-            factor[step] = column
-            diagonal -= column.square()
-        fresh = factor[start:stop]
-        moved = fresh @ weight.T  # (picked, d)
-        remains[start + 1 : stop + 1] = remains[start] - moved.square().sum(1, dtype=torch.float64).cumsum(0).cpu()
-        projected -= fresh.T @ moved
-    return Chosen(order, remains.clamp_min(0))
+            factor[step] = column.div_(root)
+            moved[step - base] = (left.rows[best] - factor[base:step, best] @ moved[: step - base]) / root
+            diagonal -= column.square_()
+        fresh = moved[start - base : stop - base]
+        remains[start + 1 : stop + 1] = remains[start] - fresh.square().sum(1, dtype=torch.float64).cumsum(0).cpu()
+        if stop - base >= DELAY:
+            left.subtract(factor[base:stop], moved[: stop - base])
+            base = stop
+        elif stop < width:
+            left.shrink(factor[base:stop], moved[: stop - base], stop - start)
+    return Chosen(order, remains.clamp_min_(0), left.outputs)
 
 
-def refit(gram: Tensor, down: Tensor, kept: Tensor, ridge: float) -> Tensor:
+class Left:
+    """What the neurons could still add to the outputs.
+
+    Attributes:
+        rows: (ff, d) (G + shift I) W^T, less what was subtracted. sizes: (ff,) squared norms of its present rows.
+        total: the squared norm of all outputs, ridge included; outputs: without it.
+    """
+
+    def __init__(self, gram: Tensor, weight: Tensor, shift: Tensor) -> None:
+        self.rows = (gram @ weight.T).addcmul_(weight.T, shift)
+        parts = zip(self.rows.split(COLUMNS), weight.T.split(COLUMNS), strict=True)
+        sums = [(float((a * b).sum(dtype=torch.float64)), float(b.square().sum(dtype=torch.float64))) for a, b in parts]
+        self.total = sum(total for total, _ in sums)
+        self.outputs = max(self.total - float(shift) * sum(square for _, square in sums), 0.0)
+        self._measure()
+
+    def subtract(self, factor: Tensor, moved: Tensor) -> None:
+        """Take off the product of factor (k, ff) and moved (k, d)."""
+        self.rows.addmm_(factor.T, moved, alpha=-1)
+        self._measure()
+
+    def shrink(self, factor: Tensor, moved: Tensor, last: int) -> None:
+        """Bring ``sizes`` up to date for the ``last`` of the neurons that are not subtracted yet."""
+        new, own, before = moved[-last:], factor[-last:], len(moved) - last
+        inner = self.rows @ new.T  # (ff, last)
+        inner.addmm_(factor[:before].T, moved[:before] @ new.T, alpha=-1)
+        change = own.T @ (new @ new.T) - 2 * inner
+        self.sizes.add_((change * own.T).sum(1)).clamp_min_(0)
+
+    def _measure(self) -> None:
+        self.sizes = torch.linalg.vector_norm(self.rows, dim=1).square_()
+
+
+def refit(gram: Tensor, down: Tensor, kept: Tensor, ridge: float) -> tuple[Tensor, float]:
     """The output layer (d, width) of the neurons ``kept`` that is closest to the whole one on the data.
 
     ``D = W G_{:,S} (G_SS + lambda I)^-1`` with lambda = ridge x the mean diagonal of G_SS; in float64.
+
+    Returns:
+        D, and how much of the squared norm of the outputs it explains: ||H W^T||_F^2 - ||H W^T - H_S D^T||_F^2.
     """
-    square = gram[kept][:, kept].double()
+    square = gram[kept[:, None], kept].double()
     shift = max(ridge * square.diagonal().mean().item(), torch.finfo(torch.float64).tiny)
     square.diagonal().add_(shift)
-    cross = gram[kept].double() @ down.double().T
+    cross = square.new_zeros(len(kept), len(down))  # G_{S,:} W^T
+    for part in torch.arange(gram.shape[1], device=gram.device).split(COLUMNS):
+        cross += gram[kept[:, None], part].double() @ down[:, part].double().T
     factor, failed = torch.linalg.cholesky_ex(square)
-    if int(failed):  # neurons that are linearly dependent and no ridge
-        return torch.linalg.lstsq(square, cross).solution.T
-    return torch.cholesky_solve(cross, factor).T
-
-
-def remaining(gram: Tensor, down: Tensor, kept: Tensor, fitted: Tensor) -> float:
-    """||H W^T - H_S D^T||_F^2 / ||H W^T||_F^2, from the Gram matrix, float64."""
-    whole = down.double()
-    change = whole.clone()
-    change[:, kept] -= fitted.double()
-    exact = gram.double()
-    total = ((whole @ exact) * whole).sum()
-    return float(((change @ exact) * change).sum().clamp_min(0) / total.clamp_min(torch.finfo(torch.float64).tiny))
+    # Neurons that are linearly dependent, and no ridge: no factor.
+    fitted = torch.linalg.lstsq(square, cross).solution if int(failed) else torch.cholesky_solve(cross, factor)
+    square.diagonal().sub_(shift)
+    explained = float((fitted * (cross.mul_(2).addmm_(square, fitted, alpha=-1))).sum())
+    return fitted.T, explained

@@ -35,7 +35,8 @@ def card_of(
     """
     arm = recipe.arms[unit.arm]
     evaluated = unit.marker("evaluate") or {}
-    settings: dict[str, Any] = {"seed": unit.seed, **arm.settings} if arm.compressed else {}
+    budget = {key: value for key, value in arm if key in ("budget", "multiple", "uniform") and value is not None}
+    settings: dict[str, Any] = {"seed": unit.seed, **budget, **arm.settings} if arm.compressed else {}
     return model_card(
         CardInfo(
             base_model=BASES.get(recipe.model, recipe.model),

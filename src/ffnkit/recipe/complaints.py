@@ -85,6 +85,7 @@ def _shown(loc: tuple[str | int, ...], data: dict[str, Any]) -> tuple[str | int,
 
 def _fields_at(path: tuple[str | int, ...], data: dict[str, Any]) -> list[str]:
     from .schema import (
+        Arm,
         CalibrationSettings,
         DistilSettings,
         GenerationSettings,
@@ -112,5 +113,5 @@ def _fields_at(path: tuple[str | int, ...], data: dict[str, Any]) -> list[str]:
     if path[-1] == "tuner":
         return ["name", *tuner_fields(str(here.get("name", "full")))]
     if len(path) == 2 and path[0] == "arms":
-        return ["method", "tuner", "distil", *method_fields(str(here.get("method", "none")))]
+        return [*(f for f in Arm.model_fields if f != "settings"), *method_fields(str(here.get("method", "none")))]
     return []

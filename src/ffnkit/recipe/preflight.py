@@ -26,10 +26,15 @@ def preflight(recipe: Recipe) -> tuple[str, str]:
     source = Source(recipe)
     compressed = {name: arm for name, arm in recipe.arms.items() if arm.compressed}
     if compressed:
+        from ffnkit.budget.sizes import room
+
         empty = source.empty()
         for name, arm in compressed.items():
             try:
-                _fits(empty, method_of(arm, recipe.seeds[0]))
+                method = method_of(arm, recipe.seeds[0])
+                _fits(empty, method)
+                if arm.budget is not None:
+                    room(empty, arm.budget, method.layers, arm.multiple)
             except FfnkitError as error:
                 raise error.within(f"arms.{name}") from None
     _ = source.tokenizer

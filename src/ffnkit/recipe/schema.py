@@ -13,7 +13,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.tasks.settings import GenerationSettings
 from ffnkit.tune.settings import CalibrationSettings, DistilSettings, TrainSettings
 
-from .settings import check_method, check_task, check_tuner
+from .settings import check_budget, check_method, check_task, check_tuner, widened
 
 STAGES = ("compress", "distil", "tune", "evaluate", "export")
 Stage = Literal["compress", "distil", "tune", "evaluate", "export"]
@@ -46,7 +46,8 @@ class TaskSpec(Part):
     """A task known by name, or files of one's own with the names of their columns.
 
     ``text`` and ``label`` make a classification or regression, ``input`` and ``target`` a generation task; a .txt file,
-    or ``kind: language-modelling`` with ``text``, is for language modelling.
+    or ``kind: language-modelling`` with ``text``, is for language modelling; a folder or archive of images in folders
+    of their classes is for image classification.
     """
 
     name: str | None = None
@@ -60,7 +61,7 @@ class TaskSpec(Part):
     template: str | None = None
     metric: str | None = None
     regression: StrictBool | None = None
-    kind: Literal["language-modelling"] | None = None
+    kind: Literal["language-modelling", "image-classification"] | None = None
     stride: Count | None = None
     head: Literal["class", "words"] | None = None
 
@@ -123,9 +124,16 @@ class TunerSpec(BaseModel):
 
 
 class Arm(Part):
-    """One way to treat the model; the method's own settings stand beside ``method`` in the file."""
+    """One way to treat the model; the method's own settings stand beside ``method`` in the file.
+
+    ``budget`` takes the place of the setting ``width``: widths by layer that keep to it, multiples of ``multiple``, or
+    one width for all with ``uniform``.
+    """
 
     method: str = NONE
+    budget: Annotated[float, Field(strict=True, gt=0, lt=1)] | Count | None = None
+    multiple: Count | None = None
+    uniform: StrictBool | None = None
     tuner: TunerSpec | None = None
     distil: StrictBool = True
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -136,11 +144,11 @@ class Arm(Part):
         value = {} if value is None else value
         if not isinstance(value, dict):
             return value
-        own = {key: value[key] for key in ("method", "tuner", "distil") if key in value}
+        own = {key: value[key] for key in cls.model_fields if key in value and key != "settings"}
         settings = {key: item for key, item in value.items() if key not in own}
         method = own.get("method", NONE)
         if isinstance(method, str):
-            complaint = check_method(method, settings)
+            complaint = check_budget(method, settings, own) or check_method(method, widened(settings, own))
             if complaint:
                 fail((complaint[0],), complaint[1], settings.get(complaint[0], method))
         return {**own, "settings": settings}
@@ -149,6 +157,11 @@ class Arm(Part):
     def compressed(self) -> bool:
         """Whether a method is applied."""
         return self.method != NONE
+
+    @property
+    def placed(self) -> dict[str, Any]:
+        """The settings with a width that stands in for the ones that the budget will give."""
+        return widened(self.settings, {"budget": self.budget})
 
 
 class Measure(Part):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import typing
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -16,9 +17,12 @@ from ffnkit.errors import FfnkitError
 def check_task(name: str) -> str | None:
     """What is wrong with a task's name, or None."""
     from ffnkit import tasks
+    from ffnkit.tasks.images import PREFIX
 
     from .complaints import near
 
+    if name.startswith(PREFIX):
+        return None
     known = tasks.names()
     return None if name in known else f"unknown task {name!r}; {near(name, known)}"
 
@@ -51,6 +55,28 @@ def check_method(name: str, settings: dict[str, Any]) -> tuple[str, str] | None:
         return "width", complaint
     _schema(name).model_validate(settings)
     return _built(name, settings)
+
+
+def widened(settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the whole width in them where a budget takes the width's place."""
+    return {**settings, "width": 1.0} if own.get("budget") is not None else dict(settings)
+
+
+def check_budget(name: str, settings: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What is wrong with an arm's budget beside its method and settings: the field and why, or None."""
+    given = own.get("budget") is not None
+    for field in ("multiple", "uniform"):
+        if own.get(field) is not None and not given:
+            return field, "belongs to a budget, and this arm has none; Write `budget: 0.5` in it"
+    if not given:
+        return None
+    if "width" in settings:
+        return "width", "is given beside a budget; Give one of the two"
+    if name in _methods() and not {"width", "layers"} <= set(method_fields(name)):
+        return "budget", f"{name} has no width; Choose a method that narrows FFNs"
+    if name == "none":
+        return "budget", "this arm has no method; Write `method: fusion` in it"
+    return None
 
 
 def _wrong_width(width: Any) -> str | None:

@@ -40,14 +40,30 @@ def model_name(recipe: Recipe) -> str:
     return check_name(expand(recipe.model))
 
 
-def method_of(arm: Arm, seed: int) -> Any:
-    """The arm's method; its seed is the unit's unless the arm sets one."""
+def method_of(arm: Arm, seed: int, widths: Any = None) -> Any:
+    """The arm's method; its seed is the unit's unless the arm sets one.
+
+    Args:
+        widths: what the arm's budget gives, once it is known; until then such a method has the whole width.
+    """
     from ffnkit import methods
 
-    settings = dict(arm.settings)
+    settings = arm.placed if widths is None else {**arm.settings, "width": widths}
     if has_setting(arm.method, "seed"):
         settings.setdefault("seed", seed)
     return methods.build(arm.method, **settings)
+
+
+def widths_of(arm: Arm, model: Any, data: Any) -> Any:
+    """Widths by layer where the arm has a budget, else None. A method that sees no data gets them from the weights."""
+    if arm.budget is None:
+        return None
+    import ffnkit
+
+    layers = method_of(arm, 0).layers
+    return ffnkit.allocate(
+        model, arm.budget, layers=layers, data=data, multiple=arm.multiple, uniform=bool(arm.uniform)
+    )
 
 
 def tuner_of(recipe: Recipe, arm: str) -> Any:
@@ -152,6 +168,8 @@ class Source:
         content = hashlib.sha256()
         for split in (self.splits.train, self.splits.dev, self.splits.report, *self.splits.extra.values()):
             content.update(b"split")
+            if "digest" in split.column_names:  # where an image is plays no part
+                split = split.remove_columns("image")
             for rows in split.iter(batch_size=8192):
                 content.update(json.dumps(rows, sort_keys=True, default=str).encode())
         return content.hexdigest()[:16]

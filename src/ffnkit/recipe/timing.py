@@ -75,10 +75,16 @@ def _made(out: Path, recipe: Recipe, arm: str) -> Any:
 def batch_for(model: PreTrainedModel, size: int, length: int) -> dict[str, torch.Tensor]:
     """Random tokens without padding on the model's device: input_ids and attention_mask, (size, length).
 
-    An encoder-decoder that writes gets as many ``decoder_input_ids``.
+    A model of images gets random ones of its own size, ``pixel_values``. An encoder-decoder that writes gets as many
+    ``decoder_input_ids``.
     """
     import torch
 
+    if model.main_input_name == "pixel_values":
+        from ffnkit.tasks.image_batches import channels, image_size
+
+        shape = (size, channels(model.config), *(image_size(model.config) or (224, 224)))
+        return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device)}
     config = model.config.get_text_config()
     length = min(length, getattr(config, "max_position_embeddings", None) or length)
     vocabulary = config.vocab_size

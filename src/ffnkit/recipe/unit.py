@@ -99,13 +99,19 @@ class _Job:
     # ----------------------------------------------------------------------------------------- the stages
     def compress(self) -> dict[str, Any]:
         """Plan and apply the arm's method; the plan stays on disk until the unit is finished."""
+        from ffnkit.tune import with_score
+
         model = self.source.model(self.unit.seed)
         data = self.source.calibration(model, self.unit.seed) if measures(self.arm) else None
         model.to(self.source.device)  # type: ignore[arg-type]
-        plan = ffnkit.plan(model, sources.method_of(self.arm, self.unit.seed), data=data)
+        widths = sources.widths_of(self.arm, model, data)
+        method = sources.method_of(self.arm, self.unit.seed, widths)
+        method = with_score(method, self.source.task, self.source.tokenizer, self.source.splits.dev)
+        plan = ffnkit.plan(model, method, data=data)
         plan.save(self.unit.work / PLAN)
         self._model = ffnkit.apply(model, plan)
-        return {}
+        facts = {"widths": dict(widths)} if widths is not None else {}
+        return facts | ({"plan": plan.report} if plan.report else {})
 
     def distil(self) -> dict[str, Any]:
         """Fit the narrow model to the uncompressed one, or to a tuned teacher, which is freed afterwards."""

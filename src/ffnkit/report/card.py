@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ffnkit.errors import FfnkitError
-from ffnkit.report.citations import FFNKIT, OF_METHOD
+from ffnkit.report.citations import FFNKIT, OF_METHOD, OWN
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -252,8 +252,10 @@ def _limits(info: CardInfo) -> str:
 
 
 def _citation(info: CardInfo) -> str:
-    entries = dict.fromkeys([*OF_METHOD.get(info.method or "", ()), *info.citations, FFNKIT])
-    return "```bibtex\n" + "\n\n".join(entry.strip() for entry in entries) + "\n```"
+    method = info.method or ""
+    entries = dict.fromkeys([*OF_METHOD.get(method, ()), *info.citations, FFNKIT])
+    said = f"{OWN[method]}\n\n" if method in OWN else ""
+    return said + "```bibtex\n" + "\n\n".join(entry.strip() for entry in entries) + "\n```"
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""BibTeX of the papers behind the methods, and of ffnkit."""
+"""BibTeX of the papers behind the methods, and of ffnkit. ``CITATION.cff`` names the same papers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,89 @@ MLP_FUSION_MOE = """@misc{ai2025mlpfusion,
   archivePrefix = {arXiv},
   primaryClass  = {cs.LG}
 }"""
+PURSUIT = """@article{tropp2006simultaneous,
+  title   = {Algorithms for Simultaneous Sparse Approximation. Part {I}: Greedy Pursuit},
+  author  = {Tropp, Joel A. and Gilbert, Anna C. and Strauss, Martin J.},
+  journal = {Signal Processing},
+  volume  = {86},
+  number  = {3},
+  pages   = {572--588},
+  year    = {2006}
+}"""
+BRAIN_COMPRESSION = """@inproceedings{frantar2022optimal,
+  title     = {Optimal Brain Compression: A Framework for Accurate Post-Training Quantization and Pruning},
+  author    = {Frantar, Elias and Alistarh, Dan},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2022},
+  note      = {arXiv:2208.11580}
+}"""
+TWO_SAMPLE = """@article{gretton2012kernel,
+  title   = {A Kernel Two-Sample Test},
+  author  = {Gretton, Arthur and Borgwardt, Karsten M. and Rasch, Malte J. and Sch{\\"o}lkopf, Bernhard and Smola,
+             Alexander},
+  journal = {Journal of Machine Learning Research},
+  volume  = {13},
+  pages   = {723--773},
+  year    = {2012}
+}"""
+LOW_RANK = """@article{eckart1936approximation,
+  title   = {The Approximation of One Matrix by Another of Lower Rank},
+  author  = {Eckart, Carl and Young, Gale},
+  journal = {Psychometrika},
+  volume  = {1},
+  number  = {3},
+  pages   = {211--218},
+  year    = {1936}
+}"""
+IMPORTANCE = """@inproceedings{molchanov2019importance,
+  title     = {Importance Estimation for Neural Network Pruning},
+  author    = {Molchanov, Pavlo and Mallya, Arun and Tyree, Stephen and Frosio, Iuri and Kautz, Jan},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2019},
+  note      = {arXiv:1906.10771}
+}"""
+MINITRON = """@misc{muralidharan2024minitron,
+  title         = {Compact Language Models via Pruning and Knowledge Distillation},
+  author        = {Muralidharan, Saurav and Sreenivas, Sharath Turuvekere and Joshi, Raviraj and Chochowski, Marcin and
+                   Patwary, Mostofa and Shoeybi, Mohammad and Catanzaro, Bryan and Kautz, Jan and Molchanov, Pavlo},
+  year          = {2024},
+  eprint        = {2407.14679},
+  archivePrefix = {arXiv}
+}"""
+CONNECTIONS = """@inproceedings{han2015learning,
+  title     = {Learning both Weights and Connections for Efficient Neural Networks},
+  author    = {Han, Song and Pool, Jeff and Tran, John and Dally, William J.},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2015},
+  note      = {arXiv:1506.02626}
+}"""
+MERGING = """@misc{verma2025merging,
+  title         = {Merging Feed-Forward Sublayers for Compressed Transformers},
+  author        = {Verma, Neha and Murray, Kenton and Duh, Kevin},
+  year          = {2025},
+  eprint        = {2501.06126},
+  archivePrefix = {arXiv}
+}"""
 FFNKIT = """@software{ffnkit,
   title  = {ffnkit: narrower, shared and cheaply tuned feed-forward blocks for {Hugging Face} models},
   author = {{The ffnkit maintainers}}
 }"""
-OF_METHOD = {"fusion": (MLP_FUSION, MLP_FUSION_MOE)}
+OF_METHOD: dict[str, tuple[str, ...]] = {
+    "fusion": (MLP_FUSION, MLP_FUSION_MOE),
+    "calibrated-fusion": (MLP_FUSION, PURSUIT, BRAIN_COMPRESSION),
+    "clustering": (MLP_FUSION,),
+    "sketch": (MLP_FUSION,),
+    "svd": (MLP_FUSION, LOW_RANK),
+    "mmd": (MLP_FUSION, TWO_SAMPLE),
+    "random": (MLP_FUSION,),
+    "magnitude": (MLP_FUSION,),
+    "importance": (IMPORTANCE, MINITRON),
+    "reinit": (MLP_FUSION,),
+    "unstructured": (MLP_FUSION, CONNECTIONS),
+    "merging": (MERGING,),
+    "ffn-drop": (MERGING,),
+    "layer-drop": (MERGING,),
+}
+"""What a method builds on, by its name."""
+OWN = {"calibrated-fusion": "The method calibrated-fusion has no paper of its own; it builds on what is cited here."}
+"""Said beside the citations of a method that no paper describes."""

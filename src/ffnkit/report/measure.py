@@ -6,7 +6,7 @@ import gc
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,17 +192,16 @@ def _synchronizer(models: Sequence[Any], batch: Mapping[str, Any] | None) -> Cal
 
 @contextmanager
 def _evaluating(models: Any) -> Iterator[None]:
-    """Eval mode; afterwards every module is back in the mode that it was in."""
+    """Eval mode for those that are modules; afterwards every module is back in the mode that it was in."""
     import torch
 
-    modes = [(module, module.training) for m in models if isinstance(m, torch.nn.Module) for module in m.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
+    from ffnkit.taps import evaluating
+
+    with ExitStack() as stack:
+        for model in models:
+            if isinstance(model, torch.nn.Module):
+                stack.enter_context(evaluating(model))
         yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .choosing import choose as choose
     from .generation import GenerationTask as GenerationTask
     from .generation import generation_task as generation_task
+    from .images import ImageTask as ImageTask
+    from .images import image_task as image_task
     from .modelling import LanguageTask as LanguageTask
     from .modelling import text_task as text_task
     from .words import WordsTask as WordsTask
@@ -23,6 +25,8 @@ _HOMES = {
     "choose": "choosing",
     "GenerationTask": "generation",
     "generation_task": "generation",
+    "ImageTask": "images",
+    "image_task": "images",
     "LanguageTask": "modelling",
     "text_task": "modelling",
     "WordsTask": "words",
@@ -38,9 +42,15 @@ def names() -> list[str]:
 def get(name: str) -> AnyTask:
     """The task called ``name``; nothing is read before its ``splits``.
 
+    "images:PATH" is image classification on a folder or archive, which is read at once (:func:`image_task`).
+
     Raises:
         FfnkitError: there is no such task.
     """
+    from .images import PREFIX, image_task
+
+    if name.startswith(PREFIX):
+        return image_task(name.removeprefix(PREFIX))
     known = _known()
     if name not in known:
         do = f"Choose one of {', '.join(known)}, or use file_task for files of your own"
@@ -53,11 +63,13 @@ def _known() -> dict[str, AnyTask]:
     from .docstrings import TASK
     from .generation import GenerationTask
     from .glue import TASKS
+    from .image_sets import TASKS as IMAGES
     from .modelling import LanguageTask
 
     known: list[AnyTask] = [*TASKS, TASK]
     known += [GenerationTask(nlg.get(name)) for name in nlg.names()]
     known += [LanguageTask(language.get(name)) for name in language.names()]
+    known += IMAGES
     return {task.name: task for task in known}
 
 

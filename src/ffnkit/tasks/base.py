@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffnkit.errors import FfnkitError
-
 from .classifying import Classifier
-from .splitting import Table, carve, distinct, share, size, subsample, without
+from .splitting import Splits, Table, check_enough, distinct, divide, size, with_report, without
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,27 +33,6 @@ class Source:
     extra: Mapping[str, Table] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     report_share: float = 0.1
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Rows of a task. No text of ``report`` or ``extra`` is in ``train`` or ``dev``, and none of ``dev`` in ``train``.
-
-    Attributes:
-        train: to train on.
-        dev: out of the training rows, to choose settings and checkpoints.
-        report: for the reported figure, and for nothing else.
-        extra: further rows to report on, by name ("mismatched", "test").
-        source: where the rows come from.
-        notes: what was dropped and carved, and what a reader of the figures must know.
-    """
-
-    train: Dataset
-    dev: Dataset
-    report: Dataset
-    extra: Mapping[str, Dataset] = field(default_factory=dict)
-    source: str = ""
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -133,24 +107,22 @@ class Task(Classifier):
         asked = f"data of task {self.name}"
         read = self.load(Path(data_dir) if data_dir is not None else None)
         train, report, notes = self._disjoint(read)
-        parts, stratified = {}, self.kind == "classification"
-        count = share(size(train), dev, f"{asked}: dev split")
-        rest, carved = carve(train, self.label, count, seed, stratified)
-        notes.append(f"dev: {size(carved)} rows carved out of train with seed {seed}")
-        limits = {"train": (rest, train_limit), "dev": (carved, dev_limit), "report": (report, report_limit)}
-        for name, (table, limit) in limits.items():
-            parts[name] = subsample(table, limit, seed, f"{asked}: limit of {name}")
-            if size(parts[name]) < size(table):
-                notes.append(f"{name}: {size(parts[name])} of {size(table)} rows drawn with seed {seed}")
-        extra = {name: subsample(table, report_limit, seed, asked) for name, table in read.extra.items()}
-        for note in notes:
-            logger.info("%s: %s", self.name, note)
-        return Splits(
-            **{name: self._dataset(table) for name, table in parts.items()},
-            extra={name: self._dataset(table) for name, table in extra.items()},
-            source=read.where,
-            notes=tuple(notes),
-        )
+        return divide(
+            train,
+            report,
+            read.extra,
+            asked=asked,
+            what="rows",
+            label=self.label,
+            stratify=self.kind == "classification",
+            where=read.where,
+            notes=notes,
+            seed=seed,
+            dev=dev,
+            train_limit=train_limit,
+            dev_limit=dev_limit,
+            report_limit=report_limit,
+        ).map(self._dataset)
 
     def encode(self, dataset: Dataset, tokenizer: Any, max_length: int = 128, *, model: Any = None) -> Dataset:
         """Token ids of every row, unpadded, and ``labels``; held in memory.
@@ -210,15 +182,13 @@ class Task(Classifier):
             if dropped:
                 notes.append(f"train: {dropped} rows dropped whose text is in {name}")
         asked = f"data of task {self.name}"
-        if size(train) < 4:
-            found = f"{size(train)} training rows are left of {size(read.train)} once repeated texts are dropped"
-            raise FfnkitError(asked, found, "Give more rows, and a validation file that is not the training file")
-        if read.report:
-            return train, read.report, notes
-        count = share(size(train), None, f"{asked}: report split", usual=read.report_share, most=5000)
-        train, report = carve(train, self.label, count, 0, self.kind == "classification")
-        notes.append(f"report: {count} rows carved out of train with seed 0")
-        return train, report, notes
+        check_enough(train, size(read.train), asked, "rows")
+        stratify = self.kind == "classification"
+        usual = read.report_share
+        parts = with_report(
+            train, read.report, notes, asked=asked, what="rows", label=self.label, usual=usual, stratify=stratify
+        )
+        return *parts, notes
 
     def _dataset(self, table: Table) -> Dataset:
         """The text columns and the label as a dataset in memory."""

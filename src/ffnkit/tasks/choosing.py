@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from ffnkit.errors import FfnkitError
 from . import get
 from .base import Task
 from .generation import GenerationTask, generation_task
+from .image_files import ARCHIVES
+from .images import HUB, KIND, image_task
 from .modelling import LanguageTask, text_task
 from .own import file_task
 from .protocol import AnyTask
@@ -29,11 +32,12 @@ class Choice:
     Attributes:
         name: a task by name; files and columns are then left out.
         train, validation, test: files of one's own.
-        text, label: columns of a classification or regression; of language modelling the column of the text.
+        text, label: columns of a classification or regression; of language modelling the column of the text; of an
+            image set of the hub those of the image and its class.
         inputs, target, template: columns of a generation task, and how a prompt is made of them.
         metric: the main metric; of a generation task one or more, parted by commas.
         regression: what a task with labels is, where the labels do not say so.
-        kind: "language-modelling" for a table with a column of text.
+        kind: "language-modelling" for a table with a column of text; "image-classification" for folders of images.
         stride: of the perplexity.
         head: "words" to classify by label words, "class" (or None) by a classification head.
     """
@@ -62,6 +66,13 @@ class Choice:
             return ("name", found, "Give a task's name, or files with their columns") if given else None
         if self.train is None:
             return "train", "no task and no file is named", "Name a task (ffnkit tasks lists them), or a file"
+        if self.is_images:
+            if self.kind not in (None, KIND):
+                return "kind", f"{self.train} holds images", f"Leave it out, or write {KIND}"
+            own = () if str(self.train).startswith(HUB) else ("text", "label")
+            wrong = (*own, "inputs", "target", "template", "regression", "stride", "head")
+            other = next((name for name in wrong if getattr(self, name) not in (None, ())), None)
+            return (other, "images have the class of their folder", "Leave it out") if other else None
         if self.inputs or self.target is not None:
             for name in ("inputs", "target"):
                 if not getattr(self, name):
@@ -90,12 +101,23 @@ class Choice:
         return self.kind == LANGUAGE or (plain and not self.inputs and not self.text and self.label is None)
 
     @property
+    def is_images(self) -> bool:
+        """Whether it is about images: a folder, an archive or a set of the hub, and no columns of tables."""
+        if self.train is None or self.name is not None:
+            return False
+        path = Path(os.path.expandvars(str(self.train))).expanduser()
+        plain = not self.inputs and not self.text and self.target is None and self.label is None
+        looks = path.is_dir() or path.suffix.lower() in ARCHIVES or not (path.suffix or path.exists())
+        return self.kind == KIND or str(self.train).startswith(HUB) or (plain and self.kind is None and looks)
+
+    @property
     def where(self) -> str:
         """The task in words: its name, or its files and columns."""
         if self.name is not None:
             return self.name
         columns = {"text": self.text, "label": self.label, "inputs": self.inputs, "target": self.target}
-        reads = ", ".join(columns["inputs"] or columns["text"] or ("plain text",))
+        plain = "images" if self.is_images else "plain text"
+        reads = ", ".join(columns["inputs"] or columns["text"] or (plain,))
         right = self.target or self.label
         return f"{self.train} ({reads}{f' -> {right}' if right else ''})"
 
@@ -119,8 +141,11 @@ def choose(names: Mapping[str, str] | None = None, **fields: Any) -> AnyTask:
     assert choice.train is not None
     files: dict[str, Any] = {"train": choice.train, "validation": choice.validation, "test": choice.test}
     task: AnyTask
-    if choice.target is not None:
-        more: dict[str, Any] = {"metrics": _several(choice.metric)} if choice.metric else {}
+    if choice.is_images:
+        more: dict[str, Any] = {"image": next(iter(choice.text), None), "label": choice.label}
+        task = image_task(**files, **more)
+    elif choice.target is not None:
+        more = {"metrics": _several(choice.metric)} if choice.metric else {}
         task = generation_task(
             **files, inputs=tuple(choice.inputs), target=choice.target, template=choice.template, **more
         )

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import nlg
-from .base import Splits
 from .protocol import Evaluation
-from .running import encoded_rows
+from .running import encoded_rows, is_seq2seq
 from .settings import GenerationSettings
+from .splitting import Splits
 from .writing import Writer, perplexity
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from .sequences import Sequences
     from .splitting import Table
+
+PREFIXED = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers"})
+"""Kinds of models that were taught what to do by a prefix."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,9 @@ class GenerationTask(Writer):
     label = "references"
 
     @property
-    def name(self) -> str:
-        """As :func:`ffnkit.tasks.get` knows it."""
-        return self.data.name
+    def origin(self) -> nlg.TextData:
+        """The data."""
+        return self.data
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -51,21 +54,6 @@ class GenerationTask(Writer):
         return self.data.metrics[0]
 
     @property
-    def source(self) -> str:
-        """Where the data come from, in words."""
-        return self.data.source
-
-    @property
-    def notes(self) -> str:
-        """A line on what the task asks."""
-        return self.data.notes
-
-    @property
-    def hub(self) -> tuple[str, ...]:
-        """Name and configuration of the dataset on the hub."""
-        return self.data.hub
-
-    @property
     def special_tokens(self) -> tuple[str, ...]:
         """Tokens that the tokenizer must learn."""
         return self.data.special_tokens
@@ -76,28 +64,9 @@ class GenerationTask(Writer):
 
         return replace(self, data=replace(self.data, metrics=tuple(dict.fromkeys(map(check, metrics)))))
 
-    def splits(
-        self,
-        data_dir: str | Path | None = None,
-        *,
-        seed: int = 0,
-        dev: int | float | None = None,
-        train_limit: int | None = None,
-        dev_limit: int | None = None,
-        report_limit: int | None = None,
-    ) -> Splits:
+    def splits(self, data_dir: str | Path | None = None, **limits: Any) -> Splits[Dataset]:
         """One row a prompt: "prompt", "references", "segments"; see :meth:`ffnkit.tasks.nlg.TextData.splits`."""
-        found = self.data.splits(
-            data_dir, seed=seed, dev=dev, train_limit=train_limit, dev_limit=dev_limit, report_limit=report_limit
-        )
-        return Splits(
-            train=_dataset(found.train),
-            dev=_dataset(found.dev),
-            report=_dataset(found.report),
-            extra={name: _dataset(table) for name, table in found.extra.items()},
-            source=found.source,
-            notes=found.notes,
-        )
+        return self.data.splits(data_dir, **limits).map(_dataset)
 
     def encode(self, dataset: Dataset, tokenizer: Any, max_length: int = 128, *, model: Any = None) -> Dataset:
         """One example a reference: ``input_ids``, ``labels`` (-100 over the prompt), ``token_type_ids`` for GPT-2.
@@ -112,7 +81,15 @@ class GenerationTask(Writer):
         """
         pairs = nlg.pairs(dataset.to_dict())
         sequences = self._sequences(tokenizer, model, max_length)
-        return sequences.examples(pairs["prompt"], pairs["target"], pairs["segments"])
+        return sequences.examples(self.framed(pairs["prompt"], model), pairs["target"], pairs["segments"])
+
+    def framed(self, prompts: Sequence[str], model: Any) -> list[str]:
+        """The prompts as this model reads them: of a translation with T5's prefix, or a decoder's cue to go on."""
+        kind = "decoder"
+        if is_seq2seq(model):
+            kind = "t5" if model.config.model_type in PREFIXED else "seq2seq"
+        frame = self.data.frames.get(kind, "{}")
+        return [frame.format(prompt) for prompt in prompts]
 
     def evaluate(
         self,
@@ -139,7 +116,7 @@ class GenerationTask(Writer):
         most = settings.max_new_tokens or self.data.max_new_tokens
         sequences = self._sequences(tokenizer, model, max_length, most)
         rows = dataset.to_dict()
-        prompts = sequences.prompts(rows["prompt"], rows["segments"])
+        prompts = sequences.prompts(self.framed(rows["prompt"], model), rows["segments"])
         texts, seconds = decode(model, sequences, prompts, settings, most)
         scores = score(texts, rows["references"], self.data.metrics)
         predictions = tuple(

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ffnkit.errors import FfnkitError
 
 from .files import check_columns, read
 from .locate import data_folder, from_hub
-from .splitting import Table, carve, share, size, subsample, without
-
-logger = logging.getLogger(__name__)
+from .splitting import Splits, Table, check_enough, divide, size, with_report, without
 
 # A title stands between blank lines; formulas of the form "= ... =" do not.
 _TITLE = re.compile(r"(?:(?<=\n)|\A)(?:[ \t]*\n|\A)[ \t]*= (?!=)[^\n]*[^=\s][ \t]*=[ \t]*(?=\n[ \t]*(?:\n|\Z)|\Z)")
@@ -30,24 +28,6 @@ class TextSource:
     report: list[str] | None
     where: str
     extra: Mapping[str, list[str]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class LanguageSplits:
-    """Lists of texts (documents); no text of ``report`` or ``extra`` is in ``train`` or ``dev``.
-
-    Attributes:
-        extra: further texts to report on, by name ("test").
-        source: where the texts come from.
-        notes: what was dropped and carved.
-    """
-
-    train: list[str]
-    dev: list[str]
-    report: list[str]
-    extra: Mapping[str, list[str]] = field(default_factory=dict)
-    source: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -71,34 +51,24 @@ class LanguageData:
     metrics: tuple[str, ...] = ("perplexity",)
     load: Callable[[Path | None], TextSource] = field(repr=False, compare=False, kw_only=True)
 
-    def splits(
-        self,
-        data_dir: str | Path | None = None,
-        *,
-        seed: int = 0,
-        dev: int | float | None = None,
-        train_limit: int | None = None,
-        dev_limit: int | None = None,
-        report_limit: int | None = None,
-    ) -> LanguageSplits:
+    def splits(self, data_dir: str | Path | None = None, **limits: Any) -> Splits[list[str]]:
         """Reads the texts and splits them; arguments and errors as of :meth:`ffnkit.tasks.base.Task.splits`."""
         asked = f"data of task {self.name}"
         source = self.load(Path(data_dir) if data_dir is not None else None)
         train, report, notes = _disjoint(source, asked)
-        count = share(size(train), dev, f"{asked}: dev split")
-        rest, carved = carve(train, "text", count, seed, stratified=False)
-        notes.append(f"dev: {count} texts carved out of train with seed {seed}")
-        limits = {"train": (rest, train_limit), "dev": (carved, dev_limit), "report": (report, report_limit)}
-        limits |= {name: (_table(several), report_limit) for name, several in source.extra.items()}
-        parts = {}
-        for name, (table, limit) in limits.items():
-            parts[name] = subsample(table, limit, seed, f"{asked}: limit of {name}")["text"]
-            if len(parts[name]) < size(table):
-                notes.append(f"{name}: {len(parts[name])} of {size(table)} texts drawn with seed {seed}")
-        for note in notes:
-            logger.info("%s: %s", self.name, note)
-        extra = {name: parts[name] for name in source.extra}
-        return LanguageSplits(parts["train"], parts["dev"], parts["report"], extra, source.where, tuple(notes))
+        tables = divide(
+            train,
+            report,
+            {name: _table(several) for name, several in source.extra.items()},
+            asked=asked,
+            what="texts",
+            label="text",
+            stratify=False,
+            where=source.where,
+            notes=notes,
+            **limits,
+        )
+        return tables.map(lambda table: table["text"])
 
 
 def names() -> list[str]:
@@ -208,15 +178,10 @@ def _disjoint(source: TextSource, asked: str) -> tuple[Table, Table, list[str]]:
         train, dropped = without(train, _table(texts), ("text",))
         if dropped:
             notes.append(f"train: {dropped} texts dropped that are in {name}")
-    if size(train) < 4:
-        found = f"{size(train)} different training texts are left of {len(source.train)}"
-        raise FfnkitError(asked, found, "Give more texts (blank lines part those of a .txt file)")
-    if source.report:
-        return train, _table(source.report), notes
-    count = share(size(train), None, f"{asked}: report split", usual=0.1, most=5000)
-    train, report = carve(train, "text", count, 0, stratified=False)
-    notes.append(f"report: {count} texts carved out of train with seed 0")
-    return train, report, notes
+    check_enough(train, len(source.train), asked, "texts")
+    report = _table(source.report) if source.report else None
+    parts = with_report(train, report, notes, asked=asked, what="texts", label="text", usual=0.1, stratify=False)
+    return *parts, notes
 
 
 def _load(name: str, hub: tuple[str, ...], end: str, data_dir: Path | None) -> TextSource:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from ffnkit.errors import FfnkitError
 
 from . import language
-from .base import Splits
 from .protocol import Evaluation
 from .running import IGNORED, encoded_rows, is_seq2seq, token_loss
 from .settings import GenerationSettings
+from .splitting import Splits
 from .writing import Writer, perplexity
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ class LanguageTask(Writer):
     label = ""
 
     @property
-    def name(self) -> str:
-        """As :func:`ffnkit.tasks.get` knows it."""
-        return self.data.name
+    def origin(self) -> language.LanguageData:
+        """The data."""
+        return self.data
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -55,43 +55,9 @@ class LanguageTask(Writer):
         """The perplexity."""
         return "perplexity"
 
-    @property
-    def source(self) -> str:
-        """Where the data come from, in words."""
-        return self.data.source
-
-    @property
-    def notes(self) -> str:
-        """A line on the texts."""
-        return self.data.notes
-
-    @property
-    def hub(self) -> tuple[str, ...]:
-        """Name and configuration of the dataset on the hub."""
-        return self.data.hub
-
-    def splits(
-        self,
-        data_dir: str | Path | None = None,
-        *,
-        seed: int = 0,
-        dev: int | float | None = None,
-        train_limit: int | None = None,
-        dev_limit: int | None = None,
-        report_limit: int | None = None,
-    ) -> Splits:
+    def splits(self, data_dir: str | Path | None = None, **limits: Any) -> Splits[Dataset]:
         """One row a document: "text"; arguments as of :meth:`ffnkit.tasks.base.Task.splits`."""
-        found = self.data.splits(
-            data_dir, seed=seed, dev=dev, train_limit=train_limit, dev_limit=dev_limit, report_limit=report_limit
-        )
-        return Splits(
-            train=_dataset(found.train),
-            dev=_dataset(found.dev),
-            report=_dataset(found.report),
-            extra={name: _dataset(texts) for name, texts in found.extra.items()},
-            source=found.source,
-            notes=found.notes,
-        )
+        return self.data.splits(data_dir, **limits).map(_dataset)
 
     def encode(self, dataset: Dataset, tokenizer: Any, max_length: int = 128, *, model: Any = None) -> Dataset:
         """Blocks of ``max_length`` tokens cut out of all documents in a row; the last may be shorter.

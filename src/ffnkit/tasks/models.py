@@ -30,22 +30,30 @@ def load_tokenizer(name_or_dir: str | Path, **kwargs: Any) -> Any:
 
 def load_model(task: Task, name_or_dir: str | Path, *, tokenizer: Any, trained_head: bool, **kwargs: Any) -> Any:
     """See :meth:`Task.load_model`."""
+    model = load_classifier(task, name_or_dir, trained_head=trained_head, **kwargs)
+    set_padding(model, tokenizer, str(name_or_dir))
+    return model
+
+
+def load_classifier(task: Task, name_or_dir: str | Path, *, trained_head: bool, **kwargs: Any) -> Any:
+    """A model of the task's class with the task's head, drawn anew where the checkpoint has no such head.
+
+    Raises:
+        FfnkitError: the model cannot be opened, or with ``trained_head`` has another head.
+    """
     import torch
-    from transformers import AutoModelForSequenceClassification
 
     kwargs = {"dtype": torch.float32, **kwargs, **_head(task)}
     stored = _stored_labels(name_or_dir, kwargs) if trained_head else []
+    auto = task.auto_class(_config(name_or_dir, kwargs))
     # A body of another shape is refused by load_with_info; a head of another shape is judged here.
-    model, info = loading.load_with_info(
-        AutoModelForSequenceClassification, name_or_dir, ignore_mismatched_sizes=True, **kwargs
-    )
+    model, info = loading.load_with_info(auto, name_or_dir, ignore_mismatched_sizes=True, **kwargs)
     redrawn = [key for key, *_ in info.get("mismatched_keys", ())]
     absent = [key for key in info.get("missing_keys", ()) if loading.is_head(model, key)]
     if trained_head:
         _check_head(task, str(name_or_dir), redrawn, absent, stored)
     elif redrawn:
         logger.warning("%s: its head is for other labels than %s's, and is drawn anew", name_or_dir, task.name)
-    set_padding(model, tokenizer, str(name_or_dir))
     return model
 
 
@@ -61,13 +69,14 @@ def _head(task: Task) -> dict[str, Any]:
 
 def _stored_labels(name_or_dir: str | Path, kwargs: dict[str, Any]) -> list[str]:
     """The class names of the checkpoint's config, by id."""
-    from transformers import AutoConfig
+    return [str(label) for _, label in sorted((_config(name_or_dir, kwargs).id2label or {}).items())]
 
-    name = loading.check_name(name_or_dir)
+
+def _config(name_or_dir: str | Path, kwargs: dict[str, Any]) -> Any:
+    from ffnkit.architectures import read_config
+
     known = {key: kwargs[key] for key in ("trust_remote_code", "revision", "token", "cache_dir") if key in kwargs}
-    with loading.open_errors(f"model {name}"), loading.hub_or_cache():
-        config = AutoConfig.from_pretrained(name, **known)
-    return [str(label) for _, label in sorted((config.id2label or {}).items())]
+    return read_config(str(name_or_dir), **known)
 
 
 def _check_head(task: Task, name: str, redrawn: list[str], absent: list[str], stored: list[str]) -> None:

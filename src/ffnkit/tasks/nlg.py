@@ -11,7 +11,6 @@ DART: Open-Domain Structured Data Record to Text Generation, NAACL 2021.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +19,8 @@ from typing import Any
 from ffnkit.errors import FfnkitError
 
 from .base import Source
-from .splitting import Table, carve, share, size, subsample, take, texts, without
+from .splitting import Splits, Table, check_enough, divide, size, take, texts, with_report, without
 
-logger = logging.getLogger(__name__)
 PROMPT = ("prompt",)
 
 
@@ -40,6 +38,8 @@ class TextData:
         notes: a line on what the task asks.
         hub: name and configuration on the hub; () for other data.
         max_new_tokens: how many tokens to generate at most.
+        frames: how a prompt is put to a model, with {} for the prompt: by "t5" (models that know T5's prefixes),
+            "seq2seq" (other encoder-decoders) and "decoder"; empty: as it is.
         load: reads the rows; takes the data folder or None.
     """
 
@@ -52,74 +52,34 @@ class TextData:
     notes: str = ""
     hub: tuple[str, ...] = ()
     max_new_tokens: int = 64
+    frames: Mapping[str, str] = field(default_factory=dict, repr=False)
     load: Callable[[Path | None], Source] = field(repr=False, compare=False, kw_only=True)
 
-    def splits(
-        self,
-        data_dir: str | Path | None = None,
-        *,
-        seed: int = 0,
-        dev: int | float | None = None,
-        train_limit: int | None = None,
-        dev_limit: int | None = None,
-        report_limit: int | None = None,
-    ) -> TextSplits:
-        """Reads the rows and splits them; the same arguments and files give the same rows.
+    def splits(self, data_dir: str | Path | None = None, **limits: Any) -> Splits[Table]:
+        """Reads the rows and splits them; arguments and errors as of :meth:`ffnkit.tasks.base.Task.splits`.
 
-        Args:
-            data_dir: the folder of ``<task>/<split>.jsonl`` files; else FFNKIT_DATA, else the hub.
-            seed: draws ``dev`` and the subsamples.
-            dev: prompts (int) or share (float) of train that become ``dev``; by default as of
-                :meth:`ffnkit.tasks.base.Task.splits`.
-            train_limit, dev_limit, report_limit: at most so many prompts, for quick runs.
-
-        Raises:
-            FfnkitError: no data within reach, or rows that cannot be used.
+        One row a prompt with all its references (see :func:`pairs` to train on).
         """
         asked = f"data of task {self.name}"
         read = self.load(Path(data_dir) if data_dir is not None else None)
         train, report, notes = _disjoint(read, asked)
-        count = share(size(train), dev, f"{asked}: dev split")
-        rest, carved = carve(train, "prompt", count, seed, stratified=False)
-        notes.append(f"dev: {count} prompts carved out of train with seed {seed}")
-        parts = {}
-        limits = {"train": (rest, train_limit), "dev": (carved, dev_limit), "report": (report, report_limit)}
-        limits |= {name: (table, report_limit) for name, table in read.extra.items()}
-        for name, (table, limit) in limits.items():
-            parts[name] = subsample(table, limit, seed, f"{asked}: limit of {name}")
-            if size(parts[name]) < size(table):
-                notes.append(f"{name}: {size(parts[name])} of {size(table)} prompts drawn with seed {seed}")
-        for note in notes:
-            logger.info("%s: %s", self.name, note)
-        extra = {name: parts[name] for name in read.extra}
-        return TextSplits(parts["train"], parts["dev"], parts["report"], extra, read.where, tuple(notes))
-
-
-@dataclass(frozen=True)
-class TextSplits:
-    """Tables of a :class:`TextData`; one row a prompt with all its references (see :func:`pairs` to train on).
-
-    No prompt of ``report`` or ``extra`` is in ``train`` or ``dev``, and none of ``dev`` in ``train``.
-
-    Attributes:
-        extra: further rows to report on, by name ("test", "test_unseen").
-        source: where the rows come from.
-        notes: what was dropped and carved, and what a reader of the figures must know.
-    """
-
-    train: Table
-    dev: Table
-    report: Table
-    extra: Mapping[str, Table] = field(default_factory=dict)
-    source: str = ""
-    notes: tuple[str, ...] = ()
+        return divide(
+            train,
+            report,
+            read.extra,
+            asked=asked,
+            what="prompts",
+            label="prompt",
+            stratify=False,
+            where=read.where,
+            notes=notes,
+            **limits,
+        )
 
 
 def names() -> list[str]:
     """The data that :func:`get` knows, in the order of the documentation."""
-    from .data2text import DATA
-
-    return list(DATA)
+    return list(_known())
 
 
 def get(name: str) -> TextData:
@@ -128,12 +88,17 @@ def get(name: str) -> TextData:
     Raises:
         FfnkitError: there is no such data.
     """
-    from .data2text import DATA
-
-    if name not in DATA:
-        do = f"Choose one of {', '.join(DATA)}, or use file_data for files of your own"
+    known = _known()
+    if name not in known:
+        do = f"Choose one of {', '.join(known)}, or use file_data for files of your own"
         raise FfnkitError(f"generation task {name!r}", "there is no such task", do)
-    return DATA[name]
+    return known[name]
+
+
+def _known() -> dict[str, TextData]:
+    from . import data2text, translation
+
+    return {**data2text.DATA, **translation.DATA}
 
 
 def file_data(
@@ -231,12 +196,9 @@ def _disjoint(read: Source, asked: str) -> tuple[Table, Table, list[str]]:
         train, dropped = without(train, table, PROMPT)
         if dropped:
             notes.append(f"train: {dropped} prompts dropped that are in {name}")
-    if size(train) < 4:
-        found = f"{size(train)} different training prompts are left of {size(read.train)} rows"
-        raise FfnkitError(asked, found, "Give more rows, and a validation file that is not the training file")
-    if read.report:
-        return train, read.report, notes
-    count = share(size(train), None, f"{asked}: report split", usual=read.report_share, most=5000)
-    train, report = carve(train, "prompt", count, 0, stratified=False)
-    notes.append(f"report: {count} prompts carved out of train with seed 0")
-    return train, report, notes
+    check_enough(train, size(read.train), asked, "prompts")
+    usual = read.report_share
+    parts = with_report(
+        train, read.report, notes, asked=asked, what="prompts", label="prompt", usual=usual, stratify=False
+    )
+    return *parts, notes

@@ -39,7 +39,9 @@ class Evaluation:
 
 
 class AnyTask(Protocol):
-    """A task of any kind: "classification", "regression", "generation" or "language-modelling".
+    """A task of any kind: "classification", "regression", "generation", "language-modelling", "image-classification".
+
+    Of images, what is called tokenizer here is the image processor.
 
     A model is always made by :meth:`load_model`, so that it has the head that the task wants.
     """
@@ -50,7 +52,7 @@ class AnyTask(Protocol):
 
     @property
     def kind(self) -> str:
-        """One of the four."""
+        """One of the five."""
 
     @property
     def text(self) -> tuple[str, ...]:

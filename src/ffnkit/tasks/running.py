@@ -19,14 +19,16 @@ IGNORED = -100
 
 
 def encoded_rows(task: Any, dataset: Any, tokenizer: Any, max_length: int, model: Any) -> Any:
-    """``dataset`` as token ids; one that is encoded already comes back as it is."""
-    if "input_ids" in dataset.column_names:
+    """``dataset`` as a model's inputs; one that is encoded already comes back as it is."""
+    if any(name in dataset.column_names for name in ("input_ids", "pixel_values")):
         return dataset
     return task.encode(dataset, tokenizer, max_length, model=model)
 
 
 def lengths(dataset: Any) -> np.ndarray:
-    """The number of tokens of each example of an encoded dataset."""
+    """The number of tokens of each example of an encoded dataset; of images, which are all of one size, 1."""
+    if "input_ids" not in dataset.column_names:
+        return np.ones(len(dataset), dtype=np.int64)
     return np.array([len(ids) for ids in dataset["input_ids"]], dtype=np.int64)
 
 
@@ -49,16 +51,13 @@ def logits_of(output: Any) -> Tensor:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Eval mode without gradients; the mode is restored."""
+    """Eval mode without gradients; each module's own mode is restored."""
     import torch
 
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
+    from ffnkit import taps
+
+    with taps.evaluating(model), torch.inference_mode():
+        yield
 
 
 def is_seq2seq(model: Any) -> bool:

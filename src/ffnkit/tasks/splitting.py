@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from ffnkit.errors import FfnkitError
 
+logger = logging.getLogger(__name__)
+
 Table = dict[str, list[Any]]
 """Columns by name, all of one length; labels are class ids or floats."""
+
+Rows = TypeVar("Rows")
+Other = TypeVar("Other")
+
+
+@dataclass(frozen=True)
+class Splits(Generic[Rows]):
+    """Rows of a task, in one form or another: tables as read, datasets for a model.
+
+    No text of ``report`` or ``extra`` is in ``train`` or ``dev``, and none of ``dev`` in ``train``.
+
+    Attributes:
+        train: to train on.
+        dev: out of the training rows, to choose settings and checkpoints.
+        report: for the reported figure, and for nothing else.
+        extra: further rows to report on, by name ("mismatched", "test").
+        source: where the rows come from.
+        notes: what was dropped and carved, and what a reader of the figures must know.
+    """
+
+    train: Rows
+    dev: Rows
+    report: Rows
+    extra: Mapping[str, Rows] = field(default_factory=dict)
+    source: str = ""
+    notes: tuple[str, ...] = ()
+
+    def map(self, function: Callable[[Rows], Other]) -> Splits[Other]:
+        """The rows of every split in another form."""
+        extra = {name: function(rows) for name, rows in self.extra.items()}
+        train, dev, report = (function(rows) for rows in (self.train, self.dev, self.report))
+        return Splits(train, dev, report, extra, self.source, self.notes)
 
 
 def size(table: Table) -> int:
@@ -107,3 +143,73 @@ def subsample(table: Table, limit: int | None, seed: int, asked: str) -> Table:
     if limit >= size(table):
         return table
     return take(table, np.sort(np.random.default_rng(seed).permutation(size(table))[:limit]))
+
+
+def check_enough(train: Table, rows: int, asked: str, what: str) -> None:
+    """Raises FfnkitError where fewer than 4 of ``rows`` training rows are left once repeated ones are dropped."""
+    if size(train) < 4:
+        found = f"{size(train)} training {what} are left of {rows}"
+        raise FfnkitError(asked, found, f"Give more {what}, and a validation file that is not the training file")
+
+
+def with_report(
+    train: Table,
+    report: Table | None,
+    notes: list[str],
+    *,
+    asked: str,
+    what: str,
+    label: str,
+    usual: float,
+    stratify: bool,
+) -> tuple[Table, Table]:
+    """Train and report; where there is none it is carved out of train, the same for every seed, and noted."""
+    if report:
+        return train, report
+    count = share(size(train), None, f"{asked}: report split", usual=usual, most=5000)
+    notes.append(f"report: {count} {what} carved out of train with seed 0")
+    return carve(train, label, count, 0, stratify)
+
+
+def divide(
+    train: Table,
+    report: Table,
+    extra: Mapping[str, Table],
+    *,
+    asked: str,
+    what: str,
+    label: str,
+    stratify: bool,
+    where: str,
+    notes: Sequence[str],
+    seed: int = 0,
+    dev: int | float | None = None,
+    train_limit: int | None = None,
+    dev_limit: int | None = None,
+    report_limit: int | None = None,
+) -> Splits[Table]:
+    """``dev`` carved out of train, and every part cut to its limit; what was done is noted and logged.
+
+    Args:
+        asked: for error messages. what: what the rows are called ("rows", "prompts", "texts").
+        label: a column of the table, and whether its classes keep their proportions (``stratify``).
+        seed, dev, train_limit, dev_limit, report_limit: as of :meth:`ffnkit.tasks.base.Task.splits`.
+
+    Raises:
+        FfnkitError: a share or a limit that leaves nothing.
+    """
+    said = list(notes)
+    count = share(size(train), dev, f"{asked}: dev split")
+    rest, carved = carve(train, label, count, seed, stratify)
+    said.append(f"dev: {size(carved)} {what} carved out of train with seed {seed}")
+    limits = {"train": (rest, train_limit), "dev": (carved, dev_limit), "report": (report, report_limit)}
+    limits |= {name: (table, report_limit) for name, table in extra.items()}
+    parts: dict[str, Table] = {}
+    for name, (table, limit) in limits.items():
+        parts[name] = subsample(table, limit, seed, f"{asked}: limit of {name}")
+        if size(parts[name]) < size(table):
+            said.append(f"{name}: {size(parts[name])} of {size(table)} {what} drawn with seed {seed}")
+    for note in said:
+        logger.info("%s: %s", asked, note)
+    first, second, third = (parts.pop(name) for name in ("train", "dev", "report"))
+    return Splits(first, second, third, parts, where, tuple(said))

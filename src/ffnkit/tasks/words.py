@@ -11,10 +11,11 @@ import numpy as np
 
 from ffnkit.errors import FfnkitError
 
-from .base import Splits, Task
+from .base import Task
 from .protocol import Evaluation
 from .running import by_length, encoded_rows, evaluating, row_losses
 from .settings import GenerationSettings
+from .splitting import Splits
 from .writing import Writer
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ class WordsTask(Writer):
         object.__setattr__(self, "words", tuple(words))
 
     @property
-    def name(self) -> str:
-        """The task's own."""
-        return self.task.name
+    def origin(self) -> Task:
+        """The classification task."""
+        return self.task
 
     @property
     def kind(self) -> str:
@@ -90,21 +91,6 @@ class WordsTask(Writer):
     def dev_metric(self) -> str:
         """What chooses checkpoints: the main metric."""
         return self.task.main_metric
-
-    @property
-    def source(self) -> str:
-        """Where the data come from, in words."""
-        return self.task.source
-
-    @property
-    def notes(self) -> str:
-        """A line on what the task asks."""
-        return self.task.notes
-
-    @property
-    def hub(self) -> tuple[str, ...]:
-        """Name and configuration of the dataset on the hub."""
-        return self.task.hub
 
     def splits(self, data_dir: str | Path | None = None, **limits: Any) -> Splits:
         """Those of the task."""

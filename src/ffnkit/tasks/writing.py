@@ -24,8 +24,32 @@ logger = logging.getLogger(__name__)
 class Writer:
     """A task whose models write text, as decoders or as encoder-decoders; for :class:`AnyTask`."""
 
-    name: Any
     kind: Any
+
+    @property
+    def origin(self) -> Any:
+        """What knows name, source, notes, hub and the rows: the data, or the task that stands behind this one."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """As :func:`ffnkit.tasks.get` knows it."""
+        return str(self.origin.name)
+
+    @property
+    def source(self) -> str:
+        """Where the data come from, in words."""
+        return str(self.origin.source)
+
+    @property
+    def notes(self) -> str:
+        """A line on what the task asks."""
+        return str(self.origin.notes)
+
+    @property
+    def hub(self) -> tuple[str, ...]:
+        """Name and configuration of the dataset on the hub; () for other data."""
+        return tuple(self.origin.hub)
 
     @property
     def special_tokens(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .calibration import calibration_batches as calibration_batches
+    from .calibration import drawn_batches as drawn_batches
     from .checkpoints import clean as clean
     from .distil_loss import distillation_loss as distillation_loss
     from .distil_loss import layerwise_loss as layerwise_loss
@@ -17,9 +18,13 @@ if TYPE_CHECKING:
     from .evaluation import assess as assess
     from .evaluation import evaluate as evaluate
     from .evaluation import write_predictions as write_predictions
+    from .scoring import scorer as scorer
+    from .scoring import with_score as with_score
     from .settings import CalibrationSettings as CalibrationSettings
     from .settings import DistilSettings as DistilSettings
     from .settings import TrainSettings as TrainSettings
+    from .sharding import fsdp_plugin as fsdp_plugin
+    from .sharding import wrap_classes as wrap_classes
     from .training import TrainResult as TrainResult
     from .training import seed_everything as seed_everything
     from .training import train as train
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "calibration_batches": "calibration",
+    "drawn_batches": "calibration",
     "CalibrationSettings": "settings",
     "clean": "checkpoints",
     "DistilResult": "distillation",
@@ -40,6 +46,10 @@ _HOMES = {
     "assess": "evaluation",
     "evaluate": "evaluation",
     "write_predictions": "evaluation",
+    "scorer": "scoring",
+    "with_score": "scoring",
+    "fsdp_plugin": "sharding",
+    "wrap_classes": "sharding",
     "DistilSettings": "settings",
     "TrainSettings": "settings",
     "TrainResult": "training",

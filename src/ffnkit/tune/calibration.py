@@ -43,14 +43,27 @@ def calibration_batches(
         collate = task.collator(tokenizer, model)
     else:
         raise FfnkitError("calibration data", "neither a text file nor a task is given", "Add --text FILE or --task")
+    return drawn_batches(examples, collate, settings, seed=seed)
+
+
+def drawn_batches(
+    examples: Any, collate: Any, settings: CalibrationSettings | None = None, *, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Padded batches of encoded examples in an order drawn with ``seed``, until ``settings.tokens`` or their end."""
+    settings = settings or CalibrationSettings()
+    count = getattr(collate, "tokens", _tokens)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     batches: list[dict[str, Any]] = []
     held = 0
     for start in range(0, len(order), settings.batch_size):
         batch = dict(collate([examples[i] for i in order[start : start + settings.batch_size]]))
         batches.append(batch)
-        mask = batch.get("attention_mask")
-        held += int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+        held += count(batch)
         if held >= settings.tokens:
             break
     return batches
+
+
+def _tokens(batch: dict[str, Any]) -> int:
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else int(batch["input_ids"].numel())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffnkit import taps
 from ffnkit.errors import FfnkitError
 from ffnkit.tasks.running import IGNORED, is_seq2seq
 
@@ -63,16 +64,11 @@ def labels_of(batch: Mapping[str, Any]) -> Tensor | None:
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a batch without labels; of an encoder-decoder the decoder's inputs are made from them."""
-    inputs = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-    inputs.pop("labels", None)
-    inputs.pop("label", None)
-    labels = labels_of(batch)
-    if labels is None or labels.ndim != 2 or not is_seq2seq(model) or _decoder_given(inputs):
-        return inputs
+    inputs = taps.model_inputs(model, {name: value for name, value in batch.items() if isinstance(value, Tensor)})
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift is None:
-        return {**inputs, "labels": labels}
-    return {**inputs, "decoder_input_ids": shift(labels=labels)}
+    if "labels" not in inputs or shift is None:
+        return inputs
+    return {**inputs, "decoder_input_ids": shift(labels=inputs.pop("labels"))}
 
 
 def stack_mask(stack: str, model: nn.Module, batch: Mapping[str, Any], states: Tensor) -> Tensor | None:
@@ -81,26 +77,19 @@ def stack_mask(stack: str, model: nn.Module, batch: Mapping[str, Any], states: T
     Raises:
         FfnkitError: a mask of another length than the hidden states.
     """
-    mask = _decoder_mask(model, batch, states) if stack == "decoder" else batch.get("attention_mask")
+    mask = taps.stack_mask(stack, model, batch)
+    own = batch.get("attention_mask")
+    if stack == "decoder" and mask is None and not taps.decoder_given(batch) and own is not None:
+        if tuple(own.shape) != tuple(states.shape[:2]):
+            return None
+        # Classifiers feed the inputs to the decoder shifted by one: a start token, then the tokens but the last.
+        mask = torch.cat([torch.ones_like(own[:, :1]), own[:, :-1]], dim=1)
     if mask is None:
         return None
     if tuple(mask.shape) != tuple(states.shape[:2]):
         found = f"a mask of shape {tuple(mask.shape)} for hidden states of shape {tuple(states.shape)}"
         raise FfnkitError(f"layer-wise distillation of {type(model).__name__}", found, "Leave the mask out of the data")
     return mask.to(device=states.device, dtype=torch.float32)
-
-
-def _decoder_mask(model: nn.Module, batch: Mapping[str, Any], states: Tensor) -> Tensor | None:
-    if "decoder_attention_mask" in batch:
-        return batch["decoder_attention_mask"]
-    labels, given = labels_of(batch), _decoder_given(batch)
-    if labels is not None and labels.ndim == 2 and is_seq2seq(model) and not given:
-        return labels.ne(IGNORED)
-    mask = batch.get("attention_mask")
-    if given or mask is None or tuple(mask.shape) != tuple(states.shape[:2]):
-        return None
-    # Classifiers feed the inputs to the decoder shifted by one: a start token, then the tokens but the last.
-    return torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], dim=1)
 
 
 def token_targets(model: nn.Module, batch: Mapping[str, Any], logits: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -129,10 +118,6 @@ def is_causal(model: nn.Module) -> bool:
     """Whether the model is a decoder alone whose logits are about the next token."""
     generates = getattr(model, "can_generate", lambda: False)
     return bool(generates()) and not is_seq2seq(model)
-
-
-def _decoder_given(inputs: Mapping[str, Any]) -> bool:
-    return any(name.startswith("decoder_input") for name in inputs)
 
 
 def _ones(shape: Any, device: torch.device) -> Tensor:

@@ -191,6 +191,16 @@ class Clock(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"seconds": self.total(), "step_seconds": self.step_seconds}}
 
 
+class Epochs(TrainerCallback):
+    """Tells a collator that augments which pass over the data it is in."""
+
+    def __init__(self, collate: Any) -> None:
+        self.collate = collate
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.collate.epoch = int(state.epoch or 0)
+
+
 class QuietProgress(ProgressCallback):
     """The progress bars without a printed dictionary at each entry of the log."""
 

@@ -28,6 +28,7 @@ _TASK_TYPES = (
     ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
     ("MTModel", "SEQ_2_SEQ_LM"),
 )
+GROUPS = ("ffn", "attention", "all")
 _TIES = "_ffnkit_ties"  # on a peft model: names under which one target stands in several places
 
 
@@ -43,8 +44,13 @@ def prepare(model: nn.Module, tuner: Lora) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     _fold(model)
+    found = list(tuner.routers_of(model))
     modules, parameters = targets(model, tuner.targets)
     heads = list(head_modules(model)) if tuner.head else []
+    if tuner.routers == "trained":
+        heads += found
+    elif tuner.targets in GROUPS:
+        modules = [name for name in modules if not any(name == r or name.startswith(f"{r}.") for r in found)]
     modules = [name for name in modules if not any(name == head or name.startswith(f"{head}.") for head in heads)]
     ties = _ties(model, modules)
     kinds = {type(model.get_submodule(name)) for name in modules}
@@ -97,7 +103,7 @@ def targets(model: nn.Module, asked: str) -> tuple[list[str], list[str]]:
     Raises:
         FfnkitError: nothing matches, or the expression cannot be read.
     """
-    if asked in ("ffn", "all", "attention"):
+    if asked in GROUPS:
         modules, parameters = _ffn_targets(model) if asked != "attention" else ([], [])
         if asked != "ffn":
             modules += [name for name in _attention_targets(model) if name not in modules]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 Schedule = Literal[
     "linear",
@@ -52,6 +52,9 @@ class TrainSettings(_Settings):
     eval_batch_size: Count = Field(64, description="examples of a forward pass while evaluating, a device")
     accumulation: Count = Field(1, description="forward passes an optimizer step")
     max_length: Count = Field(128, description="longer texts are cut, in tokens")
+    augment: Literal["none", "flip", "crop-flip"] = Field(
+        "none", description="images to train on: flip mirrors, crop-flip moves too"
+    )
     group_by_length: bool = Field(False, description="batches of similar lengths: less padding, less random order")
     precision: Precision = Field("fp32", description="bf16 and fp16: mixed precision; fp16 needs a GPU")
     gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
@@ -71,6 +74,14 @@ class TrainSettings(_Settings):
         if self.early_stopping is not None and not self.keep_best:
             raise ValueError("early_stopping needs keep_best, which names the checkpoint to stop at")
         return self
+
+    @model_serializer(mode="wrap")
+    def _told(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """``augment`` is told where there is any, so that facts about training on text stay what they were."""
+        told: dict[str, Any] = handler(self)
+        if told.get("augment") == "none":
+            del told["augment"]
+        return told
 
 
 class DistilSettings(_Settings):

@@ -5,11 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import resource
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,49 +21,12 @@ from ffnkit.tasks.settings import GenerationSettings
 
 from . import checkpoints
 from .arguments import chosen_metric, training_arguments
-from .loop import Clock, Loop, QuietProgress, Saving
+from .loop import Clock, Epochs, Loop, QuietProgress, Saving
+from .outcome import TrainResult, on_device, result_of
 from .settings import HARMLESS, TrainSettings
 from .tuners import Tuner, finish, get, prepare, trainable_parameters
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class TrainResult:
-    """A trained model and how it came about.
-
-    Attributes:
-        model: a plain transformers model (adapters merged), where it was trained, in eval mode.
-        seconds: wall-clock seconds of training with its evaluations and checkpoints, over all calls that it took.
-        steps: optimizer steps.
-        samples_per_second: examples a second inside training steps, evaluation left out.
-        best_metric: the best value on dev of the metric ``best_metric_name``; None where none was reached.
-        best_step: the step of that value, of which ``model`` has the weights under ``keep_best``.
-        trainable_parameters: numbers trained.
-        losses: entries with step, loss, learning_rate and grad_norm.
-        history: entries with step and every metric on dev.
-        log: all of the Trainer's log.
-        peak_rss: largest resident memory of this process so far, in bytes.
-        peak_cuda: largest memory of tensors on the GPU during training, in bytes; None without one.
-    """
-
-    model: PreTrainedModel
-    seconds: float
-    steps: int
-    samples_per_second: float
-    best_metric_name: str
-    best_metric: float | None
-    best_step: int | None
-    trainable_parameters: int
-    losses: list[dict[str, float]]
-    history: list[dict[str, float]]
-    peak_rss: int
-    peak_cuda: int | None
-    log: list[dict[str, Any]] = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the model and the raw log, as JSON data."""
-        return {key: value for key, value in vars(self).items() if key not in ("model", "log")}
 
 
 def seed_everything(seed: int) -> None:
@@ -110,6 +70,8 @@ def train(
     settings = settings or TrainSettings()
     tuner = get(tuner)
     metric = chosen_metric(task, settings)
+    if settings.augment != "none" and not hasattr(task, "augmented"):
+        raise FfnkitError(f"augment {settings.augment}", f"task {task.name} has no images", "Leave it out")
     data = encoded_rows(task, splits.train, tokenizer, settings.max_length, model)
     dev = encoded_rows(task, splits.dev, tokenizer, settings.max_length, model)
     for name, split in (("train", data), ("dev", dev)):
@@ -144,12 +106,14 @@ def train(
 
     with _checkpointing(tuned, settings.gradient_checkpointing):
         collate = task.collator(tokenizer, tuned)
+        if settings.augment != "none":
+            collate = task.augmented(collate, settings.augment, seed)
         loop = _loop(tuned, collate, data, dev, scores, arguments, settings)
-        _on_device(torch.cuda.reset_peak_memory_stats)
+        on_device(torch.cuda.reset_peak_memory_stats)
         state = _run_or_resume(loop, out_dir, settings)
     _leave(loop, use_cache, own_forward)
     plain = cast(PreTrainedModel, finish(tuned, tuner).eval())
-    result = _result(loop, state, plain, settings, metric, trained)
+    result = result_of(loop, state, plain, settings, metric, trained)
     if not settings.keep_checkpoints:
         checkpoints.clean(out_dir)
     return result
@@ -176,8 +140,9 @@ def _digest(dataset: Any) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for batch in dataset.iter(batch_size=4096):
         labels = batch["labels"] if "labels" in batch else batch.get("label")
+        ids = batch["digest"] if "digest" in batch else [list(map(int, ids)) for ids in batch["input_ids"]]
         plain = [label if isinstance(label, list) else float(label) for label in labels]
-        digest.update(json.dumps([[list(map(int, ids)) for ids in batch["input_ids"]], plain]).encode())
+        digest.update(json.dumps([ids, plain]).encode())
     return f"{len(dataset)}:{digest.hexdigest()}"
 
 
@@ -185,6 +150,8 @@ def _loop(
     model: nn.Module, collate: Any, data: Any, dev: Any, scores: Any, arguments: TrainingArguments, s: TrainSettings
 ) -> Loop:
     callbacks: list[Any] = [Saving(s.save_every), Clock()]
+    if s.augment != "none":
+        callbacks.append(Epochs(collate))
     if s.early_stopping is not None:
         callbacks.append(EarlyStoppingCallback(s.early_stopping))
     try:
@@ -244,45 +211,6 @@ def _leave(loop: Loop, use_cache: bool | None, own_forward: bool) -> None:
     for holder in (loop, loop.callback_handler):
         holder.optimizer = holder.lr_scheduler = None
     loop.accelerator.free_memory()
-
-
-def _result(
-    loop: Loop, state: dict[str, Any], model: PreTrainedModel, settings: TrainSettings, metric: str, trained: int
-) -> TrainResult:
-    entries: list[dict[str, Any]] = state["log_history"]
-    clock = state["stateful_callbacks"]["Clock"]["attributes"]
-    seen = state["global_step"] * settings.batch_size * settings.accumulation * max(loop.args.world_size, 1)
-    best = state.get("best_global_step")
-    return TrainResult(
-        model=model,
-        seconds=clock["seconds"],
-        steps=state["global_step"],
-        samples_per_second=seen / max(clock["step_seconds"], 1e-9),
-        best_metric_name=metric,
-        best_metric=float(state["best_metric"]) if best else None,
-        best_step=best or None,
-        trainable_parameters=trained,
-        losses=[_entry(e, "loss", "learning_rate", "grad_norm") for e in entries if "loss" in e],
-        history=[_entry(e, *(k for k in e if k.startswith("eval_"))) for e in entries if "eval_loss" in e],
-        peak_rss=_peak_rss(),
-        peak_cuda=_on_device(torch.cuda.max_memory_allocated),
-        log=entries,
-    )
-
-
-def _entry(entry: dict[str, Any], *keys: str) -> dict[str, float]:
-    slow = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
-    chosen = {key.removeprefix("eval_"): entry[key] for key in keys if key in entry and key not in slow}
-    return {"step": entry["step"], **chosen}
-
-
-def _peak_rss() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _on_device(call: Any) -> Any:
-    return call() if torch.cuda.is_available() else None
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """What trains: the whole model, its FFNs and task head, or low-rank adapters. Light to import.
 
 A tuner is a frozen class of settings with ``prepare(model) -> model``, which sets what trains, and ``finish(model) ->
-model``, which gives back a plain transformers model.
+model``, which gives back a plain transformers model. Every tuner has the setting ``routers``: whether the routers of a
+mixture of experts train (``ffnkit.routers`` finds them).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -17,6 +18,8 @@ from ffnkit.errors import FfnkitError
 if TYPE_CHECKING:
     from torch import nn
 
+Routers = Literal["trained", "frozen"]
+_ROUTERS = "routers of a mixture of experts: trained or frozen"
 _FLAGS = "_ffnkit_requires_grad"  # on a prepared model: what trained before, by parameter id
 
 
@@ -27,27 +30,55 @@ class Tuner(BaseModel):
     name: ClassVar[str] = ""
     description: ClassVar[str] = ""
 
+    routers: Routers = Field("trained", description=_ROUTERS)
+
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Set what trains, in place; the model to train comes back."""
+        """Set what trains, in place; the model to train comes back.
+
+        Raises:
+            FfnkitError: a setting ``routers`` other than the tuner's default, for a model that has none.
+        """
         return model
 
     def finish(self, model: nn.Module) -> nn.Module:
         """A plain transformers model with the trained weights."""
         return model
 
+    def routers_of(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The model's routers by name; FfnkitError where the setting asks for something and there are none."""
+        from ffnkit.routers import routers
+
+        found = routers(model)
+        if not found and self.routers != type(self).model_fields["routers"].default:
+            asked = f"tuner {self.name}: routers {self.routers}"
+            raise FfnkitError(asked, f"{type(model).__name__} has no router", "Leave the setting out")
+        return found
+
 
 class Full(Tuner):
-    """Train every parameter of the model."""
+    """Train every parameter of the model, or all but the routers."""
 
     name: ClassVar[str] = "full"
     description: ClassVar[str] = "every parameter"
 
+    def prepare(self, model: nn.Module) -> nn.Module:
+        found = self.routers_of(model)
+        if self.routers == "frozen":
+            fixed = {id(p) for module in found.values() for p in module.parameters()}
+            _train(model, lambda parameter: id(parameter) not in fixed)
+        return model
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        return _as_before(model)
+
 
 class Ffn(Tuner):
-    """Train the FFNs and the task head only; embeddings, attention and norms stay as they are."""
+    """Train the FFNs and the task head only; embeddings, attention, norms and routers stay as they are."""
 
     name: ClassVar[str] = "ffn"
     description: ClassVar[str] = "the FFNs and the task head"
+
+    routers: Routers = Field("frozen", description=_ROUTERS)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         from ffnkit.blocks import ffns
@@ -55,18 +86,14 @@ class Ffn(Tuner):
         from .head import head_parameters
 
         trained = {id(p) for ffn in ffns(model) for p in ffn.parameters()} | {id(p) for p in head_parameters(model)}
-        object.__setattr__(model, _FLAGS, {id(p): p.requires_grad for p in model.parameters()})
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
+        found = self.routers_of(model)
+        if self.routers == "trained":
+            trained |= {id(p) for module in found.values() for p in module.parameters()}
+        _train(model, lambda parameter: id(parameter) in trained)
         return model
 
     def finish(self, model: nn.Module) -> nn.Module:
-        flags: dict[int, bool] = getattr(model, _FLAGS, {})
-        for parameter in model.parameters():
-            parameter.requires_grad_(flags.get(id(parameter), parameter.requires_grad))
-        if hasattr(model, _FLAGS):
-            object.__delattr__(model, _FLAGS)
-        return model
+        return _as_before(model)
 
 
 class Lora(Tuner):
@@ -78,6 +105,7 @@ class Lora(Tuner):
     name: ClassVar[str] = "lora"
     description: ClassVar[str] = "low-rank adapters and the task head, through peft"
 
+    routers: Routers = Field("frozen", description=f"{_ROUTERS}; trained: whole, without adapters")
     rank: Annotated[int, Field(gt=0)] = Field(8, description="rank of the adapters")
     alpha: Annotated[float, Field(gt=0)] = Field(16, description="the adapters' output is scaled by alpha / rank")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="on the adapters' input")
@@ -141,6 +169,23 @@ def finish(model: nn.Module, tuner: str | Mapping[str, Any] | Tuner | None = Non
     if tuner is None:
         tuner = "lora" if hasattr(model, "merge_and_unload") else "ffn" if hasattr(model, _FLAGS) else "full"
     return get(tuner).finish(model)
+
+
+def _train(model: nn.Module, chosen: Callable[[nn.Parameter], bool]) -> None:
+    """Let the chosen parameters train, of those that do already, until :func:`_as_before`."""
+    object.__setattr__(model, _FLAGS, {id(p): p.requires_grad for p in model.parameters()})
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and chosen(parameter))
+
+
+def _as_before(model: nn.Module) -> nn.Module:
+    """Every parameter's flag as it was before :func:`_train`."""
+    flags: dict[int, bool] = getattr(model, _FLAGS, {})
+    for parameter in model.parameters():
+        parameter.requires_grad_(flags.get(id(parameter), parameter.requires_grad))
+    if hasattr(model, _FLAGS):
+        object.__delattr__(model, _FLAGS)
+    return model
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

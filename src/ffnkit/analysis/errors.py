@@ -1,0 +1,270 @@
+"""How far a compressed model's FFN outputs and hidden states are from the uncompressed one's, over many batches.
+
+With t the tokens that count (padding left out), y the uncompressed model's values and y' the other's,
+
+    relative error = sqrt( sum_t ||y'_t - y_t||^2 / sum_t ||y_t||^2 )
+
+- *FFN output*: both FFNs get the same inputs, those that the uncompressed FFN sees in the uncompressed model. y is
+  what down gives, its bias included, before the residual connection. Routed experts that share a 3-D parameter: each
+  expert's tokens weigh by their squared routing weight.
+- *Hidden state*: both whole models run; y is what a block (the layer that holds an FFN) gives, so errors of earlier
+  layers are in it. A norm behind the last block is not.
+
+One batch is held at a time: the inputs and outputs of its FFNs and blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit import blocks
+from ffnkit.analysis.trial import Other
+from ffnkit.blocks import FFN
+from ffnkit.errors import FfnkitError
+from ffnkit.ops.local import Activation, activation_of
+from ffnkit.plans import Progress
+from ffnkit.replay import block_name
+from ffnkit.taps import Batch, Flow, evaluating, expert_forward, model_inputs, stack_masks, tapped
+
+PROBE = 64  # tokens and neurons that tell which activation an FFN has
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors.
+
+    Attributes:
+        output: by FFN; None where no token reached a routed FFN.
+        hidden: by block, in the order in which they run.
+        stacks: the stack of each block, "" where there is one.
+        tokens: that counted, by stack.
+    """
+
+    output: dict[str, float | None]
+    hidden: dict[str, float]
+    stacks: dict[str, str]
+    tokens: dict[str, int]
+
+    @property
+    def mean_output(self) -> float:
+        """The mean over FFNs."""
+        known = [value for value in self.output.values() if value is not None]
+        return sum(known) / len(known) if known else math.nan
+
+    @property
+    def last_hidden(self) -> dict[str, float]:
+        """The error of each stack's last block."""
+        return {stack: self.hidden[name] for name, stack in self.stacks.items()}
+
+
+@dataclass
+class _Sum:
+    """Squared norms of a difference and of what it is relative to."""
+
+    gap: float = 0.0
+    whole: float = 0.0
+
+    def add(self, actual: Tensor, expected: Tensor, weights: Tensor | None) -> None:
+        expected = expected.double()
+        gap, whole = (actual.double() - expected).square().sum(-1), expected.square().sum(-1)
+        if weights is not None:
+            gap, whole = gap * weights.double(), whole * weights.double()
+        self.gap += gap.sum().item()
+        self.whole += whole.sum().item()
+
+    def error(self) -> float:
+        if self.whole == 0:
+            return 0.0 if self.gap == 0 else math.inf
+        return math.sqrt(self.gap / self.whole)
+
+
+_State = tuple[str, Tensor, Tensor | None]  # block, its output (n, d), mask (n,)
+
+
+@dataclass
+class _Seen:
+    """What one batch was in the uncompressed model."""
+
+    flows: list[tuple[FFN, Flow]] = field(default_factory=list)
+    blocks: list[_State] = field(default_factory=list)
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, others: Sequence[Other], batches: Iterable[Batch], *, progress: Progress | None = None
+) -> list[Errors]:
+    """Relative errors of each one's FFN outputs and hidden states against ``model``'s; one pass of ``model`` for all.
+
+    Args:
+        model: the uncompressed model. others: plans' trials in it, or second models.
+        batches: of the model's inputs; tensors are moved to its device.
+
+    Raises:
+        FfnkitError: no batches, an FFN that did not run, or one whose activation is not known.
+    """
+    known = blocks.ffns(model)
+    found = [ffn for ffn in known if any(ffn.name in other.edited for other in others)]
+    stacks = {block_name(ffn.name): ffn.stack for ffn in known if block_name(ffn.name)}
+    device = next(model.parameters()).device
+    run, sums = _Runs(model, known, found, stacks), [_Sums(other, stacks) for other in others]
+    held = list(batches)
+    if not held:
+        raise FfnkitError("measuring errors", "there are no batches", "Give at least one batch for model(**batch)")
+    for number, batch in enumerate(held):
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        seen = run.watched(moved)
+        for other, each in zip(others, sums, strict=True):
+            with other:
+                each.add(seen, run.states(other.model, moved), run.activation)
+        if progress is not None:
+            progress(number + 1, len(held), "errors")
+    run.check()
+    return [each.errors(run.ran) for each in sums]
+
+
+class _Sums:
+    """What is summed over batches for one of the others."""
+
+    def __init__(self, other: Other, stacks: dict[str, str]) -> None:
+        self.other, self.stacks = other, stacks
+        self.output = {name: _Sum() for name in other.edited}
+        self.hidden: dict[str, _Sum] = {}
+        self.tokens = dict.fromkeys(stacks.values(), 0)
+        self.counted = {stack: next(n for n in stacks if stacks[n] == stack) for stack in self.tokens}
+
+    def add(self, seen: _Seen, states: list[_State], activation: Callable[[FFN], Activation]) -> None:
+        """Add a batch; the other is in place."""
+        for ffn, flow in seen.flows:
+            if ffn.name in self.output:
+                actual = _output(self.other.found[ffn.name], flow, activation)
+                self.output[ffn.name].add(actual, flow.output, flow.weights)
+        if [name for name, *_ in states] != [name for name, *_ in seen.blocks]:
+            raise FfnkitError("measuring hidden states", "the two models run other blocks", "Compare one architecture")
+        for (name, expected, mask), (_, actual, _) in zip(seen.blocks, states, strict=True):
+            self.hidden.setdefault(name, _Sum()).add(actual, expected, mask)
+            if name == self.counted[self.stacks[name]]:
+                self.tokens[self.stacks[name]] += len(expected) if mask is None else int(mask.sum())
+
+    def errors(self, ran: set[str]) -> Errors:
+        return Errors(
+            output={name: each.error() if name in ran else None for name, each in self.output.items()},
+            hidden={name: each.error() for name, each in self.hidden.items()},
+            stacks={name: self.stacks[name] for name in self.hidden},
+            tokens=self.tokens,
+        )
+
+
+class _Runs:
+    """Passes of the two models over single batches."""
+
+    def __init__(self, model: nn.Module, known: list[FFN], found: list[FFN], stacks: dict[str, str]) -> None:
+        self.model, self.known, self.found, self.stacks = model, known, found, stacks
+        self.ran: set[str] = set()
+        self._activations: dict[str, Activation | None] = {}
+
+    def watched(self, batch: Batch) -> _Seen:
+        """The uncompressed model's FFN inputs and outputs, and its blocks' outputs."""
+        seen = _Seen()
+
+        def note(ffn: FFN, flow: Flow) -> None:
+            self.ran.add(ffn.name)
+            kept = flow.kept()
+            if ffn.name not in self._activations and not ffn.layout.experts and len(kept.input):
+                self._activations[ffn.name] = _activation(ffn, kept)
+            weights = kept.weights if kept.expert is not None else None  # else a mask: what is left counts alike
+            # clones: the model may go on in place; without the hidden activations, the largest part
+            seen.flows.append(
+                (ffn, Flow(kept.input.clone(), kept.input[:, :0], kept.output.clone(), weights, kept.expert))
+            )
+
+        masks = stack_masks(self.model, batch, self.known)
+        with tapped(self.found, note, masks):
+            seen.blocks = self.states(self.model, batch, masks)
+        return seen
+
+    def states(self, model: nn.Module, batch: Batch, masks: Mapping[str, Tensor | None] | None = None) -> list[_State]:
+        """The blocks' outputs in the order in which they run."""
+        found: list[_State] = []
+        with evaluating(model), _caught(model, self.stacks, found, masks or {}):
+            model(**model_inputs(model, batch))
+        return found
+
+    def activation(self, ffn: FFN) -> Activation:
+        """The FFN's activation, found when the uncompressed one ran."""
+        found = self._activations.get(ffn.name)
+        if found is None:
+            found_text = "its activation is none that is known, so its output cannot be computed apart"
+            raise FfnkitError(f"the output error of {ffn.name}", found_text, "Leave the errors out (--no-errors)")
+        return found
+
+    def check(self) -> None:
+        """Raises FfnkitError where an FFN never ran though every token passes through it."""
+        silent = next((ffn for ffn in self.found if ffn.name not in self.ran and ffn.active == 1), None)
+        if silent is not None:
+            do = "Give inputs of every stack (text, images, decoder inputs)"
+            raise FfnkitError("measuring errors", f"{silent.name} did not run on the data given", do)
+
+
+def _activation(ffn: FFN, flow: Flow) -> Activation | None:
+    few = ffn.read().take(torch.arange(min(PROBE, ffn.width), device=flow.input.device))
+    lifted = few.map(lambda value: value.detach().float())
+    x, hidden = flow.input[:PROBE].float(), flow.hidden[:PROBE, : few.ff]
+    return activation_of(lifted, x, hidden, blocks.activations(ffn))
+
+
+def _output(ffn: FFN, flow: Flow, activation: Callable[[FFN], Activation]) -> Tensor:
+    """What the FFN that is in place gives for these inputs (n, d)."""
+    x = flow.input
+    if flow.expert is not None:
+        return expert_forward(ffn, ffn.module, flow.expert, x)[2]
+    up, act = ffn.linear("up")(x), activation(ffn)
+    if ffn.layout.fused:
+        gate, up = up.chunk(2, dim=-1)
+        hidden = act(gate) * up
+    else:
+        hidden = act(ffn.linear("gate")(x)) * up if ffn.gated else act(up)
+    found: Tensor = ffn.linear("down")(hidden)
+    return found
+
+
+@contextmanager
+def _caught(
+    model: nn.Module,
+    stacks: Mapping[str, str],
+    found: list[_State],
+    masks: Mapping[str, Tensor | None],
+) -> Iterator[None]:
+    """Hooks that append each block's output to ``found`` while the ``with`` block runs."""
+
+    def hook(name: str) -> Any:
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            value = _first(output)
+            if value is not None:
+                mask = masks.get(stacks[name])
+                fits = mask is not None and mask.numel() == value.numel() // value.shape[-1]
+                flat = mask.reshape(-1).to(value.device) if mask is not None and fits else None
+                found.append((name, value.reshape(-1, value.shape[-1]).clone(), flat))
+
+        return keep
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in stacks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first(output: Any) -> Tensor | None:
+    """The hidden states among what a block gives."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
+    return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)

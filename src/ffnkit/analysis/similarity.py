@@ -1,0 +1,165 @@
+"""Which layers do alike: CKA of FFN and attention outputs, and how well the neurons of two FFNs can be matched."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ffnkit import blocks
+from ffnkit.blocks import FFN
+from ffnkit.errors import FfnkitError
+from ffnkit.features import Features
+from ffnkit.ops.matching import assign, correlation, matched, spread
+from ffnkit.ops.similarity import gram_norm, unbiased_hsic
+from ffnkit.taps import Batch
+
+Matrix = list[list[float]]
+TITLES = {
+    "cka_ffn": "CKA, FFN outputs",
+    "cka_ffn_unbiased": "unbiased CKA, FFN outputs",
+    "cka_attention": "CKA, attention outputs",
+    "cka_attention_unbiased": "unbiased CKA, attention outputs",
+    "matched_neurons": "correlation of matched neurons",
+}
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Matrices layer by layer, symmetric, for each stack of a model.
+
+    Attributes:
+        layers: names of the FFNs, by stack. tokens: that were compared, by stack.
+        matrices: by stack and by name ("cka_ffn", "cka_ffn_unbiased", "cka_attention", "cka_attention_unbiased",
+            "matched_neurons": the mean correlation of the outputs of up, neurons matched).
+        seconds: of the forward passes ("features"), of the matrices ("pairs"), the assignments in them ("assignments").
+    """
+
+    model: str
+    layers: dict[str, list[str]]
+    tokens: dict[str, int]
+    matrices: dict[str, dict[str, Matrix]]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "layers": self.layers,
+            "tokens": self.tokens,
+            "matrices": self.matrices,
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: likeness of its layers"]
+        for stack, names in self.layers.items():
+            head = f"{stack}, " if stack else ""
+            for key, matrix in self.matrices[stack].items():
+                lines.append(f"  {head}{TITLES[key]} ({self.tokens[stack]:,} tokens)")
+                lines += ["    " + " ".join(f"{value:5.2f}" for value in row) for row in matrix]
+            near = self.matrices[stack].get("matched_neurons") or self.matrices[stack]["cka_ffn"]
+            pairs = [(near[i][i + 1], i) for i in range(len(names) - 1)]
+            if pairs:
+                _, best = max(pairs)
+                lines.append(f"  {head}most alike neighbours: {names[best]} and {names[best + 1]}")
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> None:
+        """Heat maps, a row a stack."""
+        from ffnkit.analysis.heatmaps import draw
+
+        draw(self, path)
+
+
+def similarity(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    layers: str = "all",
+    tokens: int = 10000,
+    attention: bool = True,
+    neurons: bool = True,
+) -> Similarity:
+    """Compare all layers of each stack with one another, from one pass over the data.
+
+    Features lie in memory-mapped files where they are large; they are compared pair by pair.
+
+    Args:
+        batches: keyword arguments for ``model(**batch)``; text, images or pairs. Padding is left out.
+        layers: which FFNs. tokens: at most so many a stack. attention: compare attention outputs too.
+        neurons: match the neurons of every pair of FFNs of one shape (the assignment problem for each).
+
+    Raises:
+        FfnkitError: mixtures of experts, a layer without attention, fewer than 4 tokens.
+    """
+    found = blocks.select(blocks.ffns(model), layers)
+    kinds = ["output", *(["attention"] if attention else []), *(["up"] if neurons else [])]
+    start = time.perf_counter()
+    held = Features(model, batches, found, {ffn.name: kinds for ffn in found}, tokens)
+    middle = time.perf_counter()
+    by_stack: dict[str, list[FFN]] = {}
+    for ffn in found:
+        by_stack.setdefault(ffn.stack, []).append(ffn)
+    short = next((stack for stack in by_stack if held.tokens[stack] < 4), None)
+    if short is not None:
+        raise FfnkitError("comparing layers", f"{held.tokens[short]} tokens", "Give at least 4, better thousands")
+    matrices: dict[str, dict[str, Matrix]] = {}
+    assigning = 0.0
+    for stack, rows in by_stack.items():
+        own = matrices[stack] = {}
+        for kind in ("output", "attention") if attention else ("output",):
+            name = "ffn" if kind == "output" else kind
+            own[f"cka_{name}"], own[f"cka_{name}_unbiased"] = _alignments(held, [f.name for f in rows], kind)
+        if neurons:
+            own["matched_neurons"], seconds = _matchings(held, rows)
+            assigning += seconds
+    seconds_of = {
+        "features": middle - start,
+        "pairs": time.perf_counter() - middle,
+        "assignments": assigning,
+    }
+    names = {stack: [ffn.name for ffn in rows] for stack, rows in by_stack.items()}
+    return Similarity(type(model).__name__, names, held.tokens, matrices, seconds_of)
+
+
+def _alignments(held: Features, names: list[str], kind: str) -> tuple[Matrix, Matrix]:
+    """CKA and unbiased CKA of all pairs."""
+    features = [held.get(name, kind) for name in names]
+    spreads = [spread(x) for x in features]
+    norms: list[Matrix] = []
+    for product in (gram_norm, unbiased_hsic):
+        values = [[0.0] * len(names) for _ in names]
+        for i, x in enumerate(features):
+            for j in range(i, len(features)):
+                values[i][j] = values[j][i] = product(x, features[j], spreads[i], spreads[j])
+        norms.append(values)
+    return tuple([[_share(m, i, j) for j in range(len(m))] for i in range(len(m))] for m in norms)  # type: ignore[return-value]
+
+
+def _share(values: Matrix, i: int, j: int) -> float:
+    own = values[i][i] * values[j][j]
+    return values[i][j] / math.sqrt(own) if own > 0 else 0.0
+
+
+def _matchings(held: Features, rows: list[FFN]) -> tuple[Matrix, float]:
+    """The mean correlation of matched neurons of all pairs (NaN for unlike widths), and the solver's seconds."""
+    spreads = [spread(held.get(ffn.name, "up")) for ffn in rows]
+    result = [[1.0] * len(rows) for _ in rows]
+    seconds = 0.0
+    for i, first in enumerate(rows):
+        for j in range(i + 1, len(rows)):
+            other = rows[j]
+            if other.width != first.width:
+                result[i][j] = result[j][i] = math.nan
+                continue
+            table = correlation(held.get(first.name, "up"), held.get(other.name, "up"), spreads[i], spreads[j])
+            start = time.perf_counter()
+            order = assign(table)
+            seconds += time.perf_counter() - start
+            result[i][j] = result[j][i] = matched(table, order)
+    return result, seconds

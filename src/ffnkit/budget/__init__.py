@@ -1,0 +1,1 @@
+"""Widths by layer under one budget of FFN parameters."""

@@ -1,0 +1,131 @@
+"""Widths by layer under one budget of FFN parameters: what each costs, the cheapest choice, a table of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from ffnkit.budget.costs import costs_of
+from ffnkit.budget.sizes import Room, room
+from ffnkit.budget.solve import cheapest
+from ffnkit.errors import FfnkitError
+from ffnkit.plans import Progress
+from ffnkit.taps import Batch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One FFN: neurons before and after, parameters after, and what the narrowing costs (None: not estimated)."""
+
+    name: str
+    before: int
+    after: int
+    parameters: int
+    cost: float | None
+
+
+class Allocation(dict[str, int]):
+    """Widths by FFN name, as every method takes them: ``CalibratedFusion(width=allocation)``.
+
+    Attributes:
+        rows: one an FFN, in the model's order.
+        measure: what the costs are, in words.
+        parameters: FFN parameters of these layers before. left: after.
+    """
+
+    def __init__(
+        self,
+        widths: Iterable[tuple[str, int]] = (),
+        *,
+        rows: tuple[Row, ...] = (),
+        measure: str = "",
+        parameters: int = 0,
+        left: int = 0,
+    ) -> None:
+        super().__init__(widths)
+        self.rows, self.measure, self.parameters, self.left = rows, measure, parameters, left
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "widths": dict(self),
+            "parameters": self.parameters,
+            "left": self.left,
+            "measure": self.measure,
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return super().__str__()
+        size = max(len(row.name) for row in self.rows)
+        share = self.left / max(self.parameters, 1)
+        title = f"widths by layer: {self.left:,} of {self.parameters:,} FFN parameters ({share:.1%})"
+        lines = [title + (f"; cost: {self.measure}" if self.measure else "")]
+        for row in self.rows:
+            cost = "" if row.cost is None else f"  cost {row.cost:.3g}"
+            kept = row.after / row.before
+            lines.append(f"  {row.name:<{size}}  {row.before:>6} -> {row.after:>6}  {kept:>5.0%}{cost}")
+        return "\n".join(lines)
+
+
+def allocate(
+    model: nn.Module,
+    budget: float | int,
+    *,
+    layers: str = "all",
+    data: Iterable[Batch] | None = None,
+    multiple: int | None = None,
+    uniform: bool = False,
+    progress: Progress | None = None,
+) -> Allocation:
+    """Widths for the FFNs of ``layers`` such that they keep to ``budget`` and their narrowing costs least.
+
+    The model is left as it is. The sum of the costs is minimised exactly (``solve``). It is a first-order estimate:
+    costs of different FFNs are taken to add up.
+
+    Args:
+        budget: a share of the parameters of the FFNs' neurons (float, 0 to 1), or the number of parameters that
+            these FFNs may have, output biases included (int). Experts count each, FFNs that share weights once.
+        layers: which layers, e.g. "all", "last:8"; the others neither change nor count.
+        data: batches for ``model(**batch)``: each cost is then how far the model's end moves on them. Without data it
+            is the share of the FFN's weights, by neuron, that goes.
+        multiple: widths are multiples of it, the whole width aside; 64 for FFNs of 1024 neurons or more, else 8.
+        uniform: the same share for all, the largest within the budget: a standard checkpoint then needs no padding.
+            Costs are not estimated.
+        progress: called with (done, total, FFN name).
+
+    Raises:
+        FfnkitError: layers, budget or multiple do not fit the model, or data that some FFN does not see.
+    """
+    try:
+        space = room(model, budget, layers, multiple)
+        if uniform:
+            return _allocation(space, space.uniform(), None, "")
+        costs = costs_of(space, model, data, progress)
+        prices = [[float(cost[width]) for width in widths] for cost, widths in zip(costs, space.widths, strict=True)]
+        picked = cheapest(space.sizes(), prices, space.budget)
+    except FfnkitError as error:
+        raise error.within(f"widths by layer of {type(model).__name__}") from error
+    measure = "how far the model's end moves" if data is not None else "share of the neurons' norms that goes"
+    chosen = [widths[number] for widths, number in zip(space.widths, picked, strict=True)]
+    return _allocation(space, chosen, [row[number] for row, number in zip(prices, picked, strict=True)], measure)
+
+
+def _allocation(space: Room, widths: list[int], costs: list[float] | None, measure: str) -> Allocation:
+    rows = tuple(
+        Row(
+            shape.name,
+            shape.width,
+            width,
+            shape.parameters - shape.neuron_parameters * (shape.width - width),
+            None if costs is None else costs[number],
+        )
+        for number, (shape, width) in enumerate(zip(space.shapes, widths, strict=True))
+    )
+    before = sum(shape.parameters for shape in space.shapes)
+    left = sum(row.parameters for row in rows)
+    return Allocation(((row.name, row.after) for row in rows), rows=rows, measure=measure, parameters=before, left=left)

@@ -1,0 +1,127 @@
+"""How much the end of a model moves when FFNs in it are replaced: what one block's errors cost in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit.blocks import FFN
+from ffnkit.ops.neurons import Neurons
+from ffnkit.replay import Replay, block_name
+from ffnkit.surgery import borrowed, resize
+from ffnkit.taps import stack_masks
+
+TOKENS = 1024  # that the probe looks at, at least, where there are so many
+ENTRIES = 1 << 25  # logits held for comparison: 128 MiB in float32
+
+
+class Ending:
+    """The end of the uncompressed model on a few batches, and how far a change moves it.
+
+    Of a language model it is the next tokens' distribution, compared by the Kullback-Leibler divergence; of any other
+    model the output of the last block of each stack, compared by the relative squared difference. Heads are left out
+    there: they may not be trained yet.
+    """
+
+    def __init__(self, replay: Replay, found: list[FFN]) -> None:
+        """Runs the model as it is. Memory beyond it: the outputs compared, for about ``TOKENS`` tokens."""
+        self.replay, self.found = replay, found
+        head = getattr(replay.model, "get_output_embeddings", lambda: None)()
+        self.written = head is not None
+        self.blocks = _last_blocks(replay, found)
+        self.reference: list[dict[str, Tensor]] = []
+        tokens = 0
+        for number in range(len(replay.batches)):
+            outputs = self._outputs(number)
+            self.reference.append(outputs)
+            tokens += min(len(value) for value in outputs.values())
+            if tokens >= TOKENS or tokens * max(value.shape[-1] for value in outputs.values()) >= ENTRIES:
+                break
+
+    @torch.no_grad()
+    def moved(self, changed: list[tuple[FFN, Neurons]]) -> float:
+        """The mean divergence a token, or the relative squared difference, with other neurons in some FFNs.
+
+        The blocks that ``replay`` has behind it are not run.
+        """
+        gaps: dict[str, float] = {}
+        norms: dict[str, float] = {}
+        with _lent(changed):
+            for number, wanted in enumerate(self.reference):
+                for name, value in self._outputs(number).items():
+                    gap, norm = self._compare(value, wanted[name])
+                    gaps[name] = gaps.get(name, 0.0) + gap
+                    norms[name] = norms.get(name, 0.0) + norm
+        return sum(gaps[name] / max(norms[name], 1e-300) for name in gaps)
+
+    def _compare(self, value: Tensor, wanted: Tensor) -> tuple[float, float]:
+        """What differs, and what it is relative to."""
+        if not self.written:
+            return (value - wanted).square().sum().item(), wanted.square().sum().item()
+        gap = 0.0
+        for new, old in zip(value.split(256), wanted.split(256), strict=True):
+            first, second = old.float().log_softmax(-1), new.float().log_softmax(-1)
+            gap += (first.exp() * (first - second)).sum().item()
+        return gap, float(len(value))
+
+    def _outputs(self, number: int) -> dict[str, Tensor]:
+        """What is compared of one batch, by name: (tokens that count, columns)."""
+        caught: dict[str, Tensor] = {}
+        watched = {"": self.replay.model} if self.written else {n: self.replay.modules[n] for n in self.blocks}
+        handles = [module.register_forward_hook(_keeping(caught, name)) for name, module in watched.items()]
+        try:
+            self.replay.finish(number)
+        finally:
+            for handle in handles:
+                handle.remove()
+        masks = stack_masks(self.replay.model, self.replay.batches[number], self.found)
+        ends = {name: masks.get(stack) for name, stack in self.blocks.items()}
+        if self.written:  # what is written comes from the stack that ends last
+            ends = {"": list(ends.values())[-1]}
+        return {name: _counted(value, ends.get(name)) for name, value in caught.items()}
+
+
+def _keeping(caught: dict[str, Tensor], name: str) -> Any:
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        logits = getattr(output, "logits", None) if name == "" else None
+        caught[name] = (logits if logits is not None else _first(output)).detach()
+
+    return hook
+
+
+def _first(output: Any) -> Tensor:
+    """The first tensor of an output."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if hasattr(output, "values") else output
+    return next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
+
+
+def _counted(value: Tensor, mask: Tensor | None) -> Tensor:
+    """(tokens that count, columns): padding goes where the mask fits."""
+    if mask is not None and value.ndim == 3 and mask.shape == value.shape[:2]:
+        return value[mask.bool().to(value.device)]
+    return value.reshape(-1, value.shape[-1])
+
+
+def _last_blocks(replay: Replay, found: list[FFN]) -> dict[str, str]:
+    """The last block of each list of blocks, in the order of running, and its stack."""
+    holders = {block_name(ffn.name).rpartition(".")[0]: ffn.stack for ffn in found}
+    last = {name.rpartition(".")[0]: name for name in replay.calls}  # later ones take the place of earlier ones
+    order = list(replay.calls)
+    names = sorted((last[holder] for holder in holders), key=order.index)
+    return {name: holders[name.rpartition(".")[0]] for name in names}
+
+
+@contextmanager
+def _lent(changed: list[tuple[FFN, Neurons]]) -> Iterator[None]:
+    """The FFNs run with other neurons inside the block."""
+    with ExitStack() as stack:
+        for ffn, neurons in changed:
+            stack.enter_context(borrowed(ffn))
+            resize(ffn, neurons)
+        yield

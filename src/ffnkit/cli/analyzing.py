@@ -1,0 +1,139 @@
+"""``ffnkit analyze``: its options. The work is in :mod:`ffnkit.cli.analyze_job`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ffnkit.cli import console, options
+from ffnkit.cli.app import app
+from ffnkit.cli.data_options import DATA, DataDir, TaskName, Tokenizer
+from ffnkit.cli.outputs import check_output
+from ffnkit.errors import FfnkitError
+
+NTK = "The kernel (NTK)"
+
+
+@app.command(rich_help_panel="Models")
+def analyze(
+    model: options.Model,
+    methods: Annotated[
+        str | None,
+        typer.Option("--methods", "-m", help="Names of 'ffnkit methods' parted by commas, or all; fusion:folded too."),
+    ] = None,
+    width: Annotated[
+        str | None, typer.Option("--width", help="Of all methods: a share such as 0.25, or a number of neurons.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="NAME=VALUE", help="A setting, for the methods that have it; repeatable."),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", "-l", help="Which FFNs are compressed. \\[default: all]")
+    ] = None,
+    against: Annotated[
+        list[str] | None, typer.Option("--against", help="A compressed checkpoint of MODEL, tuned or not; repeatable.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of methods, data and a head that is drawn.")] = 0,
+    task: TaskName = None,
+    data_dir: DataDir = None,
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="Text: its first half calibrates, its second measures.", rich_help_panel=DATA),
+    ] = None,
+    rows: Annotated[
+        int, typer.Option("--rows", min=1, help="At most so many rows are measured on.", rich_help_panel=DATA)
+    ] = 512,
+    tokens: Annotated[
+        int, typer.Option("--calibration-tokens", min=1, help="For methods that use data.", rich_help_panel=DATA)
+    ] = 6400,
+    max_length: Annotated[
+        int, typer.Option("--max-length", min=2, help="Longer texts are cut, in tokens.", rich_help_panel=DATA)
+    ] = 128,
+    tokenizer: Tokenizer = None,
+    similarity: Annotated[
+        bool, typer.Option("--similarity", help="Compare the layers of MODEL with one another instead.")
+    ] = False,
+    errors: Annotated[bool, typer.Option("--errors/--no-errors", help="FFN outputs and hidden states.")] = True,
+    ntk: Annotated[
+        bool | None,
+        typer.Option(
+            "--ntk/--no-ntk", help="The kernels. \\[default: where the model gives logits]", rich_help_panel=NTK
+        ),
+    ] = None,
+    examples: Annotated[int, typer.Option("--examples", min=2, help="A gradient each.", rich_help_panel=NTK)] = 48,
+    ntk_layers: Annotated[
+        str, typer.Option("--ntk-layers", help="Whose FFNs the gradients are of.", rich_help_panel=NTK)
+    ] = "last:2",
+    output: Annotated[
+        Literal["probability", "logit"], typer.Option("--ntk-output", help="The scalar f.", rich_help_panel=NTK)
+    ] = "probability",
+    memory: Annotated[
+        int, typer.Option("--memory", min=1, help="MiB of gradients held at a time.", rich_help_panel=NTK)
+    ] = 512,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="A folder for analysis.json, analysis.md and analysis.png.")
+    ] = None,
+    device: options.Device = "auto",
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Compare methods before any tuning: FFN outputs, hidden states and the NTK against the uncompressed model.
+
+    [bold]Examples[/bold]
+
+      ffnkit analyze roberta-base --methods fusion,calibrated-fusion,svd [cyan]--width 0.25 --task sst2[/cyan]
+
+      ffnkit analyze ./llama --methods all --width 0.5 [cyan]--text notes.txt --ntk-layers last:1[/cyan]
+
+      ffnkit analyze roberta-base [cyan]--against small --against tuned --task sst2[/cyan] --out analysis
+
+      ffnkit analyze roberta-base [cyan]--similarity[/cyan] --text notes.txt --out likeness
+
+    Methods that measure activations see the task's train split or the first half of the text; everything is measured
+    on the validation split or the second half. Of a model without a trained head one is drawn with --seed.
+    """
+    if out is not None:
+        check_output(out, overwrite=overwrite, source=model)
+    if similarity and (methods is not None or against):
+        found = f"{'--methods' if methods is not None else '--against'} is given too"
+        raise FfnkitError("ffnkit analyze --similarity", found, "Leave it out: layers of one model are compared")
+    if methods is None and not against and not similarity:
+        do = "Add --methods fusion,svd or --similarity"
+        raise FfnkitError("ffnkit analyze", "neither --methods nor --against is given", do)
+    if (task is None) == (text is None):
+        found = "both --task and --text are given" if task else "neither --task nor --text is given"
+        raise FfnkitError("ffnkit analyze", found, "Name the one thing that is measured on")
+    if not errors and ntk is False:
+        raise FfnkitError("ffnkit analyze", "--no-errors and --no-ntk leave nothing to do", "Leave out one of them")
+    texts = (task, data_dir, text, rows, tokens, max_length, tokenizer, seed)
+    if similarity:
+        from ffnkit.cli.similarity_job import compare
+
+        compare(model, texts, layers or "all", options.pick_device(device), out, as_json)
+        return
+    from ffnkit.cli.analyze_job import AnalyzeJob, Texts, chosen_methods
+
+    candidates = chosen_methods(methods, width, layers, seed, settings or [])
+    console.quieten()
+    job = AnalyzeJob(
+        model=model,
+        candidates=candidates,
+        against=tuple(against or ()),
+        texts=Texts(*texts),
+        errors=errors,
+        ntk=ntk,
+        ntk_settings={"examples": examples, "layers": ntk_layers, "output": output, "memory": memory << 20},
+        device=options.pick_device(device),
+    )
+    found, report = job.run()
+    if out is not None:
+        job.save(found, report, out)
+    if as_json:
+        console.print_json(report)
+    else:
+        console.out(str(found))
+        if out is not None:
+            console.say(f"saved in {out}: analysis.json, analysis.md, analysis.png")

@@ -1,0 +1,75 @@
+"""One process of a distributed run: ``python sharded.py {ddp,fsdp} FAMILY OUT``; RANK and WORLD_SIZE say which."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from families import FAMILIES
+from torch import nn
+
+import ffnkit as fk
+from ffnkit.methods.merging import Merging
+
+STEPS = 3
+
+
+def tied(name: str) -> Any:
+    """A model of the family whose layers share one FFN."""
+    model = FAMILIES[name].model()
+    return fk.apply(model, fk.plan(model, Merging(layers="all", match=False)))
+
+
+def train(model: nn.Module, inputs: dict[str, torch.Tensor], rank: int, world: int) -> None:
+    """A few steps of SGD on this process's rows."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(STEPS):
+        output = model(**{key: value[rank::world] for key, value in inputs.items()})
+        output[0].float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def main() -> None:
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+
+    kind, name, out = sys.argv[1:]
+    torch.set_num_threads(1)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    model = tied(name)
+    inputs = FAMILIES[name].inputs(model)
+    if kind == "ddp":
+        train(nn.parallel.DistributedDataParallel(model), inputs, rank, world)
+        state = model.state_dict()
+    else:
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        from ffnkit.tune.sharding import fsdp_plugin
+
+        # accelerate takes FSDP on accelerators only; this is what it does to a model there
+        accelerator = SimpleNamespace(
+            state=SimpleNamespace(fsdp_plugin=fsdp_plugin(model, cpu_ram_efficient_loading=False)),
+            mixed_precision="no",
+            is_main_process=rank == 0,
+            device=torch.device("cpu"),
+            torch_device_mesh=init_device_mesh("cpu", (world,), mesh_dim_names=("dp",)),
+            parallelism_config=SimpleNamespace(fsdp_dim_names=("dp",)),
+        )
+        model = fsdp2_prepare_model(accelerator, model)
+        train(model, inputs, rank, world)
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    if rank == 0:
+        from safetensors.torch import save_file
+
+        save_file({key: value.clone() for key, value in state.items()}, out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
