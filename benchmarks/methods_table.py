@@ -105,8 +105,8 @@ def page(results: dict[str, Any]) -> str:
         "- hidden: relative error of the last block's output, both models run whole.",
         "- NTK: ||K_after - K_before||_F / ||K_before||_F; sgd: K = G G^T, adam: K = G sign(G)^T.",
         "- ccos: cosine of the two kernels without their row and column means, 1 where they tell examples apart alike;"
-        " without centring it is above 0.97 for every method (in the JSON), for the gradients of a fresh head share a"
-        " large common part.",
+        " without centring it is at least 0.96 for every method (in the JSON), for the gradients of a fresh head share"
+        " a large common part.",
         f"- Kernels on {said['examples']} validation rows, gradients of the FFN tensors of all layers,"
         f" f = softmax(logits)[0]; pretrained body and a fresh head drawn with seed {said['seed']}, as at the start of"
         " fine-tuning.",
