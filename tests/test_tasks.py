@@ -568,6 +568,8 @@ def test_a_new_head_makes_no_report_and_a_new_body_does(tiny: dict[str, Path], t
     handler = logging.Handler()
     handler.emit = lambda record: seen.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.WARNING)  # a command that ran before may have made the library quiet
     try:
         tasks.get("cola").load_model(tiny["bert"])
         assert not [each for each in seen if "LOAD REPORT" in str(each)]
@@ -579,6 +581,7 @@ def test_a_new_head_makes_no_report_and_a_new_body_does(tiny: dict[str, Path], t
         tasks.get("cola").load_model(tmp_path)
         assert [each for each in seen if "LOAD REPORT" in str(each)]
     finally:
+        logger.setLevel(level)
         logger.removeHandler(handler)
 
 
