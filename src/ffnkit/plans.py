@@ -121,7 +121,8 @@ class Plan:
         return f"{nonzero:,} of {total:,} weights not zero"
 
     def __str__(self) -> str:
-        shown = {k: "by layer" if isinstance(v, dict) else repr(v) for k, v in self.settings.items()}
+        given = {k: v for k, v in self.settings.items() if v is not None}
+        shown = {k: "by layer" if isinstance(v, dict) else repr(v) for k, v in given.items()}
         settings = ", ".join(f"{key}={value}" for key, value in shown.items())
         lines = [f"{self.method}({settings}) for {self.model}"]
         name_width = max((len(name) for name in self.shapes), default=0)

@@ -189,7 +189,8 @@ def _what(info: CardInfo) -> str:
         text = f"{origin} with its feed-forward blocks changed by the method **{_text(info.method)}** of ffnkit."
     else:
         text = f"{origin}; its feed-forward blocks were left as they were."
-    settings = f"\n\nSettings:\n\n{_pairs(info.settings)}" if info.settings else ""
+    given = {key: value for key, value in info.settings.items() if value is not None}
+    settings = f"\n\nSettings:\n\n{_pairs(given)}" if given else ""
     return text + settings + _widths(info.layers)
 
 
