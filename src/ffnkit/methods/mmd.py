@@ -14,6 +14,7 @@ from ffnkit import blocks
 from ffnkit.edits import Edit, Rewrite
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, each, generator, lifted, singles
+from ffnkit.ops.local import forget
 from ffnkit.ops.neurons import Neurons, balance, concatenate
 from ffnkit.plans import Draft, Progress
 
@@ -79,6 +80,8 @@ class Mmd(Narrowing):
         optimizer = torch.optim.AdamW([points], lr=self.learning_rate)
         for _ in range(self.steps):
             step(points, rows, optimizer)
+        forget(optimizer)
+        points.grad = None
         root = (len(rows) / width) ** 0.5
         found = neurons.with_matrix(points)
         bias = None if found.up_bias is None else found.up_bias * root

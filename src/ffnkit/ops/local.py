@@ -61,12 +61,19 @@ def regress(
             _loss(fitted, x[rows], target[rows], activation, _rows(weights, rows)).backward()
             optimizer.step()
             schedule.step()
+    forget(optimizer)
     fitted = fitted.map(lambda value: value.detach())
     with torch.no_grad():
         before, after = (
             _loss(each, x[held], target[held], activation, _rows(weights, held)) for each in (start, fitted)
         )
     return fitted if bool(after < before) else start
+
+
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Let go of what an optimizer holds: it is part of a cycle, and would keep it until garbage is collected."""
+    optimizer.state.clear()
+    optimizer.param_groups.clear()
 
 
 def _rows(weights: Tensor | None, rows: Tensor) -> Tensor | None:
