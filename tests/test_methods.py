@@ -279,3 +279,24 @@ def test_widths_by_name() -> None:
     names = [ffn.name for ffn in ffns(model)]
     plan = fk.plan(model, methods.build("magnitude", width={names[1]: 7}))
     assert plan.widths() == {names[1]: (40, 7)}
+
+
+def test_nothing_of_the_regression_stays_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An optimizer is part of a cycle: what it held would stay, layer after layer, until garbage is collected."""
+    made: list[torch.optim.Optimizer] = []
+    held: list[int] = []
+
+    class Adam(torch.optim.Adam):
+        def __init__(self, *args: Any, **more: Any) -> None:
+            super().__init__(*args, **more)
+            made.append(self)
+
+        def step(self, *args: Any, **more: Any) -> Any:
+            result = super().step(*args, **more)
+            held.append(len(self.state))
+            return result
+
+    monkeypatch.setattr("torch.optim.Adam", Adam)
+    planned("bert", "calibrated-fusion", refine=2)
+    assert made and min(held) > 0  # the control: they held something
+    assert not any(optimizer.state or optimizer.param_groups for optimizer in made)
