@@ -321,6 +321,8 @@ def is_linear(module: object) -> bool:
 def _shape(linear: Any) -> tuple[int, int]:
     if isinstance(linear, Special):
         return linear.features
+    if isinstance(linear, nn.Linear) and not linear.weight.is_floating_point():  # several numbers may lie in a byte
+        return linear.out_features, linear.in_features
     rows, columns = linear.weight.shape
     return (columns, rows) if is_transposed(linear) else (rows, columns)
 

@@ -245,6 +245,17 @@ def declare_twins(model: PreTrainedModel, ffn: blocks.FFN, twins: list[str]) -> 
     model._adjust_bias = _adjust_bias  # type: ignore[method-assign]
 
 
+def withdraw_twins(model: PreTrainedModel, places: set[str]) -> None:
+    """Take back that the tensors below ``places`` (each with its dot) are further names of others."""
+    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+        declared = getattr(model, attribute, None)
+        if isinstance(declared, dict):
+            setattr(model, attribute, {k: v for k, v in declared.items() if not k.startswith(tuple(places))})
+    ignored = {re.escape(place) for place in places}
+    kept = [key for key in model._keys_to_ignore_on_load_missing or () if not key.startswith(tuple(ignored))]
+    model._keys_to_ignore_on_load_missing = kept or None
+
+
 def _adjust_bias(tied: nn.Module, source: Any) -> None:
     """In place of transformers' own, which cuts the bias of a tied layer to its weight's first dimension.
 

@@ -63,7 +63,8 @@ def assign(similarity: Tensor) -> Tensor:
     """
     from scipy.optimize import linear_sum_assignment
 
-    _, columns = linear_sum_assignment(similarity.cpu().numpy(), maximize=True)
+    cost = similarity.cpu().to(torch.float64, copy=True).neg_()  # maximize=True would hold both signs
+    _, columns = linear_sum_assignment(cost.numpy())
     return torch.from_numpy(columns).long()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -13,7 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
 from ffnkit.nn.special import is_special
+from ffnkit.parting import Parted, own_weights, part, plain_layer, rejoin, settle
 
+from . import quantizing
 from .head import head_modules
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ _TASK_TYPES = (
 )
 GROUPS = ("ffn", "attention", "all")
 _TIES = "_ffnkit_ties"  # on a peft model: names under which one target stands in several places
+_PARTED = "_ffnkit_parted"  # on a peft model: shared FFNs whose layers have adapters of their own
 
 
 def prepare(model: nn.Module, tuner: Lora) -> nn.Module:
@@ -39,19 +42,28 @@ def prepare(model: nn.Module, tuner: Lora) -> nn.Module:
     and since the weights under the adapters are frozen, it does not matter to them where the factor stands.
 
     Raises:
-        FfnkitError: targets that match nothing, or that have no linear to adapt.
+        FfnkitError: targets that match nothing, or that have no linear to adapt; adapters for each layer asked of a
+            model without shared FFNs.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     _fold(model)
     found = list(tuner.routers_of(model))
-    modules, parameters = targets(model, tuner.targets)
     heads = list(head_modules(model)) if tuner.head else []
-    if tuner.routers == "trained":
-        heads += found
-    elif tuner.targets in GROUPS:
-        modules = [name for name in modules if not any(name == r or name.startswith(f"{r}.") for r in found)]
-    modules = [name for name in modules if not any(name == head or name.startswith(f"{head}.") for head in heads)]
+    parted = part(cast(PreTrainedModel, model)) if tuner.tied == "each" else []
+    try:
+        modules, parameters = targets(model, tuner.targets)
+        if tuner.routers == "trained":
+            heads += found
+        elif tuner.targets in GROUPS:
+            modules = _without(modules, found)
+        if tuner.quantize != "none":
+            quantizing.quantize(model, tuner.quantize, keep=[*heads, *head_modules(model), *found])
+    except FfnkitError:
+        for each in parted:
+            rejoin(cast(PreTrainedModel, model), each)
+        raise
+    modules = _without(modules, heads)
     ties = _ties(model, modules)
     kinds = {type(model.get_submodule(name)) for name in modules}
     config = LoraConfig(
@@ -60,30 +72,72 @@ def prepare(model: nn.Module, tuner: Lora) -> nn.Module:
         lora_alpha=tuner.alpha,  # type: ignore[arg-type]
         lora_dropout=0.0 if parameters else tuner.dropout,  # adapters of bare tensors know no dropout
         bias=tuner.bias,
-        target_modules=_exactly(modules) if modules else [],
+        # every place of a shared target is named, so that the adapter fits a model that holds each place apart too
+        target_modules=_exactly([*modules, *(name for names in ties for name in names[1:])]) if modules else [],
         target_parameters=parameters or None,
         modules_to_save=heads or None,
         fan_in_fan_out=kinds == {Conv1D},
     )
-    base: Any = model
+    return adapted(model, lambda base: _with_adapters(base, config), ties, parted)
+
+
+def adapted(
+    model: nn.Module, wrap: Callable[[Any], Any], ties: list[list[str]], parted: Iterable[Parted] = ()
+) -> nn.Module:
+    """The peft model that ``wrap`` makes, its adapters in every place of a shared target.
+
+    Args:
+        ties: from :func:`_ties`. parted: from ``parting.part``, where layers have adapters of their own.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tuned = get_peft_model(base, config)
+        tuned = wrap(model)
     _share(tuned.get_base_model(), ties)
     object.__setattr__(tuned, _TIES, ties)
-    return tuned
+    object.__setattr__(tuned, _PARTED, list(parted))
+    return cast(nn.Module, tuned)
+
+
+def _with_adapters(model: Any, config: Any) -> Any:
+    from peft import get_peft_model
+
+    return get_peft_model(model, config)
 
 
 def finish(model: nn.Module, tuner: Lora) -> nn.Module:
-    """The plain model with the adapters merged; saves the adapter first where the tuner names a folder."""
+    """The plain model with the adapters merged; saves the adapter first where the tuner names a folder.
+
+    Layers that had adapters of their own over a shared FFN differ from then on: each holds its weights, and the config
+    says so. A quantized base comes back in float, as what its numbers stand for: merged into few bits, an adapter
+    would be rounded away in part.
+    """
     if tuner.adapter_dir is not None:
         save_adapter(model, tuner.adapter_dir)
     ties: list[list[str]] = getattr(model, _TIES, [])
-    plain: nn.Module = model.merge_and_unload()  # type: ignore[operator]
+    parted: list[Parted] = getattr(model, _PARTED, [])
+    base = model.get_base_model()  # type: ignore[operator]
+    differ = [each for each in parted if _is_adapted(base, each)]
+    for each in parted:
+        if each in differ:
+            own_weights(base, each)
+        else:
+            rejoin(base, each)
+    if quantizing.is_quantized(base):
+        plain: Any = quantizing.merged(model)
+    else:
+        plain = model.merge_and_unload()  # type: ignore[operator]
     _share(plain, ties)
+    if parted:
+        settle(plain, parted, untied=differ)
     if hasattr(plain, "peft_config"):
         del plain.peft_config
-    return plain.requires_grad_(True)
+    return cast(nn.Module, plain.requires_grad_(True))
+
+
+def _is_adapted(base: nn.Module, parted: Parted) -> bool:
+    """Whether a linear of the FFN has an adapter in some layer."""
+    linears = (base.get_submodule(f"{name}.{site}") for name in parted.owners for site in parted.sites)
+    return any(plain_layer(linear) is not linear for linear in linears)
 
 
 def save_adapter(model: nn.Module, folder: object) -> None:
@@ -142,6 +196,11 @@ def _matching(model: nn.Module, pattern: str) -> list[str]:
         raise FfnkitError(f"lora targets {pattern!r}", f"not a regular expression ({error})", do) from None
     kinds = (nn.Linear, Conv1D, nn.Embedding)
     return [name for name, m in model.named_modules() if isinstance(m, kinds) and wanted.fullmatch(name)]
+
+
+def _without(modules: list[str], outer: list[str]) -> list[str]:
+    """The names that do not lie in one of the outer modules."""
+    return [name for name in modules if not any(name == o or name.startswith(f"{o}.") for o in outer)]
 
 
 def _exactly(names: Iterable[str]) -> str:

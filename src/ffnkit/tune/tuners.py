@@ -11,7 +11,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from ffnkit.errors import FfnkitError
 
@@ -113,6 +120,19 @@ class Lora(Tuner):
     head: bool = Field(True, description="train the task head too")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="biases that train, as in peft")
     adapter_dir: Path | None = Field(None, description="also save the adapter there, in peft's form")
+    tied: Literal["shared", "each"] = Field(
+        "shared", description="on FFNs that layers share: one adapter that they share, or each layer its own"
+    )
+    quantize: Literal["none", "nf4", "int8"] = Field(
+        "none", description="while tuning, hold the frozen linears in 4 bits or in int8, through bitsandbytes"
+    )
+
+    @model_serializer(mode="wrap")
+    def _told(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """``tied`` and ``quantize`` are told where they are not the default, so that facts about others stay so."""
+        told: dict[str, Any] = handler(self)
+        plain = {"tied": "shared", "quantize": "none"}
+        return {key: value for key, value in told.items() if plain.get(key) != value}
 
     def prepare(self, model: nn.Module) -> nn.Module:
         from . import lora

@@ -1,0 +1,164 @@
+"""Frozen linears in 4 bits or int8 while adapters train over them (QLoRA), and back to float with the adapters in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ffnkit import shapes
+from ffnkit.errors import FfnkitError
+
+from .sharding import SharedLinear
+
+_LAYERS = ("Linear4bit", "Linear8bitLt")
+_FLAGS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
+
+
+@torch.no_grad()
+def quantize(model: nn.Module, kind: str, keep: Iterable[str]) -> list[str]:
+    """Exchange the linears of a model for quantized ones, in place; their names come back, each layer once.
+
+    A linear that stands in several places stays one object, and linears over one weight share its quantized form.
+    Embeddings and what is tied to them, norms, experts in 3-D parameters and modules that the family keeps in float
+    stay as they are.
+
+    Args:
+        kind: "nf4" (4 bits, blocks of 64 with a scale, the scales in 8 bits) or "int8" (a scale for each neuron).
+        keep: modules that stay in float with all that lies in them.
+
+    Raises:
+        FfnkitError: bitsandbytes is not installed; the model is quantized already.
+
+    Source: Dettmers et al., QLoRA (arXiv 2305.14314); LLM.int8() (arXiv 2208.07339).
+    """
+    _check(model, kind)
+    kept = [*keep, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
+    lookups = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    made: dict[int, nn.Module] = {}
+    weights: dict[int, Any] = {}
+    names = []
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        # other subclasses of Linear may have a forward of their own, or be read by their owner
+        plain = isinstance(module, Conv1D) or type(module) in (nn.Linear, SharedLinear)
+        if not plain or id(module.weight) in lookups or _is_kept(name, kept):
+            continue
+        if id(module) not in made:
+            made[id(module)] = _quantized(module, kind, weights)
+            names.append(name)
+        model.set_submodule(name, made[id(module)])
+    return names
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether some linear holds its weight in another form than float: bitsandbytes' or torchao's."""
+    return any(_in_few_bits(module) for module in model.modules())
+
+
+@torch.no_grad()
+def merged(tuned: nn.Module) -> nn.Module:
+    """The model below a peft model in float, its adapters merged: each weight is what it stood for, plus B A."""
+    from peft.tuners.lora import LoraLayer
+
+    base: Any = tuned.get_base_model()  # type: ignore[operator]
+    for layer in [module for module in base.modules() if isinstance(module, LoraLayer)]:
+        linear: Any = layer.base_layer
+        if not _in_few_bits(linear):
+            layer.merge()
+            continue
+        plain = _float(linear, base.dtype)
+        delta = sum(layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A)
+        transposed = isinstance(plain, Conv1D) and not layer.fan_in_fan_out
+        plain.weight += (delta.T if transposed else delta).to(plain.weight)
+        layer.base_layer = plain
+    plain_model: Any = tuned.unload()  # type: ignore[operator]
+    made: dict[int, nn.Module] = {}
+    for name, module in list(plain_model.named_modules(remove_duplicate=False)):
+        if _in_few_bits(module):
+            if id(module) not in made:
+                made[id(module)] = _float(module, plain_model.dtype)
+            plain_model.set_submodule(name, made[id(module)])
+    _forget(plain_model)
+    return plain_model  # type: ignore[no-any-return]
+
+
+def _check(model: nn.Module, kind: str) -> None:
+    from importlib.util import find_spec
+
+    asked = f"quantize {kind}"
+    if is_quantized(model):
+        raise FfnkitError(asked, "the model is quantized already", "Leave the setting out")
+    if find_spec("bitsandbytes") is None:
+        raise FfnkitError(asked, "bitsandbytes is not installed", "pip install 'ffnkit[quantized]'")
+
+
+def _is_kept(name: str, kept: list[str]) -> bool:
+    parts = name.split(".")
+    return any(name == k or name.startswith(f"{k}.") or k in parts for k in kept)
+
+
+def _quantized(linear: Any, kind: str, weights: dict[int, Any]) -> nn.Module:
+    """A quantized layer; ``weights`` holds what was made of each weight by its id."""
+    import bitsandbytes as bnb
+
+    transposed = isinstance(linear, Conv1D)
+    weight = (linear.weight.T if transposed else linear.weight).detach()
+    (out, inner), device = weight.shape, weight.device
+    with torch.device("meta"):
+        layer: Any = (
+            bnb.nn.Linear4bit(inner, out, bias=False, compute_dtype=weight.dtype, quant_type="nf4")
+            if kind == "nf4"
+            else bnb.nn.Linear8bitLt(inner, out, bias=False, has_fp16_weights=False, threshold=6.0)
+        )
+    if kind == "nf4":
+        layer.support_avx512bf16_for_cpu = False  # which repacks the weight in the first forward without gradients
+    found = weights.get(id(linear.weight))
+    if found is None:
+        own = weight.clone().contiguous()
+        fresh: Any = (
+            bnb.nn.Params4bit(own, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer)
+            if kind == "nf4"
+            else bnb.nn.Int8Params(own, requires_grad=False, has_fp16_weights=False)
+        )
+        found = weights[id(linear.weight)] = fresh.to(device)
+    layer.weight = found
+    layer.quant_state = getattr(found, "quant_state", None)
+    layer.bias = linear.bias
+    layer.source_cls = type(linear)  # as transformers notes it
+    return layer.train(linear.training)  # type: ignore[no-any-return]
+
+
+def _in_few_bits(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    kind = type(weight.data) if isinstance(weight, nn.Parameter) else None
+    return type(module).__name__ in _LAYERS or (kind is not None and kind.__module__.startswith("torchao."))
+
+
+def _float(linear: Any, dtype: torch.dtype) -> Any:
+    """The plain layer of the class that the model had, around what the quantized weight stands for."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight = dequantize_module_weight(linear).detach().to(dtype)
+    transposed = issubclass(getattr(linear, "source_cls", nn.Linear), Conv1D)
+    with torch.device("meta"):
+        plain = Conv1D(weight.shape[0], weight.shape[1]) if transposed else nn.Linear(weight.shape[1], weight.shape[0])
+    plain.weight = nn.Parameter((weight.T if transposed else weight).contiguous())
+    plain.bias = linear.bias
+    return plain.train(linear.training)
+
+
+def _forget(model: Any) -> None:
+    """Take from a model that is float again what says otherwise, its config included."""
+    for flag in _FLAGS:
+        if flag in vars(model):
+            delattr(model, flag)
+    if getattr(model, "is_quantized", False):
+        model.is_quantized = False
+    described = shapes.description(model)
+    if described is not None:
+        model.config.quantization_config = {k: v for k, v in described.items() if k not in ("base", "base_done")}
+    elif getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
