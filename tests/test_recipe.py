@@ -10,6 +10,8 @@ import pytest
 
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe import load_recipe, quickstart
+from ffnkit.recipe.loading import parse
+from ffnkit.recipe.preflight import preflight
 from ffnkit.recipe.schema import recipe_from
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,3 +120,12 @@ def test_several_errors_are_counted(tmp_path: Path) -> None:
     text = GOOD.replace("seeds: [0, 1]", "seeds: 3").replace("width: 0.5", "width: 9.5").replace("steps:", "stepps:")
     with pytest.raises(FfnkitError, match=r"\(and 2 more\)$"):
         load(tmp_path, text)
+
+
+@pytest.mark.parametrize("method", ["{method: merging, window: 2}", "{method: layer-drop, window: 2}"])
+def test_windows_pass_the_checks_before_a_run(method: str, tmp_path: Path) -> None:
+    text = f"name: w\nmodel: quickstart\ntask: docstrings\narms: {{some: {method}}}"
+    recipe = parse(text, "here")
+    with pytest.raises(FfnkitError, match="window of 9"):
+        preflight(parse(text.replace("window: 2", "window: 9"), "here"))
+    assert preflight(recipe)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ffnkit.errors import FfnkitError
     from ffnkit.inventory import inspect
     from ffnkit.methods.calibrated import CalibratedFusion
+    from ffnkit.methods.combined import Combined
     from ffnkit.methods.fusion import Fusion
     from ffnkit.methods.merging import Merging
     from ffnkit.plans import Plan, plan
@@ -29,6 +30,7 @@ __all__ = [
     "Fusion",
     "CalibratedFusion",
     "Merging",
+    "Combined",
     "allocate",
     "Allocation",
     "apply",
@@ -50,6 +52,7 @@ _HOMES = {
     "Fusion": "methods.fusion",
     "CalibratedFusion": "methods.calibrated",
     "Merging": "methods.merging",
+    "Combined": "methods.combined",
     "allocate": "budget.allocation",
     "Allocation": "budget.allocation",
     "apply": "surgery",

@@ -82,13 +82,13 @@ def rejoin(model: PreTrainedModel, parted: Parted) -> None:
 
 
 def own_weights(model: nn.Module, parted: Parted) -> None:
-    """Give every layer but the first copies of the weights that it still shares with an earlier one."""
+    """Give every layer but the first copies of the float weights that it still shares with an earlier one."""
     taken: set[int] = set()
     for name in parted.owners:
         for site in parted.sites:
             linear = plain_layer(model.get_submodule(f"{name}.{site}"))
             for key, value in linear._parameters.items():
-                if value is None:
+                if type(value) is not nn.Parameter:  # none, or quantized: replaced as a whole
                     continue
                 if id(value) in taken:
                     value = nn.Parameter(value.detach().clone(), requires_grad=value.requires_grad)

@@ -15,7 +15,7 @@ from ffnkit.analysis import ntk as kernel
 from ffnkit.analysis.ntk import NtkSettings
 from ffnkit.analysis.result import Analysis, Row
 from ffnkit.analysis.scalar import singles
-from ffnkit.analysis.trial import Other, Second, Trial
+from ffnkit.analysis.trial import Other, Second, trial_of
 from ffnkit.errors import FfnkitError
 from ffnkit.loading import drawn_head
 from ffnkit.plans import Method, Plan, Progress, plan
@@ -96,7 +96,7 @@ def analyze(
         if last is None or last[0] != candidate.what:
             last = (candidate.what, _planned(model, candidate.what, calibrated, progress))
         given = {"method": last[1].method, "settings": last[1].settings, "fold": candidate.fold}
-        study.add(name, Trial(model, last[1], fold=candidate.fold), given)
+        study.add(name, trial_of(model, last[1], fold=candidate.fold), given)
     for name, other in others.items():
         study.add(name, Second(model, other), {})
     return Analysis(type(model).__name__, tuple(study.finish()), study.conditions(), study.notes())

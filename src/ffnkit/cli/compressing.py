@@ -192,7 +192,7 @@ class Compression:
         from ffnkit.architectures import empty_model, load_any
 
         place = options.pick_device(self.device)
-        if self.method is not None and hasattr(self.method, "targets"):
+        if self.method is not None:
             empty = empty_model(self.source)
             self.method.targets(empty)  # layers and widths that do not fit, before weights are read
             if self.budget is not None:

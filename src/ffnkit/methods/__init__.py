@@ -9,6 +9,7 @@ from typing import Any
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.calibrated import CalibratedFusion
 from ffnkit.methods.clustering import Clustering
+from ffnkit.methods.combined import Combined
 from ffnkit.methods.dropping import FfnDrop, LayerDrop
 from ffnkit.methods.fusion import Fusion
 from ffnkit.methods.merging import Merging
@@ -34,6 +35,7 @@ METHODS: tuple[Any, ...] = (
     Unstructured,
     LayerDrop,
     FfnDrop,
+    Combined,
 )
 
 

@@ -53,6 +53,10 @@ class LayerDrop:
     def settings(self) -> dict[str, Any]:
         return _settings(self)
 
+    def targets(self, model: nn.Module) -> list[Groups]:
+        """The groups of FFNs to choose among. Raises FfnkitError where the settings do not fit the model."""
+        return _candidates(self, model)
+
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         return _draft(self, model, data, _gone, _likeness)
 
@@ -89,6 +93,10 @@ class FfnDrop:
     def settings(self) -> dict[str, Any]:
         return _settings(self)
 
+    def targets(self, model: nn.Module) -> list[Groups]:
+        """The groups of FFNs to choose among. Raises FfnkitError where the settings do not fit the model."""
+        return _candidates(self, model)
+
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         return _draft(self, model, data, _silent, _added)
 
@@ -99,8 +107,7 @@ def _settings(method: LayerDrop | FfnDrop) -> dict[str, Any]:
     return own
 
 
-def candidates(method: LayerDrop | FfnDrop, model: nn.Module) -> list[Groups]:
-    """The groups of FFNs to choose among. Raises FfnkitError where the settings do not fit the model."""
+def _candidates(method: LayerDrop | FfnDrop, model: nn.Module) -> list[Groups]:
     if (method.layers is None) == (method.window is None):
         given = "neither" if method.layers is None else "both"
         raise FfnkitError(f"{method.name}", f"{given} of layers and window given", "Give layers='4-7' or window=4")
@@ -120,7 +127,7 @@ def _draft(
     worth: Callable[[list[Passage]], tuple[float, float]],
 ) -> Draft:
     started = time.perf_counter()
-    choices = candidates(method, model)
+    choices = _candidates(method, model)
     scores: list[float] = []
     if len(choices) > 1 and method.score is None:
         scores = _proxies(model, need_data(data, method.name), choices, worth)

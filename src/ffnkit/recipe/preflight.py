@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ffnkit.errors import FfnkitError
 
@@ -11,8 +11,6 @@ from .sources import Source, expand, method_of
 from .state import distilled, folder_digest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from .schema import Recipe
 
 
@@ -32,7 +30,7 @@ def preflight(recipe: Recipe) -> tuple[str, str]:
         for name, arm in compressed.items():
             try:
                 method = method_of(arm, recipe.seeds[0])
-                _fits(empty, method)
+                method.targets(empty)
                 if arm.budget is not None:
                     room(empty, arm.budget, method.layers, arm.multiple)
             except FfnkitError as error:
@@ -57,14 +55,3 @@ def _distils(recipe: Recipe, source: Source) -> None:
             source.teacher(recipe.seeds[0])
     except FfnkitError as error:
         raise error.within("distil") from None
-
-
-def _fits(model: PreTrainedModel, method: Any) -> None:
-    """Refuse layers that do not exist and widths that do not fit."""
-    targets = getattr(method, "targets", None)
-    if targets is not None:
-        targets(model)
-        return
-    from ffnkit.blocks import ffns, select
-
-    select(ffns(model), getattr(method, "layers", "all"))

@@ -99,7 +99,11 @@ OF_METHOD: dict[str, tuple[str, ...]] = {
     "merging": (MERGING,),
     "ffn-drop": (MERGING,),
     "layer-drop": (MERGING,),
+    "combined": (),
 }
 """What a method builds on, by its name."""
-OWN = {"calibrated-fusion": "The method calibrated-fusion has no paper of its own; it builds on what is cited here."}
+OWN = {
+    "calibrated-fusion": "The method calibrated-fusion has no paper of its own; it builds on what is cited here.",
+    "combined": "The method combined has no paper of its own; cite the methods that it combines.",
+}
 """Said beside the citations of a method that no paper describes."""

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapters import load_adapter as load_adapter
     from .calibration import calibration_batches as calibration_batches
     from .calibration import drawn_batches as drawn_batches
     from .checkpoints import clean as clean
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .tuners import trainable_parameters as trainable_parameters
 
 _HOMES = {
+    "load_adapter": "adapters",
     "calibration_batches": "calibration",
     "drawn_batches": "calibration",
     "CalibrationSettings": "settings",

@@ -30,6 +30,7 @@ _TASK_TYPES = (
     ("ForConditionalGeneration", "SEQ_2_SEQ_LM"),
     ("MTModel", "SEQ_2_SEQ_LM"),
 )
+PREFIX = "base_model.model."  # of names in adapter files
 GROUPS = ("ffn", "attention", "all")
 _TIES = "_ffnkit_ties"  # on a peft model: names under which one target stands in several places
 _PARTED = "_ffnkit_parted"  # on a peft model: shared FFNs whose layers have adapters of their own
@@ -141,11 +142,26 @@ def _is_adapted(base: nn.Module, parted: Parted) -> bool:
 
 
 def save_adapter(model: nn.Module, folder: object) -> None:
-    """Save the adapter of a peft model in peft's form, whole or not at all."""
+    """Save the adapter of a peft model in peft's form, whole or not at all.
+
+    An adapter that several layers share is written out for each of them: it then fits the model whose layers are
+    written out too, by peft alone.
+    """
+    from safetensors.torch import load_file, save_file
+
     from ffnkit.files import staging
 
+    ties: list[list[str]] = getattr(model, _TIES, [])
     with staging(str(folder)) as temporary:
         model.save_pretrained(temporary)  # type: ignore[operator]
+        path = temporary / "adapter_model.safetensors"
+        if ties and path.is_file():
+            state = load_file(path)
+            for first, *others in ties:
+                own = [key for key in state if key.startswith(f"{PREFIX}{first}.")]
+                for name, key in ((name, key) for name in others for key in own):
+                    state[f"{PREFIX}{name}{key.removeprefix(PREFIX + first)}"] = state[key].clone()
+            save_file(state, path, metadata={"format": "pt"})
 
 
 def targets(model: nn.Module, asked: str) -> tuple[list[str], list[str]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -36,10 +37,12 @@ def quantize(model: nn.Module, kind: str, keep: Iterable[str]) -> list[str]:
     Source: Dettmers et al., QLoRA (arXiv 2305.14314); LLM.int8() (arXiv 2208.07339).
     """
     _check(model, kind)
+    # it says at each product that float32 is cast to float16
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     kept = [*keep, *(getattr(model, "_keep_in_fp32_modules", None) or ())]
     lookups = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     made: dict[int, nn.Module] = {}
-    weights: dict[int, Any] = {}
+    over: dict[int, Any] = {}
     names = []
     for name, module in list(model.named_modules(remove_duplicate=False)):
         # other subclasses of Linear may have a forward of their own, or be read by their owner
@@ -47,7 +50,7 @@ def quantize(model: nn.Module, kind: str, keep: Iterable[str]) -> list[str]:
         if not plain or id(module.weight) in lookups or _is_kept(name, kept):
             continue
         if id(module) not in made:
-            made[id(module)] = _quantized(module, kind, weights)
+            made[id(module)] = _quantized(module, kind, over)
             names.append(name)
         model.set_submodule(name, made[id(module)])
     return names
@@ -64,15 +67,16 @@ def merged(tuned: nn.Module) -> nn.Module:
     from peft.tuners.lora import LoraLayer
 
     base: Any = tuned.get_base_model()  # type: ignore[operator]
-    for layer in [module for module in base.modules() if isinstance(module, LoraLayer)]:
-        linear: Any = layer.base_layer
+    layers: list[Any] = [module for module in base.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        linear = layer.base_layer
         if not _in_few_bits(linear):
             layer.merge()
             continue
         plain = _float(linear, base.dtype)
-        delta = sum(layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A)
-        transposed = isinstance(plain, Conv1D) and not layer.fan_in_fan_out
-        plain.weight += (delta.T if transposed else delta).to(plain.weight)
+        for name in layer.active_adapters:
+            delta = layer.get_delta_weight(name)
+            plain.weight += (delta.T if isinstance(plain, Conv1D) else delta).to(plain.weight)
         layer.base_layer = plain
     plain_model: Any = tuned.unload()  # type: ignore[operator]
     made: dict[int, nn.Module] = {}
@@ -82,7 +86,7 @@ def merged(tuned: nn.Module) -> nn.Module:
                 made[id(module)] = _float(module, plain_model.dtype)
             plain_model.set_submodule(name, made[id(module)])
     _forget(plain_model)
-    return plain_model  # type: ignore[no-any-return]
+    return cast(nn.Module, plain_model)
 
 
 def _check(model: nn.Module, kind: str) -> None:
@@ -100,8 +104,8 @@ def _is_kept(name: str, kept: list[str]) -> bool:
     return any(name == k or name.startswith(f"{k}.") or k in parts for k in kept)
 
 
-def _quantized(linear: Any, kind: str, weights: dict[int, Any]) -> nn.Module:
-    """A quantized layer; ``weights`` holds what was made of each weight by its id."""
+def _quantized(linear: Any, kind: str, over: dict[int, Any]) -> nn.Module:
+    """A quantized layer; ``over`` holds the first one over each weight, by the weight's id."""
     import bitsandbytes as bnb
 
     transposed = isinstance(linear, Conv1D)
@@ -115,20 +119,23 @@ def _quantized(linear: Any, kind: str, weights: dict[int, Any]) -> nn.Module:
         )
     if kind == "nf4":
         layer.support_avx512bf16_for_cpu = False  # which repacks the weight in the first forward without gradients
-    found = weights.get(id(linear.weight))
-    if found is None:
+    first = over.setdefault(id(linear.weight), layer)
+    if first is layer:
         own = weight.clone().contiguous()
         fresh: Any = (
             bnb.nn.Params4bit(own, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer)
             if kind == "nf4"
             else bnb.nn.Int8Params(own, requires_grad=False, has_fp16_weights=False)
         )
-        found = weights[id(linear.weight)] = fresh.to(device)
-    layer.weight = found
-    layer.quant_state = getattr(found, "quant_state", None)
+        layer.weight = fresh.to(device)
+        layer.quant_state = getattr(layer.weight, "quant_state", None)
+    else:  # what stands beside the weight moves from the one to the other while it is used
+        layer.weight = first.weight
+        for name in ("quant_state", "state"):
+            setattr(layer, name, getattr(first, name, None))
     layer.bias = linear.bias
     layer.source_cls = type(linear)  # as transformers notes it
-    return layer.train(linear.training)  # type: ignore[no-any-return]
+    return cast(nn.Module, layer.train(linear.training))
 
 
 def _in_few_bits(module: nn.Module) -> bool:

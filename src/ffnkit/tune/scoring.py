@@ -46,6 +46,8 @@ def with_score(method: Any, task: Any, tokenizer: Any, rows: Any) -> Any:
     Raises:
         FfnkitError: the name of a metric and no task, or one that the task does not have.
     """
+    if hasattr(method, "methods"):  # several in one
+        return dataclasses.replace(method, methods=[with_score(m, task, tokenizer, rows) for m in method.methods])
     name = getattr(method, "score", None)
     if not isinstance(name, str):
         return method

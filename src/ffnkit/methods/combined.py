@@ -1,0 +1,111 @@
+"""Several methods in one plan, each on FFNs of its own: some are merged, say, and others narrowed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ffnkit.blocks import FFN
+from ffnkit.edits import Drop, Edit
+from ffnkit.errors import FfnkitError
+from ffnkit.methods.common import Batch
+from ffnkit.plans import Draft, Method, Progress
+from ffnkit.trials import Trial
+
+
+@dataclass(frozen=True)
+class Combined:
+    """Several methods, one after the other, each on FFNs that no other one changes.
+
+    A method that reads data sees the model with the edits of those before it. To treat one FFN twice (merge it, then
+    narrow what is shared), apply the first plan and plan again.
+
+    Attributes:
+        methods: methods, or mappings of ``method`` and its settings.
+    """
+
+    methods: Sequence[Any]
+
+    name: ClassVar[str] = "combined"
+    summary: ClassVar[str] = "several methods in one plan, each on FFNs of its own"
+    paper: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        given = self.methods if isinstance(self.methods, list | tuple) else ()
+        if len(given) < 2:
+            do = "Give methods=[{method: merging, layers: 0-2}, {method: fusion, layers: 3-5, width: 0.5}]"
+            raise FfnkitError(f"combined methods={self.methods!r}", "not a list of two methods or more", do)
+        object.__setattr__(self, "methods", tuple(_built(each) for each in given))
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether one of them does."""
+        return any(getattr(method, "needs_data", False) for method in self.methods)
+
+    def settings(self) -> dict[str, Any]:
+        return {"methods": [{"method": method.name, **method.settings()} for method in self.methods]}
+
+    def targets(self, model: nn.Module) -> None:
+        """Raises FfnkitError where the settings of one do not fit the model, or two name one FFN."""
+        by: dict[str, Method] = {}
+        for method in self.methods:
+            found = method.targets(model)
+            searched = found and isinstance(found[0], list) and len(found) > 1
+            for ffn in () if searched else _ffns(found):
+                _claim(by, ffn.name, method)
+
+    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+        batches = data if data is None or isinstance(data, Sequence) else list(data)
+        edits: list[Edit] = []
+        quantities: dict[str, dict[str, float]] = {}
+        report: dict[str, Any] = {}
+        by: dict[str, Method] = {}
+        self.targets(model)
+        with ExitStack() as stack:
+            for number, method in enumerate(self.methods):
+                draft = method.draft(model, batches, progress)
+                for edit in draft.edits:
+                    if isinstance(edit, Drop):
+                        what = f"it drops {edit.layer}, and the layers behind it change their numbers"
+                        raise FfnkitError(f"{method.name} with others", what, "Apply it first, then plan the others")
+                    for name in edit.touched:
+                        _claim(by, name, method)
+                edits += draft.edits
+                quantities |= draft.quantities
+                report |= {f"{number + 1} {method.name}": draft.report} if draft.report else {}
+                if method is not self.methods[-1]:
+                    stack.enter_context(Trial(model, draft.edits))
+        return Draft(tuple(edits), quantities, report)
+
+
+def _claim(by: dict[str, Method], name: str, method: Method) -> None:
+    if by.setdefault(name, method) is not method:
+        what = f"{name} is changed by {by[name].name} too"
+        do = "Name other layers; to treat it twice, apply one plan and plan again"
+        raise FfnkitError(f"{method.name} with others", what, do)
+
+
+def _ffns(found: Any) -> Iterator[FFN]:
+    """Those in nested lists, whatever else is in them."""
+    if isinstance(found, FFN):
+        yield found
+    elif isinstance(found, list | tuple):
+        for each in found:
+            yield from _ffns(each)
+
+
+def _built(given: Any) -> Any:
+    """A method, from itself or from its name and settings."""
+    from ffnkit import methods
+
+    if not isinstance(given, dict):
+        return given
+    settings = dict(given)
+    name = settings.pop("method", None)
+    if not isinstance(name, str):
+        raise FfnkitError(f"combined with {given!r}", "it names no method", "Write {method: fusion, width: 0.5}")
+    return methods.build(name, **settings)

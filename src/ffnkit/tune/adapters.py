@@ -1,0 +1,102 @@
+"""Saved adapters back on a model, one with shared FFNs included, which peft alone would adapt in one place only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ffnkit.errors import FfnkitError
+from ffnkit.loading import open_errors
+from ffnkit.parting import Parted, part, rejoin
+
+from . import lora
+
+
+def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> nn.Module:
+    """A peft model around ``model`` with the LoRA adapter that ``folder`` holds, in every layer that it was made for.
+
+    Where layers share an FFN, the adapter is shared too, or each layer has its own over the shared weights, as the
+    file says. ``ffnkit.tune.tuners.finish`` merges it. Special linears are folded first, as in tuning.
+
+    Args:
+        model: the model that was tuned, compact, exported or quantized; changed in place.
+        folder: what ``adapter_dir`` named. trainable: whether the adapter trains further.
+
+    Raises:
+        FfnkitError: no adapter is there, or the model lacks a linear that it was made for.
+    """
+    asked = f"adapter {folder}"
+    state = _state(folder, asked)
+    lora._fold(model)
+    parted = _parted_where_needed(cast(PreTrainedModel, model), state)
+    try:
+        _check_places(model, state, asked)
+        names = list(dict.fromkeys(_module(key) for key in state))
+        ties = lora._ties(model, [name for name in names if _has(model, name)])
+        with open_errors(asked):
+            return lora.adapted(model, lambda base: _opened(base, folder, trainable), ties, parted)
+    except FfnkitError:
+        for each in parted:
+            rejoin(cast(PreTrainedModel, model), each)
+        raise
+
+
+def _opened(model: Any, folder: str | Path, trainable: bool) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+
+
+def _state(folder: str | Path, asked: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    path = Path(folder).expanduser() / "adapter_model.safetensors"
+    if not path.is_file():
+        raise FfnkitError(asked, f"there is no {path.name}", "Name a folder that adapter_dir wrote")
+    with open_errors(asked):
+        return load_file(path)
+
+
+def _parted_where_needed(model: PreTrainedModel, state: dict[str, Tensor]) -> list[Parted]:
+    """The shared FFNs of the model, parted if the file holds unlike adapters for places of one of them."""
+    from ffnkit.blocks import ffns
+
+    shared = [ffn for ffn in ffns(model) if ffn.twins and not ffn.layout.experts]
+    for ffn in shared:
+        for site in ffn.sites:
+            tensors = [_of(state, f"{name}.{ffn.path(site)}") for name in ffn.owners]
+            if any(own and not _equal(own, tensors[0]) for own in tensors[1:]):
+                return part(model)
+    return []
+
+
+def _of(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    start = f"{lora.PREFIX}{name}."
+    return {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+
+
+def _equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def _check_places(model: nn.Module, state: dict[str, Tensor], asked: str) -> None:
+    lost = [key for key in state if ".lora_" in key and not _has(model, _module(key))]
+    if lost:
+        found = f"{type(model).__name__} has no {_module(lost[0])}"
+        raise FfnkitError(asked, found, "Give the model that was tuned")
+
+
+def _module(key: str) -> str:
+    return key.removeprefix(lora.PREFIX).split(".lora_")[0]
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
