@@ -80,17 +80,22 @@ class FfnkitQuantizer(HfQuantizer):
             self.pre_quantized = self.inner.pre_quantized
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from ffnkit import surgery
+        from ffnkit import placement, surgery
 
-        surgery.rebuild(model, self.quantization_config.to_dict())
-        if self.inner is not None:
+        described = self.quantization_config.to_dict()
+        surgery.rebuild(model, described)
+        placement.check_map(model, described, kwargs.get("device_map"))
+        if self.inner is not None:  # before the declaration: quantizers leave out what is tied
             self.inner.preprocess_model(model, **kwargs)
+            _leave_packing(model)
+        surgery.declare(model, described)
         return model
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
-        from ffnkit import shapes, surgery
+        from ffnkit import placement, shapes, surgery
 
         surgery.share_twins(model, self.quantization_config.to_dict())
+        placement.bridge(model)
         described = shapes.renamed(model, self.quantization_config.to_dict())
         self.quantization_config.ffns = described["ffns"]
         del model.hf_quantizer
@@ -103,6 +108,7 @@ class FfnkitQuantizer(HfQuantizer):
         model.hf_quantizer = self
         model.quantization_method = self.inner.quantization_config.quant_method
         self.inner.postprocess_model(model, **kwargs)
+        shapes.declare_shared(model)  # scales that lie beside a quantized weight are shared with it
         described["base_done"] = True
         described["base"] = self.inner.quantization_config.to_dict()
         self.quantization_config.base, self.quantization_config.base_done = described["base"], True
@@ -121,6 +127,17 @@ class FfnkitQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         return self.inner is None or bool(self.inner.is_qat_trainable)
+
+
+def _leave_packing(model: Any) -> None:
+    """Have 4-bit layers use their weights as they lie on every CPU.
+
+    On some, bitsandbytes would lay them out anew in the first forward, which needs outputs in multiples of 32 and
+    changes what several layers may share.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _delegate(name: str) -> Any:

@@ -85,7 +85,7 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
 def rebuild(model: PreTrainedModel, described: dict[str, Any]) -> None:
     """Give a freshly built, empty model the shape that a compact checkpoint describes (``shapes.describe``).
 
-    FFNs that share their weights are declared so; ``share_twins`` makes them one once the weights are there.
+    FFNs that share their weights have their own yet: :func:`declare` says that they will share.
     """
     by_owner = {name: ffn for ffn in blocks.ffns(model) for name in ffn.owners}
     for row, names in shapes.rows_for(model, described):
@@ -95,10 +95,16 @@ def rebuild(model: PreTrainedModel, described: dict[str, Any]) -> None:
                 resize(ffn, _empty(ffn.raw(), width))
             for site, special in row["special"].items():
                 attach(ffn, site, special["kind"], *_blank(ffn, site, special))
+    run_uneven_experts(model)
+
+
+def declare(model: PreTrainedModel, described: dict[str, Any]) -> None:
+    """Declare the FFNs that will share their weights; ``share_twins`` makes them one once the weights are there."""
+    by_owner = {name: ffn for ffn in blocks.ffns(model) for name in ffn.owners}
+    for _, names in shapes.rows_for(model, described):
         twins = [name for name in names[1:] if by_owner[name] is not by_owner[names[0]]]
         if twins:
             shapes.declare_twins(model, by_owner[names[0]], twins)
-    run_uneven_experts(model)
 
 
 def share_twins(model: PreTrainedModel, described: dict[str, Any]) -> None:

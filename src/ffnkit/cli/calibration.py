@@ -34,8 +34,7 @@ class Calibration:
         if needed and not self.given:
             found = "it measures activations, and no data are given"
             raise FfnkitError(f"--method {method.name}", found, "Add --task NAME or --text FILE")  # type: ignore[union-attr]
-        scored = isinstance(getattr(method, "score", None), str)
-        if self.given and not needed and not used and not scored:
+        if self.given and not needed and not used and not _scored(method):
             name = getattr(method, "name", "the saved plan")
             raise FfnkitError(f"--{'task' if self.task else 'text'}", f"{name} uses no data", "Leave it out")
         if self.text is not None and not self.text.is_file():
@@ -47,7 +46,7 @@ class Calibration:
 
     def scored(self, method: Any, source: str) -> Any:
         """The method with its ``score``, where it names a metric of the task, on rows held out of train."""
-        if not isinstance(getattr(method, "score", None), str):
+        if not _scored(method):
             return method
         from ffnkit import tasks
         from ffnkit.tune import with_score
@@ -71,3 +70,8 @@ class Calibration:
         tokenizer = task.load_tokenizer(self.tokenizer or source)
         rows = task.splits(self.data_dir).train
         return calibration_batches(model, tokenizer, settings, task=task, rows=rows, seed=self.seed)
+
+
+def _scored(method: Any) -> bool:
+    """Whether a metric of a task, by its name, chooses something in the method."""
+    return isinstance(getattr(method, "score", None), str) or any(map(_scored, getattr(method, "methods", ())))

@@ -106,7 +106,14 @@ class _Job:
         model.to(self.source.device)  # type: ignore[arg-type]
         widths = sources.widths_of(self.arm, model, data)
         method = sources.method_of(self.arm, self.unit.seed, widths)
-        method = with_score(method, self.source.task, self.source.tokenizer, self.source.splits.dev)
+        method = with_score(
+            method,
+            self.source.task,
+            self.source.tokenizer,
+            self.source.splits.dev,
+            batch_size=self.recipe.tune.eval_batch_size,
+            max_length=self.recipe.tune.max_length,
+        )
         plan = ffnkit.plan(model, method, data=data)
         plan.save(self.unit.work / PLAN)
         self._model = ffnkit.apply(model, plan)

@@ -64,6 +64,7 @@ def prepare(model: nn.Module, tuner: Lora) -> nn.Module:
         for each in parted:
             rejoin(cast(PreTrainedModel, model), each)
         raise
+    quantizing.in_float(model, heads)
     modules = _without(modules, heads)
     ties = _ties(model, modules)
     kinds = {type(model.get_submodule(name)) for name in modules}

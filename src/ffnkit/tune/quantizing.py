@@ -62,6 +62,16 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
+def in_float(model: nn.Module, names: Iterable[str]) -> None:
+    """Bring quantized linears at and below these modules back to float, in place: they are to be trained."""
+    kept = list(names)
+    dtype = getattr(model, "dtype", torch.float32)
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if _in_few_bits(module) and any(name == k or name.startswith(f"{k}.") for k in kept):
+            model.set_submodule(name, _float(module, dtype))
+
+
+@torch.no_grad()
 def merged(tuned: nn.Module) -> nn.Module:
     """The model below a peft model in float, its adapters merged: each weight is what it stood for, plus B A."""
     from peft.tuners.lora import LoraLayer

@@ -40,17 +40,23 @@ def scorer(
     return score
 
 
-def with_score(method: Any, task: Any, tokenizer: Any, rows: Any) -> Any:
+def with_score(
+    method: Any, task: Any, tokenizer: Any, rows: Any, *, batch_size: int = 64, max_length: int = 128
+) -> Any:
     """The method with its ``score``, where it is the name of a metric, made a function of the task.
 
     Raises:
         FfnkitError: the name of a metric and no task, or one that the task does not have.
     """
     if hasattr(method, "methods"):  # several in one
-        return dataclasses.replace(method, methods=[with_score(m, task, tokenizer, rows) for m in method.methods])
+        sizes = {"batch_size": batch_size, "max_length": max_length}
+        return dataclasses.replace(
+            method, methods=[with_score(m, task, tokenizer, rows, **sizes) for m in method.methods]
+        )
     name = getattr(method, "score", None)
     if not isinstance(name, str):
         return method
     if task is None:
         raise FfnkitError(f"score={name}", "a metric needs a task", "Add --task, or leave score out for the proxy")
-    return dataclasses.replace(method, score=scorer(task, tokenizer, rows, name))
+    score = scorer(task, tokenizer, rows, name, batch_size=batch_size, max_length=max_length)
+    return dataclasses.replace(method, score=score)
