@@ -35,6 +35,7 @@ from transformers import (
 
 from ffnkit.blocks import ffns
 from ffnkit.errors import FfnkitError
+from ffnkit.parts import head_modules
 from ffnkit.tasks.classifying import Classifier
 from ffnkit.tune import (
     TUNERS,
@@ -50,7 +51,6 @@ from ffnkit.tune import (
     training,
     tuners,
 )
-from ffnkit.tune.head import head_modules
 from ffnkit.tune.loop import GroupedSampler, Loop
 
 WORDS = [f"w{i}" for i in range(20)]

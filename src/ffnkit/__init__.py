@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ffnkit.methods.combined import Combined
     from ffnkit.methods.fusion import Fusion
     from ffnkit.methods.merging import Merging
+    from ffnkit.methods.sparsegrad import SparseGrad
     from ffnkit.plans import Plan, plan
     from ffnkit.surgery import apply, fold
     from ffnkit.tune import trainable_parameters
@@ -31,6 +32,7 @@ __all__ = [
     "CalibratedFusion",
     "Merging",
     "Combined",
+    "SparseGrad",
     "allocate",
     "Allocation",
     "apply",
@@ -53,6 +55,7 @@ _HOMES = {
     "CalibratedFusion": "methods.calibrated",
     "Merging": "methods.merging",
     "Combined": "methods.combined",
+    "SparseGrad": "methods.sparsegrad",
     "allocate": "budget.allocation",
     "Allocation": "budget.allocation",
     "apply": "surgery",

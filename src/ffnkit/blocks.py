@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
+from ffnkit.nn.adapted import Adapted
 from ffnkit.nn.lowrank import LowRank
 from ffnkit.nn.scaled import Scaled
 from ffnkit.nn.served import broadcast, buffer_name, served
@@ -212,7 +213,7 @@ class FFN:
         return {
             site: {"kind": linear.kind, **({"rank": linear.rank} if isinstance(linear, LowRank) else {})}
             for site, linear in linears.items()
-            if isinstance(linear, Special)
+            if isinstance(linear, Special) and not isinstance(linear, Adapted)
         }
 
     # --- weights
@@ -268,6 +269,9 @@ class FFN:
             kinds = ", ".join(f"{site} is {value['kind']}" for site, value in self.special.items())
             do = "Fold the model first (ffnkit.fold), then go on"
             raise FfnkitError(asked, f"{self.name} is edited already ({kinds})", do)
+        if not self.layout.experts and any(isinstance(self.linear(site), Adapted) for site in self.sites):
+            do = "Fold the model first (ffnkit.fold), or take the adapter away"
+            raise FfnkitError(asked, f"an update trains beside the weights of {self.name}", do)
 
     def _weight(self, site: str, owner: nn.Module | None = None) -> Tensor:
         if self.layout.experts:

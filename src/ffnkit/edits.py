@@ -176,12 +176,61 @@ class Drop(Edit):
     parameters: int
 
 
-EDITS: tuple[type[Edit], ...] = (Resize, Keep, Rewrite, Swap, Factor, Mask, Tie, Drop)
+@dataclass(frozen=True, eq=False)
+class Adapt(Edit):
+    """A small update of a linear trains beside its frozen weight; the linear may be any of the model.
+
+    Attributes:
+        ffn: path of the linear. layer: the name of the layer that takes its place.
+        given: its settings. parts: its tensors by name, of whatever names the layer has.
+        fingerprint: of the weight (``nn.adapted.fingerprint``), or None.
+    """
+
+    layer: str
+    given: dict[str, Any]
+    parts: dict[str, Tensor]
+    fingerprint: list[int] | None = None
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        return ()  # no FFN changes its shape
+
+    @property
+    def trained(self) -> int:
+        """How many numbers train."""
+        return int(self.given["trained"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.parts)
+
+    def settings(self) -> dict[str, Any]:
+        own = {"ffn": self.ffn, "layer": self.layer, "given": self.given}
+        return own if self.fingerprint is None else own | {"fingerprint": self.fingerprint}
+
+
+@dataclass(frozen=True, eq=False)
+class Train(Edit):
+    """Beside adapted linears only these parts of the model train, until it is folded.
+
+    Attributes:
+        ffn: empty: it is about the whole model. parts: names of ``ffnkit.parts.PARTS``.
+    """
+
+    parts: list[str]
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        return ()
+
+
+EDITS: tuple[type[Edit], ...] = (Resize, Keep, Rewrite, Swap, Factor, Mask, Tie, Drop, Adapt, Train)
 
 
 def build(kind: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Edit:
     """An edit from its saved parts. Raises FfnkitError for a kind that this version does not know."""
     for cls in EDITS:
+        if cls.__name__ == kind and cls is Adapt:
+            return Adapt(**settings, parts=tensors)
         if cls.__name__ == kind:
             names = {field.name for field in dataclasses.fields(cls)}
             if names == set(settings) | set(tensors):

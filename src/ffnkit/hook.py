@@ -108,6 +108,7 @@ class FfnkitQuantizer(HfQuantizer):
         model.hf_quantizer = self
         model.quantization_method = self.inner.quantization_config.quant_method
         self.inner.postprocess_model(model, **kwargs)
+        _leave_deserializing(model)
         shapes.declare_shared(model)  # scales that lie beside a quantized weight are shared with it
         described["base_done"] = True
         described["base"] = self.inner.quantization_config.to_dict()
@@ -119,6 +120,20 @@ class FfnkitQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return self.inner is None or bool(self.inner.is_serializable())
+
+    def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """What is written of a quantized model: of a shared FFN the first place alone, with what lies beside it.
+
+        Quantizers write some parts (a state in bytes, inner tensors) anew at each place, which no longer look shared.
+        """
+        if self.inner is None:
+            return super().get_state_dict_and_metadata(model, *args, **kwargs)
+        from ffnkit import shapes
+
+        state, metadata = self.inner.get_state_dict_and_metadata(model, *args, **kwargs)
+        further = tuple(shapes.further_places(model))
+        state = model.state_dict() if state is None else state
+        return {key: value for key, value in state.items() if not key.startswith(further)}, metadata
 
     @property
     def is_trainable(self) -> bool:
@@ -138,6 +153,20 @@ def _leave_packing(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _leave_deserializing(model: Any) -> None:
+    """Forget how quantized tensors were put together on opening: there is no way back that saving could take.
+
+    What ``state_dict`` gives is what the file holds.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model._weight_conversions = [
+            each
+            for each in conversions
+            if not any(type(step).__name__.endswith("Deserialize") for step in getattr(each, "operations", ()))
+        ]
 
 
 def _delegate(name: str) -> Any:
@@ -164,7 +193,6 @@ for _name in (
     "validate_environment",
     "update_parallel_plan",
     "update_attn_implementation",
-    "get_state_dict_and_metadata",
     "get_quantize_ops",
     "get_load_operations",
     "get_weight_conversions",

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ffnkit import blocks, edits
-from ffnkit.edits import Drop, Edit, Factor, Mask, Tie
+from ffnkit.edits import Adapt, Drop, Edit, Factor, Mask, Tie, Train
 from ffnkit.errors import FfnkitError
 from ffnkit.files import disk_errors
 from ffnkit.ops.neurons import Neurons
@@ -133,6 +133,15 @@ class Plan:
                 f"  {name:<{name_width}}  {shape}  ->  {self._becomes(name)},"
                 f" {shape.parameters:,} -> {left:,} parameters{notes}"
             )
+        adapted = [edit for edit in self.edits if isinstance(edit, Adapt)]
+        if adapted:
+            name_width = max(len(edit.ffn) for edit in adapted)
+            for edit in adapted:
+                notes = "".join(f", {key} {value:.3g}" for key, value in self.quantities.get(edit.ffn, {}).items())
+                lines.append(f"  {edit.ffn:<{name_width}}  ->  {edit.layer}, {edit.trained:,} numbers train{notes}")
+            also = [part for edit in self.edits if isinstance(edit, Train) for part in edit.parts]
+            lines.append(f"  beside them train: {', '.join(also) or 'nothing'}")
+            return "\n".join(lines)
         after_all = self.parameters - self.saved_parameters
         share = 100 * self.saved_parameters / max(self.parameters, 1)
         lines.append(f"  model: {self.parameters:,} -> {after_all:,} parameters ({share:.1f}% fewer)")
@@ -164,16 +173,23 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write the plan to one safetensors file (tensors, and the rest as JSON in its metadata)."""
         path = Path(path)
-        tensors = {
-            f"{number}.{name}": value.contiguous()
-            for number, edit in enumerate(self.edits)
-            for name, value in edit.tensors().items()
-        }
+        tensors: dict[str, Tensor] = {}
+        stored: dict[tuple[Any, ...], str] = {}  # what several edits share is written once
+        same: dict[str, str] = {}
+        for number, edit in enumerate(self.edits):
+            for name, value in edit.tensors().items():
+                key = (value.data_ptr(), value.dtype, value.shape, value.stride())
+                if value.numel() and key in stored:
+                    same[f"{number}.{name}"] = stored[key]
+                else:
+                    stored[key] = f"{number}.{name}"
+                    tensors[f"{number}.{name}"] = value.detach().contiguous()
         temporary = path.with_name(f".{path.name}.tmp")
         with disk_errors(path):
             path.absolute().parent.mkdir(parents=True, exist_ok=True)
             try:
-                save_file(tensors, temporary, metadata={"ffnkit_plan": json.dumps(self.description())})
+                metadata = {"ffnkit_plan": json.dumps(self.description())}
+                save_file(tensors, temporary, metadata=metadata | ({"same": json.dumps(same)} if same else {}))
                 temporary.replace(path)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -189,8 +205,9 @@ class Plan:
                 data = json.loads(text)
                 if data["format"] != FORMAT:
                     raise FfnkitError(f"plan '{path}'", f"format {data['format']}", "Make the plan again")
+                read = _Reader(file, json.loads((file.metadata() or {}).get("same", "{}")))
                 found = tuple(
-                    edits.build(e["kind"], e["settings"], {n: file.get_tensor(f"{number}.{n}") for n in e["tensors"]})
+                    edits.build(e["kind"], e["settings"], {n: read(f"{number}.{n}") for n in e["tensors"]})
                     for number, e in enumerate(data["edits"])
                 )
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -199,6 +216,23 @@ class Plan:
         return cls(
             data["method"], data["settings"], data["model"], found, shapes, data["parameters"], data["quantities"]
         )
+
+
+class _Reader:
+    """Tensors of a file by name; those under several names are one object again."""
+
+    def __init__(self, file: Any, same: dict[str, str]) -> None:
+        self.file, self.same = file, same
+        self.held: dict[str, Tensor] = {}
+        self.several = set(same.values())
+
+    def __call__(self, name: str) -> Tensor:
+        name = self.same.get(name, name)
+        if name not in self.several:
+            return self.file.get_tensor(name)
+        if name not in self.held:
+            self.held[name] = self.file.get_tensor(name)
+        return self.held[name]
 
 
 @dataclass(frozen=True)

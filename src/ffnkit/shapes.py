@@ -228,6 +228,12 @@ def declare_shared(model: PreTrainedModel) -> None:
             declare_twins(model, ffn, list(ffn.twins))
 
 
+def further_places(model: PreTrainedModel) -> list[str]:
+    """Where shared linears stand besides their first place, each path with a dot behind it."""
+    found = [ffn for ffn in blocks.ffns(model) if ffn.twins and not ffn.layout.experts]
+    return [f"{twin}.{ffn.path(site)}." for ffn in found for twin in ffn.twins for site in ffn.sites]
+
+
 def declare_twins(model: PreTrainedModel, ffn: blocks.FFN, twins: list[str]) -> None:
     """Declare the FFNs at the paths ``twins`` as further names of ``ffn``, for saving and for loading."""
     state = ffn.module.state_dict(keep_vars=True)
@@ -259,7 +265,9 @@ def withdraw_twins(model: PreTrainedModel, places: set[str]) -> None:
 def _adjust_bias(tied: nn.Module, source: Any) -> None:
     """In place of transformers' own, which cuts the bias of a tied layer to its weight's first dimension.
 
-    That is the wrong one in layers whose weight lies as (in, out), and the bias would be lost without a word.
+    That is the wrong one in layers whose weight lies as (in, out), or several numbers to a byte, and the bias would be
+    lost without a word.
     """
-    if not blocks.is_transposed(tied):
+    weight: Any = tied.weight
+    if not blocks.is_transposed(tied) and weight.is_floating_point():
         PreTrainedModel._adjust_bias(None, tied, source)  # type: ignore[arg-type]

@@ -10,19 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ffnkit import blocks, shapes
 from ffnkit.blocks import FFN
 from ffnkit.depth import moved, without_layers
-from ffnkit.edits import Drop, Edit, Factor, Keep, Mask, Resize, Rewrite, Swap, Tie
+from ffnkit.edits import Adapt, Drop, Edit, Factor, Keep, Mask, Resize, Rewrite, Swap, Tie, Train
 from ffnkit.errors import FfnkitError
 from ffnkit.loading import run_uneven_experts
+from ffnkit.nn.adapted import Adapted, adapted, fingerprint
 from ffnkit.nn.lowrank import LowRank
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.scaled import Scaled
 from ffnkit.nn.served import serve, served, unserve
+from ffnkit.nn.sparsegrad import Bases, SparseGradLinear
 from ffnkit.nn.special import Special
 from ffnkit.ops.neurons import Neurons, average, balance, cluster_sizes, concatenate
+from ffnkit.parts import parts_of, remember, train_as_before, train_only
 from ffnkit.plans import Plan, Shape
 
 
@@ -39,8 +43,18 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     check_fits(found, plan, type(model).__name__)
     keys = shapes.width_keys(model, list(found.values()))
     original = shapes.original_widths(model, list(found.values()))
+    updates = [edit for edit in plan.edits if isinstance(edit, Adapt)]
+    train = [edit for edit in plan.edits if isinstance(edit, Train)]
+    if updates:
+        check_adapts(model, updates)
+        remember(model)
+    shared: dict[tuple[Any, ...], Bases] = {}
     for edit in plan.edits:
-        if isinstance(edit, Tie):
+        if isinstance(edit, Adapt):
+            adapt(model, edit, shared)
+        elif isinstance(edit, Train):
+            continue
+        elif isinstance(edit, Tie):
             tie(model, [found[name] for name in edit.touched], edit)
         elif not isinstance(edit, Drop):
             carry_out(found[edit.ffn], edit)
@@ -50,6 +64,8 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         keys, original = moved(keys, renamed, gone), moved(original, renamed, gone)
     shapes.update_config(model, keys, original)
     run_uneven_experts(model)
+    if train:
+        let_train(model, [part for edit in train for part in edit.parts])
     return model
 
 
@@ -78,6 +94,7 @@ def fold(model: PreTrainedModel) -> PreTrainedModel:
     for ffn in found:
         if ffn.special:
             detach(ffn)
+    unadapt(model, fold=True)
     shapes.update_config(model, keys, original)
     return model
 
@@ -142,6 +159,7 @@ def resize(ffn: FFN, neurons: Neurons) -> None:
                 setattr(owner, name, neurons.ff)
 
 
+_ADAPTED: dict[str, Callable[..., Adapted]] = {kind.kind: kind for kind in (SparseGradLinear,)}
 _SPECIAL: dict[str, Callable[..., Special]] = {kind.kind: kind for kind in (Scaled, LowRank, Masked)}
 
 
@@ -183,6 +201,63 @@ def attach(ffn: FFN, site: str, kind: str, *tensors: Tensor) -> None:
             if linear not in made:
                 made[linear] = _SPECIAL[kind](linear, *tensors)
             owner.set_submodule(ffn.path(site), made[linear])
+
+
+def check_adapts(model: nn.Module, updates: list[Adapt]) -> None:
+    """Raises FfnkitError where a linear is not there, is edited already, or holds another weight than was meant."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for edit in updates:
+        asked = f"{edit.layer} on {edit.ffn}"
+        linear = modules.get(edit.ffn)
+        if linear is None:
+            raise FfnkitError(asked, f"{type(model).__name__} has no such module", "Make the plan for this model")
+        if isinstance(linear, Special):
+            raise FfnkitError(asked, f"it is edited already ({linear.kind})", "Fold the model first (ffnkit.fold)")
+        if not isinstance(linear, nn.Linear | Conv1D):
+            raise FfnkitError(asked, f"it is a {type(linear).__name__}", "Name linears")
+        if edit.fingerprint is not None and fingerprint(linear.weight).tolist() != edit.fingerprint:
+            do = "Load the very base model that the update was made for"
+            raise FfnkitError(asked, "the weight is another one than the update was made for", do)
+
+
+def adapt(model: nn.Module, edit: Adapt, shared: dict[tuple[Any, ...], Bases]) -> None:
+    """Let a small update train beside a linear's weight, wherever the linear hangs.
+
+    Args:
+        shared: bases that stand in the model already, by what they were made of; further ones are added.
+    """
+    linear: Any = model.get_submodule(edit.ffn)
+    given: dict[str, Any] = {key: value for key, value in edit.given.items() if key != "trained"}
+    parts = dict(edit.parts)
+    if "left" in parts:
+        left, right = parts.pop("left"), parts.pop("right")
+        kind = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        key = (id(left), id(right), *kind.values())
+        given["bases"] = shared.setdefault(key, Bases(left.to(**kind), right.to(**kind)))
+    layer = _ADAPTED[edit.layer](linear, **given, **parts)
+    for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is linear]:
+        model.set_submodule(name, layer)
+
+
+def let_train(model: nn.Module, parts: list[str]) -> None:
+    """What adapted linears train and these parts of the model, and nothing else."""
+    chosen = {id(p) for p in parts_of(model, parts)}
+    for layer in adapted(model).values():
+        chosen -= {id(layer.base)}
+        chosen |= {id(p) for name, p in layer.named_parameters(recurse=False) if name not in ("base", "bias")}
+    train_only(model, lambda parameter: id(parameter) in chosen)
+
+
+def unadapt(model: nn.Module, *, fold: bool) -> None:
+    """Plain linears again, with the updates in their weights or with the very weights from before."""
+    found = adapted(model)
+    for layer in found.values():
+        places = [name for name, module in model.named_modules(remove_duplicate=False) if module is layer]
+        plain = layer.fold() if fold else layer.restore()
+        for name in places:
+            model.set_submodule(name, plain)
+    if found:
+        train_as_before(model)
 
 
 def detach(ffn: FFN) -> None:

@@ -34,11 +34,11 @@ TargetColumn = Annotated[
 ]
 Template = Annotated[
     str | None,
-    typer.Option("--template", help="The prompt, with input columns in braces.", rich_help_panel=DATA),
+    typer.Option("--template", help="The prompt, with input columns in braces; a chat template.", rich_help_panel=DATA),
 ]
 Kind = Annotated[
-    Literal["language-modelling", "image-classification"] | None,
-    typer.Option("--kind", help="For a table with a column of plain text; for images.", rich_help_panel=DATA),
+    Literal["language-modelling", "image-classification", "instruction"] | None,
+    typer.Option("--kind", help="For a column of plain text; images; dialogues.", rich_help_panel=DATA),
 ]
 Head = Annotated[
     Literal["class", "words"] | None,

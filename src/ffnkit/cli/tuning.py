@@ -47,11 +47,18 @@ def tune(
     routers: Annotated[
         Literal["trained", "frozen"] | None, setting("--routers", "Routers of a mixture of experts.")
     ] = None,
+    tied: Annotated[
+        Literal["shared", "each"] | None, setting("--tied", "LoRA on shared FFNs: one adapter, or each layer its own.")
+    ] = None,
+    quantize: Annotated[
+        Literal["none", "nf4", "int8"] | None, setting("--quantize", "LoRA over frozen linears in few bits.")
+    ] = None,
     learning_rate: Annotated[float | None, setting("--lr", "Learning rate.")] = None,
     epochs: Annotated[float | None, setting("--epochs", "Passes over the data.")] = None,
     steps: Annotated[int | None, setting("--steps", "Optimizer steps; in place of --epochs.")] = None,
     batch_size: Annotated[int | None, setting("--batch-size", "Texts a step and device.")] = None,
     accumulation: Annotated[int | None, setting("--accumulation", "Batches a step.")] = None,
+    packing: Annotated[bool | None, setting("--packing/--no-packing", "Several examples a row, kept apart.")] = None,
     schedule: Annotated[str | None, setting("--schedule", "linear, cosine, constant, ...")] = None,
     warmup: Annotated[float | None, setting("--warmup", "Warm-up: steps, or a share of them below 1.")] = None,
     weight_decay: Annotated[float | None, setting("--weight-decay", "Weight decay.")] = None,
@@ -103,12 +110,16 @@ def tune(
 
       ffnkit tune switch-small --task sst2 [cyan]--head words --routers frozen[/cyan] --out tuned
 
+      ffnkit tune merged --task sst2 [cyan]--tuner lora --tied each --quantize nf4[/cyan] --out tuned
+
       ffnkit tune gpt2-small [cyan]--task e2e --generation-set num_beams=4[/cyan] --out tuned
 
       ffnkit tune t5-small --train-file news.jsonl
       [cyan]--input-column article --target-column summary[/cyan] --out tuned
 
       ffnkit tune gpt2-small [cyan]--train-file book.txt --max-length 512[/cyan] --out tuned
+
+      ffnkit tune llama [cyan]--train-file chats.jsonl --kind instruction --packing[/cyan] --max-length 1024 --out tuned
     """
     from ffnkit.cli.eval_job import Sources
     from ffnkit.cli.tune_job import TuneJob
@@ -134,6 +145,7 @@ def tune(
         "steps": steps,
         "batch_size": batch_size,
         "accumulation": accumulation,
+        "packing": packing,
         "schedule": schedule,
         "warmup": warmup,
         "weight_decay": weight_decay,
@@ -151,7 +163,7 @@ def tune(
         data_dir=data_dir,
         settings=merged(given, more or []),
         tuner=tuner,
-        tuner_settings=merged({"routers": routers}, tuner_set or [], "--tuner-set"),
+        tuner_settings=merged({"routers": routers, "tied": tied, "quantize": quantize}, tuner_set or [], "--tuner-set"),
         teacher=distil_from,
         distil_settings=distil_given(distil_text, distil_set or []),
         seed=seed,

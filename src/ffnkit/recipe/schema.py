@@ -47,7 +47,8 @@ class TaskSpec(Part):
 
     ``text`` and ``label`` make a classification or regression, ``input`` and ``target`` a generation task; a .txt file,
     or ``kind: language-modelling`` with ``text``, is for language modelling; a folder or archive of images in folders
-    of their classes is for image classification.
+    of their classes is for image classification; dialogues (``kind: instruction``, or by their columns) are for
+    instruction tuning, with a chat ``template``.
     """
 
     name: str | None = None
@@ -61,7 +62,7 @@ class TaskSpec(Part):
     template: str | None = None
     metric: str | None = None
     regression: StrictBool | None = None
-    kind: Literal["language-modelling", "image-classification"] | None = None
+    kind: Literal["language-modelling", "image-classification", "instruction"] | None = None
     stride: Count | None = None
     head: Literal["class", "words"] | None = None
 

@@ -17,11 +17,12 @@ from ffnkit.errors import FfnkitError
 def check_task(name: str) -> str | None:
     """What is wrong with a task's name, or None."""
     from ffnkit import tasks
+    from ffnkit.tasks import dialogues
     from ffnkit.tasks.images import PREFIX
 
     from .complaints import near
 
-    if name.startswith(PREFIX):
+    if name.startswith(PREFIX) or dialogues.known(name):
         return None
     known = tasks.names()
     return None if name in known else f"unknown task {name!r}; {near(name, known)}"

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .generation import generation_task as generation_task
     from .images import ImageTask as ImageTask
     from .images import image_task as image_task
+    from .instructions import InstructionTask as InstructionTask
+    from .instructions import instruction_task as instruction_task
     from .modelling import LanguageTask as LanguageTask
     from .modelling import text_task as text_task
     from .words import WordsTask as WordsTask
@@ -27,6 +29,8 @@ _HOMES = {
     "generation_task": "generation",
     "ImageTask": "images",
     "image_task": "images",
+    "InstructionTask": "instructions",
+    "instruction_task": "instructions",
     "LanguageTask": "modelling",
     "text_task": "modelling",
     "WordsTask": "words",
@@ -42,15 +46,20 @@ def names() -> list[str]:
 def get(name: str) -> AnyTask:
     """The task called ``name``; nothing is read before its ``splits``.
 
-    "images:PATH" is image classification on a folder or archive, which is read at once (:func:`image_task`).
+    "images:PATH" is image classification on a folder or archive, which is read at once (:func:`image_task`);
+    "oasst1:LANGUAGE,..." dialogues in these languages.
 
     Raises:
         FfnkitError: there is no such task.
     """
+    from . import dialogues
     from .images import PREFIX, image_task
+    from .instructions import InstructionTask
 
     if name.startswith(PREFIX):
         return image_task(name.removeprefix(PREFIX))
+    if dialogues.known(name):
+        return InstructionTask(dialogues.get(name))
     known = _known()
     if name not in known:
         do = f"Choose one of {', '.join(known)}, or use file_task for files of your own"
@@ -59,15 +68,17 @@ def get(name: str) -> AnyTask:
 
 
 def _known() -> dict[str, AnyTask]:
-    from . import language, nlg
+    from . import dialogues, language, nlg
     from .docstrings import TASK
     from .generation import GenerationTask
     from .glue import TASKS
     from .image_sets import TASKS as IMAGES
+    from .instructions import InstructionTask
     from .modelling import LanguageTask
 
     known: list[AnyTask] = [*TASKS, TASK]
     known += [GenerationTask(nlg.get(name)) for name in nlg.names()]
+    known += [InstructionTask(dialogues.get(name)) for name in dialogues.names()]
     known += [LanguageTask(language.get(name)) for name in language.names()]
     known += IMAGES
     return {task.name: task for task in known}

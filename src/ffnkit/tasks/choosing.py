@@ -10,11 +10,13 @@ from typing import Any
 
 from ffnkit.errors import FfnkitError
 
-from . import get
+from . import chat, dialogues, forms, get
 from .base import Task
 from .generation import GenerationTask, generation_task
 from .image_files import ARCHIVES
 from .images import HUB, KIND, image_task
+from .instructions import KIND as INSTRUCTION
+from .instructions import InstructionTask, instruction_task
 from .modelling import LanguageTask, text_task
 from .own import file_task
 from .protocol import AnyTask
@@ -34,10 +36,12 @@ class Choice:
         train, validation, test: files of one's own.
         text, label: columns of a classification or regression; of language modelling the column of the text; of an
             image set of the hub those of the image and its class.
-        inputs, target, template: columns of a generation task, and how a prompt is made of them.
-        metric: the main metric; of a generation task one or more, parted by commas.
+        inputs, target, template: columns of a generation task, and how a prompt is made of them; of an instruction
+            task ``template`` is the chat template.
+        metric: the main metric; of a task that generates one or more, parted by commas.
         regression: what a task with labels is, where the labels do not say so.
-        kind: "language-modelling" for a table with a column of text; "image-classification" for folders of images.
+        kind: "language-modelling" for a table with a column of text; "image-classification" for folders of images;
+            "instruction" for dialogues, whose columns tell it where no others are named.
         stride: of the perplexity.
         head: "words" to classify by label words, "class" (or None) by a classification head.
     """
@@ -62,6 +66,7 @@ class Choice:
         columns = ("text", "label", "inputs", "target", "template", "kind", "regression")
         given = [name for name in ("train", "validation", "test", *columns) if getattr(self, name) not in (None, ())]
         if self.name is not None:
+            given = [name for name in given if name != "template" or not dialogues.known(self.name)]
             found = f"{self.name} is given and {given[0] if given else ''} too, not both will do"
             return ("name", found, "Give a task's name, or files with their columns") if given else None
         if self.train is None:
@@ -73,6 +78,10 @@ class Choice:
             wrong = (*own, "inputs", "target", "template", "regression", "stride", "head")
             other = next((name for name in wrong if getattr(self, name) not in (None, ())), None)
             return (other, "images have the class of their folder", "Leave it out") if other else None
+        if self.is_instruction:
+            wrong = ("text", "label", "inputs", "target", "regression", "stride", "head")
+            other = next((name for name in wrong if getattr(self, name) not in (None, ())), None)
+            return (other, f"dialogues have the columns {forms.FORMS}", "Leave it out") if other else None
         if self.inputs or self.target is not None:
             for name in ("inputs", "target"):
                 if not getattr(self, name):
@@ -86,7 +95,8 @@ class Choice:
             return (other, "plain text has no labels", "Leave it out") if other else None
         if not self.text:
             found = "is missing: a task of files with labels needs train, text and label"
-            return "text", found, "Name a column of text, or inputs and a target for a generation task"
+            do = "Name a column of text, or inputs and a target for a generation task"
+            return "text", found, f"{do}; the columns of dialogues ({forms.FORMS}) were not found"
         if self.label is None:
             do = f"Name one; for {LANGUAGE} give a .txt file or the kind {LANGUAGE}"
             return "label", "is missing: a task of files with labels needs train, text and label", do
@@ -99,6 +109,16 @@ class Choice:
         """Whether files are for language modelling."""
         plain = self.train is not None and Path(self.train).suffix.lower() in PLAIN
         return self.kind == LANGUAGE or (plain and not self.inputs and not self.text and self.label is None)
+
+    @property
+    def is_instruction(self) -> bool:
+        """Whether files hold dialogues: by ``kind``, or by their columns where none is named."""
+        if self.train is None or self.name is not None or self.kind is not None:
+            return self.kind == INSTRUCTION and self.name is None
+        named = (self.inputs, self.target, self.text, self.label, self.regression, self.stride, self.head)
+        if any(each not in (None, ()) for each in named):
+            return False
+        return forms.form_of(forms.columns_at(self.train)) is not None
 
     @property
     def is_images(self) -> bool:
@@ -116,7 +136,7 @@ class Choice:
         if self.name is not None:
             return self.name
         columns = {"text": self.text, "label": self.label, "inputs": self.inputs, "target": self.target}
-        plain = "images" if self.is_images else "plain text"
+        plain = "images" if self.is_images else "dialogues" if self.is_instruction else "plain text"
         reads = ", ".join(columns["inputs"] or columns["text"] or (plain,))
         right = self.target or self.label
         return f"{self.train} ({reads}{f' -> {right}' if right else ''})"
@@ -144,6 +164,8 @@ def choose(names: Mapping[str, str] | None = None, **fields: Any) -> AnyTask:
     if choice.is_images:
         more: dict[str, Any] = {"image": next(iter(choice.text), None), "label": choice.label}
         task = image_task(**files, **more)
+    elif choice.is_instruction:
+        task = instruction_task(**files, template=choice.template, metrics=_several(choice.metric or ""))
     elif choice.target is not None:
         more = {"metrics": _several(choice.metric)} if choice.metric else {}
         task = generation_task(
@@ -160,7 +182,9 @@ def choose(names: Mapping[str, str] | None = None, **fields: Any) -> AnyTask:
 
 
 def _adapted(task: AnyTask, choice: Choice) -> AnyTask:
-    """With the metric, stride and head that were asked for."""
+    """With the metric, stride, template and head that were asked for."""
+    if choice.template is not None and choice.name is not None and isinstance(task, InstructionTask):
+        task = replace(task, template=chat.check_template(choice.template))
     if choice.stride is not None:
         if not isinstance(task, LanguageTask):
             raise FfnkitError(f"stride {choice.stride}", f"task {task.name} is a {task.kind}", "Leave it out")
@@ -171,7 +195,7 @@ def _adapted(task: AnyTask, choice: Choice) -> AnyTask:
         task = WordsTask(task)
     if choice.metric is None or choice.name is None:
         return task
-    if isinstance(task, GenerationTask):
+    if isinstance(task, GenerationTask | InstructionTask):
         return task.with_metrics(_several(choice.metric))
     if choice.metric not in task.metrics:
         found = f"task {task.name} has no such metric"

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 class Padded:
     """Pads ``input_ids``, ``labels`` and ``token_type_ids``, each to its longest row; makes ``attention_mask``.
 
+    Packed rows have ``position_ids`` in its place, by which a model keeps examples apart; padding is at position 0.
+
     Attributes:
         pad: the padding token; labels are padded with -100.
         left: pad before the tokens, as decoders want it that go on with a prompt.
@@ -27,7 +29,10 @@ class Padded:
         names = [name for name in ("input_ids", "token_type_ids", "labels") if name in rows[0]]
         fills = {"labels": IGNORED}
         batch = {name: self._stacked([row[name] for row in rows], fills.get(name, self.pad)) for name in names}
-        batch["attention_mask"] = self._stacked([[1] * len(row["input_ids"]) for row in rows], 0)
+        if "position_ids" in rows[0]:
+            batch["position_ids"] = self._stacked([row["position_ids"] for row in rows], 0)
+        else:
+            batch["attention_mask"] = self._stacked([[1] * len(row["input_ids"]) for row in rows], 0)
         return batch
 
     def _stacked(self, rows: list[list[int]], fill: int) -> Tensor:

@@ -12,7 +12,7 @@ from .protocol import Evaluation
 from .running import encoded_rows, is_seq2seq
 from .settings import GenerationSettings
 from .splitting import Splits
-from .writing import Writer, perplexity
+from .writing import Writer, perplexity, written
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -104,9 +104,6 @@ class GenerationTask(Writer):
         loss_only: bool = False,
     ) -> Evaluation:
         """Loss and perplexity of the references; unless ``loss_only``, texts are generated and scored."""
-        from .decoding import decode
-        from .text_metrics import score
-
         data = encoded if encoded is not None else encoded_rows(self, dataset, tokenizer, max_length, model)
         loss = self.token_loss(model, tokenizer, data, batch_size)
         likelihood = {"perplexity": perplexity(loss)}
@@ -117,13 +114,7 @@ class GenerationTask(Writer):
         sequences = self._sequences(tokenizer, model, max_length, most)
         rows = dataset.to_dict()
         prompts = sequences.prompts(self.framed(rows["prompt"], model), rows["segments"])
-        texts, seconds = decode(model, sequences, prompts, settings, most)
-        scores = score(texts, rows["references"], self.data.metrics)
-        predictions = tuple(
-            {"prompt": prompt, "prediction": text, "references": references}
-            for prompt, text, references in zip(rows["prompt"], texts, rows["references"], strict=True)
-        )
-        speed = {"generation_seconds": seconds, "generated_per_second": len(texts) / max(seconds, 1e-9)}
+        scores, speed, predictions = written(model, sequences, prompts, rows, self.data.metrics, settings, most)
         return Evaluation({**scores, **likelihood}, loss, speed, predictions)
 
     def _sequences(self, tokenizer: Any, model: Any, max_length: int, most: int | None = None) -> Sequences:

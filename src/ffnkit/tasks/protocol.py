@@ -25,7 +25,7 @@ class Evaluation:
         metrics: every metric of the task.
         loss: mean over examples of a classifier, over target tokens of a model that writes.
         speed: figures of speed by name, such as "generated_per_second"; they vary from run to run.
-        predictions: of a generation task a row {"prompt", "prediction", "references"} an input; else none.
+        predictions: of a task that generates a row {"prompt", "prediction", "references"} an input; else none.
     """
 
     metrics: dict[str, float]
@@ -39,7 +39,8 @@ class Evaluation:
 
 
 class AnyTask(Protocol):
-    """A task of any kind: "classification", "regression", "generation", "language-modelling", "image-classification".
+    """A task of any kind: "classification", "regression", "generation", "instruction", "language-modelling",
+    "image-classification".
 
     Of images, what is called tokenizer here is the image processor.
 
@@ -52,7 +53,7 @@ class AnyTask(Protocol):
 
     @property
     def kind(self) -> str:
-        """One of the five."""
+        """One of the six."""
 
     @property
     def text(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,12 @@ from .collate import Padded
 from .models import load_tokenizer, set_padding
 from .protocol import Collate
 from .running import token_loss
+from .settings import GenerationSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from .sequences import Prompt, Sequences
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +133,33 @@ class Writer:
         """The mean over all target tokens of encoded rows, in nats."""
         total, count = token_loss(model, data, self.collator(tokenizer, model), batch_size)
         return total / max(count, 1)
+
+
+def written(
+    model: Any,
+    sequences: Sequences,
+    prompts: Sequence[Prompt],
+    rows: Mapping[str, Any],
+    metrics: Sequence[str],
+    settings: GenerationSettings,
+    most: int,
+) -> tuple[dict[str, float], dict[str, float], tuple[dict[str, Any], ...]]:
+    """Metrics, speed and predictions of the texts that a model writes for prompts.
+
+    Args:
+        rows: "prompt" as it is shown, and "references".
+        most: tokens of a text at most.
+    """
+    from .decoding import decode
+    from .text_metrics import score
+
+    texts, seconds = decode(model, sequences, prompts, settings, most)
+    predictions = tuple(
+        {"prompt": prompt, "prediction": text, "references": references}
+        for prompt, text, references in zip(rows["prompt"], texts, rows["references"], strict=True)
+    )
+    speed = {"generation_seconds": seconds, "generated_per_second": len(texts) / max(seconds, 1e-9)}
+    return score(texts, rows["references"], metrics), speed, predictions
 
 
 def perplexity(loss: float) -> float:

@@ -103,7 +103,8 @@ def weights_sample(model: nn.Module) -> list[float]:
     """Three values of each parameter: enough to tell models of one shape apart, few enough for a text file."""
     sample: list[float] = []
     for parameter in model.parameters():
-        flat = parameter.detach().flatten()
+        inner = type(parameter.data).__module__.startswith("torchao.")  # tensors that give no single numbers
+        flat = (parameter.dequantize() if inner else parameter).detach().flatten()
         sample += [float(flat[i]) for i in (0, flat.numel() // 3, flat.numel() - 1)] if flat.numel() else []
     return sample
 

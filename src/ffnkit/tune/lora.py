@@ -14,9 +14,10 @@ from transformers.pytorch_utils import Conv1D
 from ffnkit.errors import FfnkitError
 from ffnkit.nn.special import is_special
 from ffnkit.parting import Parted, own_weights, part, plain_layer, rejoin, settle
+from ffnkit.parts import head_modules
+from ffnkit.sites import GROUPS, targets
 
 from . import quantizing
-from .head import head_modules
 
 if TYPE_CHECKING:
     from .tuners import Lora
@@ -31,7 +32,6 @@ _TASK_TYPES = (
     ("MTModel", "SEQ_2_SEQ_LM"),
 )
 PREFIX = "base_model.model."  # of names in adapter files
-GROUPS = ("ffn", "attention", "all")
 _TIES = "_ffnkit_ties"  # on a peft model: names under which one target stands in several places
 _PARTED = "_ffnkit_parted"  # on a peft model: shared FFNs whose layers have adapters of their own
 
@@ -163,56 +163,6 @@ def save_adapter(model: nn.Module, folder: object) -> None:
                 for name, key in ((name, key) for name in others for key in own):
                     state[f"{PREFIX}{name}{key.removeprefix(PREFIX + first)}"] = state[key].clone()
             save_file(state, path, metadata={"format": "pt"})
-
-
-def targets(model: nn.Module, asked: str) -> tuple[list[str], list[str]]:
-    """Names of the modules that get adapters, and of the bare 3-D parameters of experts.
-
-    Args:
-        asked: "ffn", "attention", "all", or a regular expression that a whole module name must match.
-
-    Raises:
-        FfnkitError: nothing matches, or the expression cannot be read.
-    """
-    if asked in GROUPS:
-        modules, parameters = _ffn_targets(model) if asked != "attention" else ([], [])
-        if asked != "ffn":
-            modules += [name for name in _attention_targets(model) if name not in modules]
-    else:
-        modules, parameters = _matching(model, asked), []
-    if not modules and not parameters:
-        raise FfnkitError(f"lora targets {asked!r}", "no linear of the model matches", "Name ffn, attention or all")
-    return modules, parameters
-
-
-def _ffn_targets(model: nn.Module) -> tuple[list[str], list[str]]:
-    from ffnkit.blocks import ffns
-
-    owned = {id(p) for ffn in ffns(model) for p in ffn.parameters()}
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    modules = [name for name, m in linear.items() if id(m.weight) in owned]
-    inside = {id(p) for name in modules for p in linear[name].parameters()}
-    parameters = [n for n, p in model.named_parameters() if p.ndim == 3 and id(p) in owned and id(p) not in inside]
-    return modules, parameters
-
-
-def _attention_targets(model: nn.Module) -> list[str]:
-    owners = [name for name, m in model.named_modules() if "attention" in type(m).__name__.lower()]
-    return [
-        name
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear | Conv1D) and any(name.startswith(f"{owner}.") for owner in owners)
-    ]
-
-
-def _matching(model: nn.Module, pattern: str) -> list[str]:
-    try:
-        wanted = re.compile(pattern)
-    except re.error as error:
-        do = "Name ffn, attention, all, or a regular expression over module names"
-        raise FfnkitError(f"lora targets {pattern!r}", f"not a regular expression ({error})", do) from None
-    kinds = (nn.Linear, Conv1D, nn.Embedding)
-    return [name for name, m in model.named_modules() if isinstance(m, kinds) and wanted.fullmatch(name)]
 
 
 def _without(modules: list[str], outer: list[str]) -> list[str]:

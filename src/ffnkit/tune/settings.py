@@ -55,6 +55,7 @@ class TrainSettings(_Settings):
     augment: Literal["none", "flip", "crop-flip"] = Field(
         "none", description="images to train on: flip mirrors, crop-flip moves too"
     )
+    packing: bool = Field(False, description="several examples in a row of max_length tokens, kept apart; of decoders")
     group_by_length: bool = Field(False, description="batches of similar lengths: less padding, less random order")
     precision: Precision = Field("fp32", description="bf16 and fp16: mixed precision; fp16 needs a GPU")
     gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
@@ -77,10 +78,12 @@ class TrainSettings(_Settings):
 
     @model_serializer(mode="wrap")
     def _told(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """``augment`` is told where there is any, so that facts about training on text stay what they were."""
+        """``augment`` and ``packing`` are told where there are any, so that facts about runs stay what they were."""
         told: dict[str, Any] = handler(self)
         if told.get("augment") == "none":
             del told["augment"]
+        if not told.get("packing", True):
+            del told["packing"]
         return told
 
 

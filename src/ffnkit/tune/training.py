@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArgumen
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ffnkit.errors import FfnkitError
+from ffnkit.tasks.packing import pack
 from ffnkit.tasks.running import encoded_rows, lengths
 from ffnkit.tasks.settings import GenerationSettings
 
@@ -64,8 +65,8 @@ def train(
         generation: how texts are decoded where ``best_metric`` is a metric of generated text.
 
     Raises:
-        FfnkitError: a metric that the task has not, fp16 without a GPU, an empty split, nothing to train, or
-            checkpoints of another run in ``out_dir``.
+        FfnkitError: a metric that the task has not, fp16 without a GPU, an empty split, nothing to train, packing
+            where it cannot be, or checkpoints of another run in ``out_dir``.
     """
     settings = settings or TrainSettings()
     tuner = get(tuner)
@@ -73,6 +74,7 @@ def train(
     if settings.augment != "none" and not hasattr(task, "augmented"):
         raise FfnkitError(f"augment {settings.augment}", f"task {task.name} has no images", "Leave it out")
     data = encoded_rows(task, splits.train, tokenizer, settings.max_length, model)
+    data = pack(model, task, data, settings.max_length) if settings.packing else data
     dev = encoded_rows(task, splits.dev, tokenizer, settings.max_length, model)
     for name, split in (("train", data), ("dev", dev)):
         if len(split) == 0:

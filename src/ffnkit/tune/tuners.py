@@ -7,7 +7,7 @@ mixture of experts train (``ffnkit.routers`` finds them).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 Routers = Literal["trained", "frozen"]
 _ROUTERS = "routers of a mixture of experts: trained or frozen"
-_FLAGS = "_ffnkit_requires_grad"  # on a prepared model: what trained before, by parameter id
 
 
 class Tuner(BaseModel):
@@ -69,14 +68,18 @@ class Full(Tuner):
     description: ClassVar[str] = "every parameter"
 
     def prepare(self, model: nn.Module) -> nn.Module:
+        from ffnkit.parts import train_only
+
         found = self.routers_of(model)
         if self.routers == "frozen":
             fixed = {id(p) for module in found.values() for p in module.parameters()}
-            _train(model, lambda parameter: id(parameter) not in fixed)
+            train_only(model, lambda parameter: id(parameter) not in fixed)
         return model
 
     def finish(self, model: nn.Module) -> nn.Module:
-        return _as_before(model)
+        from ffnkit.parts import train_as_before
+
+        return train_as_before(model)
 
 
 class Ffn(Tuner):
@@ -89,18 +92,19 @@ class Ffn(Tuner):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         from ffnkit.blocks import ffns
-
-        from .head import head_parameters
+        from ffnkit.parts import head_parameters, train_only
 
         trained = {id(p) for ffn in ffns(model) for p in ffn.parameters()} | {id(p) for p in head_parameters(model)}
         found = self.routers_of(model)
         if self.routers == "trained":
             trained |= {id(p) for module in found.values() for p in module.parameters()}
-        _train(model, lambda parameter: id(parameter) in trained)
+        train_only(model, lambda parameter: id(parameter) in trained)
         return model
 
     def finish(self, model: nn.Module) -> nn.Module:
-        return _as_before(model)
+        from ffnkit.parts import train_as_before
+
+        return train_as_before(model)
 
 
 class Lora(Tuner):
@@ -186,26 +190,11 @@ def finish(model: nn.Module, tuner: str | Mapping[str, Any] | Tuner | None = Non
     Args:
         tuner: the one given to :func:`prepare`; None: told from the model.
     """
+    from ffnkit.parts import is_limited
+
     if tuner is None:
-        tuner = "lora" if hasattr(model, "merge_and_unload") else "ffn" if hasattr(model, _FLAGS) else "full"
+        tuner = "lora" if hasattr(model, "merge_and_unload") else "ffn" if is_limited(model) else "full"
     return get(tuner).finish(model)
-
-
-def _train(model: nn.Module, chosen: Callable[[nn.Parameter], bool]) -> None:
-    """Let the chosen parameters train, of those that do already, until :func:`_as_before`."""
-    object.__setattr__(model, _FLAGS, {id(p): p.requires_grad for p in model.parameters()})
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.requires_grad and chosen(parameter))
-
-
-def _as_before(model: nn.Module) -> nn.Module:
-    """Every parameter's flag as it was before :func:`_train`."""
-    flags: dict[int, bool] = getattr(model, _FLAGS, {})
-    for parameter in model.parameters():
-        parameter.requires_grad_(flags.get(id(parameter), parameter.requires_grad))
-    if hasattr(model, _FLAGS):
-        object.__delattr__(model, _FLAGS)
-    return model
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -1,0 +1,290 @@
+"""SparseGrad: train about one percent of the entries of a weight's gradient, in a basis in which it is sparse."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit.blocks import is_transposed
+from ffnkit.edits import Adapt, Edit, Train
+from ffnkit.errors import FfnkitError
+from ffnkit.gradients import weight_gradients
+from ffnkit.methods.common import Batch, check_counts, generator, need_data
+from ffnkit.nn.special import Special
+from ffnkit.ops.bases import Grams, core_of, top_share, turned
+from ffnkit.parts import PARTS
+from ffnkit.plans import Draft, Progress
+from ffnkit.sites import targets
+
+REACH = 0.995  # of the gradients' energy: what the leading rows of a basis hold from which the core is taken
+CHOICES = {
+    "selection": ("fixed", "refresh", "step"),
+    "basis": ("shared", "layer", "none"),
+    "choose": ("gradient", "magnitude", "random"),
+    "by": ("layer", "all"),
+}
+
+
+@dataclass(frozen=True)
+class SparseGrad:
+    """Train few entries of each weight's update, in a basis in which the gradients of that weight are sparse.
+
+    Batches with labels give gradients: first the basis (the factors of their higher-order SVD), then which of its
+    entries hold the most energy. Weights stay as they are below the update. After ``fk.apply`` any optimizer over
+    ``fk.trainable_parameters(model)`` trains; ``fk.fold`` puts the update into the weights.
+
+    Attributes:
+        share: of each weight's entries that train. count: so many a weight instead.
+        selection: "fixed" chooses once; "refresh" anew after each ``every`` steps, the optimizer's state goes along;
+            "step" at each step, as in the paper, with numbers and moments for the whole core.
+        basis: one for all layers of a type ("shared"), one for each weight ("layer"), or "none": the weight's own.
+        core: entries are taken from a leading rectangle of the basis, the cheapest that keeps this share of the energy
+            that a free choice of as many entries has; 1.0 confines nothing.
+        choose: entries by the energy of their gradient, by the "magnitude" of the weight, or at "random".
+        by: the count is one of each layer, or of "all" layers together.
+        sites: "ffn", "attention", "all", or a regular expression over module names. layers: of which FFNs.
+        batches: so many are read at most. every: steps between refreshes. also: parts of the model that train too:
+            head, biases, norms, attention, embeddings, rest. seed: of random choices.
+
+    Source: SparseGrad (arXiv 2410.07383). MeProp's variant there is selection "step" with basis "none".
+    Differs: entries are confined to a core; the input side's basis is not transposed; a fixed selection by summed
+        squares.
+    """
+
+    share: float = 0.01
+    count: int | None = None
+    selection: Literal["fixed", "refresh", "step"] = "fixed"
+    basis: Literal["shared", "layer", "none"] = "shared"
+    core: float = 0.97
+    choose: Literal["gradient", "magnitude", "random"] = "gradient"
+    by: Literal["layer", "all"] = "layer"
+    sites: str = "ffn"
+    layers: str = "all"
+    batches: int = 30
+    every: int = 100
+    also: Sequence[str] = ("head",)
+    seed: int = 0
+
+    name: ClassVar[str] = "sparsegrad"
+    summary: ClassVar[str] = "train about 1% of the entries of each update, in a basis in which gradients are sparse"
+    paper: ClassVar[str] = "arXiv 2410.07383"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether gradients are needed: for a basis, or to choose entries by."""
+        return self.basis != "none" or (self.choose == "gradient" and self.selection != "step")
+
+    def settings(self) -> dict[str, Any]:
+        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "also": list(self.also)}
+
+    def check(self) -> None:
+        """Raises FfnkitError on settings out of range."""
+        check_counts(self, batches=1, every=1, seed=0)
+        for key, known in CHOICES.items():
+            if getattr(self, key) not in known:
+                raise FfnkitError(f"{key} {getattr(self, key)!r}", "no such choice", f"Choose of {', '.join(known)}")
+        for key in ("share", "core"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise FfnkitError(f"{key} {value!r}", "not above 0 and up to 1", f"Give a share such as {key}=0.01")
+        if self.count is not None:
+            check_counts(self, count=1)
+        if isinstance(self.also, str) or not set(self.also) <= set(PARTS):
+            raise FfnkitError(f"also {self.also!r}", "not a list of parts", f"Choose of {', '.join(PARTS)}")
+
+    def targets(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The linears by name. Raises FfnkitError where the settings do not fit the model."""
+        self.check()
+        names, experts = targets(model, self.sites, self.layers)
+        asked = f"sparsegrad on {type(model).__name__}"
+        if experts:
+            what = f"{experts[0]} holds the weights of several experts in one 3-D parameter"
+            raise FfnkitError(asked, what, "Name linears with sites, or use lora, which adapts such parameters")
+        found = {name: model.get_submodule(name) for name in names}
+        for name, linear in found.items():
+            if isinstance(linear, Special):
+                raise FfnkitError(asked, f"{name} is edited already ({linear.kind})", "Fold the model first")
+            if isinstance(linear, nn.Embedding):
+                raise FfnkitError(asked, f"{name} is an embedding", "Name linears")
+        return found
+
+    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+        started = time.perf_counter()
+        linears = self.targets(model)
+        batches = list(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
+        work = _Work(self, model, linears, progress)
+        if self.basis != "none":
+            work.find_bases(batches)
+        if self.choose == "gradient" and (self.selection != "step" or self.basis != "none"):
+            work.find_energies(batches)
+        elif self.choose == "magnitude":
+            work.weigh()
+        edits = work.edits()
+        report = {"cores": {name: list(core) for name, core in work.cores.items()}, "batches": len(batches)}
+        return Draft(
+            (*edits, Train("", parts=list(self.also))),
+            work.quantities,
+            report | {"seconds": time.perf_counter() - started},
+        )
+
+
+class _Work:
+    """Bases, energies and the choice, linear by linear."""
+
+    def __init__(
+        self, method: SparseGrad, model: nn.Module, linears: dict[str, nn.Module], progress: Progress | None
+    ) -> None:
+        self.method, self.model, self.linears, self.progress = method, model, linears, progress
+        self.shapes = {name: _shape(linear) for name, linear in linears.items()}
+        shared = method.basis == "shared"
+        self.group = {name: f"{_kind(name)} {self.shapes[name]}" if shared else name for name in linears}
+        self.bases: dict[str, tuple[Tensor, Tensor]] = {}
+        self.energies: dict[str, Tensor] = {}
+        self.totals: dict[str, float] = defaultdict(float)
+        self.cores: dict[str, tuple[int, int]] = {}
+        self.quantities: dict[str, dict[str, float]] = {}
+
+    def find_bases(self, batches: list[Batch]) -> None:
+        """The leading rows of the bases of each group."""
+        grams: dict[str, Grams] = {}
+
+        def receive(name: str, gradient: Tensor) -> None:
+            if (group := self.group[name]) not in grams:
+                grams[group] = Grams(*gradient.shape, device=gradient.device)
+            grams[group].add(gradient)
+
+        weight_gradients(self.model, self._told(batches, "gradients"), self.linears, receive)
+        for group in list(grams):
+            left, right = grams.pop(group).bases(REACH if self.method.core < 1 else 1.0)
+            self.bases[group] = left.rows, right.rows
+
+    def find_energies(self, batches: list[Batch]) -> None:
+        """Summed squares of each entry of the gradients, in the basis."""
+
+        def receive(name: str, gradient: Tensor) -> None:
+            exact = gradient.float()
+            self.totals[name] += float(exact.square().sum())
+            square = turned(exact, *self.bases.get(self.group[name], (None, None))).square_()
+            self.energies[name] = self.energies[name].add_(square) if name in self.energies else square
+
+        weight_gradients(self.model, self._told(batches, "energies"), self.linears, receive)
+
+    def weigh(self) -> None:
+        """The squares of the weight's own entries, in the basis."""
+        for name, linear in self.linears.items():
+            weight = _weight(linear).detach().float()
+            self.energies[name] = turned(weight, *self.bases.get(self.group[name], (None, None))).square_()
+            self.totals[name] = float(weight.square().sum())
+
+    def edits(self) -> list[Edit]:
+        """One edit for each linear that gets entries."""
+        method = self.method
+        counts = {name: self._count(name) for name in self.linears}
+        by_group: dict[str, list[str]] = defaultdict(list)
+        for name in self.linears:
+            by_group[self.group[name]].append(name)
+        pairs = {group: self._cut(group, names, counts) for group, names in by_group.items()}
+        chosen = self._chosen(counts, pairs)
+        edits: list[Edit] = []
+        for number, name in enumerate(self.linears):
+            pair = pairs[self.group[name]]
+            parts = {} if pair is None else {"left": pair[0], "right": pair[1]}
+            given: dict[str, Any] = {"selection": method.selection, "order": number}
+            if method.selection == "step":
+                rows, columns = self.shapes[name] if pair is None else (len(pair[0]), len(pair[1]))
+                given |= {"count": min(counts[name], rows * columns), "trained": rows * columns}
+            else:
+                if not len(chosen[name]):
+                    continue
+                parts["index"] = chosen[name]
+                given |= {"trained": len(chosen[name])}
+            if method.selection == "refresh":
+                given["every"] = method.every
+            given["together"] = "all" if method.by == "all" else name
+            edits.append(Adapt(name, layer="sparsegrad", given=given, parts=parts))
+        if not edits:
+            raise FfnkitError("sparsegrad", "no entry was chosen", "Give a larger share")
+        return edits
+
+    def _count(self, name: str) -> int:
+        rows, columns = self.shapes[name]
+        return min(self.method.count or max(1, round(self.method.share * rows * columns)), rows * columns)
+
+    def _cut(self, group: str, names: list[str], counts: dict[str, int]) -> tuple[Tensor, Tensor] | None:
+        """The group's bases, cut to the core; energies are cut along."""
+        if group not in self.bases:
+            return None
+        left, right = self.bases[group]
+        have = [name for name in names if name in self.energies]
+        if have and self.method.core < 1:
+            mean = sum(self.energies[name] / max(float(self.energies[name].sum()), 1e-300) for name in have)
+            assert isinstance(mean, Tensor)
+            r, c = core_of(mean, max(counts[name] for name in names), self.method.core, *self.shapes[names[0]])
+        else:
+            r, c = len(left), len(right)
+        self.cores[group] = (r, c)
+        for name in have:
+            free = top_share(self.energies[name], counts[name])
+            self.energies[name] = self.energies[name][:r, :c].contiguous()
+            kept = top_share(self.energies[name], counts[name])
+            self.quantities[name] = {
+                "energy": kept / max(self.totals[name], 1e-300),
+                "of a free choice": kept / max(free, 1e-300),
+            }
+        return left[:r].cpu().contiguous(), right[:c].cpu().contiguous()
+
+    def _chosen(self, counts: dict[str, int], pairs: dict[str, Any]) -> dict[str, Tensor]:
+        """The flat places of the entries, in order, int32."""
+        method = self.method
+        if method.selection == "step":
+            return {}
+        if method.choose == "random":
+            draw = generator(method.seed, 0)
+            found = {}
+            for name, (rows, columns) in self.shapes.items():
+                pair = pairs[self.group[name]]
+                size = rows * columns if pair is None else len(pair[0]) * len(pair[1])
+                found[name] = torch.randperm(size, generator=draw)[: counts[name]]
+        elif method.by == "all":
+            flat = torch.cat([self.energies[name].flatten() for name in self.linears])
+            places = torch.topk(flat, min(sum(counts.values()), len(flat)), sorted=False).indices
+            mask = torch.zeros_like(flat, dtype=torch.bool)
+            mask[places] = True
+            sizes = [self.energies[name].numel() for name in self.linears]
+            found = {name: part.nonzero()[:, 0] for name, part in zip(self.linears, mask.split(sizes), strict=True)}
+        else:
+            found = {
+                name: torch.topk(energy.flatten(), min(counts[name], energy.numel()), sorted=False).indices
+                for name, energy in self.energies.items()
+            }
+        return {name: places.sort().values.to("cpu", torch.int32) for name, places in found.items()}
+
+    def _told(self, batches: list[Batch], what: str) -> Iterable[Batch]:
+        for number, batch in enumerate(batches):
+            yield batch
+            if self.progress is not None:
+                self.progress(number + 1, len(batches), what)
+
+
+def _kind(name: str) -> str:
+    """A linear's name without the numbers of its layers."""
+    return re.sub(r"\d+", "#", name)
+
+
+def _weight(linear: Any) -> Tensor:
+    weight: Tensor = linear.weight
+    return weight.mT if is_transposed(linear) else weight
+
+
+def _shape(linear: Any) -> tuple[int, int]:
+    rows, columns = _weight(linear).shape
+    return rows, columns

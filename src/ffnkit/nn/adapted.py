@@ -1,0 +1,112 @@
+"""Linears whose own weight stays as it is while a small update of it trains."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ffnkit.nn.special import Special, oriented
+
+
+class Adapted(Special):
+    """``y = (W + D) x + b`` with W frozen and an update D that is never kept as a whole.
+
+    The weight that the layer stood in for is untouched, so taking the update away gives back its very bits in every
+    dtype. The state dict shows the sum under the name ``weight``, beside what D is made of: what saves the model
+    without knowing of this layer saves a model that computes the same. Reading such a state dict back takes the parts
+    of D only; the weight below has to be there already, and is told apart by its fingerprint.
+
+    Attributes:
+        base: W as it is stored, (out, in), or (in, out) where a Conv1D was replaced.
+    """
+
+    def __init__(self, linear: nn.Linear | Conv1D) -> None:
+        super().__init__()
+        self.base: nn.Parameter = linear.weight  # type: ignore[assignment]
+        self.__dict__["_trained"] = self.base.requires_grad
+        self._stand_in(linear)
+        self.base.requires_grad_(False)
+
+    @abstractmethod
+    def update(self) -> Tensor:
+        """D, (out, in), in float32 at least."""
+
+    @property
+    def features(self) -> tuple[int, int]:
+        rows, columns = self.base.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def weight(self) -> Tensor:
+        """W + D as the replaced layer stored it, computed anew; in W's dtype, rounded once."""
+        with torch.no_grad():
+            total = self.update()
+            total += oriented(self.base, self.transposed).to(total)
+        return oriented(total, self.transposed).to(self.base.dtype)
+
+    def fold(self) -> nn.Linear | Conv1D:
+        """The plain layer with the update in its weight."""
+        weight = nn.Parameter(self.weight.contiguous(), self.__dict__["_trained"])
+        return self._plain(weight)
+
+    def restore(self) -> nn.Linear | Conv1D:
+        """The plain layer with the very weight that was there before."""
+        self.base.requires_grad_(self.__dict__["_trained"])
+        return self._plain(self.base)
+
+    # --- state dict
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if prefix + "base" in destination:
+            del destination[prefix + "base"]
+            destination[prefix + "weight"] = self.weight if not self.base.is_meta else self.base
+            destination[prefix + "fingerprint"] = fingerprint(self.base)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
+        missing: list[str], unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        known = state_dict.get(prefix + "fingerprint")
+        own = {k: v for k, v in state_dict.items() if k not in (prefix + "weight", prefix + "fingerprint")}
+        if known is not None and not torch.equal(known.cpu(), fingerprint(self.base)):
+            errors.append(f"{prefix}base: the update was made for another weight than the one that is here")
+        own[prefix + "base"] = self.base
+        super()._load_from_state_dict(own, prefix, metadata, strict, missing, unexpected, errors)
+        for name in ("weight", "fingerprint"):
+            if prefix + name in unexpected:
+                unexpected.remove(prefix + name)
+
+
+def adapted(model: nn.Module) -> dict[str, Adapted]:
+    """The layers of this kind by name, each once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+
+
+def own_names(model: nn.Module) -> set[str]:
+    """Entries of the state dict that updates are made of, and that no plain layer has."""
+    layers = [name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Adapted)]
+    parts = {name: {k for k, _ in model.get_submodule(name).state_dict().items()} for name in layers}
+    return {f"{name}.{key}" for name, keys in parts.items() for key in keys if key not in ("weight", "bias")}
+
+
+def fingerprint(weight: Tensor) -> Tensor:
+    """(2,) int64 that tells weights apart: two sums over all of their bits, the second one weighed by place.
+
+    Equal for equal bits, whatever the device. It is no proof against a forger.
+    """
+    if weight.is_meta:
+        return torch.zeros(2, dtype=torch.int64)
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = weight.detach().contiguous().view(-1)
+    sums = torch.zeros(2, dtype=torch.int64, device=weight.device)
+    for number, part in enumerate(flat.split(1 << 20)):
+        bits = part.view(kinds[part.element_size()]).long()
+        place = torch.arange(1, len(bits) + 1, device=bits.device)
+        sums[0] += bits.sum()
+        sums[1] += (bits * place).sum() * (2 * number + 1)
+    return sums.cpu()

@@ -1,0 +1,113 @@
+"""Bases in which gradients are sparse: the factors of a higher-order SVD, from streamed sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DOUBLE_UP_TO = 4096  # rows; a float64 Gram matrix of more takes over 128 MB, and its eigenvectors minutes
+
+
+class Grams:
+    """Sums of G G^T (out, out) and G^T G (in, in) over gradients G (out, in) of one shape.
+
+    Memory: out^2 + in^2 numbers, however many gradients there are. Summed in float64 up to 4,096 rows, beyond in
+    float32: directions of small energy lose their order there, which costs nothing.
+    """
+
+    def __init__(self, out: int, inner: int, device: torch.device | str = "cpu") -> None:
+        self.left = torch.zeros(out, out, dtype=_exact(out), device=device)
+        self.right = torch.zeros(inner, inner, dtype=_exact(inner), device=device)
+
+    def add(self, gradient: Tensor) -> None:
+        """One more gradient; its products are formed in float32."""
+        g = gradient.detach().float()
+        self.left += g @ g.T
+        self.right += g.T @ g
+
+    def bases(self, reach: float = 1.0, most: int | None = None) -> tuple[Basis, Basis]:
+        """The bases of the rows' side (V, (m, out)) and of the columns' side (U, (m, in)).
+
+        Source: SparseGrad (arXiv 2410.07383), section 3.1: V = u2^T and U = u3^T of the HOSVD of stacked gradients;
+            u2 are the eigenvectors of the sum of G G^T, u3 those of the sum of G^T G, so no stack is needed.
+        """
+        return eigenbasis(self.left, reach, most), eigenbasis(self.right, reach, most)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Leading eigenvectors as rows (m, n), float32, and their eigenvalues (m,); ``total`` sums up all eigenvalues."""
+
+    rows: Tensor
+    sizes: Tensor
+    total: float
+
+
+def eigenbasis(gram: Tensor, reach: float = 1.0, most: int | None = None) -> Basis:
+    """The eigenvectors of most weight of a symmetric positive matrix, that of the largest eigenvalue first.
+
+    Args:
+        reach: so many are kept that their eigenvalues make this share of the sum. most: at most so many.
+
+    The sign of each is fixed (its largest entry is positive), so that equal sums give equal bases.
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    total = float(values.sum())
+    kept = len(values)
+    if reach < 1 and total > 0:
+        kept = int((values.cumsum(0) < reach * total).sum()) + 1
+    kept = min(kept, most or kept, len(values))
+    rows = vectors[:, :kept].T
+    signs = rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
+    return Basis((rows * signs).float().contiguous(), values[:kept].clone(), total)
+
+
+def turned(gradient: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """V G U^T: the gradient (out, in) in the bases V (r, out) and U (c, in); (r, c).
+
+    Source: SparseGrad (arXiv 2410.07383), section 3: gW~ = V gW U^T.
+    """
+    result = gradient if left is None else left.to(gradient) @ gradient
+    return result if right is None else result @ right.to(gradient).T
+
+
+def top_share(energies: Tensor, count: int) -> float:
+    """The sum of the ``count`` largest entries."""
+    flat = energies.flatten()
+    return float(torch.topk(flat, min(count, flat.numel()), sorted=False).values.sum(dtype=torch.float64))
+
+
+def core_of(energies: Tensor, count: int, share: float, out: int, inner: int) -> tuple[int, int]:
+    """The cheapest leading rectangle (r, c) whose ``count`` largest entries hold ``share`` of those of all.
+
+    Cheapest: by the operations that its turned tokens take, r out + c in + r c for each token.
+
+    Args:
+        energies: (m, l) of the entries, in the order of the bases.
+    """
+    rows, columns = energies.shape
+    wanted = share * top_share(energies, count)
+    best, found = float("inf"), (rows, columns)
+    step = max(1, rows // 24)
+    for r in [*range(step, rows, step), rows]:
+        low, high = 1, columns + 1  # the fewest columns that do, if all of them do
+        if r * columns < count or top_share(energies[:r], count) < wanted:
+            continue
+        while low < high - 1:
+            middle = (low + high) // 2
+            if r * middle >= count and top_share(energies[:r, :middle], count) >= wanted:
+                high = middle
+            else:
+                low = middle
+        c = min(high, columns)
+        cost = r * out + c * inner + r * c
+        if cost < best:
+            best, found = cost, (r, c)
+    return found
+
+
+def _exact(size: int) -> torch.dtype:
+    return torch.float64 if size <= DOUBLE_UP_TO else torch.float32

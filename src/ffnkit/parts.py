@@ -1,0 +1,132 @@
+"""The parts of a model that may train beside something else: task head, biases, norms, attention, embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ffnkit.errors import FfnkitError
+
+PARTS = ("head", "biases", "norms", "attention", "embeddings", "rest")
+_FLAGS = "_ffnkit_requires_grad"  # on a model: what trained before, by parameter id
+
+
+def parts_of(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
+    """The parameters of the named parts, each once.
+
+    Args:
+        names: "head" (:func:`head_parameters`), "biases" (of linears, wherever they are), "norms" (weights and biases
+            of layer and RMS norms), "attention" (its linears), "embeddings", or "rest": every parameter.
+
+    Raises:
+        FfnkitError: an unknown part.
+    """
+    found: dict[int, nn.Parameter] = {}
+    for name in names:
+        if name not in PARTS:
+            raise FfnkitError(f"training {name!r}", "there is no such part", f"Choose of {', '.join(PARTS)}")
+        for parameter in _part(model, name):
+            found[id(parameter)] = parameter
+    return list(found.values())
+
+
+def _part(model: nn.Module, name: str) -> Iterable[nn.Parameter]:
+    if name == "head":
+        return head_parameters(model)
+    if name == "rest":
+        return model.parameters()
+    if name == "biases":
+        return [p for path, p in model.named_parameters() if path.endswith("bias") and p.ndim == 1]
+    if name == "norms":
+        norms = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
+        return [p for m in norms for p in m.parameters(recurse=False)]
+    if name == "embeddings":
+        return [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)]
+    return [p for path in attention_linears(model) for p in model.get_submodule(path).parameters(recurse=False)]
+
+
+def attention_linears(model: nn.Module) -> list[str]:
+    """The linears inside attention modules, by name."""
+    owners = [name for name, m in model.named_modules() if "attention" in type(m).__name__.lower()]
+    return [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear | Conv1D) and any(name.startswith(f"{owner}.") for owner in owners)
+    ]
+
+
+def remember(model: nn.Module) -> None:
+    """Note what trains now, for :func:`train_as_before`; what is noted already stays."""
+    flags: dict[int, bool] = getattr(model, _FLAGS, {})
+    now = {id(p): flags.get(id(p), p.requires_grad) for p in model.parameters()}
+    object.__setattr__(model, _FLAGS, now)
+
+
+def train_only(model: nn.Module, chosen: Callable[[nn.Parameter], bool]) -> None:
+    """Let the chosen parameters train, of those that do already, until :func:`train_as_before`."""
+    remember(model)
+    flags: dict[int, bool] = getattr(model, _FLAGS)
+    for parameter in model.parameters():
+        parameter.requires_grad_(flags[id(parameter)] and chosen(parameter))
+
+
+def train_as_before(model: nn.Module) -> nn.Module:
+    """Every parameter's flag as it was before :func:`train_only`."""
+    flags: dict[int, bool] = getattr(model, _FLAGS, {})
+    for parameter in model.parameters():
+        parameter.requires_grad_(flags.get(id(parameter), parameter.requires_grad))
+    if hasattr(model, _FLAGS):
+        object.__delattr__(model, _FLAGS)
+    return model
+
+
+def is_limited(model: nn.Module) -> bool:
+    """Whether :func:`train_only` holds."""
+    return hasattr(model, _FLAGS)
+
+
+def head_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of the head by name: children beside ``model.base_model``, and modules called ``pooler``.
+
+    Classifiers, scores, language-model heads and pooling layers count. A head that shares its weights with the
+    embeddings does not, nor do norms at the end of a body. A model that is its own body (no task head around it) has
+    its poolers and its output embeddings.
+    """
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        own = [p for p in module.parameters() if id(p) not in embeddings]
+        if own and (_beside_body(model, name, module) or name.rpartition(".")[2] == "pooler"):
+            found[name] = module
+    return found
+
+
+def head_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of :func:`head_modules`, and those that hang on the model itself; each once."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    found = {id(p): p for module in head_modules(model).values() for p in module.parameters()}
+    if body(model) is not model:
+        found |= {id(p): p for p in model.parameters(recurse=False)}
+    return [p for key, p in found.items() if key not in embeddings]
+
+
+def body(model: nn.Module) -> nn.Module:
+    """The model without its head; the model itself where it has none around it."""
+    base = getattr(model, "base_model", model)
+    return base if isinstance(base, nn.Module) else model
+
+
+def _beside_body(model: nn.Module, name: str, module: nn.Module) -> bool:
+    base = body(model)
+    if base is model:
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        return module is output
+    return bool(name) and "." not in name and module is not base and not _holds(module, base)
+
+
+def _holds(module: nn.Module, part: nn.Module) -> bool:
+    return any(inner is part for inner in module.modules())

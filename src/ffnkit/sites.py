@@ -1,0 +1,54 @@
+"""Which linears of a model are meant by a group's name or a pattern."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ffnkit.blocks import ffns, select
+from ffnkit.errors import FfnkitError
+from ffnkit.parts import attention_linears
+
+GROUPS = ("ffn", "attention", "all")
+
+
+def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str], list[str]]:
+    """Names of the modules that get adapters, and of the bare 3-D parameters of experts.
+
+    Args:
+        asked: "ffn", "attention", "all", or a regular expression that a whole module name must match.
+        layers: of which layers the FFNs are taken.
+
+    Raises:
+        FfnkitError: nothing matches, or the expression cannot be read.
+    """
+    if asked in GROUPS:
+        modules, parameters = _ffn_targets(model, layers) if asked != "attention" else ([], [])
+        if asked != "ffn":
+            modules += [name for name in attention_linears(model) if name not in modules]
+    else:
+        modules, parameters = _matching(model, asked), []
+    if not modules and not parameters:
+        raise FfnkitError(f"targets {asked!r}", "no linear of the model matches", "Name ffn, attention or all")
+    return modules, parameters
+
+
+def _ffn_targets(model: nn.Module, layers: str) -> tuple[list[str], list[str]]:
+    owned = {id(p) for ffn in select(ffns(model), layers) for p in ffn.parameters()}
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    modules = [name for name, m in linear.items() if id(m.weight) in owned]
+    inside = {id(p) for name in modules for p in linear[name].parameters()}
+    parameters = [n for n, p in model.named_parameters() if p.ndim == 3 and id(p) in owned and id(p) not in inside]
+    return modules, parameters
+
+
+def _matching(model: nn.Module, pattern: str) -> list[str]:
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        do = "Name ffn, attention, all, or a regular expression over module names"
+        raise FfnkitError(f"targets {pattern!r}", f"not a regular expression ({error})", do) from None
+    kinds = (nn.Linear, Conv1D, nn.Embedding)
+    return [name for name, m in model.named_modules() if isinstance(m, kinds) and wanted.fullmatch(name)]
