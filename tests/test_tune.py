@@ -171,7 +171,8 @@ def names_of(model: nn.Module, parameters: list[nn.Parameter]) -> set[str]:
 
 
 def test_every_tuner_says_what_it_is() -> None:
-    assert [tuner.name for tuner in TUNERS] == ["full", "ffn", "lora"] == tuners.names()
+    wanted = ["full", "ffn", "lora", "sparsegrad", "mask", "meprop", "head"]
+    assert [tuner.name for tuner in TUNERS] == wanted == tuners.names()
     assert all(tuner.description and tuner.__doc__ for tuner in TUNERS)
 
 

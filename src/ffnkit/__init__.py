@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from ffnkit.adapters import adapter, load_adapter, remove_adapter, save_adapter
     from ffnkit.analysis.study import analyze
     from ffnkit.blocks import LAYOUTS, Layout
     from ffnkit.budget.allocation import Allocation, allocate
@@ -42,6 +43,10 @@ __all__ = [
     "load",
     "export",
     "trainable_parameters",
+    "adapter",
+    "save_adapter",
+    "load_adapter",
+    "remove_adapter",
     "FfnkitError",
     "LAYOUTS",
     "Layout",
@@ -65,6 +70,10 @@ _HOMES = {
     "load": "checkpoint",
     "export": "checkpoint",
     "trainable_parameters": "tune",
+    "adapter": "adapters",
+    "save_adapter": "adapters",
+    "load_adapter": "adapters",
+    "remove_adapter": "adapters",
     "FfnkitError": "errors",
     "LAYOUTS": "blocks",
     "Layout": "blocks",

@@ -214,9 +214,17 @@ class Train(Edit):
 
     Attributes:
         ffn: empty: it is about the whole model. parts: names of ``ffnkit.parts.PARTS``.
+        values: what those parameters become, by name; of an adapter that was trained.
     """
 
     parts: list[str]
+    values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.values)
+
+    def settings(self) -> dict[str, Any]:
+        return {"ffn": self.ffn, "parts": list(self.parts)}
 
     @property
     def touched(self) -> tuple[str, ...]:
@@ -231,6 +239,8 @@ def build(kind: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Ed
     for cls in EDITS:
         if cls.__name__ == kind and cls is Adapt:
             return Adapt(**settings, parts=tensors)
+        if cls.__name__ == kind and cls is Train:
+            return Train(**settings, values=tensors)
         if cls.__name__ == kind:
             names = {field.name for field in dataclasses.fields(cls)}
             if names == set(settings) | set(tensors):

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ffnkit.blocks import ffns, select
 from ffnkit.errors import FfnkitError
+from ffnkit.nn.special import Special
 from ffnkit.parts import attention_linears
 
 GROUPS = ("ffn", "attention", "all")
@@ -31,7 +32,10 @@ def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str
     else:
         modules, parameters = _matching(model, asked), []
     if not modules and not parameters:
-        raise FfnkitError(f"targets {asked!r}", "no linear of the model matches", "Name ffn, attention or all")
+        edited = any(isinstance(module, Special) for module in model.modules())
+        found = "no linear of the model is plain there" if edited else "no linear of the model matches"
+        do = "Fold the model first (ffnkit.fold)" if edited else "Name ffn, attention or all"
+        raise FfnkitError(f"targets {asked!r}", found, do)
     return modules, parameters
 
 

@@ -66,6 +66,7 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     run_uneven_experts(model)
     if train:
         let_train(model, [part for edit in train for part in edit.parts])
+        write_values(model, {name: value for edit in train for name, value in edit.values.items()})
     return model
 
 
@@ -159,6 +160,7 @@ def resize(ffn: FFN, neurons: Neurons) -> None:
                 setattr(owner, name, neurons.ff)
 
 
+_BEFORE = "_ffnkit_before"  # on a model with updates: what trains beside them, and the values from before
 _ADAPTED: dict[str, Callable[..., Adapted]] = {kind.kind: kind for kind in (SparseGradLinear,)}
 _SPECIAL: dict[str, Callable[..., Special]] = {kind.kind: kind for kind in (Scaled, LowRank, Masked)}
 
@@ -244,13 +246,53 @@ def let_train(model: nn.Module, parts: list[str]) -> None:
     chosen = {id(p) for p in parts_of(model, parts)}
     for layer in adapted(model).values():
         chosen -= {id(layer.base)}
-        chosen |= {id(p) for name, p in layer.named_parameters(recurse=False) if name not in ("base", "bias")}
+        chosen |= {id(p) for p in _own(layer)}
     train_only(model, lambda parameter: id(parameter) in chosen)
+    before = {name: p.detach().clone() for name, p in beside(model).items()} if "rest" not in parts else None
+    model.__dict__[_BEFORE] = (list(parts), before)
 
 
+def beside(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains beside the updates, by name."""
+    inside = {id(p) for layer in adapted(model).values() for p in (layer.base, *_own(layer))}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
+
+
+def parts_beside(model: nn.Module) -> list[str]:
+    """The parts that were let train beside the updates."""
+    return list(model.__dict__.get(_BEFORE, ([], None))[0])
+
+
+def _own(layer: Adapted) -> list[nn.Parameter]:
+    return [p for name, p in layer.named_parameters(recurse=False) if name not in ("base", "bias")]
+
+
+def write_values(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Write parameters by name. Raises FfnkitError for one that is not there, or of another shape."""
+    own = dict(model.named_parameters())
+    for name, value in values.items():
+        if name not in own or own[name].shape != value.shape:
+            here = "not there" if name not in own else f"of shape {tuple(own[name].shape)}"
+            do = "Load the model with the same task head"
+            raise FfnkitError(f"writing {name} of shape {tuple(value.shape)}", f"it is {here}", do)
+    for name, value in values.items():
+        own[name].copy_(value)
+
+
+@torch.no_grad()
 def unadapt(model: nn.Module, *, fold: bool) -> None:
-    """Plain linears again, with the updates in their weights or with the very weights from before."""
+    """Plain linears again, with the updates in their weights or, with what trained beside them, as they were before.
+
+    Raises:
+        FfnkitError: without ``fold``, where all the rest of the model trained too.
+    """
     found = adapted(model)
+    parts, before = model.__dict__.pop(_BEFORE, ([], {}))
+    if not fold and before is None:
+        model.__dict__[_BEFORE] = (parts, before)
+        raise FfnkitError("taking the adapter away", "the rest of the model trained too", "Load the base model anew")
+    if not fold:
+        write_values(model, before)
     for layer in found.values():
         places = [name for name, module in model.named_modules(remove_duplicate=False) if module is layer]
         plain = layer.fold() if fold else layer.restore()

@@ -64,7 +64,7 @@ class SparseGrad:
     count: int | None = None
     selection: Literal["fixed", "refresh", "step"] = "fixed"
     basis: Literal["shared", "layer", "none"] = "shared"
-    core: float = 0.97
+    core: float = 0.99
     choose: Literal["gradient", "magnitude", "random"] = "gradient"
     by: Literal["layer", "all"] = "layer"
     sites: str = "ffn"
@@ -159,7 +159,7 @@ class _Work:
 
         def receive(name: str, gradient: Tensor) -> None:
             if (group := self.group[name]) not in grams:
-                grams[group] = Grams(*gradient.shape, device=gradient.device)
+                grams[group] = Grams(*self.shapes[name], device=gradient.device)
             grams[group].add(gradient)
 
         weight_gradients(self.model, self._told(batches, "gradients"), self.linears, receive)
@@ -226,9 +226,12 @@ class _Work:
         left, right = self.bases[group]
         have = [name for name in names if name in self.energies]
         if have and self.method.core < 1:
-            mean = sum(self.energies[name] / max(float(self.energies[name].sum()), 1e-300) for name in have)
-            assert isinstance(mean, Tensor)
-            r, c = core_of(mean, max(counts[name] for name in names), self.method.core, *self.shapes[names[0]])
+            r, c = core_of(
+                [self.energies[name] for name in have],
+                [counts[name] for name in have],
+                self.method.core,
+                *self.shapes[names[0]],
+            )
         else:
             r, c = len(left), len(right)
         self.cores[group] = (r, c)

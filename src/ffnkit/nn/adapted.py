@@ -35,6 +35,10 @@ class Adapted(Special):
     def update(self) -> Tensor:
         """D, (out, in), in float32 at least."""
 
+    @abstractmethod
+    def taken(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Settings and tensors that make this update anew; the tensors are no views of what trains."""
+
     @property
     def features(self) -> tuple[int, int]:
         rows, columns = self.base.shape

@@ -104,6 +104,17 @@ class SparseGradLinear(Adapted):
         with torch.no_grad():
             return _update(self.entries(), self.bases)
 
+    def taken(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All entries that are not zero, as a fixed selection."""
+        flat = self.entries().flatten()
+        index = flat.nonzero()[:, 0].int()
+        if self.index is not None:
+            index = torch.unique(torch.cat([index, self.index]))  # sorted; those that are 0 still train on
+        parts = {"index": index, "values": flat[index.long()]}
+        if self.bases is not None:
+            parts |= {"left": self.bases.left, "right": self.bases.right}
+        return {"selection": "fixed", "order": self.order, "together": self.together, "trained": len(index)}, parts
+
     @torch.compiler.disable  # a compiled model is cut here
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type
@@ -160,7 +171,7 @@ class _Apply(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         turned, values = ctx.saved_tensors
         layer: SparseGradLinear = ctx.layer
         rows = grad.reshape(-1, grad.shape[-1])

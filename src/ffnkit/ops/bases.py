@@ -80,32 +80,40 @@ def top_share(energies: Tensor, count: int) -> float:
     return float(torch.topk(flat, min(count, flat.numel()), sorted=False).values.sum(dtype=torch.float64))
 
 
-def core_of(energies: Tensor, count: int, share: float, out: int, inner: int) -> tuple[int, int]:
-    """The cheapest leading rectangle (r, c) whose ``count`` largest entries hold ``share`` of those of all.
+def core_of(energies: list[Tensor], counts: list[int], share: float, out: int, inner: int) -> tuple[int, int]:
+    """The cheapest leading rectangle (r, c) whose largest entries hold ``share`` of what the largest of all hold.
 
-    Cheapest: by the operations that its turned tokens take, r out + c in + r c for each token.
+    Cheapest: by the operations that its turned tokens take, r out + c in + r c for each token. Fewer rows never need
+    fewer columns, so one walk along the border of what is enough sees every candidate on a grid of 32 a side.
 
     Args:
-        energies: (m, l) of the entries, in the order of the bases.
+        energies: (m, l) of the entries of each weight, in the order of the bases. counts: how many entries of each.
+        share: in the mean over the weights.
     """
-    rows, columns = energies.shape
-    wanted = share * top_share(energies, count)
+    rows, columns = energies[0].shape
+    free = [max(top_share(energy, count), 1e-300) for energy, count in zip(energies, counts, strict=True)]
+
+    def enough(r: int, c: int) -> bool:
+        if r * c < max(counts):
+            return False
+        parts = [top_share(e[:r, :c], k) / f for e, k, f in zip(energies, counts, free, strict=True)]
+        return sum(parts) / len(parts) >= share
+
+    r_step, c_step = -(-rows // 32), -(-columns // 32)
     best, found = float("inf"), (rows, columns)
-    step = max(1, rows // 24)
-    for r in [*range(step, rows, step), rows]:
-        low, high = 1, columns + 1  # the fewest columns that do, if all of them do
-        if r * columns < count or top_share(energies[:r], count) < wanted:
-            continue
-        while low < high - 1:
-            middle = (low + high) // 2
-            if r * middle >= count and top_share(energies[:r, :middle], count) >= wanted:
-                high = middle
-            else:
-                low = middle
-        c = min(high, columns)
-        cost = r * out + c * inner + r * c
-        if cost < best:
-            best, found = cost, (r, c)
+    r, c = rows, min(c_step, columns)
+    while True:
+        if enough(r, c):
+            cost = r * out + c * inner + r * c
+            if cost < best:
+                best, found = cost, (r, c)
+            if r == 1:
+                break
+            r = max(r - r_step, 1)
+        elif c < columns:
+            c = min(c + c_step, columns)
+        else:
+            break
     return found
 
 

@@ -67,3 +67,9 @@ def drawn_batches(
 def _tokens(batch: dict[str, Any]) -> int:
     mask = batch.get("attention_mask")
     return int(mask.sum()) if mask is not None else int(batch["input_ids"].numel())
+
+
+def first_batches(examples: Any, collate: Any, size: int, count: int, *, seed: int = 0) -> list[dict[str, Any]]:
+    """At most ``count`` batches of ``size`` encoded examples with their labels, in an order drawn with ``seed``."""
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()[: size * count]
+    return [dict(collate([examples[i] for i in order[start : start + size]])) for start in range(0, len(order), size)]

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ffnkit.errors import FfnkitError
 from ffnkit.nn.special import is_special
 from ffnkit.parting import Parted, own_weights, part, plain_layer, rejoin, settle
-from ffnkit.parts import head_modules
+from ffnkit.parts import head_modules, parts_of
 from ffnkit.sites import GROUPS, targets
 
 from . import quantizing
@@ -80,7 +80,21 @@ def prepare(model: nn.Module, tuner: Lora) -> nn.Module:
         modules_to_save=heads or None,
         fan_in_fan_out=kinds == {Conv1D},
     )
-    return adapted(model, lambda base: _with_adapters(base, config), ties, parted)
+    tuned = adapted(model, lambda base: _with_adapters(base, config), ties, parted)
+    if tuner.also:
+        _let_train(tuned, tuner)
+    return tuned
+
+
+def _let_train(tuned: Any, tuner: Lora) -> None:
+    """Further parts of the model train as a whole; weights below adapters do not."""
+    if tuner.adapter_dir is not None:
+        what = f"{', '.join(tuner.also)} would train too, and peft's form does not hold them"
+        raise FfnkitError("lora with adapter_dir", what, "Leave one of the two out")
+    below = {id(p) for name, p in tuned.named_parameters() if name.endswith("base_layer.weight")}
+    for parameter in parts_of(tuned.get_base_model(), tuner.also):
+        if id(parameter) not in below and parameter.is_floating_point():
+            parameter.requires_grad_(True)
 
 
 def adapted(

@@ -27,6 +27,7 @@ from .outcome import TrainResult, on_device, result_of
 from .settings import HARMLESS, TrainSettings
 from .tuners import Tuner, finish, get, prepare, trainable_parameters
 
+PLAN = "tuner-plan.safetensors"
 log = logging.getLogger(__name__)
 
 
@@ -87,7 +88,7 @@ def train(
     checkpoints.remove_broken(out_dir)
 
     seed_everything(seed)
-    tuned = prepare(model, tuner)
+    tuned = _prepared(model, tuner, task, tokenizer, data, settings, seed, Path(out_dir))
     trained = sum(p.numel() for p in trainable_parameters(tuned))
     if not trained:
         raise FfnkitError(f"tuner {tuner.name}", "no parameter of the model trains", "Choose another tuner")
@@ -118,6 +119,27 @@ def train(
     result = result_of(loop, state, plain, settings, metric, trained)
     if not settings.keep_checkpoints:
         checkpoints.clean(out_dir)
+    return result
+
+
+def _prepared(
+    model: nn.Module, tuner: Tuner, task: Any, tokenizer: Any, data: Any, s: TrainSettings, seed: int, out: Path
+) -> nn.Module:
+    """What trains; gradients that choose it come from training rows, and a run that goes on keeps the choice."""
+    if tuner.method is None:
+        return prepare(model, tuner)
+    from .calibration import first_batches
+    from .planned import prepare as planned
+
+    wanted = tuner.method
+    batches, kept = None, out / PLAN
+    if checkpoints.newest(out) is None:
+        kept.unlink(missing_ok=True)
+    if wanted.needs_data and not kept.is_file():
+        batches = first_batches(data, task.collator(tokenizer, model), s.batch_size, wanted.batches, seed=seed)
+    on_device(lambda: model.to("cuda"))
+    result = planned(model, cast(Any, tuner), batches, kept)
+    seed_everything(seed)
     return result
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Routers = Literal["trained", "frozen"]
+Part = Literal["biases", "norms", "attention", "embeddings", "rest"]
 _ROUTERS = "routers of a mixture of experts: trained or frozen"
 
 
@@ -46,6 +47,11 @@ class Tuner(BaseModel):
         """
         return model
 
+    @property
+    def method(self) -> Any | None:
+        """The method whose plan sets what trains, for tuners that have one: it may want batches with labels."""
+        return None
+
     def finish(self, model: nn.Module) -> nn.Module:
         """A plain transformers model with the trained weights."""
         return model
@@ -59,6 +65,33 @@ class Tuner(BaseModel):
             asked = f"tuner {self.name}: routers {self.routers}"
             raise FfnkitError(asked, f"{type(model).__name__} has no router", "Leave the setting out")
         return found
+
+
+class _Beside(Tuner):
+    """What tuners have in common that train a part of the model: which other parts train too."""
+
+    routers: Routers = Field("frozen", description=_ROUTERS)
+    head: bool = Field(True, description="train the task head too")
+    also: tuple[Part, ...] = Field((), description="further parts that train: biases, norms, attention, ...")
+
+    @property
+    def parts(self) -> list[str]:
+        """All parts that train beside."""
+        return list(dict.fromkeys([*(["head"] if self.head else []), *self.also]))
+
+    def beside(self, model: nn.Module) -> set[int]:
+        """The ids of the parameters of those parts, routers included where they train."""
+        from ffnkit.parts import parts_of
+
+        found = self.routers_of(model)
+        chosen = {id(p) for p in parts_of(model, self.parts)}
+        routed = {id(p) for module in found.values() for p in module.parameters()}
+        return chosen | routed if self.routers == "trained" else chosen - routed
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        from ffnkit.parts import train_as_before
+
+        return train_as_before(model)
 
 
 class Full(Tuner):
@@ -82,29 +115,33 @@ class Full(Tuner):
         return train_as_before(model)
 
 
-class Ffn(Tuner):
+class Head(_Beside):
+    """Train the task head only, and further parts that are named; the least that a task can do."""
+
+    name: ClassVar[str] = "head"
+    description: ClassVar[str] = "the task head alone"
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        from ffnkit.parts import train_only
+
+        chosen = self.beside(model)
+        train_only(model, lambda parameter: id(parameter) in chosen)
+        return model
+
+
+class Ffn(_Beside):
     """Train the FFNs and the task head only; embeddings, attention, norms and routers stay as they are."""
 
     name: ClassVar[str] = "ffn"
     description: ClassVar[str] = "the FFNs and the task head"
 
-    routers: Routers = Field("frozen", description=_ROUTERS)
-
     def prepare(self, model: nn.Module) -> nn.Module:
         from ffnkit.blocks import ffns
-        from ffnkit.parts import head_parameters, train_only
+        from ffnkit.parts import train_only
 
-        trained = {id(p) for ffn in ffns(model) for p in ffn.parameters()} | {id(p) for p in head_parameters(model)}
-        found = self.routers_of(model)
-        if self.routers == "trained":
-            trained |= {id(p) for module in found.values() for p in module.parameters()}
+        trained = self.beside(model) | {id(p) for ffn in ffns(model) for p in ffn.parameters()}
         train_only(model, lambda parameter: id(parameter) in trained)
         return model
-
-    def finish(self, model: nn.Module) -> nn.Module:
-        from ffnkit.parts import train_as_before
-
-        return train_as_before(model)
 
 
 class Lora(Tuner):
@@ -122,6 +159,7 @@ class Lora(Tuner):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="on the adapters' input")
     targets: str = Field("ffn", description="ffn, attention, all, or a regular expression over module names")
     head: bool = Field(True, description="train the task head too")
+    also: tuple[Part, ...] = Field((), description="further parts that train: biases, norms, attention, ...")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="biases that train, as in peft")
     adapter_dir: Path | None = Field(None, description="also save the adapter there, in peft's form")
     tied: Literal["shared", "each"] = Field(
@@ -135,8 +173,8 @@ class Lora(Tuner):
     def _told(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """``tied`` and ``quantize`` are told where they are not the default, so that facts about others stay so."""
         told: dict[str, Any] = handler(self)
-        plain = {"tied": "shared", "quantize": "none"}
-        return {key: value for key, value in told.items() if plain.get(key) != value}
+        plain: dict[str, Any] = {"tied": "shared", "quantize": "none", "also": ()}
+        return {k: v for k, v in told.items() if k not in plain or plain[k] != (tuple(v) if k == "also" else v)}
 
     def prepare(self, model: nn.Module) -> nn.Module:
         from . import lora
@@ -149,7 +187,115 @@ class Lora(Tuner):
         return lora.finish(model, self)
 
 
-TUNERS: tuple[type[Tuner], ...] = (Full, Ffn, Lora)
+class _Adapting(_Beside):
+    """What tuners have in common that put small updates beside frozen weights."""
+
+    targets: str = Field("ffn", description="ffn, attention, all, or a regular expression over module names")
+    layers: str = Field("all", description="of which layers the FFNs are taken: all, last:8, 4-11, 4,5,9")
+    adapter_dir: Path | None = Field(None, description="also save the updates there, as a small adapter")
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Plan without data and apply; ``tune.train`` gives batches to methods that want some.
+
+        Raises:
+            FfnkitError: the method wants gradients and there are no data here.
+        """
+        from . import planned
+
+        return planned.prepare(model, self, None)
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        from . import planned
+
+        return planned.finish(model, self)
+
+
+class SparseGrad(_Adapting):
+    """Train about one percent of the entries of each FFN weight's update, in a basis where gradients are sparse.
+
+    Source: SparseGrad (arXiv 2410.07383).
+    """
+
+    name: ClassVar[str] = "sparsegrad"
+    description: ClassVar[str] = "few entries of each update, in a basis where gradients are sparse"
+
+    share: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="of each weight's entries that train")
+    count: Annotated[int, Field(gt=0)] | None = Field(None, description="so many a weight instead")
+    selection: Literal["fixed", "refresh", "step"] = Field("fixed", description="when entries are chosen")
+    basis: Literal["shared", "layer", "none"] = Field("shared", description="one a layer type, one a weight, or none")
+    core: Annotated[float, Field(gt=0, le=1)] = Field(0.99, description="energy that a leading core has to keep")
+    by: Literal["layer", "all"] = Field("layer", description="the count is one of each layer, or of all together")
+    every: Annotated[int, Field(gt=0)] = Field(100, description="steps between refreshes")
+    batches: Annotated[int, Field(gt=0)] = Field(30, description="batches of gradients that the choice is made from")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of random choices")
+
+    @property
+    def method(self) -> Any:
+        from ffnkit.methods.sparsegrad import SparseGrad as Method
+
+        own = {key: getattr(self, key) for key in ("share", "count", "selection", "basis", "core", "by", "every")}
+        return Method(
+            **own, batches=self.batches, seed=self.seed, sites=self.targets, layers=self.layers, also=self.parts
+        )
+
+
+class SparseMask(_Adapting):
+    """Train single entries of each FFN weight: drawn at random, or the largest ones.
+
+    Source: the sparse masks of SHiRA (arXiv 2406.13175); baselines of SparseGrad.
+    """
+
+    name: ClassVar[str] = "mask"
+    description: ClassVar[str] = "single entries of each FFN weight: random ones, or the largest"
+
+    choose: Literal["random", "magnitude"] = Field("random", description="how entries are chosen")
+    share: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="of each weight's entries that train")
+    count: Annotated[int, Field(gt=0)] | None = Field(None, description="so many a weight instead")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of the draw")
+
+    @property
+    def method(self) -> Any:
+        from ffnkit.methods.sparsegrad import SparseGrad as Method
+
+        own = {key: getattr(self, key) for key in ("share", "count", "choose", "seed", "layers")}
+        return Method(**own, basis="none", sites=self.targets, also=self.parts)
+
+
+class MeProp(_Adapting):
+    """Train FFN weights by the largest part of their gradients only, chosen at every step.
+
+    Source: "weights": the baseline of SparseGrad (arXiv 2410.07383), the largest entries of each weight's gradient.
+        "outputs": meProp (arXiv 1706.06197), the largest entries of each token's gradient of a linear's outputs.
+    """
+
+    name: ClassVar[str] = "meprop"
+    description: ClassVar[str] = "FFN weights, by the largest part of their gradients at every step"
+
+    of: Literal["weights", "outputs"] = Field("weights", description="what is cut to its largest entries")
+    share: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="of the entries that are kept")
+
+    @property
+    def method(self) -> Any | None:
+        from ffnkit.methods.sparsegrad import SparseGrad as Method
+
+        if self.of == "outputs":
+            return None
+        return Method(
+            share=self.share, basis="none", selection="step", sites=self.targets, layers=self.layers, also=self.parts
+        )
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        from . import meprop
+
+        return super().prepare(model) if self.of == "weights" else meprop.prepare(model, self)
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        from . import meprop
+
+        return super().finish(model) if self.of == "weights" else meprop.finish(model, self)
+
+
+TUNERS: tuple[type[Tuner], ...] = (Full, Ffn, Lora, SparseGrad, SparseMask, MeProp, Head)
 
 
 def names() -> list[str]:
@@ -190,10 +336,16 @@ def finish(model: nn.Module, tuner: str | Mapping[str, Any] | Tuner | None = Non
     Args:
         tuner: the one given to :func:`prepare`; None: told from the model.
     """
+    from ffnkit.adapters import is_adapted
     from ffnkit.parts import is_limited
 
     if tuner is None:
-        tuner = "lora" if hasattr(model, "merge_and_unload") else "ffn" if is_limited(model) else "full"
+        if model.__dict__.get("_ffnkit_meprop"):
+            tuner = MeProp(of="outputs")
+        elif is_adapted(model):
+            tuner = "sparsegrad"
+        else:
+            tuner = "lora" if hasattr(model, "merge_and_unload") else "ffn" if is_limited(model) else "full"
     return get(tuner).finish(model)
 
 

@@ -1,0 +1,289 @@
+"""The passes over the data behind the energy of gradients: bases, choices, and what they hold of fresh gradients."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit.gradients import weight_gradients
+from ffnkit.methods.sparsegrad import _kind, _shape
+from ffnkit.ops.bases import Grams, core_of, turned
+from ffnkit.plans import Progress
+from ffnkit.taps import Batch
+
+KINDS = ("raw", "shared", "layer", "random", "fixed raw", "fixed shared", "fixed core", "fixed layer")
+SAMPLE = 512  # rows and columns of a random basis: so many are like all of them
+TINY = 1e-300
+
+Pair = tuple[Tensor | None, Tensor | None]  # V (m, out) and U (l, in)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What :func:`ffnkit.analysis.energy.gradient_energy` was asked for."""
+
+    shares: tuple[float, ...]
+    reach: float
+    core: float
+    layer_bases: bool
+    memory: int
+    seed: int
+
+
+@dataclass
+class Measured:
+    """The figures of one linear; of each list the first is of the first step.
+
+    Attributes:
+        type: linears of one type share a basis. shape: (out, in). norm: mean sum of squares of a fresh gradient, a step.
+        energy: a step: by kind the shares that so many entries hold, in the mean over fresh gradients. "raw", "shared",
+            "layer" and "random": the largest of the fresh gradient itself, in that basis ("random" of a sample of it
+            where a side exceeds 512). "fixed ...": those largest by summed squares in the gradients before.
+        beyond: by basis, the energy of fresh gradients outside of the basis's leading rows, a step: so much too low
+            the shares in it can be at most.
+        half: by choice, the fewest entries chosen before that hold half of a fresh gradient's energy at the start, in
+            the mean; absent where none do. core: rows and columns of the core. basis: rows of V and U that were used.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, int]
+    norm: list[float] = field(default_factory=list)
+    energy: list[dict[str, list[float]]] = field(default_factory=list)
+    beyond: list[dict[str, float]] = field(default_factory=list)
+    half: dict[str, int] = field(default_factory=dict)
+    core: tuple[int, int] = (0, 0)
+    basis: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass
+class _Frame:
+    """One basis of one linear: squares seen before, and the order of entries that they make."""
+
+    pair: Pair
+    seen: Tensor | None = None
+    order: Tensor | None = None
+    within: Tensor | None = None  # entries of the core, in order
+
+    def add(self, gradient: Tensor) -> None:
+        square = turned(gradient, *self.pair).square_()
+        self.seen = square if self.seen is None else self.seen.add_(square)
+
+
+def measure(
+    model: nn.Module,
+    linears: dict[str, nn.Module],
+    batches: Sequence[Batch],
+    fresh: Sequence[Batch],
+    settings: Settings,
+    states: Sequence[Callable[[], None]],
+    progress: Progress | None = None,
+) -> list[Measured]:
+    """All figures; ``states`` put the model into the state after each step, the first one before anything else."""
+    types = {name: f"{_kind(name)} {_shape(linear)}" for name, linear in linears.items()}
+    parts = _parts(linears, settings)
+    rounds = len(batches) * (1 + len(parts) * (2 if settings.layer_bases else 1))
+    total, done = rounds + len(fresh) * len(parts) * len(states), 0
+
+    def told(given: Iterable[Batch], what: str) -> Iterable[Batch]:
+        nonlocal done
+        for batch in given:
+            yield batch
+            done += 1
+            if progress is not None:
+                progress(done, total, what)
+
+    states[0]()
+    shared = shared_bases(model, linears, types, told(batches, "bases"), settings.reach)
+    draws = {shape: random_pair(*shape, settings.seed) for shape in {_shape(linear) for linear in linears.values()}}
+    result: list[Measured] = []
+    for part in parts:
+        states[0]()
+        frames = _frames(model, part, {name: shared[types[name]] for name in part}, batches, settings, told)
+        rows = {name: Measured(name, types[name], _shape(linear)) for name, linear in part.items()}
+        for name, row in rows.items():
+            _choose(row, frames[name], settings)
+        for number, state in enumerate(states):
+            if number:
+                state()
+            _read(model, part, rows, frames, draws, told(fresh, "fresh gradients"), settings)
+        result += rows.values()
+    return result
+
+
+def shared_bases(
+    model: nn.Module, linears: dict[str, nn.Module], types: dict[str, str], batches: Iterable[Batch], reach: float
+) -> dict[str, Pair]:
+    """V and U of each type, from the gradients of all its linears."""
+    grams: dict[str, Grams] = {}
+
+    def receive(name: str, gradient: Tensor) -> None:
+        if types[name] not in grams:
+            grams[types[name]] = Grams(*gradient.shape, device=gradient.device)
+        grams[types[name]].add(gradient)
+
+    weight_gradients(model, batches, linears, receive)
+    found: dict[str, Pair] = {}
+    for kind in list(grams):
+        left, right = grams.pop(kind).bases(reach)
+        found[kind] = left.rows, right.rows
+    return found
+
+
+def random_pair(out: int, inner: int, seed: int) -> Pair:
+    """Some rows of random orthonormal bases, 512 at most."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = [
+        torch.linalg.qr(torch.randn(size, min(size, SAMPLE), generator=draw, dtype=torch.float64)).Q.T
+        for size in (out, inner)
+    ]
+    return rows[0].float(), rows[1].float()
+
+
+def top_shares(energies: Tensor, counts: Sequence[int], total: float | None = None) -> list[float]:
+    """What the ``counts`` (rising) largest entries hold, as shares of ``total``, by default of the sum of all."""
+    flat = energies.flatten()
+    top = torch.topk(flat, min(counts[-1], flat.numel())).values
+    return _at(top, counts, float(flat.sum(dtype=torch.float64)) if total is None else total)
+
+
+def _at(ordered: Tensor, counts: Sequence[int], total: float) -> list[float]:
+    sums = ordered.cumsum(0, dtype=torch.float64)
+    return [float(sums[min(count, len(sums)) - 1]) / max(total, TINY) for count in counts]
+
+
+def _parts(linears: dict[str, nn.Module], settings: Settings) -> list[dict[str, nn.Module]]:
+    """The linears in groups whose sums fit into the memory."""
+    parts: list[dict[str, nn.Module]] = [{}]
+    held = 0
+    for name, linear in linears.items():
+        out, inner = _shape(linear)
+        # moments of a basis of its own in float64; sums of squares and the order of entries for two or three bases
+        size = (
+            8 * (out * out + inner * inner) * settings.layer_bases + (36 if settings.layer_bases else 24) * out * inner
+        )
+        if parts[-1] and held + size > settings.memory:
+            parts.append({})
+            held = 0
+        parts[-1][name] = linear
+        held += size
+    return parts
+
+
+def _frames(
+    model: nn.Module,
+    part: dict[str, nn.Module],
+    shared: dict[str, Pair],
+    batches: Sequence[Batch],
+    settings: Settings,
+    told: Callable[[Iterable[Batch], str], Iterable[Batch]],
+) -> dict[str, dict[str, _Frame]]:
+    """The bases of each linear with the squares that were seen in them."""
+    frames = {name: {"raw": _Frame((None, None)), "shared": _Frame(shared[name])} for name in part}
+    grams: dict[str, Grams] = {}
+
+    def first(name: str, gradient: Tensor) -> None:
+        exact = gradient.float()
+        for frame in frames[name].values():
+            frame.add(exact)
+        if settings.layer_bases:
+            if name not in grams:
+                grams[name] = Grams(*exact.shape, device=exact.device)
+            grams[name].add(exact)
+
+    weight_gradients(model, told(batches, "choices"), part, first)
+    if settings.layer_bases:
+        for name in list(grams):
+            left, right = grams.pop(name).bases(settings.reach)
+            frames[name]["layer"] = _Frame((left.rows, right.rows))
+        weight_gradients(
+            model, told(batches, "choices"), part, lambda name, gradient: frames[name]["layer"].add(gradient.float())
+        )
+    return frames
+
+
+def _counts(row: Measured, settings: Settings) -> list[int]:
+    size = row.shape[0] * row.shape[1]
+    return [min(size, max(1, round(share * size))) for share in settings.shares]
+
+
+def _choose(row: Measured, frames: dict[str, _Frame], settings: Settings) -> None:
+    """The order of entries by what was seen, in each basis and in the core."""
+    counts = _counts(row, settings)
+    at = counts[min(range(len(counts)), key=lambda i: abs(settings.shares[i] - 0.01))]
+    for name, frame in frames.items():
+        assert frame.seen is not None
+        seen = frame.seen
+        rows, columns = seen.shape
+        row.basis[name] = rows, columns
+        frame.order = seen.flatten().argsort(descending=True, stable=True).to(torch.int32)
+        if name == "shared":
+            row.core = core_of([seen], [min(at, seen.numel())], settings.core, *row.shape)
+            r, c = row.core
+            inside = (frame.order // columns < r) & (frame.order % columns < c)
+            frame.within = frame.order[inside]
+        frame.seen = None
+
+
+def _read(
+    model: nn.Module,
+    part: dict[str, nn.Module],
+    rows: dict[str, Measured],
+    frames: dict[str, dict[str, _Frame]],
+    draws: dict[tuple[int, int], Pair],
+    fresh: Iterable[Batch],
+    settings: Settings,
+) -> None:
+    """Add the figures of one step."""
+    first = not next(iter(rows.values())).norm
+    sums: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in rows}
+    norms: dict[str, list[float]] = defaultdict(list)
+    means: dict[tuple[str, str], Tensor] = {}  # by linear and basis: shares of energy, summed over gradients
+
+    def receive(name: str, gradient: Tensor) -> None:
+        row, exact = rows[name], gradient.float()
+        counts = _counts(row, settings)
+        total = float(exact.square().sum(dtype=torch.float64))
+        norms[name].append(total)
+        for kind, frame in frames[name].items():
+            square = turned(exact, *frame.pair).square_()
+            _add(sums[name], kind, top_shares(square, counts, total))
+            square /= max(total, TINY)
+            means[name, kind] = means[name, kind].add_(square) if (name, kind) in means else square
+        square = turned(exact, *draws[row.shape]).square_()
+        some = [max(1, round(share * square.numel())) for share in settings.shares]
+        _add(sums[name], "random", top_shares(square, some))
+
+    weight_gradients(model, fresh, part, receive)
+    for name, row in rows.items():
+        number = len(norms[name])
+        found = {kind: [value / number for value in values] for kind, values in sums[name].items()}
+        beyond: dict[str, float] = {}
+        for kind, frame in frames[name].items():
+            mean = means[name, kind].flatten() / number
+            beyond[kind] = max(0.0, 1 - float(mean.sum(dtype=torch.float64)))
+            for label, order in ((f"fixed {kind}", frame.order), ("fixed core", frame.within)):
+                if order is None:
+                    continue
+                ordered = mean[order.long()]
+                found[label] = _at(ordered, _counts(row, settings), 1.0)
+                if first:
+                    _halve(row, label, ordered)
+        row.norm.append(sum(norms[name]) / number)
+        row.energy.append({kind: found[kind] for kind in KINDS if kind in found})
+        row.beyond.append(beyond)
+
+
+def _halve(row: Measured, kind: str, ordered: Tensor) -> None:
+    """The fewest leading entries that hold half of the energy, where they do."""
+    short = int((ordered.cumsum(0, dtype=torch.float64) < 0.5).sum())
+    if short < len(ordered):
+        row.half[kind] = short + 1
+
+
+def _add(sums: dict[str, list[float]], kind: str, values: list[float]) -> None:
+    sums[kind] = [a + b for a, b in zip(sums[kind] or [0.0] * len(values), values, strict=True)]

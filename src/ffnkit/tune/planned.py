@@ -1,0 +1,53 @@
+"""Tuners whose plan puts small updates beside frozen weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ffnkit.adapters import save_adapter
+from ffnkit.nn.special import is_special
+from ffnkit.parts import remember
+from ffnkit.plans import Plan, plan
+from ffnkit.surgery import apply, fold
+
+if TYPE_CHECKING:
+    from .tuners import _Adapting
+
+
+def prepare(
+    model: nn.Module, tuner: _Adapting, data: Iterable[Mapping[str, Any]] | None, keep: Path | None = None
+) -> nn.Module:
+    """The model with updates beside its weights, special linears folded first; changed in place.
+
+    Args:
+        data: batches with labels, for methods that read gradients.
+        keep: a file that holds the plan of a run that goes on: read where it is there, else written.
+    """
+    found = tuner.routers_of(model)
+    whole = cast(PreTrainedModel, model)
+    if any(is_special(module) for module in model.modules()):
+        fold(whole)
+    if keep is not None and keep.is_file():
+        made = Plan.load(keep)
+    else:
+        made = plan(model, cast(Any, tuner.method), data=cast(Any, data))
+        if keep is not None:
+            made.save(keep)
+    remember(model)
+    apply(whole, made)
+    for router in found.values():
+        router.requires_grad_(tuner.routers == "trained")
+    return model
+
+
+def finish(model: nn.Module, tuner: _Adapting) -> nn.Module:
+    """The plain model with the updates in its weights; saves them first where the tuner names a folder."""
+    whole = cast(PreTrainedModel, model)
+    if tuner.adapter_dir is not None:
+        save_adapter(whole, tuner.adapter_dir)
+    return fold(whole)
