@@ -1,4 +1,4 @@
-"""One process of a distributed run: ``python sharded.py {ddp,fsdp} FAMILY OUT``; RANK and WORLD_SIZE say which."""
+"""One process of a distributed run: ``python sharded.py {ddp,fsdp} FAMILY WHAT OUT``; RANK and WORLD_SIZE say which."""
 
 from __future__ import annotations
 
@@ -23,9 +23,20 @@ def tied(name: str) -> Any:
     return fk.apply(model, fk.plan(model, Merging(layers="all", match=False)))
 
 
+def made(name: str, what: str) -> Any:
+    """A tied model, or one with SparseGrad's updates of that selection."""
+    if what == "tied":
+        return tied(name)
+    model = FAMILIES[name].model()
+    inputs = FAMILIES[name].inputs(model)
+    data = [inputs | {"labels": torch.arange(len(inputs["input_ids"])) % 2}]
+    settings = {"share": 0.1, "core": 1.0, "every": 2, "also": ("head", "norms"), "selection": what}
+    return fk.apply(model, fk.plan(model, fk.SparseGrad(**settings), data=data))
+
+
 def train(model: nn.Module, inputs: dict[str, torch.Tensor], rank: int, world: int) -> None:
     """A few steps of SGD on this process's rows."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(STEPS):
         output = model(**{key: value[rank::world] for key, value in inputs.items()})
         output[0].float().square().mean().backward()
@@ -38,11 +49,11 @@ def main() -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
 
-    kind, name, out = sys.argv[1:]
+    kind, name, what, out = sys.argv[1:]
     torch.set_num_threads(1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    model = tied(name)
+    model = made(name, what)
     inputs = FAMILIES[name].inputs(model)
     if kind == "ddp":
         train(nn.parallel.DistributedDataParallel(model), inputs, rank, world)

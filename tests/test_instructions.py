@@ -357,6 +357,15 @@ def test_a_template_may_end_turns_by_its_own_token() -> None:
     assert len(chat("gpt2", endless).turns([CHAT])) == 2 and len(reader.turns([CHAT])) == 1
 
 
+def test_a_tuned_model_stops_at_the_end_of_turns(tmp_path: Path) -> None:
+    task = task_of(ROWS, tmp_path)
+    for kind, stops in (("chatml", [0, chat("chatml").end]), ("gpt2", 0)):
+        model(kind).save_pretrained(tmp_path / kind)
+        tokenizer(kind).save_pretrained(tmp_path / kind)
+        made = task.load_model(tmp_path / kind, tokenizer=task.load_tokenizer(tmp_path / kind))
+        assert made.generation_config.eos_token_id == stops
+
+
 def test_a_template_that_rewrites_earlier_turns_gets_examples_for_each() -> None:
     reader, tok = chat("gpt2", FORGETFUL), tokenizer("gpt2")
     assert len(reader.turns([ROWS[0]])) == 1

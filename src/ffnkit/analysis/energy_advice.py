@@ -64,7 +64,7 @@ def advise(model: nn.Module, measured: list[Measured], sites: str, share: float,
     kinds = [
         kind for kind in ("fixed raw", "fixed shared", "fixed core", "fixed layer") if kind in measured[0].energy[0]
     ]
-    held = {kind: sum(row.energy[0][kind][at] for row in measured) / len(measured) for kind in kinds}
+    held: dict[str, float] = {kind: sum(row.energy[0][kind][at] for row in measured) / len(measured) for kind in kinds}
     basis = "shared"
     if held["fixed raw"] >= held["fixed shared"]:
         basis = "none"
@@ -78,18 +78,19 @@ def advise(model: nn.Module, measured: list[Measured], sites: str, share: float,
     names = tuple(name for key, own in groups.items() if key in chosen for name in own)
     count = {row.name: row.half.get(kind) for row in measured}
     sizes = {row.name: row.shape[0] * row.shape[1] for row in measured}
-    wanted = sum(sizes[name] if count[name] is None else int(count[name] or 0) for name in names)
+    wanted = sum(count[name] or sizes[name] for name in names)
     part = wanted / sum(sizes[name] for name in names)
+    places = [layers[key] for key in groups if key in chosen] if layers else []
     return Advice(
         basis=basis,
-        layers=_expression([layers[key] for key in groups if key in chosen], len(chosen) == len(groups)),
+        layers=_expression(places, len(chosen) == len(groups)) if layers else "",
         linears=names,
         share=_rounded(part),
         count=count,
         energy=energy,
         differences=held,
         at=share,
-    ) if layers else Advice(basis, "", names, _rounded(part), count, energy, held, share)  # fmt: skip
+    )
 
 
 def _ffns(model: nn.Module, measured: list[Measured]) -> tuple[dict[str, list[str]], dict[str, tuple[str, int]]]:
@@ -109,7 +110,8 @@ def _ffns(model: nn.Module, measured: list[Measured]) -> tuple[dict[str, list[st
 
 def _fewest(parts: dict[str, float], share: float) -> set[str]:
     """The keys of the largest parts that make ``share`` of their sum together."""
-    goal, chosen, held = share * sum(parts.values()), set(), 0.0
+    goal, held = share * sum(parts.values()), 0.0
+    chosen: set[str] = set()
     for key in sorted(parts, key=lambda each: -parts[each]):
         if chosen and held >= goal:
             break

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from ffnkit.errors import FfnkitError
 from ffnkit.gradients import weight_gradients
 from ffnkit.methods.sparsegrad import _kind, _shape
 from ffnkit.ops.bases import Grams, core_of, turned
@@ -39,10 +40,12 @@ class Measured:
     """The figures of one linear; of each list the first is of the first step.
 
     Attributes:
-        type: linears of one type share a basis. shape: (out, in). norm: mean sum of squares of a fresh gradient, a step.
+        type: linears of one type share a basis. shape: (out, in).
+        norm: mean sum of squares of a fresh gradient, a step.
         energy: a step: by kind the shares that so many entries hold, in the mean over fresh gradients. "raw", "shared",
             "layer" and "random": the largest of the fresh gradient itself, in that basis ("random" of a sample of it
-            where a side exceeds 512). "fixed ...": those largest by summed squares in the gradients before.
+            where a side exceeds 512). "fixed ...": those largest by summed squares in the gradients before,
+            "fixed core" no more than the core has.
         beyond: by basis, the energy of fresh gradients outside of the basis's leading rows, a step: so much too low
             the shares in it can be at most.
         half: by choice, the fewest entries chosen before that hold half of a fresh gradient's energy at the start, in
@@ -70,7 +73,7 @@ class _Frame:
     within: Tensor | None = None  # entries of the core, in order
 
     def add(self, gradient: Tensor) -> None:
-        square = turned(gradient, *self.pair).square_()
+        square = turned(gradient, *self.pair).square()  # without a basis it is the gradient itself
         self.seen = square if self.seen is None else self.seen.add_(square)
 
 
@@ -123,10 +126,11 @@ def shared_bases(
 
     def receive(name: str, gradient: Tensor) -> None:
         if types[name] not in grams:
-            grams[types[name]] = Grams(*gradient.shape, device=gradient.device)
+            grams[types[name]] = Grams(gradient.shape[0], gradient.shape[1], device=gradient.device)
         grams[types[name]].add(gradient)
 
     weight_gradients(model, batches, linears, receive)
+    _need(types.values(), grams)
     found: dict[str, Pair] = {}
     for kind in list(grams):
         left, right = grams.pop(kind).bases(reach)
@@ -142,6 +146,13 @@ def random_pair(out: int, inner: int, seed: int) -> Pair:
         for size in (out, inner)
     ]
     return rows[0].float(), rows[1].float()
+
+
+def _need(names: Iterable[str], got: Container[str]) -> None:
+    """Raises FfnkitError where one got no gradient (an expert that no token chose, say)."""
+    for name in names:
+        if name not in got:
+            raise FfnkitError("the energy of gradients", f"{name} got no gradient on the data", "Give more batches")
 
 
 def top_shares(energies: Tensor, counts: Sequence[int], total: float | None = None) -> list[float]:
@@ -192,10 +203,11 @@ def _frames(
             frame.add(exact)
         if settings.layer_bases:
             if name not in grams:
-                grams[name] = Grams(*exact.shape, device=exact.device)
+                grams[name] = Grams(exact.shape[0], exact.shape[1], device=exact.device)
             grams[name].add(exact)
 
     weight_gradients(model, told(batches, "choices"), part, first)
+    _need(part, {name for name, own in frames.items() if own["raw"].seen is not None})
     if settings.layer_bases:
         for name in list(grams):
             left, right = grams.pop(name).bases(settings.reach)
@@ -222,7 +234,9 @@ def _choose(row: Measured, frames: dict[str, _Frame], settings: Settings) -> Non
         row.basis[name] = rows, columns
         frame.order = seen.flatten().argsort(descending=True, stable=True).to(torch.int32)
         if name == "shared":
-            row.core = core_of([seen], [min(at, seen.numel())], settings.core, *row.shape)
+            row.core = rows, columns
+            if settings.core < 1:
+                row.core = core_of([seen], [min(at, seen.numel())], settings.core, *row.shape)
             r, c = row.core
             inside = (frame.order // columns < r) & (frame.order % columns < c)
             frame.within = frame.order[inside]
@@ -250,15 +264,16 @@ def _read(
         total = float(exact.square().sum(dtype=torch.float64))
         norms[name].append(total)
         for kind, frame in frames[name].items():
-            square = turned(exact, *frame.pair).square_()
+            square = turned(exact, *frame.pair).square()
             _add(sums[name], kind, top_shares(square, counts, total))
             square /= max(total, TINY)
             means[name, kind] = means[name, kind].add_(square) if (name, kind) in means else square
-        square = turned(exact, *draws[row.shape]).square_()
+        square = turned(exact, *draws[row.shape]).square()
         some = [max(1, round(share * square.numel())) for share in settings.shares]
         _add(sums[name], "random", top_shares(square, some))
 
     weight_gradients(model, fresh, part, receive)
+    _need(rows, norms)
     for name, row in rows.items():
         number = len(norms[name])
         found = {kind: [value / number for value in values] for kind, values in sums[name].items()}

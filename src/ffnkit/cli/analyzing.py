@@ -14,6 +14,7 @@ from ffnkit.cli.outputs import check_output
 from ffnkit.errors import FfnkitError
 
 NTK = "The kernel (NTK)"
+ENERGY = "Gradients (--energy)"
 
 
 @app.command(rich_help_panel="Models")
@@ -56,6 +57,9 @@ def analyze(
     similarity: Annotated[
         bool, typer.Option("--similarity", help="Compare the layers of MODEL with one another instead.")
     ] = False,
+    energy: Annotated[
+        bool, typer.Option("--energy", help="Measure in which entries the energy of MODEL's gradients lies instead.")
+    ] = False,
     errors: Annotated[bool, typer.Option("--errors/--no-errors", help="FFN outputs and hidden states.")] = True,
     ntk: Annotated[
         bool | None,
@@ -71,11 +75,27 @@ def analyze(
         Literal["probability", "logit"], typer.Option("--ntk-output", help="The scalar f.", rich_help_panel=NTK)
     ] = "probability",
     memory: Annotated[
-        int, typer.Option("--memory", min=1, help="MiB of gradients held at a time.", rich_help_panel=NTK)
+        int, typer.Option("--memory", min=1, help="MiB of gradients or sums held at a time.", rich_help_panel=NTK)
     ] = 512,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="A folder for analysis.json, analysis.md and analysis.png.")
-    ] = None,
+    sites: Annotated[
+        str,
+        typer.Option("--sites", help="ffn, attention, all, or a pattern over names.", rich_help_panel=ENERGY),
+    ] = "ffn",
+    shares: Annotated[
+        str, typer.Option("--shares", help="Of the entries, parted by commas.", rich_help_panel=ENERGY)
+    ] = "0.001,0.003,0.01,0.03,0.1",
+    steps: Annotated[
+        str, typer.Option("--steps", help="After which steps of training, such as 0,50,100.", rich_help_panel=ENERGY)
+    ] = "0",
+    rate: Annotated[float, typer.Option("--lr", min=0, help="Of these steps, AdamW.", rich_help_panel=ENERGY)] = 5e-5,
+    batches: Annotated[
+        int, typer.Option("--batches", min=1, help="For bases and choices.", rich_help_panel=ENERGY)
+    ] = 30,
+    fresh: Annotated[int, typer.Option("--fresh", min=1, help="Batches to measure on.", rich_help_panel=ENERGY)] = 8,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Examples of a gradient.", rich_help_panel=ENERGY)
+    ] = 32,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A folder for JSON and pictures.")] = None,
     device: options.Device = "auto",
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -92,16 +112,21 @@ def analyze(
 
       ffnkit analyze roberta-base [cyan]--similarity[/cyan] --text notes.txt --out likeness
 
+      ffnkit analyze roberta-base [cyan]--energy --task sst2[/cyan] --out energy
+
     Methods that measure activations see the task's train split or the first half of the text; everything is measured
     on the validation split or the second half. Of a model without a trained head one is drawn with --seed.
     """
     if out is not None:
         check_output(out, overwrite=overwrite, source=model)
-    if similarity and (methods is not None or against):
+    if similarity and energy:
+        raise FfnkitError("ffnkit analyze --energy", "--similarity is given too", "Leave one of them out")
+    if (similarity or energy) and (methods is not None or against):
         found = f"{'--methods' if methods is not None else '--against'} is given too"
-        raise FfnkitError("ffnkit analyze --similarity", found, "Leave it out: layers of one model are compared")
-    if methods is None and not against and not similarity:
-        do = "Add --methods fusion,svd or --similarity"
+        asked = f"ffnkit analyze {'--similarity' if similarity else '--energy'}"
+        raise FfnkitError(asked, found, "Leave it out: one model is looked at as it is")
+    if methods is None and not against and not similarity and not energy:
+        do = "Add --methods fusion,svd, --similarity or --energy"
         raise FfnkitError("ffnkit analyze", "neither --methods nor --against is given", do)
     if (task is None) == (text is None):
         found = "both --task and --text are given" if task else "neither --task nor --text is given"
@@ -116,6 +141,24 @@ def analyze(
         return
     from ffnkit.cli.analyze_job import AnalyzeJob, Texts, chosen_methods
 
+    if energy:
+        from ffnkit.cli.energy_job import EnergyJob
+
+        EnergyJob(
+            model=model,
+            texts=Texts(*texts),
+            sites=sites,
+            layers=layers or "all",
+            shares=shares,
+            steps=steps,
+            batches=batches,
+            fresh=fresh,
+            batch_size=batch_size,
+            learning_rate=rate,
+            memory=memory << 20,
+            device=options.pick_device(device),
+        ).run(out, as_json)
+        return
     candidates = chosen_methods(methods, width, layers, seed, settings or [])
     console.quieten()
     job = AnalyzeJob(

@@ -8,7 +8,15 @@ from pathlib import Path
 
 from ffnkit.errors import FfnkitError
 
-MARKERS = ("ffnkit.json", "results.json", "metrics.json", "analysis.json", "recipe.yaml")
+MARKERS = (
+    "ffnkit.json",
+    "results.json",
+    "metrics.json",
+    "analysis.json",
+    "similarity.json",
+    "energy.json",
+    "recipe.yaml",
+)
 
 
 def check_output(out: Path, *, overwrite: bool = False, source: str | None = None) -> Path:

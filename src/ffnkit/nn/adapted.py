@@ -30,6 +30,8 @@ class Adapted(Special):
         self.__dict__["_trained"] = self.base.requires_grad
         self._stand_in(linear)
         self.base.requires_grad_(False)
+        # only its name counts here: the state dict holds it, computed when it is written
+        self.register_buffer("fingerprint", torch.zeros(2, dtype=torch.int64))
 
     @abstractmethod
     def update(self) -> Tensor:
@@ -49,7 +51,7 @@ class Adapted(Special):
         """W + D as the replaced layer stored it, computed anew; in W's dtype, rounded once."""
         with torch.no_grad():
             total = self.update()
-            total += oriented(self.base, self.transposed).to(total)
+            total += oriented(whole(self.base), self.transposed).to(total)
         return oriented(total, self.transposed).to(self.base.dtype)
 
     def fold(self) -> nn.Linear | Conv1D:
@@ -69,7 +71,7 @@ class Adapted(Special):
         if prefix + "base" in destination:
             del destination[prefix + "base"]
             destination[prefix + "weight"] = self.weight if not self.base.is_meta else self.base
-            destination[prefix + "fingerprint"] = fingerprint(self.base)
+            destination[prefix + "fingerprint"] = fingerprint(whole(self.base))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
@@ -77,13 +79,18 @@ class Adapted(Special):
     ) -> None:  # fmt: skip
         known = state_dict.get(prefix + "fingerprint")
         own = {k: v for k, v in state_dict.items() if k not in (prefix + "weight", prefix + "fingerprint")}
-        if known is not None and not torch.equal(known.cpu(), fingerprint(self.base)):
+        if known is not None and not torch.equal(known.cpu(), fingerprint(whole(self.base))):
             errors.append(f"{prefix}base: the update was made for another weight than the one that is here")
         own[prefix + "base"] = self.base
+        own[prefix + "fingerprint"] = self.fingerprint
         super()._load_from_state_dict(own, prefix, metadata, strict, missing, unexpected, errors)
-        for name in ("weight", "fingerprint"):
-            if prefix + name in unexpected:
-                unexpected.remove(prefix + name)
+        if prefix + "weight" in unexpected:
+            unexpected.remove(prefix + "weight")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """What lies in shards over several processes, as a whole."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def adapted(model: nn.Module) -> dict[str, Adapted]:

@@ -18,6 +18,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from ffnkit.nn.adapted import whole as whole_of
+
 if TYPE_CHECKING:
     from ffnkit.nn.sparsegrad import SparseGradLinear
 
@@ -52,7 +54,7 @@ def _before(optimizer: Optimizer, *_: Any) -> None:
             layer.energy.mul_(DECAY).add_(gathered.square().nan_to_num_(0.0, 0.0, 0.0), alpha=1 - DECAY)
             layer._pending = None
     for layers in groups.values():
-        grads = [_whole(layer.values.grad) for layer in layers]  # type: ignore[arg-type]
+        grads = [whole_of(layer.values.grad) for layer in layers]  # type: ignore[arg-type]
         for layer, mask in zip(layers, largest(grads, sum(layer.count for layer in layers)), strict=True):
             layer.values.grad.mul_(_like(mask, layer.values.grad))  # type: ignore[union-attr]
 
@@ -76,14 +78,14 @@ def _refresh(layer: SparseGradLinear, optimizer: Optimizer) -> None:
     assert layer.index is not None and layer.settled is not None and layer.energy is not None
     old = layer.index.long()
     settled = layer.settled.view(-1)
-    settled[old] = _whole(layer.values)
+    settled[old] = whole_of(layer.values)
     fresh = torch.topk(layer.energy.flatten(), len(old)).indices.sort().values
     _put(layer.values, settled[fresh])
     layer.index.copy_(fresh)
     for value in optimizer.state.get(layer.values, {}).values():
         if isinstance(value, Tensor) and value.shape == old.shape:
             places = settled.new_zeros(len(settled), dtype=value.dtype)
-            places[old] = _whole(value)
+            places[old] = whole_of(value)
             _put(value, places[fresh])
 
 
@@ -102,11 +104,6 @@ def _reduced(tensor: Tensor) -> Tensor:
         torch.distributed.all_reduce(tensor)
         tensor /= torch.distributed.get_world_size()
     return tensor
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """What lies in shards, as a whole."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _like(whole: Tensor, tensor: Any) -> Tensor:

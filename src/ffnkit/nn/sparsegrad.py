@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ffnkit.nn.adapted import Adapted
+from ffnkit.nn.adapted import Adapted, whole
 from ffnkit.nn.selecting import watched
 from ffnkit.nn.special import oriented
 
@@ -102,7 +102,7 @@ class SparseGradLinear(Adapted):
 
     def update(self) -> Tensor:
         with torch.no_grad():
-            return _update(self.entries(), self.bases)
+            return _update(self.entries(whole(self.values)), self.bases)
 
     def taken(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All entries that are not zero, as a fixed selection."""

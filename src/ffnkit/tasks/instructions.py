@@ -77,6 +77,18 @@ class InstructionTask(Writer):
         tokenizer.chat_template = chat.template_of(self.template, tokenizer)
         return tokenizer
 
+    def load_model(
+        self, name_or_dir: str | Path, *, tokenizer: Any = None, trained_head: bool = False, **kwargs: Any
+    ) -> Any:
+        """As of every task that writes; the token that ends turns joins those at which the model stops to write."""
+        model = super().load_model(name_or_dir, tokenizer=tokenizer, trained_head=trained_head, **kwargs)
+        if tokenizer is not None and model.generation_config is not None:
+            end, stops = self._chat(tokenizer, model, 1 << 20).end, model.generation_config.eos_token_id
+            stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+            if end not in stops:
+                model.generation_config.eos_token_id = [*stops, end]
+        return model
+
     def auto_class(self, config: Any) -> Any:
         """AutoModelForCausalLM; FfnkitError for a model that is no decoder."""
         if getattr(config, "is_encoder_decoder", False):
