@@ -511,6 +511,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "cosine, stopping early": {"eval_every": 2, "schedule": "cosine", "early_stopping": 3},
     "ffn": {"eval_every": 4, "tuner": "ffn"},
     "lora": {"eval_every": 4, "tuner": "lora"},
+    "sparsegrad": {"tuner": {"name": "sparsegrad", "share": 0.1, "batches": 3}, "eval_every": 4},
+    "sparsegrad-refresh": {
+        "tuner": {"name": "sparsegrad", "selection": "refresh", "every": 5, "share": 0.1},
+        "eval_every": 4,
+        "accumulation": 2,
+    },
+    "sparsegrad-step": {"tuner": {"name": "sparsegrad", "selection": "step", "also": ["norms"]}, "eval_every": 4},
+    "meprop-outputs": {"tuner": {"name": "meprop", "of": "outputs", "share": 0.2}, "eval_every": 4},
 }
 
 
@@ -698,7 +706,9 @@ def test_the_seed_fixes_a_head() -> None:
 # Documentation -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [TrainSettings, DistilSettings, tuners.Lora])
+@pytest.mark.parametrize(
+    "kind", [TrainSettings, DistilSettings, tuners.Lora, tuners.SparseGrad, tuners.SparseMask, tuners.MeProp]
+)
 def test_every_setting_is_documented(kind: Any) -> None:
     page = (Path(__file__).parents[1] / "docs" / "tuning.md").read_text(encoding="utf-8")
     for name, field in kind.model_fields.items():
