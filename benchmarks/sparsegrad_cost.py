@@ -1,7 +1,7 @@
 """One training step with SparseGrad beside full fine-tuning, a frozen FFN and peft's LoRA, SHiRA and Super-Tuning.
 
-    python benchmarks/sparsegrad_cost.py [--case ffn ...] [--tokens 2048 ...] [--variant "lora r 8" ...] [--core 400x250 ...]
-                                         [--threads 1] [--device cpu] [--out benchmarks/results]
+    python benchmarks/sparsegrad_cost.py [--case ffn ...] [--tokens 2048 ...] [--variant "lora r 8" ...]
+                                         [--core 400x250 ...] [--threads 1] [--out benchmarks/results]
 
 A step is forward, backward from a fixed gradient of the output, and AdamW. Inputs take part in the backward pass, as
 below other layers; all weights but those of the FFNs are frozen, in full fine-tuning too unless --all is given.
@@ -202,9 +202,10 @@ def measure_memory(case: str, tokens: int, variant: str, options: argparse.Names
     kept: dict[int, int] = {}
 
     def pack(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     spent = cost(lambda: [step() for _ in range(3)], base, options.device)

@@ -129,3 +129,14 @@ def test_windows_pass_the_checks_before_a_run(method: str, tmp_path: Path) -> No
     with pytest.raises(FfnkitError, match="window of 9"):
         preflight(parse(text.replace("window: 2", "window: 9"), "here"))
     assert preflight(recipe)
+
+
+def test_an_arm_may_have_settings_of_its_own(tmp_path: Path) -> None:
+    text = GOOD.replace("half: {method: fusion, width: 0.5}", "half: {tuner: lora, tune: {learning_rate: 1e-3}}")
+    recipe = load(tmp_path, text)
+    assert recipe.tune_of("half").learning_rate == 1e-3 and recipe.tune_of("half").steps == 4
+    assert recipe.tune_of("uncompressed") == recipe.tune
+    assert recipe_from(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    for wrong, named in (("learning_rat: 1e-3", "learning_rat"), ("learning_rate: fast", "learning_rate")):
+        with pytest.raises(FfnkitError, match=f"arms.half.tune.{named}"):
+            load(tmp_path, text.replace("learning_rate: 1e-3", wrong))

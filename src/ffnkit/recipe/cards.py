@@ -93,7 +93,7 @@ def _training(recipe: Recipe, unit: Unit) -> dict[str, Any]:
         return {}
     tuner = recipe.tuner_of(unit.arm)
     fields = ("learning_rate", "schedule", "warmup", "weight_decay", "batch_size", "max_length", "precision")
-    tune = recipe.tune
+    tune = recipe.tune_of(unit.arm)
     steps = (unit.marker("tune") or {}).get("steps")
     compared = {"layers": "hidden states", "logits": "logits", "both": "hidden states and logits"}
     distilled = {"distillation before tuning": compared[recipe.distil.objective]} if unit.marker("distil") else {}

@@ -128,7 +128,8 @@ class Arm(Part):
     """One way to treat the model; the method's own settings stand beside ``method`` in the file.
 
     ``budget`` takes the place of the setting ``width``: widths by layer that keep to it, multiples of ``multiple``, or
-    one width for all with ``uniform``.
+    one width for all with ``uniform``. ``tune`` holds the settings of the tuning that differ for this arm, such as its
+    learning rate.
     """
 
     method: str = NONE
@@ -136,6 +137,7 @@ class Arm(Part):
     multiple: Count | None = None
     uniform: StrictBool | None = None
     tuner: TunerSpec | None = None
+    tune: dict[str, Any] | None = None
     distil: StrictBool = True
     settings: dict[str, Any] = Field(default_factory=dict)
 
@@ -233,9 +235,24 @@ class Recipe(Part):
         for name, arm in self.arms.items():
             if arm.compressed and "compress" not in self.stages:
                 fail(("stages",), f"arm {name} has a method, so the stage compress is needed", list(self.stages))
+            if arm.tune is not None:
+                self._check_tune(name, arm.tune)
         if "distil" in self.stages and "compress" not in self.stages:
             fail(("stages",), "distil needs compress before it", list(self.stages))
         return self
+
+    def _check_tune(self, name: str, given: dict[str, Any]) -> None:
+        try:
+            self.tune_of(name)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            path = [str(part) for part in first["loc"]] or [next(iter(given), "")]
+            fail(("arms", name, "tune", *path), first["msg"], first["input"])
+
+    def tune_of(self, arm: str) -> TrainSettings:
+        """The settings of an arm's tuning: the recipe's with the arm's own in their place."""
+        own = self.arms[arm].tune
+        return TrainSettings.model_validate({**self.tune.model_dump(), **own}) if own else self.tune
 
     def units(self) -> list[tuple[str, int]]:
         """Every (arm, seed), seed by seed, so that a first whole comparison is there early."""

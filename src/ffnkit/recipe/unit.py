@@ -67,6 +67,7 @@ class _Job:
 
     def __init__(self, recipe: Recipe, unit: Unit, bars: bool) -> None:
         self.recipe, self.unit, self.bars = recipe, unit, bars
+        self.training = recipe.tune_of(unit.arm)
         self.arm = recipe.arms[unit.arm]
         self.source = sources.Source(recipe)
         self._model: PreTrainedModel | None = None
@@ -111,8 +112,8 @@ class _Job:
             self.source.task,
             self.source.tokenizer,
             self.source.splits.dev,
-            batch_size=self.recipe.tune.eval_batch_size,
-            max_length=self.recipe.tune.max_length,
+            batch_size=self.training.eval_batch_size,
+            max_length=self.training.max_length,
         )
         plan = ffnkit.plan(model, method, data=data)
         plan.save(self.unit.work / PLAN)
@@ -165,7 +166,7 @@ class _Job:
                 self.source.tokenizer,
                 self.source.task,
                 self.source.splits,
-                recipe.tune,
+                self.training,
                 tuner=sources.tuner_of(recipe, self.unit.arm),
                 seed=self.unit.seed,
                 out_dir=self.unit.work / "tune",
@@ -193,7 +194,7 @@ class _Job:
         """Metrics, losses and speeds on every reported split; with ``keep``, what was written goes into files."""
         from ffnkit.tune import assess, write_predictions
 
-        settings, source = self.recipe.tune, self.source
+        settings, source = self.training, self.source
         self.model.to(source.device)  # type: ignore[arg-type]
         metrics: dict[str, float] = {}
         losses: dict[str, float] = {}
