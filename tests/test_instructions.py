@@ -389,13 +389,12 @@ def test_long_dialogues_are_cut() -> None:
     assert len(talk["input_ids"]) == 32 and talk["labels"][-1] != reader.end  # its end is cut, so none is learned
 
 
-def test_examples_without_a_target_are_dropped() -> None:
-    wordy = FORGETFUL.replace("A:{% if loop.last %}", "A:")  # every turn in an example of its own
-    assert wordy != FORGETFUL
-    reader = chat("gpt2", "roles", length=40, most=4)
+def test_every_example_keeps_a_target() -> None:
     many = said(*[f"Aromi serves {food} food" for food in FOODS * 2])
-    data = reader.turns([many])
-    assert len(data) == 1 and len(data[0]["input_ids"]) == 40
+    for template in ("roles", SPACED.replace("<|end|>", "")):  # one example, one of each turn
+        data = chat("gpt2", template, length=16, most=4).turns([many])
+        assert len(data) == (1 if template == "roles" else 5)
+        assert all(len(row["labels"]) <= 16 and set(row["labels"]) != {IGNORED} for row in data)
 
 
 def test_the_loss_is_that_of_the_assistants_tokens() -> None:

@@ -147,24 +147,22 @@ class Chat(Sequences):
         """``input_ids`` and ``labels`` (-100 but over the assistant's turns) of examples of ``max_length`` at most.
 
         A first prompt that is too long loses tokens of its middle, as in generation; what is behind the last token is
-        cut. Examples of which no target is left are dropped.
+        cut.
         """
         import pyarrow
         from datasets import Dataset
 
-        rows, cut, dropped = [], 0, 0
+        columns: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+        cut = 0
         for example in self._examples(dialogues):
             ids = self._cut(example.ids[: example.opening]) + example.ids[example.opening :]
             labels = [IGNORED] * (len(ids) - len(example.labels) + example.opening) + example.labels[example.opening :]
             cut += len(ids) > self.limit or len(ids) < len(example.ids)
-            rows.append((ids[: self.limit], labels[: self.limit]))
-        kept = [(ids, labels) for ids, labels in rows if any(label != IGNORED for label in labels)]
-        dropped = len(rows) - len(kept)
-        if cut or dropped:
-            said = "%d of %d examples are cut to %d tokens, %d are dropped"
-            logger.info(said, cut, len(rows), self.limit, dropped)
+            columns["input_ids"].append(ids[: self.limit])
+            columns["labels"].append(labels[: self.limit])
+        if cut:
+            logger.info("%d of %d examples are cut to %d tokens", cut, len(columns["labels"]), self.limit)
         kind = pyarrow.list_(pyarrow.int32())
-        columns = {"input_ids": [ids for ids, _ in kept], "labels": [labels for _, labels in kept]}
         return Dataset(pyarrow.table({name: pyarrow.array(each, kind) for name, each in columns.items()}))
 
     def _examples(self, dialogues: Sequence[Messages]) -> list[_Example]:
