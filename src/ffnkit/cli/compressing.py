@@ -203,10 +203,14 @@ class Compression:
         plan, widths = self.make_plan(model)
         if not as_json:
             console.out(str(plan) if widths is None else f"{widths}\n{plan}")
+            for line in searched(plan.report):
+                console.out(line)
         if plan_out is not None:
             plan.save(plan_out)
             console.say(f"plan saved in {plan_out}")
         report: dict[str, Any] = {"model": self.source, "plan": plan.description(), "before": totals(before)}
+        if plan.report:
+            report["search"] = plan.report
         if widths is not None:
             report["budget"] = widths.to_dict()
         if out is None:
@@ -285,6 +289,15 @@ def export(
         console.print_json(asdict(result))
     else:
         console.out(str(result))
+
+
+def searched(report: dict[str, Any]) -> list[str]:
+    """What a method tried and how long it took, in lines."""
+    if not report.get("search"):
+        return []
+    scores = report["search"].items()
+    tried = ", ".join(f"{window} {score:.4g}" for window, score in sorted(scores, key=lambda item: -item[1]))
+    return [f"  tried in {report['seconds']:.1f} s, the best first: {tried}"]
 
 
 def totals(inventory: Any) -> dict[str, Any]:
