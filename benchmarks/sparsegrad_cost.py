@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +197,8 @@ def measure_memory(case: str, tokens: int, variant: str, options: argparse.Names
 
     for _ in range(2):  # libraries are loaded and warm
         stepper(case, variant, options.length, options, d=64)[1]()
+    for shape in ((768, WIDE[case]), (WIDE[case], 768)):  # workspaces of products of this size
+        torch.randn(tokens, shape[0], device=options.device) @ torch.randn(shape, device=options.device)
     base = loaded_bytes(options.device)
     model, step = stepper(case, variant, tokens, options)
     loaded = loaded_bytes(options.device)
@@ -287,6 +291,18 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@contextmanager
+def exact_allocation() -> Iterator[None]:
+    """Processes started here map every tensor of its own: freed ones leave, so that peaks are those of the tensors."""
+    names = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name in names:
+            del os.environ[name]
+
+
 def variants_of(options: argparse.Namespace) -> list[str]:
     """What is measured, in the order of the tables."""
     found = [*PEERS, *(f"sparsegrad {selection} {options.core[0]}" for selection in SELECTIONS)]
@@ -306,6 +322,7 @@ def main() -> None:
     results = started() | {"threads": options.threads, "device": options.device, "length": options.length}
     results |= {"blocks": options.blocks, "all": options.all}
     names = variants_of(options)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
     same = ["--blocks", str(options.blocks), "--length", str(options.length), "--device", options.device]
     same += ["--all"] * options.all + (["--rounds", str(options.rounds)] if options.rounds else [])
     for case in options.case:
@@ -315,7 +332,8 @@ def main() -> None:
             rows: Any = in_process(__file__, "time", *given, *names, threads=options.threads)
             for row in rows:
                 if not options.no_memory:
-                    row |= in_process(__file__, "memory", *given, row["variant"], threads=options.threads)
+                    with exact_allocation():
+                        row |= in_process(__file__, "memory", *given, row["variant"], threads=options.threads)
             results["rows"] += rows
             write(options.out, "sparsegrad_cost", results | {"load": [*results["load"]]}, markdown)
 

@@ -304,6 +304,14 @@ def test_chosen_entries_hold_the_most_energy(name: str) -> None:
     assert again == plan
 
 
+def test_large_sums_lie_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["bert"].model()
+    data = batches("bert", model)
+    wanted = fk.plan(model, fk.SparseGrad(**SMALL, basis="layer"), data=data)
+    monkeypatch.setattr("ffnkit.methods.sparsegrad.IN_MEMORY", 0)
+    assert fk.plan(model, fk.SparseGrad(**SMALL, basis="layer"), data=data) == wanted
+
+
 def test_gradients_are_the_models_own() -> None:
     model = FAMILIES["gpt2"].model()
     data = batches("gpt2", model)

@@ -126,7 +126,7 @@ def shared_bases(
 
     def receive(name: str, gradient: Tensor) -> None:
         if types[name] not in grams:
-            grams[types[name]] = Grams(gradient.shape[0], gradient.shape[1], device=gradient.device)
+            grams[types[name]] = Grams(*gradient.shape, zeros=partial(torch.zeros, device=gradient.device))
         grams[types[name]].add(gradient)
 
     weight_gradients(model, batches, linears, receive)
@@ -203,7 +203,7 @@ def _frames(
             frame.add(exact)
         if settings.layer_bases:
             if name not in grams:
-                grams[name] = Grams(exact.shape[0], exact.shape[1], device=exact.device)
+                grams[name] = Grams(*exact.shape, zeros=partial(torch.zeros, device=exact.device))
             grams[name].add(exact)
 
     weight_gradients(model, told(batches, "choices"), part, first)

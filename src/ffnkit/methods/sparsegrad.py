@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from ffnkit.blocks import is_transposed
 from ffnkit.edits import Adapt, Edit, Train
 from ffnkit.errors import FfnkitError
+from ffnkit.files import spool
 from ffnkit.gradients import weight_gradients
 from ffnkit.methods.common import Batch, check_counts, generator, need_data
 from ffnkit.nn.special import Special
-from ffnkit.ops.bases import Grams, core_of, top_share, turned
+from ffnkit.ops.bases import Grams, Zeros, core_of, top_share, turned
 from ffnkit.parts import PARTS
 from ffnkit.plans import Draft, Progress
 from ffnkit.sites import targets
 
+IN_MEMORY = 1 << 30  # bytes of sums while planning; more lie in files that are memory-mapped
 REACH = 0.995  # of the gradients' energy: what the leading rows of a basis hold from which the core is taken
 CHOICES = {
     "selection": ("fixed", "refresh", "step"),
@@ -157,9 +159,12 @@ class _Work:
         """The leading rows of the bases of each group."""
         grams: dict[str, Grams] = {}
 
+        shapes = {self.group[name]: shape for name, shape in self.shapes.items()}
+        large = 8 * sum(out * out + inner * inner for out, inner in shapes.values()) > IN_MEMORY
+
         def receive(name: str, gradient: Tensor) -> None:
             if (group := self.group[name]) not in grams:
-                grams[group] = Grams(*self.shapes[name], device=gradient.device)
+                grams[group] = Grams(*shapes[group], zeros=_zeros(gradient.device, large))
             grams[group].add(gradient)
 
         weight_gradients(self.model, self._told(batches, "gradients"), self.linears, receive)
@@ -169,14 +174,23 @@ class _Work:
 
     def find_energies(self, batches: list[Batch]) -> None:
         """Summed squares of each entry of the gradients, in the basis."""
+        sizes = {name: self._size(name) for name in self.linears}
+        large = 4 * sum(rows * columns for rows, columns in sizes.values()) > IN_MEMORY
 
         def receive(name: str, gradient: Tensor) -> None:
             exact = gradient.float()
             self.totals[name] += float(exact.square().sum())
             square = turned(exact, *self.bases.get(self.group[name], (None, None))).square_()
-            self.energies[name] = self.energies[name].add_(square) if name in self.energies else square
+            if name not in self.energies:
+                self.energies[name] = _zeros(square.device, large)(sizes[name], dtype=torch.float32)
+            self.energies[name] += square.to(self.energies[name].device)
 
         weight_gradients(self.model, self._told(batches, "energies"), self.linears, receive)
+
+    def _size(self, name: str) -> tuple[int, int]:
+        """Rows and columns of the entries that are looked at."""
+        pair = self.bases.get(self.group[name])
+        return self.shapes[name] if pair is None else (len(pair[0]), len(pair[1]))
 
     def weigh(self) -> None:
         """The squares of the weight's own entries, in the basis."""
@@ -276,6 +290,13 @@ class _Work:
             yield batch
             if self.progress is not None:
                 self.progress(number + 1, len(batches), what)
+
+
+def _zeros(device: torch.device, large: bool) -> Zeros:
+    """Zeros on the device, or memory-mapped where all of them together are large."""
+    if not large:
+        return lambda shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
+    return lambda shape, dtype: spool(shape, dtype)
 
 
 def _kind(name: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+Zeros = Callable[..., Tensor]
 DOUBLE_UP_TO = 4096  # rows; a float64 Gram matrix of more takes over 128 MB, and its eigenvectors minutes
 
 
@@ -15,17 +17,20 @@ class Grams:
 
     Memory: out^2 + in^2 numbers, however many gradients there are. Summed in float64 up to 4,096 rows, beyond in
     float32: directions of small energy lose their order there, which costs nothing.
+
+    Args:
+        zeros: makes a tensor of zeros of a shape and dtype: where the sums are kept.
     """
 
-    def __init__(self, out: int, inner: int, device: torch.device | str = "cpu") -> None:
-        self.left = torch.zeros(out, out, dtype=_exact(out), device=device)
-        self.right = torch.zeros(inner, inner, dtype=_exact(inner), device=device)
+    def __init__(self, out: int, inner: int, zeros: Zeros = torch.zeros) -> None:
+        self.left = zeros((out, out), dtype=_exact(out))
+        self.right = zeros((inner, inner), dtype=_exact(inner))
 
     def add(self, gradient: Tensor) -> None:
         """One more gradient; its products are formed in float32."""
         g = gradient.detach().float()
-        self.left += g @ g.T
-        self.right += g.T @ g
+        self.left += (g @ g.T).to(self.left.device)
+        self.right += (g.T @ g).to(self.right.device)
 
     def bases(self, reach: float = 1.0, most: int | None = None) -> tuple[Basis, Basis]:
         """The bases of the rows' side (V, (m, out)) and of the columns' side (U, (m, in)).
