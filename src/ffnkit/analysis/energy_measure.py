@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +127,9 @@ def shared_bases(
 
     def receive(name: str, gradient: Tensor) -> None:
         if types[name] not in grams:
-            grams[types[name]] = Grams(*gradient.shape, zeros=partial(torch.zeros, device=gradient.device))
+            grams[types[name]] = Grams(
+                gradient.shape[0], gradient.shape[1], zeros=partial(torch.zeros, device=gradient.device)
+            )
         grams[types[name]].add(gradient)
 
     weight_gradients(model, batches, linears, receive)
@@ -203,7 +206,7 @@ def _frames(
             frame.add(exact)
         if settings.layer_bases:
             if name not in grams:
-                grams[name] = Grams(*exact.shape, zeros=partial(torch.zeros, device=exact.device))
+                grams[name] = Grams(exact.shape[0], exact.shape[1], zeros=partial(torch.zeros, device=exact.device))
             grams[name].add(exact)
 
     weight_gradients(model, told(batches, "choices"), part, first)
