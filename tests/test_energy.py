@@ -87,7 +87,7 @@ def test_shares_are_those_of_a_slow_loop(name: str) -> None:
                 count = max(1, round(share * len(order)))
                 wanted = sum(float(s.flatten()[order[:count]].sum() / s.sum()) for s in squares) / len(squares)
                 assert abs(row.energy[0][f"fixed {kind}"][i] - wanted) < 5e-3, (row.name, kind, share)
-            half = row.half[f"fixed {kind}"]
+            half = row.half[0][f"fixed {kind}"]
             held = sum(s.flatten()[order].cumsum(0) / s.sum() for s in squares) / len(squares)
             assert isinstance(held, Tensor)
             assert held[half - 1] >= 0.5 - 5e-3 and (half == 1 or held[half - 2] < 0.5 + 5e-3)
@@ -203,25 +203,33 @@ def test_random_bases_are_orthonormal_and_sampled() -> None:
 def row(name: str, norm: float, raw: float, shared: float, layer: float, half: int) -> Measured:
     energy = {"fixed raw": [raw], "fixed shared": [shared], "fixed layer": [layer]}
     halves = {"fixed raw": half, "fixed shared": half + 1, "fixed layer": half + 2}
-    return Measured(name, "t", (40, 16), [norm], [energy], [{}], halves)
+    return Measured(name, "t", (40, 16), [norm], [energy], [{}], [halves])
 
 
 def test_advice_by_its_rules() -> None:
     model, _ = labelled("gpt2", 1)
     names = [f"transformer.h.{i}.mlp.{part}" for i in range(3) for part in ("c_fc", "c_proj")]
 
-    def given(raw: float, shared: float, layer: float) -> Any:
+    def given(raw: float, shared: float, layer: float, least: float = 0.001, later: int | None = 0) -> Any:
         norms = (5.0, 4.0, 0.4, 0.4, 0.1, 0.1)
         rows = [
             row(name, norm, raw, shared, layer, 10 * i) for i, (name, norm) in enumerate(zip(names, norms, strict=True))
         ]
-        return advise(model, rows, "ffn", 0.01, 0)
+        if later != 0:  # a second step
+            for each in rows:
+                each.norm, each.energy, each.half = each.norm * 2, each.energy * 2, [*each.half, {}]
+                each.half[1] = {} if later is None else {"fixed shared": later}
+        return advise(model, rows, "ffn", (least,), 0)
 
     advice = given(0.3, 0.5, 0.54)
     assert advice.basis == "shared" and advice.layers == "0" and advice.linears == tuple(names[:2])
     assert advice.count[names[1]] == 11 and advice.share == _rounded((1 + 11) / (2 * 640))
     assert given(0.3, 0.5, 0.56).basis == "layer" and given(0.5, 0.5, 0.54).basis == "none"
     assert given(0.5, 0.5, 0.54).count[names[1]] == 10
+    assert given(0.3, 0.5, 0.54, least=0.05).share == 0.05  # no less than what was measured
+    after = given(0.3, 0.5, 0.54, later=40)
+    assert after.count[names[0]] == 40 and after.share == _rounded(80 / (2 * 640))
+    assert given(0.3, 0.5, 0.54, later=None).count[names[0]] is None
     assert 'layers="0"' in advice.lines()[-1]
     found = gradient_energy(*_three(labelled("gpt2", 3)), sites=r".*c_proj")
     assert found.advice.layers == "" and all(name.endswith("c_proj") for name in found.advice.linears)

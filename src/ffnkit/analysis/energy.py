@@ -87,8 +87,8 @@ class Energy:
                 lines.append(f"after {number:,} steps")
             for each in self.layers:
                 values = "  ".join(f"{each.energy[step][kind][at]:12.3f}" for kind in kinds)
-                half = self.advice.count[each.name] if step == 0 else None
-                end = f"  {parts[each.name]:9.1%}  {half:8,}" if half is not None else ""
+                half = each.half[step].get(self.advice.choice)
+                end = f"  {parts[each.name][step]:9.1%}  {'none' if half is None else f'{half:,}':>8}"
                 lines.append(f"{each.name:{wide}}  {values}{end}")
         return "\n".join([*lines, *self.advice.lines()])
 
@@ -107,7 +107,7 @@ def gradient_energy(
     sites: str = "ffn",
     layers: str = "all",
     shares: Sequence[float] = SHARES,
-    reach: float = 0.995,
+    reach: float = 1.0,
     core: float = 0.99,
     layer_bases: bool = True,
     steps: Sequence[int] = (0,),
@@ -130,8 +130,8 @@ def gradient_energy(
         batches, fresh, training: with labels, so that the model gives its loss; training is ``batches`` by default.
         sites, layers: which linears, as in :class:`ffnkit.SparseGrad`.
         shares: of each weight's entries.
-        reach: leading rows of a basis are used that hold this share of the energy they were made from. Entries beyond
-            them count as nothing, and "beyond" says how much energy they hold; 1.0 uses whole bases.
+        reach: so many leading rows of a basis are used as hold this share of the energy they were made from, which
+            is faster. Entries beyond them count as nothing, and "beyond" says how much energy they hold.
         core: the leading rectangle, for the choice within it, as in SparseGrad, but one for each weight.
         layer_bases: measure a basis for each weight too, which costs most.
         memory: bytes. seed: of the random basis and of training.
@@ -169,7 +169,7 @@ def gradient_energy(
     }
     if steps != (0,):
         conditions["learning_rate"] = learning_rate
-    advice = advise(model, measured, sites, shares[at], at)
+    advice = advise(model, measured, sites, shares, at)
     return Energy(type(model).__name__, shares, steps, tuple(measured), advice, conditions, seconds)
 
 

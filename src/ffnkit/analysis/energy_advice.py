@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -20,77 +21,87 @@ class Advice:
 
     Attributes:
         basis: "layer" where its fixed choice holds over 5 points more of the energy than that of a shared basis, "none"
-            where the weight's own basis holds no less than the shared one, else "shared".
+            where the weight's own basis holds no less than the shared one, else "shared". choice: its kind.
         layers: the fewest FFNs whose gradients hold 80% of the energy of all, as ``layers`` of SparseGrad takes them;
             empty where other linears than those of FFNs were measured.
-        linears: their linears. share: the entries that hold half of a gradient's energy there, of all of theirs.
-        count: by linear, the fewest entries chosen before that hold half of a fresh gradient's energy, in that basis.
-        energy: by linear, its part of the energy of all gradients.
-        differences: by basis, energy held by the fixed choice, in the mean over the linears.
+        linears: their linears. share: what they need, of all of their entries; not below the smallest share measured.
+        count: by linear, the fewest entries chosen before that hold half of a fresh gradient's energy in that basis
+            after every step that was measured; None where not even all of them do.
+        energy: by linear, its part of the energy of all gradients, a step.
+        held: by kind, energy held by the fixed choice at share ``at``, in the mean over linears and steps.
     """
 
     basis: str
+    choice: str
     layers: str
     linears: tuple[str, ...]
     share: float
     count: dict[str, int | None]
-    energy: dict[str, float]
-    differences: dict[str, float]
+    energy: dict[str, list[float]]
+    held: dict[str, float]
     at: float
 
     def lines(self) -> list[str]:
         """What is printed below the table."""
-        held = ", ".join(f"{key.removeprefix('fixed ')} {value:.3f}" for key, value in self.differences.items())
+        held = ", ".join(f"{key.removeprefix('fixed ')} {value:.3f}" for key, value in self.held.items())
         where = f'layers="{self.layers}", ' if self.layers else ""
-        total = sum(self.energy[name] for name in self.linears)
+        total = sum(_mean(self.energy[name]) for name in self.linears)
         return [
             f"fixed choices of {self.at:.1%} hold in the mean: {held}",
             f"basis: {self.basis} (layer if it holds over {BETTER:.2f} more than shared, none if the weight's own "
             "holds no less)",
             f"layers: {self.layers or ', '.join(self.linears)} (the fewest with {HELD:.0%} of all energy; they hold "
             f"{total:.0%})",
-            f"entries: {self.share:.2%} of theirs (the fewest that hold half of a fresh gradient's energy, weight by "
-            "weight)",
+            f"entries: {self.share:.2%} of theirs (the fewest that hold half of a fresh gradient's energy after every "
+            "step measured, weight by weight, and no less than the smallest share measured)",
             f'fk.SparseGrad({where}share={self.share:g}, basis="{self.basis}")',
         ]
 
 
-def advise(model: nn.Module, measured: list[Measured], sites: str, share: float, at: int) -> Advice:
-    """The rules of :class:`Advice`, on what was measured at the start.
+def advise(model: nn.Module, measured: list[Measured], sites: str, shares: Sequence[float], at: int) -> Advice:
+    """The rules of :class:`Advice`.
 
     Args:
-        share, at: at which share bases are compared, and its place.
+        shares: that were measured, rising. at: the place of that at which bases are compared.
     """
-    kinds = [
-        kind for kind in ("fixed raw", "fixed shared", "fixed core", "fixed layer") if kind in measured[0].energy[0]
-    ]
-    held: dict[str, float] = {kind: sum(row.energy[0][kind][at] for row in measured) / len(measured) for kind in kinds}
+    kinds = [kind for kind in measured[0].energy[0] if kind.startswith("fixed ")]
+    held = {kind: _mean([_mean([each[kind][at] for each in row.energy]) for row in measured]) for kind in kinds}
     basis = "shared"
     if held["fixed raw"] >= held["fixed shared"]:
         basis = "none"
     if held.get("fixed layer", 0.0) > max(held["fixed shared"], held["fixed raw"]) + BETTER:
         basis = "layer"
-    kind = "fixed raw" if basis == "none" else f"fixed {basis}"
-    total = sum(row.norm[0] for row in measured)
-    energy = {row.name: row.norm[0] / total if total else 0.0 for row in measured}
+    choice = "fixed raw" if basis == "none" else f"fixed {basis}"
+    totals = [max(sum(norms), 1e-300) for norms in zip(*(row.norm for row in measured), strict=True)]
+    energy = {row.name: [a / b for a, b in zip(row.norm, totals, strict=True)] for row in measured}
     groups, layers = _ffns(model, measured) if sites == "ffn" else ({row.name: [row.name] for row in measured}, {})
-    chosen = _fewest({key: sum(energy[name] for name in names) for key, names in groups.items()}, HELD)
+    chosen = _fewest({key: sum(_mean(energy[name]) for name in names) for key, names in groups.items()}, HELD)
     names = tuple(name for key, own in groups.items() if key in chosen for name in own)
-    count = {row.name: row.half.get(kind) for row in measured}
+    count = {row.name: _most([half.get(choice) for half in row.half]) for row in measured}
     sizes = {row.name: row.shape[0] * row.shape[1] for row in measured}
-    wanted = sum(count[name] or sizes[name] for name in names)
-    part = wanted / sum(sizes[name] for name in names)
+    part = sum(count[name] or sizes[name] for name in names) / sum(sizes[name] for name in names)
     places = [layers[key] for key in groups if key in chosen] if layers else []
     return Advice(
         basis=basis,
+        choice=choice,
         layers=_expression(places, len(chosen) == len(groups)) if layers else "",
         linears=names,
-        share=_rounded(part),
+        share=max(shares[0], _rounded(part)),
         count=count,
         energy=energy,
-        differences=held,
-        at=share,
+        held=held,
+        at=shares[at],
     )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _most(counts: Sequence[int | None]) -> int | None:
+    """The largest, where all are known."""
+    known = [count for count in counts if count is not None]
+    return max(known) if known and len(known) == len(counts) else None
 
 
 def _ffns(model: nn.Module, measured: list[Measured]) -> tuple[dict[str, list[str]], dict[str, tuple[str, int]]]:

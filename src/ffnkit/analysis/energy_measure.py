@@ -49,8 +49,8 @@ class Measured:
             "fixed core" no more than the core has.
         beyond: by basis, the energy of fresh gradients outside of the basis's leading rows, a step: so much too low
             the shares in it can be at most.
-        half: by choice, the fewest entries chosen before that hold half of a fresh gradient's energy at the start, in
-            the mean; absent where none do. core: rows and columns of the core. basis: rows of V and U that were used.
+        half: a step: by choice, the fewest entries chosen before that hold half of a fresh gradient's energy, in the
+            mean; absent where none do. core: rows and columns of the core. basis: rows of V and U that were used.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Measured:
     norm: list[float] = field(default_factory=list)
     energy: list[dict[str, list[float]]] = field(default_factory=list)
     beyond: list[dict[str, float]] = field(default_factory=list)
-    half: dict[str, int] = field(default_factory=dict)
+    half: list[dict[str, int]] = field(default_factory=list)
     core: tuple[int, int] = (0, 0)
     basis: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -256,7 +256,6 @@ def _read(
     settings: Settings,
 ) -> None:
     """Add the figures of one step."""
-    first = not next(iter(rows.values())).norm
     sums: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in rows}
     norms: dict[str, list[float]] = defaultdict(list)
     means: dict[tuple[str, str], Tensor] = {}  # by linear and basis: shares of energy, summed over gradients
@@ -281,6 +280,7 @@ def _read(
         number = len(norms[name])
         found = {kind: [value / number for value in values] for kind, values in sums[name].items()}
         beyond: dict[str, float] = {}
+        half: dict[str, int] = {}
         for kind, frame in frames[name].items():
             mean = means[name, kind].flatten() / number
             beyond[kind] = max(0.0, 1 - float(mean.sum(dtype=torch.float64)))
@@ -289,18 +289,18 @@ def _read(
                     continue
                 ordered = mean[order.long()]
                 found[label] = _at(ordered, _counts(row, settings), 1.0)
-                if first:
-                    _halve(row, label, ordered)
+                if (count := _half(ordered)) is not None:
+                    half[label] = count
         row.norm.append(sum(norms[name]) / number)
         row.energy.append({kind: found[kind] for kind in KINDS if kind in found})
         row.beyond.append(beyond)
+        row.half.append(half)
 
 
-def _halve(row: Measured, kind: str, ordered: Tensor) -> None:
+def _half(ordered: Tensor) -> int | None:
     """The fewest leading entries that hold half of the energy, where they do."""
     short = int((ordered.cumsum(0, dtype=torch.float64) < 0.5).sum())
-    if short < len(ordered):
-        row.half[kind] = short + 1
+    return short + 1 if short < len(ordered) else None
 
 
 def _add(sums: dict[str, list[float]], kind: str, values: list[float]) -> None:

@@ -95,6 +95,10 @@ def analyze(
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Examples of a gradient.", rich_help_panel=ENERGY)
     ] = 32,
+    reach: Annotated[
+        float,
+        typer.Option("--reach", help="Of the energy, for leading rows of bases; faster.", rich_help_panel=ENERGY),
+    ] = 1.0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A folder for JSON and pictures.")] = None,
     device: options.Device = "auto",
     overwrite: options.Overwrite = False,
@@ -155,6 +159,7 @@ def analyze(
             fresh=fresh,
             batch_size=batch_size,
             learning_rate=rate,
+            reach=reach,
             memory=memory << 20,
             device=options.pick_device(device),
         ).run(out, as_json)

@@ -27,6 +27,7 @@ class EnergyJob:
     fresh: int
     batch_size: int
     learning_rate: float
+    reach: float
     memory: int
     device: Any
 
@@ -48,6 +49,7 @@ class EnergyJob:
                 sites=self.sites,
                 layers=self.layers,
                 shares=shares,
+                reach=self.reach,
                 steps=steps,
                 training=drawn[: self.batches] + drawn[self.batches + self.fresh :],
                 learning_rate=self.learning_rate,
