@@ -163,11 +163,15 @@ def main() -> None:
     parser.add_argument(
         "--against", action="append", default=[], help="an arm that those of its size are compared with"
     )
+    parser.add_argument("--rename", action="append", default=[], metavar="OLD=NEW", help="an arm of another study")
     parser.add_argument("--note", action="append", default=[], help="a line below the table")
     parser.add_argument("--plot", action="store_true")
     given = parser.parse_args()
     head, rows = read(given.runs)
     recipe = load_recipe(given.recipe) if given.recipe else Recipe.model_validate(head["recipe"])
+    renamed = dict(pair.split("=", 1) for pair in given.rename)
+    rows = [{**row, "arm": renamed.get(row["arm"], row["arm"])} for row in rows]
+    rows = [row for row in rows if row["arm"] in recipe.arms]
     known = list(dict.fromkeys([head["metric"], *(name for row in rows for name in row["metrics"])]))
     metrics = given.metrics.split(",") if given.metrics else known
     out = given.out or RESULTS / given.runs[0].name
@@ -186,7 +190,8 @@ def main() -> None:
     write_text(out.with_suffix(".md"), "\n".join(lines) + "\n")
     slim = [{key: row[key] for key in KEPT if row.get(key) is not None} for row in rows]
     about = {"name": recipe.name, "machine": machine, "versions": rows[0]["versions"]}
-    write_text(out.with_suffix(".json"), json.dumps({**about, "recipe": head["recipe"], "rows": slim}, indent=1) + "\n")
+    whole = recipe.to_dict()
+    write_text(out.with_suffix(".json"), json.dumps({**about, "recipe": whole, "rows": slim}, indent=1) + "\n")
     print("\n".join(lines))
 
 
