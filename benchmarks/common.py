@@ -80,9 +80,17 @@ def cost(work: Callable[[], Any], base: int, device: str = "cpu") -> Cost:
 
 
 def time_calls(
-    module: Any, name: str, device: str = "cpu", clock: Callable[[], float] = time.perf_counter
+    module: Any,
+    name: str,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+    keep: bool = True,
 ) -> list[Call]:
-    """Let every call of a function of ``module`` note what it took in the list that is returned."""
+    """Let every call of a function of ``module`` note what it took in the list that is returned.
+
+    Args:
+        keep: note its result too, which then stays in memory.
+    """
     sync = synchronizer(device)
     calls: list[Call] = []
     original = getattr(module, name)
@@ -92,7 +100,7 @@ def time_calls(
         start = clock()
         result = original(*args, **kwargs)
         sync()
-        calls.append(Call(start, clock() - start, result))
+        calls.append(Call(start, clock() - start, result if keep else None))
         return result
 
     setattr(module, name, timed)

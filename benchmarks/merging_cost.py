@@ -79,7 +79,7 @@ def search(layers: int, window: int) -> dict[str, Any]:
     fk.plan(small, fk.Merging(window=2, tokens=100), data=data[:1])  # loads what is loaded once
     del small
     model = gpt2(1280, 20, layers, VOCABULARY)
-    calls = {name: time_calls(merging, name) for name in ("Features", "spread", "correlation", "assign")}
+    calls = {name: time_calls(merging, name, keep=False) for name in ("Features", "spread", "correlation", "assign")}
     loaded_bytes()  # gives freed memory back
     base = anonymous_bytes()
     row: dict[str, Any] = {"case": "search", "layers": layers, "ff": 5120, "tokens": TOKENS, "window": window}

@@ -596,3 +596,15 @@ def test_lora_lets_further_parts_train() -> None:
     tuned = tuners.prepare(model, {"name": "lora", "also": ["norms"]})
     free = {n for n, p in tuned.named_parameters() if p.requires_grad}
     assert any("LayerNorm" in n for n in free) and not any(n.endswith("base_layer.weight") for n in free)
+
+
+def test_gradients_of_one_direction_leave_enough_to_choose_from() -> None:
+    """Where one direction holds nearly all, the bases still have room for every entry that is to train."""
+    grams = Grams(40, 30)
+    for _ in range(3):
+        grams.add(torch.outer(torch.randn(40), torch.ones(30)) + 1e-6 * torch.randn(40, 30))
+    left, right = grams.bases(0.995, 100)
+    assert len(left.rows) * len(right.rows) >= 400
+    assert len(eigenbasis(grams.right, 0.995).rows) == 1  # the control
+    whole = grams.bases(0.995, 1200)
+    assert (len(whole[0].rows), len(whole[1].rows)) == (40, 30)

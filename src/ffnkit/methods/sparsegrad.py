@@ -168,8 +168,9 @@ class _Work:
             grams[group].add(gradient)
 
         weight_gradients(self.model, self._told(batches, "gradients"), self.linears, receive)
+        counts = {self.group[name]: self._count(name) for name in self.linears}
         for group in list(grams):
-            left, right = grams.pop(group).bases(REACH if self.method.core < 1 else 1.0)
+            left, right = grams.pop(group).bases(REACH if self.method.core < 1 else 1.0, counts[group])
             self.bases[group] = left.rows, right.rows
 
     def find_energies(self, batches: list[Batch]) -> None:

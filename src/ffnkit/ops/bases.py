@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,13 +33,20 @@ class Grams:
         self.left += (g @ g.T).to(self.left.device)
         self.right += (g.T @ g).to(self.right.device)
 
-    def bases(self, reach: float = 1.0, most: int | None = None) -> tuple[Basis, Basis]:
-        """The bases of the rows' side (V, (m, out)) and of the columns' side (U, (m, in)).
+    def bases(self, reach: float = 1.0, count: int = 1) -> tuple[Basis, Basis]:
+        """The bases of the rows' side (V, (m, out)) and of the columns' side (U, (l, in)).
+
+        Args:
+            reach: as in :func:`eigenbasis`. count: there are to be four times as many entries, m times l, to choose
+                so many of; where a side has no more, all of it.
 
         Source: SparseGrad (arXiv 2410.07383), section 3.1: V = u2^T and U = u3^T of the HOSVD of stacked gradients;
             u2 are the eigenvectors of the sum of G G^T, u3 those of the sum of G^T G, so no stack is needed.
         """
-        return eigenbasis(self.left, reach, most), eigenbasis(self.right, reach, most)
+        (out, inner), side = (len(self.left), len(self.right)), 2 * math.isqrt(count) + 2
+        rows = min(out, max(side, -(-4 * count // inner)))
+        columns = min(inner, max(side, -(-4 * count // out)))
+        return eigenbasis(self.left, reach, rows), eigenbasis(self.right, reach, columns)
 
 
 @dataclass(frozen=True)
@@ -50,11 +58,11 @@ class Basis:
     total: float
 
 
-def eigenbasis(gram: Tensor, reach: float = 1.0, most: int | None = None) -> Basis:
+def eigenbasis(gram: Tensor, reach: float = 1.0, least: int = 1) -> Basis:
     """The eigenvectors of most weight of a symmetric positive matrix, that of the largest eigenvalue first.
 
     Args:
-        reach: so many are kept that their eigenvalues make this share of the sum. most: at most so many.
+        reach: so many are kept that their eigenvalues make this share of the sum, and ``least`` at least.
 
     The sign of each is fixed (its largest entry is positive), so that equal sums give equal bases.
     """
@@ -64,7 +72,7 @@ def eigenbasis(gram: Tensor, reach: float = 1.0, most: int | None = None) -> Bas
     kept = len(values)
     if reach < 1 and total > 0:
         kept = int((values.cumsum(0) < reach * total).sum()) + 1
-    kept = min(kept, most or kept, len(values))
+    kept = min(max(kept, least), len(values))
     rows = vectors[:, :kept].T
     signs = rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
     return Basis((rows * signs).float().contiguous(), values[:kept].clone(), total)
