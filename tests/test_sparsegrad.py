@@ -280,6 +280,21 @@ def test_the_core_is_the_cheapest_that_holds_enough() -> None:
     assert wide[1] <= columns  # dear columns: fewer of them
 
 
+def test_the_core_is_judged_by_other_gradients() -> None:
+    torch.manual_seed(0)
+    shape = torch.outer(torch.logspace(0, -2, 48), torch.logspace(0, -2, 40))
+    one, two = (shape * torch.randn(48, 40).square() for _ in range(2))
+    flattered = core_of([one], [60], 0.9, 48, 40)
+    rows, columns = core_of([one], [60], 0.9, 48, 40, fresh=[two])
+
+    def held(r: int, c: int) -> float:
+        chosen = torch.topk(one[:r, :c].flatten(), 60).indices
+        return float(two[:r, :c].flatten()[chosen].sum())
+
+    assert held(rows, columns) >= 0.9 * held(48, 40)
+    assert (rows, columns) != flattered  # the control
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_chosen_entries_hold_the_most_energy(name: str) -> None:
     model = FAMILIES[name].model()

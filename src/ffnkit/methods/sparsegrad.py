@@ -18,7 +18,7 @@ from ffnkit.blocks import is_transposed
 from ffnkit.edits import Adapt, Edit, Train
 from ffnkit.errors import FfnkitError
 from ffnkit.files import spool
-from ffnkit.gradients import weight_gradients
+from ffnkit.gradients import Receive, weight_gradients
 from ffnkit.methods.common import Batch, check_counts, generator, need_data
 from ffnkit.nn.special import Special
 from ffnkit.ops.bases import Grams, Zeros, core_of, top_share, turned
@@ -50,7 +50,7 @@ class SparseGrad:
             "step" at each step, as in the paper, with numbers and moments for the whole core.
         basis: one for all layers of a type ("shared"), one for each weight ("layer"), or "none": the weight's own.
         core: entries are taken from a leading rectangle of the basis, the cheapest that keeps this share of the energy
-            that a free choice of as many entries has; 1.0 confines nothing.
+            that a free choice of as many entries has on the last quarter of the batches; 1.0 confines nothing.
         choose: entries by the energy of their gradient, by the "magnitude" of the weight, or at "random".
         by: the count is one of each layer, or of "all" layers together.
         sites: "ffn", "attention", "all", or a regular expression over module names. layers: of which FFNs.
@@ -151,6 +151,7 @@ class _Work:
         self.group = {name: f"{_kind(name)} {self.shapes[name]}" if shared else name for name in linears}
         self.bases: dict[str, tuple[Tensor, Tensor]] = {}
         self.energies: dict[str, Tensor] = {}
+        self.fresh: dict[str, Tensor] = {}  # of the last batches, which judge the core
         self.totals: dict[str, float] = defaultdict(float)
         self.cores: dict[str, tuple[int, int]] = {}
         self.quantities: dict[str, dict[str, float]] = {}
@@ -178,15 +179,24 @@ class _Work:
         sizes = {name: self._size(name) for name in self.linears}
         large = 4 * sum(rows * columns for rows, columns in sizes.values()) > IN_MEMORY
 
-        def receive(name: str, gradient: Tensor) -> None:
-            exact = gradient.float()
-            self.totals[name] += float(exact.square().sum())
-            square = turned(exact, *self.bases.get(self.group[name], (None, None))).square_()
-            if name not in self.energies:
-                self.energies[name] = _zeros(square.device, large)(sizes[name], dtype=torch.float32)
-            self.energies[name] += square.to(self.energies[name].device)
+        judges = len(batches) // 4 if self.method.core < 1 and self.method.basis != "none" else 0
 
-        weight_gradients(self.model, self._told(batches, "energies"), self.linears, receive)
+        def into(sums: dict[str, Tensor]) -> Receive:
+            def receive(name: str, gradient: Tensor) -> None:
+                exact = gradient.float()
+                self.totals[name] += float(exact.square().sum())
+                square = turned(exact, *self.bases.get(self.group[name], (None, None))).square_()
+                if name not in sums:
+                    sums[name] = _zeros(square.device, large)(sizes[name], dtype=torch.float32)
+                sums[name] += square.to(sums[name].device)
+
+            return receive
+
+        first = batches[: len(batches) - judges]
+        weight_gradients(self.model, self._told(first, "energies"), self.linears, into(self.energies))
+        if judges:
+            last = batches[len(first) :]
+            weight_gradients(self.model, self._told(last, "energies"), self.linears, into(self.fresh))
 
     def _size(self, name: str) -> tuple[int, int]:
         """Rows and columns of the entries that are looked at."""
@@ -246,11 +256,14 @@ class _Work:
                 [counts[name] for name in have],
                 self.method.core,
                 *self.shapes[names[0]],
+                fresh=[self.fresh[name] for name in have] if self.fresh else None,
             )
         else:
             r, c = len(left), len(right)
         self.cores[group] = (r, c)
         for name in have:
+            if name in self.fresh:
+                self.energies[name] += self.fresh.pop(name)
             free = top_share(self.energies[name], counts[name])
             self.energies[name] = self.energies[name][:r, :c].contiguous()
             kept = top_share(self.energies[name], counts[name])

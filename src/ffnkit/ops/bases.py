@@ -93,7 +93,14 @@ def top_share(energies: Tensor, count: int) -> float:
     return float(torch.topk(flat, min(count, flat.numel()), sorted=False).values.sum(dtype=torch.float64))
 
 
-def core_of(energies: list[Tensor], counts: list[int], share: float, out: int, inner: int) -> tuple[int, int]:
+def core_of(
+    energies: list[Tensor],
+    counts: list[int],
+    share: float,
+    out: int,
+    inner: int,
+    fresh: list[Tensor] | None = None,
+) -> tuple[int, int]:
     """The cheapest leading rectangle (r, c) whose largest entries hold ``share`` of what the largest of all hold.
 
     Cheapest: by the operations that its turned tokens take, r out + c in + r c for each token. Fewer rows never need
@@ -102,14 +109,20 @@ def core_of(energies: list[Tensor], counts: list[int], share: float, out: int, i
     Args:
         energies: (m, l) of the entries of each weight, in the order of the bases. counts: how many entries of each.
         share: in the mean over the weights.
+        fresh: energies of other gradients, on which the entries are judged that the first ones choose: those that a
+            rectangle was taken from flatter it.
     """
     rows, columns = energies[0].shape
-    free = [max(top_share(energy, count), 1e-300) for energy, count in zip(energies, counts, strict=True)]
+    judged = energies if fresh is None else fresh
+    free = [max(_held(*each), 1e-300) for each in zip(energies, judged, counts, strict=True)]
 
     def enough(r: int, c: int) -> bool:
         if r * c < max(counts):
             return False
-        parts = [top_share(e[:r, :c], k) / f for e, k, f in zip(energies, counts, free, strict=True)]
+        parts = [
+            _held(energy[:r, :c], other[:r, :c], count) / whole
+            for energy, other, count, whole in zip(energies, judged, counts, free, strict=True)
+        ]
         return sum(parts) / len(parts) >= share
 
     r_step, c_step = -(-rows // 32), -(-columns // 32)
@@ -128,6 +141,13 @@ def core_of(energies: list[Tensor], counts: list[int], share: float, out: int, i
         else:
             break
     return found
+
+
+def _held(energies: Tensor, judged: Tensor, count: int) -> float:
+    """What the entries hold in ``judged`` that are largest in ``energies``."""
+    flat = energies.flatten()
+    chosen = torch.topk(flat, min(count, flat.numel()), sorted=False).indices
+    return float(judged.flatten()[chosen].sum(dtype=torch.float64))
 
 
 def _exact(size: int) -> torch.dtype:
