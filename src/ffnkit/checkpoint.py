@@ -19,7 +19,7 @@ from ffnkit.architectures import architecture_class, read_config
 from ffnkit.errors import FfnkitError
 from ffnkit.formats import QUANT_METHOD
 from ffnkit.loading import check_weights, grouped_step, load_pretrained, open_errors, run_uneven_experts
-from ffnkit.nn.adapted import own_names
+from ffnkit.nn.adapted import adapted, plain_state
 from ffnkit.nn.served import PREFIX
 from ffnkit.ops.neurons import Neurons
 
@@ -102,9 +102,8 @@ def save(
     """
     check_weights(model, type(model).__name__)
     _sync_config(model)
-    if own := own_names(model):  # weights are saved with the updates in them
-        state = {name: value for name, value in model.state_dict().items() if name not in own}
-        save_pretrained_kwargs = {"state_dict": state, **save_pretrained_kwargs}
+    if adapted(model):  # weights are saved with the updates in them
+        save_pretrained_kwargs = {"state_dict": plain_state(model), **save_pretrained_kwargs}
     with files.staging(directory, keep_others=True) as temporary:
         model.save_pretrained(temporary, **save_pretrained_kwargs)
         _companions(model, temporary, tokenizer)
@@ -214,8 +213,7 @@ def _standard_config(
 
 def _standard_state(model: PreTrainedModel, found: list[blocks.FFN], targets: dict[str, int]) -> dict[str, Tensor]:
     """The model's state dict with folded, padded, written-out FFNs; tensors that stay as they are are not copied."""
-    own = own_names(model)
-    state = {name: value for name, value in model.state_dict().items() if name not in own}
+    state = plain_state(model)
     for ffn in found:
         short = targets[ffn.name] - ffn.width
         if not ffn.special and not short and not ffn.twins:

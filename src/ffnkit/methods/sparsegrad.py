@@ -146,9 +146,9 @@ class _Work:
         self, method: SparseGrad, model: nn.Module, linears: dict[str, nn.Module], progress: Progress | None
     ) -> None:
         self.method, self.model, self.linears, self.progress = method, model, linears, progress
-        self.shapes = {name: _shape(linear) for name, linear in linears.items()}
+        self.shapes = {name: shape_of(linear) for name, linear in linears.items()}
         shared = method.basis == "shared"
-        self.group = {name: f"{_kind(name)} {self.shapes[name]}" if shared else name for name in linears}
+        self.group = {name: f"{kind_of(name)} {self.shapes[name]}" if shared else name for name in linears}
         self.bases: dict[str, tuple[Tensor, Tensor]] = {}
         self.energies: dict[str, Tensor] = {}
         self.fresh: dict[str, Tensor] = {}  # of the last batches, which judge the core
@@ -310,10 +310,10 @@ def _zeros(device: torch.device, large: bool) -> Zeros:
     """Zeros on the device, or memory-mapped where all of them together are large."""
     if not large:
         return lambda shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
-    return lambda shape, dtype: spool(shape, dtype)
+    return spool
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """A linear's name without the numbers of its layers."""
     return re.sub(r"\d+", "#", name)
 
@@ -323,6 +323,6 @@ def _weight(linear: Any) -> Tensor:
     return weight.mT if is_transposed(linear) else weight
 
 
-def _shape(linear: Any) -> tuple[int, int]:
+def shape_of(linear: Any) -> tuple[int, int]:
     rows, columns = _weight(linear).shape
     return rows, columns

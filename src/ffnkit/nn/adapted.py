@@ -98,11 +98,12 @@ def adapted(model: nn.Module) -> dict[str, Adapted]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
 
 
-def own_names(model: nn.Module) -> set[str]:
-    """Entries of the state dict that updates are made of, and that no plain layer has."""
-    layers = [name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Adapted)]
-    parts = {name: {k for k, _ in model.get_submodule(name).state_dict().items()} for name in layers}
-    return {f"{name}.{key}" for name, keys in parts.items() for key in keys if key not in ("weight", "bias")}
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without what updates are made of: the entries of plain layers, the sums among them."""
+    places = [f"{name}." for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Adapted)]
+    kept = {place + key for place in places for key in ("weight", "bias")}
+    state = model.state_dict()
+    return {name: value for name, value in state.items() if name in kept or not name.startswith(tuple(places))}
 
 
 def fingerprint(weight: Tensor) -> Tensor:

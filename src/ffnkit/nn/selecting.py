@@ -60,16 +60,12 @@ def _before(optimizer: Optimizer, *_: Any) -> None:
 
 
 def _after(optimizer: Optimizer, *_: Any) -> None:
-    due: dict[str, list[SparseGradLinear]] = defaultdict(list)
     for layer in _of(optimizer):
         if layer.selection == "refresh":
             assert layer.steps is not None
             layer.steps += 1
             if layer.every and int(layer.steps) % layer.every == 0:
-                due[layer.together].append(layer)
-    for layers in due.values():
-        for layer in layers:
-            _refresh(layer, optimizer)
+                _refresh(layer, optimizer)
 
 
 @torch.no_grad()
