@@ -278,7 +278,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--case", nargs="+", choices=tuple(CASES), default=list(CASES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--variant", nargs="+", help=f"default: {', '.join(PEERS)}, sparsegrad of every kind")
-    parser.add_argument("--core", nargs="+", default=["400x250", "256x256"], help="all selections in the first one")
+    parser.add_argument("--core", nargs="+", default=["960x112", "400x250"], help="all selections in the first one")
     parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--rounds", type=int, help=f"default by tokens: {ROUNDS}")

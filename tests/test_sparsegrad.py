@@ -7,6 +7,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,20 @@ import torch
 from families import FAMILIES
 from tolerance import assert_close
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 import ffnkit as fk
 from ffnkit.blocks import ffns
 from ffnkit.errors import FfnkitError
 from ffnkit.gradients import weight_gradients
+from ffnkit.nn import sparsegrad
 from ffnkit.nn.adapted import adapted, fingerprint
 from ffnkit.nn.selecting import largest
 from ffnkit.nn.sparsegrad import Bases, SparseGradLinear
+from ffnkit.ops import routes
 from ffnkit.ops.bases import Grams, core_of, eigenbasis, top_share, turned
+from ffnkit.ops.routes import route
 from ffnkit.parts import parts_of
 from ffnkit.tune import tuners
 
@@ -130,7 +135,7 @@ def test_bases_are_the_same_again_and_cut_where_asked() -> None:
     assert float(cut.sizes.sum()) >= 0.5 * cut.total > float(cut.sizes[:-1].sum())
 
 
-def test_no_dense_gradient_and_no_input_is_kept() -> None:
+def test_no_dense_gradient_and_no_weight_is_kept() -> None:
     kept: list[tuple[int, ...]] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -142,8 +147,47 @@ def test_no_dense_gradient_and_no_input_is_kept() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = made(x)
     y.sum().backward()
-    assert sorted(kept) == [(8,), (50, 5)]  # the values, and the inputs in the leading columns of their basis
+    way = route(10, 7, 6, 5, 50)
+    tokens, thin = (50, 7 if way.gradient == "early" else 5), (10, 5) if way.thin == "left" else (6, 7)
+    assert sorted(kept) == sorted([(8,), tokens, thin])  # the values, tokens, the thin factor with the values in it
     assert made.base.grad is None and not made.base.requires_grad
+
+
+MEETS = ("tokens", "weight")
+WAYS = list(product(("left", "right"), MEETS, ("turned", "late", "early"), MEETS))
+
+
+@pytest.mark.parametrize("way", WAYS, ids="-".join)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_order_of_the_products_gives_the_same_and_takes_what_it_says(
+    monkeypatch: pytest.MonkeyPatch, way: Any, transposed: bool
+) -> None:
+    made, weight, v, u = layer(transposed)
+    with torch.no_grad():
+        made.values.normal_()
+    monkeypatch.setattr(routes, "PASS", 0)
+    chosen = routes._route(10, 7, 6, 5, 30, *way)
+    monkeypatch.setattr(sparsegrad, "route", lambda *_: chosen)
+    x = torch.randn(30, 7, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(30, 10, dtype=torch.float64)
+    own = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=own) as counter:
+        y = made(x)
+        y.backward(grad)
+    s = dense(made.index, made.values.detach(), (6, 5))
+    assert_close(y, x @ (weight + v.T @ s @ u).T + made.bias, rel=1e-12)
+    assert_close(x.grad, grad @ (weight + v.T @ s @ u), rel=1e-12, what="inputs")
+    wanted = (v @ grad.T @ x @ u.T).flatten()[made.index.long()]
+    assert_close(made.values.grad, wanted, rel=1e-12, what="values")
+    assert counter.get_total_flops() // 2 == chosen.cost + 2 * 30 * 10 * 7  # those of the frozen weight
+
+
+def test_the_cheapest_way_is_taken() -> None:
+    shape = (3072, 768, 960, 112)
+    for tokens in (8, 512, 8192):
+        costs = [routes._route(*shape, tokens, *way).cost for way in WAYS]
+        assert route(*shape, tokens).cost == min(costs) < max(costs)
+    assert route(*shape, 8).forward == "tokens" and route(*shape, 8192).forward == "weight"
 
 
 def slow_adam(grads: Iterator[Tensor], lr: float) -> Iterator[Tensor]:
@@ -272,11 +316,11 @@ def test_fingerprints_tell_weights_apart() -> None:
 
 def test_the_core_is_the_cheapest_that_holds_enough() -> None:
     energies = torch.outer(torch.logspace(0, -3, 40), torch.logspace(0, -4, 24))
-    rows, columns = core_of([energies], [30], 0.9, 400, 24)
+    rows, columns = core_of(energies, 30, 0.9, 400, 24)
     assert top_share(energies[:rows, :columns], 30) >= 0.9 * top_share(energies, 30)
     assert rows < 40 and columns < 24
-    assert core_of([energies], [30], 1.0, 40, 24)[0] >= rows
-    wide = core_of([energies], [30], 0.9, 24, 4000)
+    assert core_of(energies, 30, 1.0, 40, 24)[0] >= rows
+    wide = core_of(energies, 30, 0.9, 24, 4000)
     assert wide[1] <= columns  # dear columns: fewer of them
 
 
@@ -284,8 +328,8 @@ def test_the_core_is_judged_by_other_gradients() -> None:
     torch.manual_seed(0)
     shape = torch.outer(torch.logspace(0, -2, 48), torch.logspace(0, -2, 40))
     one, two = (shape * torch.randn(48, 40).square() for _ in range(2))
-    flattered = core_of([one], [60], 0.9, 48, 40)
-    rows, columns = core_of([one], [60], 0.9, 48, 40, fresh=[two])
+    flattered = core_of(one, 60, 0.9, 48, 40)
+    rows, columns = core_of(one, 60, 0.9, 48, 40, fresh=two)
 
     def held(r: int, c: int) -> float:
         chosen = torch.topk(one[:r, :c].flatten(), 60).indices

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from ffnkit.inventory import inspect
     from ffnkit.methods.calibrated import CalibratedFusion
     from ffnkit.methods.combined import Combined
+    from ffnkit.methods.dsee import DSEE
     from ffnkit.methods.fusion import Fusion
     from ffnkit.methods.merging import Merging
+    from ffnkit.methods.pruning import Prune
     from ffnkit.methods.sparsegrad import SparseGrad
+    from ffnkit.peft_lora import save_lora
     from ffnkit.plans import Plan, plan
     from ffnkit.surgery import apply, fold
     from ffnkit.tune import trainable_parameters
@@ -34,6 +37,8 @@ __all__ = [
     "Merging",
     "Combined",
     "SparseGrad",
+    "DSEE",
+    "Prune",
     "allocate",
     "Allocation",
     "apply",
@@ -47,6 +52,7 @@ __all__ = [
     "save_adapter",
     "load_adapter",
     "remove_adapter",
+    "save_lora",
     "FfnkitError",
     "LAYOUTS",
     "Layout",
@@ -60,7 +66,10 @@ _HOMES = {
     "CalibratedFusion": "methods.calibrated",
     "Merging": "methods.merging",
     "Combined": "methods.combined",
+    "Prune": "methods.pruning",
     "SparseGrad": "methods.sparsegrad",
+    "DSEE": "methods.dsee",
+    "save_lora": "peft_lora",
     "allocate": "budget.allocation",
     "Allocation": "budget.allocation",
     "apply": "surgery",

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ffnkit.errors import FfnkitError
 from ffnkit.nn.adapted import Adapted
 from ffnkit.nn.lowrank import LowRank
+from ffnkit.nn.masked import Masked
 from ffnkit.nn.scaled import Scaled
 from ffnkit.nn.served import broadcast, buffer_name, served
 from ffnkit.nn.special import Special
@@ -307,6 +308,8 @@ class FFN:
                     weight = weight * broadcast(getattr(self.module, buffer))
             return weight.mT if self.layout.transposed else weight
         linear, weight = self.linear(site), self._oriented(site)
+        if isinstance(linear, Masked):
+            return weight * (linear.mask.mT if linear.transposed else linear.mask)
         return weight * linear.scale.to(weight.dtype) if isinstance(linear, Scaled) else weight
 
     def _bias(self, site: str) -> Tensor | None:
@@ -329,6 +332,11 @@ def _shape(linear: Any) -> tuple[int, int]:
         return linear.out_features, linear.in_features
     rows, columns = linear.weight.shape
     return (columns, rows) if is_transposed(linear) else (rows, columns)
+
+
+def features(linear: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear of any kind."""
+    return _shape(linear)
 
 
 def output_width(linear: nn.Module) -> int:
@@ -369,7 +377,7 @@ def ffns(model: nn.Module) -> list[FFN]:
             found.append(ffn)
     if not found:
         raise _unknown(model)
-    _place(found)
+    place(found)
     _share(model, found)
     return found
 
@@ -393,7 +401,7 @@ def _match(module: nn.Module, *, middle: bool = False) -> Layout | None:
             if _are_experts(module, layout, paths):
                 return layout
             continue
-        linears = [_descend(module, path) for path in paths]
+        linears = [descend(module, path) for path in paths]
         if not all(is_linear(linear) for linear in linears):
             continue
         (ff, d), gate_shape, (out, inner) = (_shape(linear) for linear in linears)
@@ -436,14 +444,23 @@ def _has_middle(owner: nn.Module, linears: list[Any], ff: int, d: int) -> bool:
     return False
 
 
-def _descend(module: nn.Module, path: str) -> nn.Module | None:
+def descend(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at a dotted path below another, None where there is none."""
     current: nn.Module | None = module
     for part in path.split("."):
         current = current._modules.get(part) if current is not None else None
     return current
 
 
-def _place(found: list[FFN]) -> None:
+class Placed(Protocol):
+    """Something that hangs in a layer of a stack."""
+
+    name: str
+    stack: str
+    layer: int
+
+
+def place(found: Sequence[Placed]) -> None:
     """Set stack and layer from the path: what stands before the first number is the stack, the number the layer."""
     prefixes: list[tuple[str, ...]] = []
     counters: dict[tuple[str, ...], int] = defaultdict(int)
@@ -554,9 +571,11 @@ def mirrored(model: nn.Module, *, without: Container[int] = ()) -> Iterator[tupl
 
 # --- selecting ----------------------------------------------------------------------------------------------------
 
+AnyPlaced = TypeVar("AnyPlaced", bound=Placed)
 
-def select(found: list[FFN], layers: str) -> list[FFN]:
-    """The FFNs that a layer expression names.
+
+def select(found: list[AnyPlaced], layers: str) -> list[AnyPlaced]:
+    """The FFNs, or whatever else hangs in layers, that a layer expression names.
 
     ``"all"``, ``"last:8"``, ``"first:4"``, ``"4-11"``, ``"4,5,9"``, mixtures with commas; ``"encoder:"`` or
     ``"decoder:"`` (or another stack's name) before a part holds for it and the parts after it. Without it every
@@ -615,14 +634,15 @@ def _missing(expression: str, stacks: list[list[int]]) -> str:
 
 
 def _no_layers(layers: str, by_stack: dict[str, list[int]], found: str) -> FfnkitError:
-    have = "; ".join(f"{stack + ': ' if stack else ''}{_ranges(sorted(n))}" for stack, n in by_stack.items())
+    have = "; ".join(f"{stack + ': ' if stack else ''}{ranges(sorted(n))}" for stack, n in by_stack.items())
     do = f"The model has FFNs in layers {have}. Write all, last:N, first:N, A-B, A,B,C"
     if len(by_stack) > 1:
         do += f", with {' or '.join(stack + ':' for stack in by_stack)} before it"
     return FfnkitError(f"layers '{layers}'", found, do)
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
+    """Ascending numbers in words: "0-5" where none is missing, else "0,2,5"."""
     if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
         return f"{numbers[0]}-{numbers[-1]}"
     return ",".join(map(str, numbers))

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ffnkit import blocks, files, probe, shapes
+from ffnkit import blocks, files, heads, masking, probe, shapes
 from ffnkit.architectures import architecture_class, read_config
+from ffnkit.attention import attentions
 from ffnkit.errors import FfnkitError
 from ffnkit.formats import QUANT_METHOD
 from ffnkit.loading import check_weights, grouped_step, load_pretrained, open_errors, run_uneven_experts
@@ -56,6 +57,7 @@ class ExportReport:
     Attributes:
         path: the folder. bytes: of its weights. compact_bytes: of the model's own tensors in compact form.
         padded: names of FFNs that zeros bring to the width of the widest beside them.
+        padded_heads: names of attentions that got zeros in the place of heads that were removed.
         output_error: largest relative difference of the outputs after reloading, None where the architecture takes
             inputs that are not known; the weights are compared in any case.
     """
@@ -65,10 +67,12 @@ class ExportReport:
     compact_bytes: int
     padded: tuple[str, ...]
     output_error: float | None
+    padded_heads: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         checked = "weights equal" if self.output_error is None else f"outputs equal to {self.output_error:.1e}"
         padded = f", {len(self.padded)} FFNs padded with zeros" if self.padded else ""
+        padded += f", {len(self.padded_heads)} attentions padded with heads of zeros" if self.padded_heads else ""
         return (
             f"{self.path}: {self.bytes / 1e6:.2f} MB standard ({self.compact_bytes / 1e6:.2f} MB compact)"
             f"{padded}; reloaded, {checked}"
@@ -175,7 +179,8 @@ def export(
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
     own = {id(t): t.numel() * t.element_size() for t in [*model.parameters(), *_persistent_buffers(model)]}
     padded = tuple(ffn.name for ffn in found if targets[ffn.name] > ffn.width)
-    return ExportReport(str(directory), size, sum(own.values()), padded, error)
+    filled = tuple(attention.name for attention in attentions(model) if attention.kept)
+    return ExportReport(str(directory), size, sum(own.values()), padded, error, filled)
 
 
 def _padded_widths(
@@ -227,6 +232,8 @@ def _standard_state(model: PreTrainedModel, found: list[blocks.FFN], targets: di
                 state[f"{owner}.{name}"] = value.detach() if owner == ffn.name else value.detach().clone()
             for name in _special_names(ffn, owner, state):
                 del state[name]
+    masking.written_out(model, found, state)
+    heads.padded(model, state)
     return {name: value.contiguous() for name, value in state.items()}
 
 
@@ -301,7 +308,8 @@ def _sync_config(model: PreTrainedModel) -> None:
         return
     found = blocks.ffns(model)
     keys, original = shapes.width_keys(model, found), shapes.original_widths(model, found)
-    if shapes.description(model) is not None or not shapes.is_plain(found, keys, original):
+    plain = shapes.is_plain(found, keys, original) and not masking.masked_linears(model, found)
+    if shapes.description(model) is not None or not plain:
         shapes.update_config(model, keys, original)
 
 

@@ -125,7 +125,8 @@ class Mask(Edit):
     """Weights of a linear, or of experts, become zero and stay zero.
 
     Attributes:
-        site: "up", "gate" or "down". shape: of the weight, (.., out, in).
+        ffn: the FFN; or, with site "", the path of a linear anywhere in the model.
+        site: "up", "gate", "down", or "". shape: of the weight, (.., out, in).
         bits: uint8, the mask's bits packed row by row, the first one highest; ones stay.
     """
 
@@ -137,7 +138,17 @@ class Mask(Edit):
     def of(cls, ffn: str, site: str, mask: Tensor) -> Mask:
         """The edit that keeps the weights where ``mask`` (bool, as the weight lies in (.., out, in)) is true."""
         bits = torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
-        return cls(ffn, site=site, shape=list(mask.shape), bits=bits)
+        return cls(ffn, site=site, shape=list(mask.shape), bits=spooled(bits))
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        return (self.ffn,) if self.site else ()  # a linear's mask changes no FFN's shape
+
+    @property
+    def kept(self) -> int:
+        """How many weights stay."""
+        parts = np.array_split(self.bits.numpy(), 1 + len(self.bits) // (1 << 20))
+        return sum(int(np.unpackbits(part).sum()) for part in parts)  # bits past the end are zeros
 
     def mask(self) -> Tensor:
         """The mask, bool."""
@@ -174,6 +185,31 @@ class Drop(Edit):
 
     layer: str
     parameters: int
+
+
+@dataclass(frozen=True, eq=False)
+class Heads(Edit):
+    """Attention heads go, with their rows of query, key and value and their columns of the output.
+
+    Attributes:
+        ffn: the attention's name. index: int32 numbers, ascending, of the units that stay: heads, or groups of heads
+            that share a key and a value.
+        heads, units: how many there are before. parameters: those that go.
+    """
+
+    index: Tensor
+    heads: int
+    units: int
+    parameters: int
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        return ()  # no FFN changes its shape
+
+    @property
+    def left(self) -> int:
+        """Heads that stay."""
+        return len(self.index) * self.heads // self.units
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,7 +267,7 @@ class Train(Edit):
         return ()
 
 
-EDITS: tuple[type[Edit], ...] = (Resize, Keep, Rewrite, Swap, Factor, Mask, Tie, Drop, Adapt, Train)
+EDITS: tuple[type[Edit], ...] = (Resize, Keep, Rewrite, Swap, Factor, Mask, Tie, Drop, Heads, Adapt, Train)
 
 
 def build(kind: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Edit:

@@ -33,6 +33,8 @@ class FfnkitConfig(QuantizationConfigMixin):
 
     Attributes:
         ffns: the true shape of each FFN, by name.
+        linears: what stands in the place of plain linears outside of FFNs, by name.
+        attention: which heads those attentions kept that lost some, by name.
         base: config of a real quantization to be done by its own quantizer, or None.
         base_done: whether the file's weights are already quantized by ``base``.
     """
@@ -43,6 +45,8 @@ class FfnkitConfig(QuantizationConfigMixin):
         format: int = FORMAT,
         base: dict[str, Any] | None = None,
         base_done: bool = False,
+        linears: dict[str, Any] | None = None,
+        attention: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
         if format != FORMAT:
@@ -54,6 +58,8 @@ class FfnkitConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.format = format
         self.ffns = ffns or {}
+        self.linears = linears or {}
+        self.attention = attention or {}
         self.base = base
         self.base_done = base_done
 
@@ -61,6 +67,10 @@ class FfnkitConfig(QuantizationConfigMixin):
         data = copy.deepcopy(self.__dict__)
         if data["base"] is None:
             del data["base"], data["base_done"]
+        if not data["linears"]:
+            del data["linears"]
+        if not data["attention"]:
+            del data["attention"]
         return data
 
 
@@ -98,6 +108,8 @@ class FfnkitQuantizer(HfQuantizer):
         placement.bridge(model)
         described = shapes.renamed(model, self.quantization_config.to_dict())
         self.quantization_config.ffns = described["ffns"]
+        self.quantization_config.linears = described.get("linears", {})
+        self.quantization_config.attention = described.get("attention", {})
         del model.hf_quantizer
         model.config.quantization_config = described
         if self.inner is None:

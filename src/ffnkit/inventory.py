@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit import blocks
+from ffnkit.attention import Attention, attentions
 from ffnkit.nn.special import Special
 
 
@@ -31,6 +32,47 @@ class Row:
     share: float
     flops_per_token: float
     shared_with: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AttentionRow:
+    """One attention block.
+
+    Attributes:
+        name, stack, layer, layout: as of an FFN. cross: whether keys come from another stack.
+        heads, kv_heads, head_dim: query heads, heads of key and value, width of one.
+        heads_before: the query heads that the config speaks of, where some were removed since; else ``heads``.
+        parameters: of its linears, and of what goes with heads.
+        why: why single heads cannot be removed, "" where they can.
+    """
+
+    name: str
+    stack: str
+    layer: int
+    layout: str
+    cross: bool
+    heads: int
+    kv_heads: int
+    head_dim: int
+    heads_before: int
+    parameters: int
+    why: str = ""
+
+    @classmethod
+    def of(cls, found: Attention) -> AttentionRow:
+        """The row of one attention."""
+        before = found.kept.of[0] if found.kept else found.heads
+        counts = (found.heads, found.kv_heads, found.head_dim, before, found.num_parameters)
+        return cls(found.name, found.stack, found.layer, found.layout.name, found.cross, *counts, found.why)
+
+    @property
+    def shape(self) -> str:
+        """In words, without the layer."""
+        place = " ".join(word for word in (self.stack, "cross-attention" if self.cross else "attention") if word)
+        before = f" of {self.heads_before}" if self.heads_before != self.heads else ""
+        shared = f", {self.kv_heads} of key and value" if self.kv_heads != self.heads else ""
+        why = f"; heads cannot be removed: {self.why}" if self.why else ""
+        return f"{place}: {self.heads}{before} heads of {self.head_dim}{shared}{why}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +109,7 @@ class Inventory:
             models: one token of each stack.
         ffn_flops_per_token: the FFNs' part.
         left_out: weights that look like a part of FFNs, but that ffnkit does not edit.
+        attention: one row an attention block of a known layout.
     """
 
     model: str
@@ -76,6 +119,7 @@ class Inventory:
     flops_per_token: float
     ffn_flops_per_token: float
     left_out: tuple[LeftOut, ...] = ()
+    attention: tuple[AttentionRow, ...] = ()
 
     @property
     def ffn_share(self) -> float:
@@ -99,8 +143,21 @@ class Inventory:
             )
         total, ffn = self.flops_per_token / 1e6, self.ffn_flops_per_token / 1e6
         lines.append(f"  {total:.3f} MFLOPs a token in linears, {ffn:.3f} in FFNs ({ffn / max(total, 1e-12):.1%})")
+        lines += self._attention_lines()
         lines += [f"  left out: {left}" for left in self.left_out]
         return "\n".join(lines)
+
+
+    def _attention_lines(self) -> list[str]:
+        """A line for all layers whose attention has one shape."""
+        by_shape: dict[str, list[AttentionRow]] = {}
+        for row in self.attention:
+            by_shape.setdefault(row.shape, []).append(row)
+        lines = []
+        for shape, rows in by_shape.items():
+            layers = blocks.ranges(sorted({row.layer for row in rows}))
+            lines.append(f"  layers {layers} {shape}, {sum(row.parameters for row in rows):,} parameters")
+        return lines
 
 
 def inspect(model: nn.Module) -> Inventory:
@@ -136,6 +193,7 @@ def inspect(model: nn.Module) -> Inventory:
         flops_per_token=ffn_flops + _other_flops(model, found),
         ffn_flops_per_token=ffn_flops,
         left_out=left_out(model, found),
+        attention=tuple(AttentionRow.of(each) for each in attentions(model)),
     )
 
 

@@ -82,6 +82,13 @@ def train_as_before(model: nn.Module) -> nn.Module:
     return model
 
 
+def hand_on(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Let a parameter that takes another's place train again when that one would."""
+    flags: dict[int, bool] | None = getattr(model, _FLAGS, None)
+    if flags is not None and id(old) in flags:
+        flags[id(new)] = flags[id(old)]
+
+
 def is_limited(model: nn.Module) -> bool:
     """Whether :func:`train_only` holds."""
     return hasattr(model, _FLAGS)

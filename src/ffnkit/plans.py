@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ffnkit import blocks, edits
-from ffnkit.edits import Adapt, Drop, Edit, Factor, Mask, Tie, Train
+from ffnkit.edits import Adapt, Drop, Edit, Factor, Heads, Mask, Tie, Train
 from ffnkit.errors import FfnkitError
 from ffnkit.files import disk_errors
 from ffnkit.ops.neurons import Neurons
@@ -78,7 +79,8 @@ class Plan:
 
     @property
     def saved_parameters(self) -> int:
-        return sum(self.saved(name) for name in self.shapes)
+        gone = sum(edit.parameters for edit in self.edits if isinstance(edit, Heads))
+        return gone + sum(self.saved(name) for name in self.shapes)
 
     def saved(self, name: str) -> int:
         """Parameters that one FFN loses; its output bias stays. Zeros of a mask are stored, and not counted.
@@ -116,9 +118,41 @@ class Plan:
             return f"{self.widths()[name][1]} neurons"
         if ranks := [len(edit.first) for edit in mine if isinstance(edit, Factor)]:
             return f"rank {', '.join(map(str, dict.fromkeys(ranks)))}"
-        kept = [edit.mask() for edit in mine if isinstance(edit, Mask)]
-        nonzero, total = sum(int(mask.sum()) for mask in kept), sum(mask.numel() for mask in kept)
+        kept = [edit for edit in mine if isinstance(edit, Mask)]
+        nonzero, total = sum(mask.kept for mask in kept), sum(math.prod(mask.shape) for mask in kept)
         return f"{nonzero:,} of {total:,} weights not zero"
+
+    def _head_lines(self) -> list[str]:
+        """A line for each attention that loses heads."""
+        found = [edit for edit in self.edits if isinstance(edit, Heads)]
+        name_width = max((len(edit.ffn) for edit in found), default=0)
+        lines = []
+        for edit in found:
+            units = f" ({edit.units} -> {len(edit.index)} groups)" if edit.units != edit.heads else ""
+            notes = "".join(f", {key} {value:.3g}" for key, value in self.quantities.get(edit.ffn, {}).items())
+            lines.append(
+                f"  {edit.ffn:<{name_width}}  {edit.heads} heads  ->  {edit.left}{units},"
+                f" {edit.parameters:,} parameters fewer{notes}"
+            )
+        return lines
+
+    def _masked_lines(self) -> list[str]:
+        """A line for each linear that gets zeros, and one for all weights that do."""
+        masks = [edit for edit in self.edits if isinstance(edit, Mask)]
+        linears = [edit for edit in masks if not edit.site]
+        if not linears:
+            return []
+        sizes = {id(edit): (math.prod(edit.shape), edit.kept) for edit in masks}
+        name_width = max(len(edit.ffn) for edit in linears)
+        lines = []
+        for edit in linears:
+            total, kept = sizes[id(edit)]
+            shape = " x ".join(map(str, edit.shape))
+            notes = "".join(f", {key} {value:.3g}" for key, value in self.quantities.get(edit.ffn, {}).items())
+            lines.append(f"  {edit.ffn:<{name_width}}  {shape}, {1 - kept / max(total, 1):.1%} zero{notes}")
+        total, kept = (sum(size[place] for size in sizes.values()) for place in (0, 1))
+        share = f"{total - kept:,} of {total:,} weights zero ({1 - kept / max(total, 1):.1%})"
+        return [*lines, f"  masks: {share}; they are stored and multiplied as before: no memory or time is saved"]
 
     def __str__(self) -> str:
         given = {k: v for k, v in self.settings.items() if v is not None}
@@ -133,6 +167,8 @@ class Plan:
                 f"  {name:<{name_width}}  {shape}  ->  {self._becomes(name)},"
                 f" {shape.parameters:,} -> {left:,} parameters{notes}"
             )
+        lines += self._head_lines()
+        lines += self._masked_lines()
         adapted = [edit for edit in self.edits if isinstance(edit, Adapt)]
         if adapted:
             name_width = max(len(edit.ffn) for edit in adapted)

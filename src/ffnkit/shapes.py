@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ffnkit import blocks
+from ffnkit import attention, blocks, masking
 from ffnkit.errors import FfnkitError
 from ffnkit.formats import FORMAT, QUANT_METHOD
 from ffnkit.nn.served import PREFIX
@@ -158,14 +158,16 @@ def update_config(model: PreTrainedModel, keys: dict[str, tuple[str, str] | None
     found = blocks.ffns(model)
     config = model.config
     base = (description(model) or {}).get("base")
-    if is_plain(found, keys, original):
+    linears, heads = masking.describe(model, found), attention.describe(model)
+    if is_plain(found, keys, original) and not linears and not heads:
         for ffn in found:
             if (key := keys[ffn.name]) is not None:
                 set_width(config, key, ffn.width)
         if description(model) is not None:
             del config.quantization_config
         return
-    data = describe(found, keys)
+    data = describe(found, keys) | ({"linears": linears} if linears else {})
+    data |= {"attention": heads} if heads else {}
     for name, row in data["ffns"].items():
         if row["key"] is None:
             row["original"] = original.get(name, row["width"])
@@ -215,7 +217,11 @@ def rows_for(model: PreTrainedModel, described: dict[str, Any]) -> list[tuple[di
 def renamed(model: PreTrainedModel, described: dict[str, Any]) -> dict[str, Any]:
     """The description with the names that the FFNs have in ``model``: a body may have been given a head or lost it."""
     rows = {names[0]: {**row, "twins": names[1:]} for row, names in rows_for(model, described)}
-    return {**described, "ffns": rows}
+    linears = masking.here(model, described)
+    heads = attention.describe(model)
+    data = {key: value for key, value in described.items() if key != "attention"} | {"ffns": rows}
+    data |= {"linears": linears} if linears else {}
+    return data | ({"attention": heads} if heads else {})
 
 
 def declare_shared(model: PreTrainedModel) -> None:

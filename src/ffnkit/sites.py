@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import re
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ffnkit.attention import attentions
 from ffnkit.blocks import ffns, select
 from ffnkit.errors import FfnkitError
 from ffnkit.nn.special import Special
 from ffnkit.parts import attention_linears
 
-GROUPS = ("ffn", "attention", "all")
+GROUPS = ("ffn", "attention", "qv", "all")
 
 
 def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str], list[str]]:
     """Names of the modules that get adapters, and of the bare 3-D parameters of experts.
 
     Args:
-        asked: "ffn", "attention", "all", or a regular expression that a whole module name must match.
-        layers: of which layers the FFNs are taken.
+        asked: "ffn", "attention", "qv" (query and value; a linear that holds key too as a whole), "all", or a regular
+            expression that a whole module name must match.
+        layers: of which layers FFNs, and query and value, are taken.
 
     Raises:
         FfnkitError: nothing matches, or the expression cannot be read.
     """
-    if asked in GROUPS:
+    if asked == "qv":
+        found_rows = query_value(model, layers)
+        modules, parameters = [name for name in found_rows if not isinstance(model.get_submodule(name), Special)], []
+    elif asked in GROUPS:
         modules, parameters = _ffn_targets(model, layers) if asked != "attention" else ([], [])
         if asked != "ffn":
             modules += [name for name in attention_linears(model) if name not in modules]
@@ -34,9 +39,26 @@ def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str
     if not modules and not parameters:
         edited = any(isinstance(module, Special) for module in model.modules())
         found = "no linear of the model is plain there" if edited else "no linear of the model matches"
-        do = "Fold the model first (ffnkit.fold)" if edited else "Name ffn, attention or all"
+        do = "Fold the model first (ffnkit.fold)" if edited else "Name ffn, attention, qv or all"
         raise FfnkitError(f"targets {asked!r}", found, do)
     return modules, parameters
+
+
+def query_value(model: nn.Module, layers: str = "all") -> dict[str, list[Tensor]]:
+    """The linears that hold query or value of an attention, by name.
+
+    With each the rows of query and those of value, int64, where it holds more than one of the three; [] elsewhere.
+    Linears that several layers share are named once.
+    """
+    every = attentions(model)
+    found: dict[str, list[Tensor]] = {}
+    for attention in select(every, layers) if every else []:
+        for path, roles in attention.paths().items():
+            wanted = [role for role in roles if role != "k"]
+            rows = [attention.rows(role).flatten() for role in wanted] if len(roles) > 1 else []
+            if wanted:
+                found[f"{attention.name}.{path}" if path else attention.name] = rows
+    return found
 
 
 def _ffn_targets(model: nn.Module, layers: str) -> tuple[list[str], list[str]]:
@@ -52,7 +74,7 @@ def _matching(model: nn.Module, pattern: str) -> list[str]:
     try:
         wanted = re.compile(pattern)
     except re.error as error:
-        do = "Name ffn, attention, all, or a regular expression over module names"
+        do = "Name ffn, attention, qv, all, or a regular expression over module names"
         raise FfnkitError(f"targets {pattern!r}", f"not a regular expression ({error})", do) from None
     kinds = (nn.Linear, Conv1D, nn.Embedding)
     return [name for name, m in model.named_modules() if isinstance(m, kinds) and wanted.fullmatch(name)]

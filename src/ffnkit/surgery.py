@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ffnkit import blocks, shapes
+from ffnkit import blocks, heads, masking, shapes
+from ffnkit.attention import find
 from ffnkit.blocks import FFN
 from ffnkit.depth import moved, without_layers
-from ffnkit.edits import Adapt, Drop, Edit, Factor, Keep, Mask, Resize, Rewrite, Swap, Tie, Train
+from ffnkit.edits import Adapt, Drop, Edit, Factor, Heads, Keep, Mask, Resize, Rewrite, Swap, Tie, Train
 from ffnkit.errors import FfnkitError
 from ffnkit.loading import run_uneven_experts
 from ffnkit.nn.adapted import Adapted, adapted, fingerprint
+from ffnkit.nn.dsee import sparse_low_rank
 from ffnkit.nn.lowrank import LowRank
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.scaled import Scaled
@@ -43,6 +45,9 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     check_fits(found, plan, type(model).__name__)
     keys = shapes.width_keys(model, list(found.values()))
     original = shapes.original_widths(model, list(found.values()))
+    narrowed = [*plan.shapes, *(edit.ffn for edit in plan.edits if isinstance(edit, Heads))]
+    masking.check_masks(model, masking.linear_masks(plan.edits), narrowed)
+    heads.check(model, [edit for edit in plan.edits if isinstance(edit, Heads)])
     updates = [edit for edit in plan.edits if isinstance(edit, Adapt)]
     train = [edit for edit in plan.edits if isinstance(edit, Train)]
     if updates:
@@ -54,6 +59,10 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
             adapt(model, edit, shared)
         elif isinstance(edit, Train):
             continue
+        elif isinstance(edit, Mask) and not edit.site:
+            masking.mask_linear(model, edit.ffn, edit.mask())
+        elif isinstance(edit, Heads):
+            heads.remove(model, find(model, edit.ffn), edit.index)
         elif isinstance(edit, Tie):
             tie(model, [found[name] for name in edit.touched], edit)
         elif not isinstance(edit, Drop):
@@ -62,6 +71,7 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     if gone:
         renamed, _ = without_layers(model, gone)
         keys, original = moved(keys, renamed, gone), moved(original, renamed, gone)
+    heads.settle(model)
     shapes.update_config(model, keys, original)
     run_uneven_experts(model)
     if train:
@@ -87,15 +97,21 @@ def carry_out(ffn: FFN, edit: Edit) -> None:
 
 
 @torch.no_grad()
-def fold(model: PreTrainedModel) -> PreTrainedModel:
-    """Turn every special linear back into a plain layer with the same outputs, in place; returns the same object."""
+def fold(model: PreTrainedModel, *, masked: bool = False) -> PreTrainedModel:
+    """Turn every special linear back into a plain layer with the same outputs, in place; returns the same object.
+
+    Args:
+        masked: where an update goes into a weight that holds zeros (it was pruned), these stay zero; what the update
+            did there is lost, so outputs change. Without it the update fills them.
+    """
     found = blocks.ffns(model)
     keys = shapes.width_keys(model, found)
     original = shapes.original_widths(model, found)
     for ffn in found:
         if ffn.special:
             detach(ffn)
-    unadapt(model, fold=True)
+    masking.unmask(model)
+    unadapt(model, fold=True, masked=masked)
     shapes.update_config(model, keys, original)
     return model
 
@@ -113,6 +129,8 @@ def rebuild(model: PreTrainedModel, described: dict[str, Any]) -> None:
                 resize(ffn, _empty(ffn.raw(), width))
             for site, special in row["special"].items():
                 attach(ffn, site, special["kind"], *_blank(ffn, site, special))
+    heads.rebuild(model, described)
+    masking.rebuild(model, described)
     run_uneven_experts(model)
 
 
@@ -161,7 +179,7 @@ def resize(ffn: FFN, neurons: Neurons) -> None:
 
 
 _BEFORE = "_ffnkit_before"  # on a model with updates: what trains beside them, and the values from before
-_ADAPTED: dict[str, Callable[..., Adapted]] = {kind.kind: kind for kind in (SparseGradLinear,)}
+_ADAPTED: dict[str, Callable[..., Adapted]] = {"sparsegrad": SparseGradLinear, "dsee": sparse_low_rank}
 _SPECIAL: dict[str, Callable[..., Special]] = {kind.kind: kind for kind in (Scaled, LowRank, Masked)}
 
 
@@ -280,8 +298,11 @@ def write_values(model: nn.Module, values: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def unadapt(model: nn.Module, *, fold: bool) -> None:
+def unadapt(model: nn.Module, *, fold: bool, masked: bool = False) -> None:
     """Plain linears again, with the updates in their weights or, with what trained beside them, as they were before.
+
+    Args:
+        masked: weights that are zero stay zero when updates go into them.
 
     Raises:
         FfnkitError: without ``fold``, where all the rest of the model trained too.
@@ -295,7 +316,7 @@ def unadapt(model: nn.Module, *, fold: bool) -> None:
         write_values(model, before)
     for layer in found.values():
         places = [name for name, module in model.named_modules(remove_duplicate=False) if module is layer]
-        plain = layer.fold() if fold else layer.restore()
+        plain = layer.fold(masked=masked) if fold else layer.restore()
         for name in places:
             model.set_submodule(name, plain)
     if found:
@@ -312,7 +333,7 @@ def detach(ffn: FFN) -> None:
     for owner in ffn.owners.values():
         for site in ffn.sites:
             special = owner.get_submodule(ffn.path(site))
-            if isinstance(special, Special):
+            if isinstance(special, Special) and not isinstance(special, Adapted):
                 if special not in made:
                     made[special] = special.fold()
                 owner.set_submodule(ffn.path(site), made[special])

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffnkit import blocks
+from ffnkit import blocks, heads, masking
+from ffnkit.attention import find
 from ffnkit.blocks import FFN
 from ffnkit.depth import without_layers
-from ffnkit.edits import Drop, Edit, Factor, Mask, Swap, Tie
+from ffnkit.edits import Drop, Edit, Factor, Heads, Mask, Swap, Tie
+from ffnkit.nn.narrowed import RECORD, Kept
 from ffnkit.surgery import carry_out, detach, merged, resize
 
 KEEPING = (Swap, Factor, Mask)  # edits that hold on to the weights they find, and may write into them
@@ -38,24 +40,38 @@ class Trial:
         edits = list(edits)
         self.model = model
         self.found = {ffn.name: ffn for ffn in blocks.ffns(model)}
-        self.edited = tuple(dict.fromkeys(name for edit in edits for name in edit.touched))
+        masks = masking.linear_masks(edits)
+        named = [name for edit in edits for name in edit.touched]
+        self.edited = tuple(dict.fromkeys([*named, *_owning(self.found, {mask.ffn for mask in masks})]))
         self._gone = [edit.layer for edit in edits if isinstance(edit, Drop)]
         self._undo: Callable[[], None] | None = None
         touched = [self.found[name] for name in self.edited]
-        self._before = [_State.of(module) for module in _modules(touched)]
+        masked = _linear_places(model, masks)
+        heads.check(model, [edit for edit in edits if isinstance(edit, Heads)])
+        blocks_ = [find(model, edit.ffn) for edit in edits if isinstance(edit, Heads)]
+        attending = [module for attention in blocks_ for module in attention.module.modules()]
+        self._before = [_State.of(module) for module in dict.fromkeys([*_modules(touched), *masked, *attending])]
         resized = {edit.ffn for edit in edits if hasattr(edit, "width")}
-        keeping = {edit.ffn for edit in edits if isinstance(edit, KEEPING)} - resized
+        keeping = {name for edit in edits if isinstance(edit, KEEPING) for name in edit.touched} - resized
         try:
             with torch.no_grad():
                 for name in sorted(keeping):
                     _copied(self.found[name])
+                for mask in masks:
+                    _copied_weight(model, mask.ffn)
                 for edit in edits:
                     if isinstance(edit, Tie):
                         self._tie(edit)
+                    elif isinstance(edit, Mask) and not edit.site:
+                        masking.mask_linear(model, edit.ffn, edit.mask())
+                    elif isinstance(edit, Heads):
+                        heads.remove(model, find(model, edit.ffn), edit.index)
                     elif not isinstance(edit, Drop):
                         carry_out(self.found[edit.ffn], edit)
                 for ffn in touched if fold else ():
                     detach(ffn)
+                if fold and masks:
+                    masking.unmask(model, {mask.ffn for mask in masks})
             now = dict.fromkeys([*(state.module for state in self._before), *_modules(touched)])
             self._after = [_State.of(module) for module in now]
         finally:
@@ -101,12 +117,12 @@ class _State:
     module: nn.Module
     kind: type
     held: tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
-    numbers: dict[str, int]
+    numbers: dict[str, Any]
 
     @classmethod
     def of(cls, module: nn.Module) -> _State:
         held = (dict(module._parameters), dict(module._buffers), dict(module._modules))
-        return cls(module, type(module), held, {k: v for k, v in vars(module).items() if type(v) is int})
+        return cls(module, type(module), held, {k: v for k, v in vars(module).items() if type(v) in (int, tuple, Kept)})
 
     def restore(self) -> None:
         module = self.module
@@ -116,6 +132,7 @@ class _State:
         for own, kept in zip(now, self.held, strict=True):
             own.clear()
             own.update(kept)
+        vars(module).pop(RECORD, None)
         vars(module).update(self.numbers)
 
 
@@ -131,6 +148,34 @@ def _copied(ffn: FFN) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in fresh:
                 module._parameters[name] = fresh[id(parameter)]
+
+
+def _owning(found: dict[str, FFN], linears: set[str]) -> Iterator[str]:
+    """The FFNs that one of these linears belongs to."""
+    for name, ffn in found.items():
+        if not ffn.layout.experts and any(f"{o}.{ffn.path(s)}" in linears for o in ffn.owners for s in ffn.sites):
+            yield name
+
+
+def _linear_places(model: nn.Module, masks: list[Mask]) -> Iterator[nn.Module]:
+    """The linears that get masks, and the modules that they stand in."""
+    for mask in masks:
+        weight = masking.stored_weight(model.get_submodule(mask.ffn))
+        for linear, names in masking.linears_of(model, weight).items():
+            yield linear
+            yield from (model.get_submodule(name.rpartition(".")[0]) for name in names)
+
+
+def _copied_weight(model: nn.Module, name: str) -> None:
+    """Give a linear a weight of its own with the same values, and a mask, in every place where it stands."""
+    weight = masking.stored_weight(model.get_submodule(name))
+    fresh = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    for linear in masking.linears_of(model, weight):
+        for key, parameter in linear._parameters.items():
+            if parameter is weight:
+                linear._parameters[key] = fresh
+        if (mask := linear._buffers.get("mask")) is not None:
+            linear._buffers["mask"] = mask.clone()
 
 
 def _lend(ffn: FFN, member: FFN) -> None:

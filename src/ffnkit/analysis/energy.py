@@ -108,7 +108,7 @@ def gradient_energy(
     layers: str = "all",
     shares: Sequence[float] = SHARES,
     reach: float = 1.0,
-    core: float = 0.99,
+    core: float = 0.97,
     layer_bases: bool = True,
     steps: Sequence[int] = (0,),
     training: Sequence[Batch] | None = None,

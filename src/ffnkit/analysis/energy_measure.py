@@ -239,7 +239,7 @@ def _choose(row: Measured, frames: dict[str, _Frame], settings: Settings) -> Non
         if name == "shared":
             row.core = rows, columns
             if settings.core < 1:
-                row.core = core_of([seen], [min(at, seen.numel())], settings.core, *row.shape)
+                row.core = core_of(seen, min(at, seen.numel()), settings.core, *row.shape)
             r, c = row.core
             inside = (frame.order // columns < r) & (frame.order % columns < c)
             frame.within = frame.order[inside]

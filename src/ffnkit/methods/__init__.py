@@ -12,8 +12,10 @@ from ffnkit.methods.clustering import Clustering
 from ffnkit.methods.combined import Combined
 from ffnkit.methods.dropping import FfnDrop, LayerDrop
 from ffnkit.methods.fusion import Fusion
+from ffnkit.methods.heads import RemoveHeads
 from ffnkit.methods.merging import Merging
 from ffnkit.methods.mmd import Mmd
+from ffnkit.methods.pruning import Prune
 from ffnkit.methods.reinit import Reinit
 from ffnkit.methods.selection import Importance, Magnitude, Random
 from ffnkit.methods.sketch import Sketch
@@ -33,6 +35,8 @@ METHODS: tuple[Any, ...] = (
     Importance,
     Reinit,
     Unstructured,
+    Prune,
+    RemoveHeads,
     LayerDrop,
     FfnDrop,
     Combined,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ffnkit.blocks import FFN
-from ffnkit.edits import Drop, Edit
+from ffnkit.edits import Drop, Edit, Heads
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch
 from ffnkit.plans import Draft, Method, Progress
@@ -72,7 +72,7 @@ class Combined:
                     if isinstance(edit, Drop):
                         what = f"it drops {edit.layer}, and the layers behind it change their numbers"
                         raise FfnkitError(f"{method.name} with others", what, "Apply it first, then plan the others")
-                    for name in edit.touched:
+                    for name in (edit.ffn,) if isinstance(edit, Heads) else edit.touched:
                         _claim(by, name, method)
                 edits += draft.edits
                 quantities |= draft.quantities

@@ -27,6 +27,7 @@ from ffnkit.plans import Draft, Progress
 from ffnkit.sites import targets
 
 IN_MEMORY = 1 << 30  # bytes of sums while planning; more lie in files that are memory-mapped
+ROOM = 4  # times as many entries has a core in which the choice may change
 REACH = 0.995  # of the gradients' energy: what the leading rows of a basis hold from which the core is taken
 CHOICES = {
     "selection": ("fixed", "refresh", "step"),
@@ -49,8 +50,9 @@ class SparseGrad:
         selection: "fixed" chooses once; "refresh" anew after each ``every`` steps, the optimizer's state goes along;
             "step" at each step, as in the paper, with numbers and moments for the whole core.
         basis: one for all layers of a type ("shared"), one for each weight ("layer"), or "none": the weight's own.
-        core: entries are taken from a leading rectangle of the basis, the cheapest that keeps this share of the energy
-            that a free choice of as many entries has on the last quarter of the batches; 1.0 confines nothing.
+        core: entries of a weight are taken from a leading rectangle of the basis, the cheapest that keeps this share
+            of the energy that a free choice of as many entries has on the last quarter of the batches; 1.0 confines
+            nothing.
         choose: entries by the energy of their gradient, by the "magnitude" of the weight, or at "random".
         by: the count is one of each layer, or of "all" layers together.
         sites: "ffn", "attention", "all", or a regular expression over module names. layers: of which FFNs.
@@ -66,7 +68,7 @@ class SparseGrad:
     count: int | None = None
     selection: Literal["fixed", "refresh", "step"] = "fixed"
     basis: Literal["shared", "layer", "none"] = "shared"
-    core: float = 0.99
+    core: float = 0.97
     choose: Literal["gradient", "magnitude", "random"] = "gradient"
     by: Literal["layer", "all"] = "layer"
     sites: str = "ffn"
@@ -214,18 +216,18 @@ class _Work:
         """One edit for each linear that gets entries."""
         method = self.method
         counts = {name: self._count(name) for name in self.linears}
-        by_group: dict[str, list[str]] = defaultdict(list)
         for name in self.linears:
-            by_group[self.group[name]].append(name)
-        pairs = {group: self._cut(group, names, counts) for group, names in by_group.items()}
-        chosen = self._chosen(counts, pairs)
+            self._confine(name, counts[name])
+        pairs, chosen = self._pairs(), self._chosen(counts)
         edits: list[Edit] = []
         for number, name in enumerate(self.linears):
-            pair = pairs[self.group[name]]
-            parts = {} if pair is None else {"left": pair[0], "right": pair[1]}
             given: dict[str, Any] = {"selection": method.selection, "order": number}
+            parts: dict[str, Tensor] = {}
+            if self.group[name] in pairs:
+                parts["left"], parts["right"] = pairs[self.group[name]]
+                given["core"] = list(self.cores[name])
             if method.selection == "step":
-                rows, columns = self.shapes[name] if pair is None else (len(pair[0]), len(pair[1]))
+                rows, columns = self.cores.get(name, self.shapes[name])
                 given |= {"count": min(counts[name], rows * columns), "trained": rows * columns}
             else:
                 if not len(chosen[name]):
@@ -244,36 +246,38 @@ class _Work:
         rows, columns = self.shapes[name]
         return min(self.method.count or max(1, round(self.method.share * rows * columns)), rows * columns)
 
-    def _cut(self, group: str, names: list[str], counts: dict[str, int]) -> tuple[Tensor, Tensor] | None:
-        """The group's bases, cut to the core; energies are cut along."""
-        if group not in self.bases:
-            return None
-        left, right = self.bases[group]
-        have = [name for name in names if name in self.energies]
-        if have and self.method.core < 1:
-            r, c = core_of(
-                [self.energies[name] for name in have],
-                [counts[name] for name in have],
-                self.method.core,
-                *self.shapes[names[0]],
-                fresh=[self.fresh[name] for name in have] if self.fresh else None,
-            )
-        else:
-            r, c = len(left), len(right)
-        self.cores[group] = (r, c)
-        for name in have:
-            if name in self.fresh:
-                self.energies[name] += self.fresh.pop(name)
-            free = top_share(self.energies[name], counts[name])
-            self.energies[name] = self.energies[name][:r, :c].contiguous()
-            kept = top_share(self.energies[name], counts[name])
-            self.quantities[name] = {
-                "energy": kept / max(self.totals[name], 1e-300),
-                "of a free choice": kept / max(free, 1e-300),
-            }
-        return left[:r].cpu().contiguous(), right[:c].cpu().contiguous()
+    def _confine(self, name: str, count: int) -> None:
+        """The core of one weight, where it has bases; its energies are cut to it."""
+        if self.group[name] not in self.bases:
+            return
+        energy, fresh = self.energies.get(name), self.fresh.pop(name, None)
+        rows, columns = self._size(name)
+        if energy is not None and self.method.core < 1:
+            room = 1 if self.method.selection == "fixed" else ROOM
+            rows, columns = core_of(energy, count, self.method.core, *self.shapes[name], fresh=fresh, room=room)
+        self.cores[name] = rows, columns
+        if energy is None:
+            return
+        if fresh is not None:
+            energy += fresh
+        free = top_share(energy, count)
+        self.energies[name] = energy[:rows, :columns].contiguous()
+        kept = top_share(self.energies[name], count)
+        self.quantities[name] = {
+            "energy": kept / max(self.totals[name], 1e-300),
+            "of a free choice": kept / max(free, 1e-300),
+        }
 
-    def _chosen(self, counts: dict[str, int], pairs: dict[str, Any]) -> dict[str, Tensor]:
+    def _pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The bases of each group: as many leading rows as the largest cores need."""
+        pairs = {}
+        for group, (left, right) in self.bases.items():
+            cores = [core for name, core in self.cores.items() if self.group[name] == group]
+            rows, columns = max(r for r, _ in cores), max(c for _, c in cores)
+            pairs[group] = left[:rows].cpu().contiguous(), right[:columns].cpu().contiguous()
+        return pairs
+
+    def _chosen(self, counts: dict[str, int]) -> dict[str, Tensor]:
         """The flat places of the entries, in order, int32."""
         method = self.method
         if method.selection == "step":
@@ -281,10 +285,9 @@ class _Work:
         if method.choose == "random":
             draw = generator(method.seed, 0)
             found = {}
-            for name, (rows, columns) in self.shapes.items():
-                pair = pairs[self.group[name]]
-                size = rows * columns if pair is None else len(pair[0]) * len(pair[1])
-                found[name] = torch.randperm(size, generator=draw)[: counts[name]]
+            for name, shape in self.shapes.items():
+                rows, columns = self.cores.get(name, shape)
+                found[name] = torch.randperm(rows * columns, generator=draw)[: counts[name]]
         elif method.by == "all":
             flat = torch.cat([self.energies[name].flatten() for name in self.linears])
             places = torch.topk(flat, min(sum(counts.values()), len(flat)), sorted=False).indices

@@ -38,6 +38,14 @@ class Adapted(Special):
         """D, (out, in), in float32 at least."""
 
     @abstractmethod
+    def cut(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+        """Keep only these outputs and inputs, in place; the update loses what belongs to the others.
+
+        Args:
+            rows, columns: int64 places of the outputs and the inputs that stay, in their new order; None: all.
+        """
+
+    @abstractmethod
     def taken(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Settings and tensors that make this update anew; the tensors are no views of what trains."""
 
@@ -54,15 +62,36 @@ class Adapted(Special):
             total += oriented(whole(self.base), self.transposed).to(total)
         return oriented(total, self.transposed).to(self.base.dtype)
 
-    def fold(self) -> nn.Linear | Conv1D:
-        """The plain layer with the update in its weight."""
-        weight = nn.Parameter(self.weight.contiguous(), self.__dict__["_trained"])
+    def merged(self, *, masked: bool) -> Tensor:
+        """W + D as it is stored; with ``masked`` zero wherever W is zero: a pruned weight stays as sparse as it was."""
+        weight = self.weight.contiguous()
+        return weight.masked_fill_(whole(self.base) == 0, 0.0) if masked else weight
+
+    def fold(self, *, masked: bool = False) -> nn.Linear | Conv1D:
+        """The plain layer with the update in its weight (:meth:`merged`)."""
+        weight = nn.Parameter(self.merged(masked=masked), self.__dict__["_trained"])
         return self._plain(weight)
 
     def restore(self) -> nn.Linear | Conv1D:
         """The plain layer with the very weight that was there before."""
         self.base.requires_grad_(self.__dict__["_trained"])
         return self._plain(self.base)
+
+    @torch.no_grad()
+    def _cut_plain(self, rows: Tensor | None, columns: Tensor | None) -> None:
+        """Cut weight and bias, and tell the emptied layer its new sides."""
+        weight = oriented(self.base, self.transposed)
+        weight = weight if rows is None else weight.index_select(0, rows)
+        weight = weight if columns is None else weight.index_select(1, columns)
+        self.base = nn.Parameter(oriented(weight, self.transposed).contiguous(), False)
+        if self.bias is not None and rows is not None:
+            self.bias = nn.Parameter(self.bias.index_select(0, rows), self.bias.requires_grad)
+        shell: Any = self.__dict__["_shell"]
+        out, inner = self.features
+        if isinstance(shell, nn.Linear):
+            shell.out_features, shell.in_features = out, inner
+        else:
+            shell.nf, shell.nx = out, inner
 
     # --- state dict
 
@@ -114,7 +143,10 @@ def fingerprint(weight: Tensor) -> Tensor:
     if weight.is_meta:
         return torch.zeros(2, dtype=torch.int64)
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    flat = weight.detach().contiguous().view(-1)
+    if hasattr(weight.data, "__tensor_flatten__"):  # of several tensors: numbers in few bits, and their scales
+        inner = weight.data.__tensor_flatten__()[0]
+        return torch.stack([fingerprint(getattr(weight.data, name)) for name in inner]).sum(0)
+    flat = weight.detach().as_subclass(Tensor).contiguous().view(-1)
     sums = torch.zeros(2, dtype=torch.int64, device=weight.device)
     for number, part in enumerate(flat.split(1 << 20)):
         bits = part.view(kinds[part.element_size()]).long()

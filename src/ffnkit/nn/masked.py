@@ -32,7 +32,7 @@ class Masked(Special):
         self.mask: Tensor
         if not self.weight.is_meta:
             with torch.no_grad():
-                self.weight.mul_(self.mask)
+                self.weight.masked_fill_(~self.mask, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, oriented(self.weight * self.mask, self.transposed), self.bias)
@@ -45,5 +45,5 @@ class Masked(Special):
     def fold(self) -> nn.Linear | Conv1D:
         """The plain layer with the zeros in its weight; further tuning would fill them."""
         with torch.no_grad():
-            self.weight.mul_(self.mask)
+            self.weight.masked_fill_(~self.mask, 0.0)
         return self._plain(self.weight)

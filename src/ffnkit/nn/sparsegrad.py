@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit.nn.adapted import Adapted, whole
 from ffnkit.nn.selecting import watched
 from ffnkit.nn.special import oriented
+from ffnkit.ops.routes import Route, route
 
 Selection = Literal["fixed", "refresh", "step"]
 
@@ -29,14 +32,17 @@ class Bases(nn.Module):
 class SparseGradLinear(Adapted):
     """``y = (W + V^T S U) x + b`` with S (r, c) zero but for chosen entries, which train.
 
-    V (r, out) and U (c, in) are leading rows of orthonormal bases; without them S has W's own shape. The gradient of S
-    is the gradient of W turned into the bases, V G U^T. It is formed from tokens turned first, (V gY)^T (U X): no
-    gradient of W is formed, and backward keeps U X in place of the inputs.
+    V (r, out) and U (c, in) are leading rows of orthonormal bases, as many as the layer's core has rows and columns;
+    without bases S has W's own shape. The gradient of S
+    is the gradient of W turned into the bases, V G U^T. It is formed from tokens turned first: no gradient of W is
+    formed. In which order, and so whether backward keeps U X or X, is what takes the fewest operations
+    (``ops.routes``).
 
     Attributes:
         values: (k,) float32: the chosen entries; (r, c) where they are chosen anew at every step.
         index: (k,) int32: row times c plus column of each value; absent where S trains as a whole.
-        bases: V and U in the weight's dtype, or None.
+        bases: V and U in the weight's dtype, of which layers that share them take leading rows, or None.
+        core: (r, c).
         settled: (r, c) float32: entries that trained before and stay, with selection "refresh" only.
         energy: (r, c) float32: running squares of the gradient, with selection "refresh" only.
 
@@ -58,6 +64,7 @@ class SparseGradLinear(Adapted):
         *,
         index: Tensor | None = None,
         bases: Bases | None = None,
+        core: Sequence[int] | None = None,
         values: Tensor | None = None,
         settled: Tensor | None = None,
         selection: Selection = "fixed",
@@ -70,6 +77,8 @@ class SparseGradLinear(Adapted):
         out, inner = self.features
         device, dtype = self.base.device, self.base.dtype
         shape = (out, inner) if bases is None else (len(bases.left), len(bases.right))
+        if core is not None:
+            shape = (int(core[0]), int(core[1]))
         self.bases = bases
         self.core, self.selection = shape, selection
         self.every, self.together, self.order = every, together, order
@@ -102,7 +111,15 @@ class SparseGradLinear(Adapted):
 
     def update(self) -> Tensor:
         with torch.no_grad():
-            return _update(self.entries(whole(self.values)), self.bases)
+            entries = self.entries(whole(self.values))
+            pair = self.pair(entries.dtype)
+            return entries.clone() if pair is None else _formed(entries, *pair)
+
+    def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """V (r, out) and U (c, in) of the core in a dtype, or None."""
+        if self.bases is None:
+            return None
+        return self.bases.left[: self.core[0]].to(dtype), self.bases.right[: self.core[1]].to(dtype)
 
     def taken(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All entries that are not zero, as a fixed selection."""
@@ -111,9 +128,50 @@ class SparseGradLinear(Adapted):
         if self.index is not None:
             index = torch.unique(torch.cat([index, self.index]))  # sorted; those that are 0 still train on
         parts = {"index": index, "values": flat[index.long()]}
+        given = {"selection": "fixed", "order": self.order, "together": self.together, "trained": len(index)}
         if self.bases is not None:
             parts |= {"left": self.bases.left, "right": self.bases.right}
-        return {"selection": "fixed", "order": self.order, "together": self.together, "trained": len(index)}, parts
+            given |= {"core": list(self.core)}
+        return given, parts
+
+    @torch.no_grad()
+    def cut(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+        """As ``Adapted.cut``; the layer has bases of its own from then on, orthonormal no more where they were cut.
+
+        What was chosen, and all that is kept by places of the core, stays. Without bases entries go with their row or
+        column.
+        """
+        if self.bases is not None:
+            left, right = self.bases.left[: self.core[0]], self.bases.right[: self.core[1]]
+            left = left if rows is None else left.index_select(1, rows)
+            right = right if columns is None else right.index_select(1, columns)
+            self.bases = Bases(left.contiguous(), right.contiguous())
+        else:
+            self._cut_entries(rows, columns)
+        self._cut_plain(rows, columns)
+
+    def _cut_entries(self, rows: Tensor | None, columns: Tensor | None) -> None:
+        """Without bases: entries in the places that stay."""
+        grid = torch.arange(self.core[0] * self.core[1], device=self.values.device).view(self.core)
+        grid = grid if rows is None else grid.index_select(0, rows)
+        grid = grid if columns is None else grid.index_select(1, columns)
+        if self.index is None:
+            chosen = grid
+        else:
+            place = torch.full((self.core[0] * self.core[1],), -1, device=grid.device)
+            place[self.index.long()] = torch.arange(len(self.index), device=grid.device)
+            stands = place[grid.flatten()]
+            self.index = (stands >= 0).nonzero()[:, 0].int()
+            chosen = stands[self.index.long()]
+        flat = self.values.detach().flatten()
+        self.values = nn.Parameter(flat[chosen.flatten()].view(chosen.shape), self.values.requires_grad)
+        for name in ("settled", "energy"):
+            kept: Tensor | None = getattr(self, name)
+            if kept is not None:
+                setattr(self, name, kept.flatten()[grid.flatten()].view(grid.shape))
+        self.core = (grid.shape[0], grid.shape[1])
+        self.count = min(self.count, self.values.numel())
+        self._pending = None
 
     @torch.compiler.disable  # a compiled model is cut here
     def forward(self, x: Tensor) -> Tensor:
@@ -133,11 +191,8 @@ class SparseGradLinear(Adapted):
         return f"trained={self.values.numel():,} of {rows} x {columns}, {self.selection}, {super().extra_repr()}"
 
 
-def _update(entries: Tensor, bases: Bases | None) -> Tensor:
-    """V^T S U in the dtype of S, by whichever order takes fewer operations; a tensor of its own."""
-    if bases is None:
-        return entries.clone()
-    left, right = bases.left.to(entries.dtype), bases.right.to(entries.dtype)
+def _formed(entries: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """V^T S U, by the order of fewer operations; a tensor of its own."""
     (r, out), (c, inner) = left.shape, right.shape
     if out * c * (r + inner) < inner * r * (c + out):
         return (left.T @ entries) @ right
@@ -152,51 +207,101 @@ class _Apply(torch.autograd.Function):
         ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseGradLinear, dtype: Any, trains: bool
     ) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1]).to(dtype)
-        entries, bases, plain = layer.entries(values), layer.bases, oriented(layer.base, layer.transposed)
-        turned = None
-        if trains:
-            turned = tokens if bases is None else tokens @ bases.right.to(dtype).T
-        if bases is not None and _through_tokens(layer, len(tokens)):
-            turned = tokens @ bases.right.to(dtype).T if turned is None else turned
-            y = tokens @ plain.to(dtype).T
-            y += (turned @ entries.to(dtype).T) @ bases.left.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        run = _Run(layer, len(tokens), layer.entries(values), dtype)
+        way, turned = run.way, None
+        if way is not None and ((trains and way.gradient != "early") or (way.forward, way.thin) == ("tokens", "left")):
+            turned = tokens @ run.right.T
+        if way is not None and way.forward == "tokens":
+            first, second = run.thin_pair()
+            y = functional.linear(tokens, run.plain, bias)
+            y.addmm_(tokens @ second.T if way.thin == "right" or turned is None else turned, first.T)
         else:
-            weight = _update(entries, bases)
-            weight += plain
-            y = tokens @ weight.to(dtype).T
-        if bias is not None:
-            y += bias.to(dtype)
-        ctx.save_for_backward(turned if trains else None, values)
+            y = functional.linear(tokens, run.weight(), bias)
+        kept = tokens if way is None or way.gradient == "early" else turned
+        ctx.save_for_backward(kept if trains else None, values, run.thin)
         ctx.layer, ctx.dtype, ctx.given = layer, x.dtype, x.shape
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        turned, values = ctx.saved_tensors
+        kept, values, thin = ctx.saved_tensors
         layer: SparseGradLinear = ctx.layer
         rows = grad.reshape(-1, grad.shape[-1])
-        dtype, bases = rows.dtype, layer.bases
-        back = rows if bases is None else rows @ bases.left.to(dtype).T
-        x_grad = bias_grad = value_grad = None
-        if ctx.needs_input_grad[0]:
-            entries, plain = layer.entries(values), oriented(layer.base, layer.transposed)
-            if bases is None:
-                weight = _update(entries, None)
-                weight += plain
-                x_grad = rows @ weight.to(dtype)
-            else:
-                x_grad = rows @ plain.to(dtype)
-                x_grad += (back @ entries.to(dtype)) @ bases.right.to(dtype)
-            x_grad = x_grad.view(ctx.given).to(ctx.dtype)
-        if ctx.needs_input_grad[1]:
-            value_grad = layer.received((back.T @ turned.to(dtype)).to(values.dtype))
-        if ctx.needs_input_grad[2]:
-            bias_grad = rows.sum(0)
-        return x_grad, value_grad, bias_grad, None, None, None
+        run = _Run(layer, len(rows), layer.entries(values), rows.dtype, thin)
+        way, turned = run.way, None
+        needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
+        x_grad = value_grad = None
+        through = way is not None and needs_x and way.backward == "tokens"
+        if way is not None and ((needs_values and way.gradient != "late") or (through and way.thin == "right")):
+            turned = rows @ run.left.T
+        if needs_x and way is not None and through:
+            first, second = run.thin_pair()
+            x_grad = rows @ run.plain
+            x_grad.addmm_(rows @ first if way.thin == "left" or turned is None else turned, second)
+        elif needs_x:
+            x_grad = rows @ run.weight()
+        if needs_values:
+            value_grad = layer.received(run.core_gradient(rows, turned, kept.to(rows.dtype)).to(values.dtype))
+        bias_grad = rows.sum(0) if needs_bias else None
+        return None if x_grad is None else x_grad.view(ctx.given).to(ctx.dtype), value_grad, bias_grad, None, None, None
 
 
-def _through_tokens(layer: SparseGradLinear, tokens: int) -> bool:
-    """Whether turning so many tokens takes fewer operations than forming the weight."""
-    (r, c), (out, inner) = layer.core, layer.features
-    weight = min(out * c * (r + inner), inner * r * (c + out)) + 2 * out * inner
-    return tokens * (r * c + r * out) < weight
+class _Run:
+    """The matrices of one pass through a layer, in the dtype of its tokens; what has a basis goes by its route."""
+
+    def __init__(
+        self, layer: SparseGradLinear, tokens: int, entries: Tensor, dtype: torch.dtype, thin: Tensor | None = None
+    ) -> None:
+        self.entries, self.dtype = entries, dtype
+        self.base = oriented(layer.base, layer.transposed)
+        self.way: Route | None = None
+        self.thin = thin
+        if layer.bases is None:
+            return
+        self.way = route(*layer.features, *layer.core, tokens)
+        self.pair = layer.pair(entries.dtype)
+        if thin is None and self.pair is not None:
+            left, right = self.pair
+            self.thin = left.T @ entries if self.way.thin == "left" else entries @ right
+
+    @property
+    def plain(self) -> Tensor:
+        """W (out, in)."""
+        return self.base.to(self.dtype)
+
+    @property
+    def left(self) -> Tensor:
+        """V (r, out)."""
+        assert self.pair is not None
+        return self.pair[0].to(self.dtype)
+
+    @property
+    def right(self) -> Tensor:
+        """U (c, in)."""
+        assert self.pair is not None
+        return self.pair[1].to(self.dtype)
+
+    def thin_pair(self) -> tuple[Tensor, Tensor]:
+        """The update as (out, k) and (k, in)."""
+        first, second = self._exact_pair()
+        return first.to(self.dtype), second.to(self.dtype)
+
+    def _exact_pair(self) -> tuple[Tensor, Tensor]:
+        assert self.way is not None and self.pair is not None and self.thin is not None
+        return (self.thin, self.pair[1]) if self.way.thin == "left" else (self.pair[0].T, self.thin)
+
+    def weight(self) -> Tensor:
+        """W and the update (out, in): summed in the values' precision, then rounded."""
+        plain = self.base.to(self.entries.dtype)
+        total = plain + self.entries if self.way is None else torch.addmm(plain, *self._exact_pair())
+        return total.to(self.dtype)
+
+    def core_gradient(self, rows: Tensor, turned: Tensor | None, kept: Tensor) -> Tensor:
+        """V gY^T X U^T (r, c) from gY, V gY where it is there, and X or U X, whichever was kept."""
+        if self.way is None:
+            return rows.T @ kept
+        if self.way.gradient == "late":
+            return self.left @ (rows.T @ kept)
+        assert turned is not None
+        return turned.T @ kept if self.way.gradient == "turned" else (turned.T @ kept) @ self.right.T

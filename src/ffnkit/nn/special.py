@@ -40,6 +40,7 @@ class Special(nn.Module, ABC):
         """The layer that was replaced, around ``weight`` and the present bias."""
         plain: nn.Linear | Conv1D = self.__dict__["_shell"]
         plain._parameters.update(weight=weight, bias=self.bias)
+        fit(plain)  # it may have lost rows or columns since
         return plain.train(self.training)
 
     @property
@@ -54,6 +55,15 @@ class Special(nn.Module, ABC):
     def extra_repr(self) -> str:
         out, inner = self.features
         return f"out={out}, in={inner}, bias={self.bias is not None}, transposed={self.transposed}"
+
+
+def fit(linear: Any) -> None:
+    """Make the sides that a plain linear remembers those of its weight."""
+    rows, columns = linear.weight.shape
+    if hasattr(linear, "nf"):
+        linear.nf, linear.nx = columns, rows
+    elif hasattr(linear, "out_features"):
+        linear.out_features, linear.in_features = rows, columns
 
 
 def oriented(weight: Tensor, transposed: bool) -> Tensor:

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ffnkit.ops.routes import route
+
 Zeros = Callable[..., Tensor]
 DOUBLE_UP_TO = 4096  # rows; a float64 Gram matrix of more takes over 128 MB, and its eigenvectors minutes
+TOKENS = 2048  # of a training step, where the number is not known
 
 
 class Grams:
@@ -94,43 +97,41 @@ def top_share(energies: Tensor, count: int) -> float:
 
 
 def core_of(
-    energies: list[Tensor],
-    counts: list[int],
+    energies: Tensor,
+    count: int,
     share: float,
     out: int,
     inner: int,
-    fresh: list[Tensor] | None = None,
+    *,
+    fresh: Tensor | None = None,
+    room: int = 1,
+    tokens: int = TOKENS,
 ) -> tuple[int, int]:
-    """The cheapest leading rectangle (r, c) whose largest entries hold ``share`` of what the largest of all hold.
+    """The cheapest leading rectangle (r, c) whose ``count`` largest entries hold ``share`` of what the largest hold.
 
-    Cheapest: by the operations that its turned tokens take, r out + c in + r c for each token. Fewer rows never need
-    fewer columns, so one walk along the border of what is enough sees every candidate on a grid of 32 a side.
+    Cheapest: by the operations of a training step (``ops.routes``). Fewer rows never need fewer columns, so one walk
+    along the border of what is enough sees every candidate on a grid of 32 a side.
 
     Args:
-        energies: (m, l) of the entries of each weight, in the order of the bases. counts: how many entries of each.
-        share: in the mean over the weights.
+        energies: (m, l) of the entries of a weight (out, in), in the order of the bases.
         fresh: energies of other gradients, on which the entries are judged that the first ones choose: those that a
             rectangle was taken from flatter it.
+        room: the rectangle has so many times ``count`` entries at least, if there are as many.
+        tokens: of a step.
     """
-    rows, columns = energies[0].shape
+    rows, columns = energies.shape
     judged = energies if fresh is None else fresh
-    free = [max(_held(*each), 1e-300) for each in zip(energies, judged, counts, strict=True)]
+    least, free = min(room * count, rows * columns), _held(energies, judged, count)
 
     def enough(r: int, c: int) -> bool:
-        if r * c < max(counts):
-            return False
-        parts = [
-            _held(energy[:r, :c], other[:r, :c], count) / whole
-            for energy, other, count, whole in zip(energies, judged, counts, free, strict=True)
-        ]
-        return sum(parts) / len(parts) >= share
+        return r * c >= least and _held(energies[:r, :c], judged[:r, :c], count) >= share * free
 
     r_step, c_step = -(-rows // 32), -(-columns // 32)
     best, found = float("inf"), (rows, columns)
     r, c = rows, min(c_step, columns)
     while True:
         if enough(r, c):
-            cost = r * out + c * inner + r * c
+            cost = route(out, inner, r, c, tokens).cost
             if cost < best:
                 best, found = cost, (r, c)
             if r == 1:

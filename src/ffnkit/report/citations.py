@@ -73,6 +73,21 @@ CONNECTIONS = """@inproceedings{han2015learning,
   year      = {2015},
   note      = {arXiv:1506.02626}
 }"""
+DSEE = """@inproceedings{chen2023dsee,
+  title     = {{DSEE}: Dually Sparsity-embedded Efficient Tuning of Pre-trained Language Models},
+  author    = {Chen, Xuxi and Chen, Tianlong and Chen, Weizhu and Awadallah, Ahmed Hassan and Wang, Zhangyang and
+               Cheng, Yu},
+  booktitle = {Proceedings of the 61st Annual Meeting of the Association for Computational Linguistics},
+  year      = {2023},
+  note      = {arXiv:2111.00160}
+}"""
+WANDA = """@inproceedings{sun2024wanda,
+  title     = {A Simple and Effective Pruning Approach for Large Language Models},
+  author    = {Sun, Mingjie and Liu, Zhuang and Bair, Anna and Kolter, J. Zico},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2024},
+  note      = {arXiv:2306.11695}
+}"""
 MERGING = """@misc{verma2025merging,
   title         = {Merging Feed-Forward Sublayers for Compressed Transformers},
   author        = {Verma, Neha and Murray, Kenton and Duh, Kevin},
@@ -96,6 +111,8 @@ OF_METHOD: dict[str, tuple[str, ...]] = {
     "importance": (IMPORTANCE, MINITRON),
     "reinit": (MLP_FUSION,),
     "unstructured": (MLP_FUSION, CONNECTIONS),
+    "prune": (DSEE, WANDA, CONNECTIONS),
+    "heads": (DSEE,),
     "merging": (MERGING,),
     "ffn-drop": (MERGING,),
     "layer-drop": (MERGING,),

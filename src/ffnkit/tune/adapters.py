@@ -13,10 +13,12 @@ from ffnkit.errors import FfnkitError
 from ffnkit.loading import open_errors
 from ffnkit.parting import Parted, part, rejoin
 
-from . import lora
+from . import lora, zeros
 
 
-def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = False) -> nn.Module:
+def load_adapter(
+    model: nn.Module, folder: str | Path, *, trainable: bool = False, keep_zeros: bool = False
+) -> nn.Module:
     """A peft model around ``model`` with the LoRA adapter that ``folder`` holds, in every layer that it was made for.
 
     Where layers share an FFN, the adapter is shared too, or each layer has its own over the shared weights, as the
@@ -25,6 +27,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
     Args:
         model: the model that was tuned, compact, exported or quantized; changed in place.
         folder: what ``adapter_dir`` named. trainable: whether the adapter trains further.
+        keep_zeros: weights that are zero now (pruned) are zero after merging too.
 
     Raises:
         FfnkitError: no adapter is there, or the model lacks a linear that it was made for.
@@ -38,7 +41,10 @@ def load_adapter(model: nn.Module, folder: str | Path, *, trainable: bool = Fals
         names = list(dict.fromkeys(_module(key) for key in state))
         ties = lora._ties(model, [name for name in names if _has(model, name)])
         with open_errors(asked):
-            return lora.adapted(model, lambda base: _opened(base, folder, trainable), ties, parted)
+            noted = zeros.note(model) if keep_zeros else {}
+            tuned = lora.adapted(model, lambda base: _opened(base, folder, trainable), ties, parted)
+            zeros.hold(tuned, noted)
+            return tuned
     except FfnkitError:
         for each in parted:
             rejoin(cast(PreTrainedModel, model), each)

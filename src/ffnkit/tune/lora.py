@@ -17,7 +17,7 @@ from ffnkit.parting import Parted, own_weights, part, plain_layer, rejoin, settl
 from ffnkit.parts import head_modules, parts_of
 from ffnkit.sites import GROUPS, targets
 
-from . import quantizing
+from . import quantizing, zeros
 
 if TYPE_CHECKING:
     from .tuners import Lora
@@ -52,6 +52,7 @@ def prepare(model: nn.Module, tuner: Lora) -> nn.Module:
     found = list(tuner.routers_of(model))
     heads = list(head_modules(model)) if tuner.head else []
     parted = part(cast(PreTrainedModel, model)) if tuner.tied == "each" else []
+    noted = zeros.note(model) if tuner.keep_zeros else None
     try:
         modules, parameters = targets(model, tuner.targets)
         if tuner.routers == "trained":
@@ -83,6 +84,8 @@ def prepare(model: nn.Module, tuner: Lora) -> nn.Module:
     tuned = adapted(model, lambda base: _with_adapters(base, config), ties, parted)
     if tuner.also:
         _let_train(tuned, tuner)
+    if noted is not None:
+        zeros.hold(tuned, noted)
     return tuned
 
 
@@ -132,6 +135,7 @@ def finish(model: nn.Module, tuner: Lora) -> nn.Module:
     ties: list[list[str]] = getattr(model, _TIES, [])
     parted: list[Parted] = getattr(model, _PARTED, [])
     base = model.get_base_model()  # type: ignore[operator]
+    noted = zeros.held(model)
     differ = [each for each in parted if _is_adapted(base, each)]
     for each in parted:
         if each in differ:
@@ -147,6 +151,7 @@ def finish(model: nn.Module, tuner: Lora) -> nn.Module:
         settle(plain, parted, untied=differ)
     if hasattr(plain, "peft_config"):
         del plain.peft_config
+    zeros.restore(plain, noted)
     return cast(nn.Module, plain.requires_grad_(True))
 
 

@@ -14,6 +14,7 @@ from ffnkit.nn.special import is_special
 from ffnkit.parts import remember
 from ffnkit.plans import Plan, plan
 from ffnkit.surgery import apply, fold
+from ffnkit.tune import zeros
 
 if TYPE_CHECKING:
     from .tuners import _Adapting
@@ -32,6 +33,7 @@ def prepare(
     whole = cast(PreTrainedModel, model)
     if any(is_special(module) for module in model.modules()):
         fold(whole)
+    noted = zeros.note(model) if tuner.keep_zeros else None
     if keep is not None and keep.is_file():
         made = Plan.load(keep)
     else:
@@ -40,6 +42,8 @@ def prepare(
             made.save(keep)
     remember(model)
     apply(whole, made)
+    if noted is not None:
+        zeros.hold(model, noted)
     for router in found.values():
         router.requires_grad_(tuner.routers == "trained")
     return model
@@ -50,4 +54,7 @@ def finish(model: nn.Module, tuner: _Adapting) -> nn.Module:
     whole = cast(PreTrainedModel, model)
     if tuner.adapter_dir is not None:
         save_adapter(whole, tuner.adapter_dir)
-    return fold(whole)
+    noted = zeros.held(model)
+    plain = fold(whole, masked=tuner.keep_zeros)
+    zeros.restore(plain, noted)
+    return plain

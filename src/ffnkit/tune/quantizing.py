@@ -12,10 +12,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ffnkit import shapes
 from ffnkit.errors import FfnkitError
+from ffnkit.nn.quantized import in_few_bits
+from ffnkit.nn.quantized import in_float as in_float_form
 
 from .sharding import SharedLinear
 
-_LAYERS = ("Linear4bit", "Linear8bitLt")
 _FLAGS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
@@ -58,7 +59,7 @@ def quantize(model: nn.Module, kind: str, keep: Iterable[str]) -> list[str]:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether some linear holds its weight in another form than float: bitsandbytes' or torchao's."""
-    return any(_in_few_bits(module) for module in model.modules())
+    return any(in_few_bits(module) for module in model.modules())
 
 
 @torch.no_grad()
@@ -67,8 +68,8 @@ def in_float(model: nn.Module, names: Iterable[str]) -> None:
     kept = list(names)
     dtype = getattr(model, "dtype", torch.float32)
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if _in_few_bits(module) and any(name == k or name.startswith(f"{k}.") for k in kept):
-            model.set_submodule(name, _float(module, dtype))
+        if in_few_bits(module) and any(name == k or name.startswith(f"{k}.") for k in kept):
+            model.set_submodule(name, in_float_form(module, dtype))
 
 
 @torch.no_grad()
@@ -80,10 +81,10 @@ def merged(tuned: nn.Module) -> nn.Module:
     layers: list[Any] = [module for module in base.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         linear = layer.base_layer
-        if not _in_few_bits(linear):
+        if not in_few_bits(linear):
             layer.merge()
             continue
-        plain = _float(linear, base.dtype)
+        plain = in_float_form(linear, base.dtype)
         for name in layer.active_adapters:
             delta = layer.get_delta_weight(name)
             plain.weight += (delta.T if isinstance(plain, Conv1D) else delta).to(plain.weight)
@@ -91,9 +92,9 @@ def merged(tuned: nn.Module) -> nn.Module:
     plain_model: Any = tuned.unload()  # type: ignore[operator]
     made: dict[int, nn.Module] = {}
     for name, module in list(plain_model.named_modules(remove_duplicate=False)):
-        if _in_few_bits(module):
+        if in_few_bits(module):
             if id(module) not in made:
-                made[id(module)] = _float(module, plain_model.dtype)
+                made[id(module)] = in_float_form(module, plain_model.dtype)
             plain_model.set_submodule(name, made[id(module)])
     _forget(plain_model)
     return cast(nn.Module, plain_model)
@@ -146,25 +147,6 @@ def _quantized(linear: Any, kind: str, over: dict[int, Any]) -> nn.Module:
     layer.bias = linear.bias
     layer.source_cls = type(linear)  # as transformers notes it
     return cast(nn.Module, layer.train(linear.training))
-
-
-def _in_few_bits(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    kind = type(weight.data) if isinstance(weight, nn.Parameter) else None
-    return type(module).__name__ in _LAYERS or (kind is not None and kind.__module__.startswith("torchao."))
-
-
-def _float(linear: Any, dtype: torch.dtype) -> Any:
-    """The plain layer of the class that the model had, around what the quantized weight stands for."""
-    from peft.utils.integrations import dequantize_module_weight
-
-    weight = dequantize_module_weight(linear).detach().to(dtype)
-    transposed = issubclass(getattr(linear, "source_cls", nn.Linear), Conv1D)
-    with torch.device("meta"):
-        plain = Conv1D(weight.shape[0], weight.shape[1]) if transposed else nn.Linear(weight.shape[1], weight.shape[0])
-    plain.weight = nn.Parameter((weight.T if transposed else weight).contiguous())
-    plain.bias = linear.bias
-    return plain.train(linear.training)
 
 
 def _forget(model: Any) -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Routers = Literal["trained", "frozen"]
 Part = Literal["biases", "norms", "attention", "embeddings", "rest"]
+_KEEP_ZEROS = "weights that are zero before (pruned) are zero after it; without it merging fills them"
 _ROUTERS = "routers of a mixture of experts: trained or frozen"
 
 
@@ -157,7 +158,7 @@ class Lora(Tuner):
     rank: Annotated[int, Field(gt=0)] = Field(8, description="rank of the adapters")
     alpha: Annotated[float, Field(gt=0)] = Field(16, description="the adapters' output is scaled by alpha / rank")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="on the adapters' input")
-    targets: str = Field("ffn", description="ffn, attention, all, or a regular expression over module names")
+    targets: str = Field("ffn", description="ffn, attention, qv, all, or a regular expression over module names")
     head: bool = Field(True, description="train the task head too")
     also: tuple[Part, ...] = Field((), description="further parts that train: biases, norms, attention, ...")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="biases that train, as in peft")
@@ -168,12 +169,13 @@ class Lora(Tuner):
     quantize: Literal["none", "nf4", "int8"] = Field(
         "none", description="while tuning, hold the frozen linears in 4 bits or in int8, through bitsandbytes"
     )
+    keep_zeros: bool = Field(False, description=_KEEP_ZEROS)
 
     @model_serializer(mode="wrap")
     def _told(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """``tied`` and ``quantize`` are told where they are not the default, so that facts about others stay so."""
+        """Later settings are told where they are not the default, so that facts about runs without them stay so."""
         told: dict[str, Any] = handler(self)
-        plain: dict[str, Any] = {"tied": "shared", "quantize": "none", "also": ()}
+        plain: dict[str, Any] = {"tied": "shared", "quantize": "none", "also": (), "keep_zeros": False}
         return {k: v for k, v in told.items() if k not in plain or plain[k] != (tuple(v) if k == "also" else v)}
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -190,9 +192,16 @@ class Lora(Tuner):
 class _Adapting(_Beside):
     """What tuners have in common that put small updates beside frozen weights."""
 
-    targets: str = Field("ffn", description="ffn, attention, all, or a regular expression over module names")
+    targets: str = Field("ffn", description="ffn, attention, qv, all, or a regular expression over module names")
     layers: str = Field("all", description="of which layers the FFNs are taken: all, last:8, 4-11, 4,5,9")
     adapter_dir: Path | None = Field(None, description="also save the updates there, as a small adapter")
+    keep_zeros: bool = Field(False, description=_KEEP_ZEROS)
+
+    @model_serializer(mode="wrap")
+    def _zeros_told(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """``keep_zeros`` is told where it is not the default, so that facts about runs without it stay so."""
+        told: dict[str, Any] = handler(self)
+        return told if self.keep_zeros else {key: value for key, value in told.items() if key != "keep_zeros"}
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Plan without data and apply; ``tune.train`` gives batches to methods that want some.
@@ -223,7 +232,7 @@ class SparseGrad(_Adapting):
     count: Annotated[int, Field(gt=0)] | None = Field(None, description="so many a weight instead")
     selection: Literal["fixed", "refresh", "step"] = Field("fixed", description="when entries are chosen")
     basis: Literal["shared", "layer", "none"] = Field("shared", description="one a layer type, one a weight, or none")
-    core: Annotated[float, Field(gt=0, le=1)] = Field(0.99, description="energy that a leading core has to keep")
+    core: Annotated[float, Field(gt=0, le=1)] = Field(0.97, description="energy that a leading core has to keep")
     by: Literal["layer", "all"] = Field("layer", description="the count is one of each layer, or of all together")
     every: Annotated[int, Field(gt=0)] = Field(100, description="steps between refreshes")
     batches: Annotated[int, Field(gt=0)] = Field(30, description="batches of gradients that the choice is made from")
@@ -237,6 +246,37 @@ class SparseGrad(_Adapting):
         return Method(
             **own, batches=self.batches, seed=self.seed, sites=self.targets, layers=self.layers, also=self.parts
         )
+
+
+class Dsee(_Adapting):
+    """Train a low-rank update and single entries of each weight, of query and value by default.
+
+    Source: DSEE (arXiv 2111.00160).
+    """
+
+    name: ClassVar[str] = "dsee"
+    description: ClassVar[str] = "a low-rank update and single entries of each weight"
+
+    targets: str = Field("qv", description="qv, ffn, attention, all, or a regular expression over module names")
+    layers: str = Field("all", description="of which layers query and value, and FFNs, are taken: all, last:8, 4-11")
+    rank: Annotated[int, Field(ge=0)] = Field(16, description="of the low-rank update; 0: entries alone")
+    alpha: Annotated[float, Field(gt=0)] = Field(32, description="the update is scaled by alpha / rank")
+    nonzeros: Annotated[int, Field(ge=0)] = Field(64, description="entries of each weight that train; 0: none")
+    share: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="of each weight's entries instead")
+    support: Literal["svd", "grebsmo", "gradient", "magnitude", "random"] = Field(
+        "svd", description="how entries are chosen: svd, grebsmo, gradient, magnitude or random"
+    )
+    lora: Path | None = Field(None, description="folder of a peft LoRA adapter that the low-rank update starts from")
+    batches: Annotated[int, Field(gt=0)] = Field(30, description="batches that support gradient reads")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of the start and of random choices")
+
+    @property
+    def method(self) -> Any:
+        from ffnkit.methods.dsee import DSEE as Method
+
+        keys = ("rank", "alpha", "nonzeros", "share", "support", "layers", "batches", "seed")
+        lora = None if self.lora is None else str(self.lora)
+        return Method(**{key: getattr(self, key) for key in keys}, lora=lora, sites=self.targets, also=self.parts)
 
 
 class SparseMask(_Adapting):
@@ -295,7 +335,7 @@ class MeProp(_Adapting):
         return super().finish(model) if self.of == "weights" else meprop.finish(model, self)
 
 
-TUNERS: tuple[type[Tuner], ...] = (Full, Ffn, Lora, SparseGrad, SparseMask, MeProp, Head)
+TUNERS: tuple[type[Tuner], ...] = (Full, Ffn, Lora, SparseGrad, Dsee, SparseMask, MeProp, Head)
 
 
 def names() -> list[str]:

@@ -1,0 +1,376 @@
+"""The layer of DSEE: a low-rank and a sparse update train beside a frozen weight."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from ffnkit.nn.adapted import Adapted, whole
+from ffnkit.nn.quantized import float_weight, in_few_bits, in_float, sides
+from ffnkit.nn.special import oriented
+
+START = 0.02  # standard deviation of V at the start
+AT_ONCE = 1 << 20  # numbers of tokens times entries that are gathered at a time
+BLOCK = 256  # rows of the weight that get their entries at a time
+MANY = 0.01  # of a weight's entries: the gradient of more is taken out of products of blocks
+
+
+class SparseLowRank(Adapted):
+    """``y = (W + (alpha / r) (U V + S2)) x + b``: U, V and the chosen entries of S2 train.
+
+    Backward keeps the inputs and V x, and refers to W: neither W + S2 nor a gradient of W is there as a whole. Entries
+    are gathered from the inputs and added to the outputs; their gradients are gathered from both.
+
+    Attributes:
+        up: U (out, r), zero at the start; (len(rows), r) where only some outputs are updated. None with rank 0.
+        down: V (r, in), normal of deviation 0.02 at the start. None with rank 0.
+        values: (N,): the entries of S2, zero at the start. None without entries.
+        index: (N,) int32, ascending: row times in plus column of each value; int64 for weights of 2^31 entries.
+        rows: (m,) int32: the outputs that U V updates, or None: all.
+        alpha: everything is scaled by alpha / rank; by alpha with rank 0.
+
+    U, V and values are float32 whatever the weight's dtype (float64 over float64).
+
+    Source: DSEE (arXiv 2111.00160), section 3.2, without its mask S1: where W is pruned, ``base`` holds the zeros.
+    Differs: S2 is stored as N values and their places, where the released code trains a dense tensor under a mask.
+    """
+
+    kind: ClassVar[str] = "dsee"
+    up: nn.Parameter | None
+    down: nn.Parameter | None
+    values: nn.Parameter | None
+    index: Tensor | None
+    rows: Tensor | None
+
+    def __init__(
+        self,
+        linear: nn.Linear | Conv1D,
+        *,
+        rank: int = 0,
+        alpha: float = 32.0,
+        seed: int = 0,
+        index: Tensor | None = None,
+        values: Tensor | None = None,
+        up: Tensor | None = None,
+        down: Tensor | None = None,
+        rows: Tensor | None = None,
+    ) -> None:
+        out, inner = sides(linear)
+        super().__init__(linear)
+        self.rank, self.alpha = rank, float(alpha)
+        device = self.base.device
+        exact = torch.promote_types(self.base.dtype, torch.float32) if self.base.is_floating_point() else torch.float32
+        made = {"device": device, "dtype": exact, "copy": True}
+        self.register_buffer("rows", None if rows is None else rows.to(device, torch.int32))
+        self.register_buffer("index", None if index is None else index.to(device, index_dtype(out, inner)))
+        for name in ("up", "down", "values"):
+            self.register_parameter(name, None)
+        if rank:
+            if down is None:
+                down = torch.randn(rank, inner, generator=torch.Generator().manual_seed(seed)) * START
+            up = torch.zeros(out if rows is None else len(rows), rank) if up is None else up
+            self.up, self.down = nn.Parameter(up.to(**made)), nn.Parameter(down.to(**made))
+        if index is not None:
+            start = torch.zeros(len(index)) if values is None else values
+            self.values = nn.Parameter(start.to(**made))
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, or alpha with rank 0."""
+        return self.alpha / max(self.rank, 1)
+
+    @property
+    def trained(self) -> int:
+        """How many numbers train."""
+        return sum(p.numel() for p in (self.up, self.down, self.values) if p is not None)
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Row and column of each value, int64."""
+        assert self.index is not None
+        index, inner = self.index.long(), self.features[1]
+        return index // inner, index % inner
+
+    # --- the update
+
+    @torch.no_grad()
+    def update(self) -> Tensor:
+        out, inner = self.features
+        like = self.values if self.values is not None else self.up
+        assert like is not None
+        total = like.new_zeros(out, inner)
+        if self.up is not None and self.down is not None:
+            product = whole(self.up) @ whole(self.down)
+            if self.rows is None:
+                total += product
+            else:
+                total.index_add_(0, self.rows.long(), product)
+        if self.values is not None and self.index is not None:
+            total.view(-1).index_add_(0, self.index.long(), whole(self.values))
+        return total.mul_(self.scale)
+
+    def taken(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Rank and alpha; U, V, values and places."""
+        named = {name: getattr(self, name) for name in ("up", "down", "values", "index", "rows")}
+        parts = {name: whole(value).detach().clone() for name, value in named.items() if value is not None}
+        return {"rank": self.rank, "alpha": self.alpha, "trained": self.trained}, parts
+
+    @torch.no_grad()
+    def cut(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+        out, inner = self.features
+        if self.up is not None and rows is not None:
+            mine = rows if self.rows is None else _found(rows, self.rows.long(), out)[1]
+            if self.rows is not None:
+                self.rows = _found(rows, self.rows.long(), out)[0].to(self.rows.dtype)
+            self.up = _part(self.up, mine, 0)
+        if self.down is not None and columns is not None:
+            self.down = _part(self.down, columns, 1)
+        if self.values is not None:
+            row, column = self.places()
+            row, column = _moved(row, rows, out), _moved(column, columns, inner)
+            wide = inner if columns is None else len(columns)
+            order = torch.where((row < 0) | (column < 0), torch.iinfo(torch.int64).max, row * wide + column)
+            order, by = order.sort()
+            left = int((order != torch.iinfo(torch.int64).max).sum())
+            tall = out if rows is None else len(rows)
+            self.index = order[:left].to(index_dtype(tall, wide))
+            self.values = _part(self.values, by[:left], 0)
+        self._cut_plain(rows, columns)
+
+    @torch.compiler.disable  # a compiled model is cut here
+    def forward(self, x: Tensor) -> Tensor:
+        return _Apply.apply(x, self.up, self.down, self.values, self.bias, self, _dtype_of(x))
+
+    def extra_repr(self) -> str:
+        entries = 0 if self.values is None else len(self.values)
+        return f"rank={self.rank}, entries={entries:,}, scale={self.scale:g}, {super().extra_repr()}"
+
+
+class QuantizedSparseLowRank(SparseLowRank):
+    """The same update beside a weight in few bits: the quantized linear itself gives W x and its gradient.
+
+    Folding gives a plain linear in float with the update in it: rounded into few bits, it would be lost in part.
+    """
+
+    def _stand_in(self, linear: nn.Linear | Conv1D) -> None:
+        self.transposed = False
+        self.bias = linear.bias
+        linear._parameters["bias"] = None
+        self.__dict__["_shell"] = linear
+        self.training = linear.training
+
+    @property
+    def shell(self) -> Any:
+        """The quantized linear, without bias."""
+        linear = self.__dict__["_shell"]
+        linear._parameters["weight"] = self.base  # which may have been moved to a device
+        return linear
+
+    @property
+    def features(self) -> tuple[int, int]:
+        return sides(self.__dict__["_shell"])
+
+    @property
+    def weight(self) -> Tensor:
+        """W + D, (out, in), in float32: what W stands for, and the update."""
+        total = self.update()
+        return total.add_(float_weight(self.shell).to(total))
+
+    def fold(self, *, masked: bool = False) -> nn.Linear | Conv1D:
+        plain: nn.Linear | Conv1D = in_float(self.shell, getattr(self.shell, "compute_dtype", None) or torch.float32)
+        total = self.weight.to(plain.weight.dtype)
+        plain.weight = nn.Parameter((total.T if isinstance(plain, Conv1D) else total).contiguous())
+        plain.bias = self.bias
+        return plain
+
+    def restore(self) -> nn.Linear | Conv1D:
+        linear = self.shell
+        linear._parameters["bias"] = self.bias
+        return linear.train(self.training)  # type: ignore[no-any-return]
+
+    def cut(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+        raise ValueError("a weight in few bits cannot be cut: remove heads and neurons in float, then quantize")
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.shell(x)
+        y = y + _Apply.apply(x, self.up, self.down, self.values, None, self, _dtype_of(x)).to(y.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def sparse_low_rank(linear: nn.Linear | Conv1D, **given: Any) -> SparseLowRank:
+    """The layer that fits a linear, be its weight in float or in few bits."""
+    return (QuantizedSparseLowRank if in_few_bits(linear) else SparseLowRank)(linear, **given)
+
+
+def index_dtype(out: int, inner: int) -> torch.dtype:
+    """The dtype that holds every place of a weight of this size."""
+    return torch.int32 if out * inner < 1 << 31 else torch.int64
+
+
+# --- the product and its gradients
+
+
+class _Apply(torch.autograd.Function):
+    """The product, and the gradients of inputs, U, V, values and bias. Over a quantized weight: of the update alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, up: Any, down: Any, values: Any, bias: Tensor | None, layer: SparseLowRank, dtype: Any
+    ) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1]).to(dtype)
+        y = _frozen(layer, tokens, values, bias)
+        reduced = None
+        if up is not None:
+            reduced = tokens @ down.to(dtype).T
+            if layer.rows is None:
+                y.addmm_(reduced, up.to(dtype).T, alpha=layer.scale)
+            else:
+                y.index_add_(1, layer.rows, reduced @ up.to(dtype).T, alpha=layer.scale)
+        ctx.save_for_backward(tokens, reduced, up, down, values)
+        ctx.layer, ctx.dtype, ctx.given = layer, x.dtype, x.shape
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        tokens, reduced, up, down, values = ctx.saved_tensors
+        layer: SparseLowRank = ctx.layer
+        rows, scale = grad.reshape(-1, grad.shape[-1]), layer.scale
+        tokens = tokens.to(rows.dtype)
+        x_grad = up_grad = down_grad = value_grad = bias_grad = back = None
+        mine = rows if layer.rows is None or up is None else rows.index_select(1, layer.rows)
+        if up is not None:
+            back = mine @ up.to(rows.dtype)
+        if ctx.needs_input_grad[0]:
+            x_grad = _frozen_back(layer, rows, values)
+            if back is not None:
+                x_grad.addmm_(back, down.to(rows.dtype), alpha=scale)
+            x_grad = x_grad.view(ctx.given).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            up_grad = (mine.T @ reduced.to(rows.dtype)).to(up.dtype).mul_(scale)
+        if ctx.needs_input_grad[2] and back is not None:
+            down_grad = (back.T @ tokens).to(down.dtype).mul_(scale)
+        if ctx.needs_input_grad[3]:
+            value_grad = _gathered(layer, rows, tokens).to(values.dtype).mul_(scale)
+        if ctx.needs_input_grad[4]:
+            bias_grad = rows.sum(0)
+        return x_grad, up_grad, down_grad, value_grad, bias_grad, None, None
+
+
+def _dtype_of(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _frozen(layer: SparseLowRank, tokens: Tensor, values: Tensor | None, bias: Tensor | None) -> Tensor:
+    """(W + scale S2) x + b; without W x where the weight is quantized."""
+    out, dtype = layer.features[0], tokens.dtype
+    if isinstance(layer, QuantizedSparseLowRank):
+        y = tokens.new_zeros(len(tokens), out)
+    elif _by_blocks(layer, tokens):
+        y = tokens.new_empty(len(tokens), out)
+        for start, block in _blocks(layer, values, dtype):
+            torch.mm(tokens, block.T, out=y[:, start : start + len(block)])
+        return y if bias is None else y.add_(bias.to(dtype))
+    else:
+        plain = oriented(layer.base, layer.transposed).to(dtype)
+        y = tokens @ plain.T if bias is None else torch.addmm(bias.to(dtype), tokens, plain.T)
+    if values is not None:
+        row, column = layer.places()
+        _scatter(y, tokens, row, column, values, layer.scale)
+    return y
+
+
+def _frozen_back(layer: SparseLowRank, rows: Tensor, values: Tensor | None) -> Tensor:
+    """The gradient of the inputs through W + scale S2; without W where the weight is quantized."""
+    inner, dtype = layer.features[1], rows.dtype
+    if isinstance(layer, QuantizedSparseLowRank):
+        x_grad = rows.new_zeros(len(rows), inner)
+    elif _by_blocks(layer, rows):
+        x_grad = rows.new_zeros(len(rows), inner)
+        for start, block in _blocks(layer, values, dtype):
+            x_grad.addmm_(rows[:, start : start + len(block)], block)
+        return x_grad
+    else:
+        x_grad = rows @ oriented(layer.base, layer.transposed).to(dtype)
+    if values is not None:
+        row, column = layer.places()
+        _scatter(x_grad, rows, column, row, values, layer.scale)
+    return x_grad
+
+
+def _by_blocks(layer: SparseLowRank, tokens: Tensor) -> bool:
+    """Whether entries are put into blocks of the weight: where that is cheaper, and loses no bits of theirs."""
+    out, inner = layer.features
+    entries = 0 if layer.index is None else len(layer.index)
+    return len(tokens) * entries > out * inner and tokens.dtype in (torch.float32, torch.float64)
+
+
+def _blocks(layer: SparseLowRank, values: Any, dtype: torch.dtype) -> Any:
+    """First row, and W + scale S2 of the rows from there, a block at a time."""
+    plain, inner = oriented(layer.base, layer.transposed), layer.features[1]
+    for start, first, last in _bounds(layer):
+        block = plain[start : start + BLOCK].to(dtype, copy=True, memory_format=torch.contiguous_format)
+        assert layer.index is not None
+        index = layer.index[first:last].long() - start * inner
+        block.view(-1).index_add_(0, index, values[first:last].to(dtype), alpha=layer.scale)
+        yield start, block
+
+
+def _bounds(layer: SparseLowRank) -> list[tuple[int, int, int]]:
+    """First row of each block, and its first and last value."""
+    assert layer.index is not None
+    out, inner = layer.features
+    starts = torch.arange(0, out, BLOCK, device=layer.index.device)
+    edges = torch.searchsorted(layer.index.long(), starts * inner).tolist() + [len(layer.index)]
+    return list(zip(range(0, out, BLOCK), edges, edges[1:], strict=False))
+
+
+def _scatter(y: Tensor, x: Tensor, into: Tensor, source: Tensor, values: Tensor, scale: float) -> None:
+    """``y[:, into] += scale * values * x[:, source]``, so many entries at a time as memory is meant to hold."""
+    given, step = values.to(x.dtype), max(1, AT_ONCE // max(len(x), 1))
+    for row, column, value in zip(into.split(step), source.split(step), given.split(step), strict=True):
+        y.index_add_(1, row, x.index_select(1, column).mul_(value), alpha=scale)
+
+
+def _gathered(layer: SparseLowRank, rows: Tensor, tokens: Tensor) -> Tensor:
+    """The sum over tokens of gY[row] x[column] for each entry."""
+    row, column = layer.places()
+    out, inner = layer.features
+    exact = torch.promote_types(rows.dtype, torch.float32)
+    if len(row) > MANY * out * inner:
+        parts = []
+        for start, first, last in _bounds(layer):
+            product = rows[:, start : start + BLOCK].T @ tokens
+            parts.append(product[row[first:last] - start, column[first:last]].to(exact))
+        return torch.cat(parts)
+    step = max(1, AT_ONCE // max(len(rows), 1))
+    pairs = zip(row.split(step), column.split(step), strict=True)
+    return torch.cat([(rows.index_select(1, r) * tokens.index_select(1, c)).sum(0, dtype=exact) for r, c in pairs])
+
+
+# --- cutting
+
+
+def _moved(places: Tensor, kept: Tensor | None, size: int) -> Tensor:
+    """Where places stand among those that are kept; -1: gone."""
+    if kept is None:
+        return places
+    to = torch.full((size,), -1, device=places.device)
+    to[kept] = torch.arange(len(kept), device=places.device)
+    return to[places]
+
+
+def _found(kept: Tensor, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Of ``rows``: their new places, ascending by the old order, and which of them stay."""
+    new = _moved(rows, kept, size)
+    stay = (new >= 0).nonzero()[:, 0]
+    return new[stay], stay
+
+
+def _part(parameter: nn.Parameter, kept: Tensor, side: int) -> nn.Parameter:
+    return nn.Parameter(parameter.index_select(side, kept).contiguous(), parameter.requires_grad)

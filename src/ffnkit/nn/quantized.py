@@ -1,0 +1,54 @@
+"""Linears whose weight is held in few bits: bitsandbytes' and torchao's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+_LAYERS = ("Linear4bit", "Linear8bitLt")
+
+
+def in_few_bits(module: nn.Module) -> bool:
+    """Whether a linear holds its weight in another form than float."""
+    weight = module._parameters.get("weight")
+    kind = type(weight.data) if isinstance(weight, nn.Parameter) else None
+    return type(module).__name__ in _LAYERS or (kind is not None and kind.__module__.startswith("torchao."))
+
+
+@torch.no_grad()
+def float_weight(linear: Any) -> Tensor:
+    """What a linear's weight stands for, (out, in), float: the weight itself, or a copy out of few bits."""
+    if not in_few_bits(linear):
+        weight: Tensor = linear.weight.detach()
+        return weight.mT if isinstance(linear, Conv1D) else weight
+    if type(linear).__name__ == "Linear8bitLt":  # peft's function exchanges the layer's weight
+        state, held = linear.state, linear.weight
+        scales = state.SCB if state.SCB is not None else held.SCB
+        numbers = state.CB if state.CB is not None else held.CB if held.CB is not None else held.data
+        return numbers.float() * (scales.float() / 127)[:, None].to(numbers.device)  # type: ignore[no-any-return]
+    from peft.utils.integrations import dequantize_module_weight
+
+    return dequantize_module_weight(linear).detach()
+
+
+def sides(linear: Any) -> tuple[int, int]:
+    """(out, in) of a linear; packed weights do not show it."""
+    if in_few_bits(linear):
+        return int(linear.out_features), int(linear.in_features)
+    rows, columns = linear.weight.shape
+    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
+
+
+@torch.no_grad()
+def in_float(linear: Any, dtype: torch.dtype) -> Any:
+    """The plain layer of the class that the model had, around what the quantized weight stands for."""
+    weight = float_weight(linear).to(dtype)
+    transposed = issubclass(getattr(linear, "source_cls", nn.Linear), Conv1D)
+    with torch.device("meta"):
+        plain = Conv1D(weight.shape[0], weight.shape[1]) if transposed else nn.Linear(weight.shape[1], weight.shape[0])
+    plain.weight = nn.Parameter((weight.T if transposed else weight).contiguous())
+    plain.bias = linear.bias
+    return plain.train(linear.training)
