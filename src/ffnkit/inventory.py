@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ffnkit import blocks
 from ffnkit.attention import Attention, attentions
+from ffnkit.nn.adapted import Adapted
 from ffnkit.nn.special import Special
 
 
@@ -147,7 +148,6 @@ class Inventory:
         lines += [f"  left out: {left}" for left in self.left_out]
         return "\n".join(lines)
 
-
     def _attention_lines(self) -> list[str]:
         """A line for all layers whose attention has one shape."""
         by_shape: dict[str, list[AttentionRow]] = {}
@@ -250,9 +250,11 @@ def _mirrored(model: nn.Module, covered: set[int]) -> Iterator[Place]:
     for owner, *pair in blocks.mirrored(model, without=covered):
         paths = [f"{owner}.{name}" if owner else name for name in pair]
         near = [type(modules[path.rpartition(".")[0]]).__name__ for path in paths]
-        weights = {
-            f"{name}.weight": modules[path].get_parameter("weight") for name, path in zip(pair, paths, strict=True)
-        }
+        linears = [modules[path] for path in paths]
+        stored = [linear.base if isinstance(linear, Adapted) else linear.weight for linear in linears]
+        weights = {f"{name}.weight": p for name, p in zip(pair, stored, strict=True) if isinstance(p, nn.Parameter)}
+        if len(weights) < len(pair):  # a thin pair stands in the place of a weight
+            continue
         narrow, wide = sorted(weights[f"{pair[0]}.weight"].shape)
         if wide <= _WIDEST * narrow and not any(_NO_FFN.search(text) for text in (*paths, *near)):
             yield owner, weights, "mirrored linears of no known row"

@@ -27,9 +27,10 @@ def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str
     Raises:
         FfnkitError: nothing matches, or the expression cannot be read.
     """
+    modules: list[str]
+    parameters: list[str] = []
     if asked == "qv":
-        found_rows = query_value(model, layers)
-        modules, parameters = [name for name in found_rows if not isinstance(model.get_submodule(name), Special)], []
+        modules = [n for n in query_value(model, layers) if not isinstance(model.get_submodule(n), Special)]
     elif asked in GROUPS:
         modules, parameters = _ffn_targets(model, layers) if asked != "attention" else ([], [])
         if asked != "ffn":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ffnkit import blocks, heads, masking, shapes
+from ffnkit import blocks, head_config, heads, masking, shapes
 from ffnkit.attention import find
 from ffnkit.blocks import FFN
 from ffnkit.depth import moved, without_layers
@@ -71,7 +71,7 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     if gone:
         renamed, _ = without_layers(model, gone)
         keys, original = moved(keys, renamed, gone), moved(original, renamed, gone)
-    heads.settle(model)
+    head_config.settle(model)
     shapes.update_config(model, keys, original)
     run_uneven_experts(model)
     if train:

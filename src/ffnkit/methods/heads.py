@@ -31,8 +31,8 @@ class RemoveHeads:
     Attributes:
         share: what goes of each attention: a float is a share of its heads, an int counts heads (or groups); or one by
             the attention's name, and those that it leaves out stay whole.
-        by: scores; "weight" sums |W| over a head's rows of query and value; "update" sums |update| of the same rows, where
-            they carry one; "both" sums |W + update|; "random".
+        by: what scores a head: "weight" sums |W| over its rows of query and value; "update" sums |update| of the same
+            rows, where they carry one; "both" sums |W + update|; "random".
         layers: which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".
         seed: of random scores.
 
@@ -147,7 +147,7 @@ def _weight(attention: Attention, _: torch.Generator) -> Tensor:
 def _update(attention: Attention, _: torch.Generator) -> Tensor:
     linears = [attention.linear(role) for role in ("q", "v")]
     if not any(isinstance(linear, Adapted) for linear in linears):
-        do = "Tune with dsee on query and value first, or take by="weight""
+        do = "Tune with dsee on query and value first, or take weight"
         raise FfnkitError(f"by update in {attention.name}", "neither query nor value carries an update", do)
     return by_unit(attention, lambda linear: linear.update() if isinstance(linear, Adapted) else _nothing(linear))
 

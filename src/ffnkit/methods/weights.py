@@ -52,7 +52,8 @@ class Prunable:
     def stored(self) -> Tensor:
         """The weight as (.., out, in), a view of what the model holds; below an update the frozen one."""
         if self.site:
-            return self.module._oriented(self.site)  # type: ignore[no-any-return]
+            weight: Tensor = self.module._oriented(self.site)
+            return weight
         return oriented(stored_weight(self.module), is_transposed(self.module))
 
     @property

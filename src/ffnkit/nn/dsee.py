@@ -64,7 +64,7 @@ class SparseLowRank(Adapted):
         self.rank, self.alpha = rank, float(alpha)
         device = self.base.device
         exact = torch.promote_types(self.base.dtype, torch.float32) if self.base.is_floating_point() else torch.float32
-        made = {"device": device, "dtype": exact, "copy": True}
+        made: Any = {"device": device, "dtype": exact, "copy": True}
         self.register_buffer("rows", None if rows is None else rows.to(device, torch.int32))
         self.register_buffer("index", None if index is None else index.to(device, index_dtype(out, inner)))
         for name in ("up", "down", "values"):
@@ -183,13 +183,14 @@ class QuantizedSparseLowRank(SparseLowRank):
         plain: nn.Linear | Conv1D = in_float(self.shell, getattr(self.shell, "compute_dtype", None) or torch.float32)
         total = self.weight.to(plain.weight.dtype)
         plain.weight = nn.Parameter((total.T if isinstance(plain, Conv1D) else total).contiguous())
-        plain.bias = self.bias
+        plain._parameters["bias"] = self.bias
         return plain
 
     def restore(self) -> nn.Linear | Conv1D:
         linear = self.shell
         linear._parameters["bias"] = self.bias
-        return linear.train(self.training)  # type: ignore[no-any-return]
+        plain: nn.Linear | Conv1D = linear.train(self.training)
+        return plain
 
     def cut(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
         raise ValueError("a weight in few bits cannot be cut: remove heads and neurons in float, then quantize")

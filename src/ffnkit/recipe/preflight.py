@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ffnkit import methods
 from ffnkit.errors import FfnkitError
 
 from .sources import Source, expand, method_of
@@ -22,17 +23,20 @@ def preflight(recipe: Recipe) -> tuple[str, str]:
             columns or labels. The line names the arm or the field.
     """
     source = Source(recipe)
-    compressed = {name: arm for name, arm in recipe.arms.items() if arm.compressed}
-    if compressed:
+    changed = {name: arm for name, arm in recipe.arms.items() if arm.compressed or arm.prune}
+    if changed:
         from ffnkit.budget.sizes import room
 
         empty = source.empty()
-        for name, arm in compressed.items():
+        for name, arm in changed.items():
             try:
-                method = method_of(arm, recipe.seeds[0])
-                method.targets(empty)
-                if arm.budget is not None:
-                    room(empty, arm.budget, method.layers, arm.multiple)
+                if arm.compressed:
+                    method = method_of(arm, recipe.seeds[0])
+                    method.targets(empty)
+                    if arm.budget is not None:
+                        room(empty, arm.budget, method.layers, arm.multiple)
+                for spec in arm.prune:
+                    methods.build(spec.method, **spec.settings).targets(empty)
             except FfnkitError as error:
                 raise error.within(f"arms.{name}") from None
     _ = source.tokenizer

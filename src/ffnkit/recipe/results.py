@@ -13,7 +13,8 @@ from ffnkit.files import write_text
 from .schema import Recipe
 from .state import Unit, arm_dict, read_json, stages_of, unit_of, write_json
 
-STAGE_MARKERS = ("compress", "distil", "before", "tune", "evaluate", "export")
+STAGE_MARKERS = ("compress", "distil", "before", "tune", "prune", "recover", "evaluate", "export")
+_PRUNING = {"kept", "sparsity", "merging"}  # figures of the stages prune and recover
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
     """The row of one unit from its markers; what was not measured is None."""
     marks = {stage: unit.marker(stage) or {} for stage in STAGE_MARKERS}
     failed, end = unit.marker("failed"), unit.marker("end") or {}
+    last = marks["recover"] or marks["tune"]
     done = unit.done
     arm = recipe.arms[unit.arm]
     row: dict[str, Any] = {
@@ -69,10 +71,12 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
         "seed": unit.seed,
         "status": "done" if done else "failed" if failed else "not run",
         "metrics": marks["evaluate"].get("metrics", {}),
-        "dev_metric": marks["tune"].get("dev_metric"),
-        "best_step": marks["tune"].get("best_step"),
+        "dev_metric": last.get("dev_metric"),
+        "best_step": last.get("best_step"),
         "steps": marks["tune"].get("steps"),
     }
+    if pruned := {name: marks[stage][name] for stage in ("prune", "recover") for name in _PRUNING & {*marks[stage]}}:
+        row["pruning"] = pruned | ({"recover_steps": last.get("steps")} if marks["recover"] else {})
     if recipe.evaluate_before:
         row["metrics_before"] = marks["before"].get("metrics", {})
     for name in ("parameters", "ffn_parameters", "flops_per_token", "ffn_flops_per_token"):
@@ -82,7 +86,8 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
         row[name] = marks["export"].get(name)
     measured = latency.get("arms", {}).get(unit.arm) if done else None
     row |= measured or {"latency_s": None, "latency_ratio": None}
-    row["peak_memory_bytes"] = marks["tune"].get("peak_memory_bytes")
+    peaks = [marks[stage].get("peak_memory_bytes") for stage in ("tune", "recover")]
+    row["peak_memory_bytes"] = max((peak for peak in peaks if peak is not None), default=None)
     stages = stages_of(recipe, unit.arm)
     row["seconds"] = {stage: marks[stage]["seconds"] for stage in stages if "seconds" in marks[stage]}
     row["attempts"] = {stage: marks[stage]["attempts"] for stage in stages if marks[stage].get("attempts", 1) > 1}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Annotated, Any, Literal, NoReturn
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -15,8 +16,8 @@ from ffnkit.tune.settings import CalibrationSettings, DistilSettings, TrainSetti
 
 from .settings import check_budget, check_method, check_task, check_tuner, widened
 
-STAGES = ("compress", "distil", "tune", "evaluate", "export")
-Stage = Literal["compress", "distil", "tune", "evaluate", "export"]
+Stage = Literal["compress", "distil", "tune", "prune", "recover", "evaluate", "export"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 Count = Annotated[int, Field(strict=True, gt=0)]
 NAMES = {"inputs": "input"}  # fields of a task whose name in a recipe is another
 NONE = "none"  # the method of an arm that is left uncompressed
@@ -124,12 +125,32 @@ class TunerSpec(BaseModel):
         return dict(self.model_extra or {})
 
 
+class Pruning(BaseModel):
+    """A method that takes something away after tuning; further fields are the method's own settings."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    method: str
+
+    @model_validator(mode="after")
+    def _known(self) -> Pruning:
+        complaint = check_method(self.method, self.settings)
+        if complaint:
+            fail((complaint[0],), complaint[1], self.settings.get(complaint[0], self.method))
+        return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method's own settings."""
+        return dict(self.model_extra or {})
+
+
 class Arm(Part):
     """One way to treat the model; the method's own settings stand beside ``method`` in the file.
 
     ``budget`` takes the place of the setting ``width``: widths by layer that keep to it, multiples of ``multiple``, or
     one width for all with ``uniform``. ``tune`` holds the settings of the tuning that differ for this arm, such as its
-    learning rate.
+    learning rate. ``prune`` names what the stage prune does between tuning and recovery, one method or several in
+    turn; ``recover`` the settings of the recovery that differ.
     """
 
     method: str = NONE
@@ -138,6 +159,8 @@ class Arm(Part):
     uniform: StrictBool | None = None
     tuner: TunerSpec | None = None
     tune: dict[str, Any] | None = None
+    prune: tuple[Pruning, ...] = ()
+    recover: dict[str, Any] | None = None
     distil: StrictBool = True
     settings: dict[str, Any] = Field(default_factory=dict)
 
@@ -155,6 +178,11 @@ class Arm(Part):
             if complaint:
                 fail((complaint[0],), complaint[1], settings.get(complaint[0], method))
         return {**own, "settings": settings}
+
+    @field_validator("prune", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
 
     @property
     def compressed(self) -> bool:
@@ -192,6 +220,7 @@ class Recipe(Part):
     tuner: TunerSpec = TunerSpec()
     arms: dict[str, Arm]
     tune: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
+    recover: dict[str, Any] = Field(default_factory=dict)
     distil: DistilSettings = Field(default_factory=lambda: DistilSettings.model_validate({}))
     generation: GenerationSettings = Field(default_factory=lambda: GenerationSettings.model_validate({}))
     evaluate_before: StrictBool = False
@@ -235,24 +264,41 @@ class Recipe(Part):
         for name, arm in self.arms.items():
             if arm.compressed and "compress" not in self.stages:
                 fail(("stages",), f"arm {name} has a method, so the stage compress is needed", list(self.stages))
-            if arm.tune is not None:
-                self._check_tune(name, arm.tune)
+            if arm.prune and "prune" not in self.stages:
+                fail(("stages",), f"arm {name} has pruning, so the stage prune is needed", list(self.stages))
+            self._check_training(name, "tune", self.tune_of)
+            if self.recovers(name):
+                self._check_training(name, "recover", self.recover_of)
+        for first, then in (("tune", "prune"), ("prune", "recover")):
+            if then in self.stages and first not in self.stages:
+                fail(("stages",), f"{then} needs {first} before it", list(self.stages))
         if "distil" in self.stages and "compress" not in self.stages:
             fail(("stages",), "distil needs compress before it", list(self.stages))
         return self
 
-    def _check_tune(self, name: str, given: dict[str, Any]) -> None:
+    def _check_training(self, name: str, stage: str, read: Callable[[str], TrainSettings]) -> None:
+        given = getattr(self.arms[name], stage) or {}
         try:
-            self.tune_of(name)
+            read(name)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             path = [str(part) for part in first["loc"]] or [next(iter(given), "")]
-            fail(("arms", name, "tune", *path), first["msg"], first["input"])
+            where = ("arms", name, stage) if path[0] in given else (stage,)
+            fail((*where, *path), first["msg"], first["input"])
 
     def tune_of(self, arm: str) -> TrainSettings:
         """The settings of an arm's tuning: the recipe's with the arm's own in their place."""
         own = self.arms[arm].tune
         return TrainSettings.model_validate({**self.tune.model_dump(), **own}) if own else self.tune
+
+    def recover_of(self, arm: str) -> TrainSettings:
+        """The settings of an arm's recovery: those of its tuning, with what ``recover`` says in their place."""
+        own = {**self.recover, **(self.arms[arm].recover or {})}
+        return TrainSettings.model_validate({**self.tune_of(arm).model_dump(), **own})
+
+    def recovers(self, arm: str) -> bool:
+        """Whether an arm is tuned again after it was pruned."""
+        return bool(self.arms[arm].prune) and "recover" in self.stages
 
     def units(self) -> list[tuple[str, int]]:
         """Every (arm, seed), seed by seed, so that a first whole comparison is there early."""
@@ -273,6 +319,8 @@ class Recipe(Part):
 def arm_dict(arm: Arm) -> dict[str, Any]:
     """An arm as it stands in the file: the method's settings beside ``method``."""
     data = arm.model_dump(mode="json", exclude={"settings"}, exclude_none=True)
+    if not arm.prune:
+        del data["prune"]
     return {**data, **arm.settings}
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ffnkit.tasks import AnyTask, Splits
+    from ffnkit.tune import TrainSettings
 
 PACKAGED = "quickstart"  # the name of the model that comes with a package
 
@@ -49,9 +50,12 @@ def method_of(arm: Arm, seed: int, widths: Any = None) -> Any:
     from ffnkit import methods
 
     settings = arm.placed if widths is None else {**arm.settings, "width": widths}
-    if has_setting(arm.method, "seed"):
-        settings.setdefault("seed", seed)
-    return methods.build(arm.method, **settings)
+    return methods.build(arm.method, **seeded(arm.method, settings, seed))
+
+
+def seeded(method: str, settings: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Settings of a method with the unit's seed, unless they have one."""
+    return {"seed": seed, **settings} if has_setting(method, "seed") else settings
 
 
 def widths_of(arm: Arm, model: Any, data: Any) -> Any:
@@ -156,6 +160,15 @@ class Source:
         if settings.text is not None:
             settings = settings.model_copy(update={"text": expand(settings.text)})
         return calibration_batches(model, self.tokenizer, settings, task=self.task, rows=self.splits.train, seed=seed)
+
+    def dev_batches(self, model: PreTrainedModel, settings: TrainSettings) -> list[dict[str, Any]]:
+        """All rows of dev with their labels."""
+        from ffnkit.tasks.running import encoded_rows
+        from ffnkit.tune.calibration import first_batches
+
+        rows = encoded_rows(self.task, self.splits.dev, self.tokenizer, settings.max_length, model)
+        size = settings.eval_batch_size
+        return first_batches(rows, self.task.collator(self.tokenizer, model), size, -(-len(rows) // size))
 
     def widths(self) -> dict[str, int]:
         """Width of each FFN before compression, by name."""

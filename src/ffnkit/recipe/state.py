@@ -109,7 +109,7 @@ def base_facts(recipe: Recipe, model: str, data: str) -> dict[str, Any]:
         "tokenizer": recipe.tokenizer,
         "task": plain["task"],
         "limits": plain["limits"],
-        "stages": [stage for stage in recipe.stages if stage != "distil"],
+        "stages": [stage for stage in recipe.stages if stage not in ("distil", "prune", "recover")],
         "tune": {name: value for name, value in plain["tune"].items() if name not in HARMLESS},
         "generation": {name: value for name, value in plain["generation"].items() if name != "batch_size"},
         "evaluate_before": recipe.evaluate_before,
@@ -123,8 +123,10 @@ def unit_facts(recipe: Recipe, base: dict[str, Any], arm: str, seed: int) -> dic
     chosen = recipe.arms[arm]
     facts: dict[str, Any] = {"arm": arm_dict(chosen), "tuner": recipe.tuner_of(arm).model_dump(), "seed": seed, **base}
     facts["arm"].pop("tuner", None)
-    facts["calibration"] = calibration_facts(recipe) if measures(chosen) else None
+    facts["calibration"] = calibration_facts(recipe) if measures(chosen) or prunes_by_data(chosen) else None
     facts["distil"] = distil_facts(recipe) if distilled(recipe, arm) else None
+    if recipe.recovers(arm):
+        facts["recover"] = recipe.recover_of(arm).model_dump(mode="json", exclude=set(HARMLESS))
     return facts
 
 
@@ -133,6 +135,13 @@ def measures(arm: Arm) -> bool:
     from ffnkit import methods
 
     return arm.compressed and bool(getattr(methods.get(arm.method), "needs_data", False))
+
+
+def prunes_by_data(arm: Arm) -> bool:
+    """Whether an arm's pruning measures activations on data."""
+    from ffnkit import methods
+
+    return any(getattr(methods.build(spec.method, **spec.settings), "needs_data", False) for spec in arm.prune)
 
 
 def calibration_facts(recipe: Recipe) -> dict[str, Any]:
@@ -165,6 +174,7 @@ def stages_of(recipe: Recipe, arm: str) -> list[str]:
     """The stages that a unit of this arm passes through."""
     skipped = set() if distilled(recipe, arm) else {"distil"}
     skipped |= set() if recipe.arms[arm].compressed else {"compress"}
+    skipped |= set() if recipe.arms[arm].prune else {"prune", "recover"}
     stages: list[str] = [stage for stage in recipe.stages if stage not in skipped]
     if recipe.evaluate_before:
         stages.insert(stages.index("tune") if "tune" in stages else len(stages), "before")

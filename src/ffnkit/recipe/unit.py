@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import ffnkit
+from ffnkit.adapters import is_adapted
 from ffnkit.report import environment, measure
+from ffnkit.report.sparsity import merge_costs, sparsity
 
 from . import sources
 from .cards import card_of
@@ -20,8 +22,11 @@ from .state import Unit, digest, measures, stages_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ffnkit.tune import TrainSettings
+
 Say = Callable[[str], None]
 PLAN, DISTILLED, TUNED = "plan", "distilled.safetensors", "tuned.safetensors"
+ADAPTER, PRUNED, RECOVERED = "adapter", "pruned-{}", "recovered.safetensors"
 
 
 def run_unit(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Say, bars: bool = False) -> None:
@@ -90,11 +95,20 @@ class _Job:
         model = self.source.model(self.unit.seed)
         if self.unit.marker("compress"):
             ffnkit.apply(model, ffnkit.Plan.load(self.unit.work / PLAN))
+        work = self.unit.work
         if self.unit.marker("tune"):
             ffnkit.fold(model)
-            _read(model, self.unit.work / TUNED)
+            _read(model, work / TUNED)
+            if (work / ADAPTER).exists():
+                ffnkit.apply(model, ffnkit.Plan.load(work / ADAPTER))
         elif self.unit.marker("distil"):
-            _read(model, self.unit.work / DISTILLED)
+            _read(model, work / DISTILLED)
+        if self.unit.marker("prune"):
+            for number in range(len(self.arm.prune)):
+                ffnkit.apply(model, ffnkit.Plan.load(work / PRUNED.format(number)))
+        if self.unit.marker("recover"):
+            self._merged(model)
+            _read(model, work / RECOVERED)
         return model
 
     # ----------------------------------------------------------------------------------------- the stages
@@ -157,25 +171,75 @@ class _Job:
 
     def tune(self) -> dict[str, Any]:
         """Fine-tune, going on from the Trainer's newest checkpoint, then fold."""
+        if not self.arm.prune:
+            figures, model = self._trained("tune", self.training)
+            self._model = ffnkit.fold(model)
+            _write(self.model, self.unit.work / TUNED)
+            return figures
+        figures, model = self._trained("tune", self.training, merge=False)
+        updates = ffnkit.adapter(model) if is_adapted(model) else None
+        if updates is not None:  # they stay apart from the weights: pruning tells the two from each other
+            updates.save(self.unit.work / ADAPTER)
+            ffnkit.remove_adapter(model)
+        self._model = ffnkit.fold(model)
+        _write(self.model, self.unit.work / TUNED)
+        if updates is not None:
+            ffnkit.apply(self.model, updates)
+        return figures
+
+    def prune(self) -> dict[str, Any]:
+        """Plan and apply the arm's pruning, one method after the other; the plans stay on disk."""
+        from ffnkit import methods
+
+        before = measure.figures(self.model)
+        self.model.to(self.source.device)  # type: ignore[arg-type]
+        plans = []
+        for number, spec in enumerate(self.arm.prune):
+            method = methods.build(spec.method, **sources.seeded(spec.method, spec.settings, self.unit.seed))
+            wanted = bool(getattr(method, "needs_data", False))
+            data = self.source.calibration(self.model, self.unit.seed) if wanted else None
+            plan = ffnkit.plan(self.model, method, data=data)
+            plan.save(self.unit.work / PRUNED.format(number))
+            ffnkit.apply(self.model, plan)
+            plans.append(str(plan))
+        after = measure.figures(self.model)
+        kept = {name: after[name] / before[name] for name in ("parameters", "flops_per_token")}
+        return {"plans": plans, "kept": kept, "sparsity": _shares(self.model)}
+
+    def recover(self) -> dict[str, Any]:
+        """Tune again, what trained before trains on, then merge."""
+        figures, model = self._trained("recover", self.recipe.recover_of(self.unit.arm), go_on=True, merge=False)
+        figures["sparsity"] = _shares(model)
+        if is_adapted(model) and figures["sparsity"]["zeros"]:
+            figures["merging"] = merge_costs(model, self.source.dev_batches(model, self.training)).to_dict()
+        self._model = self._merged(model)
+        _write(self.model, self.unit.work / RECOVERED)
+        return figures
+
+    def _merged(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Plain linears, updates and masks in their weights."""
+        tuner = sources.tuner_of(self.recipe, self.unit.arm)
+        return ffnkit.fold(model, masked=getattr(tuner, "keep_zeros", False))
+
+    def _trained(self, stage: str, settings: TrainSettings, **how: bool) -> tuple[dict[str, Any], PreTrainedModel]:
+        """The figures of a training, taken up where it was killed, and its model."""
         from ffnkit.tune import train
 
-        recipe = self.recipe
         with measure.peak_memory(self.source.device) as peak:
             result = train(
                 self.model,
                 self.source.tokenizer,
                 self.source.task,
                 self.source.splits,
-                self.training,
-                tuner=sources.tuner_of(recipe, self.unit.arm),
+                settings,
+                tuner=sources.tuner_of(self.recipe, self.unit.arm),
                 seed=self.unit.seed,
-                out_dir=self.unit.work / "tune",
+                out_dir=self.unit.work / stage,
                 progress=self.bars,
-                generation=recipe.generation,
+                generation=self.recipe.generation,
+                **how,
             )
-        self._model = ffnkit.fold(result.model)
-        _write(self.model, self.unit.work / TUNED)
-        return {
+        figures = {
             "train_seconds": result.seconds,
             "steps": result.steps,
             "best_step": getattr(result, "best_step", None),
@@ -184,6 +248,7 @@ class _Job:
             "peak_memory_bytes": peak.device_peak_bytes or peak.peak_bytes,
             "peak_memory_exact": peak.exact or peak.device_peak_bytes is not None,
         }
+        return figures, result.model
 
     def evaluate(self) -> dict[str, Any]:
         """The metrics on the split that is only reported, and the counts of the model."""
@@ -234,6 +299,12 @@ class _Job:
             if not keep:
                 shutil.rmtree(folder, ignore_errors=True)
         return sizes
+
+
+def _shares(model: PreTrainedModel) -> dict[str, float]:
+    """The share of zeros in the model's linears: as they are, and merged in either way."""
+    found = sparsity(model).to_dict()
+    return {name: found[name] for name in ("zeros", "merged", "masked")}
 
 
 def _count(value: Any) -> int:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ffnkit.adapters import is_adapted
 from ffnkit.errors import FfnkitError
 from ffnkit.tasks.packing import pack
 from ffnkit.tasks.running import encoded_rows, lengths
@@ -48,6 +49,8 @@ def train(
     out_dir: str | Path,
     progress: bool = True,
     generation: GenerationSettings | None = None,
+    go_on: bool = False,
+    merge: bool = True,
 ) -> TrainResult:
     """Fine-tune ``model`` on ``splits.train``; ``splits.dev`` picks the checkpoint. ``splits.report`` is not read.
 
@@ -64,6 +67,9 @@ def train(
         out_dir: folder for checkpoints, of this run only.
         progress: progress bars.
         generation: how texts are decoded where ``best_metric`` is a metric of generated text.
+        go_on: updates that are on the model (of "sparsegrad", "dsee", ...) train on, with what trained beside them;
+            without them, or without this, the tuner begins anew.
+        merge: put such updates into the weights at the end; else they stay on the model.
 
     Raises:
         FfnkitError: a metric that the task has not, fp16 without a GPU, an empty split, nothing to train, packing
@@ -81,14 +87,15 @@ def train(
         if len(split) == 0:
             raise FfnkitError(f"training on {task.name}", f"the {name} split is empty", "Give more rows")
     arguments = training_arguments(settings, metric, out_dir, seed, progress)
-    facts = _run(model, task, data, dev, settings, tuner, seed)
+    go_on = go_on and is_adapted(model)
+    facts = _run(model, task, data, dev, settings, tuner, seed) | ({"go_on": True} if go_on else {})
     if metric in task.metrics and generation is not None:
         facts["generation"] = generation.model_dump(mode="json")
     checkpoints.claim(out_dir, facts)
     checkpoints.remove_broken(out_dir)
 
     seed_everything(seed)
-    tuned = _prepared(model, tuner, task, tokenizer, data, settings, seed, Path(out_dir))
+    tuned = model if go_on else _prepared(model, tuner, task, tokenizer, data, settings, seed, Path(out_dir))
     trained = sum(p.numel() for p in trainable_parameters(tuned))
     if not trained:
         raise FfnkitError(f"tuner {tuner.name}", "no parameter of the model trains", "Choose another tuner")
@@ -115,7 +122,7 @@ def train(
         on_device(torch.cuda.reset_peak_memory_stats)
         state = _run_or_resume(loop, out_dir, settings)
     _leave(loop, use_cache, own_forward)
-    plain = cast(PreTrainedModel, finish(tuned, tuner).eval())
+    plain = cast(PreTrainedModel, finish(tuned, tuner, merge=merge).eval())
     result = result_of(loop, state, plain, settings, metric, trained)
     if not settings.keep_checkpoints:
         checkpoints.clean(out_dir)

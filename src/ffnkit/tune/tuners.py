@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import (
     BaseModel,
@@ -24,6 +24,7 @@ from ffnkit.errors import FfnkitError
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 Routers = Literal["trained", "frozen"]
 Part = Literal["biases", "norms", "attention", "embeddings", "rest"]
@@ -370,15 +371,23 @@ def prepare(model: nn.Module, tuner: str | Mapping[str, Any] | Tuner = "full") -
     return get(tuner).prepare(model)
 
 
-def finish(model: nn.Module, tuner: str | Mapping[str, Any] | Tuner | None = None) -> nn.Module:
+def finish(model: nn.Module, tuner: str | Mapping[str, Any] | Tuner | None = None, *, merge: bool = True) -> nn.Module:
     """The plain transformers model after training; adapters are merged.
 
     Args:
         tuner: the one given to :func:`prepare`; None: told from the model.
+        merge: with False, updates of ``fk.adapter``'s kinds stay on the model.
     """
     from ffnkit.adapters import is_adapted
     from ffnkit.parts import is_limited
 
+    if not merge and is_adapted(model):
+        folder = getattr(get(tuner), "adapter_dir", None) if tuner is not None else None
+        if folder is not None:
+            from ffnkit.adapters import save_adapter
+
+            save_adapter(cast("PreTrainedModel", model), folder)
+        return model
     if tuner is None:
         if model.__dict__.get("_ffnkit_meprop"):
             tuner = MeProp(of="outputs")
