@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ffnkit.methods.combined import Combined
     from ffnkit.methods.dsee import DSEE
     from ffnkit.methods.fusion import Fusion
+    from ffnkit.methods.heads import RemoveHeads
     from ffnkit.methods.merging import Merging
     from ffnkit.methods.pruning import Prune
     from ffnkit.methods.sparsegrad import SparseGrad
@@ -39,6 +40,7 @@ __all__ = [
     "SparseGrad",
     "DSEE",
     "Prune",
+    "RemoveHeads",
     "allocate",
     "Allocation",
     "apply",
@@ -67,6 +69,7 @@ _HOMES = {
     "Merging": "methods.merging",
     "Combined": "methods.combined",
     "Prune": "methods.pruning",
+    "RemoveHeads": "methods.heads",
     "SparseGrad": "methods.sparsegrad",
     "DSEE": "methods.dsee",
     "save_lora": "peft_lora",

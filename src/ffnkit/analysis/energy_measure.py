@@ -69,13 +69,20 @@ class _Frame:
     """One basis of one linear: squares seen before, and the order of entries that they make."""
 
     pair: Pair
+    judges: int | None = None  # gradients from this one on judge the core that the ones before choose
     seen: Tensor | None = None
+    late: Tensor | None = None  # of those that judge
+    count: int = 0
     order: Tensor | None = None
     within: Tensor | None = None  # entries of the core, in order
 
     def add(self, gradient: Tensor) -> None:
         square = turned(gradient, *self.pair).square()  # without a basis it is the gradient itself
-        self.seen = square if self.seen is None else self.seen.add_(square)
+        if self.judges is not None and self.count >= self.judges:
+            self.late = square if self.late is None else self.late.add_(square)
+        else:
+            self.seen = square if self.seen is None else self.seen.add_(square)
+        self.count += 1
 
 
 def measure(
@@ -178,7 +185,7 @@ def _parts(linears: dict[str, nn.Module], settings: Settings) -> list[dict[str, 
         out, inner = shape_of(linear)
         # moments of a basis of its own in float64; sums of squares and the order of entries for two or three bases
         size = (
-            8 * (out * out + inner * inner) * settings.layer_bases + (36 if settings.layer_bases else 24) * out * inner
+            8 * (out * out + inner * inner) * settings.layer_bases + (44 if settings.layer_bases else 32) * out * inner
         )
         if parts[-1] and held + size > settings.memory:
             parts.append({})
@@ -197,7 +204,8 @@ def _frames(
     told: Callable[[Iterable[Batch], str], Iterable[Batch]],
 ) -> dict[str, dict[str, _Frame]]:
     """The bases of each linear with the squares that were seen in them."""
-    frames = {name: {"raw": _Frame((None, None)), "shared": _Frame(shared[name])} for name in part}
+    judges = len(batches) - len(batches) // 4 if settings.core < 1 else None
+    frames = {name: {"raw": _Frame((None, None)), "shared": _Frame(shared[name], judges)} for name in part}
     grams: dict[str, Grams] = {}
 
     def first(name: str, gradient: Tensor) -> None:
@@ -233,17 +241,18 @@ def _choose(row: Measured, frames: dict[str, _Frame], settings: Settings) -> Non
     for name, frame in frames.items():
         assert frame.seen is not None
         seen = frame.seen
+        whole = seen if frame.late is None else seen + frame.late
         rows, columns = seen.shape
         row.basis[name] = rows, columns
-        frame.order = seen.flatten().argsort(descending=True, stable=True).to(torch.int32)
+        frame.order = whole.flatten().argsort(descending=True, stable=True).to(torch.int32)
         if name == "shared":
             row.core = rows, columns
             if settings.core < 1:
-                row.core = core_of(seen, min(at, seen.numel()), settings.core, *row.shape)
+                row.core = core_of(seen, min(at, seen.numel()), settings.core, *row.shape, fresh=frame.late)
             r, c = row.core
             inside = (frame.order // columns < r) & (frame.order % columns < c)
             frame.within = frame.order[inside]
-        frame.seen = None
+        frame.seen = frame.late = None
 
 
 def _read(
