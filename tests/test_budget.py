@@ -17,11 +17,11 @@ from tolerance import assert_close
 
 import ffnkit as fk
 from ffnkit import blocks, methods
-from ffnkit.budget import solve
 from ffnkit.budget.sizes import room
-from ffnkit.budget.solve import cheapest
 from ffnkit.errors import FfnkitError
+from ffnkit.ops import knapsack as solve
 from ffnkit.ops.curves import output_curve, tail_curve
+from ffnkit.ops.knapsack import cheapest
 from ffnkit.ops.subset import choose
 
 KINDS = ("bert", "gpt2", "llama", "phi3", "t5", "bart", "switch", "mixtral", "qwen2-moe", "albert", "clip")

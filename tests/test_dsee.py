@@ -356,7 +356,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(FfnkitError, match="3-D parameter"):
         fk.plan(FAMILIES["mixtral"].model(), fk.DSEE(sites="ffn"))
     fk.apply(model, fk.plan(model, fk.DSEE(**SMALL)))
-    with pytest.raises(FfnkitError, match="no linear of the model is plain"):
+    with pytest.raises(FfnkitError, match="is on .* already"):
         fk.plan(model, fk.DSEE(**SMALL))
     broken = FAMILIES["bert"].model()
     with torch.no_grad():

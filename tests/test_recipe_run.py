@@ -42,12 +42,15 @@ def light_collections() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(tmp_path_factory.mktemp("recipe"))
+
+
+def tiny(base: Path) -> Path:
     """A tiny BERT with a tokenizer of its own, and two files of sentences that tell good from bad."""
     import numpy as np
     import torch
     from transformers import BertConfig, BertModel, BertTokenizer
 
-    base = tmp_path_factory.mktemp("recipe")
     (base / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *MOODS, *THINGS]))
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

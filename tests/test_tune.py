@@ -171,7 +171,7 @@ def names_of(model: nn.Module, parameters: list[nn.Parameter]) -> set[str]:
 
 
 def test_every_tuner_says_what_it_is() -> None:
-    wanted = ["full", "ffn", "lora", "sparsegrad", "dsee", "mask", "meprop", "head"]
+    wanted = ["full", "ffn", "lora", "sparsegrad", "dsee", "mask", "meprop", "combined", "head"]
     assert [tuner.name for tuner in TUNERS] == wanted == tuners.names()
     assert all(tuner.description and tuner.__doc__ for tuner in TUNERS)
 
@@ -519,6 +519,12 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "sparsegrad-step": {"tuner": {"name": "sparsegrad", "selection": "step", "also": ["norms"]}, "eval_every": 4},
     "dsee": {"tuner": {"name": "dsee", "rank": 2, "nonzeros": 5, "support": "gradient", "batches": 3}, "eval_every": 4},
+    "dsee-coefficients": {
+        "tuner": {"name": "dsee", "rank": 2, "nonzeros": 5, "coefficients": 0.3},
+        "eval_every": 4,
+        "accumulation": 2,
+        "batch_size": 4,
+    },
     "meprop-outputs": {"tuner": {"name": "meprop", "of": "outputs", "share": 0.2}, "eval_every": 4},
 }
 

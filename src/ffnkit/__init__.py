@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ffnkit.methods.merging import Merging
     from ffnkit.methods.pruning import Prune
     from ffnkit.methods.sparsegrad import SparseGrad
+    from ffnkit.methods.structured import StructuredPruning
     from ffnkit.peft_lora import save_lora
     from ffnkit.plans import Plan, plan
     from ffnkit.surgery import apply, fold
@@ -41,6 +42,7 @@ __all__ = [
     "DSEE",
     "Prune",
     "RemoveHeads",
+    "StructuredPruning",
     "allocate",
     "Allocation",
     "apply",
@@ -70,6 +72,7 @@ _HOMES = {
     "Combined": "methods.combined",
     "Prune": "methods.pruning",
     "RemoveHeads": "methods.heads",
+    "StructuredPruning": "methods.structured",
     "SparseGrad": "methods.sparsegrad",
     "DSEE": "methods.dsee",
     "save_lora": "peft_lora",

@@ -35,7 +35,7 @@ def adapter(model: PreTrainedModel) -> Plan:
         raise FfnkitError(f"the adapter of {type(model).__name__}", "no update is on it", "Apply a plan or load one")
     edits: list[Edit] = []
     for name, layer in layers.items():
-        given, parts = layer.taken()
+        given, parts = layer.made_of()
         edits.append(Adapt(name, layer.kind, given, parts, fingerprint=fingerprint(layer.base).tolist()))
     values = {name: p.detach().clone() for name, p in beside(model).items()}
     edits.append(Train("", parts=parts_beside(model), values=values))

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit import blocks
-from ffnkit.attention import Attention, attentions
+from ffnkit.attention import ROLES, Attention, attentions
 from ffnkit.nn.adapted import Adapted
 from ffnkit.nn.special import Special
+from ffnkit.parts import body, head_modules
+
+_COUNTED = (nn.Linear, Conv1D, Special, nn.Conv1d, nn.Conv2d)  # whose weights cost operations
 
 
 @dataclass(frozen=True)
@@ -260,6 +263,44 @@ def _mirrored(model: nn.Module, covered: set[int]) -> Iterator[Place]:
             yield owner, weights, "mirrored linears of no known row"
 
 
+def body_flops(model: nn.Module) -> float:
+    """FLOPs a token in the linears of a model's body: as :func:`inspect`, without heads, poolers, output embeddings."""
+    found = blocks.ffns(model)
+    total = sum(neuron_flops(model, ffn) * ffn.width for ffn in found) + _other_flops(model, found)
+    base = body(model)
+    inside = {id(module) for module in base.modules()} if base is not model else {id(m) for m in model.modules()}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    ends = tuple(f"{name}." for name in head_modules(model))
+    for name, module in model.named_modules(remove_duplicate=False):
+        outside = id(module) not in inside or module is output or f"{name}.".startswith(ends)
+        if outside and isinstance(module, _COUNTED):
+            total -= 2.0 * cast(Tensor, module.weight).numel()
+    return total
+
+
+def neuron_flops(model: nn.Module, ffn: blocks.FFN) -> float:
+    """FLOPs a token of one hidden neuron, wherever its FFN runs; experts' neurons of one number together."""
+    return ffn.flops_per_token / ffn.width * len(ffn.owners) * _runs(model, ffn)
+
+
+def unit_flops(model: nn.Module, attention: Attention) -> float:
+    """FLOPs a token in the weights that go with one unit of an attention, wherever it runs."""
+    out, inner = blocks.features(attention.linear("o"))
+    weights, counts = out * inner // attention.units, attention._counts
+    for role in ROLES:
+        if counts[role] >= attention.units:  # else one key and value for all: they stay
+            columns = blocks.features(attention.linear(role))[1]
+            weights += columns * attention.head_dim * counts[role] // attention.units
+    for name, value, owner in attention.following():
+        holder = attention.module.get_submodule(name.rpartition(".")[0])
+        if value.ndim == 2 and blocks.is_linear(holder) and (owner is None or counts[owner] >= attention.units):
+            weights += value.numel() // attention.units
+    found = blocks.ffns(model)
+    runs = max(_runs(model, ffn) for ffn in found)
+    repeated = runs > 1 and attention.name.startswith(tuple(f"{name}." for ffn in found for name in ffn.owners))
+    return 2.0 * weights * (1 + len(attention.twins)) * (runs if repeated else 1)
+
+
 def _runs(model: nn.Module, ffn: blocks.FFN) -> int:
     """How often one module runs in a pass: ALBERT runs its few layers many times."""
     if ffn.layout.name != "ALBERT":
@@ -283,7 +324,7 @@ def _other_flops(model: nn.Module, found: list[blocks.FFN]) -> float:
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in inside:
             continue
-        if isinstance(module, (nn.Linear, Conv1D, Special, nn.Conv1d, nn.Conv2d)):
+        if isinstance(module, _COUNTED):
             repeated = runs if any(name.startswith(layer + ".") for layer in layers) else 1
             flops += 2.0 * cast(Tensor, module.weight).numel() * repeated
     return flops

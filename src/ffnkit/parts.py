@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
@@ -47,13 +47,13 @@ def _part(model: nn.Module, name: str) -> Iterable[nn.Parameter]:
     return [p for path in attention_linears(model) for p in model.get_submodule(path).parameters(recurse=False)]
 
 
-def attention_linears(model: nn.Module) -> list[str]:
-    """The linears inside attention modules, by name."""
+def attention_linears(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)) -> list[str]:
+    """The linears of these kinds inside attention modules, by name."""
     owners = [name for name, m in model.named_modules() if "attention" in type(m).__name__.lower()]
     return [
         name
         for name, m in model.named_modules()
-        if isinstance(m, nn.Linear | Conv1D) and any(name.startswith(f"{owner}.") for owner in owners)
+        if isinstance(m, kinds) and any(name.startswith(f"{owner}.") for owner in owners)
     ]
 
 
@@ -82,11 +82,33 @@ def train_as_before(model: nn.Module) -> nn.Module:
     return model
 
 
-def hand_on(model: nn.Module, old: nn.Parameter, new: nn.Parameter) -> None:
+def hand_on(model: nn.Module, old: nn.Parameter, new: Tensor) -> None:
     """Let a parameter that takes another's place train again when that one would."""
     flags: dict[int, bool] | None = getattr(model, _FLAGS, None)
     if flags is not None and id(old) in flags:
         flags[id(new)] = flags[id(old)]
+
+
+def flags_by_name(model: nn.Module) -> dict[str, bool]:
+    """What trained before :func:`train_only`, by parameter name; empty where it does not hold."""
+    flags: dict[int, bool] = getattr(model, _FLAGS, {})
+    return {name: flags[id(p)] for name, p in model.named_parameters() if id(p) in flags}
+
+
+def renew(model: nn.Module, named: dict[str, bool]) -> None:
+    """Let parameters that took others' places train again when those would.
+
+    Args:
+        named: :func:`flags_by_name` from before they did. One of a new name goes by others of its module.
+    """
+    flags: dict[int, bool] | None = getattr(model, _FLAGS, None)
+    if flags is None:
+        return
+    modules = {name.rpartition(".")[0]: flag for name, flag in named.items()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in flags:
+            module = modules.get(name.rpartition(".")[0], parameter.requires_grad)
+            flags[id(parameter)] = named.get(name, module)
 
 
 def is_limited(model: nn.Module) -> bool:

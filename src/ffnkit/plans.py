@@ -18,6 +18,7 @@ from ffnkit import blocks, edits
 from ffnkit.edits import Adapt, Drop, Edit, Factor, Heads, Mask, Tie, Train
 from ffnkit.errors import FfnkitError
 from ffnkit.files import disk_errors
+from ffnkit.nn.adapted import Adapted
 from ffnkit.ops.neurons import Neurons
 
 FORMAT = 1
@@ -41,11 +42,19 @@ class Shape:
         per_neuron = sum(
             tensor.numel() // ffn.width for name, tensor in ffn.raw().tensors().items() if name != "down_bias"
         )
-        return cls(ffn.name, ffn.width, ffn.d, ffn.gated, ffn.experts, ffn.num_parameters, per_neuron)
+        own = ffn.num_parameters - _beside(ffn)
+        return cls(ffn.name, ffn.width, ffn.d, ffn.gated, ffn.experts, own, per_neuron)
 
     def __str__(self) -> str:
         experts = f"{self.experts} experts of " if self.experts else ""
         return f"{experts}{self.d} x {self.width}{' gated' if self.gated else ''}"
+
+
+def _beside(ffn: blocks.FFN) -> int:
+    """Numbers that train beside the weights of an FFN: a plan fits the model with and without them."""
+    linears = [] if ffn.layout.experts else [ffn.linear(site) for site in ffn.sites]
+    own = [p for m in linears if isinstance(m, Adapted) for p in m.named_parameters(recurse=False)]
+    return sum(p.numel() for name, p in own if name not in ("base", "bias"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +178,12 @@ class Plan:
             )
         lines += self._head_lines()
         lines += self._masked_lines()
+        if (flops := self.report.get("flops")) is not None:
+            part = 1 - flops["after"] / max(flops["before"], 1e-300)
+            lines.append(
+                f"  body: {flops['before'] / 1e6:.3f} -> {flops['after'] / 1e6:.3f} MFLOPs a token in linears"
+                f" ({part:.1%} fewer)"
+            )
         adapted = [edit for edit in self.edits if isinstance(edit, Adapt)]
         if adapted:
             name_width = max(len(edit.ffn) for edit in adapted)
@@ -312,7 +327,11 @@ def plan(
         with torch.no_grad():
             draft = method.draft(model, data, progress)
     except FfnkitError as error:
-        raise error.within(f"{method.name} on {type(model).__name__}") from error
+        asked = f"{method.name} on {type(model).__name__}"
+        if any(hasattr(module, "base_layer") for module in model.modules()):  # linears that nobody recognizes
+            what = f"it carries an adapter of peft ({error.asked}: {error.found})"
+            raise FfnkitError(asked, what, "Merge the adapter first") from error
+        raise error.within(asked) from error
     return Plan(
         method=method.name,
         settings=method.settings(),

@@ -10,10 +10,12 @@ from transformers.pytorch_utils import Conv1D
 from ffnkit.attention import attentions
 from ffnkit.blocks import ffns, select
 from ffnkit.errors import FfnkitError
+from ffnkit.nn.adapted import Adapted
 from ffnkit.nn.special import Special
 from ffnkit.parts import attention_linears
 
 GROUPS = ("ffn", "attention", "qv", "all")
+KINDS = (nn.Linear, Conv1D, Special)
 
 
 def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str], list[str]]:
@@ -25,23 +27,32 @@ def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str
         layers: of which layers FFNs, and query and value, are taken.
 
     Raises:
-        FfnkitError: nothing matches, or the expression cannot be read.
+        FfnkitError: nothing matches, a linear is edited already, or the expression cannot be read.
     """
     modules: list[str]
     parameters: list[str] = []
     if asked == "qv":
-        modules = [n for n in query_value(model, layers) if not isinstance(model.get_submodule(n), Special)]
+        modules = list(query_value(model, layers))
     elif asked in GROUPS:
         modules, parameters = _ffn_targets(model, layers) if asked != "attention" else ([], [])
         if asked != "ffn":
-            modules += [name for name in attention_linears(model) if name not in modules]
+            modules += [name for name in attention_linears(model, KINDS) if name not in modules]
     else:
         modules, parameters = _matching(model, asked), []
+    carrying = [f"{name}." for name, m in model.named_modules() if hasattr(m, "base_layer")]  # linears of peft
+    for name in modules:
+        module = model.get_submodule(name)
+        if name.startswith(tuple(carrying)):
+            found, do = f"an adapter of peft is on {name.partition('.base_layer')[0]}", "Merge the adapter first"
+            raise FfnkitError(f"targets {asked!r}", found, do)
+        if isinstance(module, Adapted):
+            found, do = f"an update ({module.kind}) is on {name} already", "Name other linears, or fold the model first"
+            raise FfnkitError(f"targets {asked!r}", found, do)
+        if isinstance(module, Special):
+            found, do = f"{name} is edited already ({module.kind})", "Fold the model first (ffnkit.fold)"
+            raise FfnkitError(f"targets {asked!r}", found, do)
     if not modules and not parameters:
-        edited = any(isinstance(module, Special) for module in model.modules())
-        found = "no linear of the model is plain there" if edited else "no linear of the model matches"
-        do = "Fold the model first (ffnkit.fold)" if edited else "Name ffn, attention, qv or all"
-        raise FfnkitError(f"targets {asked!r}", found, do)
+        raise FfnkitError(f"targets {asked!r}", "no linear of the model matches", "Name ffn, attention, qv or all")
     return modules, parameters
 
 
@@ -64,8 +75,8 @@ def query_value(model: nn.Module, layers: str = "all") -> dict[str, list[Tensor]
 
 def _ffn_targets(model: nn.Module, layers: str) -> tuple[list[str], list[str]]:
     owned = {id(p) for ffn in select(ffns(model), layers) for p in ffn.parameters()}
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-    modules = [name for name, m in linear.items() if id(m.weight) in owned]
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, KINDS)}
+    modules = [name for name, m in linear.items() if any(id(p) in owned for p in m.parameters(recurse=False))]
     inside = {id(p) for name in modules for p in linear[name].parameters()}
     parameters = [n for n, p in model.named_parameters() if p.ndim == 3 and id(p) in owned and id(p) not in inside]
     return modules, parameters
@@ -77,5 +88,5 @@ def _matching(model: nn.Module, pattern: str) -> list[str]:
     except re.error as error:
         do = "Name ffn, attention, qv, all, or a regular expression over module names"
         raise FfnkitError(f"targets {pattern!r}", f"not a regular expression ({error})", do) from None
-    kinds = (nn.Linear, Conv1D, nn.Embedding)
+    kinds = (*KINDS, nn.Embedding)
     return [name for name, m in model.named_modules() if isinstance(m, kinds) and wanted.fullmatch(name)]

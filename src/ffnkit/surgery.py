@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ffnkit import blocks, head_config, heads, masking, shapes
+from ffnkit import blocks, cutting, head_config, heads, masking, shapes
 from ffnkit.attention import find
 from ffnkit.blocks import FFN
 from ffnkit.depth import moved, without_layers
@@ -20,6 +20,7 @@ from ffnkit.edits import Adapt, Drop, Edit, Factor, Heads, Keep, Mask, Resize, R
 from ffnkit.errors import FfnkitError
 from ffnkit.loading import run_uneven_experts
 from ffnkit.nn.adapted import Adapted, adapted, fingerprint
+from ffnkit.nn.coefficients import Coefficients
 from ffnkit.nn.dsee import sparse_low_rank
 from ffnkit.nn.lowrank import LowRank
 from ffnkit.nn.masked import Masked
@@ -28,7 +29,7 @@ from ffnkit.nn.served import serve, served, unserve
 from ffnkit.nn.sparsegrad import Bases, SparseGradLinear
 from ffnkit.nn.special import Special
 from ffnkit.ops.neurons import Neurons, average, balance, cluster_sizes, concatenate
-from ffnkit.parts import parts_of, remember, train_as_before, train_only
+from ffnkit.parts import flags_by_name, hand_on, parts_of, remember, renew, train_as_before, train_only
 from ffnkit.plans import Plan, Shape
 
 
@@ -52,10 +53,11 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     train = [edit for edit in plan.edits if isinstance(edit, Train)]
     if updates:
         check_adapts(model, updates)
-        remember(model)
+    named = flags_by_name(model)
     shared: dict[tuple[Any, ...], Bases] = {}
     for edit in plan.edits:
         if isinstance(edit, Adapt):
+            remember(model)  # anew: edits before it may have made parameters
             adapt(model, edit, shared)
         elif isinstance(edit, Train):
             continue
@@ -66,7 +68,13 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         elif isinstance(edit, Tie):
             tie(model, [found[name] for name in edit.touched], edit)
         elif not isinstance(edit, Drop):
+            before = dict(found[edit.ffn].module.named_parameters())
             carry_out(found[edit.ffn], edit)
+            for name, parameter in found[edit.ffn].module.named_parameters():
+                if before.get(name, parameter) is not parameter:
+                    hand_on(model, before[name], parameter)
+            if isinstance(edit, Keep):
+                _keep_noted(model, found[edit.ffn], edit)
     gone = [edit.layer for edit in plan.edits if isinstance(edit, Drop)]
     if gone:
         renamed, _ = without_layers(model, gone)
@@ -74,6 +82,7 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     head_config.settle(model)
     shapes.update_config(model, keys, original)
     run_uneven_experts(model)
+    renew(model, named)
     if train:
         let_train(model, [part for edit in train for part in edit.parts])
         write_values(model, {name: value for edit in train for name, value in edit.values.items()})
@@ -84,6 +93,8 @@ def carry_out(ffn: FFN, edit: Edit) -> None:
     """One edit of one FFN."""
     if isinstance(edit, Resize):
         resize(ffn, _fused(ffn, edit))
+    elif isinstance(edit, Keep) and cutting.carries(ffn):
+        cutting.keep(ffn, edit.index.long())
     elif isinstance(edit, Keep):
         resize(ffn, _kept(ffn.raw(), edit.index.to(ffn.raw().up.device).long()))
     elif isinstance(edit, Rewrite):
@@ -107,10 +118,12 @@ def fold(model: PreTrainedModel, *, masked: bool = False) -> PreTrainedModel:
     found = blocks.ffns(model)
     keys = shapes.width_keys(model, found)
     original = shapes.original_widths(model, found)
+    named = flags_by_name(model)
     for ffn in found:
         if ffn.special:
             detach(ffn)
     masking.unmask(model)
+    renew(model, named)
     unadapt(model, fold=True, masked=masked)
     shapes.update_config(model, keys, original)
     return model
@@ -179,7 +192,11 @@ def resize(ffn: FFN, neurons: Neurons) -> None:
 
 
 _BEFORE = "_ffnkit_before"  # on a model with updates: what trains beside them, and the values from before
-_ADAPTED: dict[str, Callable[..., Adapted]] = {"sparsegrad": SparseGradLinear, "dsee": sparse_low_rank}
+_ADAPTED: dict[str, Callable[..., Adapted]] = {
+    "sparsegrad": SparseGradLinear,
+    "dsee": sparse_low_rank,
+    "coefficients": Coefficients,
+}
 _SPECIAL: dict[str, Callable[..., Special]] = {kind.kind: kind for kind in (Scaled, LowRank, Masked)}
 
 
@@ -226,9 +243,13 @@ def attach(ffn: FFN, site: str, kind: str, *tensors: Tensor) -> None:
 def check_adapts(model: nn.Module, updates: list[Adapt]) -> None:
     """Raises FfnkitError where a linear is not there, is edited already, or holds another weight than was meant."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    seen: set[int] = set()
     for edit in updates:
         asked = f"{edit.layer} on {edit.ffn}"
         linear = modules.get(edit.ffn)
+        if id(linear) in seen:
+            raise FfnkitError(asked, "the plan updates this linear twice", "Apply one plan, then fold and plan again")
+        seen.add(id(linear))
         if linear is None:
             raise FfnkitError(asked, f"{type(model).__name__} has no such module", "Make the plan for this model")
         if isinstance(linear, Special):
@@ -249,25 +270,44 @@ def adapt(model: nn.Module, edit: Adapt, shared: dict[tuple[Any, ...], Bases]) -
     linear: Any = model.get_submodule(edit.ffn)
     given: dict[str, Any] = {key: value for key, value in edit.given.items() if key != "trained"}
     parts = dict(edit.parts)
+    factors, l1 = parts.pop("coefficients", None), given.pop("l1", 0.0)
     if "left" in parts:
         left, right = parts.pop("left"), parts.pop("right")
         kind = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         key = (id(left), id(right), *kind.values())
         given["bases"] = shared.setdefault(key, Bases(left.to(**kind), right.to(**kind)))
     layer = _ADAPTED[edit.layer](linear, **given, **parts)
+    if factors is not None:
+        layer.use_coefficients(factors, l1)
     for name in [name for name, module in model.named_modules(remove_duplicate=False) if module is linear]:
         model.set_submodule(name, layer)
 
 
 def let_train(model: nn.Module, parts: list[str]) -> None:
-    """What adapted linears train and these parts of the model, and nothing else."""
+    """What adapted linears train and these parts of the model, and nothing else; parts of earlier updates train on."""
+    known, old = model.__dict__.get(_BEFORE, ([], {}))
+    parts = list(dict.fromkeys([*known, *parts]))
     chosen = {id(p) for p in parts_of(model, parts)}
     for layer in adapted(model).values():
         chosen -= {id(layer.base)}
         chosen |= {id(p) for p in _own(layer)}
     train_only(model, lambda parameter: id(parameter) in chosen)
     before = {name: p.detach().clone() for name, p in beside(model).items()} if "rest" not in parts else None
-    model.__dict__[_BEFORE] = (list(parts), before)
+    if before is not None:  # what trained already is as it was before the first update came
+        own = dict(model.named_parameters())
+        under = {name: name if name in own else f"{name.removesuffix('.weight')}.base" for name in old}
+        before |= {under[name]: value for name, value in old.items()}
+    model.__dict__[_BEFORE] = (parts, before)
+
+
+def _keep_noted(model: nn.Module, ffn: FFN, edit: Keep) -> None:
+    """Values from before the updates, which come back without them, lose the same neurons."""
+    old = model.__dict__.get(_BEFORE, ([], None))[1] or {}
+    for site in ffn.sites:
+        name = f"{ffn.name}.{ffn.path(site)}.bias"
+        if site != "down" and name in old:
+            halves = old[name].chunk(2) if ffn.layout.fused else (old[name],)
+            old[name] = torch.cat([half.index_select(0, edit.index.long().to(half.device)) for half in halves])
 
 
 def beside(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -317,6 +357,7 @@ def unadapt(model: nn.Module, *, fold: bool, masked: bool = False) -> None:
     for layer in found.values():
         places = [name for name, module in model.named_modules(remove_duplicate=False) if module is layer]
         plain = layer.fold(masked=masked) if fold else layer.restore()
+        hand_on(model, layer.base, plain.weight)
         for name in places:
             model.set_submodule(name, plain)
     if found:
@@ -431,7 +472,11 @@ def check_fits(found: dict[str, FFN], plan: Plan, model: str) -> None:
                 f"{name} is {here} where the plan was made for {shape}",
                 "Make the plan for this model",
             )
-        found[name].check_plain(f"applying a plan to {model}")
+        changes = [edit for edit in plan.edits if name in edit.touched]
+        if all(isinstance(edit, Keep) for edit in changes):  # weights and updates lose the same neurons
+            cutting.check_keepable(found[name], f"applying a plan to {model}")
+        else:
+            found[name].check_plain(f"applying a plan to {model}")
 
 
 def _fused(ffn: FFN, edit: Resize) -> Neurons:

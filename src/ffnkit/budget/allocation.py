@@ -10,8 +10,8 @@ from torch import nn
 
 from ffnkit.budget.costs import costs_of
 from ffnkit.budget.sizes import Room, room
-from ffnkit.budget.solve import cheapest
 from ffnkit.errors import FfnkitError
+from ffnkit.ops.knapsack import cheapest
 from ffnkit.plans import Progress
 from ffnkit.taps import Batch
 
@@ -84,8 +84,8 @@ def allocate(
 ) -> Allocation:
     """Widths for the FFNs of ``layers`` such that they keep to ``budget`` and their narrowing costs least.
 
-    The model is left as it is. The sum of the costs is minimised exactly (``solve``). It is a first-order estimate:
-    costs of different FFNs are taken to add up.
+    The model is left as it is. The sum of the costs is minimised exactly (``ops.knapsack``). It is a first-order
+    estimate: costs of different FFNs are taken to add up.
 
     Args:
         budget: a share of the parameters of the FFNs' neurons (float, 0 to 1), or the number of parameters that

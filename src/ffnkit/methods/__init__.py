@@ -19,6 +19,7 @@ from ffnkit.methods.pruning import Prune
 from ffnkit.methods.reinit import Reinit
 from ffnkit.methods.selection import Importance, Magnitude, Random
 from ffnkit.methods.sketch import Sketch
+from ffnkit.methods.structured import StructuredPruning
 from ffnkit.methods.svd import Svd
 from ffnkit.methods.unstructured import Unstructured
 
@@ -37,6 +38,7 @@ METHODS: tuple[Any, ...] = (
     Unstructured,
     Prune,
     RemoveHeads,
+    StructuredPruning,
     LayerDrop,
     FfnDrop,
     Combined,

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ffnkit.blocks import FFN
-from ffnkit.edits import Drop, Edit, Heads
+from ffnkit.blocks import FFN, ffns
+from ffnkit.edits import Adapt, Drop, Edit, Heads, Tie, Train
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch
 from ffnkit.plans import Draft, Method, Progress
@@ -21,8 +21,10 @@ from ffnkit.trials import Trial
 class Combined:
     """Several methods, one after the other, each on FFNs that no other one changes.
 
-    A method that reads data sees the model with the edits of those before it. To treat one FFN twice (merge it, then
-    narrow what is shared), apply the first plan and plan again.
+    A method that reads data sees the model with the edits of those before it, but for updates, which start at zero. To
+    treat one FFN twice (merge it, then narrow what is shared), apply the first plan and plan again. Updates
+    (``fk.SparseGrad``, ``fk.DSEE``) go on linears that no other one updates, after what narrows or merges these; what
+    any of them trains beside its updates trains.
 
     Attributes:
         methods: methods, or mappings of ``method`` and its settings.
@@ -46,6 +48,11 @@ class Combined:
         """Whether one of them does."""
         return any(getattr(method, "needs_data", False) for method in self.methods)
 
+    @property
+    def batches(self) -> int:
+        """How many batches the one that reads most of them reads, of those that say so."""
+        return max((getattr(method, "batches", 0) for method in self.methods), default=0)
+
     def settings(self) -> dict[str, Any]:
         return {"methods": [{"method": method.name, **method.settings()} for method in self.methods]}
 
@@ -54,7 +61,7 @@ class Combined:
         by: dict[str, Method] = {}
         for method in self.methods:
             found = method.targets(model)
-            searched = found and isinstance(found[0], list) and len(found) > 1
+            searched = isinstance(found, list) and len(found) > 1 and isinstance(found[0], list)
             for ffn in () if searched else _ffns(found):
                 _claim(by, ffn.name, method)
 
@@ -72,13 +79,14 @@ class Combined:
                     if isinstance(edit, Drop):
                         what = f"it drops {edit.layer}, and the layers behind it change their numbers"
                         raise FfnkitError(f"{method.name} with others", what, "Apply it first, then plan the others")
-                    for name in (edit.ffn,) if isinstance(edit, Heads) else edit.touched:
+                    for name in (edit.ffn,) if isinstance(edit, Heads | Adapt) else edit.touched:
                         _claim(by, name, method)
+                _check_updates(model, edits, draft.edits, method)
                 edits += draft.edits
                 quantities |= draft.quantities
                 report |= {f"{number + 1} {method.name}": draft.report} if draft.report else {}
                 if method is not self.methods[-1]:
-                    stack.enter_context(Trial(model, draft.edits))
+                    stack.enter_context(Trial(model, [e for e in draft.edits if not isinstance(e, Adapt | Train)]))
         return Draft(tuple(edits), quantities, report)
 
 
@@ -87,6 +95,24 @@ def _claim(by: dict[str, Method], name: str, method: Method) -> None:
         what = f"{name} is changed by {by[name].name} too"
         do = "Name other layers; to treat it twice, apply one plan and plan again"
         raise FfnkitError(f"{method.name} with others", what, do)
+
+
+def _check_updates(model: nn.Module, earlier: list[Edit], now: Sequence[Edit], method: Method) -> None:
+    """Raises FfnkitError where a method changes FFNs that earlier ones update, or updates FFNs that they merge."""
+    updated = {edit.ffn for edit in earlier if isinstance(edit, Adapt)}
+    touched = {name for edit in now for name in edit.touched}
+    tied = {name for edit in earlier if isinstance(edit, Tie) for name in edit.touched}
+    updating = {edit.ffn for edit in now if isinstance(edit, Adapt)}
+    for ffn in ffns(model) if updated or tied else ():
+        if ffn.layout.experts:
+            continue
+        linears = {f"{owner}.{ffn.path(site)}" for owner in ffn.owners for site in ffn.sites}
+        if ffn.name in touched and (both := linears & updated):
+            what = f"an update of an earlier method is on {min(both)}"
+            raise FfnkitError(f"{method.name} with others", what, "Name what changes the FFN first")
+        if ffn.name in tied and (both := linears & updating):
+            what = f"an earlier method merges {ffn.name}, and {min(both)} with it"
+            raise FfnkitError(f"{method.name} with others", what, "Apply that plan first, then plan the update")
 
 
 def _ffns(found: Any) -> Iterator[FFN]:

@@ -15,9 +15,10 @@ from ffnkit.attention import Attention, attentions
 from ffnkit.edits import Edit, Heads
 from ffnkit.errors import FfnkitError
 from ffnkit.heads import check_separable
-from ffnkit.methods.common import Batch, check_counts, generator, largest
+from ffnkit.methods.common import Batch, activity, check_counts, generator, largest, need_data
 from ffnkit.nn.adapted import Adapted
 from ffnkit.plans import Draft, Progress
+from ffnkit.taps import stack_mask
 
 Amount = int | float | Mapping[str, int | float]
 
@@ -32,7 +33,8 @@ class RemoveHeads:
         share: what goes of each attention: a float is a share of its heads, an int counts heads (or groups); or one by
             the attention's name, and those that it leaves out stay whole.
         by: what scores a head: "weight" sums |W| over its rows of query and value; "update" sums |update| of the same
-            rows, where they carry one; "both" sums |W + update|; "random".
+            rows, where they carry one; "both" sums |W + update|; "activation" is the rms of what the head gives on data
+            times the norm of its columns of the output linear; "coefficients" |c|, where such were learnt; "random".
         layers: which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".
         seed: of random scores.
 
@@ -48,6 +50,11 @@ class RemoveHeads:
     summary: ClassVar[str] = "remove attention heads (structured pruning)"
     paper: ClassVar[str] = "arXiv 2111.00160"
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether activations are measured."""
+        return self.by == "activation"
+
     def settings(self) -> dict[str, Any]:
         """The settings by name."""
         return dataclasses.asdict(self)
@@ -55,8 +62,9 @@ class RemoveHeads:
     def targets(self, model: nn.Module) -> list[tuple[Attention, int]]:
         """The attentions and how many units each keeps. Raises FfnkitError where the settings do not fit the model."""
         check_counts(self, seed=0)
-        if self.by not in SCORES:
-            raise FfnkitError(f"by {self.by!r}", "no such score", f"Choose of {', '.join(SCORES)}")
+        known = [*SCORES, "activation"]
+        if self.by not in known:
+            raise FfnkitError(f"by {self.by!r}", "no such score", f"Choose of {', '.join(known)}")
         found = attentions(model)
         if not found:
             do = "Name a model with attention of a known layout (ffnkit.attention.ATTENTION_LAYOUTS)"
@@ -86,11 +94,11 @@ class RemoveHeads:
         edits: list[Edit] = []
         quantities: dict[str, dict[str, float]] = {}
         targets = self.targets(model)
+        found = [attention for attention, keep in targets if keep < attention.units]
+        rms = head_activity(model, need_data(data, self.name), found) if self.needs_data else None
         for number, (attention, keep) in enumerate(targets):
             if keep < attention.units:
-                scores = SCORES[self.by](attention, generator(self.seed, number)).double().cpu()
-                if not bool(torch.isfinite(scores).all()):
-                    raise FfnkitError(f"scores of {attention.name}", "not finite", "Repair the model's weights first")
+                scores = head_scores(attention, self.by, generator(self.seed, number), rms)
                 index = largest(scores, keep)
                 total = scores.sum().item()
                 lost = 1 - scores[index.long()].sum().item() / total if total > 0 else 0.0
@@ -122,6 +130,66 @@ def units_left(share: int | float, attention: Attention) -> int:
 
 
 # --- scores -------------------------------------------------------------------------------------------------------
+
+
+def head_scores(attention: Attention, by: str, draw: torch.Generator, rms: dict[str, Tensor] | None = None) -> Tensor:
+    """(units,) float64, the higher the better. Raises FfnkitError where they are not finite, or cannot be had.
+
+    Args:
+        rms: by the attention's name (units,), for "activation": from :func:`head_activity`.
+    """
+    if by == "activation":
+        assert rms is not None
+        linear = attention.linear("o")
+        weight = linear.weight if blocks.is_transposed(linear) else linear.weight.mT  # (in, out)
+        size = weight.detach().double().reshape(attention.units, -1).norm(dim=1).cpu()
+        scores = rms[attention.name] * size
+    else:
+        scores = SCORES[by](attention, draw).double().cpu()
+    if not bool(torch.isfinite(scores).all()):
+        raise FfnkitError(f"scores of {attention.name}", "not finite", "Repair the model's weights first")
+    return scores
+
+
+def head_activity(
+    model: nn.Module, data: Iterable[Batch], found: list[Attention], beside: list[blocks.FFN] | None = None
+) -> dict[str, Tensor]:
+    """By name (units,) float64: the rms over tokens of what each unit hands to the output linear; one pass.
+
+    Args:
+        beside: FFNs whose hidden neurons' rms (:func:`~ffnkit.methods.common.activity`) the same pass measures.
+    """
+    masks: dict[str, Tensor | None] = {}
+    sums = {attention.name: torch.zeros(attention.units, dtype=torch.float64) for attention in found}
+    counts = {attention.name: 0.0 for attention in found}
+
+    def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        masks.update({stack: stack_mask(stack, model, kwargs) for stack in {each.stack for each in found}})
+
+    def tap(attention: Attention) -> Callable[[nn.Module, Any], None]:
+        def note(_: nn.Module, args: Any) -> None:
+            x = args[0].detach()
+            squares = x.reshape(-1, attention.units, x.shape[-1] // attention.units).float().square().sum(-1)
+            mask = masks.get(attention.stack)
+            own = mask is not None and mask.numel() == len(squares)
+            weights = mask.reshape(-1).to(squares) if mask is not None and own else squares.new_ones(len(squares))
+            sums[attention.name] += (weights @ squares).double().cpu()
+            counts[attention.name] += float(weights.sum())
+
+        return note
+
+    handles = [model.register_forward_pre_hook(begin, with_kwargs=True)]
+    handles += [attention.linear("o").register_forward_pre_hook(tap(attention)) for attention in found]
+    try:
+        neurons = activity(model, data, beside or [])
+    finally:
+        for handle in handles:
+            handle.remove()
+    silent = [name for name, count in counts.items() if not count]
+    if silent:
+        do = "Give inputs of every stack (text, images, decoder inputs)"
+        raise FfnkitError("watching the attention", f"{silent[0]} did not run on the data given", do)
+    return neurons | {name: (total / counts[name]).sqrt() for name, total in sums.items()}
 
 
 def by_unit(attention: Attention, read: Callable[[Any], Tensor] | None = None) -> Tensor:
@@ -164,10 +232,20 @@ def _random(attention: Attention, draw: torch.Generator) -> Tensor:
     return torch.rand(attention.units, generator=draw)
 
 
+def _coefficients(attention: Attention, _: torch.Generator) -> Tensor:
+    linear = attention.linear("o")
+    values = linear.by_input() if isinstance(linear, Adapted) else None
+    if values is None:
+        do = "Tune with coefficients=0.1 or so, keep the updates apart (merge=False), or take another score"
+        raise FfnkitError(f"by coefficients in {attention.name}", "no coefficients are on it", do)
+    return values.double().abs().view(attention.units, -1).mean(1)
+
+
 # A score gives (units,) numbers, the higher the better, for one attention.
 SCORES: dict[str, Callable[[Attention, torch.Generator], Tensor]] = {
     "weight": _weight,
     "update": _update,
     "both": _both,
+    "coefficients": _coefficients,
     "random": _random,
 }

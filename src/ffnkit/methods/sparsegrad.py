@@ -20,6 +20,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.files import spool
 from ffnkit.gradients import Receive, weight_gradients
 from ffnkit.methods.common import Batch, check_counts, generator, need_data
+from ffnkit.nn.quantized import in_few_bits
 from ffnkit.nn.special import Special
 from ffnkit.ops.bases import Grams, Zeros, core_of, top_share, turned
 from ffnkit.parts import PARTS
@@ -119,6 +120,8 @@ class SparseGrad:
                 raise FfnkitError(asked, f"{name} is edited already ({linear.kind})", "Fold the model first")
             if isinstance(linear, nn.Embedding):
                 raise FfnkitError(asked, f"{name} is an embedding", "Name linears")
+            if in_few_bits(linear):
+                raise FfnkitError(asked, f"{name} is in few bits, and has no gradient of its own", "Take dsee or lora")
         return found
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:

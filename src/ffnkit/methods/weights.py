@@ -17,6 +17,7 @@ from ffnkit.blocks import FFN, block_name, is_transposed
 from ffnkit.errors import FfnkitError
 from ffnkit.masking import check_float, is_maskable, stored_weight
 from ffnkit.nn.adapted import Adapted
+from ffnkit.nn.coefficients import carries_update
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.special import Special, oriented
 from ffnkit.parts import head_modules
@@ -46,7 +47,7 @@ class Prunable:
     @property
     def adapted(self) -> bool:
         """Whether an update stands beside the weight."""
-        return isinstance(self.module, Adapted)
+        return carries_update(self.module)
 
     @property
     def stored(self) -> Tensor:

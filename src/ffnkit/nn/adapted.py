@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ffnkit.nn.shrinking import shrinking
 from ffnkit.nn.special import Special, oriented
 
 
 class Adapted(Special):
-    """``y = (W + D) x + b`` with W frozen and an update D that is never kept as a whole.
+    """``y = (W + D) (c (.) x) + b`` with W frozen, an update D that is never kept as a whole, and mostly without c.
 
     The weight that the layer stood in for is untouched, so taking the update away gives back its very bits in every
     dtype. The state dict shows the sum under the name ``weight``, beside what D is made of: what saves the model
@@ -22,7 +23,15 @@ class Adapted(Special):
 
     Attributes:
         base: W as it is stored, (out, in), or (in, out) where a Conv1D was replaced.
+        coefficients: (units,) factors c of the inputs that train, in float32 at least, or None; a unit is in / units
+            inputs that follow each other. l1: how much each step of an optimizer draws them towards zero, relative to
+            the learning rate.
+
+    Differs: l1 is a step of its own behind the optimizer's, the soft threshold by lr * l1 (proximal gradient), not a
+        part of the loss: adaptive optimizers would scale it away, and nothing would ever reach zero.
     """
+
+    coefficients: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear | Conv1D) -> None:
         super().__init__()
@@ -32,6 +41,13 @@ class Adapted(Special):
         self.base.requires_grad_(False)
         # only its name counts here: the state dict holds it, computed when it is written
         self.register_buffer("fingerprint", torch.zeros(2, dtype=torch.int64))
+        self.register_parameter("coefficients", None)
+        self.l1 = 0.0
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        if self.coefficients is not None:
+            shrinking(self)  # a copy is seen to as well
 
     @abstractmethod
     def update(self) -> Tensor:
@@ -49,6 +65,50 @@ class Adapted(Special):
     def taken(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Settings and tensors that make this update anew; the tensors are no views of what trains."""
 
+    # --- coefficients
+
+    def use_coefficients(self, values: Tensor, l1: float = 0.0) -> None:
+        """Let factors of the inputs train.
+
+        Args:
+            values: (units,), of which each stands for as many inputs as the others. l1: see the class.
+        """
+        if self.features[1] % len(values):
+            raise ValueError(f"{len(values)} coefficients for {self.features[1]} inputs")
+        exact = torch.promote_types(self.base.dtype, torch.float32) if self.base.is_floating_point() else torch.float32
+        self.coefficients = nn.Parameter(values.to(self.base.device, exact, copy=True))
+        self.l1 = float(l1)
+        shrinking(self)
+
+    def weighed(self, x: Tensor) -> Tensor:
+        """The inputs (.., in) times their coefficients, in their own dtype."""
+        if self.coefficients is None:
+            return x
+        factors = self.coefficients.to(x.dtype)
+        return (x.unflatten(-1, (len(factors), -1)) * factors[:, None]).flatten(-2)
+
+    @torch.no_grad()
+    def by_input(self) -> Tensor | None:
+        """(in,) the coefficient of each input, or None."""
+        if self.coefficients is None:
+            return None
+        values = whole(self.coefficients).detach()
+        return values.repeat_interleave(self.features[1] // len(values))
+
+    def with_coefficients(self, weight: Tensor) -> Tensor:
+        """(out, in): columns times their coefficients."""
+        factors = self.by_input()
+        return weight if factors is None else weight * factors.to(weight)
+
+    def made_of(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Settings and tensors of the update (:meth:`taken`) and of the coefficients."""
+        given, parts = self.taken()
+        if self.coefficients is not None:
+            values = whole(self.coefficients).detach().clone()
+            given = given | {"trained": given["trained"] + len(values), "l1": self.l1}
+            parts = parts | {"coefficients": values}
+        return given, parts
+
     @property
     def features(self) -> tuple[int, int]:
         rows, columns = self.base.shape
@@ -56,14 +116,15 @@ class Adapted(Special):
 
     @property
     def weight(self) -> Tensor:
-        """W + D as the replaced layer stored it, computed anew; in W's dtype, rounded once."""
+        """(W + D) c as the replaced layer stored it, computed anew; in W's dtype, rounded once."""
         with torch.no_grad():
             total = self.update()
             total += oriented(whole(self.base), self.transposed).to(total)
+            total = self.with_coefficients(total)
         return oriented(total, self.transposed).to(self.base.dtype)
 
     def merged(self, *, masked: bool) -> Tensor:
-        """W + D as it is stored; with ``masked`` zero wherever W is zero: a pruned weight stays as sparse as it was."""
+        """(W + D) c as it is stored; with ``masked`` zero wherever W is: a pruned weight stays as sparse as it was."""
         weight = self.weight.contiguous()
         return weight.masked_fill_(whole(self.base) == 0, 0.0) if masked else weight
 
@@ -79,7 +140,12 @@ class Adapted(Special):
 
     @torch.no_grad()
     def _cut_plain(self, rows: Tensor | None, columns: Tensor | None) -> None:
-        """Cut weight and bias, and tell the emptied layer its new sides."""
+        """Cut weight, bias and coefficients, and tell the emptied layer its new sides."""
+        if self.coefficients is not None and columns is not None:
+            each = self.features[1] // len(self.coefficients)
+            units = columns.view(-1, each)[:, 0] // each
+            kept = self.coefficients.index_select(0, units)
+            self.coefficients = nn.Parameter(kept.detach(), self.coefficients.requires_grad)
         weight = oriented(self.base, self.transposed)
         weight = weight if rows is None else weight.index_select(0, rows)
         weight = weight if columns is None else weight.index_select(1, columns)

@@ -142,6 +142,7 @@ class SparseLowRank(Adapted):
 
     @torch.compiler.disable  # a compiled model is cut here
     def forward(self, x: Tensor) -> Tensor:
+        x = self.weighed(x)
         return _Apply.apply(x, self.up, self.down, self.values, self.bias, self, _dtype_of(x))
 
     def extra_repr(self) -> str:
@@ -177,7 +178,7 @@ class QuantizedSparseLowRank(SparseLowRank):
     def weight(self) -> Tensor:
         """W + D, (out, in), in float32: what W stands for, and the update."""
         total = self.update()
-        return total.add_(float_weight(self.shell).to(total))
+        return self.with_coefficients(total.add_(float_weight(self.shell).to(total)))
 
     def fold(self, *, masked: bool = False) -> nn.Linear | Conv1D:
         plain: nn.Linear | Conv1D = in_float(self.shell, getattr(self.shell, "compute_dtype", None) or torch.float32)
@@ -197,6 +198,7 @@ class QuantizedSparseLowRank(SparseLowRank):
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
+        x = self.weighed(x)
         y = self.shell(x)
         y = y + _Apply.apply(x, self.up, self.down, self.values, None, self, _dtype_of(x)).to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -175,6 +175,7 @@ class SparseGradLinear(Adapted):
 
     @torch.compiler.disable  # a compiled model is cut here
     def forward(self, x: Tensor) -> Tensor:
+        x = self.weighed(x)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         trains = torch.is_grad_enabled() and self.values.requires_grad

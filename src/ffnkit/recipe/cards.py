@@ -97,10 +97,14 @@ def _training(recipe: Recipe, unit: Unit) -> dict[str, Any]:
     steps = (unit.marker("tune") or {}).get("steps")
     compared = {"layers": "hidden states", "logits": "logits", "both": "hidden states and logits"}
     distilled = {"distillation before tuning": compared[recipe.distil.objective]} if unit.marker("distil") else {}
+    pruned = {"pruned afterwards by": [spec.model_dump() for spec in recipe.arms[unit.arm].prune]}
+    recovered = {"steps of recovery": (unit.marker("recover") or {}).get("steps")}
     return {
         "tuner": tuner.model_dump() if tuner.settings else tuner.name,
         "steps": steps,
         **{name: getattr(tune, name) for name in fields},
         **distilled,
+        **(pruned if unit.marker("prune") else {}),
+        **(recovered if unit.marker("recover") else {}),
         "seed": unit.seed,
     }

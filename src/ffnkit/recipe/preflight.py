@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ffnkit import methods
 from ffnkit.errors import FfnkitError
 
-from .sources import Source, expand, method_of
+from .sources import Source, expand, method_of, neutral_texts
 from .state import distilled, folder_digest
 
 if TYPE_CHECKING:
@@ -43,6 +43,11 @@ def preflight(recipe: Recipe) -> tuple[str, str]:
     for split in ("train", "dev", "report"):
         if len(getattr(source.splits, split)) == 0:
             raise FfnkitError(f"the {split} split of {source.task.name}", "has no rows", "Give more data")
+    if recipe.forgetting is not None:
+        try:
+            neutral_texts(recipe.forgetting)
+        except FfnkitError as error:
+            raise error.within("forgetting") from None
     if any(distilled(recipe, name) for name in recipe.arms):
         _distils(recipe, source)
     folder = Path(source.model_name)

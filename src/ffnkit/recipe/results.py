@@ -10,7 +10,7 @@ from typing import Any
 
 from ffnkit.files import write_text
 
-from .schema import Recipe
+from .schema import Arm, Recipe
 from .state import Unit, arm_dict, read_json, stages_of, unit_of, write_json
 
 STAGE_MARKERS = ("compress", "distil", "before", "tune", "prune", "recover", "evaluate", "export")
@@ -77,6 +77,9 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
     }
     if pruned := {name: marks[stage][name] for stage in ("prune", "recover") for name in _PRUNING & {*marks[stage]}}:
         row["pruning"] = pruned | ({"recover_steps": last.get("steps")} if marks["recover"] else {})
+        row |= _zeros(pruned, recipe.tuner_of(unit.arm).settings.get("keep_zeros", False))
+    if forgotten := marks["evaluate"].get("neutral_loss"):
+        row["neutral_loss"] = forgotten
     if recipe.evaluate_before:
         row["metrics_before"] = marks["before"].get("metrics", {})
     for name in ("parameters", "ffn_parameters", "flops_per_token", "ffn_flops_per_token"):
@@ -101,6 +104,12 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
     if failed and not done:
         row["error"] = failed["error"]
     return row
+
+
+def _zeros(pruned: Mapping[str, Any], kept: bool) -> dict[str, float]:
+    """The share of zeros before updates are merged and in the model that comes out."""
+    found = pruned["sparsity"]
+    return {"zeros": found["zeros"], "zeros_merged": found["masked" if kept else "merged"]}
 
 
 def collect(recipe: Recipe, out: Path, metric: str) -> Results:
@@ -138,6 +147,12 @@ def write(recipe: Recipe, results: Results, *, pages: bool) -> None:
         _pages(recipe, results)
 
 
+def _said(arm: Arm) -> dict[str, Any]:
+    """What the page says of an arm; nothing of one that is trained as the recipe says and left whole."""
+    whole = arm_dict(arm)
+    return whole if arm.compressed else {k: v for k, v in whole.items() if k in ("tuner", "tune", "prune", "recover")}
+
+
 def _pages(recipe: Recipe, results: Results) -> None:
     from ffnkit.report import formats
     from ffnkit.report.page import PageInfo, write_page
@@ -155,7 +170,7 @@ def _pages(recipe: Recipe, results: Results) -> None:
         metric=results.metric,
         split_policy="checkpoints chosen on a part of the training data; reported once on the split kept for it",
         rows=_reported(results.rows),
-        arms={name: arm_dict(arm) if arm.compressed else {} for name, arm in recipe.arms.items()},
+        arms={name: _said(arm) for name, arm in recipe.arms.items()},
         settings={"tuner": recipe.tuner.name, **{f"tune {k}": v for k, v in recipe.tune.model_dump().items()}},
         seeds=recipe.seeds,
         versions=last.get("versions", {}),

@@ -224,6 +224,7 @@ class Recipe(Part):
     distil: DistilSettings = Field(default_factory=lambda: DistilSettings.model_validate({}))
     generation: GenerationSettings = Field(default_factory=lambda: GenerationSettings.model_validate({}))
     evaluate_before: StrictBool = False
+    forgetting: str | None = None
     export: Literal["none", "compact", "standard", "both"] = "both"
     export_seeds: Literal["first", "all"] = "first"
     measure: Measure = Measure()
@@ -272,6 +273,8 @@ class Recipe(Part):
         for first, then in (("tune", "prune"), ("prune", "recover")):
             if then in self.stages and first not in self.stages:
                 fail(("stages",), f"{then} needs {first} before it", list(self.stages))
+        if self.forgetting is not None and "evaluate" not in self.stages:
+            fail(("stages",), "forgetting is measured in the stage evaluate", list(self.stages))
         if "distil" in self.stages and "compress" not in self.stages:
             fail(("stages",), "distil needs compress before it", list(self.stages))
         return self
@@ -311,6 +314,8 @@ class Recipe(Part):
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it stands in the file, defaults filled in."""
         data = self.model_dump(mode="json")
+        if self.forgetting is None:
+            del data["forgetting"]
         for name, arm in self.arms.items():
             data["arms"][name] = arm_dict(arm)
         return data

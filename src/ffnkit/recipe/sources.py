@@ -77,6 +77,13 @@ def tuner_of(recipe: Recipe, arm: str) -> Any:
     return get(recipe.tuner_of(arm).model_dump())
 
 
+def neutral_texts(path: str) -> list[str]:
+    """The texts that forgetting is measured on. Raises FfnkitError where the file cannot be read or has none."""
+    from ffnkit.tasks.language import read_texts
+
+    return read_texts(expand(path))
+
+
 def task_of(recipe: Recipe) -> AnyTask:
     """The task that a recipe names, or one of its files."""
     from ffnkit import tasks

@@ -125,6 +125,9 @@ def unit_facts(recipe: Recipe, base: dict[str, Any], arm: str, seed: int) -> dic
     facts["arm"].pop("tuner", None)
     facts["calibration"] = calibration_facts(recipe) if measures(chosen) or prunes_by_data(chosen) else None
     facts["distil"] = distil_facts(recipe) if distilled(recipe, arm) else None
+    if recipe.forgetting is not None:
+        path = Path(os.path.expanduser(os.path.expandvars(recipe.forgetting)))
+        facts["forgetting"] = [recipe.forgetting, hashlib.sha256(path.read_bytes()).hexdigest()[:16]]
     if recipe.recovers(arm):
         facts["recover"] = recipe.recover_of(arm).model_dump(mode="json", exclude=set(HARMLESS))
     return facts

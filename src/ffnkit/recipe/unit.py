@@ -253,7 +253,14 @@ class _Job:
     def evaluate(self) -> dict[str, Any]:
         """The metrics on the split that is only reported, and the counts of the model."""
         counts = {name: value for name, value in measure.figures(self.model).items() if name != "trainable_parameters"}
-        return {**self._metrics(keep=True), **counts}
+        found = {**self._metrics(keep=True), **counts}
+        if (text := self.recipe.forgetting) is not None:
+            from ffnkit.report.forgetting import forgetting
+
+            found["neutral_loss"] = forgetting(
+                self.source.model_name, self.model, self.source.tokenizer, sources.neutral_texts(text)
+            )
+        return found
 
     def _metrics(self, keep: bool) -> dict[str, Any]:
         """Metrics, losses and speeds on every reported split; with ``keep``, what was written goes into files."""

@@ -95,6 +95,13 @@ MERGING = """@misc{verma2025merging,
   eprint        = {2501.06126},
   archivePrefix = {arXiv}
 }"""
+CONVOLUTIONAL = """@inproceedings{molchanov2017pruning,
+  title     = {Pruning Convolutional Neural Networks for Resource Efficient Inference},
+  author    = {Molchanov, Pavlo and Tyree, Stephen and Karras, Tero and Aila, Timo and Kautz, Jan},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2017},
+  note      = {arXiv:1611.06440}
+}"""
 FFNKIT = """@software{ffnkit,
   title  = {ffnkit: narrower, shared and cheaply tuned feed-forward blocks for {Hugging Face} models},
   author = {{The ffnkit maintainers}}
@@ -113,6 +120,7 @@ OF_METHOD: dict[str, tuple[str, ...]] = {
     "unstructured": (MLP_FUSION, CONNECTIONS),
     "prune": (DSEE, WANDA, CONNECTIONS),
     "heads": (DSEE,),
+    "structured": (DSEE, CONVOLUTIONAL),
     "merging": (MERGING,),
     "ffn-drop": (MERGING,),
     "layer-drop": (MERGING,),

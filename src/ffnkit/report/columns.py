@@ -35,6 +35,14 @@ def duration(stat: Stat) -> str:
     return f"{stat.mean:.1f} s" if stat.mean < 600 else f"{stat.mean / 60:.1f} min"
 
 
+def share(stat: Stat) -> str:
+    return f"{stat.mean:.1%}"
+
+
+def change(stat: Stat) -> str:
+    return f"{stat.mean:+.4f}"
+
+
 COLUMNS = {
     "parameters": ("parameters", parameters),
     "ffn_parameters": ("in FFNs", parameters),
@@ -44,7 +52,10 @@ COLUMNS = {
     "bytes_on_disk_standard": ("disk, standard", size),
     "latency_s": ("latency (ratio)", milliseconds),
     "peak_memory_bytes": ("peak memory", size),
+    "zeros": ("zeros (merged)", share),
+    "forgetting": ("forgetting", change),
 }
+OPTIONAL = ("zeros", "forgetting")  # of arms that were pruned, of recipes with a neutral text
 
 
 def score(stat: Stat | None) -> str:
@@ -64,12 +75,17 @@ def difference(delta: Difference | None) -> str:
 
 def cells(summary: Summary) -> tuple[list[str], list[list[str]]]:
     """Headers and one list of strings an arm; columns that no arm has are left out, and ``unmeasured`` names them."""
-    columns = [key for key in COLUMNS if any(key in arm.values for arm in summary.arms)]
+    columns = [key for key in COLUMNS if any(_shown(arm, key) for arm in summary.arms)]
     compared = any(arm.difference for arm in summary.arms)
     timed = any(arm.seconds for arm in summary.arms)
     header = ["arm", "seeds", *summary.metrics, *(["difference [95%]"] if compared else [])]
     header += [COLUMNS[key][0] for key in columns] + (["time"] if timed else [])
     return header, [_line(arm, summary, columns, compared, timed, len(header)) for arm in summary.arms]
+
+
+def _shown(arm: Arm, key: str) -> bool:
+    """Whether an arm gives reason for a column; heads and neurons that went leave no zeros."""
+    return key in arm.values and (key != "zeros" or arm.values[key].mean > 0)
 
 
 def blocks(summary: Summary) -> list[tuple[list[str], list[list[str]]]]:
@@ -97,14 +113,17 @@ def _line(arm: Arm, summary: Summary, columns: list[str], compared: bool, timed:
 
 def _value(arm: Arm, key: str) -> str:
     if key not in arm.values:
-        return "not measured"
+        return "–" if key in OPTIONAL else "not measured"
     text = COLUMNS[key][1](arm.values[key])
+    if key == "zeros" and "zeros_merged" in arm.values:
+        return f"{text} ({share(arm.values['zeros_merged'])})"
     return f"{text} ({arm.latency_ratio.mean:.2f})" if key == "latency_s" and arm.latency_ratio else text
 
 
 def unmeasured(summary: Summary) -> list[str]:
     """The columns that no arm has a value for."""
-    return [head for key, (head, _) in COLUMNS.items() if not any(key in arm.values for arm in summary.arms)]
+    found = {key for arm in summary.arms for key in arm.values}
+    return [head for key, (head, _) in COLUMNS.items() if key not in found and key not in OPTIONAL]
 
 
 def all_notes(summary: Summary) -> list[str]:

@@ -83,7 +83,7 @@ def sparsity(model: PreTrainedModel, sites: str = "all") -> Sparsity:
 def _zeros(each: Prunable) -> Zeros:
     each.check()
     count = int(each.gone(each.stored).sum())
-    if not each.adapted:
+    if not isinstance(each.module, Adapted):
         return Zeros(each.label, each.numel, count, count, count)
     zero = each.module.merged(masked=False) == 0
     both = zero | (stored_weight(each.module) == 0)

@@ -3,7 +3,8 @@
 A row is a dict with ``arm`` and ``seed``; all else is optional: ``metrics`` {name: value} (a metric may also stand at
 the top level), ``parameters``, ``ffn_parameters``, ``trainable_parameters``, ``flops_per_token``,
 ``bytes_on_disk_compact``, ``bytes_on_disk_standard``, ``latency_s``, ``latency_ratio`` (to the first arm, measured in
-alternation with it) and ``latency_ratio_quartiles``, ``peak_memory_bytes``, ``seconds`` {stage: seconds}, ``error``.
+alternation with it) and ``latency_ratio_quartiles``, ``peak_memory_bytes``, ``zeros`` and ``zeros_merged`` (shares of
+the weights, of arms that were pruned), ``neutral_loss`` {before, after}, ``seconds`` {stage: seconds}, ``error``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ VALUES = (
     "bytes_on_disk_standard",
     "latency_s",
     "peak_memory_bytes",
+    "zeros",
+    "zeros_merged",
+    "forgetting",
 )
 Row = Mapping[str, Any]
 
@@ -134,11 +138,19 @@ def _arm(name: str, rows: Mapping[Any, Row], first: Mapping[Any, Row], metric: s
         metrics=_stats({key: [_metric(row, key) for row in rows.values()] for key in metrics}),
         by_seed={seed: value for seed, row in rows.items() if (value := _metric(row, metric)) is not None},
         difference=None if rows is first else _difference(rows, first, metric),
-        values=_stats({key: [_number(row.get(key)) for row in rows.values()] for key in VALUES}),
+        values=_stats({key: [_number(_value(row, key)) for row in rows.values()] for key in VALUES}),
         latency_ratio=ratio,
         ratio_range=None if ratio is None else _ratio_range(rows, ratio),
         seconds=_stats({key: [_number(row.get("seconds", {}).get(key)) for row in rows.values()] for key in stages}),
     )
+
+
+def _value(row: Row, key: str) -> Any:
+    """A value of a row; forgetting is by how much the loss on neutral text grew."""
+    if key != "forgetting":
+        return row.get(key)
+    losses = [_number((row.get("neutral_loss") or {}).get(when)) for when in ("before", "after")]
+    return None if losses[0] is None or losses[1] is None else losses[1] - losses[0]
 
 
 def _number(value: Any) -> float | None:
@@ -201,6 +213,8 @@ def _notes(arms: Sequence[Arm], metric: str, seeds: Sequence[Any] | None, rows: 
         missing = [str(seed) for seed in seeds or () if arm.run and seed not in arm.seeds]
         if missing:
             notes.append(f"{arm.name}: not run for seed {', '.join(missing)}.")
+    unheard = dict.fromkeys((row.get("neutral_loss") or {}).get("note") for row in rows)
+    notes += [f"Forgetting was not measured: {note}." for note in unheard if note]
     run = [arm for arm in arms if arm.run]
     if not run:
         return notes

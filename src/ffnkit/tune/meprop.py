@@ -40,6 +40,8 @@ def prepare(model: nn.Module, tuner: MeProp) -> nn.Module:
     if experts or tuner.adapter_dir is not None:
         what = f"{experts[0]} is one 3-D parameter" if experts else "it trains whole weights, and adapter_dir is given"
         raise FfnkitError("meprop of outputs", what, "Name linears with targets" if experts else "Leave it out")
+    if tuner.coefficients:
+        raise FfnkitError("meprop of outputs", "coefficients are given, and no weight is frozen", "Leave them out")
     chosen = tuner.beside(model)
     handles = []
     for name in names:

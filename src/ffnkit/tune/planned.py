@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ffnkit.adapters import save_adapter
+from ffnkit.methods.coefficients import with_coefficients
 from ffnkit.nn.special import is_special
 from ffnkit.parts import remember
 from ffnkit.plans import Plan, plan
@@ -17,11 +18,11 @@ from ffnkit.surgery import apply, fold
 from ffnkit.tune import zeros
 
 if TYPE_CHECKING:
-    from .tuners import _Adapting
+    from .tuners import _Updating
 
 
 def prepare(
-    model: nn.Module, tuner: _Adapting, data: Iterable[Mapping[str, Any]] | None, keep: Path | None = None
+    model: nn.Module, tuner: _Updating, data: Iterable[Mapping[str, Any]] | None, keep: Path | None = None
 ) -> nn.Module:
     """The model with updates beside its weights, special linears folded first; changed in place.
 
@@ -38,6 +39,8 @@ def prepare(
         made = Plan.load(keep)
     else:
         made = plan(model, cast(Any, tuner.method), data=cast(Any, data))
+        if tuner.coefficients:
+            made = with_coefficients(model, made, tuner.coefficients)
         if keep is not None:
             made.save(keep)
     remember(model)
@@ -49,7 +52,7 @@ def prepare(
     return model
 
 
-def finish(model: nn.Module, tuner: _Adapting) -> nn.Module:
+def finish(model: nn.Module, tuner: _Updating) -> nn.Module:
     """The plain model with the updates in its weights; saves them first where the tuner names a folder."""
     whole = cast(PreTrainedModel, model)
     if tuner.adapter_dir is not None:

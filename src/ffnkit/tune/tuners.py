@@ -17,8 +17,10 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
     model_serializer,
 )
+from pydantic_core import PydanticCustomError
 
 from ffnkit.errors import FfnkitError
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 Routers = Literal["trained", "frozen"]
 Part = Literal["biases", "norms", "attention", "embeddings", "rest"]
 _KEEP_ZEROS = "weights that are zero before (pruned) are zero after it; without it merging fills them"
+_COEFFICIENTS = "l1 weight of coefficients learnt on heads and neurons, which structured pruning reads; 0: none"
 _ROUTERS = "routers of a mixture of experts: trained or frozen"
 
 
@@ -77,8 +80,8 @@ class _Beside(Tuner):
     also: tuple[Part, ...] = Field((), description="further parts that train: biases, norms, attention, ...")
 
     @property
-    def parts(self) -> list[str]:
-        """All parts that train beside."""
+    def with_head(self) -> list[str]:
+        """``also``, and the head where it trains."""
         return list(dict.fromkeys([*(["head"] if self.head else []), *self.also]))
 
     def beside(self, model: nn.Module) -> set[int]:
@@ -86,7 +89,7 @@ class _Beside(Tuner):
         from ffnkit.parts import parts_of
 
         found = self.routers_of(model)
-        chosen = {id(p) for p in parts_of(model, self.parts)}
+        chosen = {id(p) for p in parts_of(model, self.with_head)}
         routed = {id(p) for module in found.values() for p in module.parameters()}
         return chosen | routed if self.routers == "trained" else chosen - routed
 
@@ -190,19 +193,18 @@ class Lora(Tuner):
         return lora.finish(model, self)
 
 
-class _Adapting(_Beside):
-    """What tuners have in common that put small updates beside frozen weights."""
+class _Updating(_Beside):
+    """What tuners have in common that put small updates beside frozen weights, wherever they do."""
 
-    targets: str = Field("ffn", description="ffn, attention, qv, all, or a regular expression over module names")
-    layers: str = Field("all", description="of which layers the FFNs are taken: all, last:8, 4-11, 4,5,9")
     adapter_dir: Path | None = Field(None, description="also save the updates there, as a small adapter")
     keep_zeros: bool = Field(False, description=_KEEP_ZEROS)
+    coefficients: Annotated[float, Field(ge=0)] = Field(0.0, description=_COEFFICIENTS)
 
     @model_serializer(mode="wrap")
-    def _zeros_told(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """``keep_zeros`` is told where it is not the default, so that facts about runs without it stay so."""
+    def _later_told(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Later settings are told where they are not the default, so that facts about runs without them stay so."""
         told: dict[str, Any] = handler(self)
-        return told if self.keep_zeros else {key: value for key, value in told.items() if key != "keep_zeros"}
+        return {k: v for k, v in told.items() if k not in ("keep_zeros", "coefficients") or v}
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Plan without data and apply; ``tune.train`` gives batches to methods that want some.
@@ -218,6 +220,13 @@ class _Adapting(_Beside):
         from . import planned
 
         return planned.finish(model, self)
+
+
+class _Adapting(_Updating):
+    """What tuners have in common that put updates of one kind on linears that they name."""
+
+    targets: str = Field("ffn", description="ffn, attention, qv, all, or a regular expression over module names")
+    layers: str = Field("all", description="of which layers the FFNs are taken: all, last:8, 4-11, 4,5,9")
 
 
 class SparseGrad(_Adapting):
@@ -245,7 +254,7 @@ class SparseGrad(_Adapting):
 
         own = {key: getattr(self, key) for key in ("share", "count", "selection", "basis", "core", "by", "every")}
         return Method(
-            **own, batches=self.batches, seed=self.seed, sites=self.targets, layers=self.layers, also=self.parts
+            **own, batches=self.batches, seed=self.seed, sites=self.targets, layers=self.layers, also=self.with_head
         )
 
 
@@ -277,7 +286,7 @@ class Dsee(_Adapting):
 
         keys = ("rank", "alpha", "nonzeros", "share", "support", "layers", "batches", "seed")
         lora = None if self.lora is None else str(self.lora)
-        return Method(**{key: getattr(self, key) for key in keys}, lora=lora, sites=self.targets, also=self.parts)
+        return Method(**{key: getattr(self, key) for key in keys}, lora=lora, sites=self.targets, also=self.with_head)
 
 
 class SparseMask(_Adapting):
@@ -299,7 +308,7 @@ class SparseMask(_Adapting):
         from ffnkit.methods.sparsegrad import SparseGrad as Method
 
         own = {key: getattr(self, key) for key in ("share", "count", "choose", "seed", "layers")}
-        return Method(**own, basis="none", sites=self.targets, also=self.parts)
+        return Method(**own, basis="none", sites=self.targets, also=self.with_head)
 
 
 class MeProp(_Adapting):
@@ -322,7 +331,12 @@ class MeProp(_Adapting):
         if self.of == "outputs":
             return None
         return Method(
-            share=self.share, basis="none", selection="step", sites=self.targets, layers=self.layers, also=self.parts
+            share=self.share,
+            basis="none",
+            selection="step",
+            sites=self.targets,
+            layers=self.layers,
+            also=self.with_head,
         )
 
     def prepare(self, model: nn.Module) -> nn.Module:
@@ -336,7 +350,45 @@ class MeProp(_Adapting):
         return super().finish(model) if self.of == "weights" else meprop.finish(model, self)
 
 
-TUNERS: tuple[type[Tuner], ...] = (Full, Ffn, Lora, SparseGrad, Dsee, SparseMask, MeProp, Head)
+class Combined(_Updating):
+    """Train updates of several kinds at once, each on linears of its own."""
+
+    name: ClassVar[str] = "combined"
+    description: ClassVar[str] = "updates of several tuners at once, each on linears of its own"
+
+    parts: tuple[dict[str, Any], ...] = Field(
+        description="tuners with their settings: [{name: sparsegrad, targets: ffn}, {name: dsee, targets: qv}]"
+    )
+
+    @field_validator("parts")
+    @classmethod
+    def _known(cls, parts: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+        if len(parts) < 2:
+            raise _wrong("two tuners or more are needed; write [{name: sparsegrad}, {name: dsee}]")
+        for part in parts:
+            try:
+                tuner = get(part)
+            except FfnkitError as error:
+                raise _wrong(f"{error.asked}: {error.found}; {error.do}") from None
+            if not isinstance(tuner, _Adapting) or tuner.method is None:
+                raise _wrong(f"{tuner.name} puts no updates beside weights; name sparsegrad, dsee or mask")
+            if twice := sorted(set(part) & set(_Updating.model_fields)):
+                raise _wrong(f"{twice[0]} is about the whole model; write it beside parts")
+        return parts
+
+    @property
+    def method(self) -> Any:
+        from ffnkit.methods.combined import Combined as Method
+
+        tuners = [cast(_Adapting, get({**part, "head": self.head, "also": self.also})) for part in self.parts]
+        return Method([tuner.method for tuner in tuners])
+
+
+def _wrong(message: str) -> PydanticCustomError:
+    return PydanticCustomError("recipe", "{message}", {"message": message})
+
+
+TUNERS: tuple[type[Tuner], ...] = (Full, Ffn, Lora, SparseGrad, Dsee, SparseMask, MeProp, Combined, Head)
 
 
 def names() -> list[str]:
