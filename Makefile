@@ -11,10 +11,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FL
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-slow lint bench clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -28,8 +28,11 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## compress, tune and compare a real model: the embedded quickstart, into demo-out/
 	$(BIN)/ffnkit run --out $(DEMO_OUT)
 
-test: $(READY) ## run the tests (WORKERS=2)
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS)
+test: $(READY) ## run the tests (WORKERS=2), the slowest ones left out
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+
+test-slow: $(READY) ## run the tests that take long
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
 
 lint: $(READY) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from families import FAMILIES
@@ -17,8 +18,14 @@ from tolerance import assert_close
 from ffnkit.blocks import ffns
 from ffnkit.tune.sharding import wrap_classes
 
-CASES = [("ddp", "bert", "tied"), ("fsdp", "bert", "tied"), ("fsdp", "llama", "tied")]
-CASES += [(kind, "bert", what) for kind in ("ddp", "fsdp") for what in ("refresh", "step")]
+SLOW = pytest.mark.slow
+CASES: list[Any] = [
+    ("ddp", "bert", "tied"),
+    pytest.param("fsdp", "bert", "tied", marks=SLOW),
+    ("fsdp", "llama", "tied"),
+]
+CASES += [("ddp", "bert", "refresh"), ("fsdp", "bert", "step")]
+CASES += [pytest.param(*case, marks=SLOW) for case in (("ddp", "bert", "step"), ("fsdp", "bert", "refresh"))]
 
 
 @pytest.mark.parametrize(("kind", "name", "what"), CASES)

@@ -142,7 +142,7 @@ def test_run_again_computes_nothing(folder: Path, finished: Path, tmp_path: Path
 # Kills ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arm", ["half", "both", *(pytest.param(a, marks=SLOW) for a in ("entries", "lora", "full"))])
+@pytest.mark.parametrize("arm", ["both", *(pytest.param(a, marks=SLOW) for a in ("half", "entries", "lora", "full"))])
 def test_killed_at_every_marker(
     folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str
 ) -> None:
@@ -167,7 +167,7 @@ def test_killed_at_every_marker(
     assert json.loads((out / f"units/{arm}/seed-0/recover.json").read_text())["attempts"] == 2
 
 
-@pytest.mark.parametrize("step", [1, 3, 5, 7, 9, 11])
+@pytest.mark.parametrize("step", [3, 9, *(pytest.param(step, marks=SLOW) for step in (1, 5, 7, 11))])
 def test_killed_within_a_training(
     folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
@@ -190,7 +190,7 @@ def test_killed_within_a_training(
     assert outcome(out) == of(finished, "half")
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [pytest.param(0, marks=SLOW), 1])
 @pytest.mark.parametrize("late", [False, True], ids=["before its plan is on disk", "behind it"])
 def test_killed_within_pruning(
     folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, late: bool

@@ -28,7 +28,8 @@ def float_weight(linear: Any) -> Tensor:
         state, held = linear.state, linear.weight
         scales = state.SCB if state.SCB is not None else held.SCB
         numbers = state.CB if state.CB is not None else held.CB if held.CB is not None else held.data
-        return numbers.float() * (scales.float() / 127)[:, None].to(numbers.device)  # type: ignore[no-any-return]
+        exact: Tensor = numbers.float() * (scales.float() / 127)[:, None].to(numbers.device)
+        return exact
     from peft.utils.integrations import dequantize_module_weight
 
     return dequantize_module_weight(linear).detach()
