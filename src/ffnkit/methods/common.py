@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from ffnkit import blocks
 from ffnkit.edits import Resize
 from ffnkit.errors import FfnkitError
+from ffnkit.nn.special import Special
 from ffnkit.ops.clusters import cluster_neurons
 from ffnkit.ops.neurons import Neurons
 from ffnkit.plans import Progress, check_weights
+from ffnkit.sites import targets as sited
 from ffnkit.taps import Batch, Flow, watch
 
 Width = int | float | Mapping[str, int]
@@ -72,6 +74,26 @@ def targets(model: nn.Module, layers: str, width: Width) -> list[tuple[blocks.FF
     if unknown:
         raise FfnkitError(f"width of {unknown[0]}", "no FFN of that name is chosen", f"There are {', '.join(known)}")
     return [(ffn, blocks.resolve_width(width[ffn.name], ffn.width, ffn.name)) for ffn in chosen if ffn.name in width]
+
+
+def plain_linears(model: nn.Module, method: str, sites: str, layers: str) -> dict[str, nn.Module]:
+    """The linears that updates of a method may stand beside, by name.
+
+    Raises:
+        FfnkitError: nothing matches; experts in one 3-D parameter, a linear that is edited already, an embedding.
+    """
+    names, experts = sited(model, sites, layers)
+    asked = f"{method} on {type(model).__name__}"
+    if experts:
+        what = f"{experts[0]} holds the weights of several experts in one 3-D parameter"
+        raise FfnkitError(asked, what, "Name linears with sites, or use lora, which adapts such parameters")
+    found = {name: model.get_submodule(name) for name in names}
+    for name, linear in found.items():
+        if isinstance(linear, Special):
+            raise FfnkitError(asked, f"{name} is edited already ({linear.kind})", "Fold the model first")
+        if isinstance(linear, nn.Embedding):
+            raise FfnkitError(asked, f"{name} is an embedding", "Name linears")
+    return found
 
 
 def each(

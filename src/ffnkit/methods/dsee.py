@@ -17,15 +17,14 @@ from ffnkit.edits import Adapt, Edit, Train
 from ffnkit.errors import FfnkitError
 from ffnkit.files import spool
 from ffnkit.gradients import weight_gradients
-from ffnkit.methods.common import Batch, check_counts, generator, need_data
+from ffnkit.methods.common import Batch, check_counts, generator, need_data, plain_linears
 from ffnkit.nn.dsee import index_dtype
 from ffnkit.nn.quantized import float_weight, in_few_bits, sides
-from ffnkit.nn.special import Special
 from ffnkit.ops import support
 from ffnkit.parts import PARTS
 from ffnkit.peft_lora import Lora, read_lora
 from ffnkit.plans import Draft, Progress
-from ffnkit.sites import query_value, targets
+from ffnkit.sites import query_value
 
 IN_MEMORY = 1 << 30  # bytes of summed squares while planning; more lie in files that are memory-mapped
 SUPPORTS = ("svd", "grebsmo", "gradient", "magnitude", "random")
@@ -100,17 +99,8 @@ class DSEE:
     def targets(self, model: nn.Module) -> dict[str, nn.Module]:
         """The linears by name. Raises FfnkitError where the settings do not fit the model."""
         self.check()
-        names, experts = targets(model, self.sites, self.layers)
-        asked = f"dsee on {type(model).__name__}"
-        if experts:
-            what = f"{experts[0]} holds the weights of several experts in one 3-D parameter"
-            raise FfnkitError(asked, what, "Name linears with sites, or use lora, which adapts such parameters")
-        found = {name: model.get_submodule(name) for name in names}
+        found, asked = plain_linears(model, self.name, self.sites, self.layers), f"dsee on {type(model).__name__}"
         for name, linear in found.items():
-            if isinstance(linear, Special):
-                raise FfnkitError(asked, f"{name} is edited already ({linear.kind})", "Fold the model first")
-            if isinstance(linear, nn.Embedding):
-                raise FfnkitError(asked, f"{name} is an embedding", "Name linears")
             if any(p.is_meta for p in linear.parameters()):
                 raise FfnkitError(asked, "the model is empty (meta device)", "Load the weights first")
             if self.needs_data and in_few_bits(linear):

@@ -19,13 +19,11 @@ from ffnkit.edits import Adapt, Edit, Train
 from ffnkit.errors import FfnkitError
 from ffnkit.files import spool
 from ffnkit.gradients import Receive, weight_gradients
-from ffnkit.methods.common import Batch, check_counts, generator, need_data
+from ffnkit.methods.common import Batch, check_counts, generator, need_data, plain_linears
 from ffnkit.nn.quantized import in_few_bits
-from ffnkit.nn.special import Special
 from ffnkit.ops.bases import Grams, Zeros, core_of, top_share, turned
 from ffnkit.parts import PARTS
 from ffnkit.plans import Draft, Progress
-from ffnkit.sites import targets
 
 IN_MEMORY = 1 << 30  # bytes of sums while planning; more lie in files that are memory-mapped
 ROOM = 4  # times as many entries has a core in which the choice may change
@@ -109,17 +107,8 @@ class SparseGrad:
     def targets(self, model: nn.Module) -> dict[str, nn.Module]:
         """The linears by name. Raises FfnkitError where the settings do not fit the model."""
         self.check()
-        names, experts = targets(model, self.sites, self.layers)
-        asked = f"sparsegrad on {type(model).__name__}"
-        if experts:
-            what = f"{experts[0]} holds the weights of several experts in one 3-D parameter"
-            raise FfnkitError(asked, what, "Name linears with sites, or use lora, which adapts such parameters")
-        found = {name: model.get_submodule(name) for name in names}
+        found, asked = plain_linears(model, self.name, self.sites, self.layers), f"sparsegrad on {type(model).__name__}"
         for name, linear in found.items():
-            if isinstance(linear, Special):
-                raise FfnkitError(asked, f"{name} is edited already ({linear.kind})", "Fold the model first")
-            if isinstance(linear, nn.Embedding):
-                raise FfnkitError(asked, f"{name} is an embedding", "Name linears")
             if in_few_bits(linear):
                 raise FfnkitError(asked, f"{name} is in few bits, and has no gradient of its own", "Take dsee or lora")
         return found
