@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ffnkit.errors import FfnkitError
 from ffnkit.files import spooled
+from ffnkit.ops.masks import packed, unpacked
 from ffnkit.ops.neurons import Neurons
 
 
@@ -137,8 +136,7 @@ class Mask(Edit):
     @classmethod
     def of(cls, ffn: str, site: str, mask: Tensor) -> Mask:
         """The edit that keeps the weights where ``mask`` (bool, as the weight lies in (.., out, in)) is true."""
-        bits = torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
-        return cls(ffn, site=site, shape=list(mask.shape), bits=spooled(bits))
+        return cls(ffn, site=site, shape=list(mask.shape), bits=spooled(packed(mask)))
 
     @property
     def touched(self) -> tuple[str, ...]:
@@ -152,8 +150,7 @@ class Mask(Edit):
 
     def mask(self) -> Tensor:
         """The mask, bool."""
-        count = math.prod(self.shape)
-        return torch.from_numpy(np.unpackbits(self.bits.numpy(), count=count)).bool().reshape(self.shape)
+        return unpacked(self.bits, self.shape)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,9 +5,11 @@ Exact counts everywhere, and ties go to the first entry, so that a mask depends 
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +17,16 @@ from ffnkit.errors import FfnkitError
 
 DIGIT = 16  # bits that one pass over the scores settles
 Scores = Callable[[], Iterable[Tensor]]
+
+
+def packed(mask: Tensor) -> Tensor:
+    """A mask (bool) as bits, row by row, the first one highest; uint8, on the CPU."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
+
+
+def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """The mask of this shape that :func:`packed` made bits of."""
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=math.prod(shape))).bool().reshape(tuple(shape))
 
 
 def ordered_keys(scores: Tensor) -> Tensor:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ffnkit.ops.masks import packed, unpacked
 from ffnkit.parts import head_parameters
 
 _ZEROS = "_ffnkit_zeros"  # on a model that is tuned: packed places of zeros and shapes, by parameter name
@@ -22,17 +20,16 @@ def note(model: nn.Module) -> dict[str, tuple[Tensor, torch.Size]]:
     held = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     held |= {id(p) for p in head_parameters(model)}
     linears = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | Conv1D)}
-    packed: dict[int, tuple[Tensor, torch.Size] | None] = {}
+    done: dict[int, tuple[Tensor, torch.Size] | None] = {}
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         own = id(parameter)
         if own in held or not (own in linears or parameter.ndim == 3) or not parameter.is_floating_point():
             continue
-        if own not in packed:
+        if own not in done:
             zero = parameter.detach() == 0
-            bits = np.packbits(zero.cpu().numpy().reshape(-1)) if bool(zero.any()) else None
-            packed[own] = None if bits is None else (torch.from_numpy(bits), parameter.shape)
-        if (entry := packed[own]) is not None:
+            done[own] = (packed(zero), parameter.shape) if bool(zero.any()) else None
+        if (entry := done[own]) is not None:
             found[name] = entry
     return found
 
@@ -60,5 +57,4 @@ def restore(model: nn.Module, noted: dict[str, tuple[Tensor, torch.Size]]) -> No
         if parameter is None or parameter.shape != shape or id(parameter) in done:
             continue
         done.add(id(parameter))
-        zero = torch.from_numpy(np.unpackbits(bits.numpy(), count=math.prod(shape))).bool().view(shape)
-        parameter.masked_fill_(zero.to(parameter.device), 0.0)
+        parameter.masked_fill_(unpacked(bits, shape).to(parameter.device), 0.0)
