@@ -150,6 +150,40 @@ def test_a_head_that_trained_and_is_adapted_then_goes_back_too() -> None:
     assert torch.equal(model.classifier.weight, before)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_trained_beside_goes_back_after_heads_and_neurons_went(name: str) -> None:
+    family = FAMILIES[name]
+    model, bare = family.model(), family.model()
+    data = batches(name, model)
+    apply(model, on_attention(also=["attention", "biases"]), data=data)
+    trained(model, data)
+    for method in (HEADS, fk.methods.build("magnitude", width=0.5)):
+        plan = fk.plan(model, method)
+        fk.apply(model, plan)
+        fk.apply(bare, plan)  # the same heads and neurons, of a model that never trained
+    tuned = {n: p.detach().clone() for n, p in model.named_parameters()}
+    wanted = dict(bare.named_parameters())
+    changed = [n for n, p in tuned.items() if n in wanted and not torch.equal(p, wanted[n])]
+    assert changed  # else what goes back would say nothing
+    for path, parameter in fk.remove_adapter(model).named_parameters():
+        assert torch.equal(parameter, wanted[path]) and parameter.requires_grad, path
+
+
+def test_what_trained_beside_and_was_rewritten_does_not_go_back() -> None:
+    model = FAMILIES["bert"].model()
+    data = batches("bert", model)
+    apply(model, on_attention(also=["biases"]), data=data)
+    apply(model, fk.Fusion(width=0.5))
+    count = len(adapted(model))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with pytest.raises(FfnkitError, match="was rewritten since"):
+        fk.remove_adapter(model)
+    assert count and len(adapted(model)) == count
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    fk.fold(model)
+    assert not adapted(model)
+
+
 def test_the_tuner_of_two_parts(tmp_path: Path) -> None:
     family = FAMILIES["bert"]
     model = family.model()

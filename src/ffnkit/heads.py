@@ -103,11 +103,11 @@ def keep_heads(model: nn.Module, attention: Attention, stay: dict[Role, Tensor])
         _cut(model, attention.module.get_submodule(path), rows=index)
     columns = attention.columns()[stay["q"]].flatten()
     _cut(model, attention.linear("o"), columns=columns)
-    for name, parameter, role in following:
+    for name, _, role in following:
         axis, each = _axis(attention, name), 1 if role is None else width
         who = stay[role or "q"]
         places_ = (who[:, None] * each + torch.arange(each)).flatten()
-        _replace(model, attention.module, name, _taken(parameter, places_, axis))
+        _replace(model, attention.module, name, places_, axis)
     now = {role: len(stay[role]) for role in ROLES}
     for module in dict.fromkeys((attention.module, attention.inner)):
         _remember(module, before, now, width)
@@ -138,22 +138,22 @@ def _cut(model: nn.Module, linear: Any, rows: Tensor | None = None, columns: Ten
     weight = linear.base if isinstance(linear, Adapted) else linear.weight
     rows = None if rows is None else rows.to(weight.device)
     columns = None if columns is None else columns.to(weight.device)
+    turned = linear.transposed if isinstance(linear, Adapted) else blocks.is_transposed(linear)
+    axes = [(index, axis) for index, axis in ((rows, int(turned)), (columns, 1 - turned)) if index is not None]
     if isinstance(linear, Adapted):
-        old = (linear.base, linear.bias)
+        names = {id(p): name for name, p in model.named_parameters()}
+        for index, axis in axes:
+            parts.keep_noted(model, names[id(linear.base)], index, axis)
+        if rows is not None and linear.bias is not None:
+            parts.keep_noted(model, names[id(linear.bias)], rows, 0)
         linear.cut(rows=rows, columns=columns)
-        for before, after in zip(old, (linear.base, linear.bias), strict=True):
-            if before is not None and after is not None:
-                parts.hand_on(model, before, after)
         return
-    turned = blocks.is_transposed(linear)
-    for index, axis in ((rows, 1 if turned else 0), (columns, 0 if turned else 1)):
-        if index is None:
-            continue
-        _replace(model, linear, "weight", _taken(linear.weight, index, axis))
+    for index, axis in axes:
+        _replace(model, linear, "weight", index, axis)
         if isinstance(linear, Masked):
             linear.mask = linear.mask.index_select(axis, index)
     if rows is not None and linear.bias is not None:
-        _replace(model, linear, "bias", _taken(linear.bias, rows, 0))
+        _replace(model, linear, "bias", rows, 0)
     if not isinstance(linear, Special):
         fit(linear)
 
@@ -166,13 +166,15 @@ def _taken(old: nn.Parameter, index: Tensor, axis: int) -> nn.Parameter:
     return new
 
 
-def _replace(model: nn.Module, owner: nn.Module, name: str, new: nn.Parameter) -> None:
+def _replace(model: nn.Module, owner: nn.Module, name: str, index: Tensor, axis: int) -> None:
+    """Keep these places of an axis of a parameter, and of what is noted of it."""
     holder, _, last = name.rpartition(".")
     module = owner.get_submodule(holder)
     old = module._parameters[last]
     assert old is not None
-    module._parameters[last] = new
-    parts.hand_on(model, old, new)
+    for path in [path for path, parameter in model.named_parameters() if parameter is old]:
+        parts.keep_noted(model, path, index, axis)
+    new = module._parameters[last] = _taken(old, index, axis)
     if isinstance(module, nn.Embedding):
         module.embedding_dim = new.shape[1]
     elif isinstance(module, nn.Linear) and owner is not module:

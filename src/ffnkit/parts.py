@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
 
 PARTS = ("head", "biases", "norms", "attention", "embeddings", "rest")
-_FLAGS = "_ffnkit_requires_grad"  # on a model: what trained before, by parameter id
+_FLAGS = "_ffnkit_requires_grad"  # on a model: what trained before, by parameter; forgets those that are gone
+_BEFORE = "_ffnkit_before"  # on a model with updates: the parts that train beside them, and their values from before
 
 
 def parts_of(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
@@ -59,24 +62,25 @@ def attention_linears(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn
 
 def remember(model: nn.Module) -> None:
     """Note what trains now, for :func:`train_as_before`; what is noted already stays."""
-    flags: dict[int, bool] = getattr(model, _FLAGS, {})
-    now = {id(p): flags.get(id(p), p.requires_grad) for p in model.parameters()}
+    flags, now = _flags(model), WeakTensorKeyDictionary()
+    for parameter in model.parameters():
+        now[parameter] = flags.get(parameter, parameter.requires_grad)
     object.__setattr__(model, _FLAGS, now)
 
 
 def train_only(model: nn.Module, chosen: Callable[[nn.Parameter], bool]) -> None:
     """Let the chosen parameters train, of those that do already, until :func:`train_as_before`."""
     remember(model)
-    flags: dict[int, bool] = getattr(model, _FLAGS)
+    flags = _flags(model)
     for parameter in model.parameters():
-        parameter.requires_grad_(flags[id(parameter)] and chosen(parameter))
+        parameter.requires_grad_(flags[parameter] and chosen(parameter))
 
 
 def train_as_before(model: nn.Module) -> nn.Module:
     """Every parameter's flag as it was before :func:`train_only`."""
-    flags: dict[int, bool] = getattr(model, _FLAGS, {})
+    flags = _flags(model)
     for parameter in model.parameters():
-        parameter.requires_grad_(flags.get(id(parameter), parameter.requires_grad))
+        parameter.requires_grad_(flags.get(parameter, parameter.requires_grad))
     if hasattr(model, _FLAGS):
         object.__delattr__(model, _FLAGS)
     return model
@@ -84,15 +88,15 @@ def train_as_before(model: nn.Module) -> nn.Module:
 
 def hand_on(model: nn.Module, old: nn.Parameter, new: Tensor) -> None:
     """Let a parameter that takes another's place train again when that one would."""
-    flags: dict[int, bool] | None = getattr(model, _FLAGS, None)
-    if flags is not None and id(old) in flags:
-        flags[id(new)] = flags[id(old)]
+    flags = _flags(model)
+    if old in flags:
+        flags[new] = flags[old]
 
 
 def flags_by_name(model: nn.Module) -> dict[str, bool]:
     """What trained before :func:`train_only`, by parameter name; empty where it does not hold."""
-    flags: dict[int, bool] = getattr(model, _FLAGS, {})
-    return {name: flags[id(p)] for name, p in model.named_parameters() if id(p) in flags}
+    flags = _flags(model)
+    return {name: flags[p] for name, p in model.named_parameters() if p in flags}
 
 
 def renew(model: nn.Module, named: dict[str, bool]) -> None:
@@ -101,19 +105,46 @@ def renew(model: nn.Module, named: dict[str, bool]) -> None:
     Args:
         named: :func:`flags_by_name` from before they did. One of a new name goes by others of its module.
     """
-    flags: dict[int, bool] | None = getattr(model, _FLAGS, None)
-    if flags is None:
+    if not is_limited(model):
         return
+    flags = _flags(model)
     modules = {name.rpartition(".")[0]: flag for name, flag in named.items()}
     for name, parameter in model.named_parameters():
-        if id(parameter) not in flags:
+        if parameter not in flags:
             module = modules.get(name.rpartition(".")[0], parameter.requires_grad)
-            flags[id(parameter)] = named.get(name, module)
+            flags[parameter] = named.get(name, module)
+
+
+def _flags(model: nn.Module) -> Any:
+    return getattr(model, _FLAGS, None) or WeakTensorKeyDictionary()
 
 
 def is_limited(model: nn.Module) -> bool:
     """Whether :func:`train_only` holds."""
     return hasattr(model, _FLAGS)
+
+
+def note(model: nn.Module, parts: list[str], before: dict[str, Tensor] | None) -> None:
+    """Note the parts that train beside updates and their values from before, by name; None: they are not known."""
+    model.__dict__[_BEFORE] = (parts, before)
+
+
+def noted(model: nn.Module) -> tuple[list[str], dict[str, Tensor] | None]:
+    """What :func:`note` noted; nothing at all is ([], {})."""
+    found: tuple[list[str], dict[str, Tensor] | None] = model.__dict__.get(_BEFORE, ([], {}))
+    return found
+
+
+def forget(model: nn.Module) -> None:
+    """Forget what :func:`note` noted."""
+    model.__dict__.pop(_BEFORE, None)
+
+
+def keep_noted(model: nn.Module, name: str, index: Tensor, axis: int) -> None:
+    """The value that is noted of a parameter, if one is, keeps these places of an axis only, as the parameter does."""
+    before = noted(model)[1]
+    if before and name in before:
+        before[name] = before[name].index_select(axis, index.long().to(before[name].device))
 
 
 def head_modules(model: nn.Module) -> dict[str, nn.Module]:

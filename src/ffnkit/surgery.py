@@ -29,7 +29,19 @@ from ffnkit.nn.served import serve, served, unserve
 from ffnkit.nn.sparsegrad import Bases, SparseGradLinear
 from ffnkit.nn.special import Special
 from ffnkit.ops.neurons import Neurons, average, balance, cluster_sizes, concatenate
-from ffnkit.parts import flags_by_name, hand_on, parts_of, remember, renew, train_as_before, train_only
+from ffnkit.parts import (
+    flags_by_name,
+    forget,
+    hand_on,
+    keep_noted,
+    note,
+    noted,
+    parts_of,
+    remember,
+    renew,
+    train_as_before,
+    train_only,
+)
 from ffnkit.plans import Plan, Shape
 
 
@@ -57,6 +69,7 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     shared: dict[tuple[Any, ...], Bases] = {}
     for edit in plan.edits:
         if isinstance(edit, Adapt):
+            renew(model, named)
             remember(model)  # anew: edits before it may have made parameters
             adapt(model, edit, shared)
         elif isinstance(edit, Train):
@@ -68,13 +81,10 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
         elif isinstance(edit, Tie):
             tie(model, [found[name] for name in edit.touched], edit)
         elif not isinstance(edit, Drop):
-            before = dict(found[edit.ffn].module.named_parameters())
             carry_out(found[edit.ffn], edit)
-            for name, parameter in found[edit.ffn].module.named_parameters():
-                if before.get(name, parameter) is not parameter:
-                    hand_on(model, before[name], parameter)
             if isinstance(edit, Keep):
                 _keep_noted(model, found[edit.ffn], edit)
+    renew(model, named)
     gone = [edit.layer for edit in plan.edits if isinstance(edit, Drop)]
     if gone:
         renamed, _ = without_layers(model, gone)
@@ -82,7 +92,6 @@ def apply(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
     head_config.settle(model)
     shapes.update_config(model, keys, original)
     run_uneven_experts(model)
-    renew(model, named)
     if train:
         let_train(model, [part for edit in train for part in edit.parts])
         write_values(model, {name: value for edit in train for name, value in edit.values.items()})
@@ -191,7 +200,6 @@ def resize(ffn: FFN, neurons: Neurons) -> None:
                 setattr(owner, name, neurons.ff)
 
 
-_BEFORE = "_ffnkit_before"  # on a model with updates: what trains beside them, and the values from before
 _ADAPTED: dict[str, Callable[..., Adapted]] = {
     "sparsegrad": SparseGradLinear,
     "dsee": sparse_low_rank,
@@ -285,7 +293,7 @@ def adapt(model: nn.Module, edit: Adapt, shared: dict[tuple[Any, ...], Bases]) -
 
 def let_train(model: nn.Module, parts: list[str]) -> None:
     """What adapted linears train and these parts of the model, and nothing else; parts of earlier updates train on."""
-    known, old = model.__dict__.get(_BEFORE, ([], {}))
+    known, old = noted(model)
     parts = list(dict.fromkeys([*known, *parts]))
     chosen = {id(p) for p in parts_of(model, parts)}
     for layer in adapted(model).values():
@@ -295,19 +303,20 @@ def let_train(model: nn.Module, parts: list[str]) -> None:
     before = {name: p.detach().clone() for name, p in beside(model).items()} if "rest" not in parts else None
     if before is not None:  # what trained already is as it was before the first update came
         own = dict(model.named_parameters())
-        under = {name: name if name in own else f"{name.removesuffix('.weight')}.base" for name in old}
-        before |= {under[name]: value for name, value in old.items()}
-    model.__dict__[_BEFORE] = (parts, before)
+        under = {name: name if name in own else f"{name.removesuffix('.weight')}.base" for name in old or ()}
+        before |= {under[name]: value for name, value in (old or {}).items()}
+    note(model, parts, before)
 
 
 def _keep_noted(model: nn.Module, ffn: FFN, edit: Keep) -> None:
     """Values from before the updates, which come back without them, lose the same neurons."""
-    old = model.__dict__.get(_BEFORE, ([], None))[1] or {}
     for site in ffn.sites:
-        name = f"{ffn.name}.{ffn.path(site)}.bias"
-        if site != "down" and name in old:
-            halves = old[name].chunk(2) if ffn.layout.fused else (old[name],)
-            old[name] = torch.cat([half.index_select(0, edit.index.long().to(half.device)) for half in halves])
+        if site != "down":
+            name, index = f"{ffn.name}.{ffn.path(site)}.bias", edit.index.long()
+            if ffn.layout.fused:
+                half = len((noted(model)[1] or {}).get(name, ())) // 2
+                index = torch.cat([index, index + half])
+            keep_noted(model, name, index, 0)
 
 
 def beside(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -318,7 +327,7 @@ def beside(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def parts_beside(model: nn.Module) -> list[str]:
     """The parts that were let train beside the updates."""
-    return list(model.__dict__.get(_BEFORE, ([], None))[0])
+    return list(noted(model)[0])
 
 
 def _own(layer: Adapted) -> list[nn.Parameter]:
@@ -348,12 +357,17 @@ def unadapt(model: nn.Module, *, fold: bool, masked: bool = False) -> None:
         FfnkitError: without ``fold``, where all the rest of the model trained too.
     """
     found = adapted(model)
-    parts, before = model.__dict__.pop(_BEFORE, ([], {}))
-    if not fold and before is None:
-        model.__dict__[_BEFORE] = (parts, before)
-        raise FfnkitError("taking the adapter away", "the rest of the model trained too", "Load the base model anew")
+    _, before = noted(model)
     if not fold:
+        asked, do = "taking the adapter away", "Fold it, or load the base model anew"
+        if before is None:
+            raise FfnkitError(asked, "the rest of the model trained too", do)
+        own = dict(model.named_parameters())
+        other = [name for name, value in before.items() if name not in own or own[name].shape != value.shape]
+        if other:
+            raise FfnkitError(asked, f"{other[0]} trained beside it and was rewritten since", do)
         write_values(model, before)
+    forget(model)
     for layer in found.values():
         places = [name for name, module in model.named_modules(remove_duplicate=False) if module is layer]
         plain = layer.fold(masked=masked) if fold else layer.restore()
