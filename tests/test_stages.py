@@ -19,9 +19,11 @@ from test_recipe_run import outcome as plain_outcome
 
 import ffnkit as fk
 from ffnkit.errors import FfnkitError
+from ffnkit.nn.adapted import adapted
 from ffnkit.recipe.schema import Recipe
 from ffnkit.recipe.state import Unit, unit_of
 from ffnkit.report.sparsity import sparsity
+from ffnkit.tune import train
 
 STAGES = ["tune", "prune", "recover", "evaluate", "export"]
 DSEE = {"name": "dsee", "rank": 2, "nonzeros": 4}
@@ -329,3 +331,22 @@ def test_pruning_without_recovery(folder: Path, tmp_path: Path) -> None:
     row = json.loads((tmp_path / "out" / "results.json").read_text())["rows"][0]
     assert row["pruning"]["sparsity"]["zeros"] == pytest.approx(0.5, abs=1e-3)
     assert set(row["seconds"]) == {"tune", "prune", "evaluate", "export"}
+
+
+def test_coefficients_are_drawn_until_they_have_chosen(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pulls: list[set[float]] = []
+
+    def watched(model: Any, *given: Any, **named: Any) -> Any:
+        result = train(model, *given, **named)
+        pulls.append({layer.l1 for layer in adapted(model).values() if layer.coefficients is not None})
+        return result
+
+    monkeypatch.setattr("ffnkit.tune.train", watched)
+    tuner = {**DSEE, "coefficients": 0.3}
+    arm = {"tuner": tuner, "prune": {"method": "structured", "by": "coefficients", "neurons": 0, "heads": 1}}
+    recipe = staged(folder, arms={"drawn": arm}, measure={"latency": False})
+    results = run(recipe, tmp_path / "out")
+    assert results.ok, [row.get("error") for row in results.rows]
+    assert pulls == [{0.3}, {0.0}]

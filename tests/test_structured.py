@@ -125,6 +125,26 @@ def test_removing_equals_zeroing(name: str) -> None:
     differ(family, model, before)
 
 
+@pytest.mark.parametrize("name", ["stories260K", "gpt_nano_sort"])
+def test_pretrained_decoders_lose_heads_and_neurons_with_their_updates(
+    name: str, models_dir: Path, tmp_path: Path
+) -> None:
+    model = fk.load(models_dir / name)
+    ids = torch.arange(6).repeat(2, 1) % 3
+    fk.apply(model, fk.plan(model, fk.DSEE(sites="all", rank=2, nonzeros=9)))
+    shake(model)
+    plan = fk.plan(model, fk.StructuredPruning(heads=0.3, neurons=0.25, by="both"))
+    assert {type(edit) for edit in plan.edits} == {Heads, Keep}
+    expected, before = zeroed(model, plan)(ids).logits, model(ids).logits
+    fk.apply(model, plan)
+    assert_close(model(ids).logits, expected, rel=1e-5, what=name)  # float32
+    assert relative_error(before, expected) > 1e-3
+    fk.save(fk.fold(model), tmp_path / name)
+    again = fk.load(tmp_path / name)
+    assert_close(again(ids).logits, expected, rel=1e-5, what=f"{name} reloaded")
+    assert again.num_parameters() < fk.load(models_dir / name).num_parameters()
+
+
 @pytest.mark.parametrize("sites", ["ffn", "all"])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "phi3"])

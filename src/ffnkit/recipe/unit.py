@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ffnkit
 from ffnkit.adapters import is_adapted
+from ffnkit.nn.coefficients import set_l1
 from ffnkit.report import environment, measure
 from ffnkit.report.sparsity import merge_costs, sparsity
 
@@ -208,6 +209,7 @@ class _Job:
 
     def recover(self) -> dict[str, Any]:
         """Tune again, what trained before trains on, then merge."""
+        set_l1(self.model, 0.0)  # coefficients have chosen; drawn on, those that stay would shrink for nothing
         figures, model = self._trained("recover", self.recipe.recover_of(self.unit.arm), go_on=True, merge=False)
         figures["sparsity"] = _shares(model)
         if is_adapted(model) and figures["sparsity"]["zeros"]:
