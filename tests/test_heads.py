@@ -604,7 +604,7 @@ def test_by_name_and_by_number() -> None:
         ({"share": 0.05}, "none would go"),
         ({"share": True}, "a bool"),
         ({"share": {"nowhere": 1}}, "no attention of that name"),
-        ({"by": "size"}, "no such score"),
+        ({"by": "size"}, "no such choice"),
         ({"by": "update"}, "carries an update"),
         ({"layers": "9"}, "layer 9"),
         ({"seed": -1}, "seed"),

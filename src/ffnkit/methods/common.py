@@ -16,6 +16,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.nn.special import Special
 from ffnkit.ops.clusters import cluster_neurons
 from ffnkit.ops.neurons import Neurons
+from ffnkit.parts import PARTS
 from ffnkit.plans import Progress, check_weights
 from ffnkit.sites import targets as sited
 from ffnkit.taps import Batch, Flow, watch
@@ -46,6 +47,19 @@ class Narrowing:
         """The FFNs to narrow and their new widths. Raises FfnkitError where layers or settings do not fit."""
         check_counts(self, **self.least)
         return targets(model, self.layers, self.width)
+
+
+def check_choices(settings: Any, **known: Iterable[str]) -> None:
+    """Raises FfnkitError where a setting is none of the words that are known for it."""
+    for key, words in known.items():
+        if getattr(settings, key) not in (words := tuple(words)):
+            raise FfnkitError(f"{key} {getattr(settings, key)!r}", "no such choice", f"Choose of {', '.join(words)}")
+
+
+def check_parts(also: Any) -> None:
+    """Raises FfnkitError where the setting ``also`` is no list of parts of a model."""
+    if isinstance(also, str) or not set(also) <= set(PARTS):
+        raise FfnkitError(f"also {also!r}", "not a list of parts", f"Choose of {', '.join(PARTS)}")
 
 
 def check_counts(method: Any, **least: int) -> None:

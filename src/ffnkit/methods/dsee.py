@@ -17,11 +17,18 @@ from ffnkit.edits import Adapt, Edit, Train
 from ffnkit.errors import FfnkitError
 from ffnkit.files import spool
 from ffnkit.gradients import weight_gradients
-from ffnkit.methods.common import Batch, check_counts, generator, need_data, plain_linears
+from ffnkit.methods.common import (
+    Batch,
+    check_choices,
+    check_counts,
+    check_parts,
+    generator,
+    need_data,
+    plain_linears,
+)
 from ffnkit.nn.dsee import index_dtype
 from ffnkit.nn.quantized import float_weight, in_few_bits, sides
 from ffnkit.ops import support
-from ffnkit.parts import PARTS
 from ffnkit.peft_lora import Lora, read_lora
 from ffnkit.plans import Draft, Progress
 from ffnkit.sites import query_value
@@ -89,12 +96,10 @@ class DSEE:
         share = self.share
         if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1):
             raise FfnkitError(f"share {share!r}", "not above 0 and up to 1", "Give a share such as share=0.001")
-        if self.support not in SUPPORTS:
-            raise FfnkitError(f"support {self.support!r}", "no such choice", f"Choose of {', '.join(SUPPORTS)}")
+        check_choices(self, support=SUPPORTS)
         if self.rank == 0 and self.nonzeros == 0 and share is None:
             raise FfnkitError("rank 0 and nonzeros 0", "nothing would train", "Give a rank or nonzeros")
-        if isinstance(self.also, str) or not set(self.also) <= set(PARTS):
-            raise FfnkitError(f"also {self.also!r}", "not a list of parts", f"Choose of {', '.join(PARTS)}")
+        check_parts(self.also)
 
     def targets(self, model: nn.Module) -> dict[str, nn.Module]:
         """The linears by name. Raises FfnkitError where the settings do not fit the model."""

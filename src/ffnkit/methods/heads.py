@@ -15,7 +15,7 @@ from ffnkit.attention import Attention, attentions
 from ffnkit.edits import Edit, Heads
 from ffnkit.errors import FfnkitError
 from ffnkit.heads import check_separable
-from ffnkit.methods.common import Batch, activity, check_counts, generator, largest, need_data
+from ffnkit.methods.common import Batch, activity, check_choices, check_counts, generator, largest, need_data
 from ffnkit.nn.adapted import Adapted
 from ffnkit.plans import Draft, Progress
 from ffnkit.taps import stack_mask
@@ -62,9 +62,7 @@ class RemoveHeads:
     def targets(self, model: nn.Module) -> list[tuple[Attention, int]]:
         """The attentions and how many units each keeps. Raises FfnkitError where the settings do not fit the model."""
         check_counts(self, seed=0)
-        known = [*SCORES, "activation"]
-        if self.by not in known:
-            raise FfnkitError(f"by {self.by!r}", "no such score", f"Choose of {', '.join(known)}")
+        check_choices(self, by=[*SCORES, "activation"])
         found = attentions(model)
         if not found:
             do = "Name a model with attention of a known layout (ffnkit.attention.ATTENTION_LAYOUTS)"

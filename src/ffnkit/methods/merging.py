@@ -17,7 +17,7 @@ from ffnkit.blocks import FFN
 from ffnkit.edits import Edit, Rewrite, Tie
 from ffnkit.errors import FfnkitError
 from ffnkit.features import Features
-from ffnkit.methods.common import Batch, check_counts, generator, lifted, need_data
+from ffnkit.methods.common import Batch, check_choices, check_counts, generator, lifted, need_data
 from ffnkit.methods.refitting import corrected
 from ffnkit.methods.windows import Score, best, score_name, series, windows
 from ffnkit.ops.matching import Spread, assign, correlation, matched, spread
@@ -108,14 +108,13 @@ class Merging:
                 raise FfnkitError("groups='similar'", f"given are {', '.join(given)}", "Give keep= with it, no other")
         elif len(given) != 1:
             raise FfnkitError("merging", f"{', '.join(given) or 'nothing'} says which layers", f"Give one: {wanted}")
-        for key, known in (
-            ("anchor", ("first", "middle", "last")),
-            ("features", ("up", "gate", "hidden", "sum")),
-            ("take", ("mean", "anchor", "random")),
-            ("correct", ("none", "output")),
-        ):
-            if getattr(self, key) not in known:
-                raise FfnkitError(f"{key} {getattr(self, key)!r}", "no such choice", f"Choose of {', '.join(known)}")
+        check_choices(
+            self,
+            anchor=("first", "middle", "last"),
+            features=("up", "gate", "hidden", "sum"),
+            take=("mean", "anchor", "random"),
+            correct=("none", "output"),
+        )
         if self.window is not None and (not isinstance(self.window, int) or self.window < 2):
             raise FfnkitError(f"window {self.window!r}", "fewer than two layers", "Give window=2 or more")
         if self.keep is not None and (not isinstance(self.keep, int) or self.keep < 1):

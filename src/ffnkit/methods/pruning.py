@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ffnkit.edits import Edit, Mask
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.common import Batch, check_counts, generator, need_data
+from ffnkit.methods.common import Batch, check_choices, check_counts, generator, need_data
 from ffnkit.methods.weights import Prunable, column_norms, prunable
 from ffnkit.ops.masks import lowest, lowest_of_groups, lowest_of_rows, read_pattern
 from ffnkit.plans import Draft, Progress
@@ -88,9 +88,7 @@ class Prune:
     def check(self) -> None:
         """Raises FfnkitError on settings out of range."""
         check_counts(self, seed=0)
-        for key, known in CHOICES.items():
-            if getattr(self, key) not in known:
-                raise FfnkitError(f"{key} {getattr(self, key)!r}", "no such choice", f"Choose of {', '.join(known)}")
+        check_choices(self, **CHOICES)
         for key in ("ratio", "adapted_ratio"):
             value = getattr(self, key)
             if key == "adapted_ratio" and value is None:

@@ -19,10 +19,17 @@ from ffnkit.edits import Adapt, Edit, Train
 from ffnkit.errors import FfnkitError
 from ffnkit.files import spool
 from ffnkit.gradients import Receive, weight_gradients
-from ffnkit.methods.common import Batch, check_counts, generator, need_data, plain_linears
+from ffnkit.methods.common import (
+    Batch,
+    check_choices,
+    check_counts,
+    check_parts,
+    generator,
+    need_data,
+    plain_linears,
+)
 from ffnkit.nn.quantized import in_few_bits
 from ffnkit.ops.bases import Grams, Zeros, core_of, top_share, turned
-from ffnkit.parts import PARTS
 from ffnkit.plans import Draft, Progress
 
 IN_MEMORY = 1 << 30  # bytes of sums while planning; more lie in files that are memory-mapped
@@ -92,17 +99,14 @@ class SparseGrad:
     def check(self) -> None:
         """Raises FfnkitError on settings out of range."""
         check_counts(self, batches=1, every=1, seed=0)
-        for key, known in CHOICES.items():
-            if getattr(self, key) not in known:
-                raise FfnkitError(f"{key} {getattr(self, key)!r}", "no such choice", f"Choose of {', '.join(known)}")
+        check_choices(self, **CHOICES)
         for key in ("share", "core"):
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
                 raise FfnkitError(f"{key} {value!r}", "not above 0 and up to 1", f"Give a share such as {key}=0.01")
         if self.count is not None:
             check_counts(self, count=1)
-        if isinstance(self.also, str) or not set(self.also) <= set(PARTS):
-            raise FfnkitError(f"also {self.also!r}", "not a list of parts", f"Choose of {', '.join(PARTS)}")
+        check_parts(self.also)
 
     def targets(self, model: nn.Module) -> dict[str, nn.Module]:
         """The linears by name. Raises FfnkitError where the settings do not fit the model."""

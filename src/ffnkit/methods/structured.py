@@ -16,7 +16,7 @@ from ffnkit.edits import Edit, Keep
 from ffnkit.errors import FfnkitError
 from ffnkit.heads import check_separable
 from ffnkit.inventory import body_flops, neuron_flops, unit_flops
-from ffnkit.methods.common import Batch, check_counts, generator, largest, need_data
+from ffnkit.methods.common import Batch, check_choices, check_counts, generator, largest, need_data
 from ffnkit.methods.heads import head_activity, head_scores, removal
 from ffnkit.methods.units import NEURON_SCORES, Units, cheapest_counts, neuron_scores, uniform_counts
 from ffnkit.plans import Draft, Progress, check_weights
@@ -86,12 +86,9 @@ class StructuredPruning:
         check_counts(self, seed=0)
         if self.multiple is not None:
             check_counts(self, multiple=1)
-        for key, known in (("by", NEURON_SCORES), ("neurons_by", (None, *NEURON_SCORES))):
-            if getattr(self, key) not in known:
-                do = f"Choose of {', '.join(NEURON_SCORES)}"
-                raise FfnkitError(f"{key} {getattr(self, key)!r}", "no such score", do)
-        if self.spread not in ("uniform", "budget"):
-            raise FfnkitError(f"spread {self.spread!r}", "no such way", "Choose of uniform, budget")
+        check_choices(self, by=NEURON_SCORES, spread=("uniform", "budget"))
+        if self.neurons_by is not None:
+            check_choices(self, neurons_by=NEURON_SCORES)
         for key in ("heads", "neurons"):
             _check_amount(key, getattr(self, key), whole=self.flops is None)
         if not self.heads and not self.neurons:
