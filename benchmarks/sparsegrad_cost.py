@@ -73,7 +73,7 @@ def changed(model: Any, case: str, variant: str) -> Any:
     model.requires_grad_(False)
     if variant == "frozen":
         return model
-    if variant.startswith("sparsegrad"):
+    if variant.startswith(("sparsegrad", "mask")):
         with_sparsegrad(model, found, *variant.split()[1:])
         return model
     import peft
@@ -91,17 +91,21 @@ def changed(model: Any, case: str, variant: str) -> Any:
     return model.train()
 
 
-def with_sparsegrad(model: Any, found: dict[str, Any], selection: str, core: str) -> None:
-    """Layers of SparseGrad in place: bases by shape, shared, and coordinates, both random."""
+def with_sparsegrad(model: Any, found: dict[str, Any], selection: str, core: str = "") -> None:
+    """Layers of SparseGrad in place: bases by shape, shared, and coordinates, both random; "mask": no bases."""
     import torch
 
     from ffnkit.nn.sparsegrad import Bases, SparseGradLinear
 
-    high, low = (int(word) for word in core.split("x"))
+    high, low = (int(word) for word in core.split("x")) if core else (0, 0)
     draw = torch.Generator().manual_seed(0)
     shared: dict[tuple[str, tuple[int, ...]], Bases] = {}
     for order, (name, linear) in enumerate(found.items()):
         out, inner = linear.weight.shape
+        if not core:
+            index = torch.randperm(out * inner, generator=draw)[: round(SHARE * out * inner)].sort().values
+            model.set_submodule(name, SparseGradLinear(linear, index=index, count=len(index)))
+            continue
         sides = (high, low) if out > inner else (low, high)
         rows, columns = min(sides[0], out), min(sides[1], inner)
         key = (name.rpartition(".")[2], (out, inner))
@@ -128,7 +132,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines += [
         f"Forward, backward and AdamW, float32, {results['length']} tokens a sequence, random weights; full "
         f"fine-tuning is of {what}. SparseGrad trains 1% of the entries inside a leading core of rows x columns of "
-        "random bases. Seconds are the fewest of several rounds in which the variants take turns; beside their ratio "
+        "random bases; the mask 1% of the entries of the weights themselves. Seconds are the fewest of several rounds in which the variants take turns; beside their ratio "
         "to full fine-tuning the median of the ratios within a round. Peak memory is of a process each, with weights, "
         "gradients and moments. Saved: what backward keeps, without parameters.",
     ]
@@ -169,6 +173,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--variant", nargs="+", help=f"default: {', '.join(PEERS)}, sparsegrad of every kind")
     parser.add_argument("--core", nargs="+", default=["960x112", "400x250"], help="all selections in the first one")
     parser.add_argument("--all", action="store_true", help="full fine-tuning trains all weights, not the FFNs alone")
+    parser.add_argument("--name", default="sparsegrad_cost", help="of the files")
     steps.add_arguments(parser)
     parser.add_argument("--worker", choices=("time", "memory"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -177,7 +182,7 @@ def parsed() -> argparse.Namespace:
 def variants_of(options: argparse.Namespace) -> list[str]:
     """What is measured, in the order of the tables."""
     found = [*PEERS, *(f"sparsegrad {selection} {options.core[0]}" for selection in SELECTIONS)]
-    found += [f"sparsegrad fixed {core}" for core in options.core[1:]]
+    found += [*(f"sparsegrad fixed {core}" for core in options.core[1:]), "mask 1%"]
     return [name for name in found if not options.variant or any(name.startswith(word) for word in options.variant)]
 
 
@@ -196,7 +201,7 @@ def work(options: argparse.Namespace) -> Any:
 
 
 def main() -> None:
-    """Measure case after case and write sparsegrad_cost.json and sparsegrad_cost.md after each."""
+    """Measure case after case and write JSON and a page after each."""
     options = parsed()
     if options.worker:
         print(json.dumps(work(options)))
@@ -208,7 +213,7 @@ def main() -> None:
     for case in options.case:
         for tokens in options.tokens:
             results["rows"] += steps.measure(__file__, case, tokens, variants_of(options), same, options)
-            write(options.out, "sparsegrad_cost", results | {"load": [*results["load"]]}, markdown)
+            write(options.out, options.name, results | {"load": [*results["load"]]}, markdown)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from ffnkit.nn import dsee
 from ffnkit.nn.adapted import adapted, fingerprint
 from ffnkit.nn.dsee import SparseLowRank
 from ffnkit.nn.sparsegrad import Bases, SparseGradLinear
+from ffnkit.ops import entries
+from ffnkit.ops.entries import Entries
 from ffnkit.parts import parts_of
 from ffnkit.sites import query_value
 from ffnkit.tune import quantizing, tuners
@@ -111,11 +113,13 @@ def test_forward_and_gradients_are_those_of_the_formula(transposed: bool, tokens
 def test_blocks_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for block, at_once, many in ((256, 1 << 20, 0.01), (3, 1 << 20, 0.01), (3, 7, 2.0), (256, 150, 2.0)):
-        monkeypatch.setattr(dsee, "BLOCK", block)
-        monkeypatch.setattr(dsee, "AT_ONCE", at_once)
-        monkeypatch.setattr(dsee, "MANY", many)
-        for by_blocks in (True, False):
+        monkeypatch.setattr(entries, "BLOCK", block)
+        monkeypatch.setattr(entries, "AT_ONCE", at_once)
+        monkeypatch.setattr(entries, "MANY", many)
+        monkeypatch.setattr(entries, "TOKENS", 2 * block)
+        for by_blocks, sampled in ((True, False), (False, False), (True, True)):
             monkeypatch.setattr(dsee, "_by_blocks", lambda layer, tokens, chosen=by_blocks: chosen)
+            monkeypatch.setattr(Entries, "_by_sampling", lambda found, rows, chosen=sampled: chosen)
             made, _ = layer(entries=40)
             x = torch.randn(50, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
             y = made(x)
@@ -124,6 +128,31 @@ def test_blocks_and_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     for found in results[1:]:
         for one, other in zip(found, results[0], strict=True):
             assert_close(one, other, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sampled", [True, False])
+def test_few_entries_against_a_dense_matrix(dtype: torch.dtype, sampled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entries, "BLOCK", 4)
+    monkeypatch.setattr(entries, "TOKENS", 9)
+    monkeypatch.setattr(Entries, "_by_sampling", lambda found, rows: sampled)
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(13, 7, generator=draw, dtype=torch.float64).to(dtype)
+    x, g = (torch.randn(20, size, generator=draw, dtype=torch.float64).to(dtype) for size in (7, 13))
+    index = torch.randperm(91, generator=draw)[:30].sort().values.int()
+    exact = torch.promote_types(dtype, torch.float32)
+    few = Entries(index, torch.randn(30, generator=draw, dtype=torch.float64).to(exact), (13, 7), 0.5)
+    dense = torch.zeros(91, dtype=torch.float64)
+    dense[index.long()] = 0.5 * few.values.double()
+    whole = (weight.to(exact) + dense.view(13, 7).to(exact)).to(dtype).double()
+    rel = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    assert_close(few.product(x, weight).double(), x.double() @ whole.T, rel=rel)
+    assert_close(few.product_back(g, weight).double(), g.double() @ whole, rel=rel)
+    wanted = (g.double().T @ x.double()).flatten()[index.long()]
+    found = few.gradient(g, x)
+    assert found.dtype == exact
+    assert_close(found.double(), wanted, rel=rel)
+    assert_differs(found.double(), wanted.roll(1))  # the control: another order of the entries
 
 
 def test_what_backward_keeps_is_what_lora_keeps() -> None:

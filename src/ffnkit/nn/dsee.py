@@ -12,11 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from ffnkit.nn.adapted import Adapted, whole
 from ffnkit.nn.quantized import float_weight, in_few_bits, in_float, sides
 from ffnkit.nn.special import oriented
+from ffnkit.ops.entries import Entries
 
 START = 0.02  # standard deviation of V at the start
-AT_ONCE = 1 << 20  # numbers of tokens times entries that are gathered at a time
-BLOCK = 256  # rows of the weight that get their entries at a time
-MANY = 0.01  # of a weight's entries: the gradient of more is taken out of products of blocks
 
 
 class SparseLowRank(Adapted):
@@ -258,7 +256,9 @@ class _Apply(torch.autograd.Function):
         if ctx.needs_input_grad[2] and back is not None:
             down_grad = (back.T @ tokens).to(down.dtype).mul_(scale)
         if ctx.needs_input_grad[3]:
-            value_grad = _gathered(layer, rows, tokens).to(values.dtype).mul_(scale)
+            entries = _entries(layer, values)
+            assert entries is not None
+            value_grad = entries.gradient(rows, tokens).to(values.dtype).mul_(scale)
         if ctx.needs_input_grad[4]:
             bias_grad = rows.sum(0)
         return x_grad, up_grad, down_grad, value_grad, bias_grad, None, None
@@ -271,89 +271,45 @@ def _dtype_of(x: Tensor) -> torch.dtype:
 
 def _frozen(layer: SparseLowRank, tokens: Tensor, values: Tensor | None, bias: Tensor | None) -> Tensor:
     """(W + scale S2) x + b; without W x where the weight is quantized."""
-    out, dtype = layer.features[0], tokens.dtype
+    dtype, entries = tokens.dtype, _entries(layer, values)
     if isinstance(layer, QuantizedSparseLowRank):
-        y = tokens.new_zeros(len(tokens), out)
-    elif _by_blocks(layer, tokens):
-        y = tokens.new_empty(len(tokens), out)
-        for start, block in _blocks(layer, values, dtype):
-            torch.mm(tokens, block.T, out=y[:, start : start + len(block)])
-        return y if bias is None else y.add_(bias.to(dtype))
+        y = tokens.new_zeros(len(tokens), layer.features[0])
+    elif entries is not None and _by_blocks(entries, tokens):
+        plain = oriented(layer.base, layer.transposed)
+        return entries.product(tokens, plain, None if bias is None else bias.to(dtype))
     else:
         plain = oriented(layer.base, layer.transposed).to(dtype)
         y = tokens @ plain.T if bias is None else torch.addmm(bias.to(dtype), tokens, plain.T)
-    if values is not None:
-        row, column = layer.places()
-        _scatter(y, tokens, row, column, values, layer.scale)
+    if entries is not None:
+        entries.add(y, tokens)
     return y
 
 
 def _frozen_back(layer: SparseLowRank, rows: Tensor, values: Tensor | None) -> Tensor:
     """The gradient of the inputs through W + scale S2; without W where the weight is quantized."""
-    inner, dtype = layer.features[1], rows.dtype
+    entries = _entries(layer, values)
     if isinstance(layer, QuantizedSparseLowRank):
-        x_grad = rows.new_zeros(len(rows), inner)
-    elif _by_blocks(layer, rows):
-        x_grad = rows.new_zeros(len(rows), inner)
-        for start, block in _blocks(layer, values, dtype):
-            x_grad.addmm_(rows[:, start : start + len(block)], block)
-        return x_grad
+        x_grad = rows.new_zeros(len(rows), layer.features[1])
+    elif entries is not None and _by_blocks(entries, rows):
+        return entries.product_back(rows, oriented(layer.base, layer.transposed))
     else:
-        x_grad = rows @ oriented(layer.base, layer.transposed).to(dtype)
-    if values is not None:
-        row, column = layer.places()
-        _scatter(x_grad, rows, column, row, values, layer.scale)
+        x_grad = rows @ oriented(layer.base, layer.transposed).to(rows.dtype)
+    if entries is not None:
+        entries.add_back(x_grad, rows)
     return x_grad
 
 
-def _by_blocks(layer: SparseLowRank, tokens: Tensor) -> bool:
-    """Whether entries are put into blocks of the weight: where that is cheaper, and loses no bits of theirs."""
-    out, inner = layer.features
-    entries = 0 if layer.index is None else len(layer.index)
-    return len(tokens) * entries > out * inner and tokens.dtype in (torch.float32, torch.float64)
-
-
-def _blocks(layer: SparseLowRank, values: Any, dtype: torch.dtype) -> Any:
-    """First row, and W + scale S2 of the rows from there, a block at a time."""
-    plain, inner = oriented(layer.base, layer.transposed), layer.features[1]
-    for start, first, last in _bounds(layer):
-        block = plain[start : start + BLOCK].to(dtype, copy=True, memory_format=torch.contiguous_format)
-        assert layer.index is not None
-        index = layer.index[first:last].long() - start * inner
-        block.view(-1).index_add_(0, index, values[first:last].to(dtype), alpha=layer.scale)
-        yield start, block
-
-
-def _bounds(layer: SparseLowRank) -> list[tuple[int, int, int]]:
-    """First row of each block, and its first and last value."""
+def _entries(layer: SparseLowRank, values: Tensor | None) -> Entries | None:
+    if values is None:
+        return None
     assert layer.index is not None
-    out, inner = layer.features
-    starts = torch.arange(0, out, BLOCK, device=layer.index.device)
-    edges = torch.searchsorted(layer.index.long(), starts * inner).tolist() + [len(layer.index)]
-    return list(zip(range(0, out, BLOCK), edges, edges[1:], strict=False))
+    return Entries(layer.index, values, layer.features, layer.scale)
 
 
-def _scatter(y: Tensor, x: Tensor, into: Tensor, source: Tensor, values: Tensor, scale: float) -> None:
-    """``y[:, into] += scale * values * x[:, source]``, so many entries at a time as memory is meant to hold."""
-    given, step = values.to(x.dtype), max(1, AT_ONCE // max(len(x), 1))
-    for row, column, value in zip(into.split(step), source.split(step), given.split(step), strict=True):
-        y.index_add_(1, row, x.index_select(1, column).mul_(value), alpha=scale)
-
-
-def _gathered(layer: SparseLowRank, rows: Tensor, tokens: Tensor) -> Tensor:
-    """The sum over tokens of gY[row] x[column] for each entry."""
-    row, column = layer.places()
-    out, inner = layer.features
-    exact = torch.promote_types(rows.dtype, torch.float32)
-    if len(row) > MANY * out * inner:
-        parts = []
-        for start, first, last in _bounds(layer):
-            product = rows[:, start : start + BLOCK].T @ tokens
-            parts.append(product[row[first:last] - start, column[first:last]].to(exact))
-        return torch.cat(parts)
-    step = max(1, AT_ONCE // max(len(rows), 1))
-    pairs = zip(row.split(step), column.split(step), strict=True)
-    return torch.cat([(rows.index_select(1, r) * tokens.index_select(1, c)).sum(0, dtype=exact) for r, c in pairs])
+def _by_blocks(entries: Entries, tokens: Tensor) -> bool:
+    """Whether entries are put into blocks of the weight: where that is cheaper, and loses no bits of theirs."""
+    out, inner = entries.shape
+    return len(tokens) * len(entries.index) > out * inner and tokens.dtype in (torch.float32, torch.float64)
 
 
 # --- cutting

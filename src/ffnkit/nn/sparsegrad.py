@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ffnkit.nn.adapted import Adapted, whole
 from ffnkit.nn.selecting import watched
 from ffnkit.nn.special import oriented
+from ffnkit.ops.entries import Entries
 from ffnkit.ops.routes import Route, route
 
 Selection = Literal["fixed", "refresh", "step"]
@@ -209,7 +210,7 @@ class _Apply(torch.autograd.Function):
     ) -> Tensor:
         tokens = x.reshape(-1, x.shape[-1]).to(dtype)
         bias = None if bias is None else bias.to(dtype)
-        run = _Run(layer, len(tokens), layer.entries(values), dtype)
+        run = _Run(layer, len(tokens), values, dtype)
         way, turned = run.way, None
         if way is not None and ((trains and way.gradient != "early") or (way.forward, way.thin) == ("tokens", "left")):
             turned = tokens @ run.right.T
@@ -218,7 +219,7 @@ class _Apply(torch.autograd.Function):
             y = functional.linear(tokens, run.plain, bias)
             y.addmm_(tokens @ second.T if way.thin == "right" or turned is None else turned, first.T)
         else:
-            y = functional.linear(tokens, run.weight(), bias)
+            y = run.product(tokens, bias)
         kept = tokens if way is None or way.gradient == "early" else turned
         ctx.save_for_backward(kept if trains else None, values, run.thin)
         ctx.layer, ctx.dtype, ctx.given = layer, x.dtype, x.shape
@@ -229,7 +230,7 @@ class _Apply(torch.autograd.Function):
         kept, values, thin = ctx.saved_tensors
         layer: SparseGradLinear = ctx.layer
         rows = grad.reshape(-1, grad.shape[-1])
-        run = _Run(layer, len(rows), layer.entries(values), rows.dtype, thin)
+        run = _Run(layer, len(rows), values, rows.dtype, thin)
         way, turned = run.way, None
         needs_x, needs_values, needs_bias = ctx.needs_input_grad[:3]
         x_grad = value_grad = None
@@ -241,23 +242,33 @@ class _Apply(torch.autograd.Function):
             x_grad = rows @ run.plain
             x_grad.addmm_(rows @ first if way.thin == "left" or turned is None else turned, second)
         elif needs_x:
-            x_grad = rows @ run.weight()
-        if needs_values:
+            x_grad = run.product_back(rows)
+        if needs_values and run.few is not None:
+            value_grad = run.few.gradient(rows, kept).to(values.dtype)
+        elif needs_values:
             value_grad = layer.received(run.core_gradient(rows, turned, kept.to(rows.dtype)).to(values.dtype))
         bias_grad = rows.sum(0) if needs_bias else None
         return None if x_grad is None else x_grad.view(ctx.given).to(ctx.dtype), value_grad, bias_grad, None, None, None
 
 
 class _Run:
-    """The matrices of one pass through a layer, in the dtype of its tokens; what has a basis goes by its route."""
+    """The matrices of one pass through a layer, in the dtype of its tokens; what has a basis goes by its route.
+
+    Without bases, a choice that stays is added to some rows of W at a time, and only its own gradient is formed.
+    """
 
     def __init__(
-        self, layer: SparseGradLinear, tokens: int, entries: Tensor, dtype: torch.dtype, thin: Tensor | None = None
+        self, layer: SparseGradLinear, tokens: int, values: Tensor, dtype: torch.dtype, thin: Tensor | None = None
     ) -> None:
-        self.entries, self.dtype = entries, dtype
+        self.dtype = dtype
         self.base = oriented(layer.base, layer.transposed)
         self.way: Route | None = None
         self.thin = thin
+        self.few: Entries | None = None
+        if layer.bases is None and layer.index is not None and layer.selection == "fixed":
+            self.few = Entries(layer.index, values, layer.core)
+            return
+        self.entries = entries = layer.entries(values)
         if layer.bases is None:
             return
         self.way = route(*layer.features, *layer.core, tokens)
@@ -297,6 +308,16 @@ class _Run:
         plain = self.base.to(self.entries.dtype)
         total = plain + self.entries if self.way is None else torch.addmm(plain, *self._exact_pair())
         return total.to(self.dtype)
+
+    def product(self, tokens: Tensor, bias: Tensor | None) -> Tensor:
+        """The outputs, by W and the update together."""
+        if self.few is None:
+            return functional.linear(tokens, self.weight(), bias)
+        return self.few.product(tokens, self.base, bias)
+
+    def product_back(self, rows: Tensor) -> Tensor:
+        """The gradient of the inputs, by the same."""
+        return rows @ self.weight() if self.few is None else self.few.product_back(rows, self.base)
 
     def core_gradient(self, rows: Tensor, turned: Tensor | None, kept: Tensor) -> Tensor:
         """V gY^T X U^T (r, c) from gY, V gY where it is there, and X or U X, whichever was kept."""
