@@ -132,7 +132,8 @@ def markdown(results: dict[str, Any]) -> str:
     lines += [
         f"Forward, backward and AdamW, float32, {results['length']} tokens a sequence, random weights; full "
         f"fine-tuning is of {what}. SparseGrad trains 1% of the entries inside a leading core of rows x columns of "
-        "random bases; the mask 1% of the entries of the weights themselves. Seconds are the fewest of several rounds in which the variants take turns; beside their ratio "
+        "random bases; the mask 1% of the entries of the weights themselves. "
+        "Seconds are the fewest of several rounds in which the variants take turns; beside their ratio "
         "to full fine-tuning the median of the ratios within a round. Peak memory is of a process each, with weights, "
         "gradients and moments. Saved: what backward keeps, without parameters.",
     ]
