@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,20 @@ from ffnkit.report.table import Arm, Difference, Stat, summarize
 
 KEPT = (
     *("arm", "seed", "metrics", "metrics_before", "dev_metric", "best_step", "steps", "seconds", "peak_memory_bytes"),
-    *("parameters", "ffn_parameters", "trainable_parameters", "bytes_on_disk_compact", "settings"),
+    *("parameters", "ffn_parameters", "trainable_parameters", "flops_per_token", "bytes_on_disk_compact", "settings"),
+    *("latency_ratio", "latency_ratio_quartiles", "pruning", "neutral_loss"),
 )
+COLUMNS: dict[str, Callable[[Arm, Arm], str]] = {
+    "parameters": lambda arm, first: f"{arm.values['parameters'].mean:,.0f}",
+    "in FFNs": lambda arm, first: f"{arm.values['ffn_parameters'].mean:,.0f}",
+    "trains": lambda arm, first: of(arm, "trainable_parameters", lambda mean: f"{mean:,.0f}"),
+    "FLOPs": lambda arm, first: ratio(arm, first, "flops_per_token"),
+    "latency": lambda arm, first: f"{arm.latency_ratio.mean:.2f}" if arm.latency_ratio else "",
+    "zeros": lambda arm, first: of(arm, "zeros", lambda mean: f"{100 * mean:.1f}%"),
+    "zeros merged": lambda arm, first: of(arm, "zeros_merged", lambda mean: f"{100 * mean:.1f}%"),
+    "tuning": lambda arm, first: f"{sum(arm.seconds[k].mean for k in ('tune', 'recover') if k in arm.seconds):,.0f} s",
+    "memory": lambda arm, first: of(arm, "peak_memory_bytes", lambda mean: f"{mean / 2**20:,.0f} MiB"),
+}
 WORDS = {
     "merged": "merged, neurons matched",
     "vanilla": "merged as they lie",
@@ -51,6 +63,16 @@ def read(folders: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]
             if row.get("status") == "done":
                 rows.setdefault((row["arm"], row["seed"]), row)
     return heads[0], list(rows.values())
+
+
+def of(arm: Arm, key: str, say: Callable[[float], str]) -> str:
+    """A figure of an arm in words, where it was measured."""
+    return say(arm.values[key].mean) if key in arm.values else ""
+
+
+def ratio(arm: Arm, first: Arm, key: str) -> str:
+    """A figure of an arm as a ratio to the first arm's."""
+    return of(arm, key, lambda mean: f"{mean / first.values[key].mean:.3f}") if key in first.values else ""
 
 
 def paired(rows: Sequence[dict[str, Any]], arm: str, other: str, metric: str) -> Difference | None:
@@ -86,13 +108,15 @@ def before(rows: Sequence[dict[str, Any]], metric: str) -> dict[str, Stat]:
     return {arm: Stat.of(column) for arm, column in values.items()}
 
 
-def table(recipe: Recipe, rows: list[dict[str, Any]], metrics: Sequence[str], against: Sequence[str]) -> str:
+def table(
+    recipe: Recipe, rows: list[dict[str, Any]], metrics: Sequence[str], against: Sequence[str], columns: Sequence[str]
+) -> str:
     """The table in Markdown: of ``metrics`` the first is compared."""
     arms = summarize(rows, metrics[0], arms=list(recipe.arms)).arms
     first = arms[0].name
     untuned = before(rows, metrics[0])
     others = [first, *against]
-    heads = ["arm", "seeds", *([f"{metrics[0]} before"] if untuned else []), *metrics, "parameters", "in FFNs"]
+    heads = ["arm", "seeds", *([f"{metrics[0]} before"] if untuned else []), *metrics, *columns]
     heads += [f"{metrics[0]} to {other}, paired [95%]" for other in others]
     lines = [f"| {' | '.join(heads)} |", f"|:--|{'--:|' * (len(heads) - 1)}"]
     for arm in arms:
@@ -101,7 +125,7 @@ def table(recipe: Recipe, rows: list[dict[str, Any]], metrics: Sequence[str], ag
             continue
         cells = [arm.name, str(len(arm.seeds)), *([shown(untuned.get(arm.name))] if untuned else [])]
         cells += [shown(arm.metrics.get(metric)) for metric in metrics]
-        cells += [f"{arm.values[key].mean:,.0f}" for key in ("parameters", "ffn_parameters")]
+        cells += [COLUMNS[name](arm, arms[0]) for name in columns]
         cells += [
             difference(paired(rows, arm.name, other, metrics[0])) if wanted(arm.name, other, against) else ""
             for other in others
@@ -165,6 +189,7 @@ def main() -> None:
     )
     parser.add_argument("--rename", action="append", default=[], metavar="OLD=NEW", help="an arm of another study")
     parser.add_argument("--note", action="append", default=[], help="a line below the table")
+    parser.add_argument("--columns", default="parameters,in FFNs", help=f"beside them, of {', '.join(COLUMNS)}")
     parser.add_argument("--plot", action="store_true")
     given = parser.parse_args()
     head, rows = read(given.runs)
@@ -175,7 +200,7 @@ def main() -> None:
     known = list(dict.fromkeys([head["metric"], *(name for row in rows for name in row["metrics"])]))
     metrics = given.metrics.split(",") if given.metrics else known
     out = given.out or RESULTS / given.runs[0].name
-    lines = [f"# {recipe.name}\n", table(recipe, rows, metrics, given.against), ""]
+    lines = [f"# {recipe.name}\n", table(recipe, rows, metrics, given.against, given.columns.split(",")), ""]
     if given.plot:
         plot(recipe, rows, metrics[0], out.with_suffix(".png"))
         lines += [f"![{metrics[0]} against parameters]({out.name}.png)", ""]
