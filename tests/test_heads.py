@@ -311,6 +311,20 @@ def test_what_trained_before_trains_again() -> None:
 # Checkpoints ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_copy_knows_what_trained_before_and_a_model_can_go_to_a_file(tmp_path: Path) -> None:
+    model = FAMILIES["bert"].model()
+    model.classifier.requires_grad_(False)
+    parts.train_only(model, lambda parameter: False)
+    other = copy.deepcopy(model)
+    torch.save(model, tmp_path / "model.pt")  # as users may: nothing in it may hinder
+    restored = torch.load(tmp_path / "model.pt", weights_only=False)
+    del model
+    parts.train_as_before(other)
+    assert {n for n, p in other.named_parameters() if not p.requires_grad} == {"classifier.weight", "classifier.bias"}
+    parts.train_as_before(restored)
+    assert not any(p.requires_grad for p in restored.parameters())
+
+
 def eager(model: nn.Module, family: Family) -> nn.Module:
     if family.has_experts:
         model.set_experts_implementation("eager")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -62,7 +63,7 @@ def attention_linears(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn
 
 def remember(model: nn.Module) -> None:
     """Note what trains now, for :func:`train_as_before`; what is noted already stays."""
-    flags, now = _flags(model), WeakTensorKeyDictionary()
+    flags, now = _flags(model), _Flags()
     for parameter in model.parameters():
         now[parameter] = flags.get(parameter, parameter.requires_grad)
     object.__setattr__(model, _FLAGS, now)
@@ -115,8 +116,21 @@ def renew(model: nn.Module, named: dict[str, bool]) -> None:
             flags[parameter] = named.get(name, module)
 
 
-def _flags(model: nn.Module) -> Any:
-    return getattr(model, _FLAGS, None) or WeakTensorKeyDictionary()
+class _Flags(WeakTensorKeyDictionary):
+    """Flags of parameters; a copy of a model has those of its own parameters, one from a file has none."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Flags:
+        copied = _Flags()
+        for parameter, flag in self.items():
+            copied[copy.deepcopy(parameter, memo)] = flag
+        return copied
+
+    def __reduce__(self) -> Any:
+        return _Flags, ()
+
+
+def _flags(model: nn.Module) -> _Flags:
+    return getattr(model, _FLAGS, None) or _Flags()
 
 
 def is_limited(model: nn.Module) -> bool:

@@ -60,10 +60,15 @@ class Entries:
 
     def product_back(self, rows: Tensor, weight: Tensor) -> Tensor:
         """The gradient of the tokens, (n, in), from that of the outputs, (n, out)."""
-        x_grad = rows.new_zeros(len(rows), self.shape[1])
+        exact = torch.promote_types(rows.dtype, torch.float32)
+        x_grad = rows.new_zeros(len(rows), self.shape[1], dtype=exact)
         for start, block in self.blocks(weight, rows.dtype):
-            x_grad.addmm_(rows[:, start : start + len(block)], block)
-        return x_grad
+            part = rows[:, start : start + len(block)]
+            if rows.dtype == exact:
+                x_grad.addmm_(part, block)
+            else:  # parts are rounded once, their sum once more
+                x_grad += part @ block
+        return x_grad.to(rows.dtype)
 
     def add(self, y: Tensor, tokens: Tensor) -> None:
         """``y += S x``, so many entries at a time as memory is meant to hold; in the dtype of y."""
