@@ -331,6 +331,15 @@ def test_page_is_whole_and_stands_alone() -> None:
     assert page(info()) == text, "the same figures give the same page"
 
 
+def test_the_plot_is_against_flops_where_ffns_do_not_tell_arms_apart() -> None:
+    whole = rows(("base", [0.8, 0.9]), **FULL)
+    fewer = rows(("heads", [0.7, 0.8]), **{**FULL, "flops_per_token": FULL["flops_per_token"] / 2})
+    arms = {"base": {}, "heads": {}}
+    assert "accuracy against FLOPs a token" in page(info(rows=whole + fewer, arms=arms))
+    alike = rows(("heads", [0.7, 0.8]), **FULL)
+    assert "accuracy against parameters in FFNs" in page(info(rows=whole + alike, arms=arms))
+
+
 def test_page_without_figures_has_no_plot() -> None:
     text = page(info(rows=[]))
     assert "<svg" not in text and "not run" in text and "Time by stage" not in text

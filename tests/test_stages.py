@@ -350,3 +350,16 @@ def test_coefficients_are_drawn_until_they_have_chosen(
     results = run(recipe, tmp_path / "out")
     assert results.ok, [row.get("error") for row in results.rows]
     assert pulls == [{0.3}, {0.0}]
+
+
+def test_zeros_from_before_tuning_are_told_too(folder: Path, tmp_path: Path) -> None:
+    arms = {"early": {"method": "prune", "ratio": 0.5}, "whole": {}}
+    recipe = staged(
+        folder, stages=["compress", "tune", "evaluate"], arms=arms, export="none", measure={"latency": False}
+    )
+    results = run(recipe, tmp_path / "out")
+    assert results.ok, [row.get("error") for row in results.rows]
+    early, whole = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert early["zeros"] == pytest.approx(0.5, abs=1e-3)
+    assert 0.3 < early["zeros_merged"] < early["zeros"]  # the updates of query and value filled theirs
+    assert "zeros" not in whole

@@ -78,6 +78,8 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
     if pruned := {name: marks[stage][name] for stage in ("prune", "recover") for name in _PRUNING & {*marks[stage]}}:
         row["pruning"] = pruned | ({"recover_steps": last.get("steps")} if marks["recover"] else {})
         row |= _zeros(pruned, recipe.tuner_of(unit.arm).settings.get("keep_zeros", False))
+    elif "zeros" in marks["compress"]:
+        row |= {"zeros": marks["compress"]["zeros"], "zeros_merged": marks["tune"].get("zeros")}
     if forgotten := marks["evaluate"].get("neutral_loss"):
         row["neutral_loss"] = forgotten
     if recipe.evaluate_before:

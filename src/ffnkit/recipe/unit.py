@@ -133,8 +133,9 @@ class _Job:
         plan = ffnkit.plan(model, method, data=data)
         plan.save(self.unit.work / PLAN)
         self._model = ffnkit.apply(model, plan)
-        facts = {"widths": dict(widths)} if widths is not None else {}
-        return facts | ({"plan": plan.report} if plan.report else {})
+        facts: dict[str, Any] = {"widths": dict(widths)} if widths is not None else {}
+        zeros = sparsity(self.model).share()
+        return facts | ({"plan": plan.report} if plan.report else {}) | ({"zeros": zeros} if zeros else {})
 
     def distil(self) -> dict[str, Any]:
         """Fit the narrow model to the uncompressed one, or to a tuned teacher, which is freed afterwards."""
@@ -176,7 +177,8 @@ class _Job:
             figures, model = self._trained("tune", self.training)
             self._model = ffnkit.fold(model)
             _write(self.model, self.unit.work / TUNED)
-            return figures
+            left = sparsity(self.model).share() if "zeros" in (self.unit.marker("compress") or {}) else None
+            return figures | ({} if left is None else {"zeros": left})
         figures, model = self._trained("tune", self.training, merge=False)
         updates = ffnkit.adapter(model) if is_adapted(model) else None
         if updates is not None:  # they stay apart from the weights: pruning tells the two from each other

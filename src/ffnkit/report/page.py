@@ -10,7 +10,7 @@ from typing import Any
 
 from ffnkit.files import write_text
 from ffnkit.report.columns import all_notes, blocks, duration
-from ffnkit.report.plot import metric_plot
+from ffnkit.report.plot import LABELS, against, metric_plot
 from ffnkit.report.table import Row, Summary, summarize
 
 STYLE = """
@@ -127,7 +127,7 @@ def _plot(summary: Summary) -> str:
         "Large marks: mean over seeds, with one standard deviation. Small dots: single seeds. "
         "Arms of the same size stand side by side."
     )
-    title = f"{summary.metric} against parameters in FFNs"
+    title = f"{summary.metric} against {LABELS[against(summary)]}"
     return _section(title, f"<figure>{svg}<figcaption>{caption}</figcaption></figure>")
 
 

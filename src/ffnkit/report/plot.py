@@ -1,4 +1,4 @@
-"""The one plot of the report: the metric against the parameters in FFNs, as inline SVG."""
+"""The one plot of the report: the metric against the parameters in FFNs or against FLOPs, as inline SVG."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ INK = "#010203"
 # after Okabe and Ito: told apart by colour-blind readers, on light and on dark
 COLOURS = ("#2f86c9", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 MARKERS = "osD^vPX*"
+LABELS = {"ffn_parameters": "parameters in FFNs", "flops_per_token": "FLOPs a token"}
 
 
 def metric_plot(summary: Summary) -> str | None:
     """An ``<svg>`` of the metric against FFN parameters: mean, standard deviation, and each seed as a faint dot.
 
-    Text and axes take the colour of the surrounding page. None when no arm has both figures.
+    Where arms of the same FFNs differ in FLOPs (attention heads went), it is against FLOPs a token. Text and axes take
+    the colour of the surrounding page. None when no arm has both figures.
     """
-    arms = [arm for arm in summary.arms if summary.metric in arm.metrics and "ffn_parameters" in arm.values]
+    key = against(summary)
+    arms = [arm for arm in summary.arms if summary.metric in arm.metrics and key in arm.values]
     if not arms:
         return None
     from matplotlib import rc_context
@@ -35,35 +38,50 @@ def metric_plot(summary: Summary) -> str | None:
     with rc_context({"svg.fonttype": "path", "svg.hashsalt": "ffnkit", "font.size": 10}):
         figure = Figure(figsize=(7.2, 3.6), layout="constrained")
         axes = figure.subplots()
+        sizes = [arm.values[key].mean / 1e6 for arm in arms]
+        shifts = [_shift(sizes, index) for index in range(len(arms))]
         for index, arm in enumerate(arms):
-            _draw(axes, arm, summary.metric, index, _shift(arms, index))
-        axes.set_xlabel("parameters in FFNs (millions)")
+            _draw(axes, arm, summary.metric, index, sizes[index], shifts[index])
+        axes.set_xlabel(f"{LABELS[key]} (millions)")
         axes.set_ylabel(_plain(summary.metric))
         axes.margins(x=0.08, y=0.15)
         axes.autoscale_view()
         axes.set_xlim(left=0)
         _ink(figure, axes)
+        _widen(figure, axes, sizes, shifts)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(text.getvalue(), f"{summary.metric} against parameters in FFNs")
+    return _inline(text.getvalue(), f"{summary.metric} against {LABELS[key]}")
 
 
-def _shift(arms: Sequence[Arm], index: int) -> float:
+def against(summary: Summary) -> str:
+    """What the plot is against: "ffn_parameters", or "flops_per_token" where that tells arms of equal FFNs apart."""
+    pairs = {
+        tuple(arm.values[key].mean for key in LABELS) for arm in summary.arms if LABELS.keys() <= arm.values.keys()
+    }
+    return "flops_per_token" if len({size for size, _ in pairs}) < len(pairs) else "ffn_parameters"
+
+
+def _shift(sizes: Sequence[float], index: int) -> float:
     """Points to the side, so that arms of one size stand beside each other."""
-    alike = [i for i, arm in enumerate(arms) if _size(arm) == _size(arms[index])]
-    return 20 * (alike.index(index) - (len(alike) - 1) / 2)
+    alike = [i for i, size in enumerate(sizes) if size == sizes[index]]
+    return 11 * (alike.index(index) - (len(alike) - 1) / 2)
 
 
-def _size(arm: Arm) -> float:
-    return arm.values["ffn_parameters"].mean / 1e6
+def _widen(figure: Figure, axes: Axes, sizes: Sequence[float], shifts: Sequence[float]) -> None:
+    """Let the axis end behind the last mark, which stands up to its shift beside its size."""
+    figure.draw_without_rendering()
+    width = axes.get_window_extent().width * 72 / figure.dpi
+    ends = [size * width / max(width - shift - 16, 1) for size, shift in zip(sizes, shifts, strict=True)]
+    axes.set_xlim(right=max(axes.get_xlim()[1], *ends))
 
 
-def _draw(axes: Axes, arm: Arm, metric: str, index: int, shift: float) -> None:
+def _draw(axes: Axes, arm: Arm, metric: str, index: int, size: float, shift: float) -> None:
     from matplotlib.transforms import offset_copy
 
     colour, stat = COLOURS[index % len(COLOURS)], arm.metrics[metric]
     figure = cast("Figure", axes.figure)
-    beside = [offset_copy(axes.transData, figure, x=x, units="points") for x in (shift, shift + 7)]
+    beside = [offset_copy(axes.transData, figure, x=x, units="points") for x in (shift, shift + 5)]
     label = _plain(f"{arm.name} (n = {stat.n})")
     style: dict[str, Any] = {
         "color": colour,
@@ -73,11 +91,11 @@ def _draw(axes: Axes, arm: Arm, metric: str, index: int, shift: float) -> None:
         "lw": 1.5,
         "ls": "",
     }
-    axes.errorbar(_size(arm), stat.mean, yerr=stat.std, label=label, transform=beside[0], **style)
+    axes.errorbar(size, stat.mean, yerr=stat.std, label=label, transform=beside[0], **style)
     seeds = list(arm.by_seed.values())
-    axes.scatter([_size(arm)] * len(seeds), seeds, s=14, color=colour, alpha=0.6, lw=0, transform=beside[1])
+    axes.scatter([size] * len(seeds), seeds, s=14, color=colour, alpha=0.6, lw=0, transform=beside[1])
     ends = (stat.mean - (stat.std or 0), stat.mean + (stat.std or 0))
-    axes.update_datalim([(_size(arm), value) for value in (*seeds, *ends)])
+    axes.update_datalim([(size, value) for value in (*seeds, *ends)])
 
 
 def _plain(text: str) -> str:
