@@ -83,6 +83,11 @@ BAD = [
     ("name: small", "name: small\nlimits: {dev: 0}", ["limits.dev: 0"]),
     ("name: small", "name: small\ntuner: lorra", ["tuner: unknown tuner 'lorra'", "'lora'"]),
     ("name: small", "name: small\ntuner: {name: lora, rnak: 4}", ["tuner.rnak: unknown field", "'rank'"]),
+    (
+        "name: small",
+        "name: small\nexport: none\nmeasure: {latency: true}",
+        ["measure.latency: no checkpoint", "compact"],
+    ),
     ("half: {", "half: {tuner: {name: lora, rank: 0}, ", ["arms.half.tuner.rank: 0"]),
 ]
 

@@ -60,7 +60,12 @@ def parse(text: str, where: str) -> Recipe:
         raise FfnkitError(where, f"not valid YAML{place}: {problem}", "Mend the file") from None
     if data is None:
         raise FfnkitError(where, "the file is empty", "Write `name:`, `model:`, `task:`, `arms:`")
-    return recipe_from(data, where)
+    recipe = recipe_from(data, where)
+    asked = isinstance(data.get("measure"), dict) and data["measure"].get("latency") is True
+    if asked and (recipe.export == "none" or "export" not in recipe.stages):
+        what = "no checkpoint would be kept that it could be measured on"
+        raise FfnkitError(f"{where}: measure.latency", what, "Give the stage export, and export: compact")
+    return recipe
 
 
 def load_recipe(path: str | Path) -> Recipe:
