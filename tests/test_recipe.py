@@ -86,7 +86,7 @@ BAD = [
     (
         "name: small",
         "name: small\nexport: none\nmeasure: {latency: true}",
-        ["measure.latency: no checkpoint", "compact"],
+        ["latency: no checkpoint"],
     ),
     ("half: {", "half: {tuner: {name: lora, rank: 0}, ", ["arms.half.tuner.rank: 0"]),
 ]
