@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ffnkit
 from ffnkit.adapters import is_adapted
+from ffnkit.edits import Mask
 from ffnkit.nn.coefficients import set_l1
 from ffnkit.report import environment, measure
 from ffnkit.report.sparsity import merge_costs, sparsity
@@ -134,7 +135,9 @@ class _Job:
         plan.save(self.unit.work / PLAN)
         self._model = ffnkit.apply(model, plan)
         facts: dict[str, Any] = {"widths": dict(widths)} if widths is not None else {}
-        zeros = sparsity(self.model).share()
+        pruned = any(isinstance(edit, Mask) and not edit.site for edit in plan.edits)
+        plain = all(isinstance(edit, Mask) for edit in plan.edits)  # beside other edits they cannot be counted yet
+        zeros = sparsity(self.model).share() if pruned and plain else 0.0
         return facts | ({"plan": plan.report} if plan.report else {}) | ({"zeros": zeros} if zeros else {})
 
     def distil(self) -> dict[str, Any]:
