@@ -88,9 +88,9 @@ class SparseLowRank(Adapted):
 
     def places(self) -> tuple[Tensor, Tensor]:
         """Row and column of each value, int64."""
-        assert self.index is not None
-        index, inner = self.index.long(), self.features[1]
-        return index // inner, index % inner
+        entries = _entries(self, self.values)
+        assert entries is not None
+        return entries.places()
 
     # --- the update
 
