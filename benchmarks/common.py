@@ -143,7 +143,7 @@ def footer(results: dict[str, Any], threads: int | None = None) -> list[str]:
 
 def write(out: Path, name: str, results: dict[str, Any], page_of: Callable[[dict[str, Any]], str]) -> None:
     """Write NAME.json and NAME.md, and print the page, which is made once the load at the end is known."""
-    from ffnkit.files import write_text
+    from ffnkit.io.files import write_text
 
     results["load"].append(load_average())
     page = page_of(results)

@@ -70,7 +70,7 @@ def search(layers: int, window: int) -> dict[str, Any]:
     import torch
 
     import ffnkit as fk
-    from ffnkit.methods import merging
+    from ffnkit.methods.share import merging
 
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(VOCABULARY, (TOKENS // LENGTH, LENGTH), generator=draw)

@@ -113,9 +113,9 @@ def torch_pruner(model: Any, batch: dict[str, Any]) -> Any:
     import torch
     import torch_pruning as tp
 
-    from ffnkit import blocks
+    from ffnkit.model.finding import ffns
 
-    inner = {ffn.linear(site) for ffn in blocks.ffns(model) for site in ffn.sites if site != "down"}
+    inner = {ffn.linear(site) for ffn in ffns(model) for site in ffn.sites if site != "down"}
     others = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module not in inner]
     return tp.pruner.BasePruner(
         model,
@@ -143,11 +143,11 @@ def gemm_rate(dtype: str) -> float:
 
 def floors(model: Any, label: str, width: int) -> tuple[float, str] | None:
     """Multiplications and additions that the method's core cannot do without, over all layers, and their type."""
-    from ffnkit import blocks
+    from ffnkit.model.finding import ffns
     from ffnkit.ops.moments import DOUBLE_UP_TO
 
     total, dtype = 0.0, "float32"
-    for ffn in blocks.ffns(model):
+    for ffn in ffns(model):
         ff, d = ffn.width, ffn.d
         if label in ("fusion", "clustering"):
             tensors = ffn.raw().tensors()
@@ -166,7 +166,7 @@ def measure_row(case: str, label: str) -> dict[str, Any]:
     import torch
 
     import ffnkit as fk
-    from ffnkit.methods import calibrated, mmd
+    from ffnkit.methods.narrow import calibrated, mmd
     from ffnkit.ops import clusters, local
 
     torch.manual_seed(0)
@@ -356,7 +356,7 @@ def main() -> None:
     if options.worker:
         print(json.dumps(measure_row(*options.worker)))
         return
-    from ffnkit.files import write_text
+    from ffnkit.io.files import write_text
 
     results = started() | {"peers": peer_versions()}
     wanted = plan_of_rows(options.only, options.case or list(CASES))

@@ -20,7 +20,7 @@ from ffnkit import methods, tasks, tune
 from ffnkit.analysis.ntk import NtkSettings
 from ffnkit.analysis.result import Analysis
 from ffnkit.analysis.study import Candidate
-from ffnkit.files import write_text
+from ffnkit.io.files import write_text
 from ffnkit.report.environment import machine, versions
 from ffnkit.tasks.quickstart import model_path
 from ffnkit.tasks.running import by_length

@@ -20,7 +20,7 @@ from typing import Any
 
 from common import RESULTS
 
-from ffnkit.files import write_text
+from ffnkit.io.files import write_text
 from ffnkit.recipe.loading import load_recipe
 from ffnkit.recipe.schema import Recipe
 from ffnkit.report.table import Arm, Difference, Stat, summarize

@@ -149,7 +149,7 @@ def main() -> None:
     import ffnkit
     from ffnkit import tasks, tune
     from ffnkit.errors import FfnkitError
-    from ffnkit.files import write_text
+    from ffnkit.io.files import write_text
 
     name = None if given.train_file else given.task
     try:

@@ -12,7 +12,7 @@ from families import FAMILIES
 from torch import nn
 
 import ffnkit as fk
-from ffnkit.methods.merging import Merging
+from ffnkit.methods.share.merging import Merging
 
 STEPS = 3
 

@@ -24,9 +24,9 @@ from ffnkit.analysis.ntk import NtkSettings
 from ffnkit.analysis.scalar import scalar, singles
 from ffnkit.analysis.study import DRAWN, Candidate
 from ffnkit.analysis.trial import Second, trial_of
-from ffnkit.blocks import ffns
-from ffnkit.edits import Edit
+from ffnkit.edits.kinds import Edit
 from ffnkit.errors import FfnkitError
+from ffnkit.model.finding import ffns
 
 ALL = {**METHODS, **OTHERS}
 KINDS = ("bert", "gpt2", "llama", "phi3", "t5", "switch", "mixtral", "albert")

@@ -16,9 +16,10 @@ from test_recipe_run import folder  # noqa: F401
 from tolerance import assert_close
 
 import ffnkit as fk
-from ffnkit import blocks, methods
+from ffnkit import methods
 from ffnkit.budget.sizes import room
 from ffnkit.errors import FfnkitError
+from ffnkit.model.finding import ffns
 from ffnkit.ops import knapsack as solve
 from ffnkit.ops.curves import output_curve, tail_curve
 from ffnkit.ops.knapsack import cheapest
@@ -138,7 +139,7 @@ def test_tails() -> None:
 def neurons(model: Any) -> int:
     """Parameters of all FFNs, output biases left out."""
     total = 0
-    for ffn in blocks.ffns(model):
+    for ffn in ffns(model):
         bias = ffn.raw().down_bias
         total += ffn.num_parameters - (bias.numel() if bias is not None else 0)
     return total
@@ -150,7 +151,7 @@ def test_the_applied_model_keeps_the_budget(name: str, measured: bool) -> None:
     model = FAMILIES[name].model()
     data = batches(name, model) if measured else None
     whole, before = neurons(model), snapshot(model)
-    widths = {ffn.name: ffn.width for ffn in blocks.ffns(model)}
+    widths = {ffn.name: ffn.width for ffn in ffns(model)}
     found = fk.allocate(model, 0.6, data=data, multiple=4)
     assert same(snapshot(model), before), "the model is left as it was"
     assert not any("forward" in vars(module) for module in model.modules())
@@ -159,7 +160,7 @@ def test_the_applied_model_keeps_the_budget(name: str, measured: bool) -> None:
     step = max(4 * row.parameters / row.after for row in found.rows)
     fk.apply(model, fk.plan(model, methods.build("magnitude", width=found)))
     assert 0.6 * whole - step <= neurons(model) <= 0.6 * whole
-    assert found.left == sum(ffn.num_parameters for ffn in blocks.ffns(model))
+    assert found.left == sum(ffn.num_parameters for ffn in ffns(model))
     assert found == fk.allocate(FAMILIES[name].model(), 0.6, data=data, multiple=4), "deterministic"
 
 
@@ -170,7 +171,7 @@ def test_a_number_of_parameters_counts_output_biases_and_chosen_layers_only() ->
     assert found.left <= 2000 < found.left + 4 * 33
     assert found.left == sum(width * 33 + 16 for width in found.values())
     fk.apply(model, fk.plan(model, fk.Fusion(width=found, layers="last:2", restarts=1)))
-    assert [ffn.width for ffn in blocks.ffns(model)] == [40, *found.values()]
+    assert [ffn.width for ffn in ffns(model)] == [40, *found.values()]
 
 
 def test_multiples_suit_the_width() -> None:
@@ -198,7 +199,7 @@ def test_uniform_is_one_width_and_the_largest(name: str) -> None:
 def doubled(layer: int) -> Any:
     """A BERT whose FFN in one layer is five neurons, eight times over."""
     model = FAMILIES["bert"].model()
-    ffn = blocks.ffns(model)[layer]
+    ffn = ffns(model)[layer]
     ffn.write(ffn.read().take(torch.arange(40) % 5))
     return model
 
@@ -216,7 +217,7 @@ def test_a_layer_of_duplicates_is_narrowed_first(layer: int) -> None:
 
 def test_an_ffn_that_adds_nothing_gets_the_least() -> None:
     model = FAMILIES["bert"].model()
-    ffn = blocks.ffns(model)[1]
+    ffn = ffns(model)[1]
     ffn.linear("down").weight.data.zero_()  # type: ignore[union-attr]
     for data in (None, batches("bert", model)):
         assert fk.allocate(model, 0.5, data=data, multiple=4)["bert.encoder.layer.1"] == 4
@@ -227,7 +228,7 @@ def test_costs_are_those_at_the_end_of_the_model() -> None:
     model = FAMILIES["llama"].model()
     data = batches("llama", model, 6)
     plain = list(fk.allocate(model, 0.5, data=data, multiple=2).values())
-    last = blocks.ffns(model)[-1]
+    last = ffns(model)[-1]
     with torch.no_grad():
         last.linear("down").weight.mul_(0.02)  # type: ignore[union-attr]
     damped = list(fk.allocate(model, 0.5, data=data, multiple=2).values())
@@ -303,7 +304,7 @@ def test_compress_with_a_budget(bert: Path, tmp_path: Path) -> None:  # noqa: F8
     words = ("compress", bert, "--budget", "0.5", "--multiple", "4")
     shown = good(*words, "--text", tmp_path / "notes.txt", "--set", "refine=2", "--out", tmp_path / "out")
     assert "widths by layer" in shown.stdout and "calibrated-fusion(width=by layer" in shown.stdout
-    found = [ffn.width for ffn in blocks.ffns(fk.load(tmp_path / "out"))]
+    found = [ffn.width for ffn in ffns(fk.load(tmp_path / "out"))]
     assert sum(found) <= 60 and all(width % 4 == 0 for width in found)
     seen = json.loads(good(*words, "-m", "magnitude", "--dry-run", "--json").stdout)
     assert seen["budget"]["widths"] == seen["plan"]["settings"]["width"]

@@ -27,9 +27,9 @@ from transformers import (
 )
 
 import ffnkit as fk
-from ffnkit import files
-from ffnkit.blocks import ffns
 from ffnkit.errors import FfnkitError
+from ffnkit.io import files
+from ffnkit.model.finding import ffns
 
 
 def bert(seed: int = 0, layers: int = 3) -> BertForSequenceClassification:

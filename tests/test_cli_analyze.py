@@ -13,7 +13,7 @@ from test_cli import WORDS, bad, bert, fuse, good, llama, verbosity  # noqa: F40
 
 from ffnkit.cli.analyze_job import Texts, chosen_methods, halves, shared_heads
 from ffnkit.errors import FfnkitError
-from ffnkit.loading import drawn_head
+from ffnkit.io.loading import drawn_head
 
 QUICK = ("--examples", 3, "--ntk-layers", "last:1", "--set", "restarts=1", "--set", "refine=2")
 

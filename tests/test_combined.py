@@ -12,8 +12,8 @@ from tolerance import assert_close
 
 import ffnkit as fk
 from ffnkit import methods
-from ffnkit.blocks import ffns
 from ffnkit.errors import FfnkitError
+from ffnkit.model.finding import ffns
 from ffnkit.recipe.loading import parse
 from ffnkit.tune.scoring import with_score
 

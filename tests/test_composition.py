@@ -14,14 +14,14 @@ from tolerance import assert_close, assert_differs
 from torch import Tensor, nn
 
 import ffnkit as fk
-from ffnkit.attention import attentions
-from ffnkit.blocks import ffns
 from ffnkit.cli.describe import parse_settings
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.weights import prunable
+from ffnkit.methods.drop.weights import prunable
+from ffnkit.model.attention import attentions
+from ffnkit.model.finding import ffns
+from ffnkit.model.parts import parts_of
 from ffnkit.nn.adapted import adapted
 from ffnkit.nn.special import is_special
-from ffnkit.parts import parts_of
 from ffnkit.recipe.settings import check_tuner
 from ffnkit.tune import quantizing, tuners
 

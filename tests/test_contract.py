@@ -24,8 +24,8 @@ from tolerance import assert_close, relative_error
 from torch import nn
 
 import ffnkit as fk
-from ffnkit.blocks import ffns
 from ffnkit.errors import FfnkitError
+from ffnkit.model.finding import ffns
 from ffnkit.ops.neurons import Neurons
 
 EXACT, RELOADED = 1e-12, 1e-5

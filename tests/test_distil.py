@@ -15,8 +15,8 @@ from families import FAMILIES
 from tolerance import assert_close, assert_differs, relative_error
 from torch import nn
 
-from ffnkit.blocks import ffns
 from ffnkit.errors import FfnkitError
+from ffnkit.model.finding import ffns
 from ffnkit.tune import DistilSettings, distil, layerwise_loss
 from ffnkit.tune.distil_data import Data
 from ffnkit.tune.distil_state import FILE

@@ -17,9 +17,9 @@ from test_distil import Dying, Killed, batches, noisy
 from tolerance import assert_close
 from torch import nn
 
-from ffnkit.blocks import ffns
 from ffnkit.errors import FfnkitError
-from ffnkit.loading import drawn_head
+from ffnkit.io.loading import drawn_head
+from ffnkit.model.finding import ffns
 from ffnkit.tasks import get
 from ffnkit.tune import DistilSettings, distil, distil_examples, text_examples
 from ffnkit.tune.distil_state import FILE

@@ -14,10 +14,10 @@ from tolerance import assert_close
 from torch import nn
 
 import ffnkit as fk
-from ffnkit.blocks import ffns
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.dropping import FfnDrop, LayerDrop
-from ffnkit.trials import trying
+from ffnkit.methods.drop.layers import FfnDrop, LayerDrop
+from ffnkit.model.finding import ffns
+from ffnkit.surgery.trials import trying
 
 STACKS = {"bert": 3, "gpt2": 3, "llama": 3, "vit": 3, "bart": 5, "t5": 5, "gemma2": 3}
 

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import ffnkit as fk
-from ffnkit.blocks import ffns
+from ffnkit.calibration.gradients import weight_gradients
 from ffnkit.errors import FfnkitError
-from ffnkit.gradients import weight_gradients
+from ffnkit.model.finding import ffns
+from ffnkit.model.parts import parts_of
+from ffnkit.model.sites import query_value
 from ffnkit.nn import dsee
 from ffnkit.nn.adapted import adapted, fingerprint
 from ffnkit.nn.dsee import SparseLowRank
 from ffnkit.nn.sparsegrad import Bases, SparseGradLinear
 from ffnkit.ops import entries
 from ffnkit.ops.entries import Entries
-from ffnkit.parts import parts_of
-from ffnkit.sites import query_value
 from ffnkit.tune import quantizing, tuners
 
 SMALL: dict[str, Any] = {"rank": 2, "nonzeros": 5}

@@ -12,7 +12,7 @@ from family import Family, config_value
 from tolerance import assert_close, assert_differs
 from torch import nn
 
-from ffnkit.blocks import ffns
+from ffnkit.model.finding import ffns
 from ffnkit.ops.neurons import Neurons
 
 EXACT = 1e-12

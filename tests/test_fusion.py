@@ -11,9 +11,9 @@ from tolerance import assert_close, assert_differs
 from torch import Tensor
 
 import ffnkit as fk
-from ffnkit.blocks import ffns
-from ffnkit.edits import Resize
+from ffnkit.edits.kinds import Resize
 from ffnkit.errors import FfnkitError
+from ffnkit.model.finding import ffns
 from ffnkit.ops.neurons import Neurons, average, balance, cluster_sizes
 
 

@@ -20,17 +20,19 @@ from tolerance import assert_close, assert_differs, relative_error
 from torch import nn
 
 import ffnkit as fk
-from ffnkit import heads, methods, parts, probe
-from ffnkit.attention import ROLES, Attention, attentions, own_weight, places
-from ffnkit.blocks import is_transposed
-from ffnkit.edits import Adapt, Mask
+from ffnkit import methods
+from ffnkit.edits.kinds import Adapt, Mask
 from ffnkit.errors import FfnkitError
-from ffnkit.inventory import inspect
-from ffnkit.methods.heads import RemoveHeads, by_unit, removal
+from ffnkit.methods.drop.heads import RemoveHeads, by_unit, removal
+from ffnkit.model import parts, probe
+from ffnkit.model.attention import ROLES, Attention, attentions, own_weight, places
+from ffnkit.model.inventory import inspect
+from ffnkit.model.linear import is_transposed
 from ffnkit.nn.narrowed import kept
 from ffnkit.plans import Plan
-from ffnkit.shapes import description
-from ffnkit.trials import Trial
+from ffnkit.surgery import heads
+from ffnkit.surgery.shapes import description
+from ffnkit.surgery.trials import Trial
 
 INSEPARABLE = ("olmo2", "olmoe")  # a norm over the queries of all heads
 ROTATES_IN_FLOAT32 = ("llama4",)

@@ -21,8 +21,8 @@ from tolerance import assert_close, assert_differs
 
 import ffnkit
 from ffnkit import methods, tasks, tune
-from ffnkit.blocks import ffns
 from ffnkit.errors import FfnkitError
+from ffnkit.model.finding import ffns
 from ffnkit.recipe.schema import recipe_from
 from ffnkit.recipe.sources import Source
 from ffnkit.recipe.timing import batch_for

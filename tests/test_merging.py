@@ -14,15 +14,16 @@ from tolerance import assert_close
 from torch import Tensor, nn
 
 import ffnkit as fk
-from ffnkit.blocks import FFN, ffns
+from ffnkit.calibration.features import Features
 from ffnkit.errors import FfnkitError
-from ffnkit.features import Features
-from ffnkit.methods.merging import Merging
-from ffnkit.methods.refitting import corrected
-from ffnkit.methods.windows import series as in_series
+from ffnkit.methods.share.merging import Merging
+from ffnkit.methods.share.refitting import corrected
+from ffnkit.methods.share.windows import series as in_series
+from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import ffns
 from ffnkit.ops.matching import assign, correlation, matched, spread
 from ffnkit.ops.neurons import Neurons
-from ffnkit.trials import trying
+from ffnkit.surgery.trials import trying
 
 DENSE = [name for name, family in FAMILIES.items() if not family.has_experts]
 

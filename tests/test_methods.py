@@ -17,16 +17,16 @@ from transformers import BertConfig, BertModel
 
 import ffnkit as fk
 from ffnkit import methods
-from ffnkit.blocks import ffns
+from ffnkit.calibration.taps import watch
 from ffnkit.errors import FfnkitError
-from ffnkit.files import SPOOL_FROM
-from ffnkit.methods.mmd import bandwidth, gradient, mmd
-from ffnkit.methods.unstructured import largest_weights
+from ffnkit.io.files import SPOOL_FROM
+from ffnkit.methods.drop.unstructured import largest_weights
+from ffnkit.methods.narrow.mmd import bandwidth, gradient, mmd
+from ffnkit.model.finding import ffns
 from ffnkit.ops import local, subset
 from ffnkit.ops.moments import Moments
 from ffnkit.ops.neurons import Neurons
 from ffnkit.ops.subset import choose, refit
-from ffnkit.taps import watch
 
 EACH = pytest.mark.parametrize(("method", "name"), [(m, n) for m in OTHERS for n in KINDS])
 
@@ -242,7 +242,7 @@ def test_the_gradient_of_mmd_is_that_of_autograd(monkeypatch: pytest.MonkeyPatch
 
     (affinity(points, points) - 2 * affinity(points, rows)).backward()
     for at_once in (2, 1024):
-        monkeypatch.setattr("ffnkit.methods.mmd.AT_ONCE", at_once)
+        monkeypatch.setattr("ffnkit.methods.narrow.mmd.AT_ONCE", at_once)
         assert_close(gradient(points.detach(), rows), points.grad, rel=1e-9)
     assert relative_error(gradient(points.detach(), rows + 1), points.grad) > 0.1  # the control
 

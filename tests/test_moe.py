@@ -24,10 +24,11 @@ from transformers import PreTrainedTokenizerFast
 
 import ffnkit as fk
 from ffnkit import methods, tune
-from ffnkit.blocks import FFN, ffns
 from ffnkit.cli.tuning import merged
 from ffnkit.errors import FfnkitError
-from ffnkit.routers import router_parameters, routers
+from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import ffns
+from ffnkit.model.routers import router_parameters, routers
 from ffnkit.tasks import Task
 from ffnkit.tasks.base import Source
 from ffnkit.tasks.words import WordsTask
@@ -125,7 +126,7 @@ def test_routes_are_equal_at_the_first_fused_layer(name: str) -> None:
 
 def outputs_of(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
     """(E, n, d) what each expert of a 3-D parameter gives for the same tokens."""
-    from ffnkit.taps import expert_forward
+    from ffnkit.calibration.taps import expert_forward
 
     return torch.stack([expert_forward(ffn, ffn.module, e, x)[2] for e in range(ffn.experts)])
 
@@ -525,7 +526,7 @@ def test_the_audio_of_phi_4_has_its_gate_second() -> None:
     assert ffn.layout.up_first and torch.equal(ffn.read().up, owner.gate_up_proj.weight[:24])
     x = torch.randn(1, 5, 16)
     check_gate(ffn, lambda: owner(x))
-    from ffnkit.surgery import resize
+    from ffnkit.surgery.memory import resize
 
     with torch.no_grad():  # another width goes back in the same order
         before = owner(x)

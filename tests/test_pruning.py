@@ -16,18 +16,19 @@ from tolerance import assert_close, relative_error
 from torch import Tensor, nn
 
 import ffnkit as fk
-from ffnkit.blocks import ffns, is_transposed
-from ffnkit.edits import Mask
+from ffnkit.edits.kinds import Mask
 from ffnkit.errors import FfnkitError
-from ffnkit.masking import stored_weight
-from ffnkit.methods.pruning import MODES
-from ffnkit.methods.weights import prunable
+from ffnkit.methods.drop.pruning import MODES
+from ffnkit.methods.drop.weights import prunable
+from ffnkit.model.finding import ffns
+from ffnkit.model.linear import is_transposed
 from ffnkit.nn.adapted import adapted
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.special import oriented
 from ffnkit.ops.masks import lowest, lowest_of_groups, lowest_of_rows, read_pattern
 from ffnkit.report.sparsity import merge_costs, sparsity
-from ffnkit.trials import Trial
+from ffnkit.surgery.masking import stored_weight
+from ffnkit.surgery.trials import Trial
 from ffnkit.tune import tuners
 
 QV = r".*\.(query|value)"

@@ -10,9 +10,10 @@ from families import FAMILIES
 from test_contract import same, snapshot
 from tolerance import assert_close, relative_error
 
-from ffnkit.blocks import FFN, ffns
-from ffnkit.replay import Replay
-from ffnkit.taps import Flow, watch
+from ffnkit.calibration.replay import Replay
+from ffnkit.calibration.taps import Flow, watch
+from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import ffns
 
 NAMES = ("bert", "gpt2", "llama", "t5", "bart", "albert", "clip", "whisper", "mixtral", "llama4", "switch", "vit")
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sharded import made, tied, train
 from tolerance import assert_close
 
-from ffnkit.blocks import ffns
+from ffnkit.model.finding import ffns
 from ffnkit.tune.sharding import wrap_classes
 
 SLOW = pytest.mark.slow

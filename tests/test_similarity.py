@@ -12,9 +12,9 @@ from tolerance import assert_close
 from torch import Tensor
 
 from ffnkit.analysis.similarity import similarity
-from ffnkit.blocks import ffns
+from ffnkit.calibration.features import attention_outputs
 from ffnkit.errors import FfnkitError
-from ffnkit.features import attention_outputs
+from ffnkit.model.finding import ffns
 from ffnkit.ops.similarity import linear_cka, unbiased_cka
 
 

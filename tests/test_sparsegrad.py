@@ -20,9 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 import ffnkit as fk
-from ffnkit.blocks import ffns
+from ffnkit.calibration.gradients import weight_gradients
 from ffnkit.errors import FfnkitError
-from ffnkit.gradients import weight_gradients
+from ffnkit.model.finding import ffns
+from ffnkit.model.parts import parts_of
 from ffnkit.nn import sparsegrad
 from ffnkit.nn.adapted import adapted, fingerprint
 from ffnkit.nn.selecting import largest
@@ -30,7 +31,6 @@ from ffnkit.nn.sparsegrad import Bases, SparseGradLinear
 from ffnkit.ops import routes
 from ffnkit.ops.bases import Grams, core_of, eigenbasis, top_share, turned
 from ffnkit.ops.routes import route
-from ffnkit.parts import parts_of
 from ffnkit.tune import tuners
 
 SMALL = {"share": 0.1, "batches": 2, "core": 1.0}
@@ -367,7 +367,7 @@ def test_large_sums_lie_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
     model = FAMILIES["bert"].model()
     data = batches("bert", model)
     wanted = fk.plan(model, fk.SparseGrad(**SMALL, basis="layer"), data=data)
-    monkeypatch.setattr("ffnkit.methods.sparsegrad.IN_MEMORY", 0)
+    monkeypatch.setattr("ffnkit.methods.update.sparsegrad.IN_MEMORY", 0)
     assert fk.plan(model, fk.SparseGrad(**SMALL, basis="layer"), data=data) == wanted
 
 

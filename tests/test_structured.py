@@ -16,19 +16,19 @@ from tolerance import assert_close, assert_differs, relative_error
 from torch import nn
 
 import ffnkit as fk
-from ffnkit.attention import attentions
-from ffnkit.blocks import ffns
-from ffnkit.edits import Adapt, Heads, Keep
+from ffnkit.edits.kinds import Adapt, Heads, Keep
 from ffnkit.errors import FfnkitError
-from ffnkit.inventory import body_flops, inspect
-from ffnkit.methods.coefficients import places, with_coefficients
-from ffnkit.methods.structured import StructuredPruning
-from ffnkit.methods.units import Units, cheapest_counts, uniform_counts
+from ffnkit.methods.drop.structured import StructuredPruning
+from ffnkit.methods.drop.units import Units, cheapest_counts, uniform_counts
+from ffnkit.methods.update.coefficients import places, with_coefficients
+from ffnkit.model.attention import attentions
+from ffnkit.model.finding import ffns
+from ffnkit.model.inventory import body_flops, inspect
 from ffnkit.nn.adapted import Adapted, adapted
 from ffnkit.nn.coefficients import Coefficients, set_l1
 from ffnkit.nn.shrinking import shrink
 from ffnkit.plans import Plan
-from ffnkit.trials import Trial
+from ffnkit.surgery.trials import Trial
 from ffnkit.tune import tuners
 
 NAMES = ("bert", "gpt2", "llama", "t5", "phi3")

@@ -11,8 +11,9 @@ import pytest
 import torch
 from tolerance import assert_close
 
-from ffnkit import loading, tasks
+from ffnkit import tasks
 from ffnkit.errors import FfnkitError
+from ffnkit.io import loading
 from ffnkit.tasks.metrics import METRICS, check, compute
 from ffnkit.tasks.splitting import carve, share
 

@@ -14,9 +14,9 @@ from tolerance import assert_close, assert_differs
 from torch import nn
 
 import ffnkit as fk
-from ffnkit.blocks import ffns
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.merging import Merging
+from ffnkit.methods.share.merging import Merging
+from ffnkit.model.finding import ffns
 from ffnkit.tune import load_adapter, tuners
 
 MODELS = ["bert", "gpt2", "llama", "phi3", "t5"]

@@ -13,9 +13,9 @@ from tolerance import assert_close, assert_differs
 from torch import nn
 
 import ffnkit as fk
-from ffnkit import placement
-from ffnkit.blocks import ffns
+from ffnkit.checkpoint import placement
 from ffnkit.errors import FfnkitError
+from ffnkit.model.finding import ffns
 
 LAYERS = {"bert": "bert.encoder.layer", "gpt2": "transformer.h", "llama": "model.layers"}
 

@@ -17,9 +17,9 @@ from tolerance import assert_close, assert_differs, relative_error
 from torch import nn
 
 import ffnkit as fk
-from ffnkit.blocks import ffns
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.merging import Merging
+from ffnkit.methods.share.merging import Merging
+from ffnkit.model.finding import ffns
 from ffnkit.tune import load_adapter, tuners
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of these libraries

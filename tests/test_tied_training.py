@@ -16,8 +16,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import ffnkit as fk
-from ffnkit.blocks import ffns
-from ffnkit.methods.merging import Merging
+from ffnkit.methods.share.merging import Merging
+from ffnkit.model.finding import ffns
 
 STEPS, KILLED = 6, 4
 NAMES = ["bert", "gpt2", "llama", "t5"]

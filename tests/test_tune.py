@@ -33,9 +33,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from ffnkit.blocks import ffns
 from ffnkit.errors import FfnkitError
-from ffnkit.parts import head_modules
+from ffnkit.model.finding import ffns
+from ffnkit.model.parts import head_modules
 from ffnkit.tasks.classifying import Classifier
 from ffnkit.tune import (
     TUNERS,

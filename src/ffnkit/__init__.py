@@ -8,25 +8,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from ffnkit.adapters import adapter, load_adapter, remove_adapter, save_adapter
     from ffnkit.analysis.study import analyze
-    from ffnkit.blocks import LAYOUTS, Layout
     from ffnkit.budget.allocation import Allocation, allocate
-    from ffnkit.checkpoint import export, load, save
+    from ffnkit.checkpoint.adapters import adapter, load_adapter, remove_adapter, save_adapter
+    from ffnkit.checkpoint.forms import export, load, save
+    from ffnkit.checkpoint.peft_lora import save_lora
     from ffnkit.errors import FfnkitError
-    from ffnkit.inventory import inspect
-    from ffnkit.methods.calibrated import CalibratedFusion
     from ffnkit.methods.combined import Combined
-    from ffnkit.methods.dsee import DSEE
-    from ffnkit.methods.fusion import Fusion
-    from ffnkit.methods.heads import RemoveHeads
-    from ffnkit.methods.merging import Merging
-    from ffnkit.methods.pruning import Prune
-    from ffnkit.methods.sparsegrad import SparseGrad
-    from ffnkit.methods.structured import StructuredPruning
-    from ffnkit.peft_lora import save_lora
+    from ffnkit.methods.drop.heads import RemoveHeads
+    from ffnkit.methods.drop.pruning import Prune
+    from ffnkit.methods.drop.structured import StructuredPruning
+    from ffnkit.methods.narrow.calibrated import CalibratedFusion
+    from ffnkit.methods.narrow.fusion import Fusion
+    from ffnkit.methods.share.merging import Merging
+    from ffnkit.methods.update.dsee import DSEE
+    from ffnkit.methods.update.sparsegrad import SparseGrad
+    from ffnkit.model.families.ffns import LAYOUTS, Layout
+    from ffnkit.model.inventory import inspect
     from ffnkit.plans import Plan, plan
-    from ffnkit.surgery import apply, fold
+    from ffnkit.surgery.memory import apply, fold
     from ffnkit.tune import trainable_parameters
 
 
@@ -63,35 +63,35 @@ __all__ = [
 ]
 
 _HOMES = {
-    "inspect": "inventory",
+    "inspect": "model.inventory",
     "plan": "plans",
     "Plan": "plans",
-    "Fusion": "methods.fusion",
-    "CalibratedFusion": "methods.calibrated",
-    "Merging": "methods.merging",
+    "Fusion": "methods.narrow.fusion",
+    "CalibratedFusion": "methods.narrow.calibrated",
+    "Merging": "methods.share.merging",
     "Combined": "methods.combined",
-    "Prune": "methods.pruning",
-    "RemoveHeads": "methods.heads",
-    "StructuredPruning": "methods.structured",
-    "SparseGrad": "methods.sparsegrad",
-    "DSEE": "methods.dsee",
-    "save_lora": "peft_lora",
+    "Prune": "methods.drop.pruning",
+    "RemoveHeads": "methods.drop.heads",
+    "StructuredPruning": "methods.drop.structured",
+    "SparseGrad": "methods.update.sparsegrad",
+    "DSEE": "methods.update.dsee",
+    "save_lora": "checkpoint.peft_lora",
     "allocate": "budget.allocation",
     "Allocation": "budget.allocation",
-    "apply": "surgery",
-    "fold": "surgery",
+    "apply": "surgery.memory",
+    "fold": "surgery.memory",
     "analyze": "analysis.study",
-    "save": "checkpoint",
-    "load": "checkpoint",
-    "export": "checkpoint",
+    "save": "checkpoint.forms",
+    "load": "checkpoint.forms",
+    "export": "checkpoint.forms",
     "trainable_parameters": "tune",
-    "adapter": "adapters",
-    "save_adapter": "adapters",
-    "load_adapter": "adapters",
-    "remove_adapter": "adapters",
+    "adapter": "checkpoint.adapters",
+    "save_adapter": "checkpoint.adapters",
+    "load_adapter": "checkpoint.adapters",
+    "remove_adapter": "checkpoint.adapters",
     "FfnkitError": "errors",
-    "LAYOUTS": "blocks",
-    "Layout": "blocks",
+    "LAYOUTS": "model.families.ffns",
+    "Layout": "model.families.ffns",
 }
 
 
@@ -116,11 +116,11 @@ def _register_hook() -> None:
     import sys
 
     if "transformers.quantizers.auto" in sys.modules:
-        import_module("ffnkit.hook")
+        import_module("ffnkit.checkpoint.hook")
     else:
         from ffnkit._late import after_import
 
-        after_import("transformers.quantizers.auto", "ffnkit.hook")
+        after_import("transformers.quantizers.auto", "ffnkit.checkpoint.hook")
 
 
 _register_hook()

@@ -14,10 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ffnkit import blocks, edits
-from ffnkit.edits import Adapt, Drop, Edit, Factor, Heads, Mask, Tie, Train
+from ffnkit.edits import kinds as edits
+from ffnkit.edits.kinds import Adapt, Drop, Edit, Factor, Heads, Mask, Tie, Train
 from ffnkit.errors import FfnkitError
-from ffnkit.files import disk_errors
+from ffnkit.io.files import disk_errors
+from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import ffns
 from ffnkit.nn.adapted import Adapted
 from ffnkit.ops.neurons import Neurons
 
@@ -38,7 +40,7 @@ class Shape:
     neuron_parameters: int  # of one neuron, over all experts
 
     @classmethod
-    def of(cls, ffn: blocks.FFN) -> Shape:
+    def of(cls, ffn: FFN) -> Shape:
         per_neuron = sum(
             tensor.numel() // ffn.width for name, tensor in ffn.raw().tensors().items() if name != "down_bias"
         )
@@ -50,7 +52,7 @@ class Shape:
         return f"{experts}{self.d} x {self.width}{' gated' if self.gated else ''}"
 
 
-def _beside(ffn: blocks.FFN) -> int:
+def _beside(ffn: FFN) -> int:
     """Numbers that train beside the weights of an FFN: a plan fits the model with and without them."""
     linears = [] if ffn.layout.experts else [ffn.linear(site) for site in ffn.sites]
     own = [p for m in linears if isinstance(m, Adapted) for p in m.named_parameters(recurse=False)]
@@ -323,7 +325,7 @@ def plan(
         FfnkitError: naming model and method, where the settings do not fit the model.
     """
     try:
-        shapes = {ffn.name: Shape.of(ffn) for ffn in blocks.ffns(model)}
+        shapes = {ffn.name: Shape.of(ffn) for ffn in ffns(model)}
         with torch.no_grad():
             draft = method.draft(model, data, progress)
     except FfnkitError as error:

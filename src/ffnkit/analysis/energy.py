@@ -14,10 +14,10 @@ from torch import nn
 from ffnkit.analysis.energy_advice import Advice, advise
 from ffnkit.analysis.energy_measure import KINDS, Measured, Settings, measure
 from ffnkit.analysis.energy_states import training_states
+from ffnkit.calibration.taps import Batch
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.sparsegrad import SparseGrad
+from ffnkit.methods.update.sparsegrad import SparseGrad
 from ffnkit.plans import Progress
-from ffnkit.taps import Batch
 
 SHARES = (0.001, 0.003, 0.01, 0.03, 0.1)
 TITLES = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ffnkit.analysis.energy_measure import Measured
-from ffnkit.blocks import ffns
+from ffnkit.model.finding import ffns
 
 HELD = 0.8  # of the energy of all layers
 BETTER = 0.05  # of a gradient's energy: so much more a basis for each weight has to hold to be worth its size
@@ -132,7 +132,7 @@ def _fewest(parts: dict[str, float], share: float) -> set[str]:
 
 
 def _expression(places: list[tuple[str, int]], every: bool) -> str:
-    """Layers as :func:`ffnkit.blocks.select` reads them."""
+    """Layers as :func:`ffnkit.model.layers.select` reads them."""
     if every:
         return "all"
     stacks: dict[str, list[int]] = {}

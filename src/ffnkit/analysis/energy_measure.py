@@ -10,12 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ffnkit.calibration.gradients import weight_gradients
+from ffnkit.calibration.taps import Batch
 from ffnkit.errors import FfnkitError
-from ffnkit.gradients import weight_gradients
-from ffnkit.methods.sparsegrad import kind_of, shape_of
+from ffnkit.methods.update.sparsegrad import kind_of, shape_of
 from ffnkit.ops.bases import Grams, core_of, turned
 from ffnkit.plans import Progress
-from ffnkit.taps import Batch
 
 KINDS = ("raw", "shared", "layer", "random", "fixed raw", "fixed shared", "fixed core", "fixed layer")
 SAMPLE = 512  # rows and columns of a random basis: so many are like all of them

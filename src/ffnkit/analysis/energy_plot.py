@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ffnkit.analysis.plot import COLOURS, MARKERS
-from ffnkit.files import disk_errors
+from ffnkit.io.files import disk_errors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,10 +10,10 @@ from itertools import cycle
 import torch
 from torch import Tensor, nn
 
+from ffnkit.calibration.taps import Batch
 from ffnkit.errors import FfnkitError
-from ffnkit.files import spooled
+from ffnkit.io.files import spooled
 from ffnkit.plans import Progress
-from ffnkit.taps import Batch
 
 WARMUP = 10  # steps in which the rate rises
 

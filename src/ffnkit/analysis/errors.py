@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit import blocks
 from ffnkit.analysis.trial import Other
-from ffnkit.blocks import FFN
+from ffnkit.calibration.replay import block_name
+from ffnkit.calibration.taps import Batch, Flow, evaluating, expert_forward, model_inputs, stack_masks, tapped
 from ffnkit.errors import FfnkitError
+from ffnkit.model.ffn import FFN, activations
+from ffnkit.model.finding import ffns
 from ffnkit.ops.local import Activation, activation_of
 from ffnkit.plans import Progress
-from ffnkit.replay import block_name
-from ffnkit.taps import Batch, Flow, evaluating, expert_forward, model_inputs, stack_masks, tapped
 
 PROBE = 64  # tokens and neurons that tell which activation an FFN has
 
@@ -109,7 +109,7 @@ def measure(
     Raises:
         FfnkitError: no batches, an FFN that did not run, or one whose activation is not known.
     """
-    known = blocks.ffns(model)
+    known = ffns(model)
     found = [ffn for ffn in known if any(ffn.name in other.edited for other in others)]
     stacks = {block_name(ffn.name): ffn.stack for ffn in known if block_name(ffn.name)}
     device = next(model.parameters()).device
@@ -216,7 +216,7 @@ def _activation(ffn: FFN, flow: Flow) -> Activation | None:
     few = ffn.read().take(torch.arange(min(PROBE, ffn.width), device=flow.input.device))
     lifted = few.map(lambda value: value.detach().float())
     x, hidden = flow.input[:PROBE].float(), flow.hidden[:PROBE, : few.ff]
-    return activation_of(lifted, x, hidden, blocks.activations(ffn))
+    return activation_of(lifted, x, hidden, activations(ffn))
 
 
 def _output(ffn: FFN, flow: Flow, activation: Callable[[FFN], Activation]) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ffnkit.files import disk_errors
+from ffnkit.io.files import disk_errors
 
 if TYPE_CHECKING:
     from ffnkit.analysis.similarity import Similarity

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.analysis.scalar import Output, check_output, scalar
-from ffnkit.blocks import FFN
+from ffnkit.calibration.taps import evaluating
 from ffnkit.errors import FfnkitError
+from ffnkit.model.ffn import FFN
 from ffnkit.plans import Progress
-from ffnkit.taps import evaluating
 
 MEMORY = 512 << 20
 BUFFER, SIGNS = 0.8, 0.1  # shares of the memory: gradients of all examples, signs of some columns of them

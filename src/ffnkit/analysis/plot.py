@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ffnkit.files import disk_errors
+from ffnkit.io.files import disk_errors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

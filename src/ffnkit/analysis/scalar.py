@@ -8,8 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ffnkit.calibration.taps import Batch, model_inputs
 from ffnkit.errors import FfnkitError
-from ffnkit.taps import Batch, model_inputs
 
 Output = Literal["probability", "logit"]
 IGNORED = -100

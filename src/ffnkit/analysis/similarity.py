@@ -11,13 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from ffnkit import blocks
-from ffnkit.blocks import FFN
+from ffnkit.calibration.features import Features
+from ffnkit.calibration.taps import Batch
 from ffnkit.errors import FfnkitError
-from ffnkit.features import Features
+from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import ffns
+from ffnkit.model.layers import select
 from ffnkit.ops.matching import assign, correlation, matched, spread
 from ffnkit.ops.similarity import gram_norm, unbiased_hsic
-from ffnkit.taps import Batch
 
 Matrix = list[list[float]]
 TITLES = {
@@ -97,7 +98,7 @@ def similarity(
     Raises:
         FfnkitError: mixtures of experts, a layer without attention, fewer than 4 tokens.
     """
-    found = blocks.select(blocks.ffns(model), layers)
+    found = select(ffns(model), layers)
     kinds = ["output", *(["attention"] if attention else []), *(["up"] if neurons else [])]
     start = time.perf_counter()
     held = Features(model, batches, found, {ffn.name: kinds for ffn in found}, tokens)

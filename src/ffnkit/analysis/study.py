@@ -9,17 +9,19 @@ from typing import Any
 
 from torch import nn
 
-from ffnkit import blocks
 from ffnkit.analysis import errors as local
 from ffnkit.analysis import ntk as kernel
 from ffnkit.analysis.ntk import NtkSettings
 from ffnkit.analysis.result import Analysis, Row
 from ffnkit.analysis.scalar import singles
 from ffnkit.analysis.trial import Other, Second, trial_of
+from ffnkit.calibration.taps import Batch
 from ffnkit.errors import FfnkitError
-from ffnkit.loading import drawn_head
+from ffnkit.io.loading import drawn_head
+from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import ffns
+from ffnkit.model.layers import select
 from ffnkit.plans import Method, Plan, Progress, plan
-from ffnkit.taps import Batch
 
 DRAWN = "the head was drawn at random, so f of the kernel is a random function of the last hidden state"
 FOLDED = "folded"
@@ -109,16 +111,16 @@ class _Study:
         self, model: nn.Module, data: list[Batch], errors: bool, ntk: NtkSettings | None, progress: Progress | None
     ) -> None:
         self.model, self.data, self.errors, self.ntk, self.progress = model, data, errors, ntk, progress
-        self.parameters = sum(ffn.num_parameters for ffn in blocks.ffns(model))
+        self.parameters = sum(ffn.num_parameters for ffn in ffns(model))
         self.tokens: dict[str, int] = {}
         self.rows: list[Row] = []
         self.waiting: list[tuple[Row, Other]] = []
         if ntk is not None:
-            self.theta = [ffn.name for ffn in blocks.select(blocks.ffns(model), ntk.layers)]
+            self.theta = [ffn.name for ffn in select(ffns(model), ntk.layers)]
             self.examples = singles(data, ntk.examples, next(model.parameters()).device)
-            self.before = self.kernels(model, {ffn.name: ffn for ffn in blocks.ffns(model)})
+            self.before = self.kernels(model, {ffn.name: ffn for ffn in ffns(model)})
 
-    def kernels(self, model: nn.Module, found: Mapping[str, blocks.FFN]) -> kernel.Kernels:
+    def kernels(self, model: nn.Module, found: Mapping[str, FFN]) -> kernel.Kernels:
         assert self.ntk is not None
         return kernel.kernels(
             model,

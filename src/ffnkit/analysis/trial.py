@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from ffnkit import blocks
-from ffnkit.edits import Factor, Keep, Mask, Resize, Rewrite, Swap
+from ffnkit.edits.kinds import Factor, Keep, Mask, Resize, Rewrite, Swap
 from ffnkit.errors import FfnkitError
+from ffnkit.model.finding import ffns
 from ffnkit.plans import Plan
-from ffnkit.surgery import check_fits
-from ffnkit.trials import Trial
+from ffnkit.surgery.memory import check_fits
+from ffnkit.surgery.trials import Trial
 
 SINGLE = (Resize, Keep, Rewrite, Swap, Factor, Mask)  # edits of one FFN
 
@@ -22,7 +22,7 @@ def trial_of(model: nn.Module, plan: Plan, *, fold: bool = False) -> Trial:
     Raises:
         FfnkitError: the plan was made for another model, or joins FFNs or drops layers.
     """
-    check_fits({ffn.name: ffn for ffn in blocks.ffns(model)}, plan, type(model).__name__)
+    check_fits({ffn.name: ffn for ffn in ffns(model)}, plan, type(model).__name__)
     odd = next((edit.kind for edit in plan.edits if not isinstance(edit, SINGLE)), None)
     if odd is not None:
         found = f"its edits of kind {odd} join or drop FFNs, so there are no two to compare"
@@ -38,9 +38,9 @@ class Second:
     """
 
     def __init__(self, model: nn.Module, other: nn.Module) -> None:
-        own = {ffn.name: ffn.d for ffn in blocks.ffns(model)}
+        own = {ffn.name: ffn.d for ffn in ffns(model)}
         self.model = other
-        self.found = {ffn.name: ffn for ffn in blocks.ffns(other)}
+        self.found = {ffn.name: ffn for ffn in ffns(other)}
         self.edited = tuple(self.found)
         theirs = {name: ffn.d for name, ffn in self.found.items()}
         if theirs != own:

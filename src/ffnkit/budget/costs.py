@@ -8,17 +8,17 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ffnkit.blocks import FFN
 from ffnkit.budget.probe import Ending
 from ffnkit.budget.sizes import Room
-from ffnkit.methods.calibrated import Part, Seen
+from ffnkit.calibration.replay import Replay
+from ffnkit.calibration.taps import Batch, Flow
 from ffnkit.methods.common import lifted, norms, singles
+from ffnkit.methods.narrow.calibrated import Part, Seen
+from ffnkit.model.ffn import FFN
 from ffnkit.ops.curves import Curve, output_curve, tail_curve
 from ffnkit.ops.neurons import Neurons, concatenate
 from ffnkit.ops.subset import refit
 from ffnkit.plans import Progress, check_weights
-from ffnkit.replay import Replay
-from ffnkit.taps import Batch, Flow
 
 RIDGE = 1e-2  # as data-aware fusion has it unless told otherwise
 

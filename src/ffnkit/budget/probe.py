@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.blocks import FFN
+from ffnkit.calibration.replay import Replay, block_name
+from ffnkit.calibration.taps import stack_masks
+from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons
-from ffnkit.replay import Replay, block_name
-from ffnkit.surgery import borrowed, resize
-from ffnkit.taps import stack_masks
+from ffnkit.surgery.memory import borrowed, resize
 
 TOKENS = 1024  # that the probe looks at, at least, where there are so many
 ENTRIES = 1 << 25  # logits held for comparison: 128 MiB in float32

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ffnkit import blocks
 from ffnkit.errors import FfnkitError
+from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import ffns
+from ffnkit.model.layers import select
 from ffnkit.plans import Shape
 
 WIDE = 1024  # FFNs from this width on get multiples of 64, others of 8
@@ -25,7 +27,7 @@ class Room:
         share: budget relative to the neurons' parameters before.
     """
 
-    found: list[blocks.FFN]
+    found: list[FFN]
     shapes: list[Shape]
     widths: list[list[int]]
     budget: int
@@ -70,7 +72,7 @@ def room(model: nn.Module, budget: float | int, layers: str = "all", multiple: i
     """
     if multiple is not None and (isinstance(multiple, bool) or not isinstance(multiple, int) or multiple < 1):
         raise FfnkitError(f"multiple {multiple!r}", "not a whole number of at least 1", "Give multiple=64 or so")
-    found = blocks.select(blocks.ffns(model), layers)
+    found = select(ffns(model), layers)
     shapes = [Shape.of(ffn) for ffn in found]
     whole = sum(shape.neuron_parameters * shape.width for shape in shapes)
     fixed = sum(shape.parameters for shape in shapes) - whole

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ffnkit import files
 from ffnkit.analysis.ntk import NtkSettings
 from ffnkit.analysis.study import FOLDED, Candidate, analyze, labels
 from ffnkit.cli import console, describe
 from ffnkit.errors import FfnkitError
+from ffnkit.io import files
 
 EVERYTHING = 1 << 62  # tokens: no limit but the rows
 
@@ -81,7 +81,7 @@ class Texts:
     def open(self, names: list[str]) -> tuple[list[Any], Any]:
         """The models, each with a head drawn from the same seed where it has none, and the tokenizer of the first."""
         from ffnkit import tasks, tune
-        from ffnkit.architectures import load_any
+        from ffnkit.io.architectures import load_any
         from ffnkit.tasks.models import load_tokenizer
 
         task = tasks.get(self.task) if self.task else None
@@ -191,7 +191,7 @@ def names_of(folders: tuple[str, ...]) -> list[str]:
 
 def gives_logits(model: Any) -> bool:
     """Whether a model has a head: output embeddings, or a classifier beside its body."""
-    from ffnkit.parts import body
+    from ffnkit.model.parts import body
 
     return body(model) is not model
 
@@ -203,7 +203,7 @@ def shared_heads(models: dict[str, Any]) -> tuple[str, ...]:
     """
     import torch
 
-    from ffnkit.loading import drawn_head
+    from ffnkit.io.loading import drawn_head
 
     drawn = {name: drawn_head(model) for name, model in models.items()}
     first = next(iter(models))

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ffnkit import files
 from ffnkit.cli import console, describe, options
 from ffnkit.cli.app import app
 from ffnkit.cli.budgets import Budget
@@ -17,6 +16,7 @@ from ffnkit.cli.data_options import DATA, DataDir, TaskName, Tokenizer
 from ffnkit.cli.history import History
 from ffnkit.cli.outputs import check_output
 from ffnkit.errors import FfnkitError
+from ffnkit.io import files
 
 PANEL = "Models"
 Form = Literal["compact", "standard", "both"]
@@ -33,7 +33,7 @@ def inspect(model: options.Model, as_json: options.Json = False) -> None:
       ffnkit inspect ./my-model [cyan]--json[/cyan] | jq .ffn_share
     """
     import ffnkit
-    from ffnkit.architectures import empty_model
+    from ffnkit.io.architectures import empty_model
 
     console.quieten()
     inventory = ffnkit.inspect(empty_model(model))
@@ -189,7 +189,7 @@ class Compression:
     def run(self, plan_out: Path | None, out: Path | None, form: Form, as_json: bool) -> dict[str, Any]:
         """Plan, show, apply and save; without ``out`` nothing is applied. Returns what --json prints."""
         import ffnkit
-        from ffnkit.architectures import empty_model, load_any
+        from ffnkit.io.architectures import empty_model, load_any
 
         place = options.pick_device(self.device)
         if self.method is not None:
@@ -244,7 +244,7 @@ class Compression:
     def save(self, model: Any, out: Path, form: Form, history: History) -> dict[str, dict[str, Any]]:
         """Save in the form asked for, with tokenizer, card and history; all in place in one step."""
         import ffnkit
-        from ffnkit.architectures import load_companion
+        from ffnkit.io.architectures import load_companion
 
         companion = load_companion(self.source)
         parts = {form: "."} if form != "both" else {"compact": "compact", "standard": "standard"}
@@ -275,7 +275,7 @@ def export(
     check_output(out, overwrite=overwrite, source=model)
     console.quieten()
     import ffnkit
-    from ffnkit.architectures import load_any, load_companion
+    from ffnkit.io.architectures import load_any, load_companion
 
     loaded = load_any(model)
     history = History.of(model)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ffnkit import files
 from ffnkit.cli import console
 from ffnkit.cli.analyze_job import Texts
 from ffnkit.errors import FfnkitError
+from ffnkit.io import files
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Sources:
 
 def load_tokenizer(task: Any, model: str, other: str | None) -> Any:
     """The tokenizer of ``model``, or the one that --tokenizer names. A model that does not open is said first."""
-    from ffnkit.architectures import read_config
+    from ffnkit.io.architectures import read_config
 
     read_config(model)
     return task.load_tokenizer(other or model)

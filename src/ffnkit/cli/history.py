@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ffnkit.files import write_text
+from ffnkit.io.files import write_text
 
 FILE = "ffnkit.json"
 

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ffnkit import files
 from ffnkit.analysis.similarity import similarity
 from ffnkit.cli import console
 from ffnkit.cli.analyze_job import Texts
+from ffnkit.io import files
 
 
 def compare(name: str, texts: tuple[Any, ...], layers: str, device: Any, out: Path | None, as_json: bool) -> None:

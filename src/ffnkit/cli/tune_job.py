@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ffnkit import files
 from ffnkit.cli import console, describe, options
 from ffnkit.cli.eval_job import Measured, generation_built, load_tokenizer, tell
 from ffnkit.cli.history import History, public_name
 from ffnkit.errors import FfnkitError
+from ffnkit.io import files
 
 HIDDEN = ("task", "files", "teacher_files", "distil_files")  # parts of the fingerprint that no reader wants
 

@@ -7,21 +7,21 @@ import difflib
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.calibrated import CalibratedFusion
-from ffnkit.methods.clustering import Clustering
 from ffnkit.methods.combined import Combined
-from ffnkit.methods.dropping import FfnDrop, LayerDrop
-from ffnkit.methods.fusion import Fusion
-from ffnkit.methods.heads import RemoveHeads
-from ffnkit.methods.merging import Merging
-from ffnkit.methods.mmd import Mmd
-from ffnkit.methods.pruning import Prune
-from ffnkit.methods.reinit import Reinit
-from ffnkit.methods.selection import Importance, Magnitude, Random
-from ffnkit.methods.sketch import Sketch
-from ffnkit.methods.structured import StructuredPruning
-from ffnkit.methods.svd import Svd
-from ffnkit.methods.unstructured import Unstructured
+from ffnkit.methods.drop.heads import RemoveHeads
+from ffnkit.methods.drop.layers import FfnDrop, LayerDrop
+from ffnkit.methods.drop.pruning import Prune
+from ffnkit.methods.drop.structured import StructuredPruning
+from ffnkit.methods.drop.unstructured import Unstructured
+from ffnkit.methods.narrow.calibrated import CalibratedFusion
+from ffnkit.methods.narrow.clustering import Clustering
+from ffnkit.methods.narrow.fusion import Fusion
+from ffnkit.methods.narrow.mmd import Mmd
+from ffnkit.methods.narrow.reinit import Reinit
+from ffnkit.methods.narrow.selection import Importance, Magnitude, Random
+from ffnkit.methods.narrow.sketch import Sketch
+from ffnkit.methods.narrow.svd import Svd
+from ffnkit.methods.share.merging import Merging
 
 METHODS: tuple[Any, ...] = (
     Fusion,

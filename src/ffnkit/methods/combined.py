@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ffnkit.blocks import FFN, ffns
-from ffnkit.edits import Adapt, Drop, Edit, Heads, Tie, Train
+from ffnkit.edits.kinds import Adapt, Drop, Edit, Heads, Tie, Train
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch
+from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import ffns
 from ffnkit.plans import Draft, Method, Progress
-from ffnkit.trials import Trial
+from ffnkit.surgery.trials import Trial
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ffnkit import blocks
-from ffnkit.edits import Resize
+from ffnkit.calibration.taps import Batch, Flow, watch
+from ffnkit.edits.kinds import Resize
 from ffnkit.errors import FfnkitError
+from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import ffns
+from ffnkit.model.layers import resolve_width, select
+from ffnkit.model.parts import PARTS
+from ffnkit.model.sites import targets as sited
 from ffnkit.nn.special import Special
 from ffnkit.ops.clusters import cluster_neurons
 from ffnkit.ops.neurons import Neurons
-from ffnkit.parts import PARTS
 from ffnkit.plans import Progress, check_weights
-from ffnkit.sites import targets as sited
-from ffnkit.taps import Batch, Flow, watch
 
 Width = int | float | Mapping[str, int]
 
@@ -43,7 +45,7 @@ class Narrowing:
         """The settings by name."""
         return dataclasses.asdict(self)
 
-    def targets(self, model: nn.Module) -> list[tuple[blocks.FFN, int]]:
+    def targets(self, model: nn.Module) -> list[tuple[FFN, int]]:
         """The FFNs to narrow and their new widths. Raises FfnkitError where layers or settings do not fit."""
         check_counts(self, **self.least)
         return targets(model, self.layers, self.width)
@@ -70,7 +72,7 @@ def check_counts(method: Any, **least: int) -> None:
             raise FfnkitError(f"{key} {value!r}", f"not a whole number of at least {low}", f"Give {key}={low} or more")
 
 
-def targets(model: nn.Module, layers: str, width: Width) -> list[tuple[blocks.FFN, int]]:
+def targets(model: nn.Module, layers: str, width: Width) -> list[tuple[FFN, int]]:
     """The FFNs to narrow and their new widths.
 
     Args:
@@ -80,14 +82,14 @@ def targets(model: nn.Module, layers: str, width: Width) -> list[tuple[blocks.FF
     Raises:
         FfnkitError: layers or width do not fit, or the mapping names an FFN that is not there.
     """
-    chosen = blocks.select(blocks.ffns(model), layers)
+    chosen = select(ffns(model), layers)
     if not isinstance(width, Mapping):
-        return [(ffn, blocks.resolve_width(width, ffn.width, ffn.name)) for ffn in chosen]
+        return [(ffn, resolve_width(width, ffn.width, ffn.name)) for ffn in chosen]
     known = {ffn.name for ffn in chosen}
     unknown = [name for name in width if name not in known]
     if unknown:
         raise FfnkitError(f"width of {unknown[0]}", "no FFN of that name is chosen", f"There are {', '.join(known)}")
-    return [(ffn, blocks.resolve_width(width[ffn.name], ffn.width, ffn.name)) for ffn in chosen if ffn.name in width]
+    return [(ffn, resolve_width(width[ffn.name], ffn.width, ffn.name)) for ffn in chosen if ffn.name in width]
 
 
 def plain_linears(model: nn.Module, method: str, sites: str, layers: str) -> dict[str, nn.Module]:
@@ -110,9 +112,7 @@ def plain_linears(model: nn.Module, method: str, sites: str, layers: str) -> dic
     return found
 
 
-def each(
-    found: list[tuple[blocks.FFN, int]], progress: Progress | None, what: str
-) -> Iterator[tuple[blocks.FFN, int, Neurons]]:
+def each(found: list[tuple[FFN, int]], progress: Progress | None, what: str) -> Iterator[tuple[FFN, int, Neurons]]:
     """FFN, new width and present weights, one after the other, checked; reports progress behind each.
 
     Raises:
@@ -128,7 +128,7 @@ def each(
 
 
 def clusterings(
-    found: list[tuple[blocks.FFN, int]], progress: Progress | None, what: str, seed: int, restarts: int, **more: bool
+    found: list[tuple[FFN, int]], progress: Progress | None, what: str, seed: int, restarts: int, **more: bool
 ) -> Iterator[tuple[Resize, float]]:
     """The edit that leaves each FFN the means of its neurons' clusters, and the variance that they lose."""
     for ffn, width, neurons in each(found, progress, what):
@@ -164,7 +164,7 @@ def need_data(data: Iterable[Batch] | None, name: str) -> Iterable[Batch]:
     return data
 
 
-def activity(model: nn.Module, data: Iterable[Batch], found: list[blocks.FFN]) -> dict[str, Tensor]:
+def activity(model: nn.Module, data: Iterable[Batch], found: list[FFN]) -> dict[str, Tensor]:
     """rms of each hidden neuron over the tokens that count: (ff,), or (E, ff) with experts, float64; one pass.
 
     Experts that no token reached have zeros. Experts' tokens weigh by their squared routing weight.
@@ -172,7 +172,7 @@ def activity(model: nn.Module, data: Iterable[Batch], found: list[blocks.FFN]) -
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
 
-    def receive(ffn: blocks.FFN, flow: Flow) -> None:
+    def receive(ffn: FFN, flow: Flow) -> None:
         if ffn.name not in sums:
             lead = (ffn.experts,) if ffn.experts else ()
             sums[ffn.name] = torch.zeros((*lead, ffn.width), dtype=torch.float64, device=flow.hidden.device)

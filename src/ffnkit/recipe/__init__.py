@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .job import run
-    from .loading import load_recipe, quickstart
-    from .results import Results
-    from .schema import Recipe
+    from ffnkit.recipe.job import run
+    from ffnkit.recipe.loading import load_recipe, quickstart
+    from ffnkit.recipe.results import Results
+    from ffnkit.recipe.schema import Recipe
 
 __all__ = ["Recipe", "Results", "load_recipe", "quickstart", "run"]
 _HOMES = {"Recipe": "schema", "Results": "results", "load_recipe": "loading", "quickstart": "loading", "run": "job"}

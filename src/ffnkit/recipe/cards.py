@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from ffnkit.recipe.sources import PACKAGED
+from ffnkit.recipe.state import Unit, unit_of
 from ffnkit.report import environment
 from ffnkit.report.card import CardInfo, LayerWidth, Metric, model_card
-
-from .sources import PACKAGED
-from .state import Unit, unit_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ffnkit.recipe.schema import Recipe
     from ffnkit.tasks import AnyTask
-
-    from .schema import Recipe
 
 BASES = {PACKAGED: "sentence-transformers/all-MiniLM-L6-v2"}
 
@@ -62,7 +60,7 @@ def card_of(
 
 
 def _widths(model: PreTrainedModel, before: dict[str, int]) -> tuple[LayerWidth, ...]:
-    from ffnkit.blocks import ffns
+    from ffnkit.model.finding import ffns
 
     now = {ffn.name: ffn.width for ffn in ffns(model)}
     return tuple(LayerWidth(name, width, now.get(name)) for name, width in before.items())

@@ -10,8 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ffnkit.errors import FfnkitError
-
-from .settings import method_fields, tuner_fields
+from ffnkit.recipe.settings import method_fields, tuner_fields
 
 _MISSING = {"missing"}
 _UNKNOWN = {"extra_forbidden", "unexpected_keyword_argument"}
@@ -84,7 +83,7 @@ def _shown(loc: tuple[str | int, ...], data: dict[str, Any]) -> tuple[str | int,
 
 
 def _fields_at(path: tuple[str | int, ...], data: dict[str, Any]) -> list[str]:
-    from .schema import (
+    from ffnkit.recipe.schema import (
         Arm,
         CalibrationSettings,
         DistilSettings,

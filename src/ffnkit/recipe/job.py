@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-from ffnkit.files import disk_errors
-
-from . import results as written
-from .results import Results
-from .schema import Recipe
-from .state import Unit, base_facts, check_out, check_same, clear_out, unit_facts, unit_of, write_json
-from .worker import run_apart, run_here
+from ffnkit.io.files import disk_errors
+from ffnkit.recipe import results as written
+from ffnkit.recipe.results import Results
+from ffnkit.recipe.schema import Recipe
+from ffnkit.recipe.state import Unit, base_facts, check_out, check_same, clear_out, unit_facts, unit_of, write_json
+from ffnkit.recipe.worker import run_apart, run_here
 
 Say = Callable[[str], None]
 
@@ -47,7 +46,7 @@ def run(
         FfnkitError: something is wrong with the recipe, its model, its data or ``out``; nothing was trained then.
         KeyboardInterrupt: after Ctrl-C; what is finished is kept.
     """
-    from .preflight import preflight
+    from ffnkit.recipe.preflight import preflight
 
     out, say = Path(out), _sayer(progress)
     check_out(out)
@@ -77,7 +76,7 @@ def run(
 
 
 def _metric(recipe: Recipe) -> str:
-    from .sources import task_of
+    from ffnkit.recipe.sources import task_of
 
     task = task_of(recipe)
     return recipe.task.metric if recipe.task.metric in task.metrics else task.main_metric
@@ -108,7 +107,7 @@ def _run_units(
 
 
 def _measure(recipe: Recipe, out: Path, again: bool, say: Say) -> None:
-    from .timing import measure_latency
+    from ffnkit.recipe.timing import measure_latency
 
     begin = time.perf_counter()
     try:

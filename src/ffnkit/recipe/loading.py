@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 
 from ffnkit.errors import FfnkitError
-
-from .schema import Recipe, recipe_from
+from ffnkit.recipe.schema import Recipe, recipe_from
 
 
 class _Loader(yaml.SafeLoader):

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 from ffnkit import methods
 from ffnkit.errors import FfnkitError
-
-from .sources import Source, expand, method_of, neutral_texts
-from .state import distilled, folder_digest
+from ffnkit.recipe.sources import Source, expand, method_of, neutral_texts
+from ffnkit.recipe.state import distilled, folder_digest
 
 if TYPE_CHECKING:
-    from .schema import Recipe
+    from ffnkit.recipe.schema import Recipe
 
 
 def preflight(recipe: Recipe) -> tuple[str, str]:

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ffnkit.files import write_text
-
-from .schema import Arm, Recipe
-from .state import Unit, arm_dict, read_json, stages_of, unit_of, write_json
+from ffnkit.io.files import write_text
+from ffnkit.recipe.schema import Arm, Recipe
+from ffnkit.recipe.state import Unit, arm_dict, read_json, stages_of, unit_of, write_json
 
 STAGE_MARKERS = ("compress", "distil", "before", "tune", "prune", "recover", "evaluate", "export")
 _PRUNING = {"kept", "sparsity", "merging"}  # figures of the stages prune and recover

@@ -11,10 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, 
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ffnkit.errors import FfnkitError
+from ffnkit.recipe.settings import check_budget, check_method, check_task, check_tuner, widened
 from ffnkit.tasks.settings import GenerationSettings
 from ffnkit.tune.settings import CalibrationSettings, DistilSettings, TrainSettings
-
-from .settings import check_budget, check_method, check_task, check_tuner, widened
 
 Stage = Literal["compress", "distil", "tune", "prune", "recover", "evaluate", "export"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -335,7 +334,7 @@ def recipe_from(data: Any, where: str = "recipe") -> Recipe:
     Raises:
         FfnkitError: one line that names the first wrong field, and how many more are wrong.
     """
-    from .complaints import explain
+    from ffnkit.recipe.complaints import explain
 
     if not isinstance(data, dict):
         found = f"holds a {type(data).__name__}, not fields"

@@ -8,8 +8,8 @@ import os
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .schema import NAMES, Arm, Recipe
-from .settings import has_setting
+from ffnkit.recipe.schema import NAMES, Arm, Recipe
+from ffnkit.recipe.settings import has_setting
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def model_name(recipe: Recipe) -> str:
     Raises:
         FfnkitError: a path that leads nowhere, or to no model.
     """
-    from ffnkit.loading import check_name
+    from ffnkit.io.loading import check_name
 
     if recipe.model == PACKAGED:
         from ffnkit.tasks.quickstart import model_path
@@ -150,8 +150,8 @@ class Source:
         """The model's shape without its weights; a compact checkpoint, whose config lacks its widths, is loaded."""
         import torch
 
-        from ffnkit.architectures import is_ffnkit_config, read_config
-        from ffnkit.loading import open_errors
+        from ffnkit.io.architectures import is_ffnkit_config, read_config
+        from ffnkit.io.loading import open_errors
 
         config = read_config(self.model_name)
         if is_ffnkit_config(config):
@@ -179,7 +179,7 @@ class Source:
 
     def widths(self) -> dict[str, int]:
         """Width of each FFN before compression, by name."""
-        from ffnkit.blocks import ffns
+        from ffnkit.model.finding import ffns
 
         return {ffn.name: ffn.width for ffn in ffns(self.empty())}
 

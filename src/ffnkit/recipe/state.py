@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-from ffnkit.files import check_target, write_text
+from ffnkit.io.files import check_target, write_text
+from ffnkit.recipe.schema import Arm, Recipe, arm_dict
 from ffnkit.tune.settings import HARMLESS
-
-from .schema import Arm, Recipe, arm_dict
 
 FORMAT = 1  # of the folder; raised when an older one can no longer be continued
 _SAMPLE = 1 << 20

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .sources import Source
-from .state import digest, read_json, unit_of, write_json
+from ffnkit.recipe.sources import Source
+from ffnkit.recipe.state import digest, read_json, unit_of, write_json
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from .schema import Recipe
+    from ffnkit.recipe.schema import Recipe
 
 
 def checkpoints(recipe: Recipe, out: Path) -> dict[str, Path]:

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import ffnkit
-from ffnkit.adapters import is_adapted
-from ffnkit.edits import Mask
+from ffnkit.checkpoint.adapters import is_adapted
+from ffnkit.edits.kinds import Mask
 from ffnkit.nn.coefficients import set_l1
+from ffnkit.recipe import sources
+from ffnkit.recipe.cards import card_of
+from ffnkit.recipe.schema import Recipe
+from ffnkit.recipe.state import Unit, digest, measures, stages_of
 from ffnkit.report import environment, measure
 from ffnkit.report.sparsity import merge_costs, sparsity
-
-from . import sources
-from .cards import card_of
-from .schema import Recipe
-from .state import Unit, digest, measures, stages_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -328,7 +327,7 @@ def _count(value: Any) -> int:
 def _write(model: PreTrainedModel, path: Path) -> None:
     from safetensors.torch import save_model
 
-    from ffnkit.files import disk_errors
+    from ffnkit.io.files import disk_errors
 
     partial = path.with_suffix(".partial")
     with disk_errors(path):

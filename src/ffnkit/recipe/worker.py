@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-
-from .schema import Recipe, recipe_from
-from .state import Unit, digest, read_json, unit_of
+from ffnkit.recipe.schema import Recipe, recipe_from
+from ffnkit.recipe.state import Unit, digest, read_json, unit_of
 
 FAILED, STOPPED = 1, 130
 
@@ -59,7 +58,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 
 def run_here(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Callable[[str], None], bars: bool) -> bool:
     """Run a unit in this process; False when it failed, and why is recorded."""
-    from .unit import run_unit
+    from ffnkit.recipe.unit import run_unit
 
     try:
         run_unit(recipe, unit, facts, say, bars)

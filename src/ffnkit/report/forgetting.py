@@ -14,9 +14,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from ffnkit.calibration.taps import evaluating
 from ffnkit.errors import FfnkitError
-from ffnkit.parts import body
-from ffnkit.taps import evaluating
+from ffnkit.model.parts import body
 from ffnkit.tasks.sequences import affixes, positions
 
 Kind = Literal["causal", "masked"]
@@ -123,7 +123,7 @@ def _batch(
 
 def language_model(name: str, device: torch.device | str = "cpu") -> PreTrainedModel | str:
     """The checkpoint as the language model that it is; else, in words, why it is none."""
-    from ffnkit.loading import open_errors
+    from ffnkit.io.loading import open_errors
 
     with open_errors(f"model {name}"):
         config = AutoConfig.from_pretrained(name)

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ffnkit.files import write_text
+from ffnkit.io.files import write_text
 from ffnkit.report.columns import all_notes, blocks, duration
 from ffnkit.report.plot import LABELS, against, metric_plot
 from ffnkit.report.table import Row, Summary, summarize

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-from ffnkit.files import write_text
+from ffnkit.io.files import write_text
 
 PACKAGES = ("transformers", "peft", "datasets", "torch")
 OWN = (

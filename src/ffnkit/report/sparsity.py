@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from ffnkit.calibration.taps import evaluating
 from ffnkit.errors import FfnkitError
-from ffnkit.masking import stored_weight
-from ffnkit.methods.weights import Prunable, prunable
+from ffnkit.methods.drop.weights import Prunable, prunable
 from ffnkit.nn.adapted import Adapted, adapted
 from ffnkit.nn.special import oriented
-from ffnkit.taps import evaluating
+from ffnkit.surgery.masking import stored_weight
 
 
 @dataclass(frozen=True)

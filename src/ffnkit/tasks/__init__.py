@@ -5,23 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ffnkit.errors import FfnkitError
-
-from .base import Splits, Task
-from .own import file_task
-from .protocol import AnyTask, Evaluation
-from .settings import GenerationSettings
+from ffnkit.tasks.base import Splits, Task
+from ffnkit.tasks.own import file_task
+from ffnkit.tasks.protocol import AnyTask, Evaluation
+from ffnkit.tasks.settings import GenerationSettings
 
 if TYPE_CHECKING:
-    from .choosing import choose as choose
-    from .generation import GenerationTask as GenerationTask
-    from .generation import generation_task as generation_task
-    from .images import ImageTask as ImageTask
-    from .images import image_task as image_task
-    from .instructions import InstructionTask as InstructionTask
-    from .instructions import instruction_task as instruction_task
-    from .modelling import LanguageTask as LanguageTask
-    from .modelling import text_task as text_task
-    from .words import WordsTask as WordsTask
+    from ffnkit.tasks.choosing import choose as choose
+    from ffnkit.tasks.generation import GenerationTask as GenerationTask
+    from ffnkit.tasks.generation import generation_task as generation_task
+    from ffnkit.tasks.images import ImageTask as ImageTask
+    from ffnkit.tasks.images import image_task as image_task
+    from ffnkit.tasks.instructions import InstructionTask as InstructionTask
+    from ffnkit.tasks.instructions import instruction_task as instruction_task
+    from ffnkit.tasks.modelling import LanguageTask as LanguageTask
+    from ffnkit.tasks.modelling import text_task as text_task
+    from ffnkit.tasks.words import WordsTask as WordsTask
 
 _HOMES = {
     "choose": "choosing",
@@ -52,9 +51,9 @@ def get(name: str) -> AnyTask:
     Raises:
         FfnkitError: there is no such task.
     """
-    from . import dialogues
-    from .images import PREFIX, image_task
-    from .instructions import InstructionTask
+    from ffnkit.tasks import dialogues
+    from ffnkit.tasks.images import PREFIX, image_task
+    from ffnkit.tasks.instructions import InstructionTask
 
     if name.startswith(PREFIX):
         return image_task(name.removeprefix(PREFIX))
@@ -68,13 +67,13 @@ def get(name: str) -> AnyTask:
 
 
 def _known() -> dict[str, AnyTask]:
-    from . import dialogues, language, nlg
-    from .docstrings import TASK
-    from .generation import GenerationTask
-    from .glue import TASKS
-    from .image_sets import TASKS as IMAGES
-    from .instructions import InstructionTask
-    from .modelling import LanguageTask
+    from ffnkit.tasks import dialogues, language, nlg
+    from ffnkit.tasks.docstrings import TASK
+    from ffnkit.tasks.generation import GenerationTask
+    from ffnkit.tasks.glue import TASKS
+    from ffnkit.tasks.image_sets import TASKS as IMAGES
+    from ffnkit.tasks.instructions import InstructionTask
+    from ffnkit.tasks.modelling import LanguageTask
 
     known: list[AnyTask] = [*TASKS, TASK]
     known += [GenerationTask(nlg.get(name)) for name in nlg.names()]

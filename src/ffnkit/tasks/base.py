@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .classifying import Classifier
-from .splitting import Splits, Table, check_enough, distinct, divide, size, with_report, without
+from ffnkit.tasks.classifying import Classifier
+from ffnkit.tasks.splitting import Splits, Table, check_enough, distinct, divide, size, with_report, without
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,7 +78,7 @@ class Task(Classifier):
     @property
     def greater_is_better(self) -> bool:
         """Whether more of the main metric is better."""
-        from .metrics import greater_is_better
+        from ffnkit.tasks.metrics import greater_is_better
 
         return greater_is_better(self.main_metric)
 
@@ -132,13 +132,13 @@ class Task(Classifier):
             max_length: longer texts are cut, in tokens; of a pair the longer text first.
             model: plays no part here.
         """
-        from .encoding import encode
+        from ffnkit.tasks.encoding import encode
 
         return encode(dataset, self.text, self.label, self.kind, tokenizer, max_length)
 
     def compute_metrics(self, predictions: Any, labels: Any) -> dict[str, float]:
         """Every metric of the task; see :func:`ffnkit.tasks.metrics.compute`."""
-        from .metrics import compute
+        from ffnkit.tasks.metrics import compute
 
         return compute(self.metrics, self.kind, predictions, labels)
 
@@ -148,7 +148,7 @@ class Task(Classifier):
         Raises:
             FfnkitError: there are no tokenizer files.
         """
-        from .models import load_tokenizer
+        from ffnkit.tasks.models import load_tokenizer
 
         return load_tokenizer(name_or_dir, **kwargs)
 
@@ -166,7 +166,7 @@ class Task(Classifier):
         Raises:
             FfnkitError: the model cannot be opened or does not fit.
         """
-        from .models import load_model
+        from ffnkit.tasks.models import load_model
 
         return load_model(self, name_or_dir, tokenizer=tokenizer, trained_head=trained_head, **kwargs)
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitError
-
-from .running import IGNORED
-from .sequences import Prompt, Sequences, affixes
+from ffnkit.tasks.running import IGNORED
+from ffnkit.tasks.sequences import Prompt, Sequences, affixes
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-
-from . import chat, dialogues, forms, get
-from .base import Task
-from .generation import GenerationTask, generation_task
-from .image_files import ARCHIVES
-from .images import HUB, KIND, image_task
-from .instructions import KIND as INSTRUCTION
-from .instructions import InstructionTask, instruction_task
-from .modelling import LanguageTask, text_task
-from .own import file_task
-from .protocol import AnyTask
-from .words import WordsTask
+from ffnkit.tasks import chat, dialogues, forms, get
+from ffnkit.tasks.base import Task
+from ffnkit.tasks.generation import GenerationTask, generation_task
+from ffnkit.tasks.image_files import ARCHIVES
+from ffnkit.tasks.images import HUB, KIND, image_task
+from ffnkit.tasks.instructions import KIND as INSTRUCTION
+from ffnkit.tasks.instructions import InstructionTask, instruction_task
+from ffnkit.tasks.modelling import LanguageTask, text_task
+from ffnkit.tasks.own import file_task
+from ffnkit.tasks.protocol import AnyTask
+from ffnkit.tasks.words import WordsTask
 
 PLAIN = (".txt", ".text", ".tokens", ".md")
 """Files of plain text, which have no columns."""

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .protocol import Collate, Evaluation
-from .running import by_length, encoded_rows, evaluating, forward_names, logits_of
+from ffnkit.tasks.protocol import Collate, Evaluation
+from ffnkit.tasks.running import by_length, encoded_rows, evaluating, forward_names, logits_of
 
 if TYPE_CHECKING:
-    from .settings import GenerationSettings
+    from ffnkit.tasks.settings import GenerationSettings
 
 
 class Classifier:

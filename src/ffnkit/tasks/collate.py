@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .running import IGNORED
+from ffnkit.tasks.running import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from .collate import Padded
-from .running import evaluating, is_seq2seq
-from .sequences import Prompt, Sequences
-from .settings import GenerationSettings
+from ffnkit.tasks.collate import Padded
+from ffnkit.tasks.running import evaluating, is_seq2seq
+from ffnkit.tasks.sequences import Prompt, Sequences
+from ffnkit.tasks.settings import GenerationSettings
 
 _KEPT = (
     "bos_token_id",

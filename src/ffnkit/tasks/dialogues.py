@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-
-from . import trees
-from .base import Source
-from .files import read
-from .forms import dialogues, form_of, table_of
-from .locate import data_folder, from_hub
-from .splitting import Splits, Table, check_enough, distinct, divide, size, with_report, without
+from ffnkit.tasks import trees
+from ffnkit.tasks.base import Source
+from ffnkit.tasks.files import read
+from ffnkit.tasks.forms import dialogues, form_of, table_of
+from ffnkit.tasks.locate import data_folder, from_hub
+from ffnkit.tasks.splitting import Splits, Table, check_enough, distinct, divide, size, with_report, without
 
 _DEMO = "alpaca_en_demo.json"
 _DEMO_HUB = ("llamafactory/demo_data",)

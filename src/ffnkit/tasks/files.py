@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-
-from .splitting import Table, size
+from ffnkit.tasks.splitting import Table, size
 
 _FORMATS = "Give a .csv, .tsv, .jsonl, .json (a list of objects) or .parquet file"
 

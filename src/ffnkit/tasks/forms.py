@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-
-from . import trees
-from .chat import Messages, answered
-from .files import check_columns
-from .splitting import Table, size
+from ffnkit.tasks import trees
+from ffnkit.tasks.chat import Messages, answered
+from ffnkit.tasks.files import check_columns
+from ffnkit.tasks.splitting import Table, size
 
 ROLES = ("system", "user", "assistant")
 FORMS = "messages; instruction, input and output; prompt and completion; or message trees"

@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import nlg
-from .protocol import Evaluation
-from .running import encoded_rows, is_seq2seq
-from .settings import GenerationSettings
-from .splitting import Splits
-from .writing import Writer, perplexity, written
+from ffnkit.tasks import nlg
+from ffnkit.tasks.protocol import Evaluation
+from ffnkit.tasks.running import encoded_rows, is_seq2seq
+from ffnkit.tasks.settings import GenerationSettings
+from ffnkit.tasks.splitting import Splits
+from ffnkit.tasks.writing import Writer, perplexity, written
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .sequences import Sequences
-    from .splitting import Table
+    from ffnkit.tasks.sequences import Sequences
+    from ffnkit.tasks.splitting import Table
 
 PREFIXED = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers"})
 """Kinds of models that were taught what to do by a prefix."""
@@ -60,7 +60,7 @@ class GenerationTask(Writer):
 
     def with_metrics(self, metrics: Sequence[str]) -> GenerationTask:
         """The task with other metrics of text, the main one first; FfnkitError for an unknown one."""
-        from .text_metrics import check
+        from ffnkit.tasks.text_metrics import check
 
         return replace(self, data=replace(self.data, metrics=tuple(dict.fromkeys(map(check, metrics)))))
 
@@ -118,7 +118,7 @@ class GenerationTask(Writer):
         return Evaluation({**scores, **likelihood}, loss, speed, predictions)
 
     def _sequences(self, tokenizer: Any, model: Any, max_length: int, most: int | None = None) -> Sequences:
-        from .sequences import Sequences
+        from ffnkit.tasks.sequences import Sequences
 
         data = self.data
         return Sequences(tokenizer, model, max_length, most or data.max_new_tokens, data.eos, data.target_type)

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-
-from .base import Source, Task
-from .files import check_columns, read
-from .locate import data_folder, from_hub
-from .splitting import Table, size
+from ffnkit.tasks.base import Source, Task
+from ffnkit.tasks.files import check_columns, read
+from ffnkit.tasks.locate import data_folder, from_hub
+from ffnkit.tasks.splitting import Table, size
 
 HUB = "nyu-mll/glue"
 _FILES = ("train.jsonl", "validation.jsonl")

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffnkit import loading
 from ffnkit.errors import FfnkitError
-
-from .image_files import open_image
+from ffnkit.io import loading
+from ffnkit.tasks.image_files import open_image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +55,7 @@ def processor_of(config: Any, asked: str = "image processor") -> Any:
 
 
 def _config(name: str) -> Any:
-    from ffnkit.architectures import read_config
+    from ffnkit.io.architectures import read_config
 
     return read_config(name)
 

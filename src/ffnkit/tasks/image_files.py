@@ -18,8 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from ffnkit.errors import FfnkitError
-
-from .splitting import Table
+from ffnkit.tasks.splitting import Table
 
 SEPARATOR = "::"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ffnkit.errors import FfnkitError
-
-from .base import Source, Task
-from .image_batches import ImageBatches, check_processor, load_processor, tokens_each
-from .image_files import listed
-from .splitting import Splits, Table, check_enough, distinct, divide, size, with_report, without
+from ffnkit.tasks.base import Source, Task
+from ffnkit.tasks.image_batches import ImageBatches, check_processor, load_processor, tokens_each
+from ffnkit.tasks.image_files import listed
+from ffnkit.tasks.splitting import Splits, Table, check_enough, distinct, divide, size, with_report, without
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -91,7 +90,7 @@ class ImageTask(Task):
         Args:
             tokenizer: the image processor, whose images must fit the model.
         """
-        from .models import load_classifier
+        from ffnkit.tasks.models import load_classifier
 
         model = load_classifier(self, name_or_dir, trained_head=trained_head, **kwargs)
         if tokenizer is not None:
@@ -110,7 +109,7 @@ class ImageTask(Task):
         Args:
             predictions: logits (n, labels); class ids (n,) leave ``top5`` out.
         """
-        from .metrics import compute
+        from ffnkit.tasks.metrics import compute
 
         predictions = predictions[0] if isinstance(predictions, tuple) else predictions
         found = compute(("accuracy",), self.kind, predictions, labels)
@@ -152,7 +151,7 @@ def image_task(
         FfnkitError: files that cannot be read, no images, a single class, classes that training never shows.
     """
     if str(train).startswith(HUB):
-        from .image_sets import hub_task
+        from ffnkit.tasks.image_sets import hub_task
 
         if validation is not None or test is not None:
             raise FfnkitError(f"images {train}", "files are given too", "Leave them out: the set brings its splits")

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitError
-
-from . import chat, dialogues
-from .protocol import Evaluation
-from .running import encoded_rows
-from .settings import GenerationSettings
-from .splitting import Splits, Table
-from .writing import Writer, perplexity, written
+from ffnkit.tasks import chat, dialogues
+from ffnkit.tasks.protocol import Evaluation
+from ffnkit.tasks.running import encoded_rows
+from ffnkit.tasks.settings import GenerationSettings
+from ffnkit.tasks.splitting import Splits, Table
+from ffnkit.tasks.writing import Writer, perplexity, written
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -58,7 +57,7 @@ class InstructionTask(Writer):
 
     def with_metrics(self, metrics: Sequence[str]) -> InstructionTask:
         """The task with other metrics, the main one first; FfnkitError for an unknown one."""
-        from .text_metrics import check
+        from ffnkit.tasks.text_metrics import check
 
         names = tuple(dict.fromkeys(name if name == "perplexity" else check(name) for name in metrics))
         return replace(self, reported=names or self.reported)

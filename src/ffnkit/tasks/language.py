@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-
-from .files import check_columns, read
-from .locate import data_folder, from_hub
-from .splitting import Splits, Table, check_enough, divide, size, with_report, without
+from ffnkit.tasks.files import check_columns, read
+from ffnkit.tasks.locate import data_folder, from_hub
+from ffnkit.tasks.splitting import Splits, Table, check_enough, divide, size, with_report, without
 
 # A title stands between blank lines; formulas of the form "= ... =" do not.
 _TITLE = re.compile(r"(?:(?<=\n)|\A)(?:[ \t]*\n|\A)[ \t]*= (?!=)[^\n]*[^=\s][ \t]*=[ \t]*(?=\n[ \t]*(?:\n|\Z)|\Z)")

@@ -45,7 +45,7 @@ def from_hub(name: str, hub: Sequence[str], files: Sequence[str], **options: Any
     """
     from datasets import load_dataset
 
-    from ffnkit.loading import hub_or_cache
+    from ffnkit.io.loading import hub_or_cache
 
     try:
         with hub_or_cache():

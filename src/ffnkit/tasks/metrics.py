@@ -82,7 +82,7 @@ METRICS: dict[str, Metric] = {
 
 def greater_is_better(name: str) -> bool:
     """Whether more of a metric is better: of this table, of generated text, or the loss and the perplexity."""
-    from .text_metrics import METRICS as OF_TEXT
+    from ffnkit.tasks.text_metrics import METRICS as OF_TEXT
 
     if name in METRICS:
         return METRICS[name].greater_is_better

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitError
-
-from . import language
-from .protocol import Evaluation
-from .running import IGNORED, encoded_rows, is_seq2seq, token_loss
-from .settings import GenerationSettings
-from .splitting import Splits
-from .writing import Writer, perplexity
+from ffnkit.tasks import language
+from ffnkit.tasks.protocol import Evaluation
+from ffnkit.tasks.running import IGNORED, encoded_rows, is_seq2seq, token_loss
+from ffnkit.tasks.settings import GenerationSettings
+from ffnkit.tasks.splitting import Splits
+from ffnkit.tasks.writing import Writer, perplexity
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -131,7 +130,7 @@ def stream(texts: Sequence[str], tokenizer: Any, seq2seq: bool) -> list[int]:
     A decoder's documents begin with what its tokenizer puts there, else with its end-of-text token, so that each first
     word has a token before it; an encoder-decoder's end with that token.
     """
-    from .sequences import affixes, end_of_text
+    from ffnkit.tasks.sequences import affixes, end_of_text
 
     before, after = affixes(tokenizer)
     if seq2seq:
@@ -161,7 +160,7 @@ def _examples(pieces: list[tuple[list[int], list[int]]], tokenizer: Any, model: 
     import pyarrow
     from datasets import Dataset
 
-    from .sequences import affixes, end_of_text
+    from ffnkit.tasks.sequences import affixes, end_of_text
 
     kind = pyarrow.list_(pyarrow.int32())
     if is_seq2seq(model):
@@ -176,7 +175,7 @@ def _examples(pieces: list[tuple[list[int], list[int]]], tokenizer: Any, model: 
 
 
 def _limit(max_length: int, tokenizer: Any, model: Any) -> int:
-    from .sequences import affixes, positions
+    from ffnkit.tasks.sequences import affixes, positions
 
     limit = min(max_length, int(tokenizer.model_max_length), positions(model))
     limit -= sum(map(len, affixes(tokenizer))) if is_seq2seq(model) else 0

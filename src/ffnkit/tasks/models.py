@@ -6,11 +6,11 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffnkit import loading
 from ffnkit.errors import FfnkitError
+from ffnkit.io import loading
 
 if TYPE_CHECKING:
-    from .base import Task
+    from ffnkit.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def _stored_labels(name_or_dir: str | Path, kwargs: dict[str, Any]) -> list[str]
 
 
 def _config(name_or_dir: str | Path, kwargs: dict[str, Any]) -> Any:
-    from ffnkit.architectures import read_config
+    from ffnkit.io.architectures import read_config
 
     known = {key: kwargs[key] for key in ("trust_remote_code", "revision", "token", "cache_dir") if key in kwargs}
     return read_config(str(name_or_dir), **known)

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-
-from .base import Source
-from .splitting import Splits, Table, check_enough, divide, size, take, texts, with_report, without
+from ffnkit.tasks.base import Source
+from ffnkit.tasks.splitting import Splits, Table, check_enough, divide, size, take, texts, with_report, without
 
 PROMPT = ("prompt",)
 
@@ -96,7 +95,7 @@ def get(name: str) -> TextData:
 
 
 def _known() -> dict[str, TextData]:
-    from . import data2text, translation
+    from ffnkit.tasks import data2text, translation
 
     return {**data2text.DATA, **translation.DATA}
 
@@ -131,8 +130,8 @@ def file_data(
         FfnkitError: files that cannot be read, columns that are not there, rows without input or target, a template
             that names other columns or leaves some out, an unknown metric.
     """
-    from .own_text import read_own
-    from .text_metrics import check
+    from ffnkit.tasks.own_text import read_own
+    from ffnkit.tasks.text_metrics import check
 
     source, template = read_own(train, validation, test, inputs=inputs, target=target, template=template, name=name)
     if not metrics or max_new_tokens < 1:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-
-from .base import Source, Task
-from .files import check_columns, read
-from .metrics import check
-from .splitting import Table
+from ffnkit.tasks.base import Source, Task
+from ffnkit.tasks.files import check_columns, read
+from ffnkit.tasks.metrics import check
+from ffnkit.tasks.splitting import Table
 
 _DEFAULTS = {"classification": ("accuracy", "macro_f1"), "regression": ("pearson", "spearman", "mse")}
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-
-from .base import Source
-from .files import check_columns, read
-from .splitting import Table
+from ffnkit.tasks.base import Source
+from ffnkit.tasks.files import check_columns, read
+from ffnkit.tasks.splitting import Table
 
 
 def read_own(

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitError
-
-from .running import IGNORED, evaluating, forward_names, is_seq2seq, logits_of
+from ffnkit.tasks.running import IGNORED, evaluating, forward_names, is_seq2seq, logits_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

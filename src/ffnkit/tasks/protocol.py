@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .base import Splits
-    from .settings import GenerationSettings
+    from ffnkit.tasks.base import Splits
+    from ffnkit.tasks.settings import GenerationSettings
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]
 """Makes a padded batch of encoded examples."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .protocol import Collate
+from ffnkit.tasks.protocol import Collate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ def evaluating(model: Any) -> Iterator[None]:
     """Eval mode without gradients; each module's own mode is restored."""
     import torch
 
-    from ffnkit import taps
+    from ffnkit.calibration import taps
 
     with taps.evaluating(model), torch.inference_mode():
         yield

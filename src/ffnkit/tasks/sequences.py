@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitError
-
-from .running import IGNORED, is_seq2seq
+from ffnkit.tasks.running import IGNORED, is_seq2seq
 
 if TYPE_CHECKING:
     from datasets import Dataset

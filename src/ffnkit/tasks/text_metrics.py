@@ -145,13 +145,13 @@ def _tokenized(
 
 
 def _nist(predictions: list[list[str]], references: list[list[list[str]]]) -> float:
-    from .nist import nist
+    from ffnkit.tasks.nist import nist
 
     return nist(predictions, references)
 
 
 def _cider(predictions: list[list[str]], references: list[list[list[str]]]) -> float:
-    from .cider import cider_d
+    from ffnkit.tasks.cider import cider_d
 
     return cider_d(predictions, references)
 
@@ -225,13 +225,13 @@ def _mean(of: Callable[[str, Sequence[str]], float], scale: float) -> Score:
 
 
 def _exact_match(prediction: str, references: Sequence[str]) -> float:
-    from .answers import exact_match
+    from ffnkit.tasks.answers import exact_match
 
     return exact_match(prediction, references)
 
 
 def _token_f1(prediction: str, references: Sequence[str]) -> float:
-    from .answers import token_f1
+    from ffnkit.tasks.answers import token_f1
 
     return token_f1(prediction, references)
 

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-
-from .chat import Messages
-from .splitting import Table, size
+from ffnkit.tasks.chat import Messages
+from ffnkit.tasks.splitting import Table, size
 
 NAME = "oasst1"
 HUB = ("OpenAssistant/oasst1",)

@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ffnkit.errors import FfnkitError
-
-from .base import Task
-from .protocol import Evaluation
-from .running import by_length, encoded_rows, evaluating, row_losses
-from .settings import GenerationSettings
-from .splitting import Splits
-from .writing import Writer
+from ffnkit.tasks.base import Task
+from ffnkit.tasks.protocol import Evaluation
+from ffnkit.tasks.running import by_length, encoded_rows, evaluating, row_losses
+from ffnkit.tasks.settings import GenerationSettings
+from ffnkit.tasks.splitting import Splits
+from ffnkit.tasks.writing import Writer
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .sequences import Sequences
+    from ffnkit.tasks.sequences import Sequences
 
 HEADS = ("class", "words")
 _WORD = 32  # tokens that a label word has at most
@@ -165,6 +164,6 @@ class WordsTask(Writer):
         return likely, tokens
 
     def _sequences(self, tokenizer: Any, model: Any, max_length: int) -> Sequences:
-        from .sequences import Sequences
+        from ffnkit.tasks.sequences import Sequences
 
         return Sequences(tokenizer, model, max_length, _WORD)

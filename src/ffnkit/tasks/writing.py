@@ -8,19 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffnkit import loading
 from ffnkit.errors import FfnkitError
-
-from .collate import Padded
-from .models import load_tokenizer, set_padding
-from .protocol import Collate
-from .running import token_loss
-from .settings import GenerationSettings
+from ffnkit.io import loading
+from ffnkit.tasks.collate import Padded
+from ffnkit.tasks.models import load_tokenizer, set_padding
+from ffnkit.tasks.protocol import Collate
+from ffnkit.tasks.running import token_loss
+from ffnkit.tasks.settings import GenerationSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .sequences import Prompt, Sequences
+    from ffnkit.tasks.sequences import Prompt, Sequences
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ class Writer:
         Raises:
             FfnkitError: there are no tokenizer files.
         """
-        from .nlg import add_special_tokens
+        from ffnkit.tasks.nlg import add_special_tokens
 
         tokenizer = load_tokenizer(name_or_dir, **kwargs)
         add_special_tokens(tokenizer, self.special_tokens)
@@ -102,7 +101,7 @@ class Writer:
         """
         import torch
 
-        from ffnkit.architectures import read_config
+        from ffnkit.io.architectures import read_config
 
         known = {key: kwargs[key] for key in ("trust_remote_code", "revision", "token", "cache_dir") if key in kwargs}
         auto = self.auto_class(read_config(str(name_or_dir), **known))
@@ -150,8 +149,8 @@ def written(
         rows: "prompt" as it is shown, and "references".
         most: tokens of a text at most.
     """
-    from .decoding import decode
-    from .text_metrics import score
+    from ffnkit.tasks.decoding import decode
+    from ffnkit.tasks.text_metrics import score
 
     texts, seconds = decode(model, sequences, prompts, settings, most)
     predictions = tuple(

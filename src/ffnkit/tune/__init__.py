@@ -6,32 +6,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapters import load_adapter as load_adapter
-    from .calibration import calibration_batches as calibration_batches
-    from .calibration import drawn_batches as drawn_batches
-    from .checkpoints import clean as clean
-    from .distil_loss import distillation_loss as distillation_loss
-    from .distil_loss import layerwise_loss as layerwise_loss
-    from .distil_text import distil_examples as distil_examples
-    from .distil_text import text_examples as text_examples
-    from .distillation import DistilResult as DistilResult
-    from .distillation import distil as distil
-    from .evaluation import assess as assess
-    from .evaluation import evaluate as evaluate
-    from .evaluation import write_predictions as write_predictions
-    from .scoring import scorer as scorer
-    from .scoring import with_score as with_score
-    from .settings import CalibrationSettings as CalibrationSettings
-    from .settings import DistilSettings as DistilSettings
-    from .settings import TrainSettings as TrainSettings
-    from .sharding import fsdp_plugin as fsdp_plugin
-    from .sharding import wrap_classes as wrap_classes
-    from .training import TrainResult as TrainResult
-    from .training import seed_everything as seed_everything
-    from .training import train as train
-    from .tuners import TUNERS as TUNERS
-    from .tuners import get as get
-    from .tuners import trainable_parameters as trainable_parameters
+    from ffnkit.tune.adapters import load_adapter as load_adapter
+    from ffnkit.tune.calibration import calibration_batches as calibration_batches
+    from ffnkit.tune.calibration import drawn_batches as drawn_batches
+    from ffnkit.tune.checkpoints import clean as clean
+    from ffnkit.tune.distil_loss import distillation_loss as distillation_loss
+    from ffnkit.tune.distil_loss import layerwise_loss as layerwise_loss
+    from ffnkit.tune.distil_text import distil_examples as distil_examples
+    from ffnkit.tune.distil_text import text_examples as text_examples
+    from ffnkit.tune.distillation import DistilResult as DistilResult
+    from ffnkit.tune.distillation import distil as distil
+    from ffnkit.tune.evaluation import assess as assess
+    from ffnkit.tune.evaluation import evaluate as evaluate
+    from ffnkit.tune.evaluation import write_predictions as write_predictions
+    from ffnkit.tune.scoring import scorer as scorer
+    from ffnkit.tune.scoring import with_score as with_score
+    from ffnkit.tune.settings import CalibrationSettings as CalibrationSettings
+    from ffnkit.tune.settings import DistilSettings as DistilSettings
+    from ffnkit.tune.settings import TrainSettings as TrainSettings
+    from ffnkit.tune.sharding import fsdp_plugin as fsdp_plugin
+    from ffnkit.tune.sharding import wrap_classes as wrap_classes
+    from ffnkit.tune.training import TrainResult as TrainResult
+    from ffnkit.tune.training import seed_everything as seed_everything
+    from ffnkit.tune.training import train as train
+    from ffnkit.tune.tuners import TUNERS as TUNERS
+    from ffnkit.tune.tuners import get as get
+    from ffnkit.tune.tuners import trainable_parameters as trainable_parameters
 
 _HOMES = {
     "load_adapter": "adapters",

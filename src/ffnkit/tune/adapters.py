@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ffnkit.errors import FfnkitError
-from ffnkit.loading import open_errors
-from ffnkit.parting import Parted, part, rejoin
-
-from . import lora, zeros
+from ffnkit.io.loading import open_errors
+from ffnkit.surgery.parting import Parted, part, rejoin
+from ffnkit.tune import lora, zeros
 
 
 def load_adapter(
@@ -69,7 +68,7 @@ def _state(folder: str | Path, asked: str) -> dict[str, Tensor]:
 
 def _parted_where_needed(model: PreTrainedModel, state: dict[str, Tensor]) -> list[Parted]:
     """The shared FFNs of the model, parted if the file holds unlike adapters for places of one of them."""
-    from ffnkit.blocks import ffns
+    from ffnkit.model.finding import ffns
 
     shared = [ffn for ffn in ffns(model) if ffn.twins and not ffn.layout.experts]
     for ffn in shared:

@@ -10,8 +10,7 @@ from transformers import TrainingArguments
 
 from ffnkit.errors import FfnkitError
 from ffnkit.tasks.metrics import greater_is_better
-
-from .settings import TrainSettings
+from ffnkit.tune.settings import TrainSettings
 
 
 def chosen_metric(task: Any, settings: TrainSettings) -> str:

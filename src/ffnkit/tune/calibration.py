@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from ffnkit.errors import FfnkitError
-
-from .distil_text import text_examples
-from .settings import CalibrationSettings
+from ffnkit.tune.distil_text import text_examples
+from ffnkit.tune.settings import CalibrationSettings
 
 
 def calibration_batches(

@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.files import check_target, write_text
+from ffnkit.io.files import check_target, write_text
 
 FINGERPRINT = "run.json"
 STATE = "trainer_state.json"

@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.loading import drawn_head
+from ffnkit.io.loading import drawn_head
 
 
 def settle_heads(student: nn.Module, teacher: nn.Module) -> tuple[str, ...]:
     """Give the freshly drawn head of ``student`` the teacher's weights; names of what was copied.
 
-    Only models that ffnkit opened tell that their head was drawn (:func:`ffnkit.loading.drawn_head`). A head that is
+    Only models that ffnkit opened tell that their head was drawn (:func:`ffnkit.io.loading.drawn_head`). A head that is
     in the student's files, or that was trained since, stays.
 
     Raises:

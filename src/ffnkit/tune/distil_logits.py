@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ffnkit.errors import FfnkitError
-
-from .distil_outputs import labels_of, token_targets
+from ffnkit.tune.distil_outputs import labels_of, token_targets
 
 CHUNK = 1 << 22  # numbers of float32 logits worked on at a time
 

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
-
-from .distil_logits import logits_loss
-from .distil_outputs import Outputs, model_inputs, run, stack_mask
-from .settings import DistilSettings
+from ffnkit.tune.distil_logits import logits_loss
+from ffnkit.tune.distil_outputs import Outputs, model_inputs, run, stack_mask
+from ffnkit.tune.settings import DistilSettings
 
 
 def layerwise_loss(student: nn.Module, teacher: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit import taps
+from ffnkit.calibration import taps
 from ffnkit.errors import FfnkitError
 from ffnkit.tasks.running import IGNORED, is_seq2seq
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.files import check_target, disk_errors
+from ffnkit.io.files import check_target, disk_errors
 
 FILE = "distil.safetensors"
 _ADAM = ("step", "exp_avg", "exp_avg_sq")

@@ -9,9 +9,8 @@ from torch import nn
 
 from ffnkit.errors import FfnkitError
 from ffnkit.tasks.sequences import positions
-
-from .distil_data import Collate
-from .settings import DistilSettings
+from ffnkit.tune.distil_data import Collate
+from ffnkit.tune.settings import DistilSettings
 
 _BATCH = 1024  # texts tokenized at a time
 

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ffnkit.blocks import FFN, ffns
 from ffnkit.errors import FfnkitError
+from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import ffns
 
 
 def chosen_ffns(student: nn.Module, teacher: nn.Module, names: Sequence[str] | None, trains: str) -> list[FFN]:

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .distil_data import Data
-from .distil_head import settle_heads
-from .distil_loss import distillation_loss
-from .distil_state import State
-from .distil_trains import chosen_ffns, in_eval, only, trained_parameters
-from .settings import DistilSettings
+from ffnkit.tune.distil_data import Data
+from ffnkit.tune.distil_head import settle_heads
+from ffnkit.tune.distil_loss import distillation_loss
+from ffnkit.tune.distil_state import State
+from ffnkit.tune.distil_trains import chosen_ffns, in_eval, only, trained_parameters
+from ffnkit.tune.settings import DistilSettings
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def assess(
 
 def write_predictions(path: str | Path, found: Evaluation, task: Any) -> None:
     """What a generation task wrote as JSON lines, in one piece. Raises FfnkitError where there is nothing."""
-    from ffnkit.files import write_text
+    from ffnkit.io.files import write_text
 
     if not found.predictions:
         raise FfnkitError(f"predictions of {task.name}", f"a {task.kind} writes no texts", "Leave the file out")

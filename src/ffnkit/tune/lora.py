@@ -12,15 +12,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
+from ffnkit.model.parts import head_modules, parts_of
+from ffnkit.model.sites import GROUPS, targets
 from ffnkit.nn.special import is_special
-from ffnkit.parting import Parted, own_weights, part, plain_layer, rejoin, settle
-from ffnkit.parts import head_modules, parts_of
-from ffnkit.sites import GROUPS, targets
-
-from . import quantizing, zeros
+from ffnkit.surgery.parting import Parted, own_weights, part, plain_layer, rejoin, settle
+from ffnkit.tune import quantizing, zeros
 
 if TYPE_CHECKING:
-    from .tuners import Lora
+    from ffnkit.tune.tuners import Lora
 
 _TASK_TYPES = (
     ("ForSequenceClassification", "SEQ_CLS"),
@@ -169,7 +168,7 @@ def save_adapter(model: nn.Module, folder: object) -> None:
     """
     from safetensors.torch import load_file, save_file
 
-    from ffnkit.files import staging
+    from ffnkit.io.files import staging
 
     ties: list[list[str]] = getattr(model, _TIES, [])
     with staging(str(folder)) as temporary:
@@ -201,7 +200,7 @@ def _task_type(model: nn.Module) -> str | None:
 def _fold(model: nn.Module) -> None:
     special = any(is_special(module) for module in model.modules())
     if special:
-        from ffnkit.surgery import fold
+        from ffnkit.surgery.memory import fold
 
         fold(cast(PreTrainedModel, model))
 

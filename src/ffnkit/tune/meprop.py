@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.parts import train_as_before, train_only
-from ffnkit.sites import targets
+from ffnkit.model.parts import train_as_before, train_only
+from ffnkit.model.sites import targets
 
 if TYPE_CHECKING:
-    from .tuners import MeProp
+    from ffnkit.tune.tuners import MeProp
 
 _HOOKS = "_ffnkit_meprop"  # on a prepared model: what takes the cuts away
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .loop import Loop
-from .settings import TrainSettings
+from ffnkit.tune.loop import Loop
+from ffnkit.tune.settings import TrainSettings
 
 
 @dataclass

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from ffnkit.adapters import save_adapter
-from ffnkit.methods.coefficients import with_coefficients
+from ffnkit.checkpoint.adapters import save_adapter
+from ffnkit.methods.update.coefficients import with_coefficients
+from ffnkit.model.parts import remember
 from ffnkit.nn.special import is_special
-from ffnkit.parts import remember
 from ffnkit.plans import Plan, plan
-from ffnkit.surgery import apply, fold
+from ffnkit.surgery.memory import apply, fold
 from ffnkit.tune import zeros
 
 if TYPE_CHECKING:
-    from .tuners import _Updating
+    from ffnkit.tune.tuners import _Updating
 
 
 def prepare(

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ffnkit import shapes
 from ffnkit.errors import FfnkitError
 from ffnkit.nn.quantized import in_few_bits
 from ffnkit.nn.quantized import in_float as in_float_form
-
-from .sharding import SharedLinear
+from ffnkit.surgery import shapes
+from ffnkit.tune.sharding import SharedLinear
 
 _FLAGS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
 

@@ -10,8 +10,7 @@ from torch import nn
 
 from ffnkit.errors import FfnkitError
 from ffnkit.tasks.metrics import greater_is_better
-
-from .evaluation import assess
+from ffnkit.tune.evaluation import assess
 
 
 def scorer(

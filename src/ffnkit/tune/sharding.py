@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ffnkit import blocks
+from ffnkit.model.finding import block_name, ffns
 
 
 class SharedLinear(nn.Linear):
@@ -27,9 +27,9 @@ def wrap_classes(model: nn.Module) -> list[str]:
     ``_no_split_modules`` of some families names the embeddings too, which accelerate shards a second time.
     """
     names = []
-    for ffn in blocks.ffns(model):
+    for ffn in ffns(model):
         owners = list(ffn.owners.values())
-        names += [type(model.get_submodule(blocks.block_name(name))).__name__ for name in ffn.owners]
+        names += [type(model.get_submodule(block_name(name))).__name__ for name in ffn.owners]
         if len(owners) < 2:
             continue
         if all(owner is owners[0] for owner in owners):

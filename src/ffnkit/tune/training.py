@@ -15,18 +15,17 @@ from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ffnkit.adapters import is_adapted
+from ffnkit.checkpoint.adapters import is_adapted
 from ffnkit.errors import FfnkitError
 from ffnkit.tasks.packing import pack
 from ffnkit.tasks.running import encoded_rows, lengths
 from ffnkit.tasks.settings import GenerationSettings
-
-from . import checkpoints
-from .arguments import chosen_metric, training_arguments
-from .loop import Clock, Epochs, Loop, QuietProgress, Saving
-from .outcome import TrainResult, on_device, result_of
-from .settings import HARMLESS, TrainSettings
-from .tuners import Tuner, finish, get, prepare, trainable_parameters
+from ffnkit.tune import checkpoints
+from ffnkit.tune.arguments import chosen_metric, training_arguments
+from ffnkit.tune.loop import Clock, Epochs, Loop, QuietProgress, Saving
+from ffnkit.tune.outcome import TrainResult, on_device, result_of
+from ffnkit.tune.settings import HARMLESS, TrainSettings
+from ffnkit.tune.tuners import Tuner, finish, get, prepare, trainable_parameters
 
 PLAN = "tuner-plan.safetensors"
 log = logging.getLogger(__name__)
@@ -135,8 +134,8 @@ def _prepared(
     """What trains; gradients that choose it come from training rows, and a run that goes on keeps the choice."""
     if tuner.method is None:
         return prepare(model, tuner)
-    from .calibration import first_batches
-    from .planned import prepare as planned
+    from ffnkit.tune.calibration import first_batches
+    from ffnkit.tune.planned import prepare as planned
 
     wanted = tuner.method
     batches, kept = None, out / PLAN

@@ -2,7 +2,7 @@
 
 A tuner is a frozen class of settings with ``prepare(model) -> model``, which sets what trains, and ``finish(model) ->
 model``, which gives back a plain transformers model. Every tuner has the setting ``routers``: whether the routers of a
-mixture of experts train (``ffnkit.routers`` finds them).
+mixture of experts train (``ffnkit.model.routers`` finds them).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Tuner(BaseModel):
 
     def routers_of(self, model: nn.Module) -> dict[str, nn.Module]:
         """The model's routers by name; FfnkitError where the setting asks for something and there are none."""
-        from ffnkit.routers import routers
+        from ffnkit.model.routers import routers
 
         found = routers(model)
         if not found and self.routers != type(self).model_fields["routers"].default:
@@ -86,7 +86,7 @@ class _Beside(Tuner):
 
     def beside(self, model: nn.Module) -> set[int]:
         """The ids of the parameters of those parts, routers included where they train."""
-        from ffnkit.parts import parts_of
+        from ffnkit.model.parts import parts_of
 
         found = self.routers_of(model)
         chosen = {id(p) for p in parts_of(model, self.with_head)}
@@ -94,7 +94,7 @@ class _Beside(Tuner):
         return chosen | routed if self.routers == "trained" else chosen - routed
 
     def finish(self, model: nn.Module) -> nn.Module:
-        from ffnkit.parts import train_as_before
+        from ffnkit.model.parts import train_as_before
 
         return train_as_before(model)
 
@@ -106,7 +106,7 @@ class Full(Tuner):
     description: ClassVar[str] = "every parameter"
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        from ffnkit.parts import train_only
+        from ffnkit.model.parts import train_only
 
         found = self.routers_of(model)
         if self.routers == "frozen":
@@ -115,7 +115,7 @@ class Full(Tuner):
         return model
 
     def finish(self, model: nn.Module) -> nn.Module:
-        from ffnkit.parts import train_as_before
+        from ffnkit.model.parts import train_as_before
 
         return train_as_before(model)
 
@@ -127,7 +127,7 @@ class Head(_Beside):
     description: ClassVar[str] = "the task head alone"
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        from ffnkit.parts import train_only
+        from ffnkit.model.parts import train_only
 
         chosen = self.beside(model)
         train_only(model, lambda parameter: id(parameter) in chosen)
@@ -141,8 +141,8 @@ class Ffn(_Beside):
     description: ClassVar[str] = "the FFNs and the task head"
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        from ffnkit.blocks import ffns
-        from ffnkit.parts import train_only
+        from ffnkit.model.finding import ffns
+        from ffnkit.model.parts import train_only
 
         trained = self.beside(model) | {id(p) for ffn in ffns(model) for p in ffn.parameters()}
         train_only(model, lambda parameter: id(parameter) in trained)
@@ -183,12 +183,12 @@ class Lora(Tuner):
         return {k: v for k, v in told.items() if k not in plain or plain[k] != (tuple(v) if k == "also" else v)}
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        from . import lora
+        from ffnkit.tune import lora
 
         return lora.prepare(model, self)
 
     def finish(self, model: nn.Module) -> nn.Module:
-        from . import lora
+        from ffnkit.tune import lora
 
         return lora.finish(model, self)
 
@@ -212,12 +212,12 @@ class _Updating(_Beside):
         Raises:
             FfnkitError: the method wants gradients and there are no data here.
         """
-        from . import planned
+        from ffnkit.tune import planned
 
         return planned.prepare(model, self, None)
 
     def finish(self, model: nn.Module) -> nn.Module:
-        from . import planned
+        from ffnkit.tune import planned
 
         return planned.finish(model, self)
 
@@ -250,7 +250,7 @@ class SparseGrad(_Adapting):
 
     @property
     def method(self) -> Any:
-        from ffnkit.methods.sparsegrad import SparseGrad as Method
+        from ffnkit.methods.update.sparsegrad import SparseGrad as Method
 
         own = {key: getattr(self, key) for key in ("share", "count", "selection", "basis", "core", "by", "every")}
         return Method(
@@ -282,7 +282,7 @@ class Dsee(_Adapting):
 
     @property
     def method(self) -> Any:
-        from ffnkit.methods.dsee import DSEE as Method
+        from ffnkit.methods.update.dsee import DSEE as Method
 
         keys = ("rank", "alpha", "nonzeros", "share", "support", "layers", "batches", "seed")
         lora = None if self.lora is None else str(self.lora)
@@ -305,7 +305,7 @@ class SparseMask(_Adapting):
 
     @property
     def method(self) -> Any:
-        from ffnkit.methods.sparsegrad import SparseGrad as Method
+        from ffnkit.methods.update.sparsegrad import SparseGrad as Method
 
         own = {key: getattr(self, key) for key in ("share", "count", "choose", "seed", "layers")}
         return Method(**own, basis="none", sites=self.targets, also=self.with_head)
@@ -326,7 +326,7 @@ class MeProp(_Adapting):
 
     @property
     def method(self) -> Any | None:
-        from ffnkit.methods.sparsegrad import SparseGrad as Method
+        from ffnkit.methods.update.sparsegrad import SparseGrad as Method
 
         if self.of == "outputs":
             return None
@@ -340,12 +340,12 @@ class MeProp(_Adapting):
         )
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        from . import meprop
+        from ffnkit.tune import meprop
 
         return super().prepare(model) if self.of == "weights" else meprop.prepare(model, self)
 
     def finish(self, model: nn.Module) -> nn.Module:
-        from . import meprop
+        from ffnkit.tune import meprop
 
         return super().finish(model) if self.of == "weights" else meprop.finish(model, self)
 
@@ -430,13 +430,13 @@ def finish(model: nn.Module, tuner: str | Mapping[str, Any] | Tuner | None = Non
         tuner: the one given to :func:`prepare`; None: told from the model.
         merge: with False, updates of ``fk.adapter``'s kinds stay on the model.
     """
-    from ffnkit.adapters import is_adapted
-    from ffnkit.parts import is_limited
+    from ffnkit.checkpoint.adapters import is_adapted
+    from ffnkit.model.parts import is_limited
 
     if not merge and is_adapted(model):
         folder = getattr(get(tuner), "adapter_dir", None) if tuner is not None else None
         if folder is not None:
-            from ffnkit.adapters import save_adapter
+            from ffnkit.checkpoint.adapters import save_adapter
 
             save_adapter(cast("PreTrainedModel", model), folder)
         return model

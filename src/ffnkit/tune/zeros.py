@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ffnkit.model.parts import head_parameters
 from ffnkit.ops.masks import packed, unpacked
-from ffnkit.parts import head_parameters
 
 _ZEROS = "_ffnkit_zeros"  # on a model that is tuned: packed places of zeros and shapes, by parameter name
 

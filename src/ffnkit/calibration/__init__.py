@@ -1,0 +1,1 @@
+"""Data passes through a model: what FFNs see, and statistics of it."""

@@ -1,0 +1,234 @@
+"""What several FFNs do on the same tokens, held side by side: memory-mapped where it is large."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit.calibration.taps import Batch, Flow, evaluating, model_inputs, stack_masks, tapped, watch
+from ffnkit.errors import FfnkitError
+from ffnkit.io.files import SPOOL_FROM, spool
+from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import block_name
+from ffnkit.model.linear import is_linear, output_width
+
+KINDS = ("input", "up", "gate", "hidden", "output", "attention")
+
+
+class Features:
+    """Features (tokens, columns), float32, of FFNs by name and kind; row i is the same token for all FFNs of a stack.
+
+    Attributes:
+        tokens: how many rows there are, by stack.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Batch], found: list[FFN], kinds: dict[str, list[str]], most: int
+    ) -> None:
+        """Run the model over ``batches`` until each stack has ``most`` tokens; padding is left out.
+
+        Args:
+            found: FFNs that run once in a pass. kinds: for each FFN's name what to keep: "input" (n, d), "up" and
+                "gate" (their linears' outputs, (n, ff)), "hidden" (what down receives), "output" (n, d), "attention"
+                (what the self-attention of its layer adds, (n, d)).
+
+        Raises:
+            FfnkitError: routed experts, FFNs that run several times in a pass, no batches.
+        """
+        self._held: dict[tuple[str, str], Tensor] = {}
+        self._count = {ffn.name: 0 for ffn in found}
+        self._kinds, self._most = kinds, most
+        for ffn in found:
+            if ffn.experts or ffn.active < 1:
+                what = "its experts see different tokens, so their neurons cannot be compared"
+                raise FfnkitError(f"features of {ffn.name}", what, "Name layers without routed experts")
+        self._attended: dict[str, Tensor] = {}
+        wanted = [ffn for ffn in found if "attention" in kinds[ffn.name]]
+        batches = list(batches) if wanted else batches
+        with self._attention(model, list(batches)[:1], wanted):
+            watch(model, self._until_full(batches), found, self._receive)
+        self.tokens: dict[str, int] = {}
+        for ffn in found:
+            count = self.tokens.setdefault(ffn.stack, self._count[ffn.name])
+            if self._count[ffn.name] != count or count < 2:
+                what = f"{self._count[ffn.name]} tokens where other layers of its stack have {count}"
+                do = "Give more data" if count < 2 else "Name layers that run once in a pass, on the same tokens"
+                raise FfnkitError(f"features of {ffn.name}", what, do)
+
+    def get(self, name: str, kind: str) -> Tensor:
+        """(tokens, columns), float32, on the CPU."""
+        return self._held[name, kind][: self._count[name]]
+
+    def _until_full(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if min(self._count.values()) >= self._most:
+                return
+            yield batch
+
+    def _receive(self, ffn: FFN, flow: Flow) -> None:
+        rows = flow.kept()
+        start = self._count[ffn.name]
+        stop = min(start + len(rows.input), self._most)
+        for kind in self._kinds[ffn.name]:
+            values = self._attention_of(ffn, flow) if kind == "attention" else _values(ffn, rows, kind)
+            values = values[: stop - start]
+            self._place(ffn.name, kind, values.shape[1])[start:stop] = values.float().cpu()
+        self._count[ffn.name] = stop
+
+    def _attention_of(self, ffn: FFN, flow: Flow) -> Tensor:
+        values = self._attended[ffn.name]
+        if len(values) != len(flow.input):
+            what = f"it gives {len(values)} tokens where the FFN gets {len(flow.input)}"
+            raise FfnkitError(f"the attention before {ffn.name}", what, "Compare the FFNs only")
+        return values if flow.weights is None else values[flow.weights > 0]
+
+    @contextmanager
+    def _attention(self, model: nn.Module, first: list[Batch], found: list[FFN]) -> Iterator[None]:
+        """While the block runs, what the attention of each FFN's layer gave last."""
+        handles = []
+
+        def note(name: str, _: nn.Module, __: Any, output: Tensor) -> None:
+            self._attended[name] = output.reshape(-1, output.shape[-1])
+
+        try:
+            for name, module in (attention_outputs(model, first[0], found) if found and first else {}).items():
+                handles.append(module.register_forward_hook(partial(note, name)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _place(self, name: str, kind: str, columns: int) -> Tensor:
+        if (name, kind) not in self._held:
+            large = self._most * columns * 4 >= SPOOL_FROM
+            shape = (self._most, columns)
+            self._held[name, kind] = spool(shape, torch.float32) if large else torch.zeros(shape)
+        return self._held[name, kind]
+
+
+def _values(ffn: FFN, flow: Flow, kind: str) -> Tensor:
+    if kind in ("input", "hidden", "output"):
+        return getattr(flow, kind)
+    neurons = ffn.raw()
+    weight, bias = (neurons.up, neurons.up_bias) if kind == "up" else (neurons.gate, neurons.gate_bias)
+    assert weight is not None
+    return nn.functional.linear(flow.input, weight, bias)
+
+
+@torch.no_grad()
+def attention_outputs(model: nn.Module, batch: Batch, found: list[FFN]) -> dict[str, nn.Module]:
+    """The output projection of the self-attention in each FFN's layer, by the FFN's name.
+
+    Found by running one batch: of the linears to d below a module named after attention (cross-attention left out),
+    the one that runs last.
+
+    Raises:
+        FfnkitError: a layer without one.
+    """
+    ran: dict[str, tuple[str, nn.Module]] = {}
+    handles = []
+
+    def note(layer: str, name: str, module: nn.Module, _: Any, output: Tensor) -> None:
+        ran[layer] = (name, module)
+
+    layers = {block_name(ffn.name): ffn for ffn in found}
+    own = {id(ffn.linear(site)) for ffn in found for site in ffn.sites}
+    try:
+        for name, module in model.named_modules():
+            layer = next((each for each in layers if name.startswith(f"{each}.")), None)
+            if layer is None or id(module) in own or not is_linear(module):
+                continue
+            path = name[len(layer) :].lower()
+            cross = re.search(r"cross|encoder_attn|encdec", path)
+            if re.search(r"att|\.mixer", path) and not cross and output_width(module) == layers[layer].d:
+                handles.append(module.register_forward_hook(partial(note, layer, name)))
+        device = next(model.parameters()).device
+        with evaluating(model):
+            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            model(**model_inputs(model, moved))
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = [layer for layer in layers if layer not in ran]
+    if missing:
+        raise FfnkitError(f"the attention of {missing[0]}", "no output projection ran", "Compare the FFNs only")
+    return {ffn.name: ran[layer][1] for layer, ffn in layers.items()}
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What passes through one layer for one batch: (n, d) each, padding left out.
+
+    Attributes:
+        entering, leaving: the layer's input and output. added: its FFN's output.
+    """
+
+    entering: Tensor
+    leaving: Tensor
+    added: Tensor
+
+
+@torch.no_grad()
+def passages(model: nn.Module, batches: Iterable[Batch], found: dict[str, FFN]) -> Iterator[dict[str, Passage]]:
+    """What passes through whole layers, batch by batch; nothing is held longer than its batch.
+
+    Args:
+        found: an FFN of each layer, by the layer's path.
+
+    Raises:
+        FfnkitError: a layer that does not run once in a pass, or takes and gives other things than tokens (n, d).
+    """
+    device = next(model.parameters()).device
+    held: dict[str, dict[str, Tensor]] = {}
+    masks: dict[str, Tensor | None] = {}
+    handles = []
+    names = {ffn.name: layer for layer, ffn in found.items()}
+
+    def note(layer: str, what: str, value: Any) -> None:
+        value = value[0] if isinstance(value, tuple) else value
+        if not isinstance(value, Tensor) or what in held.setdefault(layer, {}):
+            raise FfnkitError(f"watching {layer}", "it does not take and give tokens once in a pass", "Give the layers")
+        held[layer][what] = value.reshape(-1, value.shape[-1])
+
+    def entering(layer: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        note(layer, "entering", args[0] if args else kwargs.get("hidden_states"))
+
+    def leaving(layer: str, _: nn.Module, __: Any, output: Any) -> None:
+        note(layer, "leaving", output)
+
+    def adding(ffn: FFN, flow: Flow) -> None:
+        note(names[ffn.name], "added", flow.output)
+
+    try:
+        for layer in found:
+            block = model.get_submodule(layer)
+            handles.append(block.register_forward_pre_hook(partial(entering, layer), with_kwargs=True))
+            handles.append(block.register_forward_hook(partial(leaving, layer)))
+        with evaluating(model), tapped(list(found.values()), adding, masks):
+            for batch in batches:
+                held.clear()
+                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                masks.update(stack_masks(model, moved, list(found.values())))
+                model(**model_inputs(model, moved))
+                if missing := [layer for layer in found if len(held.get(layer, {})) < 3]:
+                    what = "no tokens pass through it and its FFN"
+                    raise FfnkitError(f"watching {missing[0]}", what, "Give the layers yourself, with layers=")
+                yield {layer: _kept(parts, masks.get(found[layer].stack)) for layer, parts in held.items()}
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _kept(parts: dict[str, Tensor], mask: Tensor | None) -> Passage:
+    rows = parts["entering"]
+    if mask is None or mask.numel() != len(rows):
+        return Passage(**parts)
+    chosen = mask.reshape(-1).bool().to(rows.device)
+    return Passage(**{name: value[chosen] for name, value in parts.items()})

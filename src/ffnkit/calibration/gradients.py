@@ -1,0 +1,82 @@
+"""Gradients of single weights on data, one weight at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit.calibration.taps import Batch, evaluating
+from ffnkit.errors import FfnkitError
+from ffnkit.model.linear import is_transposed
+
+Receive = Callable[[str, Tensor], None]
+
+
+@torch.enable_grad()
+def weight_gradients(
+    model: nn.Module, batches: Iterable[Batch], linears: dict[str, nn.Module], receive: Receive
+) -> int:
+    """Hand the gradient of each linear's weight on each batch to ``receive``, as soon as it is whole, and forget it.
+
+    The model is in eval mode (no dropout, so equal data give equal gradients) and unchanged afterwards. Memory beyond
+    a training step without weight gradients: one weight's gradient. In several processes each sees its own batches and
+    receives the mean over all of them.
+
+    Args:
+        batches: with labels, so that the model gives its loss. linears: by name.
+        receive: called with the name and the gradient (out, in) in the weight's dtype.
+
+    Returns:
+        The number of batches.
+
+    Raises:
+        FfnkitError: no batches, or no loss.
+    """
+    device = next(model.parameters()).device
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    by_weight: dict[nn.Parameter, list[str]] = {}
+    for name, linear in linears.items():
+        by_weight.setdefault(linear.weight, []).append(name)  # type: ignore[arg-type]
+    kept = {parameter: parameter.grad for parameter in by_weight}
+    handles: list[Any] = []
+    count = 0
+
+    def note(parameter: Tensor) -> None:
+        names = by_weight[parameter]  # type: ignore[index]
+        grad = parameter.grad
+        parameter.grad = None
+        assert grad is not None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(grad)
+            grad /= torch.distributed.get_world_size()
+        for name in names:
+            receive(name, grad.mT if is_transposed(linears[name]) else grad)
+
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(parameter in by_weight)
+        for parameter in by_weight:
+            parameter.grad = None
+            handles.append(parameter.register_post_accumulate_grad_hook(note))
+        with evaluating(model):
+            for batch in batches:
+                count += 1
+                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                loss = getattr(model(**moved), "loss", None)
+                if loss is None:
+                    do = "Give batches with labels"
+                    raise FfnkitError(f"gradients of {type(model).__name__}", "its outputs have no loss", do)
+                loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        for parameter, grad in kept.items():
+            parameter.grad = grad
+    if not count:
+        raise FfnkitError("gradients", "there are no batches", "Give data=batches with labels")
+    return count

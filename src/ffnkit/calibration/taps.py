@@ -1,0 +1,249 @@
+"""What passes through single FFNs while a model runs: inputs, hidden activations and outputs, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit.errors import FfnkitError
+from ffnkit.model.ffn import FFN
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """One call of one FFN (or of one routed expert).
+
+    Attributes:
+        input: (n, d) what up and gate receive.
+        hidden: (n, ff) what down receives, before a factor that is kept apart.
+        output: (n, d) what down gives, its bias included.
+        weights: (n,) how much each token counts: 0 for padding, the squared routing weight for experts that share a
+            3-D parameter; None where all count alike.
+        expert: the expert's number, or None.
+    """
+
+    input: Tensor
+    hidden: Tensor
+    output: Tensor
+    weights: Tensor | None = None
+    expert: int | None = None
+
+    def kept(self) -> Flow:
+        """The tokens that count."""
+        if self.weights is None:
+            return self
+        chosen = self.weights > 0
+        if bool(chosen.all()):
+            return self
+        return Flow(self.input[chosen], self.hidden[chosen], self.output[chosen], self.weights[chosen], self.expert)
+
+
+Receive = Callable[[FFN, Flow], None]
+
+
+@torch.no_grad()
+def watch(model: nn.Module, batches: Iterable[Batch], found: list[FFN], receive: Receive) -> int:
+    """Run the model over ``batches`` in eval mode and hand every call of the FFNs ``found`` to ``receive``.
+
+    Nothing of the model is changed; no batch is kept.
+
+    Args:
+        batches: keyword arguments of the model; tensors are moved to its device, labels are passed where the decoder's
+            inputs are made from them.
+        receive: called with the FFN and its :class:`Flow`; FFNs that run several times in a pass call it each time.
+
+    Returns:
+        The number of batches.
+
+    Raises:
+        FfnkitError: an FFN never ran, or there were no batches.
+    """
+    device = next(model.parameters()).device
+    ran: set[str] = set()
+    count = 0
+    masks: dict[str, Tensor | None] = {}
+
+    def note(ffn: FFN, flow: Flow) -> None:
+        ran.add(ffn.name)
+        receive(ffn, flow)
+
+    with evaluating(model), tapped(found, note, masks):
+        for batch in batches:
+            count += 1
+            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            masks.update(stack_masks(model, moved, found))
+            model(**model_inputs(model, moved))
+    if count == 0:
+        raise FfnkitError("calibration data", "there are no batches", "Give at least one batch for model(**batch)")
+    silent = [ffn.name for ffn in found if ffn.name not in ran and not _routed(ffn)]
+    if silent:
+        found_text = f"{silent[0]} did not run on the data given"
+        raise FfnkitError("watching the FFNs", found_text, "Give inputs of every stack (text, images, decoder inputs)")
+    return count
+
+
+@contextmanager
+def tapped(found: list[FFN], receive: Receive, masks: Mapping[str, Tensor | None]) -> Iterator[None]:
+    """Hooks on FFNs while the block runs.
+
+    Args:
+        masks: by stack, (batch, tokens) of ones where a token counts; read at each call, so it may change.
+    """
+    handles: list[Any] = []
+    try:
+        for ffn in found:
+            if ffn.layout.experts:
+                for owner in dict.fromkeys(ffn.owners.values()):
+                    handles += _tap_experts(ffn, owner, receive, masks)
+                continue
+            # owners that share their weights share these very modules, or hold others with the same parameters
+            for owner in {ffn.linear("down", owner): owner for owner in ffn.owners.values()}.values():
+                handles += _tap(ffn, owner, receive, masks)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tap(ffn: FFN, owner: nn.Module, receive: Receive, masks: Mapping[str, Tensor | None]) -> list[Any]:
+    held: dict[str, Tensor] = {}
+
+    def take_input(_: nn.Module, args: tuple[Any, ...]) -> None:
+        held["input"] = args[0]
+
+    def finish(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        x, hidden = held.pop("input"), args[0]
+        x_flat, h_flat, y_flat = (t.reshape(-1, t.shape[-1]) for t in (x, hidden, output))
+        receive(ffn, Flow(x_flat, h_flat, y_flat, _weights(masks.get(ffn.stack), x)))
+
+    up, down = ffn.linear("up", owner), ffn.linear("down", owner)
+    return [up.register_forward_pre_hook(take_input), down.register_forward_hook(finish)]
+
+
+def _weights(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The mask, flat, where it fits the tokens that the FFN got; routed tokens come in another number."""
+    if mask is None or mask.numel() != x.numel() // x.shape[-1]:
+        return None
+    return mask.reshape(-1).to(x.device, torch.float32)
+
+
+def _tap_experts(ffn: FFN, owner: nn.Module, receive: Receive, masks: Mapping[str, Tensor | None]) -> list[Any]:
+    def finish(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        for number, x, share in routed(ffn, args, kwargs, masks.get(ffn.stack)):
+            if len(x):
+                inner, hidden, result = expert_forward(ffn, module, number, x)
+                receive(ffn, Flow(inner, hidden, result, weights=share, expert=number))
+
+    return [owner.register_forward_hook(finish, with_kwargs=True)]
+
+
+def routed(
+    ffn: FFN, args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(expert, its tokens (n, d), how much each counts (n,)) for a call of experts in 3-D parameters.
+
+    Experts are called with tokens, choices and weights; or, as in Llama 4, with every token for every expert, times
+    its routing weight, which is 0 for those that were not chosen.
+    """
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if len(tensors) == 1 and tensors[0].numel() % (ffn.experts * ffn.d) == 0:
+        each = tensors[0].reshape(ffn.experts, -1, ffn.d)
+        counts = _weights(mask, each[0])
+        for number, x in enumerate(each):
+            token = torch.where((x != 0).any(-1))[0]
+            yield number, x[token], torch.ones_like(x[token, 0].float()) if counts is None else counts[token]
+        return
+    x, index, weights = routing(ffn, args, kwargs)
+    counts = _weights(mask, x)
+    for number in range(ffn.experts):
+        token, place = torch.where(index == number)
+        share = weights[token, place].float().square()
+        yield number, x[token], share if counts is None else share * counts[token]
+
+
+def routing(ffn: FFN, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens (n, d), chosen experts (n, k), their weights (n, k)) of a call of experts in 3-D parameters."""
+    given = [*args, *kwargs.values()]
+    tensors = [value for value in given if isinstance(value, Tensor)]
+    if len(tensors) != 3 or tensors[1].is_floating_point() or tensors[1].shape != tensors[2].shape:
+        found = f"its experts are called with {[tuple(t.shape) for t in tensors]}, not tokens, choices and weights"
+        raise FfnkitError(f"watching {ffn.name}", found, "Use a method that needs no data for this family")
+    return tensors[0].reshape(-1, tensors[0].shape[-1]), tensors[1], tensors[2]
+
+
+def expert_forward(ffn: FFN, owner: Any, number: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(input, hidden, output) of one expert for tokens x (n, d), routing weight left out."""
+
+    def apply(site: str, value: Tensor) -> Tensor:
+        weight = getattr(owner, ffn.path(site))[number]
+        return value @ weight if ffn.layout.transposed else nn.functional.linear(value, weight)
+
+    pre = apply("up", x)
+    if not ffn.gated:
+        hidden = owner.act_fn(pre)
+    elif not ffn.layout.fused:
+        hidden = owner.act_fn(apply("gate", x)) * pre
+    elif hasattr(owner, "_apply_gate"):
+        hidden = owner._apply_gate(pre)
+    else:
+        gate, value = pre.chunk(2, dim=-1)
+        hidden = owner.act_fn(gate) * value
+    return x, hidden, apply("down", hidden)
+
+
+def _routed(ffn: FFN) -> bool:
+    """Whether tokens are routed to this FFN, so that few data may leave it out."""
+    return ffn.active < 1
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; each module's own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+# --- inputs and masks ---------------------------------------------------------------------------------------------
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The batch without labels, unless the decoder's inputs are made from them."""
+    inputs = {k: v for k, v in batch.items() if k not in ("label", "labels")}
+    labels = batch.get("labels")
+    wanted = _has_decoder(model) and labels is not None and labels.ndim == 2 and not decoder_given(batch)
+    return {**inputs, "labels": labels} if wanted else inputs
+
+
+def stack_masks(model: nn.Module, batch: Batch, found: list[FFN]) -> dict[str, Tensor | None]:
+    """For each stack the mask (batch, tokens) of the tokens that count; None where all do."""
+    return {stack: stack_mask(stack, model, batch) for stack in dict.fromkeys(ffn.stack for ffn in found)}
+
+
+def stack_mask(stack: str, model: nn.Module, batch: Batch) -> Tensor | None:
+    """The mask (batch, tokens) of the tokens of one stack that count; None where all do."""
+    if stack == "decoder" and _has_decoder(model):
+        labels, given = batch.get("labels"), batch.get("decoder_attention_mask")
+        return labels.ne(-100) if given is None and labels is not None and labels.ndim == 2 else given
+    own = batch.get("attention_mask")
+    return own if own is not None and own.ndim == 2 else None
+
+
+def decoder_given(batch: Batch) -> bool:
+    """Whether the decoder's own inputs are in the batch."""
+    return any(name.startswith("decoder_input") for name in batch)
+
+
+def _has_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

@@ -1,0 +1,1 @@
+"""Checkpoints: the two forms, the from_pretrained hook, adapters."""

@@ -1,0 +1,112 @@
+"""Updates of a model as small files: take them, save them, put them on a fresh base model, exchange them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ffnkit import __version__
+from ffnkit.edits.kinds import Adapt, Edit, Train
+from ffnkit.errors import FfnkitError
+from ffnkit.io import files
+from ffnkit.nn.adapted import adapted, fingerprint
+from ffnkit.plans import Plan
+from ffnkit.surgery.memory import apply, beside, parts_beside, unadapt
+
+TENSORS, CONFIG = "adapter.safetensors", "adapter_config.json"
+
+
+@torch.no_grad()
+def adapter(model: PreTrainedModel) -> Plan:
+    """The updates that are on a model, with what trained beside them, as a plan: ``fk.apply`` puts them on again.
+
+    Entries that were chosen anew while training are all in it; applied, it holds them as a fixed selection. It fits
+    the very base model only, which is told by the fingerprints of the weights.
+
+    Raises:
+        FfnkitError: no update is on the model.
+    """
+    layers = adapted(model)
+    if not layers:
+        raise FfnkitError(f"the adapter of {type(model).__name__}", "no update is on it", "Apply a plan or load one")
+    edits: list[Edit] = []
+    for name, layer in layers.items():
+        given, parts = layer.made_of()
+        edits.append(Adapt(name, layer.kind, given, parts, fingerprint=fingerprint(layer.base).tolist()))
+    values = {name: p.detach().clone() for name, p in beside(model).items()}
+    edits.append(Train("", parts=parts_beside(model), values=values))
+    kinds = sorted({layer.kind for layer in layers.values()})
+    return Plan(
+        method="+".join(kinds),
+        settings={},
+        model=type(model).__name__,
+        edits=tuple(edits),
+        shapes={},
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
+    """Write the updates that are on a model, and what trained beside them: safetensors and a JSON description.
+
+    Raises:
+        FfnkitError: no update is on the model, or the folder cannot be written.
+    """
+    plan = adapter(model)
+    layers = [edit for edit in plan.edits if isinstance(edit, Adapt)]
+    about: dict[str, Any] = {
+        "adapter": plan.method,
+        "ffnkit": __version__,
+        "base_model": getattr(model.config, "_name_or_path", "") or None,
+        "model": plan.model,
+        "trained_beside": [part for edit in plan.edits if isinstance(edit, Train) for part in edit.parts],
+        "layers": {edit.ffn: {**edit.given, "fingerprint": edit.fingerprint} for edit in layers},
+    }
+    with files.staging(folder, keep_others=True) as temporary:
+        plan.save(temporary / TENSORS)
+        (temporary / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    return Path(folder)
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
+    """Put saved updates on their base model, in place, in the place of those that are there; it may train on.
+
+    Raises:
+        FfnkitError: no adapter is there, it is damaged, or the base model is another one; the model is as before then.
+    """
+    files.recover(folder)
+    path = Path(folder) / TENSORS
+    if not path.is_file():
+        raise FfnkitError(f"adapter {folder}", f"there is no {TENSORS}", "Name a folder that save_adapter wrote")
+    wanted = Plan.load(path)
+    held = adapter(model) if adapted(model) else None
+    if held is not None:
+        remove_adapter(model)
+    try:
+        return apply(model, wanted)
+    except FfnkitError:
+        if adapted(model):
+            unadapt(model, fold=False)
+        if held is not None:
+            apply(model, held)
+        raise
+
+
+def remove_adapter(model: PreTrainedModel) -> PreTrainedModel:
+    """Take the updates away, in place: every weight has the very bits that it had before they came.
+
+    Raises:
+        FfnkitError: all the rest of the model trained beside them.
+    """
+    unadapt(model, fold=False)
+    return model
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether updates are on the model."""
+    return bool(adapted(model))

@@ -1,0 +1,218 @@
+"""Importing this module teaches ``from_pretrained`` to open compact checkpoints.
+
+transformers lets a registered quantizer rebuild modules on the empty model before the weights are read. ffnkit's
+rebuilds narrow, shared and scaled FFNs there, and afterwards leaves an ordinary float model: no quantizer stays on
+it, so training, casting, moving and saving work as for any other. A real quantization (bitsandbytes, torchao, ...)
+can be nested under ``base`` in the same config slot and is delegated to.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers.quantizers.auto import (
+    AutoHfQuantizer,
+    AutoQuantizationConfig,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ffnkit.errors import FfnkitError
+from ffnkit.io.formats import FORMAT, QUANT_METHOD
+
+# ``shapes`` and ``surgery`` are imported when first used: this module may be loaded in the middle of transformers'
+# own import, when the modules that they need are not there yet.
+
+
+@register_quantization_config(QUANT_METHOD)
+class FfnkitConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of a compact checkpoint; fields as ``shapes.describe`` writes them.
+
+    Attributes:
+        ffns: the true shape of each FFN, by name.
+        linears: what stands in the place of plain linears outside of FFNs, by name.
+        attention: which heads those attentions kept that lost some, by name.
+        base: config of a real quantization to be done by its own quantizer, or None.
+        base_done: whether the file's weights are already quantized by ``base``.
+    """
+
+    def __init__(
+        self,
+        ffns: dict[str, Any] | None = None,
+        format: int = FORMAT,
+        base: dict[str, Any] | None = None,
+        base_done: bool = False,
+        linears: dict[str, Any] | None = None,
+        attention: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if format != FORMAT:
+            raise FfnkitError(
+                "opening a compact checkpoint",
+                f"format {format}, this ffnkit reads {FORMAT}",
+                "Install the ffnkit version that wrote it",
+            )
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.format = format
+        self.ffns = ffns or {}
+        self.linears = linears or {}
+        self.attention = attention or {}
+        self.base = base
+        self.base_done = base_done
+
+    def to_dict(self) -> dict[str, Any]:
+        data = copy.deepcopy(self.__dict__)
+        if data["base"] is None:
+            del data["base"], data["base_done"]
+        if not data["linears"]:
+            del data["linears"]
+        if not data["attention"]:
+            del data["attention"]
+        return data
+
+
+@register_quantizer(QUANT_METHOD)
+class FfnkitQuantizer(HfQuantizer):
+    """Rebuilds the FFNs of an empty model; everything else is plain loading, or the nested quantizer's work."""
+
+    requires_calibration = False
+    quantization_config: FfnkitConfig
+
+    def __init__(self, quantization_config: FfnkitConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.inner: HfQuantizer | None = None
+        if quantization_config.base is not None:
+            config = AutoQuantizationConfig.from_dict(copy.deepcopy(quantization_config.base))
+            self.inner = AutoHfQuantizer.from_config(config, pre_quantized=quantization_config.base_done)
+            self.pre_quantized = self.inner.pre_quantized
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from ffnkit.checkpoint import placement
+        from ffnkit.surgery import memory as surgery
+
+        described = self.quantization_config.to_dict()
+        surgery.rebuild(model, described)
+        placement.check_map(model, described, kwargs.get("device_map"))
+        if self.inner is not None:  # before the declaration: quantizers leave out what is tied
+            self.inner.preprocess_model(model, **kwargs)
+            _leave_packing(model)
+        surgery.declare(model, described)
+        return model
+
+    def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
+        from ffnkit.checkpoint import placement
+        from ffnkit.surgery import memory as surgery
+        from ffnkit.surgery import shapes
+
+        surgery.share_twins(model, self.quantization_config.to_dict())
+        placement.bridge(model)
+        described = shapes.renamed(model, self.quantization_config.to_dict())
+        self.quantization_config.ffns = described["ffns"]
+        self.quantization_config.linears = described.get("linears", {})
+        self.quantization_config.attention = described.get("attention", {})
+        del model.hf_quantizer
+        model.config.quantization_config = described
+        if self.inner is None:
+            model.is_quantized = False
+            if hasattr(model, "quantization_method"):
+                del model.quantization_method
+            return model
+        model.hf_quantizer = self
+        model.quantization_method = self.inner.quantization_config.quant_method
+        self.inner.postprocess_model(model, **kwargs)
+        _leave_deserializing(model)
+        shapes.declare_shared(model)  # scales that lie beside a quantized weight are shared with it
+        described["base_done"] = True
+        described["base"] = self.inner.quantization_config.to_dict()
+        self.quantization_config.base, self.quantization_config.base_done = described["base"], True
+        model.config.quantization_config = described
+        return model
+
+    # --- what the nested quantizer decides, where there is one
+
+    def is_serializable(self) -> bool:
+        return self.inner is None or bool(self.inner.is_serializable())
+
+    def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """What is written of a quantized model: of a shared FFN the first place alone, with what lies beside it.
+
+        Quantizers write some parts (a state in bytes, inner tensors) anew at each place, which no longer look shared.
+        """
+        if self.inner is None:
+            return super().get_state_dict_and_metadata(model, *args, **kwargs)
+        from ffnkit.surgery import shapes
+
+        state, metadata = self.inner.get_state_dict_and_metadata(model, *args, **kwargs)
+        further = tuple(shapes.further_places(model))
+        state = model.state_dict() if state is None else state
+        return {key: value for key, value in state.items() if not key.startswith(further)}, metadata
+
+    @property
+    def is_trainable(self) -> bool:
+        return self.inner is None or bool(self.inner.is_trainable)
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.inner is None or bool(self.inner.is_qat_trainable)
+
+
+def _leave_packing(model: Any) -> None:
+    """Have 4-bit layers use their weights as they lie on every CPU.
+
+    On some, bitsandbytes would lay them out anew in the first forward, which needs outputs in multiples of 32 and
+    changes what several layers may share.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _leave_deserializing(model: Any) -> None:
+    """Forget how quantized tensors were put together on opening: there is no way back that saving could take.
+
+    What ``state_dict`` gives is what the file holds.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model._weight_conversions = [
+            each
+            for each in conversions
+            if not any(type(step).__name__.endswith("Deserialize") for step in getattr(each, "operations", ()))
+        ]
+
+
+def _delegate(name: str) -> Any:
+    """A method of the nested quantizer where there is one, else the plain one."""
+    plain = getattr(HfQuantizer, name)
+
+    def method(self: FfnkitQuantizer, *args: Any, **kwargs: Any) -> Any:
+        if self.inner is None:
+            return plain(self, *args, **kwargs)
+        return getattr(self.inner, name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+# Named one by one and looked up softly: the set grew between transformers' releases.
+for _name in (
+    "update_dtype",
+    "update_device_map",
+    "param_element_size",
+    "get_new_dtype",
+    "adjust_max_memory",
+    "param_needs_quantization",
+    "validate_environment",
+    "update_parallel_plan",
+    "update_attn_implementation",
+    "get_quantize_ops",
+    "get_load_operations",
+    "get_weight_conversions",
+    "update_weight_conversions",
+    "_dequantize",
+):
+    if hasattr(HfQuantizer, _name):
+        setattr(FfnkitQuantizer, _name, _delegate(_name))

@@ -1,0 +1,1 @@
+"""The kinds of edits: what a plan is made of."""

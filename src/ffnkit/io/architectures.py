@@ -1,0 +1,104 @@
+"""A checkpoint as the class that it was saved from, whatever its task."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ffnkit.errors import FfnkitError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def read_config(name_or_dir: str, **kwargs: Any) -> PretrainedConfig:
+    """The config of a hub name or a folder; ``kwargs`` as for ``from_pretrained`` (revision, token, ...).
+
+    Raises:
+        FfnkitError: there is no such model, or its config cannot be read.
+    """
+    from transformers import AutoConfig
+
+    from ffnkit.io.loading import check_name, hub_or_cache, open_errors
+
+    name = check_name(name_or_dir)
+    with open_errors(f"model {name}"), hub_or_cache():
+        return AutoConfig.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
+
+
+def architecture_class(config: PretrainedConfig, name: str) -> Any:
+    """The class that ``config.architectures`` names; AutoModel when it names none.
+
+    Raises:
+        FfnkitError: transformers has no class of that name.
+    """
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    if not names:
+        return transformers.AutoModel
+    found = getattr(transformers, names[0], None)
+    if found is None:
+        do = "Open it in Python with its own class, and use ffnkit.plan, ffnkit.apply and ffnkit.save"
+        raise FfnkitError(f"model {name}", f"transformers has no class {names[0]}", do)
+    return found
+
+
+def is_ffnkit_config(config: PretrainedConfig) -> bool:
+    """Whether ``config`` is of a compact checkpoint, whose true widths only ffnkit's hook knows."""
+    quantization = getattr(config, "quantization_config", None)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    method = getattr(method, "quant_method", method)
+    return str(getattr(method, "value", method)) == "ffnkit"
+
+
+def load_any(name_or_dir: str, **kwargs: Any) -> PreTrainedModel:
+    """Load a standard or compact checkpoint as the class that it was saved from, in eval mode.
+
+    Args:
+        name_or_dir: hub name or folder.
+        kwargs: for ``from_pretrained`` (dtype, ...).
+
+    Raises:
+        FfnkitError: the model cannot be found, read or recognised, or its weights are not finite.
+    """
+    from ffnkit.io.loading import load_pretrained
+
+    cls = architecture_class(read_config(name_or_dir), name_or_dir)
+    return load_pretrained(cls, name_or_dir, **kwargs).eval()
+
+
+def empty_model(name_or_dir: str) -> PreTrainedModel:
+    """The structure of a model without its weights (meta device); a compact checkpoint is loaded in full.
+
+    Raises:
+        FfnkitError: as :func:`load_any`, and for a config that describes no model.
+    """
+    import torch
+    import transformers
+
+    from ffnkit.io.loading import open_errors
+
+    config = read_config(name_or_dir)
+    if is_ffnkit_config(config):
+        return load_any(name_or_dir)
+    cls = architecture_class(config, name_or_dir)
+    with open_errors(f"model {name_or_dir}"), torch.device("meta"):
+        return cls.from_config(config) if cls is transformers.AutoModel else cls(config)
+
+
+def load_companion(name_or_dir: str) -> Any | None:
+    """The tokenizer or processor beside a model, or None when there is none."""
+    from transformers import AutoProcessor
+
+    from ffnkit.io.loading import check_name, hub_or_cache, load_tokenizer
+
+    try:
+        return load_tokenizer(name_or_dir)
+    except FfnkitError:
+        pass
+    name = check_name(name_or_dir)
+    try:
+        with hub_or_cache():
+            return AutoProcessor.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError):
+        return None

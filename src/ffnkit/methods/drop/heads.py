@@ -1,0 +1,251 @@
+"""Attention heads go: by their weights, by what an update changed of them, or at random."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit.calibration.taps import stack_mask
+from ffnkit.edits.kinds import Edit, Heads
+from ffnkit.errors import FfnkitError
+from ffnkit.methods.common import Batch, activity, check_choices, check_counts, generator, largest, need_data
+from ffnkit.model.attention import Attention, attentions
+from ffnkit.model.ffn import FFN
+from ffnkit.model.layers import select
+from ffnkit.model.linear import features, is_transposed
+from ffnkit.nn.adapted import Adapted
+from ffnkit.plans import Draft, Progress
+from ffnkit.surgery.heads import check_separable
+
+Amount = int | float | Mapping[str, int | float]
+
+
+@dataclass(frozen=True)
+class RemoveHeads:
+    """Remove the attention heads with the lowest scores, physically.
+
+    Where several heads share a key and a value, whole groups go; with one key and value for all heads, queries go.
+
+    Attributes:
+        share: what goes of each attention: a float is a share of its heads, an int counts heads (or groups); or one by
+            the attention's name, and those that it leaves out stay whole.
+        by: what scores a head: "weight" sums |W| over its rows of query and value; "update" sums |update| of the same
+            rows, where they carry one; "both" sums |W + update|; "activation" is the rms of what the head gives on data
+            times the norm of its columns of the output linear; "coefficients" |c|, where such were learnt; "random".
+        layers: which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".
+        seed: of random scores.
+
+    Source: DSEE (arXiv 2111.00160), structured pruning: by "update", share 0.25.
+    """
+
+    share: Amount = 0.25
+    by: str = "weight"
+    layers: str = "all"
+    seed: int = 0
+
+    name: ClassVar[str] = "heads"
+    summary: ClassVar[str] = "remove attention heads (structured pruning)"
+    paper: ClassVar[str] = "arXiv 2111.00160"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether activations are measured."""
+        return self.by == "activation"
+
+    def settings(self) -> dict[str, Any]:
+        """The settings by name."""
+        return dataclasses.asdict(self)
+
+    def targets(self, model: nn.Module) -> list[tuple[Attention, int]]:
+        """The attentions and how many units each keeps. Raises FfnkitError where the settings do not fit the model."""
+        check_counts(self, seed=0)
+        check_choices(self, by=[*SCORES, "activation"])
+        found = attentions(model)
+        if not found:
+            do = "Name a model with attention of a known layout (ffnkit.attention.ATTENTION_LAYOUTS)"
+            raise FfnkitError(f"the heads of {type(model).__name__}", "none of its modules is a known attention", do)
+        return self._left(select(found, self.layers))
+
+    def _left(self, chosen: list[Attention]) -> list[tuple[Attention, int]]:
+        if isinstance(self.share, Mapping):
+            known = {attention.name for attention in chosen}
+            unknown = [name for name in self.share if name not in known]
+            if unknown:
+                do = f"There are {', '.join(known)}"
+                raise FfnkitError(f"heads of {unknown[0]}", "no attention of that name is chosen", do)
+            chosen = [attention for attention in chosen if attention.name in self.share]
+        left = []
+        for attention in chosen:
+            check_separable(attention)
+            share = self.share[attention.name] if isinstance(self.share, Mapping) else self.share
+            left.append((attention, units_left(share, attention)))
+        if not any(keep < attention.units for attention, keep in left):
+            most = max((attention.units for attention, _ in left), default=0)
+            what = f"the attentions have at most {most} heads or groups, so none would go"
+            raise FfnkitError(f"share={self.share}", what, "Ask for a larger share, or a number of heads")
+        return left
+
+    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+        edits: list[Edit] = []
+        quantities: dict[str, dict[str, float]] = {}
+        targets = self.targets(model)
+        found = [attention for attention, keep in targets if keep < attention.units]
+        rms = head_activity(model, need_data(data, self.name), found) if self.needs_data else None
+        for number, (attention, keep) in enumerate(targets):
+            if keep < attention.units:
+                scores = head_scores(attention, self.by, generator(self.seed, number), rms)
+                index = largest(scores, keep)
+                total = scores.sum().item()
+                lost = 1 - scores[index.long()].sum().item() / total if total > 0 else 0.0
+                quantities[attention.name] = {"score lost": lost}
+                edits.append(removal(attention, index))
+            if progress is not None:
+                progress(number + 1, len(targets), attention.name)
+        return Draft(tuple(edits), quantities)
+
+
+def removal(attention: Attention, index: Tensor) -> Heads:
+    """The edit that keeps these units of an attention."""
+    units = attention.units
+    gone = (units - len(index)) * attention.unit_parameters
+    return Heads(attention.name, index=index.to(torch.int32), heads=attention.heads, units=units, parameters=gone)
+
+
+def units_left(share: int | float, attention: Attention) -> int:
+    """How many units stay when this share or number of them goes; at least one, and a number that the family bears."""
+    units, asked = attention.units, f"share {share!r} of the heads of {attention.name}"
+    if isinstance(share, bool) or not isinstance(share, int | float):
+        raise FfnkitError(asked, f"a {type(share).__name__}", "Give a number of heads (int) or a share (float)")
+    if isinstance(share, float) and not 0 <= share < 1:
+        raise FfnkitError(asked, "a share that goes lies from 0 to below 1", "Give a share such as 0.25")
+    if isinstance(share, int) and not 0 <= share < units:
+        raise FfnkitError(asked, f"it has {units} heads or groups", f"Give 0 to {units - 1}: one has to stay")
+    left = max(1, units - (round(share * units) if isinstance(share, float) else share))
+    return -(-left // attention.multiple) * attention.multiple
+
+
+# --- scores -------------------------------------------------------------------------------------------------------
+
+
+def head_scores(attention: Attention, by: str, draw: torch.Generator, rms: dict[str, Tensor] | None = None) -> Tensor:
+    """(units,) float64, the higher the better. Raises FfnkitError where they are not finite, or cannot be had.
+
+    Args:
+        rms: by the attention's name (units,), for "activation": from :func:`head_activity`.
+    """
+    if by == "activation":
+        assert rms is not None
+        linear = attention.linear("o")
+        weight = linear.weight if is_transposed(linear) else linear.weight.mT  # (in, out)
+        size = weight.detach().double().reshape(attention.units, -1).norm(dim=1).cpu()
+        scores = rms[attention.name] * size
+    else:
+        scores = SCORES[by](attention, draw).double().cpu()
+    if not bool(torch.isfinite(scores).all()):
+        raise FfnkitError(f"scores of {attention.name}", "not finite", "Repair the model's weights first")
+    return scores
+
+
+def head_activity(
+    model: nn.Module, data: Iterable[Batch], found: list[Attention], beside: list[FFN] | None = None
+) -> dict[str, Tensor]:
+    """By name (units,) float64: the rms over tokens of what each unit hands to the output linear; one pass.
+
+    Args:
+        beside: FFNs whose hidden neurons' rms (:func:`~ffnkit.methods.common.activity`) the same pass measures.
+    """
+    masks: dict[str, Tensor | None] = {}
+    sums = {attention.name: torch.zeros(attention.units, dtype=torch.float64) for attention in found}
+    counts = {attention.name: 0.0 for attention in found}
+
+    def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        masks.update({stack: stack_mask(stack, model, kwargs) for stack in {each.stack for each in found}})
+
+    def tap(attention: Attention) -> Callable[[nn.Module, Any], None]:
+        def note(_: nn.Module, args: Any) -> None:
+            x = args[0].detach()
+            squares = x.reshape(-1, attention.units, x.shape[-1] // attention.units).float().square().sum(-1)
+            mask = masks.get(attention.stack)
+            own = mask is not None and mask.numel() == len(squares)
+            weights = mask.reshape(-1).to(squares) if mask is not None and own else squares.new_ones(len(squares))
+            sums[attention.name] += (weights @ squares).double().cpu()
+            counts[attention.name] += float(weights.sum())
+
+        return note
+
+    handles = [model.register_forward_pre_hook(begin, with_kwargs=True)]
+    handles += [attention.linear("o").register_forward_pre_hook(tap(attention)) for attention in found]
+    try:
+        neurons = activity(model, data, beside or [])
+    finally:
+        for handle in handles:
+            handle.remove()
+    silent = [name for name, count in counts.items() if not count]
+    if silent:
+        do = "Give inputs of every stack (text, images, decoder inputs)"
+        raise FfnkitError("watching the attention", f"{silent[0]} did not run on the data given", do)
+    return neurons | {name: (total / counts[name]).sqrt() for name, total in sums.items()}
+
+
+def by_unit(attention: Attention, read: Callable[[Any], Tensor] | None = None) -> Tensor:
+    """(units,) float64: sums of absolute values over each unit's rows of query and of value.
+
+    A value that all heads share tells none from another, and is left out.
+
+    Args:
+        read: what is read of a linear, (out, in); None reads its weight.
+    """
+    total = torch.zeros(attention.units, dtype=torch.float64)
+    for role in ("q", "v"):
+        rows = attention.matrix(role, read).float().abs().sum(dim=(1, 2), dtype=torch.float64).cpu()
+        if len(rows) >= attention.units:
+            total += rows.view(attention.units, -1).sum(1)
+    return total
+
+
+def _weight(attention: Attention, _: torch.Generator) -> Tensor:
+    return by_unit(attention)
+
+
+def _update(attention: Attention, _: torch.Generator) -> Tensor:
+    linears = [attention.linear(role) for role in ("q", "v")]
+    if not any(isinstance(linear, Adapted) for linear in linears):
+        do = "Tune with dsee on query and value first, or take weight"
+        raise FfnkitError(f"by update in {attention.name}", "neither query nor value carries an update", do)
+    return by_unit(attention, lambda linear: linear.update() if isinstance(linear, Adapted) else _nothing(linear))
+
+
+def _nothing(linear: Any) -> Tensor:
+    return torch.zeros(features(linear))
+
+
+def _both(attention: Attention, _: torch.Generator) -> Tensor:
+    return by_unit(attention, lambda linear: linear.weight.mT if is_transposed(linear) else linear.weight)
+
+
+def _random(attention: Attention, draw: torch.Generator) -> Tensor:
+    return torch.rand(attention.units, generator=draw)
+
+
+def _coefficients(attention: Attention, _: torch.Generator) -> Tensor:
+    linear = attention.linear("o")
+    values = linear.by_input() if isinstance(linear, Adapted) else None
+    if values is None:
+        do = "Tune with coefficients=0.1 or so, keep the updates apart (merge=False), or take another score"
+        raise FfnkitError(f"by coefficients in {attention.name}", "no coefficients are on it", do)
+    return values.double().abs().view(attention.units, -1).mean(1)
+
+
+# A score gives (units,) numbers, the higher the better, for one attention.
+SCORES: dict[str, Callable[[Attention, torch.Generator], Tensor]] = {
+    "weight": _weight,
+    "update": _update,
+    "both": _both,
+    "coefficients": _coefficients,
+    "random": _random,
+}

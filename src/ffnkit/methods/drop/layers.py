@@ -1,0 +1,195 @@
+"""What merging is compared with: whole layers dropped, or their FFNs alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ffnkit.calibration.features import Passage, passages
+from ffnkit.edits.kinds import Drop, Edit, Rewrite
+from ffnkit.errors import FfnkitError
+from ffnkit.methods.common import Batch, check_counts, need_data
+from ffnkit.methods.share.windows import Groups, Score, best, score_name, series, windows
+from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import block_name, ffns
+from ffnkit.model.layers import select
+from ffnkit.plans import Draft, Progress
+
+
+@dataclass(frozen=True)
+class LayerDrop:
+    """Drop whole layers: attention, norms and FFN.
+
+    One of ``layers`` and ``window`` says which. In models of two stacks both lose the same numbers.
+
+    Attributes:
+        layers: which layers go, e.g. "last:2", "4-7", "4,5,9", "encoder:last:2".
+        window: so many adjacent layers go; the best window is searched for.
+        score: what tells the best window: None, the likeness (cosine) of what enters and what leaves it, a
+            function of the model without the window that gives a number, higher is better, or a task's metric.
+
+    Source: the baseline of Verma et al. (arXiv 2501.06126); the likeness is the block influence of Men et al.,
+        ShortGPT (arXiv 2403.03853).
+    """
+
+    layers: str | None = None
+    window: int | None = None
+    score: Score | None = None
+
+    name: ClassVar[str] = "layer-drop"
+    summary: ClassVar[str] = "drop whole layers (baseline)"
+    paper: ClassVar[str] = "arXiv 2501.06126"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the likeness is needed."""
+        return self.window is not None and self.score is None
+
+    def settings(self) -> dict[str, Any]:
+        return _settings(self)
+
+    def targets(self, model: nn.Module) -> list[Groups]:
+        """The groups of FFNs to choose among. Raises FfnkitError where the settings do not fit the model."""
+        return _candidates(self, model)
+
+    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+        return _draft(self, model, data, _gone, _likeness)
+
+
+@dataclass(frozen=True)
+class FfnDrop:
+    """Drop the FFNs of layers and keep their attention: one neuron of zeros stands in for each.
+
+    The neuron gives no output and gets no gradient where the activation is 0 at 0 (GELU, ReLU, SiLU); it makes the
+    checkpoint one of ordinary FFNs. One of ``layers`` and ``window`` says which.
+
+    Attributes:
+        layers: which FFNs go, e.g. "last:2", "4-7", "4,5,9", "encoder:last:2".
+        window: those of so many adjacent layers go; the best window is searched for.
+        score: what tells the best window: None, how little the FFNs add relative to what enters their layers, or a
+            function of the model without them that gives a number, higher is better, or a task's metric.
+
+    Source: a baseline of FFN merging, asked for by its reviewers (arXiv 2501.06126).
+    """
+
+    layers: str | None = None
+    window: int | None = None
+    score: Score | None = None
+
+    name: ClassVar[str] = "ffn-drop"
+    summary: ClassVar[str] = "drop the FFNs of some layers (baseline)"
+    paper: ClassVar[str] = "arXiv 2501.06126"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the FFNs' share is measured."""
+        return self.window is not None and self.score is None
+
+    def settings(self) -> dict[str, Any]:
+        return _settings(self)
+
+    def targets(self, model: nn.Module) -> list[Groups]:
+        """The groups of FFNs to choose among. Raises FfnkitError where the settings do not fit the model."""
+        return _candidates(self, model)
+
+    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+        return _draft(self, model, data, _silent, _added)
+
+
+def _settings(method: LayerDrop | FfnDrop) -> dict[str, Any]:
+    own = dataclasses.asdict(dataclasses.replace(method, score=None))
+    own["score"] = score_name(method.score)
+    return own
+
+
+def _candidates(method: LayerDrop | FfnDrop, model: nn.Module) -> list[Groups]:
+    if (method.layers is None) == (method.window is None):
+        given = "neither" if method.layers is None else "both"
+        raise FfnkitError(f"{method.name}", f"{given} of layers and window given", "Give layers='4-7' or window=4")
+    found = ffns(model)
+    if method.layers is not None:
+        return [series(select(found, method.layers))]
+    check_counts(method, window=1)
+    rows = [one for one in series(found) if len(one) > 1]
+    return windows(rows, [method.window or 1] * len(rows))
+
+
+def _draft(
+    method: LayerDrop | FfnDrop,
+    model: nn.Module,
+    data: Iterable[Batch] | None,
+    edits: Callable[[nn.Module, Groups], list[Edit]],
+    worth: Callable[[list[Passage]], tuple[float, float]],
+) -> Draft:
+    started = time.perf_counter()
+    choices = _candidates(method, model)
+    scores: list[float] = []
+    if len(choices) > 1 and method.score is None:
+        scores = _proxies(model, need_data(data, method.name), choices, worth)
+    places = {id(groups): number for number, groups in enumerate(choices)}
+    chosen, tried = best(
+        model, choices, method.score, lambda groups: edits(model, groups), lambda groups: scores[places[id(groups)]]
+    )
+    report: dict[str, Any] = {"groups": [[ffn.name for ffn in group] for group in chosen]}
+    if tried:
+        report["search"] = tried
+    return Draft(tuple(edits(model, chosen)), {}, report | {"seconds": time.perf_counter() - started})
+
+
+def _gone(model: nn.Module, groups: Groups) -> list[Edit]:
+    """One edit a layer; its further FFNs go with it."""
+    by_layer: dict[str, FFN] = {}
+    for ffn in (ffn for group in groups for ffn in group):
+        if ffn.twins:
+            raise FfnkitError(f"dropping {ffn.name}", "its weights are shared with other layers", "Keep this layer")
+        by_layer.setdefault(block_name(ffn.name), ffn)
+    edits: list[Edit] = []
+    for layer, ffn in by_layer.items():
+        whole = sum(p.numel() for p in model.get_submodule(layer).parameters())
+        edits.append(Drop(ffn.name, layer=layer, parameters=whole - ffn.num_parameters))
+    return edits
+
+
+def _silent(model: nn.Module, groups: Groups) -> list[Edit]:
+    edits: list[Edit] = []
+    for ffn in (ffn for group in groups for ffn in group):
+        ffn.check_plain(f"dropping {ffn.name}")
+        first = torch.zeros(1, dtype=torch.long, device=ffn.raw().up.device)
+        edits.append(Rewrite.of(ffn.name, ffn.raw().take(first).map(torch.zeros_like)))
+    return edits
+
+
+def _proxies(
+    model: nn.Module,
+    data: Iterable[Batch],
+    choices: list[Groups],
+    worth: Callable[[list[Passage]], tuple[float, float]],
+) -> list[float]:
+    """A score for each choice: the mean over its groups and all tokens."""
+    found = {block_name(ffn.name): ffn for groups in choices for group in groups for ffn in group}
+    sums = [[0.0, 0.0] for _ in choices]
+    for passed in passages(model, data, found):
+        for number, groups in enumerate(choices):
+            for group in groups:
+                value, count = worth([passed[block_name(ffn.name)] for ffn in group])
+                sums[number][0] += value
+                sums[number][1] += count
+    return [value / max(count, 1e-300) for value, count in sums]
+
+
+def _likeness(window: list[Passage]) -> tuple[float, float]:
+    """Summed cosine of what enters the window and what leaves it, and the number of tokens."""
+    first, last = window[0].entering.float(), window[-1].leaving.float()
+    return float(nn.functional.cosine_similarity(first, last, dim=1).double().sum()), float(len(first))
+
+
+def _added(window: list[Passage]) -> tuple[float, float]:
+    """Minus the summed size of what the FFNs add, relative to what enters their layers, and the number of tokens."""
+    parts = [p.added.float().norm(dim=1) / p.entering.float().norm(dim=1).clamp_min(1e-12) for p in window]
+    return -float(torch.stack(parts).double().sum()), float(len(parts[0]))

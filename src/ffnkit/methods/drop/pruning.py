@@ -1,0 +1,207 @@
+"""Single weights of linears become zero, wherever the linears are: the unstructured pruning of DSEE, Wanda, N:M."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit.edits.kinds import Edit, Mask
+from ffnkit.errors import FfnkitError
+from ffnkit.methods.common import Batch, check_choices, check_counts, generator, need_data
+from ffnkit.methods.drop.weights import Prunable, column_norms, prunable
+from ffnkit.ops.masks import lowest, lowest_of_groups, lowest_of_rows, read_pattern
+from ffnkit.plans import Draft, Progress
+
+Mode = Literal["ABS", "AB", "WABS", "WAB", "NABS", "NAB", "W", "random"]
+MODES = ("ABS", "AB", "WABS", "WAB", "NABS", "NAB", "W", "random")
+OF_UPDATE = ("ABS", "AB", "NABS", "NAB")  # modes that see the update alone
+CHOICES = {
+    "by": ("magnitude", "wanda", "random"),
+    "mode": MODES,
+    "scope": ("auto", "global", "layer", "row"),
+}
+Pool = list[tuple[int, Prunable]]
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Set the least weights of linears to zero, by a mask that stays through any tuning.
+
+    Linears without an update and linears that carry one (DSEE, SparseGrad) are two pools, each with a ratio of its
+    own. Below an update the frozen weight W is pruned and the update D stays whole. Zeros that are there already count.
+    Task heads, embeddings and routers are never pruned. Nothing gets smaller or faster by it: zeros are stored, and
+    dense hardware multiplies them.
+
+    Attributes:
+        ratio: share of zeros among weights without an update.
+        adapted_ratio: share of zeros among weights that carry an update; none: as ratio.
+        by: weights without an update go by magnitude, by "wanda" (magnitude times the norm of the input, on data), or
+            at random.
+        mode: weights that carry an update D go by ABS |D|, AB D, WABS |W + D|, WAB W + D, W |W|, or at random, the
+            lowest first; NABS and NAB the highest |D| and D first.
+        scope: scores are compared in the whole pool ("global"), in each matrix ("layer") or in each row of it ("row",
+            the weights of one output); auto: row with wanda, global otherwise.
+        pattern: "2:4", "4:8", ...: of each M weights that follow each other along the input N stay; sets the ratios.
+        sites: "ffn", "attention", "qv", "all", or a regular expression over module names. layers: of which FFNs.
+        seed: of random choices.
+
+    Source: DSEE (arXiv 2111.00160), stage 2 and its released code; Wanda (arXiv 2306.11695), equation 1; Han et al.
+        (arXiv 1506.02626). N:M as in Zhou et al. (arXiv 2102.04010).
+    Differs: WABS scales the whole update, not its sparse part alone; NAB is taken as the reverse order of D; RoBERTa's
+        task head stays whole. The norms of Wanda are those of the model as it is, in one pass, not of the model whose
+        earlier layers are pruned. With wanda the modes' scores are multiplied by the input's norm too.
+    """
+
+    ratio: float = 0.5
+    adapted_ratio: float | None = None
+    by: Literal["magnitude", "wanda", "random"] = "magnitude"
+    mode: Mode = "ABS"
+    scope: Literal["auto", "global", "layer", "row"] = "auto"
+    pattern: str | None = None
+    sites: str = "all"
+    layers: str = "all"
+    seed: int = 0
+
+    name: ClassVar[str] = "prune"
+    summary: ClassVar[str] = "set single weights of any linears to zero, by a mask that stays; saves no time"
+    paper: ClassVar[str] = "arXiv 2111.00160"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.pattern, int) and not isinstance(self.pattern, bool):  # YAML reads 2:4 as sixties and ones
+            object.__setattr__(self, "pattern", "{}:{}".format(*divmod(self.pattern, 60)))
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether activations are measured."""
+        return self.by == "wanda"
+
+    def settings(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def check(self) -> None:
+        """Raises FfnkitError on settings out of range."""
+        check_counts(self, seed=0)
+        check_choices(self, **CHOICES)
+        for key in ("ratio", "adapted_ratio"):
+            value = getattr(self, key)
+            if key == "adapted_ratio" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+                raise FfnkitError(f"{key} {value!r}", "not from 0 up to below 1", f"Give a share such as {key}=0.5")
+        if self.pattern is not None:
+            kept, size = read_pattern(self.pattern)
+            given = {self.ratio, self.ratio if self.adapted_ratio is None else self.adapted_ratio}
+            if not given <= {0.5, 1 - kept / size}:
+                found = f"it leaves {kept / size:.0%} of the weights, and ratios are given too"
+                raise FfnkitError(f"pattern {self.pattern}", found, "Leave the ratios out")
+            if self.scope != "auto":
+                raise FfnkitError(f"pattern {self.pattern}", "a scope is given too", "Leave the scope out")
+
+    def targets(self, model: nn.Module) -> list[Prunable]:
+        """The weights to prune. Raises FfnkitError where the settings do not fit the model."""
+        self.check()
+        found = prunable(model, self.sites, self.layers)
+        if self.pattern is not None:
+            _, size = read_pattern(self.pattern)
+            for each in found:
+                if each.shape[-1] % size:
+                    what = f"{each.label} has {each.shape[-1]} inputs, no multiple of {size}"
+                    raise FfnkitError(f"pattern {self.pattern}", what, "Name other sites, or another pattern")
+        return found
+
+    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+        found = self.targets(model)
+        for each in found:
+            each.check()
+            if each.site:
+                each.module.check_plain(f"pruning {each.name}")
+        self._check_updates(found)
+        norms = column_norms(model, need_data(data, self.name), found) if self.needs_data else {}
+        adapted = self.ratio if self.adapted_ratio is None else self.adapted_ratio
+        pools: list[tuple[float, Pool]] = [
+            (self.ratio, [(i, each) for i, each in enumerate(found) if not each.adapted]),
+            (adapted, [(i, each) for i, each in enumerate(found) if each.adapted]),
+        ]
+        made: dict[int, Edit] = {}
+        for ratio, pool in pools:
+            if not pool or (not ratio and self.pattern is None):
+                continue
+            masks = self._masks(pool, ratio, partial(self._scores, norms=norms))
+            for (number, each), mask in zip(pool, masks, strict=True):
+                made[number] = Mask.of(each.name, each.site, mask)
+                if progress is not None:
+                    progress(len(made), len(found), each.label)
+        edits = tuple(made[number] for number in sorted(made))
+        return Draft(edits, report=_counts(edits))
+
+    def _check_updates(self, found: list[Prunable]) -> None:
+        """Raises FfnkitError where weights would go by updates that are all zero."""
+        updated = [each for each in found if each.adapted]
+        needed = bool(updated) and self.mode in OF_UPDATE and self.adapted_ratio != 0
+        if needed and not any(bool(each.update().any()) for each in updated):
+            what = "the updates are all zero, so they tell no weights apart"
+            raise FfnkitError(f"mode {self.mode}", what, "Tune first, or choose mode W")
+
+    def _scores(self, place: int, each: Prunable, norms: dict[str, Tensor]) -> Tensor:
+        """Float32 at least, as the weight lies in (.., out, in); the lowest go. Zeros that are there come first."""
+        weight = each.weight()
+        mode = self.mode if each.adapted else {"magnitude": "W", "wanda": "W", "random": "random"}[self.by]
+        score = _score(mode, weight, each.update() if each.adapted else None, generator(self.seed, place))
+        if each.label in norms and mode != "random":
+            score = score * norms[each.label].to(score)[..., None, :]
+        return score.masked_fill_(each.gone(weight), -torch.inf)
+
+    def _masks(self, pool: Pool, ratio: float, scores: Callable[[int, Prunable], Tensor]) -> Iterator[Tensor]:
+        scope = ("row" if self.by == "wanda" else "global") if self.scope == "auto" else self.scope
+        if self.pattern is None and scope == "global":
+            total = sum(each.numel for _, each in pool)
+            kind = max((each.dtype for _, each in pool), key=lambda dtype: dtype.itemsize)
+            yield from lowest(lambda: (scores(*given).to(kind) for given in pool), round(ratio * total))
+            return
+        for given in pool:
+            score = scores(*given)
+            if self.pattern is not None:
+                yield lowest_of_groups(score, *read_pattern(self.pattern))
+            elif scope == "row":
+                yield lowest_of_rows(score, round(ratio * score.shape[-1]))
+            else:
+                yield _by_matrix(score, ratio)
+
+
+def _by_matrix(score: Tensor, ratio: float) -> Tensor:
+    """The mask of one weight, or of each expert's, by its own scores."""
+    parts = list(score) if score.ndim == 3 else [score]
+    masks = [next(lowest(partial(list, [part]), round(ratio * part.numel()))) for part in parts]
+    return torch.stack(masks) if score.ndim == 3 else masks[0]
+
+
+def _score(mode: str, weight: Tensor, update: Tensor | None, draw: torch.Generator) -> Tensor:
+    """The score of each weight by one of the modes, in memory of its own."""
+    if mode == "random":
+        return torch.rand(weight.shape, generator=draw, dtype=weight.dtype).to(weight.device)
+    if mode == "W":
+        return weight.abs()
+    assert update is not None
+    formulas: dict[str, Callable[[], Tensor]] = {
+        "ABS": lambda: update.abs(),
+        "AB": lambda: update.clone(),
+        "WABS": lambda: (weight + update).abs(),
+        "WAB": lambda: weight + update,
+        "NABS": lambda: -update.abs(),
+        "NAB": lambda: -update,
+    }
+    return formulas[mode]()
+
+
+def _counts(edits: Iterable[Edit]) -> dict[str, int]:
+    """How many weights are zero, of how many."""
+    masks = [edit for edit in edits if isinstance(edit, Mask)]
+    total = sum(math.prod(mask.shape) for mask in masks)
+    return {"zeros": total - sum(mask.kept for mask in masks), "weights": total}

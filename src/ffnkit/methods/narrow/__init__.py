@@ -1,0 +1,1 @@
+"""Methods that leave an FFN fewer neurons, or a lower rank."""

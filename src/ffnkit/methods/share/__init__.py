@@ -1,0 +1,1 @@
+"""Methods that let layers share one FFN."""

@@ -1,0 +1,342 @@
+"""FFN merging: FFNs of several layers, their neurons matched, become one that all of them use."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit.calibration.features import Features
+from ffnkit.edits.kinds import Edit, Rewrite, Tie
+from ffnkit.errors import FfnkitError
+from ffnkit.methods.common import Batch, check_choices, check_counts, generator, lifted, need_data
+from ffnkit.methods.share.refitting import corrected
+from ffnkit.methods.share.windows import Score, best, score_name, series, windows
+from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import ffns
+from ffnkit.model.layers import select
+from ffnkit.ops.matching import Spread, assign, correlation, matched, spread
+from ffnkit.plans import Draft, Progress, check_weights
+
+Group = str | Sequence[int]
+Pair = tuple[Tensor, float]
+
+
+@dataclass(frozen=True)
+class Merging:
+    """Let several layers share one FFN: the mean of their FFNs, neurons matched by what they do on data.
+
+    One of ``layers``, ``groups``, ``window``, ``keep`` and ``remove`` says which. In models of two stacks each stack
+    has groups of its own, of the same layer numbers.
+
+    Attributes:
+        layers: one group, e.g. "4-7" or "all".
+        groups: several groups, each a layer expression or a list of layer numbers, e.g. ["0-3", [4, 6, 7]];
+            "similar" lets the features choose groups, adjacent or not, ``keep`` of them in each stack.
+        window: so many adjacent layers; the best window is searched for.
+        keep: FFNs left in each stack, which says how long the window is.
+        remove: the least share of each stack's FFNs to save, which says it too.
+        anchor: the FFN whose order of neurons the others take: "first", "middle" or "last" of its group.
+        features: what is compared: "up" (the outputs of up; before the activation where there is no gate), "gate",
+            "hidden" (what down receives), or "sum" of their correlations.
+        match: whether neurons are matched; False takes them in the order in which they lie ("vanilla").
+        take: "mean" of the group, the "anchor" as it is, or "random" weights.
+        correct: "output" refits the shared output layer to all of the group by least squares.
+        score: what tells the best window: None, the mean correlation of the matched neurons; or a function of the
+            model with the window merged that gives a number, higher is better; or, where a task is at hand, the name
+            of its metric.
+        tokens: rows of features that are compared.
+        ridge: of the correction, relative to the mean square of the hidden activations.
+        seed: of random weights.
+
+    Source: Verma, Murray, Duh: Merging feed-forward sublayers (arXiv 2501.06126).
+    Differs: every window is searched, the last one too; padding does not count; the anchor counts once; each stack
+        has its own count of tokens.
+    """
+
+    layers: str | None = None
+    groups: Literal["similar"] | Sequence[Group] | None = None
+    window: int | None = None
+    keep: int | None = None
+    remove: float | None = None
+    anchor: Literal["first", "middle", "last"] = "first"
+    features: Literal["up", "gate", "hidden", "sum"] = "up"
+    match: bool = True
+    take: Literal["mean", "anchor", "random"] = "mean"
+    correct: Literal["none", "output"] = "none"
+    score: Score | None = None
+    tokens: int = 10000
+    ridge: float = 1e-2
+    seed: int = 0
+
+    name: ClassVar[str] = "merging"
+    summary: ClassVar[str] = "let several layers share one FFN, the mean of theirs with matched neurons"
+    paper: ClassVar[str] = "arXiv 2501.06126"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether features are needed: to match, to search, to choose groups or to correct."""
+        searches = self.groups == "similar" or (self._searches and self.score is None)
+        matches = self.match and self.take == "mean"
+        return matches or searches or self.correct != "none"
+
+    @property
+    def _searches(self) -> bool:
+        return any(value is not None for value in (self.window, self.remove)) or (
+            self.keep is not None and self.groups is None
+        )
+
+    def settings(self) -> dict[str, Any]:
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        own["score"] = score_name(self.score)
+        if self.groups is not None and self.groups != "similar":
+            own["groups"] = [g if isinstance(g, str) else list(g) for g in self.groups]
+        return own
+
+    def check(self) -> None:
+        """Raises FfnkitError on settings that contradict each other or lie out of range."""
+        check_counts(self, tokens=4, seed=0)
+        given = [k for k in ("layers", "groups", "window", "keep", "remove") if getattr(self, k) is not None]
+        wanted = "layers='4-7', groups=['0-3', [5, 7]], window=4, keep=3 or remove=0.5"
+        if self.groups == "similar":
+            if given != ["groups", "keep"]:
+                raise FfnkitError("groups='similar'", f"given are {', '.join(given)}", "Give keep= with it, no other")
+        elif len(given) != 1:
+            raise FfnkitError("merging", f"{', '.join(given) or 'nothing'} says which layers", f"Give one: {wanted}")
+        check_choices(
+            self,
+            anchor=("first", "middle", "last"),
+            features=("up", "gate", "hidden", "sum"),
+            take=("mean", "anchor", "random"),
+            correct=("none", "output"),
+        )
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 2):
+            raise FfnkitError(f"window {self.window!r}", "fewer than two layers", "Give window=2 or more")
+        if self.keep is not None and (not isinstance(self.keep, int) or self.keep < 1):
+            raise FfnkitError(f"keep {self.keep!r}", "not a whole number of at least 1", "Give keep=1 or more")
+        if self.remove is not None and not 0 < self.remove < 1:
+            raise FfnkitError(f"remove {self.remove!r}", "not between 0 and 1", "Give a share such as remove=0.5")
+        if not isinstance(self.ridge, int | float) or not self.ridge >= 0:
+            raise FfnkitError(f"ridge {self.ridge!r}", "not a number of at least 0", "Give ridge=0.01")
+
+    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+        self.check()
+        started = time.perf_counter()
+        candidates = self.targets(model)
+        held = None
+        if self.needs_data:
+            held = self._features(model, candidates, need_data(data, self.name))
+        if self.groups == "similar":
+            assert held is not None
+            candidates = [self._similar(model, held)]
+        work = _Work(self, held, progress, {pair for groups in candidates for pair in self._pairs(groups)})
+        chosen, scores = best(model, candidates, self.score, lambda groups: work.edits(groups)[0], work.alike)
+        edits, quantities = work.edits(chosen)
+        report: dict[str, Any] = {"groups": [[ffn.name for ffn in group] for group in chosen]}
+        if scores:
+            report["search"] = scores
+        report |= {"seconds": time.perf_counter() - started, "seconds of the assignments": work.assigning}
+        return Draft(tuple(edits), quantities, report)
+
+    # --- which layers
+
+    def targets(self, model: nn.Module) -> list[list[list[FFN]]]:
+        """The groups to choose among: a list of groups for each choice, one choice where nothing is searched.
+
+        Raises:
+            FfnkitError: layers that are not there, in two groups, or alone in theirs; windows that do not fit;
+                mixtures of experts; FFNs of unlike shape in one group.
+        """
+        self.check()
+        found = ffns(model)
+        if self.groups == "similar":
+            return [self._checked([rows for rows in series(found) if len(rows) > 1])]
+        if not self._searches:
+            asked = [self.layers] if self.layers is not None else list(self.groups or ())
+            groups = [rows for one in asked for rows in series(select(found, _expression(one)))]
+            return [self._checked(groups)]
+        rows = [one for one in series(found) if len(one) > 1 and not one[0].experts and one[0].active == 1]
+        if not rows:
+            self._checked(series(found))
+            raise FfnkitError("merging", "no two FFNs of the model lie in one stack", "Use a narrowing method")
+        found_windows = windows(rows, [self._length(len(one)) for one in rows], least=2)
+        return [self._checked(groups) for groups in found_windows]
+
+    def _length(self, layers: int) -> int:
+        """The window's length in a stack of so many FFNs."""
+        if self.window is not None:
+            return self.window
+        if self.keep is not None:
+            return layers - self.keep + 1
+        assert self.remove is not None
+        return next(k for k in range(1, layers + 1) if (k - 1) / layers >= self.remove - 1e-9 or k == layers)
+
+    def _checked(self, groups: list[list[FFN]]) -> list[list[FFN]]:
+        seen: set[str] = set()
+        for group in groups:
+            names = ", ".join(ffn.name for ffn in group)
+            if len(group) < 2:
+                raise FfnkitError(f"merging {names}", "a group of one FFN", "Name at least two layers a group")
+            for ffn in group:
+                if ffn.experts or ffn.active < 1:
+                    what = "it is one of a mixture of experts, which see different tokens"
+                    raise FfnkitError(f"merging {ffn.name}", what, "Use a narrowing method such as fusion")
+                if ffn.name in seen:
+                    raise FfnkitError(f"merging {ffn.name}", "it is in two groups", "Name each layer once")
+                seen.add(ffn.name)
+                ffn.check_plain(f"merging {ffn.name}")
+                mine, first = (_signature(each) for each in (ffn, group[0]))
+                if mine != first:
+                    what = f"{ffn.name} is {mine} and {group[0].name} is {first}"
+                    raise FfnkitError(f"merging {names}", what, "Name layers whose FFNs have one shape")
+                if self.features == "gate" and not ffn.gated:
+                    raise FfnkitError("features='gate'", f"{ffn.name} has no gate", "Use features='up' or 'hidden'")
+        return groups
+
+    def _similar(self, model: nn.Module, held: Features) -> list[list[FFN]]:
+        """Groups by average linkage over one minus the matched correlation: ``keep`` of them in each stack."""
+        from scipy.cluster.hierarchy import fcluster, linkage
+        from scipy.spatial.distance import squareform
+
+        assert self.keep is not None
+        result = []
+        for rows in series(ffns(model)):
+            if len(rows) < 2:
+                continue
+            if self.keep >= len(rows):
+                raise FfnkitError(f"keep={self.keep}", f"the stack has {len(rows)} FFNs", "Give a smaller number")
+            work = _Work(self, held, None, set())
+            distance = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+            for i, first in enumerate(rows):
+                for j in range(i + 1, len(rows)):
+                    distance[i, j] = distance[j, i] = 1 - work.pair(first, rows[j])[1]
+            tree = linkage(squareform(distance.clamp_min(0).numpy(), checks=False), method="average")
+            labels = fcluster(tree, self.keep, criterion="maxclust")
+            by_label: dict[int, list[FFN]] = defaultdict(list)
+            for ffn, label in zip(rows, labels, strict=True):
+                by_label[int(label)].append(ffn)
+            result += [group for group in by_label.values() if len(group) > 1]
+        return result
+
+    # --- work
+
+    def placed(self, group: list[FFN]) -> list[FFN]:
+        """The group with its anchor first."""
+        at = {"first": 0, "middle": (len(group) - 1) // 2, "last": len(group) - 1}[self.anchor]
+        return [group[at], *group[:at], *group[at + 1 :]]
+
+    def _pairs(self, groups: list[list[FFN]]) -> set[tuple[str, str]]:
+        return {(anchor.name, ffn.name) for anchor, *rest in map(self.placed, groups) for ffn in rest}
+
+    def _features(self, model: nn.Module, candidates: list[list[list[FFN]]], data: Iterable[Batch]) -> Features:
+        found = list({ffn.name: ffn for groups in candidates for group in groups for ffn in group}.values())
+        wanted = {"sum": ["up", "gate", "hidden"]}.get(self.features, [self.features])
+        needed = ["input", "output"] if self.correct == "output" else []
+        kinds = {f.name: [k for k in wanted if k != "gate" or f.gated] + needed for f in found}
+        return Features(model, data, found, kinds, self.tokens)
+
+
+class _Work:
+    """Pairs that are matched once, whichever groups need them."""
+
+    def __init__(
+        self, method: Merging, held: Features | None, progress: Progress | None, pairs: set[tuple[str, str]]
+    ) -> None:
+        self.method, self.held, self.progress, self.total = method, held, progress, len(pairs)
+        self.found: dict[tuple[str, str], Pair] = {}
+        self.spreads: dict[tuple[str, str], Spread] = {}
+        self.assigning = 0.0
+
+    def pair(self, anchor: FFN, member: FFN) -> Pair:
+        """The member's neuron for each of the anchor's, and how much they correlate in the mean."""
+        key = (anchor.name, member.name)
+        if key not in self.found:
+            self.found[key] = self._matched(anchor, member)
+            if self.progress is not None:
+                self.progress(len(self.found), max(self.total, len(self.found)), member.name)
+        return self.found[key]
+
+    def _matched(self, anchor: FFN, member: FFN) -> Pair:
+        same = torch.arange(anchor.width)
+        if self.held is None:
+            return same, float("nan")
+        total: Tensor | None = None
+        kinds = ["up", "gate", "hidden"] if self.method.features == "sum" else [self.method.features]
+        kinds = [kind for kind in kinds if kind != "gate" or anchor.gated]
+        for kind in kinds:
+            parts = [(self.held.get(ffn.name, kind), self._spread(ffn.name, kind)) for ffn in (anchor, member)]
+            one = correlation(parts[0][0], parts[1][0], parts[0][1], parts[1][1])
+            total = one if total is None else total.add_(one)
+        assert total is not None
+        start = time.perf_counter()
+        order = assign(total) if self.method.match else same
+        self.assigning += time.perf_counter() - start
+        return order, matched(total, order) / len(kinds)
+
+    def _spread(self, name: str, kind: str) -> Spread:
+        if (name, kind) not in self.spreads:
+            assert self.held is not None
+            self.spreads[name, kind] = spread(self.held.get(name, kind))
+        return self.spreads[name, kind]
+
+    def alike(self, groups: list[list[FFN]]) -> float:
+        """The mean correlation of matched neurons over all members of the groups."""
+        found = [self.pair(anchor, m)[1] for anchor, *rest in map(self.method.placed, groups) for m in rest]
+        return sum(found) / len(found)
+
+    def edits(self, groups: list[list[FFN]]) -> tuple[list[Edit], dict[str, dict[str, float]]]:
+        """The edits that merge these groups, and what was measured of each member."""
+        edits: list[Edit] = []
+        quantities: dict[str, dict[str, float]] = {}
+        method = self.method
+        for number, group in enumerate(groups):
+            anchor, *rest = method.placed(group)
+            for ffn in group:
+                check_weights(ffn.raw(), ffn.name)
+            pairs = [self.pair(anchor, member) for member in rest] if method.take == "mean" else []
+            same = torch.arange(anchor.width)
+            orders = torch.stack([p[0] for p in pairs] or [same for _ in rest]).to(torch.int32)
+            names = [member.name for member in rest]
+            quantities |= {m.name: {"correlation": p[1]} for m, p in zip(rest, pairs, strict=False) if p[1] == p[1]}
+            average = method.take == "mean"
+            drawn: Rewrite | None = None
+            if method.take == "random":
+                drawn = Rewrite.of(anchor.name, _random(anchor, generator(method.seed, number)))
+            if method.correct == "output":
+                assert self.held is not None
+                start = drawn.neurons() if drawn is not None else None
+                used = orders if average else orders[:0]
+                fitted, errors = corrected([anchor, *rest], used, self.held, method.ridge, start)
+                drawn = Rewrite.of(anchor.name, fitted)
+                for name, error in errors.items():
+                    quantities.setdefault(name, {})["output error on the data"] = error
+                average = False
+            if drawn is not None:
+                edits.append(drawn)
+            edits.append(Tie(anchor.name, members=names, average=average, orders=orders))
+        return edits, quantities
+
+
+def _expression(group: Group) -> str:
+    return group if isinstance(group, str) else ",".join(str(number) for number in group)
+
+
+def _signature(ffn: FFN) -> str:
+    bias = "with" if ffn.raw().down_bias is not None else "without"
+    return f"{ffn.d} x {ffn.width}{' gated' if ffn.gated else ''} {bias} bias"
+
+
+def _random(ffn: FFN, draw: torch.Generator) -> Any:
+    """Neurons of the FFN's shape, drawn with the spread of its own weights; biases zero."""
+    own = lifted(ffn.raw())
+    fresh: dict[str, Tensor] = {}
+    for name, value in own.tensors().items():
+        plain = torch.randn(value.shape, generator=draw).to(value) * value.std()
+        fresh[name] = torch.zeros_like(value) if name.endswith("bias") else plain
+    return type(own)(**fresh).to(ffn.raw().up.dtype)

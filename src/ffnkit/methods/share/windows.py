@@ -1,0 +1,87 @@
+"""Windows of adjacent layers: which there are, and which of them costs least."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from ffnkit.edits.kinds import Edit
+from ffnkit.errors import FfnkitError
+from ffnkit.model.ffn import FFN
+
+Groups = list[list[FFN]]
+Score = Callable[[nn.Module], float] | str  # the name of a task's metric until a task is there
+
+
+def series(found: list[FFN]) -> Groups:
+    """FFNs that stand in one place of successive layers of one stack."""
+    rows: dict[tuple[str, str], list[FFN]] = defaultdict(list)
+    for ffn in found:
+        rows[ffn.stack, re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", ffn.name, count=1)].append(ffn)
+    return list(rows.values())
+
+
+def windows(rows: Groups, lengths: Sequence[int], least: int = 1) -> list[Groups]:
+    """Every window of the given length in each series, the same start in all: starts 0 to N - k, both included.
+
+    A series that is too short for a start has its last window there.
+
+    Raises:
+        FfnkitError: a length below ``least`` or beyond its series.
+    """
+    if any(not least <= k <= len(one) for one, k in zip(rows, lengths, strict=True)):
+        found = f"there are {', '.join(str(len(one)) for one in rows)} FFNs in a stack"
+        raise FfnkitError(f"a window of {max(lengths)} layers", found, f"Give one from {least} to that number")
+    starts = max(len(one) - k + 1 for one, k in zip(rows, lengths, strict=True))
+    return [
+        [one[min(start, len(one) - k) :][:k] for one, k in zip(rows, lengths, strict=True)] for start in range(starts)
+    ]
+
+
+def label(groups: Groups) -> str:
+    """A choice of groups in words: "encoder:2-4; decoder:2-4"."""
+    parts = []
+    for group in groups:
+        numbers = [ffn.layer for ffn in group]
+        adjacent = numbers == list(range(numbers[0], numbers[-1] + 1))
+        text = f"{numbers[0]}-{numbers[-1]}" if adjacent and len(numbers) > 1 else ",".join(map(str, numbers))
+        parts.append(f"{group[0].stack}:{text}" if group[0].stack else text)
+    return "; ".join(parts)
+
+
+def score_name(score: Score | None) -> str | None:
+    """What a plan's settings call a score."""
+    return score if score is None or isinstance(score, str) else getattr(score, "__name__", type(score).__name__)
+
+
+def best(
+    model: nn.Module,
+    candidates: list[Groups],
+    score: Score | None,
+    edits: Callable[[Groups], list[Edit]],
+    proxy: Callable[[Groups], float],
+) -> tuple[Groups, dict[str, float]]:
+    """The choice with the highest score, and all scores; one choice alone is not scored.
+
+    Args:
+        score: of the model with the choice's ``edits``; None takes the ``proxy``, which needs no run.
+    """
+    from ffnkit.surgery.trials import trying
+
+    if isinstance(score, str):
+        do = "Give a function of the model, or a task: ffnkit.tune.scorer makes one"
+        raise FfnkitError(f"score={score}", "the name of a metric alone cannot be computed", do)
+    if len(candidates) == 1:
+        return candidates[0], {}
+    scores = []
+    for groups in candidates:
+        if score is None:
+            scores.append(proxy(groups))
+            continue
+        with trying(model, edits(groups)):
+            scores.append(float(score(model)))
+    top = max(range(len(candidates)), key=lambda i: scores[i])
+    return candidates[top], {label(groups): value for groups, value in zip(candidates, scores, strict=True)}

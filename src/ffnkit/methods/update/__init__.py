@@ -1,0 +1,1 @@
+"""Methods that train a small update beside frozen weights."""

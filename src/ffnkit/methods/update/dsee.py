@@ -1,0 +1,191 @@
+"""DSEE: a low-rank and a sparse update of each weight train; the weight itself stays."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit.calibration.gradients import weight_gradients
+from ffnkit.edits.kinds import Adapt, Edit, Train
+from ffnkit.errors import FfnkitError
+from ffnkit.io.files import spool
+from ffnkit.io.peft_lora import Lora, read_lora
+from ffnkit.methods.common import Batch, check_choices, check_counts, check_parts, generator, need_data, plain_linears
+from ffnkit.model.sites import query_value
+from ffnkit.nn.dsee import index_dtype
+from ffnkit.nn.quantized import float_weight, in_few_bits, sides
+from ffnkit.ops import support
+from ffnkit.plans import Draft, Progress
+
+IN_MEMORY = 1 << 30  # bytes of summed squares while planning; more lie in files that are memory-mapped
+SUPPORTS = ("svd", "grebsmo", "gradient", "magnitude", "random")
+
+
+@dataclass(frozen=True)
+class DSEE:
+    """Train a low-rank update and single entries of each weight, beside the frozen weight.
+
+    W x becomes (W + alpha / rank (U V + S2)) x; U, V and the chosen entries of S2 train. After ``fk.apply`` any
+    optimizer over ``fk.trainable_parameters(model)`` trains; ``fk.fold`` puts the update into the weights.
+
+    Attributes:
+        rank: of U V; 0 trains the entries alone. alpha: all of the update is scaled by alpha / rank (by alpha with
+            rank 0).
+        nonzeros: entries of S2, exactly so many a weight; 0 trains U V alone. share: so many of a weight's entries
+            instead.
+        sites: "qv" (query and value), "ffn", "attention", "all", or a regular expression over module names.
+        layers: of which layers query and value, and FFNs, are taken.
+        support: which entries: the largest of what a truncated SVD of this rank leaves of the weight ("svd"), of the
+            sparse part of its decomposition by "grebsmo", of its own ("magnitude"), of summed squares of its
+            "gradient" on batches with labels, or "random" ones.
+        lora: a folder with a peft LoRA adapter that U and V start from, with its ranks and scales.
+        batches: so many are read at most. also: parts of the model that train too: head, biases, norms, attention,
+            embeddings, rest. seed: of V, random entries and randomized decompositions.
+
+    Source: DSEE (arXiv 2111.00160), section 3.2 and the released code: V normal of deviation 0.02, U and S2 zero.
+    Differs: a linear that holds query, key and value has one U V over the rows of query and value, and the entries
+        that each of the two would have alone.
+    """
+
+    rank: int = 16
+    alpha: float = 32
+    nonzeros: int = 64
+    sites: str = "qv"
+    support: Literal["svd", "grebsmo", "gradient", "magnitude", "random"] = "svd"
+    share: float | None = None
+    layers: str = "all"
+    lora: str | None = None
+    batches: int = 30
+    also: Sequence[str] = ("head",)
+    seed: int = 0
+
+    name: ClassVar[str] = "dsee"
+    summary: ClassVar[str] = "train a low-rank update and single entries of each weight"
+    paper: ClassVar[str] = "arXiv 2111.00160"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether gradients are needed to choose entries by."""
+        return self.support == "gradient" and (self.nonzeros > 0 or self.share is not None)
+
+    def settings(self) -> dict[str, Any]:
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return own | {"also": list(self.also), "lora": None if self.lora is None else str(self.lora)}
+
+    def check(self) -> None:
+        """Raises FfnkitError on settings out of range."""
+        check_counts(self, rank=0, nonzeros=0, batches=1, seed=0)
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not self.alpha > 0:
+            raise FfnkitError(f"alpha {self.alpha!r}", "not a number above 0", "Give one such as alpha=32")
+        share = self.share
+        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1):
+            raise FfnkitError(f"share {share!r}", "not above 0 and up to 1", "Give a share such as share=0.001")
+        check_choices(self, support=SUPPORTS)
+        if self.rank == 0 and self.nonzeros == 0 and share is None:
+            raise FfnkitError("rank 0 and nonzeros 0", "nothing would train", "Give a rank or nonzeros")
+        check_parts(self.also)
+
+    def targets(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The linears by name. Raises FfnkitError where the settings do not fit the model."""
+        self.check()
+        found, asked = plain_linears(model, self.name, self.sites, self.layers), f"dsee on {type(model).__name__}"
+        for name, linear in found.items():
+            if any(p.is_meta for p in linear.parameters()):
+                raise FfnkitError(asked, "the model is empty (meta device)", "Load the weights first")
+            if self.needs_data and in_few_bits(linear):
+                what = f"{name} is in few bits, and has no gradient of its own"
+                raise FfnkitError(f"{asked}: support gradient", what, "Take support svd")
+        return found
+
+    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+        started = time.perf_counter()
+        linears = self.targets(model)
+        lora = Lora() if self.lora is None else read_lora(self.lora).placed(model, linears)
+        batches = list(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
+        squares = self._squares(model, linears, batches) if batches else {}
+        roles = query_value(model, self.layers) if self.sites == "qv" else {}
+        edits: list[Edit] = []
+        for number, (name, linear) in enumerate(linears.items()):
+            edits.append(self._edit(name, linear, roles.get(name, []), lora, squares.pop(name, None)))
+            if progress is not None:
+                progress(number + 1, len(linears), name)
+        edits.append(Train("", parts=list(self.also), values=lora.beside))
+        return Draft(tuple(edits), {}, {"batches": len(batches), "seconds": time.perf_counter() - started})
+
+    def _edit(self, name: str, linear: Any, roles: list[Tensor], lora: Lora, squares: Tensor | None) -> Adapt:
+        """The update of one linear."""
+        out, inner = sides(linear)
+        given: dict[str, Any] = {"rank": self.rank, "alpha": float(self.alpha)}
+        rows = torch.cat(roles).sort().values.int() if roles else None
+        parts: dict[str, Tensor] = {}
+        if name in lora.layers:
+            down, up, scale = lora.layers[name]
+            given = {"rank": len(down), "alpha": scale * len(down)}
+            parts = {"up": up, "down": down}
+            if rows is not None and bool(up.index_fill(0, rows.long(), 0).any()):
+                rows = None  # the adapter updates the key too
+            elif rows is not None:
+                parts["up"] = up[rows.long()].contiguous()
+        elif self.rank:
+            given["seed"] = generator(self.seed, zlib.crc32(name.encode())).initial_seed()
+        trained = given["rank"] * ((out if rows is None else len(rows)) + inner)
+        if rows is not None and given["rank"]:
+            parts["rows"] = rows
+        places = [self._support(name, linear, of, squares) for of in roles or [None]]  # type: ignore[list-item]
+        index = torch.cat(places).sort().values
+        if len(index):
+            parts["index"] = index.to(index_dtype(out, inner))
+        return Adapt(name, layer="dsee", given=given | {"trained": trained + len(index)}, parts=parts)
+
+    def _support(self, name: str, linear: Any, rows: Tensor | None, squares: Tensor | None) -> Tensor:
+        """The flat places of the entries, of these rows alone."""
+        out, inner = sides(linear)
+        tall = out if rows is None else len(rows)
+        count = self.nonzeros if self.share is None else max(1, round(self.share * tall * inner))
+        count = min(count, tall * inner)
+        if count == 0:
+            return torch.zeros(0, dtype=torch.int64)
+        draw = generator(self.seed, zlib.crc32(name.encode()), 1 if rows is None else 2 + int(rows[0]))
+        if self.support == "random":
+            found = support.drawn(tall * inner, count, draw)
+        else:
+            weight = squares if squares is not None else float_weight(linear)
+            weight = weight if rows is None else weight[rows.to(weight.device)]
+            try:
+                found = self._chosen(weight, count, draw.initial_seed()).cpu()
+            except ValueError as error:
+                raise FfnkitError(f"the support of {name}", str(error), "Check the weights, or take random") from None
+        return found if rows is None else rows[found // inner] * inner + found % inner
+
+    def _chosen(self, weight: Tensor, count: int, seed: int) -> Tensor:
+        if self.support == "gradient":
+            return support.largest(weight, count)
+        if self.support == "magnitude":
+            return support.magnitude(weight, count)
+        if self.support == "svd":
+            return support.svd(weight, self.rank, count, seed)
+        return support.grebsmo(weight, count, seed=seed)
+
+    def _squares(self, model: nn.Module, linears: dict[str, nn.Module], batches: list[Batch]) -> dict[str, Tensor]:
+        """Summed squares of each weight's gradients, (out, in) float32."""
+        sizes = {name: sides(linear) for name, linear in linears.items()}
+        large = 4 * sum(out * inner for out, inner in sizes.values()) > IN_MEMORY
+        sums: dict[str, Tensor] = {}
+
+        def receive(name: str, gradient: Tensor) -> None:
+            square = gradient.float().square()
+            if name not in sums:
+                sums[name] = spool(sizes[name], torch.float32) if large else torch.zeros_like(square)
+            sums[name] += square.to(sums[name].device)
+
+        weight_gradients(model, batches, linears, receive)
+        # a module that no batch reached has no gradient: all of its entries are alike
+        return {name: sums.get(name, torch.zeros(sizes[name])) for name in linears}

@@ -1,0 +1,319 @@
+"""SparseGrad: train about one percent of the entries of a weight's gradient, in a basis in which it is sparse."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit.calibration.gradients import Receive, weight_gradients
+from ffnkit.edits.kinds import Adapt, Edit, Train
+from ffnkit.errors import FfnkitError
+from ffnkit.io.files import spool
+from ffnkit.methods.common import Batch, check_choices, check_counts, check_parts, generator, need_data, plain_linears
+from ffnkit.model.linear import is_transposed
+from ffnkit.nn.quantized import in_few_bits
+from ffnkit.ops.bases import Grams, Zeros, core_of, top_share, turned
+from ffnkit.plans import Draft, Progress
+
+IN_MEMORY = 1 << 30  # bytes of sums while planning; more lie in files that are memory-mapped
+ROOM = 4  # times as many entries has a core in which the choice may change
+REACH = 0.995  # of the gradients' energy: what the leading rows of a basis hold from which the core is taken
+CHOICES = {
+    "selection": ("fixed", "refresh", "step"),
+    "basis": ("shared", "layer", "none"),
+    "choose": ("gradient", "magnitude", "random"),
+    "by": ("layer", "all"),
+}
+
+
+@dataclass(frozen=True)
+class SparseGrad:
+    """Train few entries of each weight's update, in a basis in which the gradients of that weight are sparse.
+
+    Batches with labels give gradients: first the basis (the factors of their higher-order SVD), then which of its
+    entries hold the most energy. Weights stay as they are below the update. After ``fk.apply`` any optimizer over
+    ``fk.trainable_parameters(model)`` trains; ``fk.fold`` puts the update into the weights.
+
+    Attributes:
+        share: of each weight's entries that train. count: so many a weight instead.
+        selection: "fixed" chooses once; "refresh" anew after each ``every`` steps, the optimizer's state goes along;
+            "step" at each step, as in the paper, with numbers and moments for the whole core.
+        basis: one for all layers of a type ("shared"), one for each weight ("layer"), or "none": the weight's own.
+        core: entries of a weight are taken from a leading rectangle of the basis, the cheapest that keeps this share
+            of the energy that a free choice of as many entries has on the last quarter of the batches; 1.0 confines
+            nothing.
+        choose: entries by the energy of their gradient, by the "magnitude" of the weight, or at "random".
+        by: the count is one of each layer, or of "all" layers together.
+        sites: "ffn", "attention", "all", or a regular expression over module names. layers: of which FFNs.
+        batches: so many are read at most. every: steps between refreshes. also: parts of the model that train too:
+            head, biases, norms, attention, embeddings, rest. seed: of random choices.
+
+    Source: SparseGrad (arXiv 2410.07383). MeProp's variant there is selection "step" with basis "none".
+    Differs: entries are confined to a core; the input side's basis is not transposed; a fixed selection by summed
+        squares.
+    """
+
+    share: float = 0.01
+    count: int | None = None
+    selection: Literal["fixed", "refresh", "step"] = "fixed"
+    basis: Literal["shared", "layer", "none"] = "shared"
+    core: float = 0.97
+    choose: Literal["gradient", "magnitude", "random"] = "gradient"
+    by: Literal["layer", "all"] = "layer"
+    sites: str = "ffn"
+    layers: str = "all"
+    batches: int = 30
+    every: int = 100
+    also: Sequence[str] = ("head",)
+    seed: int = 0
+
+    name: ClassVar[str] = "sparsegrad"
+    summary: ClassVar[str] = "train about 1% of the entries of each update, in a basis in which gradients are sparse"
+    paper: ClassVar[str] = "arXiv 2410.07383"
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether gradients are needed: for a basis, or to choose entries by."""
+        return self.basis != "none" or (self.choose == "gradient" and self.selection != "step")
+
+    def settings(self) -> dict[str, Any]:
+        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "also": list(self.also)}
+
+    def check(self) -> None:
+        """Raises FfnkitError on settings out of range."""
+        check_counts(self, batches=1, every=1, seed=0)
+        check_choices(self, **CHOICES)
+        for key in ("share", "core"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise FfnkitError(f"{key} {value!r}", "not above 0 and up to 1", f"Give a share such as {key}=0.01")
+        if self.count is not None:
+            check_counts(self, count=1)
+        check_parts(self.also)
+
+    def targets(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The linears by name. Raises FfnkitError where the settings do not fit the model."""
+        self.check()
+        found, asked = plain_linears(model, self.name, self.sites, self.layers), f"sparsegrad on {type(model).__name__}"
+        for name, linear in found.items():
+            if in_few_bits(linear):
+                raise FfnkitError(asked, f"{name} is in few bits, and has no gradient of its own", "Take dsee or lora")
+        return found
+
+    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+        started = time.perf_counter()
+        linears = self.targets(model)
+        batches = list(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
+        work = _Work(self, model, linears, progress)
+        if self.basis != "none":
+            work.find_bases(batches)
+        if self.choose == "gradient" and (self.selection != "step" or self.basis != "none"):
+            work.find_energies(batches)
+        elif self.choose == "magnitude":
+            work.weigh()
+        edits = work.edits()
+        report = {"cores": {name: list(core) for name, core in work.cores.items()}, "batches": len(batches)}
+        return Draft(
+            (*edits, Train("", parts=list(self.also))),
+            work.quantities,
+            report | {"seconds": time.perf_counter() - started},
+        )
+
+
+class _Work:
+    """Bases, energies and the choice, linear by linear."""
+
+    def __init__(
+        self, method: SparseGrad, model: nn.Module, linears: dict[str, nn.Module], progress: Progress | None
+    ) -> None:
+        self.method, self.model, self.linears, self.progress = method, model, linears, progress
+        self.shapes = {name: shape_of(linear) for name, linear in linears.items()}
+        shared = method.basis == "shared"
+        self.group = {name: f"{kind_of(name)} {self.shapes[name]}" if shared else name for name in linears}
+        self.bases: dict[str, tuple[Tensor, Tensor]] = {}
+        self.energies: dict[str, Tensor] = {}
+        self.fresh: dict[str, Tensor] = {}  # of the last batches, which judge the core
+        self.totals: dict[str, float] = defaultdict(float)
+        self.cores: dict[str, tuple[int, int]] = {}
+        self.quantities: dict[str, dict[str, float]] = {}
+
+    def find_bases(self, batches: list[Batch]) -> None:
+        """The leading rows of the bases of each group."""
+        grams: dict[str, Grams] = {}
+
+        shapes = {self.group[name]: shape for name, shape in self.shapes.items()}
+        large = 8 * sum(out * out + inner * inner for out, inner in shapes.values()) > IN_MEMORY
+
+        def receive(name: str, gradient: Tensor) -> None:
+            if (group := self.group[name]) not in grams:
+                grams[group] = Grams(*shapes[group], zeros=_zeros(gradient.device, large))
+            grams[group].add(gradient)
+
+        weight_gradients(self.model, self._told(batches, "gradients"), self.linears, receive)
+        counts = {self.group[name]: self._count(name) for name in self.linears}
+        for group in list(grams):
+            left, right = grams.pop(group).bases(REACH if self.method.core < 1 else 1.0, counts[group])
+            self.bases[group] = left.rows, right.rows
+
+    def find_energies(self, batches: list[Batch]) -> None:
+        """Summed squares of each entry of the gradients, in the basis."""
+        sizes = {name: self._size(name) for name in self.linears}
+        large = 4 * sum(rows * columns for rows, columns in sizes.values()) > IN_MEMORY
+
+        judges = len(batches) // 4 if self.method.core < 1 and self.method.basis != "none" else 0
+
+        def into(sums: dict[str, Tensor]) -> Receive:
+            def receive(name: str, gradient: Tensor) -> None:
+                exact = gradient.float()
+                self.totals[name] += float(exact.square().sum())
+                square = turned(exact, *self.bases.get(self.group[name], (None, None))).square_()
+                if name not in sums:
+                    sums[name] = _zeros(square.device, large)(sizes[name], dtype=torch.float32)
+                sums[name] += square.to(sums[name].device)
+
+            return receive
+
+        first = batches[: len(batches) - judges]
+        weight_gradients(self.model, self._told(first, "energies"), self.linears, into(self.energies))
+        if judges:
+            last = batches[len(first) :]
+            weight_gradients(self.model, self._told(last, "energies"), self.linears, into(self.fresh))
+
+    def _size(self, name: str) -> tuple[int, int]:
+        """Rows and columns of the entries that are looked at."""
+        pair = self.bases.get(self.group[name])
+        return self.shapes[name] if pair is None else (len(pair[0]), len(pair[1]))
+
+    def weigh(self) -> None:
+        """The squares of the weight's own entries, in the basis."""
+        for name, linear in self.linears.items():
+            weight = _weight(linear).detach().float()
+            self.energies[name] = turned(weight, *self.bases.get(self.group[name], (None, None))).square_()
+            self.totals[name] = float(weight.square().sum())
+
+    def edits(self) -> list[Edit]:
+        """One edit for each linear that gets entries."""
+        method = self.method
+        counts = {name: self._count(name) for name in self.linears}
+        for name in self.linears:
+            self._confine(name, counts[name])
+        pairs, chosen = self._pairs(), self._chosen(counts)
+        edits: list[Edit] = []
+        for number, name in enumerate(self.linears):
+            given: dict[str, Any] = {"selection": method.selection, "order": number}
+            parts: dict[str, Tensor] = {}
+            if self.group[name] in pairs:
+                parts["left"], parts["right"] = pairs[self.group[name]]
+                given["core"] = list(self.cores[name])
+            if method.selection == "step":
+                rows, columns = self.cores.get(name, self.shapes[name])
+                given |= {"count": min(counts[name], rows * columns), "trained": rows * columns}
+            else:
+                if not len(chosen[name]):
+                    continue
+                parts["index"] = chosen[name]
+                given |= {"trained": len(chosen[name])}
+            if method.selection == "refresh":
+                given["every"] = method.every
+            given["together"] = "all" if method.by == "all" else name
+            edits.append(Adapt(name, layer="sparsegrad", given=given, parts=parts))
+        if not edits:
+            raise FfnkitError("sparsegrad", "no entry was chosen", "Give a larger share")
+        return edits
+
+    def _count(self, name: str) -> int:
+        rows, columns = self.shapes[name]
+        return min(self.method.count or max(1, round(self.method.share * rows * columns)), rows * columns)
+
+    def _confine(self, name: str, count: int) -> None:
+        """The core of one weight, where it has bases; its energies are cut to it."""
+        if self.group[name] not in self.bases:
+            return
+        energy, fresh = self.energies.get(name), self.fresh.pop(name, None)
+        rows, columns = self._size(name)
+        if energy is not None and self.method.core < 1:
+            room = 1 if self.method.selection == "fixed" else ROOM
+            rows, columns = core_of(energy, count, self.method.core, *self.shapes[name], fresh=fresh, room=room)
+        self.cores[name] = rows, columns
+        if energy is None:
+            return
+        if fresh is not None:
+            energy += fresh
+        free = top_share(energy, count)
+        self.energies[name] = energy[:rows, :columns].contiguous()
+        kept = top_share(self.energies[name], count)
+        self.quantities[name] = {
+            "energy": kept / max(self.totals[name], 1e-300),
+            "of a free choice": kept / max(free, 1e-300),
+        }
+
+    def _pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The bases of each group: as many leading rows as the largest cores need."""
+        pairs = {}
+        for group, (left, right) in self.bases.items():
+            cores = [core for name, core in self.cores.items() if self.group[name] == group]
+            rows, columns = max(r for r, _ in cores), max(c for _, c in cores)
+            pairs[group] = left[:rows].cpu().contiguous(), right[:columns].cpu().contiguous()
+        return pairs
+
+    def _chosen(self, counts: dict[str, int]) -> dict[str, Tensor]:
+        """The flat places of the entries, in order, int32."""
+        method = self.method
+        if method.selection == "step":
+            return {}
+        if method.choose == "random":
+            draw = generator(method.seed, 0)
+            found = {}
+            for name, shape in self.shapes.items():
+                rows, columns = self.cores.get(name, shape)
+                found[name] = torch.randperm(rows * columns, generator=draw)[: counts[name]]
+        elif method.by == "all":
+            flat = torch.cat([self.energies[name].flatten() for name in self.linears])
+            places = torch.topk(flat, min(sum(counts.values()), len(flat)), sorted=False).indices
+            mask = torch.zeros_like(flat, dtype=torch.bool)
+            mask[places] = True
+            sizes = [self.energies[name].numel() for name in self.linears]
+            found = {name: part.nonzero()[:, 0] for name, part in zip(self.linears, mask.split(sizes), strict=True)}
+        else:
+            found = {
+                name: torch.topk(energy.flatten(), min(counts[name], energy.numel()), sorted=False).indices
+                for name, energy in self.energies.items()
+            }
+        return {name: places.sort().values.to("cpu", torch.int32) for name, places in found.items()}
+
+    def _told(self, batches: list[Batch], what: str) -> Iterable[Batch]:
+        for number, batch in enumerate(batches):
+            yield batch
+            if self.progress is not None:
+                self.progress(number + 1, len(batches), what)
+
+
+def _zeros(device: torch.device, large: bool) -> Zeros:
+    """Zeros on the device, or memory-mapped where all of them together are large."""
+    if not large:
+        return lambda shape, dtype: torch.zeros(shape, dtype=dtype, device=device)
+    return spool
+
+
+def kind_of(name: str) -> str:
+    """A linear's name without the numbers of its layers."""
+    return re.sub(r"\d+", "#", name)
+
+
+def _weight(linear: Any) -> Tensor:
+    weight: Tensor = linear.weight
+    return weight.mT if is_transposed(linear) else weight
+
+
+def shape_of(linear: Any) -> tuple[int, int]:
+    rows, columns = _weight(linear).shape
+    return rows, columns

@@ -1,0 +1,1 @@
+"""What is in a model: FFNs, attentions, linears, found and read. Nothing here changes one."""

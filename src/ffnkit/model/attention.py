@@ -1,0 +1,271 @@
+"""Where the attention of a model is, and which weights belong to which head: families as data.
+
+A family is a row of ``ATTENTION_LAYOUTS``. Names find an attention; shapes have to confirm it, else it is listed with
+the reason for which its heads cannot go alone (:attr:`Attention.why`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit.errors import FfnkitError
+from ffnkit.model.families.attentions import ATTENTION_LAYOUTS, BLOCKS, ROLES, AttentionLayout, Role, places
+from ffnkit.model.finding import place
+from ffnkit.model.linear import descend, features, is_linear, is_transposed
+from ffnkit.nn.adapted import Adapted
+from ffnkit.nn.narrowed import Kept, kept, plain_class
+
+_HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+_INCOMING = ("position_bias", "alibi")  # what is computed once for all heads, and passed to every layer
+_CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
+_AFTER = re.compile(r"(^|\.)(output\.)?(LayerNorm|layer_norm)\.")  # norms of what leaves the attention
+
+
+@dataclass(eq=False)
+class Attention:
+    """One attention block of a model: its linears, and what of them belongs to which head.
+
+    A *unit* is what can go alone: a head, or where several heads share a key and a value, all of that group. With one
+    key and value for all heads a unit is a head again, and only its query goes.
+
+    Attributes:
+        name: the owner's path. module: the owner. layout: the row of ``ATTENTION_LAYOUTS`` that it matches.
+        stack, layer: as of an FFN. twins: further paths of the very same module.
+        why: why heads cannot go alone, "" where they can.
+    """
+
+    name: str
+    module: nn.Module
+    layout: AttentionLayout
+    stack: str = ""
+    layer: int = 0
+    twins: list[str] = field(default_factory=list)
+    why: str = ""
+
+    # --- shape
+
+    @property
+    def inner(self) -> nn.Module:
+        """The module that computes, and remembers the counts."""
+        return self.module.get_submodule(self.layout.inner)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        values = (getattr(self.inner, name, None) for name in _HEAD_DIM)
+        return next((int(value) for value in values if isinstance(value, int)), 0)
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return features(self.linear("o"))[1] // max(self.head_dim, 1)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of key and value."""
+        rows = features(self.linear("v"))[0] // max(self.head_dim, 1)
+        sharing = [role for role in ROLES if self.layout.path(role) == self.layout.v]
+        return (rows - self.heads) // 2 if "q" in sharing else rows // len(sharing)
+
+    @property
+    def units(self) -> int:
+        """What can go alone."""
+        return self.kv_heads if self.kv_heads > 1 else self.heads
+
+    @property
+    def multiple(self) -> int:
+        """The number of heads that stay has to be a multiple of this."""
+        return BLOCKS if self.layout.order == "blocks" else 1
+
+    @property
+    def cross(self) -> bool:
+        """Whether keys and values come from another stack."""
+        return bool(_CROSS.search(self.name))
+
+    @property
+    def kept(self) -> Kept | None:
+        """Which heads stayed, where some were removed since the config said how many there are."""
+        return kept(self.inner)
+
+    @property
+    def incoming(self) -> str:
+        """The argument with one entry a head that all layers get alike ("position_bias", "alibi"), or ""."""
+        if getattr(getattr(self.inner, "config", None), "alibi", None) is False:
+            return ""
+        accepted = inspect.signature(plain_class(self.inner).forward).parameters
+        return next((name for name in _INCOMING if name in accepted), "")
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the linears and in what goes with their heads."""
+        linears = {id(m): m for m in (self.linear(role) for role in (*ROLES, "o"))}
+        own = [p for m in linears.values() for p in _weights(m)]
+        return sum(p.numel() for p in [*own, *(p for _, p, _ in self.following())])
+
+    @property
+    def unit_parameters(self) -> int:
+        """Numbers that go with one unit."""
+        out, inner = features(self.linear("o"))
+        count = out * inner * (self.heads // self.units) // self.heads
+        counts = self._counts
+        for role in ROLES:
+            linear = self.linear(role)
+            shared = counts[role] < self.units  # one key and value for all: they stay
+            row = features(linear)[1] + (getattr(linear, "bias", None) is not None)
+            count += 0 if shared else row * self.head_dim * counts[role] // self.units
+        for _, value, follows in self.following():
+            shared = follows is not None and counts[follows] < self.units
+            count += 0 if shared else value.numel() // self.units
+        return count
+
+    # --- parts
+
+    def linear(self, role: str) -> Any:
+        """The linear of "q", "k", "v" or "o"."""
+        return self.module.get_submodule(getattr(self.layout, role))
+
+    def paths(self) -> dict[str, tuple[Role, ...]]:
+        """The linears of query, key and value by path, each with the roles that it holds."""
+        return {
+            self.layout.path(role): tuple(r for r in ROLES if self.layout.path(r) == self.layout.path(role))
+            for role in ROLES
+        }
+
+    def following(self) -> Iterator[tuple[str, nn.Parameter, Role | None]]:
+        """(path, parameter, role) of what goes with heads beside the linears; role None has one entry a head."""
+        own = dict(self.module.named_parameters())
+        for path, role in self.layout.follow:
+            for name in (path, f"{path}.weight", f"{path}.bias"):
+                if name in own:
+                    yield name, own[name], role
+        for name, _ in self.layout.per_head if not self.incoming else ():
+            if name in own:
+                yield name, own[name], None
+
+    @property
+    def _counts(self) -> dict[Role, int]:
+        return {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads}
+
+    def rows(self, role: Role, counts: dict[Role, int] | None = None) -> Tensor:
+        """(heads of the role, head_dim) int64: the rows of its linear that belong to each head.
+
+        Args:
+            counts: heads by role, where they are others than the present ones.
+        """
+        sharing = self.paths()[self.layout.path(role)]
+        return places(self.layout.order, sharing, counts or self._counts, self.head_dim)[role]
+
+    def columns(self) -> Tensor:
+        """(heads, head_dim) int64: the columns of o that belong to each head."""
+        return torch.arange(self.heads * self.head_dim).view(self.heads, self.head_dim)
+
+    def members(self, units: Tensor) -> dict[Role, Tensor]:
+        """The heads of each role that belong to these units, in order."""
+        size = self.heads // self.units
+        queries = (units.long()[:, None] * size + torch.arange(size)).flatten()
+        keys = units.long() if self.kv_heads == self.units else torch.arange(self.kv_heads)
+        return {"q": queries, "k": keys, "v": keys}
+
+    def matrix(self, role: Role, read: Callable[[Any], Tensor] | None = None) -> Tensor:
+        """(heads of the role, head_dim, in): a role's weights by head.
+
+        Args:
+            read: what is read of a linear, (out, in); None reads its frozen or plain weight.
+        """
+        weight = (read or own_weight)(self.linear(role))
+        return weight[self.rows(role).to(weight.device)]
+
+
+def own_weight(linear: Any) -> Tensor:
+    """A linear's weight (out, in), without an update that trains beside it."""
+    weight: Tensor = (linear.base if isinstance(linear, Adapted) else linear.weight).detach()
+    return weight.mT if is_transposed(linear) else weight
+
+
+# --- finding ------------------------------------------------------------------------------------------------------
+
+
+def attentions(model: nn.Module) -> list[Attention]:
+    """Every attention block of a known layout in the order of the modules; one that several layers share is one."""
+    found: dict[int, Attention] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in found:
+            found[id(module)].twins.append(name)
+        elif (layout := _match(module)) is not None:
+            found[id(module)] = Attention(name, module, layout)
+    every = list(found.values())
+    if every:
+        place(every)
+    for attention in every:
+        attention.why = _obstacle(attention)
+    return every
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What the config says of attentions that lost heads: {name: {"heads", "kv", "of"}}, by number."""
+    rows = {each.name: each.kept for each in attentions(model)}
+    return {
+        name: {"heads": list(row.heads), "kv": list(row.kv), "of": list(row.of)} for name, row in rows.items() if row
+    }
+
+
+def find(model: nn.Module, name: str) -> Attention:
+    """The attention of that name. Raises FfnkitError where there is none."""
+    found = {attention.name: attention for attention in attentions(model)}
+    if name not in found:
+        what = f"{type(model).__name__} has {', '.join(list(found)[:3]) or 'none that is known'} ..."
+        raise FfnkitError(f"the attention {name}", what, "Name one of them (ffnkit inspect)")
+    return found[name]
+
+
+def _match(module: nn.Module) -> AttentionLayout | None:
+    for layout in ATTENTION_LAYOUTS:
+        paths = (layout.q, layout.k, layout.v, layout.o)
+        if not all(is_linear(descend(module, path)) for path in paths):
+            continue
+        inner = descend(module, layout.inner) if layout.inner else module
+        if all(getattr(inner, name, None) is value for name, value in layout.where):
+            return layout
+    return None
+
+
+def _obstacle(attention: Attention) -> str:
+    """Why heads of this attention cannot go alone, "" where they can."""
+    if not attention.head_dim:
+        return "the width of a head is not known"
+    shapes = {role: features(attention.linear(role)) for role in (*ROLES, "o")}
+    heads, kv_heads, width = attention.heads, attention.kv_heads, attention.head_dim
+    expected = {
+        path: width * sum(attention._counts[role] for role in roles) for path, roles in attention.paths().items()
+    }
+    fits = all(shapes[role][0] == expected[attention.layout.path(role)] for role in ROLES)
+    if not fits or shapes["o"][1] != heads * width or kv_heads < 1 or heads % kv_heads:
+        return f"its linears are not of whole heads of width {width}"
+    if attention.layout.order == "interleaved" and heads != kv_heads:
+        return "its fused linear is of an order that is not known"
+    if attention.layout.order == "blocks" and heads % BLOCKS:
+        return f"its heads do not lie in {BLOCKS} blocks"
+    if getattr(getattr(attention.inner, "config", None), "alibi", False):
+        return "its mask holds slopes by the number of the head (ALiBi)"
+    if attention.incoming and hasattr(attention.inner, "block_len"):
+        return "its position biases are laid in blocks of tokens"
+    known = {path for path, _ in attention.layout.follow} | {path for path, _ in attention.layout.per_head}
+    known |= {getattr(attention.layout, role) for role in (*ROLES, "o")}
+    for name, parameter in attention.module.named_parameters():
+        if name in known or name.rpartition(".")[0] in known or _AFTER.search(f"{name.rpartition('.')[0]}."):
+            continue
+        if tuple(parameter.shape) != (width,) or any(part.isdigit() for part in name.split(".")):
+            return f"{name} works on all heads together"
+    return ""
+
+
+def _weights(linear: Any) -> list[Tensor]:
+    own = [linear.base if isinstance(linear, Adapted) else linear.weight, getattr(linear, "bias", None)]
+    return [value for value in own if value is not None]

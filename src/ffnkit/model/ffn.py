@@ -1,0 +1,252 @@
+"""One feed-forward block of a model, read and written in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit.errors import FfnkitError
+from ffnkit.model.families.ffns import Layout
+from ffnkit.model.linear import Linear, _shape, is_linear, is_transposed
+from ffnkit.nn.adapted import Adapted
+from ffnkit.nn.lowrank import LowRank
+from ffnkit.nn.masked import Masked
+from ffnkit.nn.scaled import Scaled
+from ffnkit.nn.served import broadcast, buffer_name, served
+from ffnkit.nn.special import Special
+from ffnkit.ops.neurons import Neurons
+
+
+@dataclass(eq=False)
+class FFN:
+    """One feed-forward block of a model, read and written in place.
+
+    Attributes:
+        name: the owner's path in the model; of FFNs that share their weights, the first one's.
+        module: the owner. layout: the row of ``LAYOUTS`` it matches.
+        stack: "encoder", "decoder", "text", ... where the model has several stacks, else "".
+        layer: the number of the layer in its stack.
+        active: share of the tokens that pass through (top-k / E for routed experts, else 1).
+        twins: further owners that hold the very same parameters, by name.
+    """
+
+    name: str
+    module: nn.Module
+    layout: Layout
+    stack: str = ""
+    layer: int = 0
+    active: float = 1.0
+    twins: dict[str, nn.Module] = field(default_factory=dict)
+
+    # --- shape
+
+    @property
+    def gated(self) -> bool:
+        return self.layout.gate is not None
+
+    @property
+    def linear_in_up(self) -> bool:
+        """Whether a gated FFN's output is linear in up, so that up and down may trade a factor.
+
+        Clamps (``limit``, ``swiglu_limit``) and gates of a family's own making, such as (up + 1) * glu, are not.
+        """
+        owner = self.module
+        config = getattr(owner, "config", None)
+        limits = (getattr(place, name, None) for place in (owner, config) for name in ("limit", "swiglu_limit"))
+        own_gate = getattr(type(owner), "_apply_gate", None)
+        usual = own_gate is None or own_gate.__module__ == "transformers.integrations.moe"
+        return usual and all(limit is None for limit in limits)
+
+    @property
+    def experts(self) -> int:
+        return self._weight("down").shape[0] if self.layout.experts else 0
+
+    @property
+    def width(self) -> int:
+        """ff, the number of neurons."""
+        return self._features("down")[1]
+
+    @property
+    def d(self) -> int:
+        return self._features("down")[0]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def flops_per_token(self) -> float:
+        """Multiplications and additions of the linears for one token, routed experts by their share of tokens."""
+        matrices = 3 if self.gated else 2
+        return 2.0 * matrices * self.width * self.d * (max(self.experts, 1) * self.active)
+
+    # --- parts
+
+    @property
+    def owners(self) -> dict[str, nn.Module]:
+        """Every owner of these weights by name, this one first."""
+        return {self.name: self.module, **self.twins}
+
+    def path(self, site: str) -> str:
+        """Path of a site ("up", "gate", "down") below the owner."""
+        path = getattr(self.layout, site)
+        if path is None:
+            raise FfnkitError(
+                f"site '{site}' of {self.name}", f"a '{self.layout.name}' FFN has none", "Name up or down"
+            )
+        return str(path)
+
+    def linear(self, site: str, owner: nn.Module | None = None) -> Linear:
+        """The linear at a site. Raises FfnkitError for experts, whose weights are parameters of the owner."""
+        if self.layout.experts:
+            raise FfnkitError(
+                f"the linear '{site}' of {self.name}",
+                f"{self.experts} experts share one 3-D parameter",
+                "Use a method that edits weights, or a model with separate experts",
+            )
+        return (owner or self.module).get_submodule(self.path(site))  # type: ignore[return-value]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The FFN's parameters, each once."""
+        if self.layout.experts:
+            return [self.module._parameters[self.path(site)] for site in self.sites]  # type: ignore[misc]
+        modules = dict.fromkeys(self.linear(site) for site in self.sites)
+        return [parameter for module in modules for parameter in module.parameters(recurse=False)]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return ("up", "gate", "down") if self.gated and not self.layout.fused else ("up", "down")
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The fixed factor in front of down, (ff,) or (E, ff), where a method keeps one apart."""
+        if self.layout.experts:
+            factor: Tensor | None = getattr(self.module, buffer_name("scaled", "down"), None)
+            return factor if factor is None or factor.ndim == 2 else factor.squeeze(-1)
+        down = self.linear("down")
+        return down.scale if isinstance(down, Scaled) else None
+
+    @property
+    def special(self) -> dict[str, dict[str, Any]]:
+        """What stands in the place of plain weights, by site: {"down": {"kind": "scaled"}, ...}; folding ends it."""
+        if self.layout.experts:
+            known = (buffer.split("_")[1:] for _, buffer in served(self.module))
+            return {site: {"kind": kind} for kind, site in known}
+        linears = {site: self.linear(site) for site in self.sites}
+        return {
+            site: {"kind": linear.kind, **({"rank": linear.rank} if isinstance(linear, LowRank) else {})}
+            for site, linear in linears.items()
+            if isinstance(linear, Special) and not isinstance(linear, Adapted)
+        }
+
+    # --- weights
+
+    def read(self) -> Neurons:
+        """The weights as neurons: views of the parameters where they are plain, so bitwise what the model holds.
+
+        Factors kept apart are multiplied in and thin pairs multiplied out (copies then).
+        """
+        return self._neurons(self._effective)
+
+    def raw(self) -> Neurons:
+        """The weights as neurons, a factor that stands apart left out."""
+        return self._neurons(self._oriented)
+
+    def _neurons(self, weight: Callable[[str], Tensor]) -> Neurons:
+        up, up_bias = weight("up"), self._bias("up")
+        gate = gate_bias = None
+        if self.layout.fused:
+            gate, up = self._halves(up, -2)
+            if up_bias is not None:
+                gate_bias, up_bias = self._halves(up_bias, -1)
+        elif self.gated:
+            gate, gate_bias = weight("gate"), self._bias("gate")
+        return Neurons(up, weight("down"), gate, up_bias, gate_bias, self._bias("down"))
+
+    def _halves(self, value: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """(gate, up) of a tensor that holds both."""
+        first, second = value.chunk(2, dim=dim)
+        return (second, first) if self.layout.up_first else (first, second)
+
+    def fuse(self, gate: Tensor, up: Tensor, dim: int) -> Tensor:
+        """One tensor of gate and up, in the order that the family has."""
+        return torch.cat((up, gate) if self.layout.up_first else (gate, up), dim=dim)
+
+    @torch.no_grad()
+    def write(self, neurons: Neurons) -> None:
+        """Write weights of the same shape in place. Raises FfnkitError on another shape or special linears."""
+        self.check_plain(f"writing {self.name}")
+        mine, given = self.raw().tensors(), neurons.tensors()
+        shapes = {name: tuple(value.shape) for name, value in mine.items()}
+        if shapes != {name: tuple(value.shape) for name, value in given.items()}:
+            found = {name: tuple(value.shape) for name, value in given.items()}
+            raise FfnkitError(
+                f"writing {self.name} of {shapes}", f"neurons of {found}", "Give neurons of its own shape"
+            )
+        for name, value in mine.items():
+            value.copy_(given[name])
+
+    def check_plain(self, asked: str) -> None:
+        """Raises FfnkitError where something special stands in the place of plain weights."""
+        if self.special:
+            kinds = ", ".join(f"{site} is {value['kind']}" for site, value in self.special.items())
+            do = "Fold the model first (ffnkit.fold), then go on"
+            raise FfnkitError(asked, f"{self.name} is edited already ({kinds})", do)
+        if not self.layout.experts and any(isinstance(self.linear(site), Adapted) for site in self.sites):
+            do = "Fold the model first (ffnkit.fold), or take the adapter away"
+            raise FfnkitError(asked, f"an update trains beside the weights of {self.name}", do)
+
+    def _weight(self, site: str, owner: nn.Module | None = None) -> Tensor:
+        if self.layout.experts:
+            parameter = (owner or self.module)._parameters[self.path(site)]
+            assert parameter is not None
+            return parameter
+        return self.linear(site, owner).weight  # type: ignore[return-value]
+
+    def _identity(self, site: str) -> int:
+        """What FFNs that share this site's weights have in common."""
+        if self.layout.experts:
+            return id(self._weight(site))
+        return id(next(self.linear(site).parameters(recurse=False)))
+
+    def _features(self, site: str) -> tuple[int, int]:
+        """(out, in)."""
+        if self.layout.experts:
+            return tuple(self._oriented(site).shape[-2:])  # type: ignore[return-value]
+        return _shape(self.linear(site))
+
+    def _oriented(self, site: str) -> Tensor:
+        """The weight as (out, in)."""
+        weight = self._weight(site)
+        transposed = self.layout.transposed if self.layout.experts else is_transposed(self.linear(site))
+        return weight.mT if transposed else weight
+
+    def _effective(self, site: str) -> Tensor:
+        """The weight as (out, in) with every factor in it."""
+        if self.layout.experts:
+            weight = self._weight(site)
+            for name, buffer in served(self.module):
+                if name == self.path(site):
+                    weight = weight * broadcast(getattr(self.module, buffer))
+            return weight.mT if self.layout.transposed else weight
+        linear, weight = self.linear(site), self._oriented(site)
+        if isinstance(linear, Masked):
+            return weight * (linear.mask.mT if linear.transposed else linear.mask)
+        return weight * linear.scale.to(weight.dtype) if isinstance(linear, Scaled) else weight
+
+    def _bias(self, site: str) -> Tensor | None:
+        return None if self.layout.experts else self.linear(site).bias
+
+
+def activations(ffn: FFN) -> list[Callable[[Tensor], Tensor]]:
+    """Functions that may be the FFN's activation, the likely ones first; who asks compares with what was observed."""
+    from transformers.activations import ACT2FN
+
+    near = [*vars(ffn.module).values(), *ffn.module.children()]
+    near += [value for child in ffn.module.children() for value in (*vars(child).values(), *child.children())]
+    own = [value for value in near if callable(value) and not is_linear(value)]
+    return [*own, *(ACT2FN[name] for name in ("gelu", "relu", "silu", "gelu_new", "quick_gelu", "relu2", "tanh"))]

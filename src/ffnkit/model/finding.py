@@ -1,0 +1,219 @@
+"""Where the FFNs of a model are."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Container, Iterator, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+
+from ffnkit.errors import FfnkitError
+from ffnkit.model.families.ffns import LAYOUTS, Layout
+from ffnkit.model.ffn import FFN
+from ffnkit.model.linear import _shape, descend, is_linear
+
+
+def ffns(model: nn.Module) -> list[FFN]:
+    """Every FFN of the model in the order of its modules; FFNs that share their weights are one.
+
+    Raises FfnkitError where no layout matches, naming the mirrored linears of the model and the row to add.
+    """
+    found: list[FFN] = []
+    by_weights: dict[tuple[int, ...], FFN] = {}
+    for name, module in _named_modules(model):
+        layout = _match(module)
+        if layout is None:
+            continue
+        ffn = FFN(name, module, layout)
+        key = tuple(ffn._identity(site) for site in ffn.sites)
+        if key in by_weights:
+            by_weights[key].twins[name] = module
+        else:
+            by_weights[key] = ffn
+            found.append(ffn)
+    if not found:
+        raise _unknown(model)
+    place(found)
+    _share(model, found)
+    return found
+
+
+def has_ffns(model: nn.Module) -> bool:
+    return any(_match(module) is not None for module in model.modules())
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """named_modules with repeats: a module that hangs in two places is named twice."""
+    yield from model.named_modules(remove_duplicate=False)
+
+
+def _match(module: nn.Module, *, middle: bool = False) -> Layout | None:
+    """The row that a module fits; with ``middle`` also where something works on the hidden neurons in between."""
+    for layout in LAYOUTS:
+        if layout.owner not in ("", type(module).__name__):
+            continue
+        paths = (layout.up, layout.gate or layout.up, layout.down)
+        if layout.experts:
+            if _are_experts(module, layout, paths):
+                return layout
+            continue
+        linears = [descend(module, path) for path in paths]
+        if not all(is_linear(linear) for linear in linears):
+            continue
+        (ff, d), gate_shape, (out, inner) = (_shape(linear) for linear in linears)
+        if layout.fused:
+            ff //= 2
+        elif gate_shape != (ff, d):
+            continue
+        # The output may have another width than the input in a few models; those are no plain FFNs.
+        if (out, inner) == (d, ff) and (middle or not _has_middle(module, linears, ff, d)):
+            return layout
+    return None
+
+
+def _are_experts(module: nn.Module, layout: Layout, paths: tuple[str, str, str]) -> bool:
+    """Whether 3-D parameters have the shapes of a row; biases and alternating rows of gate and up are not known."""
+    up, gate, down = (module._parameters.get(path) for path in paths)
+    if up is None or gate is None or down is None or not up.ndim == gate.ndim == down.ndim == 3:
+        return False
+    if any(module._parameters.get(f"{path}_bias") is not None for path in paths):
+        return False
+    if gate.shape != up.shape or not getattr(module, "is_concatenated", True):
+        return False
+    (number, rows, d), (_, out, inner) = (p.mT.shape if layout.transposed else p.shape for p in (up, down))
+    return (number, out, inner) == (down.shape[0], d, rows // 2 if layout.fused else rows)
+
+
+def _has_middle(owner: nn.Module, linears: list[Any], ff: int, d: int) -> bool:
+    """Whether something with weights of its own works on the hidden neurons, such as a norm or a convolution.
+
+    Then neurons are no independent paths from up to down, and narrowing them changes it.
+    """
+    if ff == d:
+        return False
+    own = {id(linear) for linear in linears}
+    for module in owner.modules():
+        if id(module) in own or is_linear(module):
+            continue
+        if any(len(p.shape) in (1, 3, 4) and p.shape[0] == ff for p in module.parameters(recurse=False)):
+            return not any(id(child) in own for child in module.children())
+    return False
+
+
+class Placed(Protocol):
+    """Something that hangs in a layer of a stack."""
+
+    name: str
+    stack: str
+    layer: int
+
+
+def place(found: Sequence[Placed]) -> None:
+    """Set stack and layer from the path: what stands before the first number is the stack, the number the layer."""
+    prefixes: list[tuple[str, ...]] = []
+    counters: dict[tuple[str, ...], int] = defaultdict(int)
+    for ffn in found:
+        parts = ffn.name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        prefix = tuple(parts[:number]) if number is not None else ()
+        ffn.layer = int(parts[number]) if number is not None else counters[prefix]
+        counters[prefix] += 1
+        prefixes.append(prefix)
+    distinct = list(dict.fromkeys(prefixes))
+    if len(distinct) == 1:
+        return
+    for ffn, prefix in zip(found, prefixes, strict=True):
+        others = [other for other in distinct if other != prefix]
+        own = [part for part in prefix if all(part not in other for other in others)]
+        word = next((p for p in own if p in ("encoder", "decoder")), own[0] if own else ".".join(prefix))
+        ffn.stack = re.sub(r"_(model|tower|transformer|module)$", "", word)
+
+
+def block_name(ffn: str) -> str:
+    """The layer that holds an FFN: its path up to the first number; "" where there is none."""
+    parts = ffn.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return "" if number is None else ".".join(parts[: number + 1])
+
+
+def _share(model: nn.Module, found: list[FFN]) -> None:
+    """Set the share of tokens that reach each routed expert."""
+    for ffn in found:
+        parent = ffn.name.rpartition(".")[0]
+        if ffn.layout.experts:
+            shared = "shared" in ffn.name.rpartition(".")[2]  # every token passes
+            ffn.active = 1.0 if shared else _top_k(model, ffn.module) / ffn.experts
+        elif parent.rpartition(".")[2] == "experts":
+            container = model.get_submodule(parent)
+            ffn.active = _top_k(model, container) / max(len(list(container.children())), 1)
+
+
+def _top_k(model: nn.Module, owner: nn.Module) -> int:
+    config = getattr(owner, "config", None) or getattr(model, "config", None)
+    configs = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
+    for each in configs:
+        for key in ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "num_selected_experts"):
+            if isinstance(getattr(each, key, None), int):
+                return int(getattr(each, key))
+    return 1
+
+
+def _unknown(model: nn.Module) -> FfnkitError:
+    """The error for a model without a known FFN, with the mirrored linears that it has."""
+    name = type(model).__name__
+    between = next((path for path, module in model.named_modules() if _match(module, middle=True)), None)
+    if between is not None:
+        found = f"in '{between}' a norm or a convolution works on the hidden neurons, so none can go alone"
+        return FfnkitError(f"the FFNs of {name}", found, "Use a model without one")
+    deep = [p for p, value in model.named_parameters() if "expert" in p and (value.ndim == 3 or p[-7:] != ".weight")]
+    if deep:
+        found = f"its experts lie in parameters of a form that is not known, such as {deep[0]}"
+        return FfnkitError(f"the FFNs of {name}", found, "Use a model of another family")
+    pairs = list(mirrored(model))
+    if not pairs:
+        return FfnkitError(f"the FFNs of {name}", "it has no pair of linears d -> ff -> d", "Name a transformer model")
+    owner, up, down = pairs[0]
+    (ff, d) = _shape(model.get_submodule(f"{owner}.{up}" if owner else up))
+    return FfnkitError(
+        f"the FFNs of {name}",
+        f"no layout is known, but {len(pairs)} pairs of mirrored linears, the first in "
+        f"'{owner or 'the model itself'}': {up} ({d} -> {ff}) and {down} ({ff} -> {d})",
+        f'If they are its FFNs, add the row: ffnkit.LAYOUTS.append(ffnkit.Layout("{name}", up="{up}", down="{down}"))',
+    )
+
+
+def middle_layout(module: nn.Module) -> Layout | None:
+    """The row that a module would fit, were there not something that works on its hidden neurons; else None."""
+    return _match(module, middle=True) if _match(module) is None else None
+
+
+def mirrored(model: nn.Module, *, without: Container[int] = ()) -> Iterator[tuple[str, str, str]]:
+    """(owner, up, down) of linears d -> ff and ff -> d with ff > d that hang close together.
+
+    Also d -> 2 ff and ff -> d, where one linear may hold gate and up.
+
+    Args:
+        without: ids of weights that are not asked for.
+    """
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if is_linear(module) and id(next(module.parameters(recurse=False))) not in without
+    }
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in linears:
+        parts = name.split(".")
+        groups[".".join(parts[:-1])].append(name)
+        if len(parts) > 2:
+            groups[".".join(parts[:-2])].append(name)
+    used: set[str] = set()
+    for owner in sorted(groups, key=lambda o: -o.count(".")):
+        for up in groups[owner]:
+            ff, d = _shape(linears[up])
+            for down in groups[owner]:
+                if up not in used and down not in used and ff > d and _shape(linears[down]) in ((d, ff), (d, ff / 2)):
+                    used |= {up, down}
+                    start = len(owner) + 1 if owner else 0
+                    yield owner, up[start:], down[start:]

@@ -1,0 +1,93 @@
+"""Which linears of a model are meant by a group's name or a pattern."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ffnkit.errors import FfnkitError
+from ffnkit.model.attention import attentions
+from ffnkit.model.finding import ffns
+from ffnkit.model.layers import select
+from ffnkit.model.parts import attention_linears
+from ffnkit.nn.adapted import Adapted
+from ffnkit.nn.special import Special
+
+GROUPS = ("ffn", "attention", "qv", "all")
+KINDS = (nn.Linear, Conv1D, Special)
+
+
+def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str], list[str]]:
+    """Names of the modules that get adapters, and of the bare 3-D parameters of experts.
+
+    Args:
+        asked: "ffn", "attention", "qv" (query and value; a linear that holds key too as a whole), "all", or a regular
+            expression that a whole module name must match.
+        layers: of which layers FFNs, and query and value, are taken.
+
+    Raises:
+        FfnkitError: nothing matches, a linear is edited already, or the expression cannot be read.
+    """
+    modules: list[str]
+    parameters: list[str] = []
+    if asked == "qv":
+        modules = list(query_value(model, layers))
+    elif asked in GROUPS:
+        modules, parameters = _ffn_targets(model, layers) if asked != "attention" else ([], [])
+        if asked != "ffn":
+            modules += [name for name in attention_linears(model, KINDS) if name not in modules]
+    else:
+        modules, parameters = _matching(model, asked), []
+    carrying = [f"{name}." for name, m in model.named_modules() if hasattr(m, "base_layer")]  # linears of peft
+    for name in modules:
+        module = model.get_submodule(name)
+        if name.startswith(tuple(carrying)):
+            found, do = f"an adapter of peft is on {name.partition('.base_layer')[0]}", "Merge the adapter first"
+            raise FfnkitError(f"targets {asked!r}", found, do)
+        if isinstance(module, Adapted):
+            found, do = f"an update ({module.kind}) is on {name} already", "Name other linears, or fold the model first"
+            raise FfnkitError(f"targets {asked!r}", found, do)
+        if isinstance(module, Special):
+            found, do = f"{name} is edited already ({module.kind})", "Fold the model first (ffnkit.fold)"
+            raise FfnkitError(f"targets {asked!r}", found, do)
+    if not modules and not parameters:
+        raise FfnkitError(f"targets {asked!r}", "no linear of the model matches", "Name ffn, attention, qv or all")
+    return modules, parameters
+
+
+def query_value(model: nn.Module, layers: str = "all") -> dict[str, list[Tensor]]:
+    """The linears that hold query or value of an attention, by name.
+
+    With each the rows of query and those of value, int64, where it holds more than one of the three; [] elsewhere.
+    Linears that several layers share are named once.
+    """
+    every = attentions(model)
+    found: dict[str, list[Tensor]] = {}
+    for attention in select(every, layers) if every else []:
+        for path, roles in attention.paths().items():
+            wanted = [role for role in roles if role != "k"]
+            rows = [attention.rows(role).flatten() for role in wanted] if len(roles) > 1 else []
+            if wanted:
+                found[f"{attention.name}.{path}" if path else attention.name] = rows
+    return found
+
+
+def _ffn_targets(model: nn.Module, layers: str) -> tuple[list[str], list[str]]:
+    owned = {id(p) for ffn in select(ffns(model), layers) for p in ffn.parameters()}
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, KINDS)}
+    modules = [name for name, m in linear.items() if any(id(p) in owned for p in m.parameters(recurse=False))]
+    inside = {id(p) for name in modules for p in linear[name].parameters()}
+    parameters = [n for n, p in model.named_parameters() if p.ndim == 3 and id(p) in owned and id(p) not in inside]
+    return modules, parameters
+
+
+def _matching(model: nn.Module, pattern: str) -> list[str]:
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        do = "Name ffn, attention, qv, all, or a regular expression over module names"
+        raise FfnkitError(f"targets {pattern!r}", f"not a regular expression ({error})", do) from None
+    kinds = (*KINDS, nn.Embedding)
+    return [name for name, m in model.named_modules() if isinstance(m, kinds) and wanted.fullmatch(name)]

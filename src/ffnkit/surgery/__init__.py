@@ -1,0 +1,1 @@
+"""Carrying plans out. Besides what docs/design.md lists, nothing else changes a model."""
