@@ -59,3 +59,4 @@ def main() -> None:
 
 
 # The commands register themselves; imported last, for they need ``app``.
+from ffnkit.cli import analyzing, compressing, lists, running, tuning  # noqa: E402, F401
