@@ -289,7 +289,7 @@ def test_other_files_of_the_folder_stay_and_old_weights_go(tmp_path: Path) -> No
 _WRITER = """
 import sys, time
 from pathlib import Path
-from ffnkit import files
+from ffnkit.io import files
 target, number = Path(sys.argv[1]), 0
 while True:
     number += 1
