@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ffnkit as fk
 from ffnkit.analysis import errors, ntk
 from ffnkit.analysis.ntk import NtkSettings
+from ffnkit.analysis.reference import Reference, temporary_plan
 from ffnkit.analysis.scalar import scalar, singles
 from ffnkit.analysis.study import DRAWN, Candidate
-from ffnkit.analysis.trial import Second, trial_of
-from ffnkit.edits.kinds import Edit
+from ffnkit.edits import Edit, Stage
 from ffnkit.errors import FfnkitError
 from ffnkit.model.finding import ffns
 
@@ -67,7 +67,7 @@ def test_a_trial_is_what_apply_does_and_leaves_nothing(name: str, method: str, f
     fk.apply(applied, plan)
     if fold:
         fk.fold(applied)
-    trial = trial_of(model, plan, fold=fold)
+    trial = temporary_plan(model, plan, fold=fold)
     for _ in range(2):
         assert same(snapshot(model), before) and identities(model) == objects
         with trial:
@@ -84,7 +84,7 @@ def test_a_trial_is_what_apply_does_and_leaves_nothing(name: str, method: str, f
 
 def test_an_error_inside_a_trial_leaves_the_model_too() -> None:
     model = FAMILIES["bert"].model()
-    trial, before = trial_of(model, plan_of("bert", model)), snapshot(model)
+    trial, before = temporary_plan(model, plan_of("bert", model)), snapshot(model)
     with pytest.raises(RuntimeError), trial:
         raise RuntimeError
     assert same(snapshot(model), before)
@@ -92,17 +92,18 @@ def test_an_error_inside_a_trial_leaves_the_model_too() -> None:
 
 def test_a_plan_for_another_model_is_refused() -> None:
     with pytest.raises(FfnkitError, match="it has no FFN"):
-        trial_of(FAMILIES["bert"].model(), plan_of("gpt2", FAMILIES["gpt2"].model()))
+        temporary_plan(FAMILIES["bert"].model(), plan_of("gpt2", FAMILIES["gpt2"].model()))
 
 
 def test_a_plan_that_joins_or_drops_ffns_is_refused() -> None:
     class Joined(Edit):
-        pass
+        kind = "Joined"
+        stage = Stage.TIE
 
     model = FAMILIES["bert"].model()
     plan, before = plan_of("bert", model), snapshot(model)
     with pytest.raises(FfnkitError, match="edits of kind Joined"):
-        trial_of(model, dataclasses.replace(plan, edits=(*plan.edits, Joined(plan.edits[0].ffn))))
+        temporary_plan(model, dataclasses.replace(plan, edits=(*plan.edits, Joined(plan.edits[0].target))))
     assert same(snapshot(model), before)
 
 
@@ -151,7 +152,7 @@ def slow_errors(model: Any, data: list[Any], plan: fk.Plan, *, masked: bool = Tr
 def test_errors_are_those_of_the_formula() -> None:
     model = FAMILIES["bert"].model().double()
     data, plan = batches("bert", model), plan_of("bert", model)
-    found = errors.measure(model, [trial_of(model, plan)], data)[0]
+    found = errors.measure(model, [temporary_plan(model, plan)], data)[0]
     output, states = slow_errors(model, data, plan)
     assert set(found.output) == set(output) and found.tokens == {"": sum(int(b["attention_mask"].sum()) for b in data)}
     for name, value in output.items():
@@ -169,7 +170,7 @@ def test_a_plan_that_changes_nothing_has_no_error(name: str) -> None:
     data = batches(name, model)
     whole = fk.plan(model, fk.CalibratedFusion(width=1.0), data=data)
     half = fk.plan(model, fk.Fusion(width=0.5, restarts=1))
-    none, some = errors.measure(model, [trial_of(model, whole), trial_of(model, half)], data)
+    none, some = errors.measure(model, [temporary_plan(model, whole), temporary_plan(model, half)], data)
     assert all(value is None or value < 1e-5 for value in none.output.values())
     assert all(value < 1e-5 for value in none.hidden.values())
     assert all(value is None or 0.05 < value < 3 for value in some.output.values())  # the control
@@ -180,7 +181,7 @@ def test_a_plan_that_changes_nothing_has_no_error(name: str) -> None:
 def test_an_expert_weighs_by_its_squared_routing_weight() -> None:
     model = FAMILIES["mixtral"].model()
     data, plan = batches("mixtral", model, 1), plan_of("mixtral", model)
-    found = errors.measure(model, [trial_of(model, plan)], data)[0]
+    found = errors.measure(model, [temporary_plan(model, plan)], data)[0]
     seen: dict[str, Any] = {}
     experts = model.model.layers[0].mlp.experts
     handle = experts.register_forward_hook(lambda _, args, out: seen.update(args=args))
@@ -208,11 +209,11 @@ def test_a_second_model_is_measured_like_the_plan_that_made_it() -> None:
     model, other = FAMILIES["bert"].model(), FAMILIES["bert"].model()
     data, plan = batches("bert", model), plan_of("bert", model)
     fk.apply(other, plan)
-    one, two = errors.measure(model, [trial_of(model, plan), Second(model, other)], data)
+    one, two = errors.measure(model, [temporary_plan(model, plan), Reference(model, other)], data)
     assert_close(numbers(two.output.values()), numbers(one.output.values()), rel=1e-5)
     assert_close(numbers(two.hidden.values()), numbers(one.hidden.values()), rel=1e-5)
     with pytest.raises(FfnkitError, match="is not the same block in both"):
-        Second(model, FAMILIES["gpt2"].model())
+        Reference(model, FAMILIES["gpt2"].model())
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -271,7 +272,7 @@ def test_distances_are_those_of_the_formula() -> None:
     data, plan = batches("bert", model), plan_of("bert", model)
     examples, found = singles(data, 4), ffns(model)[2:]
     before = ntk.kernels(model, found, examples)
-    with (trial := trial_of(model, plan)):
+    with (trial := temporary_plan(model, plan)):
         after = ntk.kernels(model, [trial.found[found[0].name]], examples)
     narrow = fk.apply(FAMILIES["bert"].model().double(), plan)
     keys = [f"bert.encoder.layer.2.{k}" for k in FFN_KEYS]
@@ -293,7 +294,7 @@ def test_theta_is_what_a_tuner_would_train() -> None:
     model = FAMILIES["bert"].model()
     shapes = {}
     for method, fold in (("fusion", False), ("fusion", True), ("svd", False)):
-        with (trial := trial_of(model, plan_of("bert", model, method), fold=fold)):
+        with (trial := temporary_plan(model, plan_of("bert", model, method), fold=fold)):
             shapes[method, fold] = sum(p.numel() for p in trial.found["bert.encoder.layer.0"].parameters())
     width, rank = 20, 40 * 16 * 20 // 40 // 56
     assert shapes["fusion", False] == shapes["fusion", True] == 2 * 16 * width + width + 16  # no factor among them

@@ -17,7 +17,7 @@ import ffnkit as fk
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.layers import FfnDrop, LayerDrop
 from ffnkit.model.finding import ffns
-from ffnkit.surgery.trials import trying
+from ffnkit.surgery.temporary import temporarily
 
 STACKS = {"bert": 3, "gpt2": 3, "llama": 3, "vit": 3, "bart": 5, "t5": 5, "gemma2": 3}
 
@@ -33,7 +33,7 @@ def test_a_model_without_a_layer_is_the_shorter_model(name: str, tmp_path: Path)
     plan = fk.plan(model, LayerDrop(layers="1"))
     before = sum(p.numel() for p in model.parameters())
     whole, outputs = snapshot(model), family.outputs(model)
-    with trying(model, plan.edits):
+    with temporarily(model, plan.edits):
         tried = family.outputs(model)
     assert same(snapshot(model), whole)
     assert all(torch.equal(value, outputs[key]) for key, value in family.outputs(model).items())

@@ -319,7 +319,7 @@ def test_every_support_has_exactly_so_many_entries(name: str, support: str) -> N
     data = batches(name, model)
     plan = fk.plan(model, method, data=data)
     assert fk.plan(model, method, data=data) == plan
-    updates = {e.ffn: e for e in plan.edits if e.kind == "Adapt"}
+    updates = {e.target: e for e in plan.edits if e.kind == "UpdateLinear"}
     assert set(updates) == set(query_value(model))
     for path, edit in updates.items():
         out, inner = FAMILIES[name].model().get_submodule(path).weight.shape[:: -1 if name == "gpt2" else 1]
@@ -342,12 +342,12 @@ def test_every_support_has_exactly_so_many_entries(name: str, support: str) -> N
 
 def test_draws_do_not_depend_on_what_else_is_planned() -> None:
     model = FAMILIES["bert"].model()
-    both = {e.ffn: e for e in fk.plan(model, fk.DSEE(**SMALL, support="random")).edits if e.kind == "Adapt"}
+    both = {e.target: e for e in fk.plan(model, fk.DSEE(**SMALL, support="random")).edits if e.kind == "UpdateLinear"}
     one = fk.plan(model, fk.DSEE(**SMALL, support="random", sites=r".*layer\.1.*value")).edits[0]
-    assert one.given == both[one.ffn].given and torch.equal(one.parts["index"], both[one.ffn].parts["index"])
+    assert one.given == both[one.target].given and torch.equal(one.parts["index"], both[one.target].parts["index"])
     assert len({e.given["seed"] for e in both.values()}) == len(both)
     other = fk.plan(model, fk.DSEE(**SMALL, support="random", seed=1)).edits[0]
-    assert other.given["seed"] != both[other.ffn].given["seed"]
+    assert other.given["seed"] != both[other.target].given["seed"]
 
 
 def test_sites_and_shares() -> None:
@@ -355,16 +355,16 @@ def test_sites_and_shares() -> None:
 
     def names(**more: Any) -> set[str]:
         plan = fk.plan(model, fk.DSEE(**{**SMALL, **more}))
-        return {e.ffn for e in plan.edits if e.kind == "Adapt"}
+        return {e.target for e in plan.edits if e.kind == "UpdateLinear"}
 
     assert len(names()) == 6 and len(names(sites="ffn")) == 6 and len(names(sites="attention")) == 12
     assert len(names(sites="all")) == 18 and len(names(layers="last:1")) == 2
     assert names(sites=r".*layer\.0.*key") == {"bert.encoder.layer.0.attention.self.key"}
     plan = fk.plan(model, fk.DSEE(rank=0, share=0.1))
-    assert all(e.trained == 26 for e in plan.edits if e.kind == "Adapt")  # of 256
+    assert all(e.trained == 26 for e in plan.edits if e.kind == "UpdateLinear")  # of 256
     assert "26 numbers train" in str(plan)
     low = fk.plan(model, fk.DSEE(rank=2, nonzeros=0))
-    assert all(set(e.parts) == set() and e.trained == 64 for e in low.edits if e.kind == "Adapt")
+    assert all(set(e.parts) == set() and e.trained == 64 for e in low.edits if e.kind == "UpdateLinear")
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -438,7 +438,7 @@ def test_a_plain_loop_trains_what_is_claimed(name: str, sites: str, tmp_path: Pa
     own = [p for made in adapted(model).values() for p in (made.up, made.down, made.values)]
     claimed = {id(p) for p in own} | {id(p) for p in parts_of(model, ["head"])}
     assert {id(p) for p in fk.trainable_parameters(model)} == claimed
-    assert sum(p.numel() for p in own) == sum(e.trained for e in plan.edits if e.kind == "Adapt")
+    assert sum(p.numel() for p in own) == sum(e.trained for e in plan.edits if e.kind == "UpdateLinear")
     trained(model, data)
     moved = [n for n, p in model.named_parameters() if n in untouched and not torch.equal(p, untouched[n])]
     assert all(id(dict(model.named_parameters())[n]) in claimed for n in moved)

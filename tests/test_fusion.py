@@ -11,7 +11,7 @@ from tolerance import assert_close, assert_differs
 from torch import Tensor
 
 import ffnkit as fk
-from ffnkit.edits.kinds import Resize
+from ffnkit.edits import ClusterNeurons
 from ffnkit.errors import FfnkitError
 from ffnkit.model.finding import ffns
 from ffnkit.ops.neurons import Neurons, average, balance, cluster_sizes
@@ -153,7 +153,7 @@ def test_bf16_weights_are_averaged_in_float32() -> None:
 def test_labels_that_miss_a_cluster_are_refused() -> None:
     model = FAMILIES["bert"].model()
     plan = fk.plan(model, fk.Fusion(width=0.5))
-    first = next(e for e in plan.edits if isinstance(e, Resize))
+    first = next(e for e in plan.edits if isinstance(e, ClusterNeurons))
     first.labels.fill_(0)
     with pytest.raises(FfnkitError, match="labels do not fit"):
         fk.apply(model, plan)

@@ -21,7 +21,8 @@ from torch import nn
 
 import ffnkit as fk
 from ffnkit import methods
-from ffnkit.edits.kinds import Adapt, Mask
+from ffnkit.edits import Mask, UpdateLinear
+from ffnkit.edits.heads import keep_heads
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.heads import RemoveHeads, by_unit, removal
 from ffnkit.model import parts, probe
@@ -30,9 +31,9 @@ from ffnkit.model.inventory import inspect
 from ffnkit.model.linear import is_transposed
 from ffnkit.nn.narrowed import kept
 from ffnkit.plans import Plan
-from ffnkit.surgery import heads
-from ffnkit.surgery.shapes import description
-from ffnkit.surgery.trials import Trial
+from ffnkit.surgery.description import description
+from ffnkit.surgery.temporary import TemporaryPlan
+from ffnkit.surgery.writer import ModelWriter
 
 INSEPARABLE = ("olmo2", "olmoe")  # a norm over the queries of all heads
 ROTATES_IN_FLOAT32 = ("llama4",)
@@ -128,7 +129,7 @@ def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
     other = copy.deepcopy(model)
     found = {attention.name: attention for attention in attentions(other)}
     for edit in plan.edits:
-        zero_columns(found[edit.ffn], gone_units(found[edit.ffn], edit.index))
+        zero_columns(found[edit.target], gone_units(found[edit.target], edit.index))
     return other
 
 
@@ -166,7 +167,7 @@ def test_permuted_heads_give_the_same_outputs(name: str) -> None:
     model, broken = copy.deepcopy(original), copy.deepcopy(original)
     for attention in attentions(model):
         order = torch.arange(attention.units).roll(1)
-        heads.keep_heads(model, attention, attention.members(order))
+        keep_heads(ModelWriter(model), attention, attention.members(order))
     compare(family, model, original, exact(name))
     for attention in attentions(broken):  # the control: queries alone
         rows = attention.rows("q")
@@ -214,11 +215,11 @@ def test_heads_go_twice(name: str) -> None:
     model = family.model().double()
     once = copy.deepcopy(model)
     for attention in attentions(once):
-        heads.remove(once, attention, torch.tensor([1, 3]))
+        keep_heads(ModelWriter(once), attention, attention.members(torch.tensor([1, 3])))
     for attention in attentions(model):
-        heads.remove(model, attention, torch.tensor([0, 1, 3]))
+        keep_heads(ModelWriter(model), attention, attention.members(torch.tensor([0, 1, 3])))
     for attention in attentions(model):
-        heads.remove(model, attention, torch.tensor([1, 2]))
+        keep_heads(ModelWriter(model), attention, attention.members(torch.tensor([1, 2])))
     compare(family, model, once, 1e-12)
     assert [a.kept for a in attentions(model)] == [a.kept for a in attentions(once)]
 
@@ -281,7 +282,7 @@ def test_masked_and_adapted_linears_lose_their_rows_too(name: str) -> None:
     fk.apply(model, plan_of(model, edits))
     adapted = [f"{a.name}.{a.layout.k}" for a in attentions(model) if a.layout.k != a.layout.v]
     given = {"rank": 2, "alpha": 4.0, "trained": 0}
-    own = [Adapt(path, layer="dsee", given=given, parts=drawn(model.get_submodule(path))) for path in adapted]
+    own = [UpdateLinear(path, layer="dsee", given=given, parts=drawn(model.get_submodule(path))) for path in adapted]
     fk.apply(model, plan_of(model, own))
     plan = ragged_plan(model)
     expected = zeroed(model, plan)
@@ -348,7 +349,7 @@ def test_checkpoints_reload(name: str, tmp_path: Path) -> None:
     rows = (
         json.loads((tmp_path / "compact/config.json").read_text()).get("quantization_config", {}).get("attention", {})
     )
-    assert set(rows) == {edit.ffn for edit in plan.edits} or description(model) is None
+    assert set(rows) == {edit.target for edit in plan.edits} or description(model) is None
     plainly = getattr(transformers, family.model_class).from_pretrained
     for loaded in (fk.load(tmp_path / "compact"), plainly(tmp_path / "compact")):
         eager(loaded, family)
@@ -490,7 +491,7 @@ def test_a_trial_leaves_everything_as_it_was(name: str) -> None:
     model = family.model()
     plan = ragged_plan(model)
     before = (family.outputs(model), {n: id(p) for n, p in model.named_parameters()}, facts(model))
-    trial = Trial(model, plan.edits)
+    trial = TemporaryPlan(model, plan.edits)
     with trial:
         inside = family.outputs(model)
     after = family.outputs(model)
@@ -583,7 +584,7 @@ def test_the_score_of_the_update_is_that_of_query_and_value() -> None:
     model = WIDE["bert-4"].model().double()
     paths = [f"{a.name}.{getattr(a.layout, r)}" for a in attentions(model) for r in ("q", "v")]
     given = {"rank": 2, "alpha": 4.0, "trained": 0}
-    own = [Adapt(p, layer="dsee", given=given, parts=drawn(model.get_submodule(p))) for p in paths]
+    own = [UpdateLinear(p, layer="dsee", given=given, parts=drawn(model.get_submodule(p))) for p in paths]
     fk.apply(model, plan_of(model, own))
     for score in ("update", "both"):
         plan = fk.plan(model, RemoveHeads(share=0.25, by=score))
@@ -606,7 +607,7 @@ def test_by_name_and_by_number() -> None:
     model = WIDE["llama-8"].model()
     names = [a.name for a in attentions(model)]
     plan = fk.plan(model, RemoveHeads(share={names[0]: 2, names[2]: 0.25}, by="random", seed=3))
-    assert {e.ffn: len(e.index) for e in plan.edits} == {names[0]: 2, names[2]: 3}
+    assert {e.target: len(e.index) for e in plan.edits} == {names[0]: 2, names[2]: 3}
     again = fk.plan(model, RemoveHeads(share={names[0]: 2, names[2]: 0.25}, by="random", seed=3))
     assert again == plan
     assert fk.plan(model, RemoveHeads(share={names[0]: 2, names[2]: 0.25}, by="random", seed=4)) != plan

@@ -23,7 +23,7 @@ from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.ops.matching import assign, correlation, matched, spread
 from ffnkit.ops.neurons import Neurons
-from ffnkit.surgery.trials import trying
+from ffnkit.surgery.temporary import temporarily
 
 DENSE = [name for name, family in FAMILIES.items() if not family.has_experts]
 
@@ -134,7 +134,7 @@ def test_the_mean_is_that_of_the_paper() -> None:
     first, second, third = (ffn.raw() for ffn in ffns(model))
     plan = fk.plan(model, Merging(layers="all", anchor="middle"), data=data("bert", model))
     (tie,) = plan.edits
-    assert tie.ffn == ffns(model)[1].name
+    assert tie.target == ffns(model)[1].name
     orders = tie.orders.long()
     wanted = {"up": second.up.double().clone(), "down": second.down.double().clone()}
     for neurons, order in ((first, orders[0]), (third, orders[1])):
@@ -209,7 +209,7 @@ def test_windows_by_what_is_left_or_saved_and_groups_by_similarity() -> None:
 def test_a_two_stack_model_has_a_group_in_each_stack() -> None:
     model = FAMILIES["t5"].model()
     plan = fk.plan(model, Merging(groups=["0-1"]), data=data("t5", model))
-    assert [edit.ffn.split(".")[0] for edit in plan.edits] == ["encoder", "decoder"]
+    assert [edit.target.split(".")[0] for edit in plan.edits] == ["encoder", "decoder"]
     short = [{**b, "decoder_input_ids": b["decoder_input_ids"][:, :4]} for b in data("t5", model)]
     held = Features(model, short, ffns(model), {f.name: ["up"] for f in ffns(model)}, 10_000)
     assert held.tokens["encoder"] != held.tokens["decoder"]
@@ -223,7 +223,7 @@ def test_the_correction_is_the_least_squares_solution() -> None:
     held = Features(model, batches, found, {f.name: ["up", "input", "output"] for f in found}, 10_000)
     order = assign(correlation(*(held.get(f.name, "up") for f in found)))[None].to(torch.int32)
     fitted, errors = corrected(found, order, held, ridge=1e-9)
-    with trying(model, fk.plan(model, Merging(layers="0-1"), data=batches).edits):
+    with temporarily(model, fk.plan(model, Merging(layers="0-1"), data=batches).edits):
         plain = [f.raw().map(torch.clone) for f in found]
     inputs = torch.cat([held.get(f.name, "input") for f in found]).double()
     wanted = torch.cat([held.get(f.name, "output") for f in found]).double()

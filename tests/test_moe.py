@@ -526,7 +526,7 @@ def test_the_audio_of_phi_4_has_its_gate_second() -> None:
     assert ffn.layout.up_first and torch.equal(ffn.read().up, owner.gate_up_proj.weight[:24])
     x = torch.randn(1, 5, 16)
     check_gate(ffn, lambda: owner(x))
-    from ffnkit.surgery.memory import resize
+    from ffnkit.surgery.writer import resize
 
     with torch.no_grad():  # another width goes back in the same order
         before = owner(x)

@@ -16,19 +16,19 @@ from tolerance import assert_close, relative_error
 from torch import Tensor, nn
 
 import ffnkit as fk
-from ffnkit.edits.kinds import Mask
+from ffnkit.edits import Mask
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.pruning import MODES
 from ffnkit.methods.drop.weights import prunable
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import is_transposed
+from ffnkit.model.weights import stored_weight
 from ffnkit.nn.adapted import adapted
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.special import oriented
 from ffnkit.ops.masks import lowest, lowest_of_groups, lowest_of_rows, read_pattern
 from ffnkit.report.sparsity import merge_costs, sparsity
-from ffnkit.surgery.masking import stored_weight
-from ffnkit.surgery.trials import Trial
+from ffnkit.surgery.temporary import TemporaryPlan
 from ffnkit.tune import tuners
 
 QV = r".*\.(query|value)"
@@ -60,7 +60,7 @@ def zeros(tensors: dict[str, Tensor]) -> int:
 
 
 def masks(plan: Any) -> dict[str, Tensor]:
-    return {edit.ffn: edit.mask() for edit in plan.edits if not edit.site}
+    return {edit.target: edit.mask() for edit in plan.edits if not edit.site}
 
 
 # Choosing ------------------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_a_masked_model_computes_as_one_with_zeroed_weights(name: str, tmp_path:
     assert loaded == plan and "weights zero (50" in str(plan) and "no memory or time" in str(plan)
     zeroed = copy.deepcopy(model)
     with torch.no_grad():
-        edits = {(edit.ffn, edit.site): edit for edit in plan.edits if isinstance(edit, Mask)}
+        edits = {(edit.target, edit.site): edit for edit in plan.edits if isinstance(edit, Mask)}
         for each in prunable(zeroed, "all"):
             each.stored.masked_fill_(~edits[each.name, each.site].mask(), 0.0)
     classes = [type(module) for module in model.modules()]
@@ -388,7 +388,7 @@ def test_a_body_and_a_head_open_a_masked_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("name", ["bert", "albert", "mixtral", "gpt2"])
-def test_a_trial_of_masks_leaves_the_model_as_it_was(name: str, fold: bool) -> None:
+def test_a_temporary_plan_masks_leaves_the_model_as_it_was(name: str, fold: bool) -> None:
     family = FAMILIES[name]
     model = family.model() if name != "bert" else updated()
     plan = fk.plan(model, fk.Prune(ratio=0.5, sites="all" if name != "bert" else ".*"))
@@ -396,7 +396,7 @@ def test_a_trial_of_masks_leaves_the_model_as_it_was(name: str, fold: bool) -> N
     parameters = [id(p) for p in model.parameters()]
     plain = family.outputs(model)
     applied = fk.apply(copy.deepcopy(model), plan)
-    with Trial(model, plan.edits, fold=fold):
+    with TemporaryPlan(model, plan.edits, fold=fold):
         compare(family, model, applied, 1e-6)
         differs = [relative_error(value, plain[key]) for key, value in family.outputs(model).items()]
         assert max(differs) > 1e-3

@@ -344,7 +344,7 @@ def test_chosen_entries_hold_the_most_energy(name: str) -> None:
     model = FAMILIES[name].model()
     data = batches(name, model)
     plan = fk.plan(model, fk.SparseGrad(**SMALL, basis="layer"), data=data)
-    updates = {e.ffn: e for e in plan.edits if e.kind == "Adapt"}
+    updates = {e.target: e for e in plan.edits if e.kind == "UpdateLinear"}
     gradients: dict[str, list[Tensor]] = {}
     linears = {n: model.get_submodule(n) for n in updates}
     weight_gradients(model, data, linears, lambda n, g: gradients.setdefault(n, []).append(g.double()))
@@ -393,8 +393,8 @@ def test_masks_of_the_weights_own_entries(choose: str) -> None:
     model = FAMILIES["bert"].model()
     plan = fk.plan(model, fk.SparseGrad(share=0.05, basis="none", choose=choose))
     for edit in plan.edits:
-        if edit.kind == "Adapt":
-            weight = model.get_submodule(edit.ffn).weight.detach()
+        if edit.kind == "UpdateLinear":
+            weight = model.get_submodule(edit.target).weight.detach()
             index = edit.parts["index"].long()
             assert len(index) == len(set(index.tolist())) == round(0.05 * weight.numel())
             if choose == "magnitude":
@@ -406,8 +406,8 @@ def test_one_count_for_all_layers() -> None:
     model = FAMILIES["bert"].model()
     data = batches("bert", model)
     plan = fk.plan(model, fk.SparseGrad(**SMALL, by="all"), data=data)
-    whole = sum(model.get_submodule(e.ffn).weight.numel() for e in plan.edits if e.kind == "Adapt")
-    counts = [len(e.parts["index"]) for e in plan.edits if e.kind == "Adapt"]
+    whole = sum(model.get_submodule(e.target).weight.numel() for e in plan.edits if e.kind == "UpdateLinear")
+    counts = [len(e.parts["index"]) for e in plan.edits if e.kind == "UpdateLinear"]
     assert sum(counts) == pytest.approx(0.1 * whole, rel=0.01) and len(set(counts)) > 1
 
 

@@ -16,7 +16,7 @@ from tolerance import assert_close, assert_differs, relative_error
 from torch import nn
 
 import ffnkit as fk
-from ffnkit.edits.kinds import Adapt, Heads, Keep
+from ffnkit.edits import SelectHeads, SelectNeurons, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.structured import StructuredPruning
 from ffnkit.methods.drop.units import Units, cheapest_counts, uniform_counts
@@ -28,7 +28,7 @@ from ffnkit.nn.adapted import Adapted, adapted
 from ffnkit.nn.coefficients import Coefficients, set_l1
 from ffnkit.nn.shrinking import shrink
 from ffnkit.plans import Plan
-from ffnkit.surgery.trials import Trial
+from ffnkit.surgery.temporary import TemporaryPlan
 from ffnkit.tune import tuners
 
 NAMES = ("bert", "gpt2", "llama", "t5", "phi3")
@@ -84,14 +84,14 @@ def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
     neurons = {ffn.name: ffn for ffn in ffns(other)}
     with torch.no_grad():
         for edit in plan.edits:
-            if isinstance(edit, Heads):
-                attention = heads[edit.ffn]
+            if isinstance(edit, SelectHeads):
+                attention = heads[edit.target]
                 gone = torch.tensor(sorted(set(range(attention.units)) - set(edit.index.tolist())))
                 columns = attention.columns()[attention.members(gone)["q"]].flatten()
                 weight = attention.linear("o").weight
                 (weight if type(attention.linear("o")).__name__ == "Conv1D" else weight.T)[columns] = 0
-            elif isinstance(edit, Keep):
-                down = neurons[edit.ffn].raw().down
+            elif isinstance(edit, SelectNeurons):
+                down = neurons[edit.target].raw().down
                 index = edit.index.long()
                 stay = torch.zeros(down.shape[:-2] + down.shape[-1:], dtype=torch.bool).scatter_(-1, index, True)
                 down.masked_fill_(~stay.unsqueeze(-2), 0)
@@ -117,7 +117,7 @@ def test_removing_equals_zeroing(name: str) -> None:
     family = wide(name) if name in NAMES else FAMILIES[name]
     model = family.model().double()
     plan = fk.plan(model, fk.StructuredPruning(heads=0.5, neurons=0.3))
-    assert {type(edit) for edit in plan.edits} == {Heads, Keep}
+    assert {type(edit) for edit in plan.edits} == {SelectHeads, SelectNeurons}
     expected = zeroed(model, plan)
     before = copy.deepcopy(model)
     fk.apply(model, plan)
@@ -134,7 +134,7 @@ def test_pretrained_decoders_lose_heads_and_neurons_with_their_updates(
     fk.apply(model, fk.plan(model, fk.DSEE(sites="all", rank=2, nonzeros=9)))
     shake(model)
     plan = fk.plan(model, fk.StructuredPruning(heads=0.3, neurons=0.25, by="both"))
-    assert {type(edit) for edit in plan.edits} == {Heads, Keep}
+    assert {type(edit) for edit in plan.edits} == {SelectHeads, SelectNeurons}
     expected, before = zeroed(model, plan)(ids).logits, model(ids).logits
     fk.apply(model, plan)
     assert_close(model(ids).logits, expected, rel=1e-5, what=name)  # float32
@@ -206,7 +206,7 @@ def test_edits_on_trial_leave_updates_as_they_were() -> None:
     family, model = wide("gpt2"), updated("gpt2", "dsee", "all")
     before = family.outputs(model)
     plan = fk.plan(model, fk.StructuredPruning(by="update"))
-    with Trial(model, plan.edits):
+    with TemporaryPlan(model, plan.edits):
         differ(family, model, updated("gpt2", "dsee", "all"))
     after = family.outputs(model)
     assert all(torch.equal(after[key], before[key]) for key in before)
@@ -336,7 +336,7 @@ def test_a_budget_takes_more_where_scores_are_uneven() -> None:
         first.raw().up[:20] *= 1e-3
         first.raw().down[:, :20] *= 1e-3
     plan = fk.plan(model, fk.StructuredPruning(heads=0, neurons=0.25, spread="budget", multiple=1))
-    kept = {edit.ffn: edit.width for edit in plan.edits if isinstance(edit, Keep)}
+    kept = {edit.target: edit.width for edit in plan.edits if isinstance(edit, SelectNeurons)}
     assert kept[first.name] <= 20 < min(width for name, width in kept.items() if name != first.name)
     equal = fk.plan(model, fk.StructuredPruning(heads=0, neurons=0.25))
     assert plan.report["flops"]["after"] == equal.report["flops"]["after"]
@@ -378,18 +378,18 @@ def test_scores_against_loops() -> None:
     for by, read in reads.items():
         plan = fk.plan(model, fk.StructuredPruning(heads=0.5, neurons=0.3, by=by, layers="0"))  # type: ignore[arg-type]
         expected = torch.tensor([neuron(i, read) for i in range(ffn.width)])
-        assert index_of(plan, Keep) == lowest(expected, 17)
-        assert index_of(plan, Heads) == lowest(torch.tensor([head(u, read) for u in range(attention.units)]), 1)
+        assert index_of(plan, SelectNeurons) == lowest(expected, 17)
+        assert index_of(plan, SelectHeads) == lowest(torch.tensor([head(u, read) for u in range(attention.units)]), 1)
     hidden, given = held["h"][mask], held["o"][mask].view(-1, attention.units, pair * size)
     neurons = hidden.square().mean(0).sqrt() * down.weight.norm(dim=0)
     columns = out.weight.view(out.weight.shape[0], attention.units, -1).permute(1, 0, 2).flatten(1).norm(dim=1)
     heads = given.square().sum(-1).mean(0).sqrt() * columns
     plan = fk.plan(model, fk.StructuredPruning(heads=0.5, neurons=0.3, by="activation", layers="0"), data=data)
-    assert index_of(plan, Keep) == lowest(neurons, 17) and index_of(plan, Heads) == lowest(heads, 1)
+    assert index_of(plan, SelectNeurons) == lowest(neurons, 17) and index_of(plan, SelectHeads) == lowest(heads, 1)
     with pytest.raises(FfnkitError, match="no data are given"):
         fk.plan(model, fk.StructuredPruning(by="activation"))
     one = fk.plan(model, fk.RemoveHeads(share=0.5, by="activation", layers="0"), data=iter(data))
-    assert index_of(one, Heads) == index_of(plan, Heads)
+    assert index_of(one, SelectHeads) == index_of(plan, SelectHeads)
 
 
 def index_of(plan: Plan, kind: type) -> list[int]:
@@ -401,7 +401,7 @@ def test_experts_keep_neurons_of_their_own(by: Any) -> None:
     family = FAMILIES["mixtral"]
     model = family.model()
     plan = fk.plan(model, fk.StructuredPruning(heads=0, by=by), data=[family.inputs(model)])
-    index = next(edit.index for edit in plan.edits if isinstance(edit, Keep))
+    index = next(edit.index for edit in plan.edits if isinstance(edit, SelectNeurons))
     assert index.shape[0] == ffns(model)[0].experts and len({tuple(row.tolist()) for row in index}) > 1
     fk.apply(model, plan)
     assert {ffn.width for ffn in ffns(model)} == {18}
@@ -547,7 +547,7 @@ def test_the_smallest_coefficients_go(name: str, sites: str, tmp_path: Path) -> 
     ffn, attention = ffns(model)[0], attentions(model)[0]
     plan = fk.plan(model, fk.StructuredPruning(heads=0.5, neurons=0.3, by="coefficients"))
     value = ffn.linear("down").coefficients.detach().abs()  # type: ignore[union-attr,operator]
-    edits = {edit.ffn: edit for edit in plan.edits}
+    edits = {edit.target: edit for edit in plan.edits}
     assert edits[ffn.name].index.tolist() == lowest(value, edits[ffn.name].width)  # type: ignore[attr-defined]
     units = attention.linear("o").coefficients.detach().abs()
     assert edits[attention.name].index.tolist() == lowest(units, attention.units // 2)  # type: ignore[attr-defined]
@@ -573,7 +573,7 @@ def test_a_budget_by_coefficients_takes_them_as_they_are() -> None:
     with torch.no_grad():
         layer.coefficients[:] = 0.5  # type: ignore[index]
     plan = fk.plan(model, fk.StructuredPruning(flops=0.9, spread="budget", by="coefficients", multiple=1))
-    assert [edit.ffn for edit in plan.edits] == [ffns(model)[1].name]
+    assert [edit.target for edit in plan.edits] == [ffns(model)[1].name]
     assert fk.plan(model, fk.StructuredPruning(flops=0.9, spread="budget", multiple=1)).edits[1:]  # the control
 
 
@@ -581,7 +581,7 @@ def test_pruning_of_weights_sees_no_update_in_coefficients() -> None:
     model = learning("bert")
     shake(model)
     plan = fk.plan(model, fk.Prune(ratio=0.5, mode="ABS"))
-    masks = {edit.ffn: edit for edit in plan.edits}
+    masks = {edit.target: edit for edit in plan.edits}
     down = next(name for name, count in places(wide("bert").model()) if count == 40)
     assert 0.2 < masks[down].kept / 640 < 0.8  # type: ignore[attr-defined]
 
@@ -594,7 +594,7 @@ def test_where_coefficients_cannot_be() -> None:
         with_coefficients(model, plan, 0.1)
     model = FAMILIES["mixtral"].model()  # experts in one parameter have none; heads have
     made = with_coefficients(model, fk.plan(model, fk.DSEE(rank=2, nonzeros=0)), 0.1)
-    assert sum(edit.layer == "coefficients" for edit in made.edits if isinstance(edit, Adapt)) == 2
+    assert sum(edit.layer == "coefficients" for edit in made.edits if isinstance(edit, UpdateLinear)) == 2
     with pytest.raises(FfnkitError, match="coefficients are given"):
         tuners.get({"name": "meprop", "of": "outputs", "coefficients": 0.1}).prepare(wide("bert").model())
 

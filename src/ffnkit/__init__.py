@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from ffnkit.analysis.study import analyze
     from ffnkit.budget.allocation import Allocation, allocate
     from ffnkit.checkpoint.adapters import adapter, load_adapter, remove_adapter, save_adapter
-    from ffnkit.checkpoint.forms import export, load, save
+    from ffnkit.checkpoint.export import export
+    from ffnkit.checkpoint.load import load
     from ffnkit.checkpoint.peft_lora import save_lora
+    from ffnkit.checkpoint.save import save
     from ffnkit.errors import FfnkitError
     from ffnkit.methods.combined import Combined
     from ffnkit.methods.drop.heads import RemoveHeads
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from ffnkit.model.families.ffns import LAYOUTS, Layout
     from ffnkit.model.inventory import inspect
     from ffnkit.plans import Plan, plan
-    from ffnkit.surgery.memory import apply, fold
+    from ffnkit.surgery.apply import apply, fold
     from ffnkit.tune import trainable_parameters
 
 
@@ -78,12 +80,12 @@ _HOMES = {
     "save_lora": "checkpoint.peft_lora",
     "allocate": "budget.allocation",
     "Allocation": "budget.allocation",
-    "apply": "surgery.memory",
-    "fold": "surgery.memory",
+    "apply": "surgery.apply",
+    "fold": "surgery.apply",
     "analyze": "analysis.study",
-    "save": "checkpoint.forms",
-    "load": "checkpoint.forms",
-    "export": "checkpoint.forms",
+    "save": "checkpoint.save",
+    "load": "checkpoint.load",
+    "export": "checkpoint.export",
     "trainable_parameters": "tune",
     "adapter": "checkpoint.adapters",
     "save_adapter": "checkpoint.adapters",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,49 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ffnkit.edits import kinds as edits
-from ffnkit.edits.kinds import Adapt, Drop, Edit, Factor, Heads, Mask, Tie, Train
+from ffnkit.edits import Edit, Shape, build, known
+from ffnkit.edits.base import notes
+from ffnkit.edits.slicing import check_cuttable
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import disk_errors
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.nn.adapted import Adapted
 from ffnkit.ops.neurons import Neurons
 
 FORMAT = 1
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a plan knows of one FFN that it edits; ``apply`` refuses a model where any of it differs."""
-
-    name: str
-    width: int
-    d: int
-    gated: bool
-    experts: int
-    parameters: int
-    neuron_parameters: int  # of one neuron, over all experts
-
-    @classmethod
-    def of(cls, ffn: FFN) -> Shape:
-        per_neuron = sum(
-            tensor.numel() // ffn.width for name, tensor in ffn.raw().tensors().items() if name != "down_bias"
-        )
-        own = ffn.num_parameters - _beside(ffn)
-        return cls(ffn.name, ffn.width, ffn.d, ffn.gated, ffn.experts, own, per_neuron)
-
-    def __str__(self) -> str:
-        experts = f"{self.experts} experts of " if self.experts else ""
-        return f"{experts}{self.d} x {self.width}{' gated' if self.gated else ''}"
-
-
-def _beside(ffn: FFN) -> int:
-    """Numbers that train beside the weights of an FFN: a plan fits the model with and without them."""
-    linears = [] if ffn.layout.experts else [ffn.linear(site) for site in ffn.sites]
-    own = [p for m in linears if isinstance(m, Adapted) for p in m.named_parameters(recurse=False)]
-    return sum(p.numel() for name, p in own if name not in ("base", "bias"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,84 +53,37 @@ class Plan:
 
     def widths(self) -> dict[str, tuple[int, int]]:
         """Neurons before and after of each FFN that gets another number of them."""
-        return {e.ffn: (self.shapes[e.ffn].width, e.width) for e in self.edits if hasattr(e, "width")}
+        return {e.target: (self.shapes[e.target].width, e.new_width) for e in self.edits if e.new_width is not None}
 
     @property
     def saved_parameters(self) -> int:
-        gone = sum(edit.parameters for edit in self.edits if isinstance(edit, Heads))
-        return gone + sum(self.saved(name) for name in self.shapes)
+        """Parameters that the model loses."""
+        return sum(edit.saved_elsewhere for edit in self.edits) + sum(self.saved(name) for name in self.shapes)
 
     def saved(self, name: str) -> int:
         """Parameters that one FFN loses; its output bias stays. Zeros of a mask are stored, and not counted.
 
         An FFN that shares another's weights loses all of its own.
         """
-        shape = self.shapes[name]
-        if name in self._shared():
-            return shape.parameters
-        if (drop := self._dropped().get(name)) is not None:
-            return shape.parameters + drop.parameters
-        before, after = self.widths().get(name, (shape.width, shape.width))
-        thin = [e for e in self.edits if isinstance(e, Factor) and e.ffn == name]
-        factored = sum(len(e.second) * e.first.shape[1] - e.first.numel() - e.second.numel() for e in thin)
-        return shape.neuron_parameters * (before - after) + factored
+        shape, mine = self.shapes[name], self._of(name)
+        sizes = {type(edit) if edit.new_width is not None else id(edit): edit.saved(shape) for edit in mine}
+        whole = [edit.saved(shape) for edit in mine if edit.joins and edit.saved(shape)]
+        return whole[-1] if whole else sum(sizes.values())
 
-    def _shared(self) -> dict[str, str]:
-        """The FFN whose weights it will use, by the name of each FFN that loses its own."""
-        return {member: edit.ffn for edit in self.edits if isinstance(edit, Tie) for member in edit.members}
-
-    def _dropped(self) -> dict[str, Drop]:
-        return {edit.ffn: edit for edit in self.edits if isinstance(edit, Drop)}
+    def _of(self, name: str) -> list[Edit]:
+        """The edits that change an FFN."""
+        return [edit for edit in self.edits if name in edit.touched]
 
     def _becomes(self, name: str) -> str:
         """In words, what an FFN turns into."""
-        if name in self._shared():
-            return f"shares {self._shared()[name]}"
-        if name in self._dropped():
-            return f"gone with {self._dropped()[name].layer}"
-        mine = [edit for edit in self.edits if edit.ffn == name]
-        ties = [edit for edit in mine if isinstance(edit, Tie)]
-        if ties:
-            return f"{'the mean of' if ties[0].average else 'shared by'} {1 + len(ties[0].members)} FFNs"
-        if name in self.widths():
-            return f"{self.widths()[name][1]} neurons"
-        if ranks := [len(edit.first) for edit in mine if isinstance(edit, Factor)]:
-            return f"rank {', '.join(map(str, dict.fromkeys(ranks)))}"
-        kept = [edit for edit in mine if isinstance(edit, Mask)]
-        nonzero, total = sum(mask.kept for mask in kept), sum(math.prod(mask.shape) for mask in kept)
-        return f"{nonzero:,} of {total:,} weights not zero"
+        mine = self._of(name)
+        kind = type(min(mine, key=lambda edit: edit.precedence))
+        return kind.becomes([edit for edit in mine if edit.precedence == kind.precedence], name)
 
-    def _head_lines(self) -> list[str]:
-        """A line for each attention that loses heads."""
-        found = [edit for edit in self.edits if isinstance(edit, Heads)]
-        name_width = max((len(edit.ffn) for edit in found), default=0)
-        lines = []
-        for edit in found:
-            units = f" ({edit.units} -> {len(edit.index)} groups)" if edit.units != edit.heads else ""
-            notes = "".join(f", {key} {value:.3g}" for key, value in self.quantities.get(edit.ffn, {}).items())
-            lines.append(
-                f"  {edit.ffn:<{name_width}}  {edit.heads} heads  ->  {edit.left}{units},"
-                f" {edit.parameters:,} parameters fewer{notes}"
-            )
-        return lines
-
-    def _masked_lines(self) -> list[str]:
-        """A line for each linear that gets zeros, and one for all weights that do."""
-        masks = [edit for edit in self.edits if isinstance(edit, Mask)]
-        linears = [edit for edit in masks if not edit.site]
-        if not linears:
-            return []
-        sizes = {id(edit): (math.prod(edit.shape), edit.kept) for edit in masks}
-        name_width = max(len(edit.ffn) for edit in linears)
-        lines = []
-        for edit in linears:
-            total, kept = sizes[id(edit)]
-            shape = " x ".join(map(str, edit.shape))
-            notes = "".join(f", {key} {value:.3g}" for key, value in self.quantities.get(edit.ffn, {}).items())
-            lines.append(f"  {edit.ffn:<{name_width}}  {shape}, {1 - kept / max(total, 1):.1%} zero{notes}")
-        total, kept = (sum(size[place] for size in sizes.values()) for place in (0, 1))
-        share = f"{total - kept:,} of {total:,} weights zero ({1 - kept / max(total, 1):.1%})"
-        return [*lines, f"  masks: {share}; they are stored and multiplied as before: no memory or time is saved"]
+    @property
+    def trains(self) -> bool:
+        """Whether it sets what trains."""
+        return any(edit.trains for edit in self.edits)
 
     def __str__(self) -> str:
         given = {k: v for k, v in self.settings.items() if v is not None}
@@ -173,32 +93,42 @@ class Plan:
         name_width = max((len(name) for name in self.shapes), default=0)
         for name, shape in self.shapes.items():
             left = shape.parameters - self.saved(name)
-            notes = "".join(f", {key} {value:.3g}" for key, value in self.quantities.get(name, {}).items())
             lines.append(
                 f"  {name:<{name_width}}  {shape}  ->  {self._becomes(name)},"
-                f" {shape.parameters:,} -> {left:,} parameters{notes}"
+                f" {shape.parameters:,} -> {left:,} parameters{notes(self.quantities, name)}"
             )
-        lines += self._head_lines()
-        lines += self._masked_lines()
+        by_kind = [(kind, [edit for edit in self.edits if type(edit) is kind]) for kind in known()]
+        lines += [line for kind, mine in by_kind for line in kind.lines(mine, self.quantities) if not kind.trains]
         if (flops := self.report.get("flops")) is not None:
             part = 1 - flops["after"] / max(flops["before"], 1e-300)
             lines.append(
                 f"  body: {flops['before'] / 1e6:.3f} -> {flops['after'] / 1e6:.3f} MFLOPs a token in linears"
                 f" ({part:.1%} fewer)"
             )
-        adapted = [edit for edit in self.edits if isinstance(edit, Adapt)]
-        if adapted:
-            name_width = max(len(edit.ffn) for edit in adapted)
-            for edit in adapted:
-                notes = "".join(f", {key} {value:.3g}" for key, value in self.quantities.get(edit.ffn, {}).items())
-                lines.append(f"  {edit.ffn:<{name_width}}  ->  {edit.layer}, {edit.trained:,} numbers train{notes}")
-            also = [part for edit in self.edits if isinstance(edit, Train) for part in edit.parts]
-            lines.append(f"  beside them train: {', '.join(also) or 'nothing'}")
+        if self.trains:
+            lines += [line for kind, mine in by_kind for line in kind.lines(mine, self.quantities) if kind.trains]
             return "\n".join(lines)
         after_all = self.parameters - self.saved_parameters
         share = 100 * self.saved_parameters / max(self.parameters, 1)
         lines.append(f"  model: {self.parameters:,} -> {after_all:,} parameters ({share:.1f}% fewer)")
         return "\n".join(lines)
+
+    # --- whether it fits
+
+    def check_fits(self, found: dict[str, FFN], model: str) -> None:
+        """Raises FfnkitError where the FFNs of a model, by name, are not those that the plan was made for."""
+        asked = f"applying a plan for {self.model} to {model}"
+        for name, shape in self.shapes.items():
+            if name not in found:
+                raise FfnkitError(asked, f"it has no FFN {name}", "Make the plan for this model")
+            here = Shape.of(found[name])
+            if here != shape:
+                what = f"{name} is {here} where the plan was made for {shape}"
+                raise FfnkitError(asked, what, "Make the plan for this model")
+            if all(edit.bears_updates for edit in self._of(name)):  # weights and updates lose the same neurons
+                check_cuttable(found[name], f"applying a plan to {model}")
+            else:
+                found[name].check_plain(f"applying a plan to {model}")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan) or self.description() != other.description():
@@ -220,7 +150,10 @@ class Plan:
             "parameters": self.parameters,
             "shapes": [shape.__dict__ for shape in self.shapes.values()],
             "quantities": self.quantities,
-            "edits": [{"kind": e.kind, "settings": e.settings(), "tensors": sorted(e.tensors())} for e in self.edits],
+            "edits": [
+                {"kind": e.kind, "version": e.version, "settings": e.settings(), "tensors": sorted(e.tensors())}
+                for e in self.edits
+            ],
         }
 
     def save(self, path: str | Path) -> None:
@@ -260,7 +193,9 @@ class Plan:
                     raise FfnkitError(f"plan '{path}'", f"format {data['format']}", "Make the plan again")
                 read = _Reader(file, json.loads((file.metadata() or {}).get("same", "{}")))
                 found = tuple(
-                    edits.build(e["kind"], e["settings"], {n: read(f"{number}.{n}") for n in e["tensors"]})
+                    build(
+                        e["kind"], e["settings"], {n: read(f"{number}.{n}") for n in e["tensors"]}, e.get("version", 1)
+                    )
                     for number, e in enumerate(data["edits"])
                 )
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.analysis.trial import Other
+from ffnkit.analysis.reference import Other
 from ffnkit.calibration.replay import block_name
 from ffnkit.calibration.taps import Batch, Flow, evaluating, expert_forward, model_inputs, stack_masks, tapped
 from ffnkit.errors import FfnkitError

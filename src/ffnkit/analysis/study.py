@@ -12,9 +12,9 @@ from torch import nn
 from ffnkit.analysis import errors as local
 from ffnkit.analysis import ntk as kernel
 from ffnkit.analysis.ntk import NtkSettings
+from ffnkit.analysis.reference import Other, Reference, temporary_plan
 from ffnkit.analysis.result import Analysis, Row
 from ffnkit.analysis.scalar import singles
-from ffnkit.analysis.trial import Other, Second, trial_of
 from ffnkit.calibration.taps import Batch
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import drawn_head
@@ -98,9 +98,9 @@ def analyze(
         if last is None or last[0] != candidate.what:
             last = (candidate.what, _planned(model, candidate.what, calibrated, progress))
         given = {"method": last[1].method, "settings": last[1].settings, "fold": candidate.fold}
-        study.add(name, trial_of(model, last[1], fold=candidate.fold), given)
+        study.add(name, temporary_plan(model, last[1], fold=candidate.fold), given)
     for name, other in others.items():
-        study.add(name, Second(model, other), {})
+        study.add(name, Reference(model, other), {})
     return Analysis(type(model).__name__, tuple(study.finish()), study.conditions(), study.notes())
 
 

@@ -13,7 +13,7 @@ from ffnkit.calibration.replay import Replay, block_name
 from ffnkit.calibration.taps import stack_masks
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons
-from ffnkit.surgery.memory import borrowed, resize
+from ffnkit.surgery.temporary import with_neurons
 
 TOKENS = 1024  # that the probe looks at, at least, where there are so many
 ENTRIES = 1 << 25  # logits held for comparison: 128 MiB in float32
@@ -122,6 +122,5 @@ def _lent(changed: list[tuple[FFN, Neurons]]) -> Iterator[None]:
     """The FFNs run with other neurons inside the block."""
     with ExitStack() as stack:
         for ffn, neurons in changed:
-            stack.enter_context(borrowed(ffn))
-            resize(ffn, neurons)
+            stack.enter_context(with_neurons(ffn, neurons))
         yield

@@ -21,7 +21,7 @@ from ffnkit.io.loading import run_uneven_experts
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name
 from ffnkit.ops.neurons import Neurons
-from ffnkit.surgery.memory import borrowed, resize
+from ffnkit.surgery.temporary import with_neurons
 
 SAME = 1e-4  # relative: the same computation in another order of batches at most
 
@@ -75,8 +75,7 @@ class Replay:
 
     def install(self, ffn: FFN, neurons: Neurons) -> None:
         """Let an FFN run with other neurons, of any width, until the block of ``with`` ends."""
-        self._lent.enter_context(borrowed(ffn))
-        resize(ffn, neurons)
+        self._lent.enter_context(with_neurons(ffn, neurons))
         if ffn.layout.experts and run_uneven_experts(self.model):
             self._lent.callback(self.model.set_experts_implementation, "grouped_mm")  # type: ignore[arg-type]
 

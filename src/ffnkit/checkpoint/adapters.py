@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ffnkit import __version__
-from ffnkit.edits.kinds import Adapt, Edit, Train
+from ffnkit.edits import Edit, Stage, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.io import files
 from ffnkit.nn.adapted import adapted, fingerprint
 from ffnkit.plans import Plan
-from ffnkit.surgery.memory import apply, beside, parts_beside, unadapt
+from ffnkit.surgery.apply import apply, remove_updates
+from ffnkit.surgery.journal import journal
+from ffnkit.surgery.writer import beside, parts_beside
 
 TENSORS, CONFIG = "adapter.safetensors", "adapter_config.json"
 
@@ -37,7 +39,7 @@ def adapter(model: PreTrainedModel) -> Plan:
     edits: list[Edit] = []
     for name, layer in layers.items():
         given, parts = layer.made_of()
-        edits.append(Adapt(name, layer.kind, given, parts, fingerprint=fingerprint(layer.base).tolist()))
+        edits.append(UpdateLinear(name, layer.kind, given, parts, fingerprint=fingerprint(layer.base).tolist()))
     values = {name: p.detach().clone() for name, p in beside(model).items()}
     edits.append(Train("", parts=parts_beside(model), values=values))
     kinds = sorted({layer.kind for layer in layers.values()})
@@ -58,14 +60,15 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
         FfnkitError: no update is on the model, or the folder cannot be written.
     """
     plan = adapter(model)
-    layers = [edit for edit in plan.edits if isinstance(edit, Adapt)]
+    layers = [cast(UpdateLinear, edit) for edit in plan.edits if edit.stage is Stage.UPDATE]
+    train = [cast(Train, edit) for edit in plan.edits if edit.stage is Stage.TRAIN]
     about: dict[str, Any] = {
         "adapter": plan.method,
         "ffnkit": __version__,
         "base_model": getattr(model.config, "_name_or_path", "") or None,
         "model": plan.model,
-        "trained_beside": [part for edit in plan.edits if isinstance(edit, Train) for part in edit.parts],
-        "layers": {edit.ffn: {**edit.given, "fingerprint": edit.fingerprint} for edit in layers},
+        "trained_beside": [part for edit in train for part in edit.parts],
+        "layers": {edit.target: {**edit.given, "fingerprint": edit.fingerprint} for edit in layers},
     }
     with files.staging(folder, keep_others=True) as temporary:
         plan.save(temporary / TENSORS)
@@ -84,27 +87,13 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     if not path.is_file():
         raise FfnkitError(f"adapter {folder}", f"there is no {TENSORS}", "Name a folder that save_adapter wrote")
     wanted = Plan.load(path)
-    held = adapter(model) if adapted(model) else None
-    if held is not None:
-        remove_adapter(model)
-    try:
-        return apply(model, wanted)
-    except FfnkitError:
+    with journal(model):
         if adapted(model):
-            unadapt(model, fold=False)
-        if held is not None:
-            apply(model, held)
-        raise
+            remove_updates(model)
+        return apply(model, wanted)
 
 
-def remove_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """Take the updates away, in place: every weight has the very bits that it had before they came.
-
-    Raises:
-        FfnkitError: all the rest of the model trained beside them.
-    """
-    unadapt(model, fold=False)
-    return model
+remove_adapter = remove_updates
 
 
 def is_adapted(model: nn.Module) -> bool:

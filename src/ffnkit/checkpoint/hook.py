@@ -23,13 +23,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ffnkit.errors import FfnkitError
 from ffnkit.io.formats import FORMAT, QUANT_METHOD
 
-# ``shapes`` and ``surgery`` are imported when first used: this module may be loaded in the middle of transformers'
+# ``surgery`` is imported when first used: this module may be loaded in the middle of transformers'
 # own import, when the modules that they need are not there yet.
 
 
 @register_quantization_config(QUANT_METHOD)
 class FfnkitConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` of a compact checkpoint; fields as ``shapes.describe`` writes them.
+    """The ``quantization_config`` of a compact checkpoint; fields as ``description.describe`` writes them.
 
     Attributes:
         ffns: the true shape of each FFN, by name.
@@ -91,25 +91,27 @@ class FfnkitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from ffnkit.checkpoint import placement
-        from ffnkit.surgery import memory as surgery
+        from ffnkit.surgery.apply import rebuild
+        from ffnkit.surgery.description import declare
 
         described = self.quantization_config.to_dict()
-        surgery.rebuild(model, described)
+        rebuild(model, described)
         placement.check_map(model, described, kwargs.get("device_map"))
         if self.inner is not None:  # before the declaration: quantizers leave out what is tied
             self.inner.preprocess_model(model, **kwargs)
             _leave_packing(model)
-        surgery.declare(model, described)
+        declare(model, described)
         return model
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         from ffnkit.checkpoint import placement
-        from ffnkit.surgery import memory as surgery
-        from ffnkit.surgery import shapes
+        from ffnkit.surgery.apply import share
+        from ffnkit.surgery.description import renamed
+        from ffnkit.surgery.ties import declare_shared
 
-        surgery.share_twins(model, self.quantization_config.to_dict())
+        share(model, self.quantization_config.to_dict())
         placement.bridge(model)
-        described = shapes.renamed(model, self.quantization_config.to_dict())
+        described = renamed(model, self.quantization_config.to_dict())
         self.quantization_config.ffns = described["ffns"]
         self.quantization_config.linears = described.get("linears", {})
         self.quantization_config.attention = described.get("attention", {})
@@ -124,7 +126,7 @@ class FfnkitQuantizer(HfQuantizer):
         model.quantization_method = self.inner.quantization_config.quant_method
         self.inner.postprocess_model(model, **kwargs)
         _leave_deserializing(model)
-        shapes.declare_shared(model)  # scales that lie beside a quantized weight are shared with it
+        declare_shared(model)  # scales that lie beside a quantized weight are shared with it
         described["base_done"] = True
         described["base"] = self.inner.quantization_config.to_dict()
         self.quantization_config.base, self.quantization_config.base_done = described["base"], True
@@ -143,10 +145,10 @@ class FfnkitQuantizer(HfQuantizer):
         """
         if self.inner is None:
             return super().get_state_dict_and_metadata(model, *args, **kwargs)
-        from ffnkit.surgery import shapes
+        from ffnkit.surgery.ties import further_places
 
         state, metadata = self.inner.get_state_dict_and_metadata(model, *args, **kwargs)
-        further = tuple(shapes.further_places(model))
+        further = tuple(further_places(model))
         state = model.state_dict() if state is None else state
         return {key: value for key, value in state.items() if not key.startswith(further)}, metadata
 

@@ -16,7 +16,7 @@ from ffnkit.io.peft_lora import PREFIX, TENSORS
 from ffnkit.model.parts import head_modules
 from ffnkit.nn.adapted import adapted
 from ffnkit.nn.dsee import SparseLowRank
-from ffnkit.surgery.memory import parts_beside
+from ffnkit.surgery.writer import parts_beside
 
 
 @torch.no_grad()

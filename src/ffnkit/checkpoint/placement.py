@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.surgery.shapes import rows_for
+from ffnkit.surgery.description import rows_for
 
 
 def check_map(model: PreTrainedModel, described: dict[str, Any], device_map: Any) -> None:

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ffnkit.edits.kinds import Adapt, Drop, Edit, Heads, Tie, Train
+from ffnkit.edits import Edit, Stage
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.plans import Draft, Method, Progress
-from ffnkit.surgery.trials import Trial
+from ffnkit.surgery.temporary import TemporaryPlan
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,17 @@ class Combined:
             for number, method in enumerate(self.methods):
                 draft = method.draft(model, batches, progress)
                 for edit in draft.edits:
-                    if isinstance(edit, Drop):
-                        what = f"it drops {edit.layer}, and the layers behind it change their numbers"
+                    if edit.renumbers:
+                        what = f"it drops the layer of {edit.target}, and those behind it change their numbers"
                         raise FfnkitError(f"{method.name} with others", what, "Apply it first, then plan the others")
-                    for name in (edit.ffn,) if isinstance(edit, Heads | Adapt) else edit.touched:
+                    for name in edit.claimed:
                         _claim(by, name, method)
                 _check_updates(model, edits, draft.edits, method)
                 edits += draft.edits
                 quantities |= draft.quantities
                 report |= {f"{number + 1} {method.name}": draft.report} if draft.report else {}
                 if method is not self.methods[-1]:
-                    stack.enter_context(Trial(model, [e for e in draft.edits if not isinstance(e, Adapt | Train)]))
+                    stack.enter_context(TemporaryPlan(model, [e for e in draft.edits if not e.trains]))
         return Draft(tuple(edits), quantities, report)
 
 
@@ -100,10 +100,10 @@ def _claim(by: dict[str, Method], name: str, method: Method) -> None:
 
 def _check_updates(model: nn.Module, earlier: list[Edit], now: Sequence[Edit], method: Method) -> None:
     """Raises FfnkitError where a method changes FFNs that earlier ones update, or updates FFNs that they merge."""
-    updated = {edit.ffn for edit in earlier if isinstance(edit, Adapt)}
+    updated = {edit.target for edit in earlier if edit.stage is Stage.UPDATE}
     touched = {name for edit in now for name in edit.touched}
-    tied = {name for edit in earlier if isinstance(edit, Tie) for name in edit.touched}
-    updating = {edit.ffn for edit in now if isinstance(edit, Adapt)}
+    tied = {name for edit in earlier if edit.joins for name in edit.touched}
+    updating = {edit.target for edit in now if edit.stage is Stage.UPDATE}
     for ffn in ffns(model) if updated or tied else ():
         if ffn.layout.experts:
             continue

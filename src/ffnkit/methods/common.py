@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.taps import Batch, Flow, watch
-from ffnkit.edits.kinds import Resize
+from ffnkit.edits import ClusterNeurons
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
@@ -129,12 +129,12 @@ def each(found: list[tuple[FFN, int]], progress: Progress | None, what: str) -> 
 
 def clusterings(
     found: list[tuple[FFN, int]], progress: Progress | None, what: str, seed: int, restarts: int, **more: bool
-) -> Iterator[tuple[Resize, float]]:
+) -> Iterator[tuple[ClusterNeurons, float]]:
     """The edit that leaves each FFN the means of its neurons' clusters, and the variance that they lose."""
     for ffn, width, neurons in each(found, progress, what):
         balanced = neurons.gated and ffn.linear_in_up
         labels, loss = cluster_neurons(neurons, width, seed=seed, restarts=restarts, balanced=balanced)
-        yield Resize(ffn.name, width=width, labels=labels, balance=balanced, **more), loss
+        yield ClusterNeurons(ffn.name, width=width, labels=labels, balance=balanced, **more), loss
 
 
 def lifted(neurons: Neurons) -> Neurons:

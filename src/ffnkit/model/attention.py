@@ -114,7 +114,7 @@ class Attention:
         """Numbers that go with one unit."""
         out, inner = features(self.linear("o"))
         count = out * inner * (self.heads // self.units) // self.heads
-        counts = self._counts
+        counts = self.counts
         for role in ROLES:
             linear = self.linear(role)
             shared = counts[role] < self.units  # one key and value for all: they stay
@@ -150,7 +150,7 @@ class Attention:
                 yield name, own[name], None
 
     @property
-    def _counts(self) -> dict[Role, int]:
+    def counts(self) -> dict[Role, int]:
         return {"q": self.heads, "k": self.kv_heads, "v": self.kv_heads}
 
     def rows(self, role: Role, counts: dict[Role, int] | None = None) -> Tensor:
@@ -160,7 +160,11 @@ class Attention:
             counts: heads by role, where they are others than the present ones.
         """
         sharing = self.paths()[self.layout.path(role)]
-        return places(self.layout.order, sharing, counts or self._counts, self.head_dim)[role]
+        return places(self.layout.order, sharing, counts or self.counts, self.head_dim)[role]
+
+    def axis(self, name: str) -> int:
+        """Along which axis of a parameter of :meth:`following` heads lie."""
+        return dict(self.layout.per_head).get(name, 0)
 
     def columns(self) -> Tensor:
         """(heads, head_dim) int64: the columns of o that belong to each head."""
@@ -208,14 +212,6 @@ def attentions(model: nn.Module) -> list[Attention]:
     return every
 
 
-def describe(model: nn.Module) -> dict[str, Any]:
-    """What the config says of attentions that lost heads: {name: {"heads", "kv", "of"}}, by number."""
-    rows = {each.name: each.kept for each in attentions(model)}
-    return {
-        name: {"heads": list(row.heads), "kv": list(row.kv), "of": list(row.of)} for name, row in rows.items() if row
-    }
-
-
 def find(model: nn.Module, name: str) -> Attention:
     """The attention of that name. Raises FfnkitError where there is none."""
     found = {attention.name: attention for attention in attentions(model)}
@@ -243,7 +239,7 @@ def _obstacle(attention: Attention) -> str:
     shapes = {role: features(attention.linear(role)) for role in (*ROLES, "o")}
     heads, kv_heads, width = attention.heads, attention.kv_heads, attention.head_dim
     expected = {
-        path: width * sum(attention._counts[role] for role in roles) for path, roles in attention.paths().items()
+        path: width * sum(attention.counts[role] for role in roles) for path, roles in attention.paths().items()
     }
     fits = all(shapes[role][0] == expected[attention.layout.path(role)] for role in ROLES)
     if not fits or shapes["o"][1] != heads * width or kv_heads < 1 or heads % kv_heads:

@@ -13,7 +13,6 @@ from ffnkit.errors import FfnkitError
 from ffnkit.model.families.ffns import Layout
 from ffnkit.model.linear import Linear, _shape, is_linear, is_transposed
 from ffnkit.nn.adapted import Adapted
-from ffnkit.nn.lowrank import LowRank
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.scaled import Scaled
 from ffnkit.nn.served import broadcast, buffer_name, served
@@ -79,6 +78,13 @@ class FFN:
         return sum(p.numel() for p in self.parameters())
 
     @property
+    def own_parameters(self) -> int:
+        """Numbers in its weights and biases, without those that train beside them."""
+        linears = [] if self.layout.experts else [self.linear(site) for site in self.sites]
+        beside = [p for m in linears if isinstance(m, Adapted) for p in m.named_parameters(recurse=False)]
+        return self.num_parameters - sum(p.numel() for name, p in beside if name not in ("base", "bias"))
+
+    @property
     def flops_per_token(self) -> float:
         """Multiplications and additions of the linears for one token, routed experts by their share of tokens."""
         matrices = 3 if self.gated else 2
@@ -110,6 +116,10 @@ class FFN:
             )
         return (owner or self.module).get_submodule(self.path(site))  # type: ignore[return-value]
 
+    def linears(self, site: str) -> list[Any]:
+        """Every linear at a site, in all owners, each once."""
+        return list(dict.fromkeys(owner.get_submodule(self.path(site)) for owner in self.owners.values()))
+
     def parameters(self) -> list[nn.Parameter]:
         """The FFN's parameters, each once."""
         if self.layout.experts:
@@ -138,7 +148,7 @@ class FFN:
             return {site: {"kind": kind} for kind, site in known}
         linears = {site: self.linear(site) for site in self.sites}
         return {
-            site: {"kind": linear.kind, **({"rank": linear.rank} if isinstance(linear, LowRank) else {})}
+            site: linear.row()
             for site, linear in linears.items()
             if isinstance(linear, Special) and not isinstance(linear, Adapted)
         }
@@ -154,7 +164,7 @@ class FFN:
 
     def raw(self) -> Neurons:
         """The weights as neurons, a factor that stands apart left out."""
-        return self._neurons(self._oriented)
+        return self._neurons(self.oriented)
 
     def _neurons(self, weight: Callable[[str], Tensor]) -> Neurons:
         up, up_bias = weight("up"), self._bias("up")
@@ -176,6 +186,21 @@ class FFN:
         """One tensor of gate and up, in the order that the family has."""
         return torch.cat((up, gate) if self.layout.up_first else (gate, up), dim=dim)
 
+    def site_values(self, neurons: Neurons) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Weight (out, in) and bias of neurons by the path of each linear or parameter."""
+        values = {self.path("down"): (neurons.down, neurons.down_bias)}
+        if self.layout.fused:
+            assert neurons.gate is not None
+            bias = None
+            if neurons.up_bias is not None and neurons.gate_bias is not None:
+                bias = self.fuse(neurons.gate_bias, neurons.up_bias, -1)
+            values[self.path("up")] = (self.fuse(neurons.gate, neurons.up, -2), bias)
+        else:
+            values[self.path("up")] = (neurons.up, neurons.up_bias)
+            if neurons.gate is not None:
+                values[self.path("gate")] = (neurons.gate, neurons.gate_bias)
+        return values
+
     @torch.no_grad()
     def write(self, neurons: Neurons) -> None:
         """Write weights of the same shape in place. Raises FfnkitError on another shape or special linears."""
@@ -190,13 +215,22 @@ class FFN:
         for name, value in mine.items():
             value.copy_(given[name])
 
-    def check_plain(self, asked: str) -> None:
-        """Raises FfnkitError where something special stands in the place of plain weights."""
+    @property
+    def updated(self) -> bool:
+        """Whether an update, or coefficients, train beside a weight of the FFN."""
+        return not self.layout.experts and any(isinstance(self.linear(site), Adapted) for site in self.sites)
+
+    def check_unedited(self, asked: str) -> None:
+        """Raises FfnkitError where a factor, a thin pair or a mask stands in the place of plain weights."""
         if self.special:
             kinds = ", ".join(f"{site} is {value['kind']}" for site, value in self.special.items())
             do = "Fold the model first (ffnkit.fold), then go on"
             raise FfnkitError(asked, f"{self.name} is edited already ({kinds})", do)
-        if not self.layout.experts and any(isinstance(self.linear(site), Adapted) for site in self.sites):
+
+    def check_plain(self, asked: str) -> None:
+        """Raises FfnkitError where something special stands in the place of plain weights."""
+        self.check_unedited(asked)
+        if self.updated:
             do = "Fold the model first (ffnkit.fold), or take the adapter away"
             raise FfnkitError(asked, f"an update trains beside the weights of {self.name}", do)
 
@@ -216,10 +250,10 @@ class FFN:
     def _features(self, site: str) -> tuple[int, int]:
         """(out, in)."""
         if self.layout.experts:
-            return tuple(self._oriented(site).shape[-2:])  # type: ignore[return-value]
+            return tuple(self.oriented(site).shape[-2:])  # type: ignore[return-value]
         return _shape(self.linear(site))
 
-    def _oriented(self, site: str) -> Tensor:
+    def oriented(self, site: str) -> Tensor:
         """The weight as (out, in)."""
         weight = self._weight(site)
         transposed = self.layout.transposed if self.layout.experts else is_transposed(self.linear(site))
@@ -233,7 +267,7 @@ class FFN:
                 if name == self.path(site):
                     weight = weight * broadcast(getattr(self.module, buffer))
             return weight.mT if self.layout.transposed else weight
-        linear, weight = self.linear(site), self._oriented(site)
+        linear, weight = self.linear(site), self.oriented(site)
         if isinstance(linear, Masked):
             return weight * (linear.mask.mT if linear.transposed else linear.mask)
         return weight * linear.scale.to(weight.dtype) if isinstance(linear, Scaled) else weight

@@ -289,7 +289,7 @@ def neuron_flops(model: nn.Module, ffn: FFN) -> float:
 def unit_flops(model: nn.Module, attention: Attention) -> float:
     """FLOPs a token in the weights that go with one unit of an attention, wherever it runs."""
     out, inner = features(attention.linear("o"))
-    weights, counts = out * inner // attention.units, attention._counts
+    weights, counts = out * inner // attention.units, attention.counts
     for role in ROLES:
         if counts[role] >= attention.units:  # else one key and value for all: they stay
             columns = features(attention.linear(role))[1]

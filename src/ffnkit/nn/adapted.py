@@ -128,10 +128,9 @@ class Adapted(Special):
         weight = self.weight.contiguous()
         return weight.masked_fill_(whole(self.base) == 0, 0.0) if masked else weight
 
-    def fold(self, *, masked: bool = False) -> nn.Linear | Conv1D:
-        """The plain layer with the update in its weight (:meth:`merged`)."""
-        weight = nn.Parameter(self.merged(masked=masked), self.__dict__["_trained"])
-        return self._plain(weight)
+    def folded(self, *, masked: bool = False) -> nn.Parameter:
+        """The weight with the update in it (:meth:`merged`)."""
+        return nn.Parameter(self.merged(masked=masked), self.__dict__["_trained"])
 
     def restore(self) -> nn.Linear | Conv1D:
         """The plain layer with the very weight that was there before."""
@@ -139,7 +138,7 @@ class Adapted(Special):
         return self._plain(self.base)
 
     @torch.no_grad()
-    def _cut_plain(self, rows: Tensor | None, columns: Tensor | None) -> None:
+    def cut_frozen(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
         """Cut weight, bias and coefficients, and tell the emptied layer its new sides."""
         if self.coefficients is not None and columns is not None:
             each = self.features[1] // len(self.coefficients)

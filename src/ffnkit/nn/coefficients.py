@@ -34,7 +34,7 @@ class Coefficients(Adapted):
         return {"trained": 0}, {}
 
     def cut(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-        self._cut_plain(rows, columns)
+        self.cut_frozen(rows, columns)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(self.weighed(x), oriented(self.base, self.transposed), self.bias)

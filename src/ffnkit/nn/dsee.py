@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit.nn.adapted import Adapted, whole
-from ffnkit.nn.quantized import float_weight, in_few_bits, in_float, sides
+from ffnkit.nn.quantized import float_weight, in_few_bits, plain_of, sides, was_transposed
 from ffnkit.nn.special import oriented
 from ffnkit.ops.entries import Entries
 
@@ -136,7 +136,7 @@ class SparseLowRank(Adapted):
             tall = out if rows is None else len(rows)
             self.index = order[:left].to(index_dtype(tall, wide))
             self.values = _part(self.values, by[:left], 0)
-        self._cut_plain(rows, columns)
+        self.cut_frozen(rows, columns)
 
     @torch.compiler.disable  # a compiled model is cut here
     def forward(self, x: Tensor) -> Tensor:
@@ -178,12 +178,12 @@ class QuantizedSparseLowRank(SparseLowRank):
         total = self.update()
         return self.with_coefficients(total.add_(float_weight(self.shell).to(total)))
 
-    def fold(self, *, masked: bool = False) -> nn.Linear | Conv1D:
-        plain: nn.Linear | Conv1D = in_float(self.shell, getattr(self.shell, "compute_dtype", None) or torch.float32)
-        total = self.weight.to(plain.weight.dtype)
-        plain.weight = nn.Parameter((total.T if isinstance(plain, Conv1D) else total).contiguous())
-        plain._parameters["bias"] = self.bias
-        return plain
+    def folded(self, *, masked: bool = False) -> nn.Parameter:
+        dtype = getattr(self.shell, "compute_dtype", None) or torch.float32
+        return nn.Parameter(oriented(self.weight.to(dtype), was_transposed(self.shell)).contiguous())
+
+    def fold(self, weight: nn.Parameter | None = None) -> nn.Linear | Conv1D:
+        return plain_of(self.shell, self.folded() if weight is None else weight, self.bias)
 
     def restore(self) -> nn.Linear | Conv1D:
         linear = self.shell

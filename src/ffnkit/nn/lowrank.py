@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,10 @@ class LowRank(Special):
         return functional.linear(functional.linear(x, self.first), self.second, self.bias)
 
     @property
+    def stored(self) -> nn.Parameter:
+        return self.first
+
+    @property
     def rank(self) -> int:
         return self.first.shape[0]
 
@@ -48,13 +52,14 @@ class LowRank(Special):
         """The product, computed anew, as the replaced layer stored it: some models read its dtype."""
         return oriented(self.second @ self.first, self.transposed)
 
-    def fold(self) -> nn.Linear | Conv1D:
-        """The dense plain layer with equal outputs."""
+    def folded(self) -> nn.Parameter:
         exact = torch.promote_types(self.first.dtype, torch.float32)
         with torch.no_grad():
             product = oriented(self.second.to(exact) @ self.first.to(exact), self.transposed)
-            weight = nn.Parameter(product.to(self.first.dtype).contiguous(), self.first.requires_grad)
-        return self._plain(weight)
+            return nn.Parameter(product.to(self.first.dtype).contiguous(), self.first.requires_grad)
+
+    def row(self) -> dict[str, Any]:
+        return {"kind": self.kind, "rank": self.rank}
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, {super().extra_repr()}"

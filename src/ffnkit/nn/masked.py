@@ -13,7 +13,7 @@ from ffnkit.nn.special import Special, oriented
 
 
 class Masked(Special):
-    """``y = (mask * W) x + b`` with W zero outside of the mask: gradients there are zero, so zeros stay.
+    """``y = (mask * W) x + b``; gradients outside of the mask are zero, so where W is zero there, it stays so.
 
     It saves no time and no memory: dense hardware multiplies zeros too.
 
@@ -30,9 +30,6 @@ class Masked(Special):
         stored = oriented(mask, self.transposed)
         self.register_buffer("mask", stored.to(device=self.weight.device, dtype=torch.bool, copy=True).contiguous())
         self.mask: Tensor
-        if not self.weight.is_meta:
-            with torch.no_grad():
-                self.weight.masked_fill_(~self.mask, 0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, oriented(self.weight * self.mask, self.transposed), self.bias)
@@ -42,8 +39,9 @@ class Masked(Special):
         rows, columns = self.weight.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
-    def fold(self) -> nn.Linear | Conv1D:
-        """The plain layer with the zeros in its weight; further tuning would fill them."""
+    def folded(self) -> nn.Parameter:
+        """The weight with its zeros; further tuning would fill them."""
         with torch.no_grad():
-            self.weight.masked_fill_(~self.mask, 0.0)
-        return self._plain(self.weight)
+            if self.weight.is_meta or not bool((self.weight * ~self.mask).any()):
+                return self.weight
+            return nn.Parameter(self.weight.masked_fill(~self.mask, 0.0), self.weight.requires_grad)

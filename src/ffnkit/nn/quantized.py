@@ -47,9 +47,20 @@ def sides(linear: Any) -> tuple[int, int]:
 def in_float(linear: Any, dtype: torch.dtype) -> Any:
     """The plain layer of the class that the model had, around what the quantized weight stands for."""
     weight = float_weight(linear).to(dtype)
-    transposed = issubclass(getattr(linear, "source_cls", nn.Linear), Conv1D)
+    stored = nn.Parameter((weight.T if was_transposed(linear) else weight).contiguous())
+    return plain_of(linear, stored, linear.bias)
+
+
+def was_transposed(linear: Any) -> bool:
+    """Whether a quantized linear took the place of a Conv1D, whose weight lies as (in, out)."""
+    return issubclass(getattr(linear, "source_cls", nn.Linear), Conv1D)
+
+
+def plain_of(linear: Any, weight: nn.Parameter, bias: nn.Parameter | None) -> Any:
+    """The plain layer of the class that the model had, around a weight as that class stores it."""
+    rows, columns = weight.shape
     with torch.device("meta"):
-        plain = Conv1D(weight.shape[0], weight.shape[1]) if transposed else nn.Linear(weight.shape[1], weight.shape[0])
-    plain.weight = nn.Parameter((weight.T if transposed else weight).contiguous())
-    plain.bias = linear.bias
+        plain = Conv1D(columns, rows) if was_transposed(linear) else nn.Linear(columns, rows)
+    plain.weight = weight
+    plain._parameters["bias"] = bias
     return plain.train(linear.training)

@@ -39,8 +39,7 @@ class Scaled(Special):
         rows, columns = self.weight.shape
         return (columns, rows) if self.transposed else (rows, columns)
 
-    def fold(self) -> nn.Linear | Conv1D:
-        """The plain layer with equal outputs; it takes over the parameters."""
+    def folded(self) -> nn.Parameter:
         with torch.no_grad():
-            self.weight.mul_(self.scale[:, None] if self.transposed else self.scale)
-        return self._plain(self.weight)
+            scale = self.scale[:, None] if self.transposed else self.scale
+            return nn.Parameter(self.weight * scale, self.weight.requires_grad)

@@ -52,9 +52,6 @@ def serve(owner: nn.Module, name: str, kind: str, site: str, factor: Tensor) -> 
     assert parameter is not None
     dtype = torch.bool if factor.dtype == torch.bool else parameter.dtype
     own = factor.to(device=parameter.device, dtype=dtype, copy=True)
-    if own.dtype == torch.bool and not parameter.is_meta:
-        with torch.no_grad():
-            parameter.mul_(own)
     base = type(owner).__bases__[0] if hasattr(type(owner), "ffnkit_served") else type(owner)
     pairs = (*served(owner), (name, buffer_name(kind, site)))
     owner.register_buffer(buffer_name(kind, site), own)
@@ -66,12 +63,19 @@ def served(owner: nn.Module) -> tuple[tuple[str, str], ...]:
     return getattr(type(owner), "ffnkit_served", ())
 
 
-def unserve(owner: nn.Module, *, fold: bool) -> None:
-    """Undo every :func:`serve`, multiplying the factors into the parameters where ``fold`` is true."""
-    for name, buffer in served(owner):
-        if fold:
-            with torch.no_grad():
-                owner._parameters[name].mul_(broadcast(getattr(owner, buffer)))  # type: ignore[union-attr]
+def folded(owner: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, new parameters with every factor in them."""
+    values: dict[str, nn.Parameter] = {}
+    with torch.no_grad():
+        for name, buffer in served(owner):
+            held: Any = values.get(name, owner._parameters[name])
+            values[name] = nn.Parameter(held * broadcast(getattr(owner, buffer)), held.requires_grad)
+    return values
+
+
+def unserve(owner: nn.Module) -> None:
+    """Undo every :func:`serve`; the parameters stay as they are."""
+    for _, buffer in served(owner):
         delattr(owner, buffer)
     if hasattr(type(owner), "ffnkit_served"):
         owner.__class__ = type(owner).__bases__[0]

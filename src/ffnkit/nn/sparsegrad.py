@@ -149,7 +149,7 @@ class SparseGradLinear(Adapted):
             self.bases = Bases(left.contiguous(), right.contiguous())
         else:
             self._cut_entries(rows, columns)
-        self._cut_plain(rows, columns)
+        self.cut_frozen(rows, columns)
 
     def _cut_entries(self, rows: Tensor | None, columns: Tensor | None) -> None:
         """Without bases: entries in the places that stay."""

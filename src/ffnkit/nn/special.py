@@ -44,13 +44,30 @@ class Special(nn.Module, ABC):
         return plain.train(self.training)
 
     @property
+    def stored(self) -> nn.Parameter:
+        """The parameter by which layers that share their weights are told."""
+        return self._parameters["weight"]  # type: ignore[return-value]
+
+    @property
     @abstractmethod
     def features(self) -> tuple[int, int]:
         """(out, in)."""
 
     @abstractmethod
-    def fold(self) -> nn.Linear | Conv1D:
-        """The plain layer with equal outputs."""
+    def folded(self) -> nn.Parameter:
+        """The weight of the plain layer with equal outputs, as it is stored: a new one, or the very one here."""
+
+    def fold(self, weight: nn.Parameter | None = None) -> nn.Linear | Conv1D:
+        """The plain layer with equal outputs.
+
+        Args:
+            weight: what :meth:`folded` gave, where several layers over one weight are to share it.
+        """
+        return self._plain(self.folded() if weight is None else weight)
+
+    def row(self) -> dict[str, Any]:
+        """What a config says of it."""
+        return {"kind": self.kind}
 
     def extra_repr(self) -> str:
         out, inner = self.features

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ffnkit
 from ffnkit.checkpoint.adapters import is_adapted
-from ffnkit.edits.kinds import Mask
 from ffnkit.nn.coefficients import set_l1
 from ffnkit.recipe import sources
 from ffnkit.recipe.cards import card_of
@@ -134,9 +133,8 @@ class _Job:
         plan.save(self.unit.work / PLAN)
         self._model = ffnkit.apply(model, plan)
         facts: dict[str, Any] = {"widths": dict(widths)} if widths is not None else {}
-        pruned = any(isinstance(edit, Mask) and not edit.site for edit in plan.edits)
-        plain = all(isinstance(edit, Mask) for edit in plan.edits)  # beside other edits they cannot be counted yet
-        zeros = sparsity(self.model).share() if pruned and plain else 0.0
+        masked = all(edit.zeros is not None for edit in plan.edits)  # beside other edits they cannot be counted yet
+        zeros = sparsity(self.model).share() if masked and not plan.shapes else 0.0
         return facts | ({"plan": plan.report} if plan.report else {}) | ({"zeros": zeros} if zeros else {})
 
     def distil(self) -> dict[str, Any]:

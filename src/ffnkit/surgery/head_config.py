@@ -12,17 +12,17 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ffnkit.model.attention import Attention, attentions
+from ffnkit.model.config_keys import config_tree
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import features, is_linear
 from ffnkit.nn.narrowed import narrow
-from ffnkit.surgery import shapes
 
 
 def settle(model: PreTrainedModel) -> None:
     """Let the config say how many heads there are, where its class builds the very same attention from it.
 
     That needs one number of heads in all layers, and a family that keeps the width of a head apart. Elsewhere the
-    config goes on saying what was there before, and ``shapes.update_config`` describes what is left.
+    config goes on saying what was there before, and ``description.update_config`` describes what is left.
     """
     found = attentions(model)
     if not any(attention.kept for attention in found):
@@ -57,7 +57,7 @@ def settle(model: PreTrainedModel) -> None:
 def _speaking(config: PreTrainedConfig, attention: Attention) -> Iterator[PreTrainedConfig]:
     """The configs of the tree that say how many heads there are."""
     of = attention.kept.of[0] if attention.kept else attention.heads
-    for _, each in shapes.config_tree(config):
+    for _, each in config_tree(config):
         if getattr(each, "num_attention_heads", None) == of:
             yield each
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import open_errors
-from ffnkit.surgery.parting import Parted, part, rejoin
+from ffnkit.surgery.untie import Parted, part, rejoin
 from ffnkit.tune import lora, zeros
 
 

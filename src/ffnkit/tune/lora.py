@@ -15,7 +15,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.model.parts import head_modules, parts_of
 from ffnkit.model.sites import GROUPS, targets
 from ffnkit.nn.special import is_special
-from ffnkit.surgery.parting import Parted, own_weights, part, plain_layer, rejoin, settle
+from ffnkit.surgery.untie import Parted, own_weights, part, plain_layer, rejoin, settle
 from ffnkit.tune import quantizing, zeros
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _task_type(model: nn.Module) -> str | None:
 def _fold(model: nn.Module) -> None:
     special = any(is_special(module) for module in model.modules())
     if special:
-        from ffnkit.surgery.memory import fold
+        from ffnkit.surgery.apply import fold
 
         fold(cast(PreTrainedModel, model))
 

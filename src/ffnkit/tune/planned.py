@@ -14,7 +14,7 @@ from ffnkit.methods.update.coefficients import with_coefficients
 from ffnkit.model.parts import remember
 from ffnkit.nn.special import is_special
 from ffnkit.plans import Plan, plan
-from ffnkit.surgery.memory import apply, fold
+from ffnkit.surgery.apply import apply, fold
 from ffnkit.tune import zeros
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ffnkit.errors import FfnkitError
 from ffnkit.nn.quantized import in_few_bits
 from ffnkit.nn.quantized import in_float as in_float_form
-from ffnkit.surgery import shapes
+from ffnkit.surgery.description import description
 from ffnkit.tune.sharding import SharedLinear
 
 _FLAGS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -155,7 +155,7 @@ def _forget(model: Any) -> None:
             delattr(model, flag)
     if getattr(model, "is_quantized", False):
         model.is_quantized = False
-    described = shapes.description(model)
+    described = description(model)
     if described is not None:
         model.config.quantization_config = {k: v for k, v in described.items() if k not in ("base", "base_done")}
     elif getattr(model.config, "quantization_config", None) is not None:

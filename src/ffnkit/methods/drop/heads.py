@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.taps import stack_mask
-from ffnkit.edits.kinds import Edit, Heads
+from ffnkit.edits import Edit, SelectHeads
+from ffnkit.edits.heads import check_separable
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, activity, check_choices, check_counts, generator, largest, need_data
 from ffnkit.model.attention import Attention, attentions
@@ -20,7 +21,6 @@ from ffnkit.model.layers import select
 from ffnkit.model.linear import features, is_transposed
 from ffnkit.nn.adapted import Adapted
 from ffnkit.plans import Draft, Progress
-from ffnkit.surgery.heads import check_separable
 
 Amount = int | float | Mapping[str, int | float]
 
@@ -109,11 +109,11 @@ class RemoveHeads:
         return Draft(tuple(edits), quantities)
 
 
-def removal(attention: Attention, index: Tensor) -> Heads:
+def removal(attention: Attention, index: Tensor) -> SelectHeads:
     """The edit that keeps these units of an attention."""
     units = attention.units
     gone = (units - len(index)) * attention.unit_parameters
-    return Heads(attention.name, index=index.to(torch.int32), heads=attention.heads, units=units, parameters=gone)
+    return SelectHeads(attention.name, index=index.to(torch.int32), heads=attention.heads, units=units, parameters=gone)
 
 
 def units_left(share: int | float, attention: Attention) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ffnkit.calibration.features import Passage, passages
-from ffnkit.edits.kinds import Drop, Edit, Rewrite
+from ffnkit.edits import DropLayer, Edit, ReplaceNeurons
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, check_counts, need_data
 from ffnkit.methods.share.windows import Groups, Score, best, score_name, series, windows
@@ -152,7 +152,7 @@ def _gone(model: nn.Module, groups: Groups) -> list[Edit]:
     edits: list[Edit] = []
     for layer, ffn in by_layer.items():
         whole = sum(p.numel() for p in model.get_submodule(layer).parameters())
-        edits.append(Drop(ffn.name, layer=layer, parameters=whole - ffn.num_parameters))
+        edits.append(DropLayer(ffn.name, layer=layer, parameters=whole - ffn.num_parameters))
     return edits
 
 
@@ -161,7 +161,7 @@ def _silent(model: nn.Module, groups: Groups) -> list[Edit]:
     for ffn in (ffn for group in groups for ffn in group):
         ffn.check_plain(f"dropping {ffn.name}")
         first = torch.zeros(1, dtype=torch.long, device=ffn.raw().up.device)
-        edits.append(Rewrite.of(ffn.name, ffn.raw().take(first).map(torch.zeros_like)))
+        edits.append(ReplaceNeurons.of(ffn.name, ffn.raw().take(first).map(torch.zeros_like)))
     return edits
 
 

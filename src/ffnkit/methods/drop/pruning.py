@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ffnkit.edits.kinds import Edit, Mask
+from ffnkit.edits import Edit, Mask
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, check_choices, check_counts, generator, need_data
 from ffnkit.methods.drop.weights import Prunable, column_norms, prunable
@@ -202,6 +201,5 @@ def _score(mode: str, weight: Tensor, update: Tensor | None, draw: torch.Generat
 
 def _counts(edits: Iterable[Edit]) -> dict[str, int]:
     """How many weights are zero, of how many."""
-    masks = [edit for edit in edits if isinstance(edit, Mask)]
-    total = sum(math.prod(mask.shape) for mask in masks)
-    return {"zeros": total - sum(mask.kept for mask in masks), "weights": total}
+    counts = [edit.zeros for edit in edits if edit.zeros is not None]
+    return {"zeros": sum(zeros for zeros, _ in counts), "weights": sum(total for _, total in counts)}

@@ -9,7 +9,9 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from ffnkit.edits.kinds import Edit, Keep
+from ffnkit.edits import Edit, SelectNeurons
+from ffnkit.edits.heads import check_separable
+from ffnkit.edits.slicing import check_cuttable
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, check_choices, check_counts, generator, largest, need_data
 from ffnkit.methods.drop.heads import head_activity, head_scores, removal
@@ -20,8 +22,6 @@ from ffnkit.model.finding import ffns as find_ffns
 from ffnkit.model.inventory import body_flops, neuron_flops, unit_flops
 from ffnkit.model.layers import select
 from ffnkit.plans import Draft, Progress, check_weights
-from ffnkit.surgery.cutting import check_keepable
-from ffnkit.surgery.heads import check_separable
 
 By = Literal["weight", "update", "both", "activation", "coefficients", "random"]
 WIDE, COARSE, FINE = 1024, 64, 8  # from how many neurons on a budget takes them by how many
@@ -114,7 +114,7 @@ class StructuredPruning:
                 found.append(attention)
         if self.neurons:
             for ffn in select(find_ffns(model), self.layers):
-                check_keepable(ffn, f"removing neurons of {ffn.name}")
+                check_cuttable(ffn, f"removing neurons of {ffn.name}")
                 found.append(ffn)
         return found
 
@@ -133,7 +133,7 @@ class StructuredPruning:
             if isinstance(target, Attention):
                 edits.append(removal(target, index[0]))
             else:
-                edits.append(Keep(target.name, width=kept, index=index if target.experts else index[0]))
+                edits.append(SelectNeurons(target.name, width=kept, index=index if target.experts else index[0]))
         if not edits:
             raise FfnkitError("structured pruning", "nothing would go", "Ask for larger shares, or a smaller flops")
         gone = sum((each.count - kept) * each.flops for each, kept in zip(units, counts, strict=True))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ffnkit.edits.kinds import Edit, Mask
+from ffnkit.edits import Edit, Mask
 from ffnkit.methods.common import Batch, Narrowing, each
 from ffnkit.plans import Draft, Progress
 
@@ -40,7 +40,7 @@ class Unstructured(Narrowing):
             if width == neurons.ff:
                 continue
             for site in ffn.sites:
-                weight = ffn._oriented(site)
+                weight = ffn.oriented(site)
                 parts = list(weight) if weight.ndim == 3 else [weight]
                 count = parts[0].numel() * width // neurons.ff
                 masks = [largest_weights(part, count) for part in parts]

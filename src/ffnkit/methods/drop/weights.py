@@ -21,11 +21,11 @@ from ffnkit.model.linear import is_transposed
 from ffnkit.model.parts import head_modules
 from ffnkit.model.routers import routers
 from ffnkit.model.sites import GROUPS, query_value
+from ffnkit.model.weights import check_float, is_maskable, stored_weight
 from ffnkit.nn.adapted import Adapted
 from ffnkit.nn.coefficients import carries_update
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.special import Special, oriented
-from ffnkit.surgery.masking import check_float, is_maskable, stored_weight
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Prunable:
     def stored(self) -> Tensor:
         """The weight as (.., out, in), a view of what the model holds; below an update the frozen one."""
         if self.site:
-            weight: Tensor = self.module._oriented(self.site)
+            weight: Tensor = self.module.oriented(self.site)
             return weight
         return oriented(stored_weight(self.module), is_transposed(self.module))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ffnkit.calibration.replay import Replay
 from ffnkit.calibration.taps import Flow
-from ffnkit.edits.kinds import Edit, Rewrite, Swap
+from ffnkit.edits import Edit, ReplaceNeurons, ScaleInputs
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, generator, lifted, need_data, norms
 from ffnkit.model.ffn import FFN, activations
@@ -86,10 +86,10 @@ class CalibratedFusion(Narrowing):
                 made: dict[str, Neurons] = {}
                 for ffn in group:
                     neurons, factor, error = self._narrow(ffn, seen.pop(ffn.name), widths[ffn.name])
-                    rewrite = Rewrite.of(ffn.name, neurons)
+                    rewrite = ReplaceNeurons.of(ffn.name, neurons)
                     by_name[ffn.name] = [rewrite]
                     if widths[ffn.name] < ffn.width:
-                        by_name[ffn.name].append(Swap(ffn.name, site="down", layer="scaled", scale=factor))
+                        by_name[ffn.name].append(ScaleInputs(ffn.name, site="down", scale=factor))
                     if self.sequential:
                         made[ffn.name] = rewrite.neurons().scaled(factor)
                     quantities[ffn.name] = {"output error on the data": error}

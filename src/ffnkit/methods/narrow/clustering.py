@@ -41,5 +41,5 @@ class Clustering(Narrowing):
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         found = self.targets(model)
         made = list(clusterings(found, progress, "clustering", self.seed, self.restarts, root=True))
-        quantities = {edit.ffn: {"within-cluster variance": loss} for edit, loss in made}
+        quantities = {edit.target: {"within-cluster variance": loss} for edit, loss in made}
         return Draft(tuple(edit for edit, _ in made), quantities)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from ffnkit.edits.kinds import Edit, Swap
+from ffnkit.edits import Edit, ScaleInputs
 from ffnkit.methods.common import Batch, Narrowing, clusterings
 from ffnkit.ops.neurons import cluster_sizes
 from ffnkit.plans import Draft, Progress
@@ -50,6 +50,6 @@ class Fusion(Narrowing):
             edits.append(edit)
             if edit.width < edit.labels.shape[-1]:
                 sizes = cluster_sizes(edit.labels, edit.width)
-                edits.append(Swap(edit.ffn, site="down", layer="scaled", scale=sizes.float()))
-            quantities[edit.ffn] = {"within-cluster variance": loss}
+                edits.append(ScaleInputs(edit.target, site="down", scale=sizes.float()))
+            quantities[edit.target] = {"within-cluster variance": loss}
         return Draft(tuple(edits), quantities)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ffnkit.edits.kinds import Edit, Rewrite
+from ffnkit.edits import Edit, ReplaceNeurons
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, each, generator, lifted, singles
 from ffnkit.model.ffn import FFN
@@ -67,7 +67,7 @@ class Mmd(Narrowing):
                 for e, single in enumerate(singles(canonical))
             ]
             made = concatenate([p for p, _ in parts]) if neurons.experts else parts[0][0]
-            edits.append(Rewrite.of(ffn.name, made.to(neurons.up.dtype)))
+            edits.append(ReplaceNeurons.of(ffn.name, made.to(neurons.up.dtype)))
             quantities[ffn.name] = {"MMD^2": sum(loss for _, loss in parts) / len(parts)}
         return Draft(tuple(edits), quantities)
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ffnkit.edits.kinds import Edit, Rewrite
+from ffnkit.edits import Edit, ReplaceNeurons
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, each, generator
 from ffnkit.model.ffn import FFN
@@ -52,7 +52,7 @@ class Reinit(Narrowing):
         for number, (ffn, width, neurons) in enumerate(each(self.targets(model), progress, "replacing")):
             index = torch.zeros(width, dtype=torch.long, device=neurons.up.device)
             draw = generator(self.seed, number)
-            edits.append(Rewrite.of(ffn.name, _drawn(neurons.take(index), std, draw)))
+            edits.append(ReplaceNeurons.of(ffn.name, _drawn(neurons.take(index), std, draw)))
         return Draft(tuple(edits))
 
 

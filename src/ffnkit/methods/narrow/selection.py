@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ffnkit.edits.kinds import Edit, Keep
+from ffnkit.edits import Edit, SelectNeurons
 from ffnkit.methods.common import Batch, Narrowing, activity, each, generator, largest, lifted, need_data, norms
 from ffnkit.model.ffn import FFN
 from ffnkit.plans import Draft, Progress
@@ -40,7 +40,7 @@ class Random(Narrowing):
             lead = range(max(neurons.experts, 1))
             draws = [torch.randperm(neurons.ff, generator=generator(self.seed, number, e))[:width] for e in lead]
             index = torch.stack([draw.sort().values for draw in draws]).to(torch.int32)
-            edits.append(Keep(ffn.name, width=width, index=index if neurons.experts else index[0]))
+            edits.append(SelectNeurons(ffn.name, width=width, index=index if neurons.experts else index[0]))
         return Draft(tuple(edits))
 
 
@@ -109,10 +109,10 @@ def contribution(rms: Tensor, down: Tensor) -> Tensor:
     return (rms.to(size.device) + unseen) * size
 
 
-def _kept(ffn: FFN, width: int, scores: Tensor, quantities: dict[str, dict[str, float]]) -> Keep:
+def _kept(ffn: FFN, width: int, scores: Tensor, quantities: dict[str, dict[str, float]]) -> SelectNeurons:
     """The edit that keeps the largest scores, and the share of the scores' sum that goes."""
     index = largest(scores, width)
     held = scores.cpu().gather(-1, index.long()).sum().item()
     total = scores.sum().item()
     quantities[ffn.name] = {"score lost": 1 - held / total if total > 0 else 0.0}
-    return Keep(ffn.name, width=width, index=index)
+    return SelectNeurons(ffn.name, width=width, index=index)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ffnkit.edits.kinds import Edit, Rewrite
+from ffnkit.edits import Edit, ReplaceNeurons
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, each, generator, largest, lifted, norms, singles
 from ffnkit.model.ffn import FFN
@@ -68,7 +68,7 @@ class Sketch(Narrowing):
                 for e, single in enumerate(singles(lifted(neurons)))
             ]
             made = concatenate(parts) if neurons.experts else parts[0]
-            edits.append(Rewrite.of(ffn.name, made.to(neurons.up.dtype)))
+            edits.append(ReplaceNeurons.of(ffn.name, made.to(neurons.up.dtype)))
         return Draft(tuple(edits))
 
 

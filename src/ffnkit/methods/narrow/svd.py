@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ffnkit.edits.kinds import Edit, Factor
+from ffnkit.edits import Edit, FactorLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, each
 from ffnkit.model.ffn import FFN
@@ -59,9 +59,9 @@ class Svd(Narrowing):
                 continue
             lost = total = 0.0
             for site in ffn.sites:
-                weight = ffn._oriented(site)
+                weight = ffn.oriented(site)
                 first, second, rest = truncated(weight, _rank(ffn, site, width))
-                edits.append(Factor.of(ffn.name, site, first, second))
+                edits.append(FactorLinear.of(ffn.name, site, first, second))
                 lost, total = lost + rest, total + weight.double().square().sum().item()
             quantities[ffn.name] = {"weights' energy lost": lost / total if total > 0 else 0.0}
         return Draft(tuple(edits), quantities)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.features import Features
-from ffnkit.edits.kinds import Edit, Rewrite, Tie
+from ffnkit.edits import Edit, ReplaceNeurons, Tie
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, check_choices, check_counts, generator, lifted, need_data
 from ffnkit.methods.share.refitting import corrected
@@ -305,15 +305,15 @@ class _Work:
             names = [member.name for member in rest]
             quantities |= {m.name: {"correlation": p[1]} for m, p in zip(rest, pairs, strict=False) if p[1] == p[1]}
             average = method.take == "mean"
-            drawn: Rewrite | None = None
+            drawn: ReplaceNeurons | None = None
             if method.take == "random":
-                drawn = Rewrite.of(anchor.name, _random(anchor, generator(method.seed, number)))
+                drawn = ReplaceNeurons.of(anchor.name, _random(anchor, generator(method.seed, number)))
             if method.correct == "output":
                 assert self.held is not None
                 start = drawn.neurons() if drawn is not None else None
                 used = orders if average else orders[:0]
                 fitted, errors = corrected([anchor, *rest], used, self.held, method.ridge, start)
-                drawn = Rewrite.of(anchor.name, fitted)
+                drawn = ReplaceNeurons.of(anchor.name, fitted)
                 for name, error in errors.items():
                     quantities.setdefault(name, {})["output error on the data"] = error
                 average = False

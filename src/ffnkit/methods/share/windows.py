@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from ffnkit.edits.kinds import Edit
+from ffnkit.edits import Edit
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 
@@ -69,7 +69,7 @@ def best(
     Args:
         score: of the model with the choice's ``edits``; None takes the ``proxy``, which needs no run.
     """
-    from ffnkit.surgery.trials import trying
+    from ffnkit.surgery.temporary import temporarily
 
     if isinstance(score, str):
         do = "Give a function of the model, or a task: ffnkit.tune.scorer makes one"
@@ -81,7 +81,7 @@ def best(
         if score is None:
             scores.append(proxy(groups))
             continue
-        with trying(model, edits(groups)):
+        with temporarily(model, edits(groups)):
             scores.append(float(score(model)))
     top = max(range(len(candidates)), key=lambda i: scores[i])
     return candidates[top], {label(groups): value for groups, value in zip(candidates, scores, strict=True)}

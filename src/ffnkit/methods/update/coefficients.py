@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ffnkit.edits.kinds import Adapt, Edit, Train
+from ffnkit.edits import Edit, Stage, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import attentions
 from ffnkit.model.finding import ffns, has_ffns
@@ -33,19 +34,16 @@ def with_coefficients(model: nn.Module, plan: Plan, l1: float) -> Plan:
         FfnkitError: a linear is quantized or edited, or FFNs share their weights in linears of their own.
     """
     edits: list[Edit] = list(plan.edits)
-    at = {id(model.get_submodule(e.ffn)): place for place, e in enumerate(edits) if isinstance(e, Adapt)}
-    end = next((place for place, edit in enumerate(edits) if isinstance(edit, Train)), len(edits))
+    at = {id(model.get_submodule(e.target)): n for n, e in enumerate(edits) if e.stage is Stage.UPDATE}
+    end = next((place for place, edit in enumerate(edits) if edit.stage is Stage.TRAIN), len(edits))
     made: list[Edit] = []
     for name, count in places(model):
         linear = model.get_submodule(name)
         ones = {"coefficients": torch.ones(count)}
         if (place := at.get(id(linear))) is None:
-            made.append(Adapt(name, layer="coefficients", given={"l1": float(l1), "trained": count}, parts=ones))
+            made.append(UpdateLinear(name, layer="coefficients", given={"l1": float(l1), "trained": count}, parts=ones))
             continue
-        old = edits[place]
-        assert isinstance(old, Adapt)
-        given = old.given | {"l1": float(l1), "trained": old.trained + count}
-        edits[place] = dataclasses.replace(old, given=given, parts=old.parts | ones)
+        edits[place] = cast(UpdateLinear, edits[place]).with_coefficients(float(l1), torch.ones(count))
     return dataclasses.replace(plan, edits=(*edits[:end], *made, *edits[end:]))
 
 

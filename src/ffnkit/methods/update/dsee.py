@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.gradients import weight_gradients
-from ffnkit.edits.kinds import Adapt, Edit, Train
+from ffnkit.edits import Edit, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spool
 from ffnkit.io.peft_lora import Lora, read_lora
@@ -120,7 +120,7 @@ class DSEE:
         edits.append(Train("", parts=list(self.also), values=lora.beside))
         return Draft(tuple(edits), {}, {"batches": len(batches), "seconds": time.perf_counter() - started})
 
-    def _edit(self, name: str, linear: Any, roles: list[Tensor], lora: Lora, squares: Tensor | None) -> Adapt:
+    def _edit(self, name: str, linear: Any, roles: list[Tensor], lora: Lora, squares: Tensor | None) -> UpdateLinear:
         """The update of one linear."""
         out, inner = sides(linear)
         given: dict[str, Any] = {"rank": self.rank, "alpha": float(self.alpha)}
@@ -143,7 +143,7 @@ class DSEE:
         index = torch.cat(places).sort().values
         if len(index):
             parts["index"] = index.to(index_dtype(out, inner))
-        return Adapt(name, layer="dsee", given=given | {"trained": trained + len(index)}, parts=parts)
+        return UpdateLinear(name, layer="dsee", given=given | {"trained": trained + len(index)}, parts=parts)
 
     def _support(self, name: str, linear: Any, rows: Tensor | None, squares: Tensor | None) -> Tensor:
         """The flat places of the entries, of these rows alone."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.gradients import Receive, weight_gradients
-from ffnkit.edits.kinds import Adapt, Edit, Train
+from ffnkit.edits import Edit, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spool
 from ffnkit.methods.common import Batch, check_choices, check_counts, check_parts, generator, need_data, plain_linears
@@ -225,7 +225,7 @@ class _Work:
             if method.selection == "refresh":
                 given["every"] = method.every
             given["together"] = "all" if method.by == "all" else name
-            edits.append(Adapt(name, layer="sparsegrad", given=given, parts=parts))
+            edits.append(UpdateLinear(name, layer="sparsegrad", given=given, parts=parts))
         if not edits:
             raise FfnkitError("sparsegrad", "no entry was chosen", "Give a larger share")
         return edits

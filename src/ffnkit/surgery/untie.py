@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.surgery import shapes
+from ffnkit.surgery import description
+from ffnkit.surgery.ties import withdraw_twins
 
 Keys = dict[str, tuple[str, str] | None]
 
@@ -24,7 +25,7 @@ class Parted:
     Attributes:
         owners: their names, the first one first. sites: the linears' paths below an owner.
         stood: the shared modules by the place in which they stood.
-        keys, widths: of each owner, as ``shapes.width_keys`` and ``shapes.original_widths`` give them.
+        keys, widths: of each owner, as ``description.width_keys`` and ``description.original_widths`` give them.
     """
 
     owners: list[str]
@@ -48,7 +49,7 @@ def part(model: PreTrainedModel) -> list[Parted]:
     if not found:
         raise FfnkitError(asked, "no FFN is shared", "Leave the setting out, or merge FFNs first")
     all_found = ffns(model)
-    keys, widths = shapes.width_keys(model, all_found), shapes.original_widths(model, all_found)
+    keys, widths = description.width_keys(model, all_found), description.original_widths(model, all_found)
     for ffn in found:
         if ffn.layout.experts:
             raise FfnkitError(asked, f"{ffn.name} holds experts in one parameter", "Adapt shared FFNs together")
@@ -109,16 +110,16 @@ def settle(model: PreTrainedModel, parted: Iterable[Parted], *, untied: Iterable
     Args:
         parted: all that :func:`part` gave. untied: those of them that have weights of their own for good.
     """
-    known: dict[str, Any] = (shapes.description(model) or {}).get("ffns", {})
+    known: dict[str, Any] = (description.description(model) or {}).get("ffns", {})
     keys: Keys = {name: None if row["key"] is None else tuple(row["key"]) for name, row in known.items()}
     widths = {name: row["original"] for name, row in known.items() if "original" in row}
     for each in parted:
         keys |= each.keys
         widths |= each.widths
-    shapes.withdraw_twins(model, {f"{n}.{site}." for each in untied for n in each.owners[1:] for site in each.sites})
+    withdraw_twins(model, {f"{n}.{site}." for each in untied for n in each.owners[1:] for site in each.sites})
     if not known:
-        keys = {**shapes.width_keys(model, ffns(model)), **keys}
-    shapes.update_config(model, keys, {**{ffn.name: ffn.width for ffn in ffns(model)}, **widths})
+        keys = {**description.width_keys(model, ffns(model)), **keys}
+    description.update_config(model, keys, {**{ffn.name: ffn.width for ffn in ffns(model)}, **widths})
 
 
 def _below(owner: str, place: str) -> list[str]:

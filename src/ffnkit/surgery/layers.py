@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ffnkit.errors import FfnkitError
+from ffnkit.model.config_keys import candidates, config_tree
 from ffnkit.model.finding import ffns
-from ffnkit.surgery import shapes
 
 # In the order in which they are tried; the first whose value is the stack's depth names it.
 _DEPTH_KEYS = (
@@ -29,34 +29,29 @@ _DEPTH_KEYS = (
 )
 
 
-def without_layers(model: PreTrainedModel, layers: Iterable[str]) -> tuple[dict[str, str], Callable[[], None]]:
+def without_layers(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, str]:
     """Take layers out of their stacks, in place; the layers behind move up and are told their new numbers.
 
     Args:
         layers: paths of whole layers, such as "model.layers.3".
 
     Returns:
-        the new path of every layer that stays in a stack that changed, by its old one; and what undoes all of it.
+        the new path of every layer that stays in a stack that changed, by its old one.
 
     Raises:
         FfnkitError: a stack whose depth stands in no config key, its last layer, a first layer that holds what all
-            use, layers that share FFNs; the model is unchanged then.
+            use, layers that share FFNs; what was changed until then is the caller's to undo (``journal``).
     """
     by_holder: dict[str, list[str]] = defaultdict(list)
     for layer in dict.fromkeys(layers):
         by_holder[layer.rpartition(".")[0]].append(layer)
     if any(ffn.twins for ffn in ffns(model)):
         raise FfnkitError("dropping layers", "some layers share an FFN", "Drop layers first, then merge")
-    undo: list[Callable[[], None]] = []
     renamed: dict[str, str] = {}
-    try:
-        for holder, gone in by_holder.items():
-            renamed |= _shorten(model, holder, gone, undo)
-        _check(model)
-    except BaseException:
-        _undo(undo)
-        raise
-    return renamed, lambda: _undo(undo)
+    for holder, gone in by_holder.items():
+        renamed |= _shorten(model, holder, gone)
+    _check(model)
+    return renamed
 
 
 def moved(by_name: dict[str, Any], renamed: dict[str, str], gone: Iterable[str]) -> dict[str, Any]:
@@ -71,12 +66,7 @@ def moved(by_name: dict[str, Any], renamed: dict[str, str], gone: Iterable[str])
     return result
 
 
-def _undo(steps: list[Callable[[], None]]) -> None:
-    while steps:
-        steps.pop()()
-
-
-def _shorten(model: PreTrainedModel, holder: str, gone: list[str], undo: list[Callable[[], None]]) -> dict[str, str]:
+def _shorten(model: PreTrainedModel, holder: str, gone: list[str]) -> dict[str, str]:
     stack = model.get_submodule(holder)
     asked = f"dropping {', '.join(gone)}"
     if not isinstance(stack, nn.ModuleList):
@@ -94,30 +84,19 @@ def _shorten(model: PreTrainedModel, holder: str, gone: list[str], undo: list[Ca
         raise FfnkitError(asked, f"no key of the config says that {holder} has {len(before)} layers", "Keep them all")
     numbers = [int(name) for name in kept]
     for config, key in places:
-        _set(config, key, len(kept), undo)
+        setattr(config, key, len(kept))
     for config in {id(c): c for c, _ in places}.values():
         for key, value in list(vars(config).items()):
             if isinstance(value, list | tuple) and len(value) == len(before):
-                _set(config, key, type(value)(value[n] for n in numbers), undo)
+                setattr(config, key, type(value)(value[n] for n in numbers))
     for new, old in enumerate(kept):
         for module in before[old].modules():
             for key in ("layer_idx", "layer_id", "layer_index", "layer_number"):
                 if module.__dict__.get(key) == int(old):
-                    _set(module, key, new, undo)
-    undo.append(lambda: _replace(stack, before))
-    _replace(stack, {str(new): before[old] for new, old in enumerate(kept)})
-    return {f"{holder}.{old}": f"{holder}.{new}" for new, old in enumerate(kept)}
-
-
-def _replace(stack: nn.ModuleList, modules: dict[str, Any]) -> None:
+                    setattr(module, key, new)
     stack._modules.clear()
-    stack._modules.update(modules)
-
-
-def _set(owner: Any, key: str, value: Any, undo: list[Callable[[], None]]) -> None:
-    old = getattr(owner, key)
-    undo.append(lambda: setattr(owner, key, old))
-    setattr(owner, key, value)
+    stack._modules.update({str(new): before[old] for new, old in enumerate(kept)})
+    return {f"{holder}.{old}": f"{holder}.{new}" for new, old in enumerate(kept)}
 
 
 def _depth(model: PreTrainedModel, holder: str, layers: int) -> list[tuple[PreTrainedConfig, str]]:
@@ -141,9 +120,9 @@ def _depth(model: PreTrainedModel, holder: str, layers: int) -> list[tuple[PreTr
 
 def _configs(model: PreTrainedModel, holder: str) -> list[PreTrainedConfig]:
     """The configs of the model's tree that may speak of a module, nearest first."""
-    tree = list(shapes.config_tree(model.config))
+    tree = list(config_tree(model.config))
     modules = dict(model.named_modules(remove_duplicate=False))
-    return [config for _, config in shapes._candidates(tree, modules, holder)]
+    return [config for _, config in candidates(tree, modules, holder)]
 
 
 def _check(model: PreTrainedModel) -> None:

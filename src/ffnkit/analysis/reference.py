@@ -6,32 +6,31 @@ from typing import Any
 
 from torch import nn
 
-from ffnkit.edits.kinds import Factor, Keep, Mask, Resize, Rewrite, Swap
+from ffnkit.edits import Stage
 from ffnkit.errors import FfnkitError
 from ffnkit.model.finding import ffns
 from ffnkit.plans import Plan
-from ffnkit.surgery.memory import check_fits
-from ffnkit.surgery.trials import Trial
+from ffnkit.surgery.temporary import TemporaryPlan
 
-SINGLE = (Resize, Keep, Rewrite, Swap, Factor, Mask)  # edits of one FFN
+SINGLE = (Stage.NEURONS, Stage.SCALE, Stage.LOW_RANK, Stage.MASK)  # stages of edits of one FFN
 
 
-def trial_of(model: nn.Module, plan: Plan, *, fold: bool = False) -> Trial:
-    """A plan on trial, to be compared with the model that it was made for.
+def temporary_plan(model: nn.Module, plan: Plan, *, fold: bool = False) -> TemporaryPlan:
+    """A temporarily applied plan, to be compared with the model that it was made for.
 
     Raises:
         FfnkitError: the plan was made for another model, or joins FFNs or drops layers.
     """
-    check_fits({ffn.name: ffn for ffn in ffns(model)}, plan, type(model).__name__)
-    odd = next((edit.kind for edit in plan.edits if not isinstance(edit, SINGLE)), None)
+    plan.check_fits({ffn.name: ffn for ffn in ffns(model)}, type(model).__name__)
+    odd = next((edit.kind for edit in plan.edits if edit.stage not in SINGLE), None)
     if odd is not None:
         found = f"its edits of kind {odd} join or drop FFNs, so there are no two to compare"
         raise FfnkitError(f"analysing {plan.method}", found, "Leave this method out")
-    return Trial(model, plan.edits, fold=fold)
+    return TemporaryPlan(model, plan.edits, fold=fold)
 
 
-class Second:
-    """A second model in the place of a :class:`Trial`: a compressed checkpoint, tuned or not.
+class Reference:
+    """A second model in the place of a temporarily applied plan: a compressed checkpoint, tuned or not.
 
     Raises:
         FfnkitError: its FFNs have other names or another d than those of ``model``.
@@ -49,11 +48,11 @@ class Second:
             do = "Compare a model with its own compressed checkpoint, opened as the same class"
             raise FfnkitError(f"comparing {type(model).__name__} with {type(other).__name__}", found, do)
 
-    def __enter__(self) -> Second:
+    def __enter__(self) -> Reference:
         return self
 
     def __exit__(self, *_: Any) -> None:
         pass
 
 
-Other = Trial | Second
+Other = TemporaryPlan | Reference

@@ -1,0 +1,125 @@
+"""The standard form: opened by plain transformers, reloaded and compared before it is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ffnkit.checkpoint.save import short_card, write_companions
+from ffnkit.checkpoint.standard import padded_widths, standard_config, standard_state
+from ffnkit.errors import FfnkitError
+from ffnkit.io import files
+from ffnkit.io.loading import check_weights, open_errors, run_uneven_experts
+from ffnkit.model import probe
+from ffnkit.model.attention import attentions
+from ffnkit.model.finding import ffns
+from ffnkit.surgery.description import width_keys
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote.
+
+    Attributes:
+        path: the folder. bytes: of its weights. compact_bytes: of the model's own tensors in compact form.
+        padded: names of FFNs that zeros bring to the width of the widest beside them.
+        padded_heads: names of attentions that got zeros in the place of heads that were removed.
+        output_error: largest relative difference of the outputs after reloading, None where the architecture takes
+            inputs that are not known; the weights are compared in any case.
+    """
+
+    path: str
+    bytes: int
+    compact_bytes: int
+    padded: tuple[str, ...]
+    output_error: float | None
+    padded_heads: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        checked = "weights equal" if self.output_error is None else f"outputs equal to {self.output_error:.1e}"
+        padded = f", {len(self.padded)} FFNs padded with zeros" if self.padded else ""
+        padded += f", {len(self.padded_heads)} attentions padded with heads of zeros" if self.padded_heads else ""
+        return (
+            f"{self.path}: {self.bytes / 1e6:.2f} MB standard ({self.compact_bytes / 1e6:.2f} MB compact)"
+            f"{padded}; reloaded, {checked}"
+        )
+
+
+def export(
+    model: PreTrainedModel,
+    directory: str | Path,
+    tokenizer: Any = None,
+    card: str | None = None,
+    **save_pretrained_kwargs: Any,
+) -> ExportReport:
+    """Write the standard form, opened by plain ``from_pretrained`` without ffnkit; the model is left untouched.
+
+    Factors kept apart are folded, shared FFNs written out, and widths that differ under one config key are padded
+    with zero neurons to the widest, which changes no output. The result is reloaded into a fresh model and compared,
+    weights and outputs, before it is put in place.
+
+    Memory beyond the model: a second model while it is compared.
+
+    Raises:
+        FfnkitError: where it cannot be written, or does not reload equal.
+    """
+    check_weights(model, type(model).__name__)
+    found = ffns(model)
+    keys = width_keys(model, found)
+    targets = padded_widths(model, found, keys)
+    config = standard_config(model, found, keys, targets)
+    state = standard_state(model, found, targets)
+    with files.staging(directory, keep_others=True) as temporary:
+        with torch.device("meta"):
+            skeleton = type(model)(config)
+        if getattr(model, "generation_config", None) is not None:
+            skeleton.generation_config = model.generation_config
+        tied = skeleton.all_tied_weights_keys if hasattr(skeleton, "all_tied_weights_keys") else {}
+        skeleton.save_pretrained(
+            temporary, state_dict={k: v for k, v in state.items() if k not in tied}, **save_pretrained_kwargs
+        )
+        error = _verify(model, temporary, state)
+        write_companions(model, temporary, tokenizer)
+        (temporary / "README.md").write_text(card or short_card(model, compact=False), encoding="utf-8")
+        size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
+    own = {id(t): t.numel() * t.element_size() for t in [*model.parameters(), *_persistent_buffers(model)]}
+    padded = tuple(ffn.name for ffn in found if targets[ffn.name] > ffn.width)
+    filled = tuple(attention.name for attention in attentions(model) if attention.kept)
+    return ExportReport(str(directory), size, sum(own.values()), padded, error, filled)
+
+
+def _verify(model: PreTrainedModel, directory: Path, state: dict[str, Tensor]) -> float | None:
+    """Reload and compare; the largest relative difference of the outputs, or None where no inputs are known."""
+    with open_errors(f"the export '{directory}'"):
+        loaded: Any = type(model).from_pretrained(directory, dtype=model.dtype, output_loading_info=True)
+        fresh, report = loaded
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    again = fresh.state_dict()
+    wrong += [k for k, v in again.items() if k in state and not torch.equal(v.cpu(), state[k].to(v.dtype).cpu())]
+    if wrong:
+        raise FfnkitError(
+            f"exporting {type(model).__name__}",
+            f"{len(wrong)} tensors did not reload equal, e.g. {wrong[0]}",
+            "Keep the compact form, and report the model's class",
+        )
+    run_uneven_experts(fresh)
+    error = probe.compare(model, fresh.to(model.device))
+    # Folding and padding change the order of sums only: a few hundred roundings of the model's own precision.
+    limit = 2000 * torch.finfo(model.dtype).eps
+    if error is not None and not error <= limit:
+        raise FfnkitError(
+            f"exporting {type(model).__name__}",
+            f"outputs differ by {error:.2g} after reloading",
+            "Keep the compact form, and report the model's class",
+        )
+    return error
+
+
+def _persistent_buffers(model: PreTrainedModel) -> list[Tensor]:
+    names = set(model.state_dict())
+    return [buffer for name, buffer in model.named_buffers() if name in names]

@@ -1,0 +1,123 @@
+"""The compact form: the smallest file, with whatever was left apart still apart."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ffnkit.io import files
+from ffnkit.io.loading import check_weights
+from ffnkit.model.finding import ffns, has_ffns
+from ffnkit.model.inventory import inspect
+from ffnkit.nn.adapted import adapted, plain_state
+from ffnkit.surgery.description import description, is_plain_model, original_widths, update_config, width_keys
+
+# What travels with a model besides weights and config; written by tokenizers, processors and generation.
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "feature_extractor_config.json",
+    "normalizer.json",
+)
+
+
+def save(
+    model: PreTrainedModel,
+    directory: str | Path,
+    tokenizer: Any = None,
+    card: str | None = None,
+    **save_pretrained_kwargs: Any,
+) -> Path:
+    """Write the compact form: the smallest file, with whatever ``apply`` left apart still apart.
+
+    ``ffnkit.load`` opens it, and plain ``from_pretrained`` once ffnkit is imported. A model whose FFNs all have the
+    width that its config names needs neither. The folder is put in place in one step; weights that it held before
+    are replaced, other files in it stay.
+
+    Args:
+        model: a transformers model, edited or not.
+        directory: the output folder.
+        tokenizer: tokenizer or processor to save along; None copies the files of where the model came from.
+        card: text of README.md; None writes a short one about the shape.
+
+    Raises:
+        FfnkitError: no space, not writable, a file in the way, NaN weights, a shape that the form cannot hold.
+    """
+    check_weights(model, type(model).__name__)
+    _sync_config(model)
+    if adapted(model):  # weights are saved with the updates in them
+        save_pretrained_kwargs = {"state_dict": plain_state(model), **save_pretrained_kwargs}
+    with files.staging(directory, keep_others=True) as temporary:
+        model.save_pretrained(temporary, **save_pretrained_kwargs)
+        write_companions(model, temporary, tokenizer)
+        (temporary / "README.md").write_text(card or short_card(model, compact=True), encoding="utf-8")
+    return Path(directory)
+
+
+def _sync_config(model: PreTrainedModel) -> None:
+    """Describe sharing that was done by hand, without ``apply``."""
+    if not has_ffns(model) or getattr(model, "is_quantized", False):
+        return
+    found = ffns(model)
+    keys, original = width_keys(model, found), original_widths(model, found)
+    if description(model) is not None or not is_plain_model(model, found, keys, original):
+        update_config(model, keys, original)
+
+
+def write_companions(model: PreTrainedModel, directory: Path, tokenizer: Any) -> None:
+    """Tokenizer, processor and chat template: saved from the object given, else copied from the model's source."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+        return
+    source = getattr(model.config, "_name_or_path", "") or getattr(model, "name_or_path", "")
+    if not source:
+        return
+    for name in _COMPANIONS:
+        path = _source_file(str(source), name)
+        if path is not None and not (directory / name).exists():
+            shutil.copyfile(path, directory / name)
+
+
+def _source_file(source: str, name: str) -> Path | None:
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(source, name)
+    except HFValidationError:
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def short_card(model: PreTrainedModel, *, compact: bool) -> str:
+    """README.md of a checkpoint about which nothing was measured."""
+    tags = "tags:\n- ffnkit\nlibrary_name: transformers\n"
+    how = (
+        "Compact form: `import ffnkit` before `from_pretrained`, or `ffnkit.load`."
+        if compact and description(model) is not None
+        else "Opened by plain `from_pretrained`."
+    )
+    body = f"\n```\n{inspect(model)}\n```\n" if has_ffns(model) else ""
+    return (
+        f"---\n{tags}---\n\n# {type(model).__name__}\n\nSaved by ffnkit. {how}\n{body}\nMeasured figures: none given.\n"
+    )

@@ -1,0 +1,158 @@
+"""What plain transformers needs of an edited model: its config, and tensors folded, padded and written out."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from ffnkit.io.loading import grouped_step
+from ffnkit.model.attention import Attention, attentions
+from ffnkit.model.config_keys import set_width
+from ffnkit.model.families.attentions import Role, places
+from ffnkit.model.ffn import FFN
+from ffnkit.model.linear import is_transposed
+from ffnkit.nn.adapted import plain_state
+from ffnkit.nn.served import PREFIX
+from ffnkit.ops.neurons import Neurons
+from ffnkit.surgery.description import Keys, description, original_widths, standing_apart
+
+
+def padded_widths(model: PreTrainedModel, found: list[FFN], keys: Keys) -> dict[str, int]:
+    """The width that plain transformers can build and run for each FFN: the widest under its key, or the family's."""
+    original = original_widths(model, found)
+    widest: dict[tuple[str, str], int] = defaultdict(int)
+    for ffn in found:
+        if (key := keys[ffn.name]) is not None:
+            widest[key] = max(widest[key], _even_width(ffn))
+    return {ffn.name: original[ffn.name] if (k := keys[ffn.name]) is None else widest[k] for ffn in found}
+
+
+def _even_width(ffn: FFN) -> int:
+    """The width, or for experts in 3-D parameters the next one that transformers' grouped product bears."""
+    step = grouped_step(ffn.parameters()[0]) if ffn.layout.experts else 1
+    return -(-ffn.width // step) * step
+
+
+def standard_config(model: PreTrainedModel, found: list[FFN], keys: Keys, targets: dict[str, int]) -> Any:
+    """The config with the widths that each key is to say, and without what ffnkit wrote there."""
+    config = copy.deepcopy(model.config)
+    described = description(model)
+    if described is not None:
+        del config.quantization_config
+        if described.get("base") is not None:
+            config.quantization_config = described["base"]
+    for ffn in found:
+        if (key := keys[ffn.name]) is not None:
+            set_width(config, key, targets[ffn.name])
+    return config
+
+
+def standard_state(model: PreTrainedModel, found: list[FFN], targets: dict[str, int]) -> dict[str, Tensor]:
+    """The model's state dict with folded, padded, written-out FFNs; tensors that stay as they are are not copied."""
+    state = plain_state(model)
+    for ffn in found:
+        short = targets[ffn.name] - ffn.width
+        if not ffn.special and not short and not ffn.twins:
+            continue
+        neurons = ffn.read()
+        if short:
+            neurons = pad(neurons, targets[ffn.name])
+        values = _named_values(ffn, neurons)
+        for owner in ffn.owners:
+            for name, value in values.items():
+                state[f"{owner}.{name}"] = value.detach() if owner == ffn.name else value.detach().clone()
+            for name in _special_names(ffn, owner, state):
+                del state[name]
+    for name, layer in standing_apart(model, found).items():
+        own = [key for key in state if key.startswith(f"{name}.") and key.rpartition(".")[2] not in ("weight", "bias")]
+        for key in own:
+            del state[key]
+        state[f"{name}.weight"] = layer.folded().detach()
+    pad_heads(model, state)
+    return {name: value.contiguous() for name, value in state.items()}
+
+
+def _special_names(ffn: FFN, owner: str, state: dict[str, Tensor]) -> list[str]:
+    """Entries of the state dict that no plain layer has: factors, masks, thin pairs."""
+    places = [f"{owner}.{ffn.path(site)}." for site in ffn.special] if not ffn.layout.experts else []
+    plain = {place + name for place in places for name in ("weight", "bias")}
+    starts = (*places, f"{owner}.{PREFIX}")
+    return [name for name in state if name.startswith(starts) and name not in plain]
+
+
+def pad(neurons: Neurons, width: int) -> Neurons:
+    """Further neurons of zeros: ``down`` ignores them, so no output changes."""
+    more = width - neurons.ff
+    shapes_of = {"up": (0, 0, 0, more), "gate": (0, 0, 0, more), "down": (0, more)}
+    padded = {
+        name: value if name == "down_bias" else functional.pad(value, shapes_of.get(name, (0, more)))
+        for name, value in neurons.tensors().items()
+    }
+    return Neurons(**padded)
+
+
+def _named_values(ffn: FFN, neurons: Neurons) -> dict[str, Tensor]:
+    """The FFN's tensors under their names in the state dict below the owner."""
+    named = {}
+    for path, (weight, bias) in ffn.site_values(neurons).items():
+        if ffn.layout.experts:
+            named[path] = weight.mT if ffn.layout.transposed else weight
+            continue
+        transposed = is_transposed(ffn.module.get_submodule(path))
+        named[f"{path}.weight"] = weight.mT if transposed else weight
+        if bias is not None:
+            named[f"{path}.bias"] = bias
+    return named
+
+
+def pad_heads(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """Put zeros where heads were removed into a plain state dict, so that the config's class takes it.
+
+    Heads of zeros give nothing, so outputs stay. Returns the names of the attentions that got some.
+    """
+    changed = []
+    for attention in attentions(model):
+        record = attention.kept
+        if record is None:
+            continue
+        changed.append(attention.name)
+        whole: dict[Role, int] = {"q": record.of[0], "k": record.of[1], "v": record.of[1]}
+        stay = {"q": torch.tensor(record.heads), "k": torch.tensor(record.kv), "v": torch.tensor(record.kv)}
+        for name in (attention.name, *attention.twins):
+            for path, value, axis, index, size in _spread(attention, whole, stay, state, name):  # type: ignore[arg-type]
+                shape = list(value.shape)
+                shape[axis] = size
+                state[path] = value.new_zeros(shape).index_copy_(axis, index.to(value.device), value)
+    return changed
+
+
+def _spread(
+    attention: Attention, whole: dict[Role, int], stay: dict[Role, Tensor], state: dict[str, Tensor], name: str
+) -> Iterator[tuple[str, Tensor, int, Tensor, int]]:
+    """(name, tensor, axis, places of what is there, size) of each tensor that lacks heads."""
+    width, order, layout = attention.head_dim, attention.layout.order, attention.layout
+    for path, roles in attention.paths().items():
+        old, new = places(order, roles, whole, width), places(order, roles, attention.counts, width)
+        index = torch.empty(sum(attention.counts[role] for role in roles) * width, dtype=torch.long)
+        for role in roles:
+            index[new[role]] = old[role][stay[role]]
+        size = sum(whole[role] for role in roles) * width
+        axis = 1 if is_transposed(attention.module.get_submodule(path)) else 0
+        yield f"{name}.{path}.weight", state[f"{name}.{path}.weight"], axis, index, size
+        if f"{name}.{path}.bias" in state:
+            yield f"{name}.{path}.bias", state[f"{name}.{path}.bias"], 0, index, size
+    columns = (stay["q"][:, None] * width + torch.arange(width)).flatten()
+    axis = 0 if is_transposed(attention.linear("o")) else 1
+    yield f"{name}.{layout.o}.weight", state[f"{name}.{layout.o}.weight"], axis, columns, whole["q"] * width
+    for path, _, follows in attention.following():
+        who, count = stay[follows or "q"], whole[follows or "q"]
+        each = 1 if follows is None else width
+        index = (who[:, None] * each + torch.arange(each)).flatten()
+        yield f"{name}.{path}", state[f"{name}.{path}"], attention.axis(path), index, count * each

@@ -1,0 +1,194 @@
+"""Attention heads that go, with their rows of query, key and value and their columns of the output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit.edits.base import Edit, Own, Quantities, Stage, Writer, notes
+from ffnkit.edits.slicing import slice_linears, slice_parameter
+from ffnkit.errors import FfnkitError
+from ffnkit.model.attention import Attention
+from ffnkit.model.families.attentions import ROLES, Role, places
+from ffnkit.model.weights import stored_weight
+from ffnkit.nn.adapted import Adapted
+from ffnkit.nn.masked import Masked
+from ffnkit.nn.narrowed import Kept, narrow
+from ffnkit.nn.special import Special, fit
+
+# The names under which modules remember their heads; kept true when heads go.
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
+_WIDTHS = ("all_head_size", "inner_dim", "split_size", "embed_dim")  # where they are heads times width
+_GROUPS = "num_key_value_groups"
+_KV_WIDTH = "kv_dim"
+
+
+@dataclass(frozen=True, eq=False)
+class SelectHeads(Edit):
+    """Attention heads go, with their rows of query, key and value and their columns of the output.
+
+    Attributes:
+        target: the attention's name. index: int32 numbers, ascending, of the units that stay: heads, or groups of
+            heads that share a key and a value.
+        heads, units: how many there are before. parameters: those that go.
+    """
+
+    index: Tensor
+    heads: int
+    units: int
+    parameters: int
+
+    kind: ClassVar[str] = "SelectHeads"
+    formerly: ClassVar[tuple[str, ...]] = ("Heads",)
+    stage: ClassVar[Stage] = Stage.HEADS
+
+    @classmethod
+    def blank(cls, attention: Attention, row: dict[str, Any]) -> SelectHeads:
+        """The structure that a config describes: {"heads", "kv", "of"}, the numbers of those that stay, and counts."""
+        if [attention.heads, attention.kv_heads] != row["of"]:
+            what = f"{attention.name} has {attention.heads} heads, the checkpoint was made of {row['of'][0]}"
+            raise FfnkitError("opening a compact checkpoint", what, "Leave the config as it was saved")
+        stay = row["kv"] if attention.kv_heads == attention.units else row["heads"]
+        index = torch.tensor(stay, dtype=torch.int32, device="cpu")
+        return cls(attention.name, index, heads=attention.heads, units=attention.units, parameters=0)
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        return ()  # no FFN changes its shape
+
+    @property
+    def claimed(self) -> tuple[str, ...]:
+        return (self.target,)
+
+    @property
+    def saved_elsewhere(self) -> int:
+        return self.parameters
+
+    @property
+    def left(self) -> int:
+        """Heads that stay."""
+        return len(self.index) * self.heads // self.units
+
+    @classmethod
+    def lines(cls: type[Own], edits: Sequence[Own], quantities: Quantities) -> list[str]:
+        found = cast(Sequence[SelectHeads], edits)
+        width = max((len(edit.target) for edit in found), default=0)
+        lines = []
+        for edit in found:
+            units = f" ({edit.units} -> {len(edit.index)} groups)" if edit.units != edit.heads else ""
+            lines.append(
+                f"  {edit.target:<{width}}  {edit.heads} heads  ->  {edit.left}{units},"
+                f" {edit.parameters:,} parameters fewer{notes(quantities, edit.target)}"
+            )
+        return lines
+
+    # --- what it does
+
+    def check(self, writer: Writer) -> None:
+        asked = f"removing heads of {self.target}"
+        attention = writer.attention(self.target)
+        check_separable(attention)
+        if (attention.heads, attention.units) != (self.heads, self.units):
+            here = f"it has {attention.heads} heads in {attention.units} units"
+            what = f"{here}, where the plan was made for {self.heads} in {self.units}"
+            raise FfnkitError(asked, what, "Make the plan for this model")
+        self._check_index(attention, asked)
+        own = list(attention.module.modules())
+        for role in (*ROLES, "o"):
+            writer.check_untied(stored_weight(attention.linear(role)), own, asked)
+
+    def _check_index(self, attention: Attention, asked: str) -> None:
+        kept = self.index.tolist()
+        if not kept:
+            raise FfnkitError(asked, "none is left", "Keep at least one head, or drop the layer")
+        if kept != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < attention.units:
+            raise FfnkitError(asked, f"{kept} are no places among {attention.units}", "Name those that stay, in order")
+        if len(attention.members(self.index)["q"]) % attention.multiple:
+            what = f"{len(kept)} would be left, and its heads lie in {attention.multiple} equal blocks"
+            raise FfnkitError(asked, what, f"Keep a multiple of {attention.multiple}")
+
+    def perform(self, writer: Writer) -> None:
+        with torch.device("cpu"):  # models are built on the meta device: places are real all the same
+            attention = writer.attention(self.target)
+            self._check_index(attention, f"removing heads of {self.target}")
+            keep_heads(writer, attention, attention.members(self.index))
+
+
+def check_separable(attention: Attention) -> None:
+    """Raises FfnkitError where no head of this attention can go alone."""
+    asked = f"removing heads of {attention.name}"
+    if attention.why:
+        raise FfnkitError(asked, attention.why, "Leave its layer out, or use a model of another family")
+    for role in (*ROLES, "o"):
+        linear = attention.linear(role)
+        weight = stored_weight(linear)
+        if isinstance(linear, Special) and not isinstance(linear, Adapted | Masked):
+            raise FfnkitError(asked, f"its {role} is edited already ({linear.kind})", "Fold the model first")
+        if not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter):
+            do = "Remove heads in float, save, and load that with quantization_config"
+            raise FfnkitError(asked, f"its {role} is quantized ({type(weight).__name__} {weight.dtype})", do)
+
+
+@torch.no_grad()
+def keep_heads(writer: Writer, attention: Attention, stay: dict[Role, Tensor]) -> None:
+    """Keep these heads of each role; the counts that the modules remember follow.
+
+    Args:
+        stay: numbers of the heads of query, key and value that stay.
+    """
+    width, before, record = attention.head_dim, attention.counts, attention.kept
+    incoming, following = attention.incoming, list(attention.following())
+    rows = {path: kept_rows(attention, roles, stay) for path, roles in attention.paths().items()}
+    columns = attention.columns()[stay["q"]].flatten()
+    for path, index in rows.items():
+        slice_linears(writer, [attention.module.get_submodule(path)], rows=index)
+    slice_linears(writer, [attention.linear("o")], columns=columns)
+    for name, value, role in following:
+        each = 1 if role is None else width
+        index = (stay[role or "q"][:, None] * each + torch.arange(each)).flatten()
+        holder = attention.module.get_submodule(name.rpartition(".")[0])
+        new = slice_parameter(writer, value, index, attention.axis(name), [holder])
+        if isinstance(holder, nn.Embedding):
+            holder.embedding_dim = new.shape[1]
+        elif isinstance(holder, nn.Linear):
+            fit(holder)
+    now = {role: len(stay[role]) for role in ROLES}
+    for module in dict.fromkeys((attention.module, attention.inner)):
+        _remember(module, before, now, width)
+    old = record or Kept(tuple(range(before["q"])), tuple(range(before["k"])), (before["q"], before["k"]))
+    heads = tuple(old.heads[i] for i in stay["q"].tolist())
+    kv = tuple(old.kv[i] for i in stay["k"].tolist())
+    narrow(attention.inner, Kept(heads, kv, old.of), incoming, attention.layout.reads)
+
+
+def kept_rows(attention: Attention, roles: tuple[Role, ...], stay: dict[Role, Tensor]) -> Tensor:
+    """The rows of a linear that holds these roles which stay, in the order that the fewer heads want."""
+    now = {role: len(stay[role]) for role in ROLES}
+    order, width = attention.layout.order, attention.head_dim
+    old = places(order, roles, attention.counts, width)
+    new = places(order, roles, now, width)
+    rows = torch.empty(sum(now[role] for role in roles) * width, dtype=torch.long)
+    for role in roles:
+        rows[new[role]] = old[role][stay[role]]
+    return rows
+
+
+def _remember(module: nn.Module, before: dict[Role, int], now: dict[Role, int], width: int) -> None:
+    """Counts and widths that a module computes with."""
+    own = {name: value for name, value in vars(module).items() if type(value) is int}
+    for name in own:
+        if name in _HEADS:
+            setattr(module, name, now["q"])
+        elif name in _KV_HEADS:
+            setattr(module, name, now["k"])
+        elif name in _WIDTHS and own[name] == before["q"] * width:
+            setattr(module, name, now["q"] * width)
+        elif name == _KV_WIDTH:
+            setattr(module, name, now["k"] * width)
+        elif name == _GROUPS:
+            setattr(module, name, now["q"] // now["k"])

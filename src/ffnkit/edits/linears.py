@@ -1,0 +1,111 @@
+"""Edits that put something in the place of a plain linear of an FFN: a factor of its inputs, or a thin pair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ffnkit.edits.base import Edit, Own, Shape, Stage, Writer
+from ffnkit.errors import FfnkitError
+from ffnkit.io.files import spooled
+from ffnkit.model.ffn import FFN
+
+
+@dataclass(frozen=True, eq=False)
+class LinearEdit(Edit):
+    """An edit of one linear of an FFN.
+
+    Attributes:
+        site: "up", "gate" or "down". layer: the name of what takes the linear's place (``nn``'s ``kind``).
+    """
+
+    site: str
+
+    layer: ClassVar[str] = ""
+
+    @classmethod
+    def blank(cls: type[Own], ffn: FFN, site: str, row: dict[str, Any]) -> Own:
+        """The edit with arbitrary numbers: the structure that a config describes by ``row``."""
+        raise NotImplementedError
+
+    def pieces(self) -> tuple[Tensor, ...]:
+        """The tensors that the layer holds beside the weight."""
+        raise NotImplementedError
+
+    def check(self, writer: Writer) -> None:
+        ffn = writer.ffn(self.target)
+        if self.site not in ffn.sites and not (self.site == "gate" and ffn.layout.fused):
+            there = ", ".join(ffn.sites)
+            raise FfnkitError(f"site '{self.site}' of {ffn.name}", f"it has {there}", "Make the plan for this model")
+
+    def perform(self, writer: Writer) -> None:
+        writer.attach(writer.ffn(self.target), self.site, self.layer, *self.pieces())
+
+
+@dataclass(frozen=True, eq=False)
+class ScaleInputs(LinearEdit):
+    """A fixed factor stands in front of a linear, apart from its weight, until the model is folded.
+
+    Attributes:
+        scale: (in,), or (E, in) with experts: the fixed factor of the linear's inputs.
+    """
+
+    scale: Tensor
+
+    kind: ClassVar[str] = "ScaleInputs"
+    formerly: ClassVar[tuple[str, ...]] = ("Swap",)
+    layer: ClassVar[str] = "scaled"
+    stage: ClassVar[Stage] = Stage.SCALE
+    precedence: ClassVar[int] = 8
+
+    @classmethod
+    def blank(cls, ffn: FFN, site: str, row: dict[str, Any]) -> ScaleInputs:
+        weight = ffn.oriented(site)
+        return cls(ffn.name, site, weight.new_empty(*weight.shape[:-2], weight.shape[-1]))
+
+    @classmethod
+    def build(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> ScaleInputs:
+        return super().build({k: v for k, v in settings.items() if k != "layer"}, tensors)  # "scaled", of old files
+
+    def pieces(self) -> tuple[Tensor, ...]:
+        return (self.scale,)
+
+
+@dataclass(frozen=True, eq=False)
+class FactorLinear(LinearEdit):
+    """A linear becomes the product of two thin ones: first (r, in), second (out, r)."""
+
+    first: Tensor
+    second: Tensor
+
+    kind: ClassVar[str] = "FactorLinear"
+    formerly: ClassVar[tuple[str, ...]] = ("Factor",)
+    layer: ClassVar[str] = "lowrank"
+    stage: ClassVar[Stage] = Stage.LOW_RANK
+    precedence: ClassVar[int] = 4
+
+    @classmethod
+    def of(cls, ffn: str, site: str, first: Tensor, second: Tensor) -> FactorLinear:
+        """The edit that puts these two in the place of a linear."""
+        return cls(ffn, site=site, first=spooled(first), second=spooled(second))
+
+    @classmethod
+    def blank(cls, ffn: FFN, site: str, row: dict[str, Any]) -> FactorLinear:
+        weight = ffn.oriented(site)
+        out, inner = weight.shape
+        return cls(ffn.name, site, weight.new_empty(row["rank"], inner), weight.new_empty(out, row["rank"]))
+
+    def saved(self, shape: Shape) -> int:
+        out, rank, inner = len(self.second), len(self.first), self.first.shape[1]
+        return out * inner - rank * (out + inner)
+
+    @classmethod
+    def becomes(cls: type[Own], edits: Sequence[Own], name: str) -> str:
+        ranks = [len(edit.tensors()["first"]) for edit in edits]
+        return f"rank {', '.join(map(str, dict.fromkeys(ranks)))}"
+
+    def pieces(self) -> tuple[Tensor, ...]:
+        return self.first, self.second

@@ -1,0 +1,191 @@
+"""Edits of an FFN's neurons: fewer of them, means of clusters, or new ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ffnkit.edits.base import Edit, Own, Shape, Stage, Writer
+from ffnkit.edits.slicing import check_cuttable, keep_neurons, rows_of
+from ffnkit.errors import FfnkitError
+from ffnkit.io.files import spooled
+from ffnkit.ops.neurons import Neurons, average, balance, cluster_sizes, concatenate
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronEdit(Edit):
+    """An edit that gives an FFN ``width`` neurons.
+
+    Attributes:
+        width: the new ff.
+    """
+
+    width: int
+
+    stage: ClassVar[Stage] = Stage.NEURONS
+    precedence: ClassVar[int] = 3
+
+    @property
+    def new_width(self) -> int:
+        return self.width
+
+    def saved(self, shape: Shape) -> int:
+        return shape.neuron_parameters * (shape.width - self.width)
+
+    @classmethod
+    def becomes(cls: type[Own], edits: Sequence[Own], name: str) -> str:
+        return f"{edits[-1].new_width} neurons"
+
+    def check(self, writer: Writer) -> None:
+        writer.ffn(self.target)  # says which there are
+
+    def perform(self, writer: Writer) -> None:
+        ffn = writer.ffn(self.target)
+        old = ffn.raw()
+        writer.resize(ffn, empty(old, self.width) if writer.empty else self.numbers(old, ffn.name))
+
+    @abstractmethod
+    def numbers(self, old: Neurons, name: str) -> Neurons:
+        """The new neurons from the old ones; new tensors."""
+
+
+@dataclass(frozen=True, eq=False)
+class SetWidth(NeuronEdit):
+    """The structure alone: so many neurons, whatever they hold. Of a config, whose weights a file brings."""
+
+    kind: ClassVar[str] = "SetWidth"
+
+    def numbers(self, old: Neurons, name: str) -> Neurons:
+        raise FfnkitError(f"resizing {name} to {self.width}", "no numbers are given", "Use an edit that holds some")
+
+
+@dataclass(frozen=True, eq=False)
+class ClusterNeurons(NeuronEdit):
+    """New neurons for one FFN: each the mean of a cluster of the old ones.
+
+    Attributes:
+        width: the new ff.
+        labels: (ff,) int32 cluster of each neuron, or (E, ff) with experts; each cluster has a member.
+        balance: whether gated neurons are brought to canonical scale and sign before the mean.
+        root: whether up, its bias and down are multiplied by the root of the cluster's size (gated: gate is not).
+    """
+
+    labels: Tensor
+    balance: bool = False
+    root: bool = False
+
+    kind: ClassVar[str] = "ClusterNeurons"
+    formerly: ClassVar[tuple[str, ...]] = ("Resize",)
+
+    def check(self, writer: Writer) -> None:
+        ffn = writer.ffn(self.target)
+        lead = (ffn.experts,) if ffn.experts else ()
+        fits = tuple(self.labels.shape) == (*lead, ffn.width)
+        if not fits or int(self.labels.min()) < 0 or int(cluster_sizes(self.labels, self.width).min()) == 0:
+            raise FfnkitError(f"resizing {ffn.name} to {self.width}", "labels do not fit it", "Make the plan again")
+
+    def numbers(self, old: Neurons, name: str) -> Neurons:
+        """Means in float32 at least: in bf16 the small differences inside a cluster would be lost."""
+        exact = torch.promote_types(old.up.dtype, torch.float32)
+        lifted = old.map(lambda value: value.to(exact))
+        labels = self.labels.to(old.up.device).long()
+        means = average(balance(lifted) if self.balance else lifted, labels, self.width)
+        if not self.root:
+            return means
+        root = cluster_sizes(labels, self.width).to(exact).sqrt()
+        bias = None if means.up_bias is None else means.up_bias * root
+        return dataclasses.replace(means.scaled(root), up=means.up * root[..., None], up_bias=bias)
+
+
+@dataclass(frozen=True, eq=False)
+class SelectNeurons(NeuronEdit):
+    """Some neurons stay, whole, and the others go; updates beside the weights lose the same ones.
+
+    Attributes:
+        width: the new ff. index: (width,) int32 numbers of the neurons that stay, or (E, width) with experts.
+    """
+
+    index: Tensor
+
+    kind: ClassVar[str] = "SelectNeurons"
+    formerly: ClassVar[tuple[str, ...]] = ("Keep",)
+    bears_updates: ClassVar[bool] = True
+
+    def check(self, writer: Writer) -> None:
+        ffn = writer.ffn(self.target)
+        lead = (ffn.experts,) if ffn.experts else ()
+        inside = self.index.numel() == 0 or 0 <= int(self.index.min()) <= int(self.index.max()) < ffn.width
+        if tuple(self.index.shape) != (*lead, self.width) or not inside:
+            raise FfnkitError(f"resizing {ffn.name} to {self.width}", "numbers do not fit it", "Make the plan again")
+        if ffn.updated:
+            check_cuttable(ffn, f"removing neurons of {ffn.name}")
+
+    def perform(self, writer: Writer) -> None:
+        ffn, index = writer.ffn(self.target), self.index.long()
+        if ffn.updated:
+            keep_neurons(writer, ffn, index)
+            return
+        for site in ffn.sites if not ffn.layout.experts else ():
+            if site != "down" and (bias := ffn.linear(site).bias) is not None:
+                writer.keep_noted(bias, rows_of(ffn, index), 0)
+        super().perform(writer)
+
+    def numbers(self, old: Neurons, name: str) -> Neurons:
+        index = self.index.to(old.up.device).long()
+        if not old.experts:
+            return old.take(index)
+        return concatenate([old.expert(e).take(index[e]) for e in range(old.experts)])
+
+
+@dataclass(frozen=True, eq=False)
+class ReplaceNeurons(NeuronEdit):
+    """New neurons for one FFN, given as weights (shapes as in ``ops.neurons.Neurons``)."""
+
+    up: Tensor
+    down: Tensor
+    gate: Tensor | None = None
+    up_bias: Tensor | None = None
+    gate_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    kind: ClassVar[str] = "ReplaceNeurons"
+    formerly: ClassVar[tuple[str, ...]] = ("Rewrite",)
+
+    @classmethod
+    def of(cls, ffn: str, neurons: Neurons) -> ReplaceNeurons:
+        """The edit that gives an FFN these neurons."""
+        own = {name: spooled(value.detach()) for name, value in neurons.tensors().items()}
+        return cls(ffn, width=neurons.ff, **own)
+
+    def neurons(self) -> Neurons:
+        """The new ones."""
+        return Neurons(**dict(self.tensors()))
+
+    def check(self, writer: Writer) -> None:
+        ffn = writer.ffn(self.target)
+        wanted = {name: tuple(value.shape) for name, value in empty(ffn.raw(), self.width).tensors().items()}
+        given = {name: tuple(value.shape) for name, value in self.tensors().items()}
+        if wanted != given:
+            odd = next(name for name in (*wanted, *given) if wanted.get(name) != given.get(name))
+            what = f"its {odd} would be {given.get(odd, 'missing')} in the place of {wanted.get(odd, 'none')}"
+            raise FfnkitError(f"resizing {ffn.name} to {self.width}", what, "Make the plan for this model")
+
+    def numbers(self, old: Neurons, name: str) -> Neurons:
+        return self.neurons().map(torch.clone)  # a plan's tensors stay its own
+
+
+def empty(neurons: Neurons, width: int) -> Neurons:
+    """Neurons of another width with arbitrary values, on the same device."""
+
+    def shape(name: str, own: torch.Size) -> tuple[int, ...]:
+        if name == "down_bias":
+            return tuple(own)
+        return (*own[:-2], width, own[-1]) if name in ("up", "gate") else (*own[:-1], width)
+
+    return Neurons(**{name: value.new_empty(shape(name, value.shape)) for name, value in neurons.tensors().items()})

@@ -1,0 +1,104 @@
+"""Rows and columns of linears, and what lies beside their weights, that stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit.edits.base import Writer
+from ffnkit.errors import FfnkitError
+from ffnkit.model.families.ffns import WIDTH_ATTRIBUTES
+from ffnkit.model.ffn import FFN
+from ffnkit.model.linear import is_transposed
+from ffnkit.nn.adapted import Adapted
+from ffnkit.nn.masked import Masked
+from ffnkit.nn.special import Special, fit
+
+
+def slice_linears(
+    writer: Writer, linears: list[Any], rows: Tensor | None = None, columns: Tensor | None = None
+) -> None:
+    """Keep rows or columns of the weight (out, in) that these linears hold, with all that lies beside it.
+
+    Args:
+        linears: every one that holds the weight. rows, columns: int64 places that stay, in their new order; None: all.
+    """
+    first = linears[0]
+    weight, bias = (first.base if isinstance(first, Adapted) else first.weight), first.bias
+    turned = is_transposed(first)
+    axes = [(index, axis) for index, axis in ((rows, int(turned)), (columns, 1 - turned)) if index is not None]
+    if isinstance(first, Adapted):
+        for index, axis in axes:
+            writer.keep_noted(weight, index, axis)
+        if rows is not None and bias is not None:
+            writer.keep_noted(bias, rows, 0)
+        cut = first.cut_frozen if writer.empty else first.cut  # what an update loses hangs on its numbers
+        cut(
+            rows=None if rows is None else rows.to(weight.device),
+            columns=None if columns is None else columns.to(weight.device),
+        )
+        return
+    for index, axis in axes:
+        weight = slice_parameter(writer, weight, index, axis, linears)
+        for linear in linears:
+            if isinstance(linear, Masked):
+                linear.mask = linear.mask.index_select(axis, index.to(linear.mask.device))
+    if rows is not None and bias is not None:
+        slice_parameter(writer, bias, rows, 0, linears)
+    for linear in linears:
+        if not isinstance(linear, Special):
+            fit(linear)
+
+
+def slice_parameter(
+    writer: Writer, old: nn.Parameter, index: Tensor, axis: int, within: list[nn.Module]
+) -> nn.Parameter:
+    """Keep these places of an axis of a parameter, and of what is noted of it."""
+    writer.keep_noted(old, index, axis)
+    return writer.put(old, old.detach().index_select(axis, index.to(old.device)), within)
+
+
+# --- neurons of FFNs that carry updates
+
+
+def check_cuttable(ffn: FFN, asked: str) -> None:
+    """Raises FfnkitError where neurons of the FFN cannot go one by one beside its updates."""
+    ffn.check_unedited(asked)
+    for site in ffn.sites if ffn.updated else ():
+        linears = ffn.linears(site)
+        first = linears[0]
+        if len(linears) > 1 and isinstance(first, Adapted):
+            found = f"{ffn.name} and FFNs that share its weights have updates of their own"
+            raise FfnkitError(asked, found, "Fold the model first (ffnkit.fold)")
+        if isinstance(first, Adapted) and not first.base.is_floating_point():
+            do = "Fold the model (ffnkit.fold), or remove neurons in float and quantize then"
+            raise FfnkitError(asked, f"the weights of {ffn.name} are quantized", do)
+
+
+@torch.no_grad()
+def keep_neurons(writer: Writer, ffn: FFN, index: Tensor) -> None:
+    """Keep these neurons of an FFN, in every owner; outputs are as if the others gave zeros.
+
+    Args:
+        index: (width,) int64, ascending.
+    """
+    rows = rows_of(ffn, index)
+    for site in ffn.sites:
+        linears = ffn.linears(site)
+        slice_linears(writer, linears, columns=index) if site == "down" else slice_linears(writer, linears, rows=rows)
+    set_width(ffn, len(index))
+
+
+def rows_of(ffn: FFN, index: Tensor) -> Tensor:
+    """The rows of up that hold these neurons; where it holds gate and up, those of both."""
+    return torch.cat((index, index + ffn.width)) if ffn.layout.fused else index
+
+
+def set_width(ffn: FFN, width: int) -> None:
+    """Let the owners' own attributes say the new width."""
+    for owner in dict.fromkeys(ffn.owners.values()):
+        for name in WIDTH_ATTRIBUTES:
+            if isinstance(owner.__dict__.get(name), int):
+                setattr(owner, name, width)

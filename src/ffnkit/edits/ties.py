@@ -1,0 +1,85 @@
+"""Several FFNs become one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor
+
+from ffnkit.edits.base import Edit, Own, Shape, Stage, Writer
+from ffnkit.model.ffn import FFN
+from ffnkit.ops.neurons import Neurons
+
+
+@dataclass(frozen=True, eq=False)
+class Tie(Edit):
+    """Several FFNs become one, held once: the mean of their matched neurons, or this FFN as it is.
+
+    Attributes:
+        members: the other FFNs, by name.
+        average: whether the mean of all is taken; else this FFN takes the others' place.
+        orders: (members, ff) int32: neuron j of this FFN goes with neuron orders[i, j] of member i.
+    """
+
+    members: list[str]
+    average: bool
+    orders: Tensor
+
+    kind: ClassVar[str] = "Tie"
+    stage: ClassVar[Stage] = Stage.TIE
+    precedence: ClassVar[int] = 1
+    joins: ClassVar[bool] = True
+
+    @classmethod
+    def blank(cls, name: str, members: list[str]) -> Tie:
+        """The structure alone: these use what stands at ``name``."""
+        return cls(name, members=members, average=False, orders=torch.zeros(len(members), 0, device="cpu"))
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        return (self.target, *self.members)
+
+    def saved(self, shape: Shape) -> int:
+        return shape.parameters if shape.name in self.members else 0
+
+    @classmethod
+    def becomes(cls: type[Own], edits: Sequence[Own], name: str) -> str:
+        ties = cast(Sequence[Tie], edits)
+        source = next((tie.target for tie in reversed(ties) if name in tie.members), None)
+        if source is not None:
+            return f"shares {source}"
+        return f"{'the mean of' if ties[0].average else 'shared by'} {1 + len(ties[0].members)} FFNs"
+
+    def check(self, writer: Writer) -> None:
+        for name in self.touched:
+            writer.ffn(name)
+
+    def perform(self, writer: Writer) -> None:
+        anchor, *members = (writer.ffn(name) for name in self.touched)
+        if self.average:
+            old = anchor.raw()
+            writer.resize(anchor, old if writer.empty else merged([anchor, *members], self.orders))
+        for member in members:
+            for name in member.owners:
+                writer.share(anchor, anchor.name, name)
+
+
+def merged(ffns: list[FFN], orders: Tensor) -> Neurons:
+    """The mean of FFNs whose neurons are put in the order of the first one's, in its dtype; one FFN at a time.
+
+    Args:
+        orders: (len(ffns) - 1, ff): neuron j of the first goes with neuron orders[i, j] of the (i + 1)-th.
+
+    Source: Verma et al. (arXiv 2501.06126), W_in* = mean of P_i W_in,i, W_out* = mean of W_out,i P_i^T.
+    """
+    first = ffns[0].raw()
+    exact = torch.promote_types(first.up.dtype, torch.float32)
+    sums = first.map(lambda value: value.detach().to(exact, copy=True))
+    for ffn, order in zip(ffns[1:], orders, strict=True):
+        fits = ffn.raw().take(order.to(first.up.device).long())
+        for name, value in sums.tensors().items():
+            value += getattr(fits, name).to(value)
+    return sums.map(lambda value: value / len(ffns)).to(first.up.dtype)

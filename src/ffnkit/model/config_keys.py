@@ -1,0 +1,78 @@
+"""Which config of a model speaks of which module, and which key holds an FFN's width."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from ffnkit.model.ffn import FFN
+
+# In the order in which they are tried; the first whose value is the FFN's width names it.
+_WIDTH_KEYS = (
+    "intermediate_size",
+    "intermediate_size_mlp",
+    "n_inner",
+    "d_ff",
+    "ffn_dim",
+    "hidden_dim",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "ffn_hidden_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+)
+
+
+def config_tree(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """(dotted path, config) of a config and its sub-configs; the root's path is ""."""
+    yield "", config
+    for name in getattr(config, "sub_configs", {}):
+        child = getattr(config, name, None)
+        if isinstance(child, PreTrainedConfig):
+            for path, each in config_tree(child):
+                yield f"{name}.{path}" if path else name, each
+
+
+def subconfig(config: PreTrainedConfig, path: str) -> PreTrainedConfig:
+    """The config at a dotted path of the tree."""
+    for part in path.split(".") if path else ():
+        config = getattr(config, part)
+    return config
+
+
+def width_key(config: PreTrainedConfig, ffn: FFN) -> str | None:
+    """The key of a config that holds an FFN's width, None where none does."""
+    preferred: list[str] = []
+    if "shared_expert" in ffn.name:
+        preferred.append("shared_expert_intermediate_size")
+    elif "experts" in ffn.name.split("."):
+        preferred.append("moe_intermediate_size")
+    for stack in ("encoder", "decoder"):
+        if stack in ffn.name.split("."):
+            preferred.append(f"{stack}_ffn_dim")
+    for key in dict.fromkeys([*preferred, *_WIDTH_KEYS]):
+        value = getattr(config, key, "absent")
+        if value == ffn.width or (key == "n_inner" and value is None):
+            return key
+    return None
+
+
+def candidates(
+    tree: list[tuple[str, PreTrainedConfig]], modules: dict[str, nn.Module], name: str
+) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """The configs that may hold the width, nearest first: that of the innermost module that keeps one, then all."""
+    parts = name.split(".")
+    for end in range(len(parts), -1, -1):
+        near = getattr(modules.get(".".join(parts[:end])), "config", None)
+        if isinstance(near, PreTrainedConfig):
+            # stacks such as T5's hold a copy of the config: the type tells which one is meant
+            same = [(path, c) for path, c in tree if c is near] or [(p, c) for p, c in tree if type(c) is type(near)]
+            yield from same
+    yield from tree
+
+
+def set_width(config: PreTrainedConfig, key: tuple[str, str], width: int) -> None:
+    """Write a width under (path of the sub-config, key)."""
+    setattr(subconfig(config, key[0]), key[1], width)

@@ -1,0 +1,168 @@
+"""Carry out a plan on a model in memory, and take its layers out again: all of it or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ffnkit.edits import Edit
+from ffnkit.errors import FfnkitError
+from ffnkit.io.loading import run_uneven_experts
+from ffnkit.model import parts as trainable
+from ffnkit.model.finding import ffns
+from ffnkit.nn.adapted import Adapted, adapted
+from ffnkit.nn.served import folded, served, unserve
+from ffnkit.nn.special import Special
+from ffnkit.plans import Plan
+from ffnkit.surgery import description
+from ffnkit.surgery.journal import journal
+from ffnkit.surgery.meta import rehearse
+from ffnkit.surgery.writer import ModelWriter, put
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def apply(model: Model, plan: Plan) -> Model:
+    """Carry out a plan on the model, in place; returns the same object.
+
+    Everything is checked before the first change: that the plan fits, that the model bears each edit, and, on a copy
+    of its structure without weights, that all of them together leave a model that can be saved. What still fails then
+    (memory, say) leaves the model as it was. Memory beyond the model: the new tensors, until the end also the old ones
+    of what is edited.
+
+    Raises:
+        FfnkitError: where the model is not of the shape that the plan was made for.
+    """
+    carry_out(model, plan.edits, plan)
+    return model
+
+
+def carry_out(model: nn.Module, edits: Iterable[Edit], plan: Plan | None = None) -> None:
+    """Edits on a model in memory: checked, rehearsed on the meta device, then done at once or not at all."""
+    edits = tuple(edits)
+    if plan is not None:
+        plan.check_fits({ffn.name: ffn for ffn in ffns(model)}, type(model).__name__)
+    writer = ModelWriter(model)
+    writer.check(edits)
+    rehearse(model, edits)
+    with journal(model):
+        writer.carry_out(edits)
+
+
+def rebuild(model: PreTrainedModel, described: dict[str, object]) -> None:
+    """Give a freshly built, empty model the structure that a compact checkpoint describes."""
+    writer = ModelWriter(model, empty=True)
+    with torch.no_grad():
+        for edit in description.edits_of(model, described):
+            edit.perform(writer)
+    run_uneven_experts(model)
+
+
+def share(model: PreTrainedModel, described: dict[str, object]) -> None:
+    """Make the FFNs one again which a compact checkpoint stores once, now that the weights are there."""
+    writer = ModelWriter(model, empty=True)
+    for edit in description.ties_of(model, described):
+        edit.perform(writer)
+
+
+# --- folding ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fold(model: Model, *, masked: bool = False) -> Model:
+    """Turn every special linear back into a plain layer with the same outputs, in place; returns the same object.
+
+    Where it fails, the model is as it was.
+
+    Args:
+        masked: where an update goes into a weight that holds zeros (it was pruned), these stay zero; what the update
+            did there is lost, so outputs change. Without it the update fills them.
+    """
+    with journal(model):
+        found = ffns(model)
+        keys, original = description.width_keys(model, found), description.original_widths(model, found)
+        named = trainable.flags_by_name(model)
+        fold_layers(model, model)
+        trainable.renew(model, named)
+        without_updates(model, fold=True, masked=masked)
+        description.update_config(model, keys, original)
+    return model
+
+
+def fold_layers(model: nn.Module, *within: nn.Module) -> None:
+    """Plain layers again in the place of the special ones that stand in these modules; updates stay.
+
+    What layers share they share afterwards: the weight of each is computed once.
+    """
+    inside = dict.fromkeys(inner for module in within for inner in module.modules())
+    weights: dict[int, nn.Parameter] = {}
+    for owner in inside:
+        if served(owner):
+            for name, value in folded(owner).items():
+                old: Any = owner._parameters[name]
+                if id(old) not in weights:
+                    weights[id(old)] = put(old, value, ())
+            unserve(owner)
+    places: dict[Special, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in inside and isinstance(module, Special) and not isinstance(module, Adapted):
+            places.setdefault(module, []).append(name)
+    for special, names in places.items():
+        stored = special.stored
+        if id(stored) not in weights:
+            fresh = special.folded()
+            same = fresh.shape == stored.shape and stored is special._parameters.get("weight")
+            weights[id(stored)] = put(stored, fresh, ()) if same else fresh
+        plain = special.fold(weights[id(stored)])
+        for name in names:
+            model.set_submodule(name, plain)
+
+
+@torch.no_grad()
+def remove_updates(model: Model) -> Model:
+    """Take the updates away, in place: every weight has the very bits that it had before they came.
+
+    Raises:
+        FfnkitError: all the rest of the model trained beside them.
+    """
+    with journal(model):
+        without_updates(model, fold=False)
+    return model
+
+
+def without_updates(model: nn.Module, *, fold: bool, masked: bool = False) -> None:
+    """Plain linears again, with the updates in their weights or, with what trained beside them, as they were before.
+
+    Args:
+        masked: weights that are zero stay zero when updates go into them.
+
+    Raises:
+        FfnkitError: without ``fold``, where all the rest of the model trained too.
+    """
+    found = adapted(model)
+    _, before = trainable.noted(model)
+    if not fold:
+        asked, do = "taking the adapter away", "Fold it, or load the base model anew"
+        if before is None:
+            raise FfnkitError(asked, "the rest of the model trained too", do)
+        own = dict(model.named_parameters())
+        other = [name for name, value in before.items() if name not in own or own[name].shape != value.shape]
+        if other:
+            raise FfnkitError(asked, f"{other[0]} trained beside it and was rewritten since", do)
+        ModelWriter(model).write_values(before)
+    trainable.forget(model)
+    places: dict[Adapted, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Adapted):
+            places.setdefault(module, []).append(name)
+    for layer in found.values():
+        plain = layer.fold(layer.folded(masked=masked)) if fold else layer.restore()
+        trainable.hand_on(model, layer.base, plain.weight)
+        for name in places[layer]:
+            model.set_submodule(name, plain)
+    if found:
+        trainable.train_as_before(model)

@@ -1,0 +1,265 @@
+"""How the true shape of an edited model is written into its config, and which config key holds each FFN's width.
+
+A model whose FFNs all have the width that its config says needs nothing of this. Any other model (widths that differ,
+shared FFNs, factors kept apart) carries ``config.quantization_config`` with ``quant_method: ffnkit``: transformers'
+one hook that may rebuild modules before the weights are read. The plain width keys then hold 1, an impossible width:
+opened without ffnkit, such a checkpoint raises instead of filling weights at random.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ffnkit.edits import Edit, Mask, SelectHeads, SetWidth, Tie, of_layer
+from ffnkit.errors import FfnkitError
+from ffnkit.io.formats import FORMAT, QUANT_METHOD
+from ffnkit.model.attention import Attention, attentions
+from ffnkit.model.config_keys import candidates, config_tree, set_width, width_key
+from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import ffns
+from ffnkit.nn.adapted import Adapted
+from ffnkit.nn.special import Special
+from ffnkit.surgery.ties import declare_shared, declare_twins
+
+Keys = dict[str, tuple[str, str] | None]
+IMPOSSIBLE_WIDTH = 1
+
+
+def width_keys(model: PreTrainedModel, found: list[FFN]) -> Keys:
+    """(path of the sub-config, key) that holds each FFN's width; None where the family fixes it otherwise."""
+    config = model.config
+    described = description(model)
+    if described is not None:
+        return {ffn.name: _stored_key(described, ffn) for ffn in found}
+    tree = list(config_tree(config))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    keys: Keys = {}
+    for ffn in found:
+        keys[ffn.name] = None
+        for path, candidate in candidates(tree, modules, ffn.name):
+            key = width_key(candidate, ffn)
+            if key is not None:
+                keys[ffn.name] = (path, key)
+                break
+    return keys
+
+
+def _stored_key(described: dict[str, Any], ffn: FFN) -> tuple[str, str] | None:
+    stored = described["ffns"][ffn.name]["key"]
+    return None if stored is None else (stored[0], stored[1])
+
+
+# --- describing ---------------------------------------------------------------------------------------------------
+
+
+def description(model: PreTrainedModel) -> dict[str, Any] | None:
+    """What the config says of an edited model, or None for a model of plain shape."""
+    config = getattr(model, "config", None)
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    data = stored if isinstance(stored, dict) else stored.to_dict()
+    return data if data.get("quant_method") == QUANT_METHOD else None
+
+
+def describe(model: PreTrainedModel, found: list[FFN], keys: Keys, original: dict[str, int]) -> dict[str, Any]:
+    """The structure of a model as the edits that make it of a plain one, in their normal form and without numbers.
+
+    {"ffns": {name: {"width", "key", "special", "twins"}}, "linears": {name: row}, "attention": {name: row}};
+    :func:`edits_of` reads it back.
+    """
+    rows: dict[str, Any] = {}
+    for ffn in found:
+        key = keys[ffn.name]
+        rows[ffn.name] = {
+            "width": ffn.width,
+            "key": None if key is None else list(key),
+            "special": ffn.special,
+            "twins": list(ffn.twins),
+        }
+        if key is None:
+            rows[ffn.name]["original"] = original.get(ffn.name, ffn.width)
+    linears = {name: layer.row() for name, layer in standing_apart(model, found).items()}
+    heads = attention_rows(model)
+    data = {"quant_method": QUANT_METHOD, "format": FORMAT, "ffns": rows}
+    return data | ({"linears": linears} if linears else {}) | ({"attention": heads} if heads else {})
+
+
+def standing_apart(model: nn.Module, found: list[FFN]) -> dict[str, Special]:
+    """What stands in the place of linears outside of FFNs, by every place; updates have files of their own."""
+    inside = {
+        f"{owner}.{ffn.path(site)}"
+        for ffn in found
+        if not ffn.layout.experts
+        for owner in ffn.owners
+        for site in ffn.sites
+    }
+    modules = model.named_modules(remove_duplicate=False)
+    return {n: m for n, m in modules if isinstance(m, Special) and not isinstance(m, Adapted) and n not in inside}
+
+
+def attention_rows(model: nn.Module) -> dict[str, Any]:
+    """Of attentions that lost heads: {name: {"heads", "kv", "of"}}, by number."""
+    rows = {each.name: each.kept for each in attentions(model)}
+    return {
+        name: {"heads": list(row.heads), "kv": list(row.kv), "of": list(row.of)} for name, row in rows.items() if row
+    }
+
+
+def is_plain(found: list[FFN], keys: Keys, original: dict[str, int]) -> bool:
+    """Whether plain transformers can build this shape: one width for each config key, nothing shared or apart."""
+    widths: dict[Any, set[int]] = defaultdict(set)
+    for ffn in found:
+        if ffn.special or ffn.twins:
+            return False
+        if keys[ffn.name] is None and ffn.width != original.get(ffn.name, ffn.width):
+            return False
+        widths[keys[ffn.name]].add(ffn.width)
+    return all(len(values) == 1 for key, values in widths.items() if key is not None)
+
+
+def is_plain_model(model: PreTrainedModel, found: list[FFN], keys: Keys, original: dict[str, int]) -> bool:
+    """Whether plain transformers can build the model's shape from its config."""
+    return is_plain(found, keys, original) and not standing_apart(model, found) and not attention_rows(model)
+
+
+def update_config(model: PreTrainedModel, keys: Keys, original: dict[str, int]) -> None:
+    """Make the config say the model's present shape; called after every change of modules.
+
+    Args:
+        keys: from :func:`width_keys`, before the change.
+        original: the width that the plain class builds for FFNs without a key, by name.
+    """
+    found = ffns(model)
+    config = model.config
+    base = (description(model) or {}).get("base")
+    if is_plain_model(model, found, keys, original):
+        for ffn in found:
+            if (key := keys[ffn.name]) is not None:
+                set_width(config, key, ffn.width)
+        if description(model) is not None:
+            del config.quantization_config
+        return
+    data = describe(model, found, keys, original)
+    if base is not None:
+        data["base"] = base
+    declare_shared(model)
+    config.quantization_config = data
+    for key in keys.values():
+        if key is not None:
+            set_width(config, key, IMPOSSIBLE_WIDTH)
+
+
+def original_widths(model: PreTrainedModel, found: list[FFN]) -> dict[str, int]:
+    """The width that the plain class builds, for FFNs whose width no config key holds."""
+    rows = (description(model) or {}).get("ffns", {})
+    return {ffn.name: rows.get(ffn.name, {}).get("original", ffn.width) for ffn in found}
+
+
+def rows_for(model: PreTrainedModel, described: dict[str, Any]) -> list[tuple[dict[str, Any], list[str]]]:
+    """The described FFNs, each with the places in ``model`` that share it; the model may have another head.
+
+    Raises FfnkitError where the model has an FFN that the checkpoint does not describe.
+    """
+    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
+    primary = {name: first for first, row in described["ffns"].items() for name in (first, *row["twins"])}
+    places: dict[str, list[str]] = defaultdict(list)
+    for ffn in ffns(model):
+        for name in ffn.owners:
+            source = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in primary), None)
+            if source is None:
+                suffixes = {n for n in primary if n.endswith("." + name) or name.endswith("." + n)}
+                if len(suffixes) != 1:
+                    raise FfnkitError(
+                        f"opening a compact checkpoint as {type(model).__name__}",
+                        f"it does not describe the FFN {name}",
+                        "Open it with the class that it was saved from",
+                    )
+                source = suffixes.pop()
+            places[primary[source]].append(name)
+    return [(described["ffns"][first], names) for first, names in places.items()]
+
+
+def renamed(model: PreTrainedModel, described: dict[str, Any]) -> dict[str, Any]:
+    """The description with the names that the FFNs have in ``model``: a body may have been given a head or lost it."""
+    rows = {names[0]: {**row, "twins": names[1:]} for row, names in rows_for(model, described)}
+    linears = linears_for(model, described)
+    heads = attention_rows(model)
+    data = {key: value for key, value in described.items() if key != "attention"} | {"ffns": rows}
+    data |= {"linears": linears} if linears else {}
+    return data | ({"attention": heads} if heads else {})
+
+
+def linears_for(model: PreTrainedModel, described: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The described linears under the names that they have in ``model``, which may have another head or none."""
+    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    rows = {}
+    for name, row in described.get("linears", {}).items():
+        own = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
+        if own is not None:
+            rows[own] = row
+    return rows
+
+
+def attentions_for(model: PreTrainedModel, described: dict[str, Any]) -> list[tuple[Attention, dict[str, Any]]]:
+    """The described attentions under the names that they have in ``model``, which may have another head or none."""
+    rows = described.get("attention", {})
+    if not rows:
+        return []
+    prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
+    by_name = {name: each for each in attentions(model) for name in (each.name, *each.twins)}
+    found = []
+    for name, row in rows.items():
+        near = (name, name.removeprefix(prefix), prefix + name)
+        own = next((by_name[n] for n in near if n in by_name), None)
+        if own is None:
+            ends = {id(a): a for n, a in by_name.items() if n.endswith("." + name) or name.endswith("." + n)}
+            own = next(iter(ends.values())) if len(ends) == 1 else None
+        if own is not None:
+            found.append((own, row))
+    return found
+
+
+# --- and back -----------------------------------------------------------------------------------------------------
+
+
+def edits_of(model: PreTrainedModel, described: dict[str, Any]) -> Iterator[Edit]:
+    """The edits that give a freshly built model the described structure; each is to be carried out before the next.
+
+    FFNs that share their weights have their own yet: :func:`ties_of` makes them one once the weights are there.
+    """
+    by_owner = {name: ffn for ffn in ffns(model) for name in ffn.owners}
+    for row, names in rows_for(model, described):
+        for ffn in dict.fromkeys(by_owner[name] for name in names):
+            if ffn.width != row["width"]:
+                yield SetWidth(ffn.name, width=row["width"])
+            for site, special in row["special"].items():
+                yield of_layer(special["kind"]).blank(ffn, site, special)
+    for attention, row in attentions_for(model, described):
+        yield SelectHeads.blank(attention, row)
+    for name, row in linears_for(model, described).items():
+        linear = model.get_submodule(name)
+        if not isinstance(linear, Special):  # it may stand in several places
+            yield Mask.blank_linear(name, linear)
+
+
+def ties_of(model: PreTrainedModel, described: dict[str, Any]) -> Iterator[Edit]:
+    """The edits that make the FFNs one again which a compact checkpoint stores once."""
+    for _, names in rows_for(model, described):
+        if len(names) > 1:
+            yield Tie.blank(names[0], names[1:])
+
+
+def declare(model: PreTrainedModel, described: dict[str, Any]) -> None:
+    """Declare the FFNs that will share their weights: the file holds each once."""
+    by_owner = {name: ffn for ffn in ffns(model) for name in ffn.owners}
+    for _, names in rows_for(model, described):
+        twins = [name for name in names[1:] if by_owner[name] is not by_owner[names[0]]]
+        if twins:
+            declare_twins(model, by_owner[names[0]], twins)

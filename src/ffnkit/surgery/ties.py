@@ -1,0 +1,69 @@
+"""Which tensors of a model have several names: what transformers is told of FFNs that share their weights."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import ffns, has_ffns
+from ffnkit.model.linear import is_transposed
+from ffnkit.nn.served import PREFIX
+
+
+def declare_shared(model: PreTrainedModel) -> None:
+    """Tell transformers which tensors of the model have several names: FFNs that share their weights.
+
+    ``save_pretrained`` refuses undeclared sharing.
+    """
+    for ffn in ffns(model) if has_ffns(model) else []:
+        if ffn.twins:
+            declare_twins(model, ffn, list(ffn.twins))
+
+
+def further_places(model: PreTrainedModel) -> list[str]:
+    """Where shared linears stand besides their first place, each path with a dot behind it."""
+    found = [ffn for ffn in ffns(model) if ffn.twins and not ffn.layout.experts]
+    return [f"{twin}.{ffn.path(site)}." for ffn in found for twin in ffn.twins for site in ffn.sites]
+
+
+def declare_twins(model: PreTrainedModel, ffn: FFN, twins: list[str]) -> None:
+    """Declare the FFNs at the paths ``twins`` as further names of ``ffn``, for saving and for loading."""
+    state = ffn.module.state_dict(keep_vars=True)
+    sites = tuple(f"{ffn.path(site)}." for site in ffn.sites) if not ffn.layout.experts else ()
+    exact = {ffn.path(site) for site in ffn.sites} if ffn.layout.experts else set()
+    own = [name for name in state if name in exact or name.startswith(sites or PREFIX)]
+    pairs = {f"{twin}.{name}": f"{ffn.name}.{name}" for twin in twins for name in own}
+    model._tied_weights_keys = {**(getattr(model, "_tied_weights_keys", None) or {}), **pairs}
+    # On loading only parameters can be tied; a twin's factor is missing then, and comes back with ``share_twins``.
+    buffers = {f"{twin}.{name}" for twin in twins for name in own if not isinstance(state[name], nn.Parameter)}
+    tied = {name: source for name, source in pairs.items() if name not in buffers}
+    model.all_tied_weights_keys = {**getattr(model, "all_tied_weights_keys", {}), **tied}
+    ignored = {re.escape(name) for name in buffers} | set(model._keys_to_ignore_on_load_missing or ())
+    model._keys_to_ignore_on_load_missing = sorted(ignored) or None
+    model._adjust_bias = _adjust_bias  # type: ignore[method-assign]
+
+
+def withdraw_twins(model: PreTrainedModel, places: set[str]) -> None:
+    """Take back that the tensors below ``places`` (each with its dot) are further names of others."""
+    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+        declared = getattr(model, attribute, None)
+        if isinstance(declared, dict):
+            setattr(model, attribute, {k: v for k, v in declared.items() if not k.startswith(tuple(places))})
+    ignored = {re.escape(place) for place in places}
+    kept = [key for key in model._keys_to_ignore_on_load_missing or () if not key.startswith(tuple(ignored))]
+    model._keys_to_ignore_on_load_missing = kept or None
+
+
+def _adjust_bias(tied: nn.Module, source: Any) -> None:
+    """In place of transformers' own, which cuts the bias of a tied layer to its weight's first dimension.
+
+    That is the wrong one in layers whose weight lies as (in, out), or several numbers to a byte, and the bias would be
+    lost without a word.
+    """
+    weight: Any = tied.weight
+    if not is_transposed(tied) and weight.is_floating_point():
+        PreTrainedModel._adjust_bias(None, tied, source)  # type: ignore[arg-type]
