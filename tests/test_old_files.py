@@ -81,9 +81,7 @@ def check(case: Case, model: Any) -> None:
     for key, value in found.items():
         assert_close(value, expected[key], rel=SAME, what=f"{case} {key}")
     plain = outputs(case.family, FAMILIES[case.family].model())
-    assert max(relative_error(plain[key], expected[key]) for key in plain) > 1e-3, (
-        "the control: the file does something"
-    )
+    assert max(relative_error(plain[key], expected[key]) for key in plain) > 1e-3, "the control: it does something"
 
 
 def test_every_kind_is_there() -> None:
