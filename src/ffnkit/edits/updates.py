@@ -56,6 +56,10 @@ class UpdateLinear(Edit):
         return (self.target,)
 
     @property
+    def asked(self) -> str:
+        return f"{self.layer} on {self.target}"
+
+    @property
     def trained(self) -> int:
         """How many numbers train."""
         return int(self.given["trained"])
@@ -78,7 +82,7 @@ class UpdateLinear(Edit):
     # --- what it does
 
     def check(self, writer: Writer) -> None:
-        asked = f"{self.layer} on {self.target}"
+        asked = self.asked
         linear = writer.module(self.target)
         if linear is None:
             what = f"{type(writer.model).__name__} has no such module"
@@ -99,11 +103,9 @@ class UpdateLinear(Edit):
     def perform(self, writer: Writer) -> None:
         writer.before_updates()
         linear: Any = writer.module(self.target)
-        if isinstance(linear, Special):
+        if isinstance(linear, Special):  # by another edit of the plan, over the same weight
             raise FfnkitError(
-                f"{self.layer} on {self.target}",
-                f"it is edited already ({linear.kind})",
-                "Apply one plan, then fold and plan again",
+                self.asked, "the plan edits this linear twice", "Apply one plan, then fold and plan again"
             )
         everywhere = writer.linears_of(stored_weight(linear))
         given: dict[str, Any] = {key: value for key, value in self.given.items() if key != "trained"}
