@@ -22,6 +22,8 @@ KINDS = (nn.Linear, Conv1D, Special)
 def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str], list[str]]:
     """Names of the modules that get adapters, and of the bare 3-D parameters of experts.
 
+    Of linears that share a weight the first one is named.
+
     Args:
         asked: "ffn", "attention", "qv" (query and value; a linear that holds key too as a whole), "all", or a regular
             expression that a whole module name must match.
@@ -40,6 +42,7 @@ def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str
             modules += [name for name in attention_linears(model, KINDS) if name not in modules]
     else:
         modules, parameters = _matching(model, asked), []
+    modules = _once(model, modules)
     carrying = [f"{name}." for name, m in model.named_modules() if hasattr(m, "base_layer")]  # linears of peft
     for name in modules:
         module = model.get_submodule(name)
@@ -55,6 +58,16 @@ def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str
     if not modules and not parameters:
         raise FfnkitError(f"targets {asked!r}", "no linear of the model matches", "Name ffn, attention, qv or all")
     return modules, parameters
+
+
+def _once(model: nn.Module, names: list[str]) -> list[str]:
+    """The first of the linears over one weight: what trains beside it, or masks it, does so for all of them."""
+    first: dict[int, str] = {}
+    for name in names:
+        module = model.get_submodule(name)
+        weight = module.base if isinstance(module, Adapted) else module._parameters.get("weight")
+        first.setdefault(id(module if weight is None else weight), name)
+    return list(first.values())
 
 
 def query_value(model: nn.Module, layers: str = "all") -> dict[str, list[Tensor]]:
