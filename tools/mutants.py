@@ -486,6 +486,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "return min(range(len(self.shares)), key=lambda i: abs(self.shares[i] - 0.01))",
         "return 0",
         "test_energy.py",
+        "nearest",
     ),
     # tasks
     M(
