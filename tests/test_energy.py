@@ -282,6 +282,6 @@ def test_command_line(bert: Path, llama: Path, data: Path, notes: Path, tmp_path
 
 
 def test_tables_show_the_share_that_is_nearest_to_one_percent() -> None:
-    model, batches = labelled("bert", 2)
+    model, batches = labelled("gpt2", 2)
     found = gradient_energy(model, batches[:1], batches[1:], shares=(0.001, 0.012, 0.5), layer_bases=False)
     assert found.reference == 1 and "in 1.2% of its entries" in str(found)

@@ -144,3 +144,30 @@ def test_a_saved_model_holds_no_parts_of_its_updates(tmp_path: Path) -> None:
     fk.save(model, tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert set(file.keys()) <= names
+
+
+def test_lora_is_scaled_by_alpha_over_rank() -> None:
+    from ffnkit import tune
+
+    model: Any = FAMILIES["bert"].model()
+    before = model.bert.encoder.layer[0].output.dense.weight.detach().clone()
+    tuner = tune.get({"name": "lora", "rank": 2, "alpha": 5})
+    tuned: Any = tuner.prepare(model)
+    state = {}
+    for name, parameter in tuned.named_parameters():
+        if "layer.0.output.dense.lora_" in name and "attention" not in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(state)))
+            state[name.split(".lora_")[1][0]] = parameter.detach().clone()
+    plain: Any = tuner.finish(tuned)
+    after = plain.bert.encoder.layer[0].output.dense.weight
+    assert_close(after - before, 5 / 2 * state["B"] @ state["A"], rel=1e-5)
+
+
+def test_adam_gets_its_own_factors(tmp_path: Path) -> None:
+    from ffnkit.tune import TrainSettings
+    from ffnkit.tune.arguments import training_arguments
+
+    settings = TrainSettings(betas=(0.8, 0.95), eps=1e-7, weight_decay=0.03, learning_rate=2e-4)
+    found = training_arguments(settings, "accuracy", tmp_path, 3, False)
+    assert (found.adam_beta1, found.adam_beta2, found.adam_epsilon) == (0.8, 0.95, 1e-7)
+    assert (found.weight_decay, found.learning_rate, found.seed, found.data_seed) == (0.03, 2e-4, 3, 3)

@@ -557,7 +557,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "test_sparsegrad.py test_tune.py",
         "meprop",
     ),
-    M("lora-alpha", "lora_alpha=tuner.alpha,", "lora_alpha=2 * tuner.alpha,", "test_tune.py test_tied_lora.py", "lora"),
+    M("lora-alpha", "lora_alpha=tuner.alpha,", "lora_alpha=2 * tuner.alpha,", "test_formulas.py", "scaled_by_alpha"),
     M(
         "zeros-of-the-others",
         "zero = parameter.detach() == 0",
@@ -569,8 +569,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "betas-swapped",
         "            adam_beta1=s.betas[0],\n            adam_beta2=s.betas[1],",
         "            adam_beta1=s.betas[1],\n            adam_beta2=s.betas[0],",
-        "test_tune.py",
-        "setting or argument or beta",
+        "test_formulas.py",
+        "adam",
     ),
     M("data-seed-ignored", "            data_seed=seed,", "            data_seed=0,", "test_tune.py", "seed or order"),
     M(
