@@ -592,14 +592,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "        if not is_whole(path):\n            shutil.rmtree(path, ignore_errors=True)",
         "        if not is_whole(path):\n            pass",
         "test_tune.py",
-        "broken or kill or resum or whole",
+        "half_written",
     ),
     M(
         "clock-forgets",
         '"seconds": self.total(), "step_seconds": self.step_seconds',
         '"seconds": 0.0, "step_seconds": 0.0',
         "test_tune.py",
-        "resum or clock or second",
+        "seconds_so_far",
     ),
     # recipe, report, cli, files, loading
     M(
