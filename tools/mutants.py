@@ -50,7 +50,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "fold-drops-scale",
         "down=self.down * scale.unsqueeze(-2).to(self.down.dtype)",
         "down=self.down",
-        "test_methods.py",
+        "test_formulas.py",
         "clustering",
     ),
     M(
@@ -632,8 +632,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "batches-count-alike",
         "total, weight = total + float(loss) * count, weight + count",
         "total, weight = total + float(loss), weight + 1",
-        "test_pruning.py test_dsee_reports.py",
-        "cost or loss",
+        "test_formulas.py",
+        "weighed_by",
     ),
     M(
         "flags-behind-dashes",
@@ -674,8 +674,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "drawn-head-not-noticed",
         "if key in absent and is_head(model, key)}",
         "if is_head(model, key)}",
-        "test_generation.py test_tasks.py test_tune.py",
-        "head or drawn",
+        "test_formulas.py",
+        "drawn_one",
     ),
 )
 
