@@ -191,7 +191,7 @@ def test_losses_of_batches_are_weighed_by_their_labels() -> None:
 def test_a_head_that_was_read_counts_as_no_drawn_one(tmp_path: Path) -> None:
     import transformers
 
-    from ffnkit.loading import drawn_head
+    from ffnkit.io.loading import drawn_head
 
     model: Any = FAMILIES["bert"].model()
     model.save_pretrained(tmp_path / "whole")
