@@ -26,9 +26,9 @@ from ffnkit.edits.heads import keep_heads
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.heads import RemoveHeads, by_unit, removal
 from ffnkit.model import parts, probe
-from ffnkit.model.attention import ROLES, Attention, attentions, own_weight, places
+from ffnkit.model.attention import ROLES, Attention, attentions, places
 from ffnkit.model.inventory import inspect
-from ffnkit.model.linear import is_transposed
+from ffnkit.model.linear import is_transposed, own_weight
 from ffnkit.nn.narrowed import kept
 from ffnkit.plans import Plan
 from ffnkit.surgery.description import description

@@ -14,7 +14,7 @@ from ffnkit.edits.slicing import slice_linears, slice_parameter
 from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import Attention
 from ffnkit.model.families.attentions import ROLES, Role, places
-from ffnkit.model.weights import stored_weight
+from ffnkit.model.linear import stored_weight
 from ffnkit.nn.adapted import Adapted
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.narrowed import Kept, narrow

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from ffnkit.errors import FfnkitError
 from ffnkit.model.families.attentions import ATTENTION_LAYOUTS, BLOCKS, ROLES, AttentionLayout, Role, places
 from ffnkit.model.finding import place
-from ffnkit.model.linear import descend, features, is_linear, is_transposed
-from ffnkit.nn.adapted import Adapted
+from ffnkit.model.linear import descend, features, is_linear, obstacle, own_weight, stored_weight
 from ffnkit.nn.narrowed import Kept, kept, plain_class
 
 _HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
@@ -187,12 +186,6 @@ class Attention:
         return weight[self.rows(role).to(weight.device)]
 
 
-def own_weight(linear: Any) -> Tensor:
-    """A linear's weight (out, in), without an update that trains beside it."""
-    weight: Tensor = (linear.base if isinstance(linear, Adapted) else linear.weight).detach()
-    return weight.mT if is_transposed(linear) else weight
-
-
 # --- finding ------------------------------------------------------------------------------------------------------
 
 
@@ -236,6 +229,9 @@ def _obstacle(attention: Attention) -> str:
     """Why heads of this attention cannot go alone, "" where they can."""
     if not attention.head_dim:
         return "the width of a head is not known"
+    for role in (*ROLES, "o"):
+        if (found := obstacle(attention.linear(role))) is not None:
+            return f"its {role} {found[0]}"
     shapes = {role: features(attention.linear(role)) for role in (*ROLES, "o")}
     heads, kv_heads, width = attention.heads, attention.kv_heads, attention.head_dim
     expected = {
@@ -263,5 +259,5 @@ def _obstacle(attention: Attention) -> str:
 
 
 def _weights(linear: Any) -> list[Tensor]:
-    own = [linear.base if isinstance(linear, Adapted) else linear.weight, getattr(linear, "bias", None)]
+    own = [stored_weight(linear), getattr(linear, "bias", None)]
     return [value for value in own if value is not None]

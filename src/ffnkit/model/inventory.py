@@ -6,21 +6,17 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
 from ffnkit.model.attention import ROLES, Attention, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns, middle_layout, mirrored
 from ffnkit.model.layers import ranges
-from ffnkit.model.linear import features, is_linear
+from ffnkit.model.linear import features, flops, is_linear, stored_weight, unwrapped
 from ffnkit.model.parts import body, head_modules
-from ffnkit.nn.adapted import Adapted
-from ffnkit.nn.special import Special
-
-_COUNTED = (nn.Linear, Conv1D, Special, nn.Conv1d, nn.Conv2d)  # whose weights cost operations
+from ffnkit.nn.lowrank import LowRank
 
 
 @dataclass(frozen=True)
@@ -256,12 +252,10 @@ def _mirrored(model: nn.Module, covered: set[int]) -> Iterator[Place]:
     for owner, *pair in mirrored(model, without=covered):
         paths = [f"{owner}.{name}" if owner else name for name in pair]
         near = [type(modules[path.rpartition(".")[0]]).__name__ for path in paths]
-        linears = [modules[path] for path in paths]
-        stored = [linear.base if isinstance(linear, Adapted) else linear.weight for linear in linears]
-        weights = {f"{name}.weight": p for name, p in zip(pair, stored, strict=True) if isinstance(p, nn.Parameter)}
-        if len(weights) < len(pair):  # a thin pair stands in the place of a weight
+        weights = {f"{name}.weight": stored_weight(modules[path]) for name, path in zip(pair, paths, strict=True)}
+        if any(isinstance(modules[path], LowRank) for path in paths):
             continue
-        narrow, wide = sorted(weights[f"{pair[0]}.weight"].shape)
+        narrow, wide = sorted(features(modules[paths[0]]))
         if wide <= _WIDEST * narrow and not any(_NO_FFN.search(text) for text in (*paths, *near)):
             yield owner, weights, "mirrored linears of no known row"
 
@@ -276,8 +270,8 @@ def body_flops(model: nn.Module) -> float:
     ends = tuple(f"{name}." for name in head_modules(model))
     for name, module in model.named_modules(remove_duplicate=False):
         outside = id(module) not in inside or module is output or f"{name}.".startswith(ends)
-        if outside and isinstance(module, _COUNTED):
-            total -= 2.0 * cast(Tensor, module.weight).numel()
+        if outside:
+            total -= _flops(module)
     return total
 
 
@@ -319,15 +313,20 @@ def _other_flops(model: nn.Module, found: list[FFN]) -> float:
         for ffn in found
         if not ffn.layout.experts
         for owner in ffn.owners.values()
-        for module in (owner.get_submodule(ffn.path(site)) for site in ffn.sites)
+        for module in (unwrapped(owner.get_submodule(ffn.path(site))) for site in ffn.sites)
     }
     runs = max(_runs(model, ffn) for ffn in found)
     layers = {name for ffn in found for name in ffn.owners} if runs > 1 else set()
-    flops = 0.0
+    total = 0.0
     for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) in inside:
-            continue
-        if isinstance(module, _COUNTED):
+        if id(module) not in inside:
             repeated = runs if any(name.startswith(layer + ".") for layer in layers) else 1
-            flops += 2.0 * cast(Tensor, module.weight).numel() * repeated
-    return flops
+            total += _flops(module) * repeated
+    return total
+
+
+def _flops(module: nn.Module) -> float:
+    """FLOPs a token in a module's own weight, if it is a linear or a convolution; what it wraps counts by itself."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return 2.0 * module.weight.numel()
+    return flops(module) if is_linear(module) and unwrapped(module) is module else 0.0
