@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
 from ffnkit.model.families.attentions import ATTENTION_LAYOUTS, BLOCKS, ROLES, AttentionLayout, Role, places
-from ffnkit.model.finding import place
-from ffnkit.model.linear import descend, features, is_linear, obstacle, own_weight, stored_weight
+from ffnkit.model.finding import ffns, has_ffns, middle_layout, place
+from ffnkit.model.linear import descend, features, is_linear, linears, obstacle, own_weight, stored_weight
 from ffnkit.nn.narrowed import Kept, kept, plain_class
 
 _HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
@@ -104,8 +104,8 @@ class Attention:
     @property
     def num_parameters(self) -> int:
         """Numbers in the linears and in what goes with their heads."""
-        linears = {id(m): m for m in (self.linear(role) for role in (*ROLES, "o"))}
-        own = [p for m in linears.values() for p in _weights(m)]
+        each = {id(m): m for m in (self.linear(role) for role in (*ROLES, "o"))}
+        own = [p for m in each.values() for p in _weights(m)]
         return sum(p.numel() for p in [*own, *(p for _, p, _ in self.following())])
 
     @property
@@ -212,6 +212,36 @@ def find(model: nn.Module, name: str) -> Attention:
         what = f"{type(model).__name__} has {', '.join(list(found)[:3]) or 'none that is known'} ..."
         raise FfnkitError(f"the attention {name}", what, "Name one of them (ffnkit inspect)")
     return found[name]
+
+
+def attention_modules(model: nn.Module) -> list[str]:
+    """The modules that are attention, by name: those of a known row, and those named after it that hold none of them.
+
+    A block that holds a known attention and more (SAM's two-way blocks, with an FFN) is none, whatever its name.
+    """
+    known = [name for each in attentions(model) for name in (each.name, *each.twins)]
+    inside = tuple(f"{name}." for name in known)
+    named = [n for n, m in model.named_modules() if "attention" in type(m).__name__.lower()]
+    outer = [name for name in named if not any(each.startswith(f"{name}.") for each in known)]
+    return known + [name for name in outer if name not in known and not name.startswith(inside)]
+
+
+def attention_linears(model: nn.Module) -> list[str]:
+    """The linears of attention by name, in the order of the modules; a linear of an FFN is never one."""
+    owners = tuple(f"{name}." if name else "" for name in attention_modules(model))
+    taken = _ffn_linears(model)
+    return [name for name, linear in linears(model) if name.startswith(owners) and id(linear) not in taken]
+
+
+def _ffn_linears(model: nn.Module) -> set[int]:
+    """ids of the linears of FFNs, of those too that ffnkit does not edit for what stands in between."""
+    found = ffns(model) if has_ffns(model) else []
+    taken = {
+        id(linear) for ffn in found if not ffn.layout.experts for site in ffn.sites for linear in ffn.linears(site)
+    }
+    owners = [(module, middle_layout(module)) for module in model.modules()]
+    paths = [(m, path) for m, row in owners if row is not None for path in (row.up, row.gate or row.up, row.down)]
+    return taken | {id(descend(module, path)) for module, path in paths}
 
 
 def _match(module: nn.Module) -> AttentionLayout | None:

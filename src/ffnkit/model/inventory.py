@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ffnkit.model.attention import ROLES, Attention, attentions
+from ffnkit.model.attention import ROLES, Attention, attention_linears, attention_modules, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns, middle_layout, mirrored
 from ffnkit.model.layers import ranges
@@ -201,7 +201,7 @@ def inspect(model: nn.Module) -> Inventory:
 
 # --- what is left out ---------------------------------------------------------------------------------------------
 
-_NO_FFN = re.compile(r"att(ention|n)|mamba|mixer|embed|position|proj(ection|ector)|router|connector", re.IGNORECASE)
+_NO_FFN = re.compile(r"mamba|mixer|embed|position|proj(ection|ector)|router|connector", re.IGNORECASE)
 _WIDEST = 16  # ff / d of an FFN at most; bottlenecks of other uses go further
 Place = tuple[str, dict[str, nn.Parameter], str]  # owner, weights by name below it, why
 
@@ -230,11 +230,12 @@ def left_out(model: nn.Module, found: list[FFN]) -> tuple[LeftOut, ...]:
 
 def _unknown_experts(model: nn.Module) -> Iterator[Place]:
     """Modules named after experts."""
+    attention = tuple(f"{name}." for name in attention_modules(model))
     for path, module in model.named_modules():
         named = re.fullmatch(r"(shared_)?experts?", path.rpartition(".")[2]) or type(module).__name__.endswith(
             "Experts"
         )
-        if named and not _NO_FFN.search(path):
+        if named and not _NO_FFN.search(path) and not path.startswith(attention):
             yield path, dict(module.named_parameters()), "experts of a form that is not known"
 
 
@@ -248,7 +249,7 @@ def _with_middle(model: nn.Module) -> Iterator[Place]:
 
 
 def _mirrored(model: nn.Module, covered: set[int]) -> Iterator[Place]:
-    modules = dict(model.named_modules())
+    modules, attention = dict(model.named_modules()), set(attention_linears(model))
     for owner, *pair in mirrored(model, without=covered):
         paths = [f"{owner}.{name}" if owner else name for name in pair]
         near = [type(modules[path.rpartition(".")[0]]).__name__ for path in paths]
@@ -256,7 +257,9 @@ def _mirrored(model: nn.Module, covered: set[int]) -> Iterator[Place]:
         if any(isinstance(modules[path], LowRank) for path in paths):
             continue
         narrow, wide = sorted(features(modules[paths[0]]))
-        if wide <= _WIDEST * narrow and not any(_NO_FFN.search(text) for text in (*paths, *near)):
+        if wide > _WIDEST * narrow or not attention.isdisjoint(paths):
+            continue
+        if not any(_NO_FFN.search(text) for text in (*paths, *near)):
             yield owner, weights, "mirrored linears of no known row"
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ffnkit.calibration.taps import Batch, Flow, evaluating, model_inputs, stack_masks, tapped
 from ffnkit.errors import FfnkitError
+from ffnkit.model.attention import attention_linears
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
 from ffnkit.model.layers import select
@@ -150,10 +151,10 @@ def _wanted(model: nn.Module, asked: str, layers: str) -> Any:
         f"{owner}.{ffn.path(site)}" for ffn in chosen if not ffn.layout.experts for owner in ffn.owners
         for site in ffn.sites
     }  # fmt: skip
-    attention = tuple(f"{n}." for n, m in model.named_modules() if "attention" in type(m).__name__.lower())
+    attention = set(attention_linears(model))
     if asked == "ffn":
         return lambda name, _: name in of_ffns
-    return lambda name, _: name in of_ffns or (bool(attention) and name.startswith(attention))
+    return lambda name, _: name in of_ffns or name in attention
 
 
 def _never(model: nn.Module) -> set[int]:
