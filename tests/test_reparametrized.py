@@ -231,12 +231,30 @@ def test_a_wrapped_model_is_refused(name: str, tmp_path: Path) -> None:
     fk.apply(plain, fk.plan(plain, METHODS["fusion"]()))
 
 
+def test_a_sharded_model_is_refused() -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model: Any = FAMILIES["llama"].model()
+    plan = fk.plan(model, METHODS["fusion"]())
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model.model.layers[0], mesh=init_device_mesh("cpu", (1,)))
+        refused(lambda: fk.apply(model, plan), "shard after")
+        assert len(ffns(model)) == 3
+    finally:
+        dist.destroy_process_group()
+
+
 def test_convolutions_of_a_familys_own_are_no_obstacle() -> None:
     model = nn.Sequential(parametrizations.weight_norm(nn.Conv1d(4, 4, 3)))
     check_untouched(model, "editing")
     with pytest.raises(FfnkitError, match="0 is parametrized"):
         check_untouched(nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4))), "editing")
-    prune.random_unstructured(nn.Sequential(nn.Conv1d(4, 4, 3))[0], "weight", amount=0.5)
+    prune.random_unstructured(model[0].parametrizations.weight, "original1", amount=0.5)  # no family prunes its own
+    with pytest.raises(FfnkitError, match="prune"):
+        check_untouched(model, "editing")
 
 
 # --- what stands behind it

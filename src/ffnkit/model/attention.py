@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
 from ffnkit.model.families.attentions import ATTENTION_LAYOUTS, BLOCKS, ROLES, AttentionLayout, Role, places
+from ffnkit.model.families.keys import HEAD_DIM_ATTRIBUTES, INCOMING
 from ffnkit.model.finding import ffns, has_ffns, middle_layout, place
 from ffnkit.model.linear import descend, features, is_linear, linears, obstacle, own_weight, stored_weight
 from ffnkit.nn.narrowed import Kept, kept, plain_class
 
-_HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
-_INCOMING = ("position_bias", "alibi")  # what is computed once for all heads, and passed to every layer
 _CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
 _AFTER = re.compile(r"(^|\.)(output\.)?(LayerNorm|layer_norm)\.")  # norms of what leaves the attention
 
@@ -58,7 +57,7 @@ class Attention:
     @property
     def head_dim(self) -> int:
         """Width of one head."""
-        values = (getattr(self.inner, name, None) for name in _HEAD_DIM)
+        values = (getattr(self.inner, name, None) for name in HEAD_DIM_ATTRIBUTES)
         return next((int(value) for value in values if isinstance(value, int)), 0)
 
     @property
@@ -99,7 +98,7 @@ class Attention:
         if getattr(getattr(self.inner, "config", None), "alibi", None) is False:
             return ""
         accepted = inspect.signature(plain_class(self.inner).forward).parameters
-        return next((name for name in _INCOMING if name in accepted), "")
+        return next((name for name in INCOMING if name in accepted), "")
 
     @property
     def num_parameters(self) -> int:

@@ -76,11 +76,11 @@ class FFN:
     @property
     def width(self) -> int:
         """ff, the number of neurons."""
-        return self._features("down")[1]
+        return self.features_of("down")[1]
 
     @property
     def d(self) -> int:
-        return self._features("down")[0]
+        return self.features_of("down")[0]
 
     @property
     def num_parameters(self) -> int:
@@ -252,13 +252,13 @@ class FFN:
         assert parameter is not None
         return parameter
 
-    def _identity(self, site: str) -> int:
+    def identity(self, site: str) -> int:
         """What FFNs that share this site's weights have in common."""
         if self.layout.experts:
             return id(self._tensor(site))
         return id(stored_weight(self.linear(site)))
 
-    def _features(self, site: str) -> tuple[int, int]:
+    def features_of(self, site: str) -> tuple[int, int]:
         """(out, in)."""
         if self.layout.experts:
             return tuple(self.oriented(site).shape[-2:])  # type: ignore[return-value]

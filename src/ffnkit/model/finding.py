@@ -11,6 +11,7 @@ from torch import nn
 
 from ffnkit.errors import FfnkitError
 from ffnkit.model.families.ffns import LAYOUTS, Layout
+from ffnkit.model.families.keys import TOP_K_KEYS
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import descend, features, is_linear, linears, stored_weight
 
@@ -27,7 +28,7 @@ def ffns(model: nn.Module) -> list[FFN]:
         if layout is None:
             continue
         ffn = FFN(name, module, layout)
-        key = tuple(ffn._identity(site) for site in ffn.sites)
+        key = tuple(ffn.identity(site) for site in ffn.sites)
         if key in by_weights:
             by_weights[key].twins[name] = module
         else:
@@ -155,7 +156,7 @@ def _top_k(model: nn.Module, owner: nn.Module) -> int:
     config = getattr(owner, "config", None) or getattr(model, "config", None)
     configs = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
     for each in configs:
-        for key in ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "num_selected_experts"):
+        for key in TOP_K_KEYS:
             if isinstance(getattr(each, key, None), int):
                 return int(getattr(each, key))
     return 1

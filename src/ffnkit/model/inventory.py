@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -302,11 +303,11 @@ def unit_flops(model: nn.Module, attention: Attention) -> float:
 
 
 def _runs(model: nn.Module, ffn: FFN) -> int:
-    """How often one module runs in a pass: ALBERT runs its few layers many times."""
-    if ffn.layout.name != "ALBERT":
+    """How often one module runs in a pass."""
+    if not ffn.layout.runs:
         return 1
-    config = model.config
-    return int(config.num_hidden_layers) // (int(config.num_hidden_groups) * int(config.inner_group_num))  # type: ignore[arg-type,union-attr]
+    layers, *numbers = (int(getattr(model.config, key)) for key in ffn.layout.runs)
+    return layers // math.prod(numbers)
 
 
 def _other_flops(model: nn.Module, found: list[FFN]) -> float:
