@@ -638,11 +638,11 @@ def test_what_cannot_go_is_refused_and_nothing_changed() -> None:
     before = {n: id(p) for n, p in model.named_parameters()}
     good = removal(found[0], torch.arange(3))
     bad = [
-        (dataclasses.replace(good, ffn=found[1].name, index=torch.tensor([], dtype=torch.int32)), "none is left"),
-        (dataclasses.replace(good, ffn=found[1].name, index=torch.tensor([2, 1])), "no places"),
-        (dataclasses.replace(good, ffn=found[1].name, index=torch.tensor([1, 4])), "no places"),
-        (dataclasses.replace(good, ffn="nowhere"), "no such attention"),
-        (dataclasses.replace(good, ffn=found[1].name, heads=8), "was made for 8"),
+        (dataclasses.replace(good, target=found[1].name, index=torch.tensor([], dtype=torch.int32)), "none is left"),
+        (dataclasses.replace(good, target=found[1].name, index=torch.tensor([2, 1])), "no places"),
+        (dataclasses.replace(good, target=found[1].name, index=torch.tensor([1, 4])), "no places"),
+        (dataclasses.replace(good, target="nowhere"), "no such attention"),
+        (dataclasses.replace(good, target=found[1].name, heads=8), "was made for 8"),
         (good, "twice"),
     ]
     for edit, words in bad:

@@ -721,3 +721,20 @@ def test_every_setting_is_documented(kind: Any) -> None:
     for name, field in kind.model_fields.items():
         assert f"| `{name}` |" in page, f"docs/tuning.md has no row for {kind.__name__}.{name}"
         assert field.description in page, f"docs/tuning.md says something else of {kind.__name__}.{name}"
+
+
+def test_a_checkpoint_that_is_half_written_is_removed(tmp_path: Path) -> None:
+    from ffnkit.tune.checkpoints import remove_broken
+
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "other").mkdir()
+    remove_broken(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_a_checkpoint_knows_the_seconds_so_far() -> None:
+    from ffnkit.tune.loop import Clock
+
+    clock = Clock()
+    clock.seconds, clock.step_seconds = 7.0, 3.0
+    assert clock.state()["attributes"] == {"seconds": 7.0, "step_seconds": 3.0}

@@ -205,12 +205,19 @@ def _routed(ffn: FFN) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; each module's own mode afterwards."""
+    """Eval mode inside the block; each module's own mode, and the config's kind of problem, afterwards.
+
+    Classifiers write into their config what kind of problem the labels that they saw are.
+    """
     training = [module for module in model.modules() if module.training]
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
     model.eval()
     try:
         yield
     finally:
+        if config is not None and getattr(config, "problem_type", None) != problem:
+            config.problem_type = problem
         for module in training:
             module.training = True
 

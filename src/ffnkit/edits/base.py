@@ -151,6 +151,11 @@ class Edit:
         return self.touched
 
     @property
+    def asked(self) -> str:
+        """What is asked for by it, as refusals begin."""
+        return f"{self.kind} of {self.target}"
+
+    @property
     def new_width(self) -> int | None:
         """Neurons of the FFN afterwards, where it sets that."""
         return None

@@ -66,6 +66,10 @@ class SelectHeads(Edit):
         return (self.target,)
 
     @property
+    def asked(self) -> str:
+        return f"removing heads of {self.target}"
+
+    @property
     def saved_elsewhere(self) -> int:
         return self.parameters
 
@@ -90,7 +94,7 @@ class SelectHeads(Edit):
     # --- what it does
 
     def check(self, writer: Writer) -> None:
-        asked = f"removing heads of {self.target}"
+        asked = self.asked
         attention = writer.attention(self.target)
         check_separable(attention)
         if (attention.heads, attention.units) != (self.heads, self.units):
@@ -115,7 +119,7 @@ class SelectHeads(Edit):
     def perform(self, writer: Writer) -> None:
         with torch.device("cpu"):  # models are built on the meta device: places are real all the same
             attention = writer.attention(self.target)
-            self._check_index(attention, f"removing heads of {self.target}")
+            self._check_index(attention, self.asked)
             keep_heads(writer, attention, attention.members(self.index))
 
 

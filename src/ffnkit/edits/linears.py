@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ffnkit.edits.base import Edit, Own, Shape, Stage, Writer
+from ffnkit.edits.slicing import check_ffn_untied
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spooled
 from ffnkit.model.ffn import FFN
@@ -40,6 +41,7 @@ class LinearEdit(Edit):
         if self.site not in ffn.sites and not (self.site == "gate" and ffn.layout.fused):
             there = ", ".join(ffn.sites)
             raise FfnkitError(f"site '{self.site}' of {ffn.name}", f"it has {there}", "Make the plan for this model")
+        check_ffn_untied(writer, ffn, self.asked)
 
     def perform(self, writer: Writer) -> None:
         writer.attach(writer.ffn(self.target), self.site, self.layer, *self.pieces())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.edits.base import Edit, Own, Quantities, Stage, Writer, notes
+from ffnkit.edits.slicing import check_ffn_untied
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spooled
 from ffnkit.model.ffn import FFN
@@ -66,6 +67,10 @@ class Mask(Edit):
         return (self.target,) if self.site else ()  # a linear's mask changes no FFN's shape
 
     @property
+    def asked(self) -> str:
+        return f"masking {self.target}"
+
+    @property
     def kept(self) -> int:
         """How many weights stay."""
         parts = np.array_split(self.bits.numpy(), 1 + len(self.bits) // (1 << 20))
@@ -111,9 +116,9 @@ class Mask(Edit):
 
     def check(self, writer: Writer) -> None:
         if self.site:
-            writer.ffn(self.target)
+            check_ffn_untied(writer, writer.ffn(self.target), self.asked)
             return
-        asked = f"masking {self.target}"
+        asked = self.asked
         linear = writer.module(self.target)
         if linear is None:
             what = f"{type(writer.model).__name__} has no such module"
@@ -143,7 +148,7 @@ class Mask(Edit):
         here = tuple(oriented(old, is_transposed(linear)).shape)
         if here != tuple(self.shape):
             what = f"it is {here} where the mask is {tuple(self.shape)}"
-            raise FfnkitError(f"masking {self.target}", what, "Make the plan for this model")
+            raise FfnkitError(self.asked, what, "Make the plan for this model")
         with torch.device("cpu"):
             mask = self.mask()
         places = writer.linears_of(old)

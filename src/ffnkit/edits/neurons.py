@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ffnkit.edits.base import Edit, Own, Shape, Stage, Writer
-from ffnkit.edits.slicing import check_cuttable, keep_neurons, rows_of
+from ffnkit.edits.slicing import check_cuttable, check_ffn_untied, keep_neurons, rows_of
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spooled
 from ffnkit.ops.neurons import Neurons, average, balance, cluster_sizes, concatenate
@@ -35,6 +35,10 @@ class NeuronEdit(Edit):
     def new_width(self) -> int:
         return self.width
 
+    @property
+    def asked(self) -> str:
+        return f"resizing {self.target} to {self.width}"
+
     def saved(self, shape: Shape) -> int:
         return shape.neuron_parameters * (shape.width - self.width)
 
@@ -43,7 +47,7 @@ class NeuronEdit(Edit):
         return f"{edits[-1].new_width} neurons"
 
     def check(self, writer: Writer) -> None:
-        writer.ffn(self.target)  # says which there are
+        check_ffn_untied(writer, writer.ffn(self.target), self.asked)
 
     def perform(self, writer: Writer) -> None:
         ffn = writer.ffn(self.target)
@@ -62,7 +66,7 @@ class SetWidth(NeuronEdit):
     kind: ClassVar[str] = "SetWidth"
 
     def numbers(self, old: Neurons, name: str) -> Neurons:
-        raise FfnkitError(f"resizing {name} to {self.width}", "no numbers are given", "Use an edit that holds some")
+        raise FfnkitError(self.asked, "no numbers are given", "Use an edit that holds some")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,11 +88,12 @@ class ClusterNeurons(NeuronEdit):
     formerly: ClassVar[tuple[str, ...]] = ("Resize",)
 
     def check(self, writer: Writer) -> None:
+        super().check(writer)
         ffn = writer.ffn(self.target)
         lead = (ffn.experts,) if ffn.experts else ()
         fits = tuple(self.labels.shape) == (*lead, ffn.width)
         if not fits or int(self.labels.min()) < 0 or int(cluster_sizes(self.labels, self.width).min()) == 0:
-            raise FfnkitError(f"resizing {ffn.name} to {self.width}", "labels do not fit it", "Make the plan again")
+            raise FfnkitError(self.asked, "labels do not fit it", "Make the plan again")
 
     def numbers(self, old: Neurons, name: str) -> Neurons:
         """Means in float32 at least: in bf16 the small differences inside a cluster would be lost."""
@@ -118,11 +123,12 @@ class SelectNeurons(NeuronEdit):
     bears_updates: ClassVar[bool] = True
 
     def check(self, writer: Writer) -> None:
+        super().check(writer)
         ffn = writer.ffn(self.target)
         lead = (ffn.experts,) if ffn.experts else ()
         inside = self.index.numel() == 0 or 0 <= int(self.index.min()) <= int(self.index.max()) < ffn.width
         if tuple(self.index.shape) != (*lead, self.width) or not inside:
-            raise FfnkitError(f"resizing {ffn.name} to {self.width}", "numbers do not fit it", "Make the plan again")
+            raise FfnkitError(self.asked, "numbers do not fit it", "Make the plan again")
         if ffn.updated:
             check_cuttable(ffn, f"removing neurons of {ffn.name}")
 
@@ -168,13 +174,14 @@ class ReplaceNeurons(NeuronEdit):
         return Neurons(**dict(self.tensors()))
 
     def check(self, writer: Writer) -> None:
+        super().check(writer)
         ffn = writer.ffn(self.target)
         wanted = {name: tuple(value.shape) for name, value in empty(ffn.raw(), self.width).tensors().items()}
         given = {name: tuple(value.shape) for name, value in self.tensors().items()}
         if wanted != given:
             odd = next(name for name in (*wanted, *given) if wanted.get(name) != given.get(name))
             what = f"its {odd} would be {given.get(odd, 'missing')} in the place of {wanted.get(odd, 'none')}"
-            raise FfnkitError(f"resizing {ffn.name} to {self.width}", what, "Make the plan for this model")
+            raise FfnkitError(self.asked, what, "Make the plan for this model")
 
     def numbers(self, old: Neurons, name: str) -> Neurons:
         return self.neurons().map(torch.clone)  # a plan's tensors stay its own

@@ -60,6 +60,13 @@ def slice_parameter(
     return writer.put(old, old.detach().index_select(axis, index.to(old.device)), within)
 
 
+def check_ffn_untied(writer: Writer, ffn: FFN, asked: str) -> None:
+    """Raises FfnkitError where something else than the FFN, and those that share it, holds one of its weights."""
+    owners = [module for owner in ffn.owners.values() for module in owner.modules()]
+    for parameter in ffn.parameters():
+        writer.check_untied(parameter, owners, asked)
+
+
 # --- neurons of FFNs that carry updates
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ffnkit.edits.base import Edit, Own, Shape, Stage, Writer
+from ffnkit.edits.slicing import check_ffn_untied
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons
 
@@ -39,6 +40,10 @@ class Tie(Edit):
         return cls(name, members=members, average=False, orders=torch.zeros(len(members), 0, device="cpu"))
 
     @property
+    def asked(self) -> str:
+        return f"sharing {self.target}"
+
+    @property
     def touched(self) -> tuple[str, ...]:
         return (self.target, *self.members)
 
@@ -55,7 +60,7 @@ class Tie(Edit):
 
     def check(self, writer: Writer) -> None:
         for name in self.touched:
-            writer.ffn(name)
+            check_ffn_untied(writer, writer.ffn(name), self.asked)
 
     def perform(self, writer: Writer) -> None:
         anchor, *members = (writer.ffn(name) for name in self.touched)

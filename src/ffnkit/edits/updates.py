@@ -56,6 +56,10 @@ class UpdateLinear(Edit):
         return (self.target,)
 
     @property
+    def asked(self) -> str:
+        return f"{self.layer} on {self.target}"
+
+    @property
     def trained(self) -> int:
         """How many numbers train."""
         return int(self.given["trained"])
@@ -78,7 +82,7 @@ class UpdateLinear(Edit):
     # --- what it does
 
     def check(self, writer: Writer) -> None:
-        asked = f"{self.layer} on {self.target}"
+        asked = self.asked
         linear = writer.module(self.target)
         if linear is None:
             what = f"{type(writer.model).__name__} has no such module"
@@ -99,11 +103,9 @@ class UpdateLinear(Edit):
     def perform(self, writer: Writer) -> None:
         writer.before_updates()
         linear: Any = writer.module(self.target)
-        if isinstance(linear, Special):
+        if isinstance(linear, Special):  # by another edit of the plan, over the same weight
             raise FfnkitError(
-                f"{self.layer} on {self.target}",
-                f"it is edited already ({linear.kind})",
-                "Apply one plan, then fold and plan again",
+                self.asked, "the plan edits this linear twice", "Apply one plan, then fold and plan again"
             )
         everywhere = writer.linears_of(stored_weight(linear))
         given: dict[str, Any] = {key: value for key, value in self.given.items() if key != "trained"}
@@ -111,6 +113,7 @@ class UpdateLinear(Edit):
         factors, l1 = parts.pop("coefficients", None), given.pop("l1", 0.0)
         if "left" in parts:
             given["bases"] = writer.bases(parts.pop("left"), parts.pop("right"), linear.weight)
+        parts = {name: value.clone() for name, value in parts.items()}  # a plan's tensors stay its own
         layer = LAYERS[self.layer](linear, **given, **parts)
         if factors is not None:
             layer.use_coefficients(factors, l1)

@@ -10,7 +10,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import attention_linears, attentions
 from ffnkit.model.finding import ffns
 from ffnkit.model.layers import select
-from ffnkit.model.linear import check_editable, is_linear, linears, parameters
+from ffnkit.model.linear import check_editable, is_linear, linears, parameters, stored_weight
 from ffnkit.nn.adapted import Adapted
 from ffnkit.nn.special import Special
 
@@ -19,6 +19,8 @@ GROUPS = ("ffn", "attention", "qv", "all")
 
 def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str], list[str]]:
     """Names of the modules that get adapters, and of the bare 3-D parameters of experts.
+
+    Of linears that share a weight the first one is named.
 
     Args:
         asked: "ffn", "attention", "qv" (query and value; a linear that holds key too as a whole), "all", or a regular
@@ -38,6 +40,7 @@ def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str
             modules += [name for name in attention_linears(model) if name not in modules]
     else:
         modules = _matching(model, asked)
+    modules = _once(model, modules)
     for name in modules:
         module = model.get_submodule(name)
         if is_linear(module):
@@ -51,6 +54,15 @@ def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str
     if not modules and not bare:
         raise FfnkitError(f"targets {asked!r}", "no linear of the model matches", "Name ffn, attention, qv or all")
     return modules, bare
+
+
+def _once(model: nn.Module, names: list[str]) -> list[str]:
+    """The first of the linears over one weight: what trains beside it, or masks it, does so for all of them."""
+    first: dict[int, str] = {}
+    for name in names:
+        module = model.get_submodule(name)
+        first.setdefault(id(stored_weight(module) if is_linear(module) else module.weight), name)
+    return list(first.values())
 
 
 def query_value(model: nn.Module, layers: str = "all") -> dict[str, list[Tensor]]:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ffnkit.edits import Edit
+from ffnkit.edits.order import check_normal
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import run_uneven_experts
 from ffnkit.model import parts as trainable
@@ -48,6 +49,7 @@ def carry_out(model: nn.Module, edits: Iterable[Edit], plan: Plan | None = None)
     check_untouched(model, f"applying a plan to {type(model).__name__}")
     if plan is not None:
         plan.check_fits({ffn.name: ffn for ffn in ffns(model)}, type(model).__name__)
+    check_normal(edits)
     writer = ModelWriter(model)
     writer.check(edits)
     rehearse(model, edits)

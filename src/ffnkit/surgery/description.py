@@ -243,7 +243,7 @@ def edits_of(model: PreTrainedModel, described: dict[str, Any]) -> Iterator[Edit
                 yield of_layer(special["kind"]).blank(ffn, site, special)
     for attention, row in attentions_for(model, described):
         yield SelectHeads.blank(attention, row)
-    for name, row in linears_for(model, described).items():
+    for name in linears_for(model, described):
         linear = model.get_submodule(name)
         if not isinstance(linear, Special):  # it may stand in several places
             yield Mask.blank_linear(name, linear)

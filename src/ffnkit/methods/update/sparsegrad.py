@@ -175,7 +175,7 @@ class _Work:
             def receive(name: str, gradient: Tensor) -> None:
                 exact = gradient.float()
                 self.totals[name] += float(exact.square().sum())
-                square = turned(exact, *self.bases.get(self.group[name], (None, None))).square_()
+                square = turned(exact, *self.bases.get(self.group[name], (None, None))).square()
                 if name not in sums:
                     sums[name] = _zeros(square.device, large)(sizes[name], dtype=torch.float32)
                 sums[name] += square.to(sums[name].device)
@@ -197,7 +197,7 @@ class _Work:
         """The squares of the weight's own entries, in the basis."""
         for name, linear in self.linears.items():
             weight = own_weight(linear).float()
-            self.energies[name] = turned(weight, *self.bases.get(self.group[name], (None, None))).square_()
+            self.energies[name] = turned(weight, *self.bases.get(self.group[name], (None, None))).square()
             self.totals[name] = float(weight.square().sum())
 
     def edits(self) -> list[Edit]:
