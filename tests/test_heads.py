@@ -26,9 +26,9 @@ from ffnkit.edits.heads import keep_heads
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.heads import RemoveHeads, by_unit, removal
 from ffnkit.model import parts, probe
-from ffnkit.model.attention import ROLES, Attention, attentions, own_weight, places
+from ffnkit.model.attention import ROLES, Attention, attention_linears, attentions, places
 from ffnkit.model.inventory import inspect
-from ffnkit.model.linear import is_transposed
+from ffnkit.model.linear import is_transposed, own_weight
 from ffnkit.nn.narrowed import kept
 from ffnkit.plans import Plan
 from ffnkit.surgery.description import description
@@ -155,7 +155,7 @@ def test_every_family_has_attention(name: str) -> None:
     reasons = {attention.why for attention in found}
     assert reasons == ({"q_norm.weight works on all heads together"} if name in INSEPARABLE else {""})
     inside = {id(p) for attention in found for role in (*ROLES, "o") for p in attention.linear(role).parameters()}
-    left = [n for n in parts.attention_linears(model) if id(model.get_submodule(n).weight) not in inside]
+    left = [n for n in attention_linears(model) if id(model.get_submodule(n).weight) not in inside]
     follow = ("pos_proj", "pos_q_proj", "pos_key_proj", "pos_query_proj")
     assert [n for n in left if not n.endswith(follow) and "vision_model.head" not in n] == [], "linears without a role"
 

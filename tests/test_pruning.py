@@ -21,8 +21,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.pruning import MODES
 from ffnkit.methods.drop.weights import prunable
 from ffnkit.model.finding import ffns
-from ffnkit.model.linear import is_transposed
-from ffnkit.model.weights import stored_weight
+from ffnkit.model.linear import is_transposed, stored_weight
 from ffnkit.nn.adapted import adapted
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.special import oriented

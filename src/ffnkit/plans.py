@@ -20,6 +20,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.files import disk_errors
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
+from ffnkit.model.linear import check_untouched
 from ffnkit.ops.neurons import Neurons
 
 FORMAT = 1
@@ -259,15 +260,13 @@ def plan(
     Raises:
         FfnkitError: naming model and method, where the settings do not fit the model.
     """
+    check_untouched(model, f"{method.name} on {type(model).__name__}")
     try:
         shapes = {ffn.name: Shape.of(ffn) for ffn in ffns(model)}
         with torch.no_grad():
             draft = method.draft(model, data, progress)
     except FfnkitError as error:
         asked = f"{method.name} on {type(model).__name__}"
-        if any(hasattr(module, "base_layer") for module in model.modules()):  # linears that nobody recognizes
-            what = f"it carries an adapter of peft ({error.asked}: {error.found})"
-            raise FfnkitError(asked, what, "Merge the adapter first") from error
         raise error.within(asked) from error
     return Plan(
         method=method.name,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ffnkit.calibration.taps import Batch, Flow, evaluating, model_inputs, stack_masks, tapped, watch
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import SPOOL_FROM, spool
+from ffnkit.model.attention import attention_linears
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name
 from ffnkit.model.linear import is_linear, output_width
@@ -126,8 +127,8 @@ def _values(ffn: FFN, flow: Flow, kind: str) -> Tensor:
 def attention_outputs(model: nn.Module, batch: Batch, found: list[FFN]) -> dict[str, nn.Module]:
     """The output projection of the self-attention in each FFN's layer, by the FFN's name.
 
-    Found by running one batch: of the linears to d below a module named after attention (cross-attention left out),
-    the one that runs last.
+    Found by running one batch: of the attention linears to d (those of cross-attention left out), the one that runs
+    last.
 
     Raises:
         FfnkitError: a layer without one.
@@ -139,6 +140,7 @@ def attention_outputs(model: nn.Module, batch: Batch, found: list[FFN]) -> dict[
         ran[layer] = (name, module)
 
     layers = {block_name(ffn.name): ffn for ffn in found}
+    attending = set(attention_linears(model))
     own = {id(ffn.linear(site)) for ffn in found for site in ffn.sites}
     try:
         for name, module in model.named_modules():
@@ -147,7 +149,8 @@ def attention_outputs(model: nn.Module, batch: Batch, found: list[FFN]) -> dict[
                 continue
             path = name[len(layer) :].lower()
             cross = re.search(r"cross|encoder_attn|encdec", path)
-            if re.search(r"att|\.mixer", path) and not cross and output_width(module) == layers[layer].d:
+            mixes = name in attending or ".mixer" in path  # mixers stand in attention's place
+            if mixes and not cross and output_width(module) == layers[layer].d:
                 handles.append(module.register_forward_hook(partial(note, layer, name)))
         device = next(model.parameters()).device
         with evaluating(model):

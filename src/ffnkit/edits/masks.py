@@ -16,8 +16,7 @@ from ffnkit.edits.slicing import check_ffn_untied
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spooled
 from ffnkit.model.ffn import FFN
-from ffnkit.model.linear import is_transposed
-from ffnkit.model.weights import check_float, is_maskable, stored_weight
+from ffnkit.model.linear import check_float, is_maskable, is_transposed, stored_weight
 from ffnkit.nn.adapted import Adapted
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.special import Special, oriented

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ffnkit.edits.base import Edit, Own, Quantities, Stage, Writer, notes
 from ffnkit.errors import FfnkitError
-from ffnkit.model.weights import stored_weight
+from ffnkit.model.linear import stored_weight
 from ffnkit.nn.adapted import Adapted, fingerprint
 from ffnkit.nn.coefficients import Coefficients
 from ffnkit.nn.dsee import sparse_low_rank

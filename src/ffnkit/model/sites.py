@@ -5,18 +5,16 @@ from __future__ import annotations
 import re
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
-from ffnkit.model.attention import attentions
+from ffnkit.model.attention import attention_linears, attentions
 from ffnkit.model.finding import ffns
 from ffnkit.model.layers import select
-from ffnkit.model.parts import attention_linears
+from ffnkit.model.linear import check_editable, is_linear, linears, parameters, stored_weight
 from ffnkit.nn.adapted import Adapted
 from ffnkit.nn.special import Special
 
 GROUPS = ("ffn", "attention", "qv", "all")
-KINDS = (nn.Linear, Conv1D, Special)
 
 
 def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str], list[str]]:
@@ -33,31 +31,29 @@ def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str
         FfnkitError: nothing matches, a linear is edited already, or the expression cannot be read.
     """
     modules: list[str]
-    parameters: list[str] = []
+    bare: list[str] = []
     if asked == "qv":
         modules = list(query_value(model, layers))
     elif asked in GROUPS:
-        modules, parameters = _ffn_targets(model, layers) if asked != "attention" else ([], [])
+        modules, bare = _ffn_targets(model, layers) if asked != "attention" else ([], [])
         if asked != "ffn":
-            modules += [name for name in attention_linears(model, KINDS) if name not in modules]
+            modules += [name for name in attention_linears(model) if name not in modules]
     else:
-        modules, parameters = _matching(model, asked), []
+        modules = _matching(model, asked)
     modules = _once(model, modules)
-    carrying = [f"{name}." for name, m in model.named_modules() if hasattr(m, "base_layer")]  # linears of peft
     for name in modules:
         module = model.get_submodule(name)
-        if name.startswith(tuple(carrying)):
-            found, do = f"an adapter of peft is on {name.partition('.base_layer')[0]}", "Merge the adapter first"
-            raise FfnkitError(f"targets {asked!r}", found, do)
+        if is_linear(module):
+            check_editable(module, name, f"targets {asked!r}")
         if isinstance(module, Adapted):
             found, do = f"an update ({module.kind}) is on {name} already", "Name other linears, or fold the model first"
             raise FfnkitError(f"targets {asked!r}", found, do)
         if isinstance(module, Special):
             found, do = f"{name} is edited already ({module.kind})", "Fold the model first (ffnkit.fold)"
             raise FfnkitError(f"targets {asked!r}", found, do)
-    if not modules and not parameters:
+    if not modules and not bare:
         raise FfnkitError(f"targets {asked!r}", "no linear of the model matches", "Name ffn, attention, qv or all")
-    return modules, parameters
+    return modules, bare
 
 
 def _once(model: nn.Module, names: list[str]) -> list[str]:
@@ -65,8 +61,7 @@ def _once(model: nn.Module, names: list[str]) -> list[str]:
     first: dict[int, str] = {}
     for name in names:
         module = model.get_submodule(name)
-        weight = module.base if isinstance(module, Adapted) else module._parameters.get("weight")
-        first.setdefault(id(module if weight is None else weight), name)
+        first.setdefault(id(stored_weight(module) if is_linear(module) else module.weight), name)
     return list(first.values())
 
 
@@ -89,11 +84,11 @@ def query_value(model: nn.Module, layers: str = "all") -> dict[str, list[Tensor]
 
 def _ffn_targets(model: nn.Module, layers: str) -> tuple[list[str], list[str]]:
     owned = {id(p) for ffn in select(ffns(model), layers) for p in ffn.parameters()}
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, KINDS)}
-    modules = [name for name, m in linear.items() if any(id(p) in owned for p in m.parameters(recurse=False))]
+    linear = dict(linears(model))
+    modules = [name for name, m in linear.items() if any(id(p) in owned for p in parameters(m))]
     inside = {id(p) for name in modules for p in linear[name].parameters()}
-    parameters = [n for n, p in model.named_parameters() if p.ndim == 3 and id(p) in owned and id(p) not in inside]
-    return modules, parameters
+    bare = [n for n, p in model.named_parameters() if p.ndim == 3 and id(p) in owned and id(p) not in inside]
+    return modules, bare
 
 
 def _matching(model: nn.Module, pattern: str) -> list[str]:
@@ -102,5 +97,6 @@ def _matching(model: nn.Module, pattern: str) -> list[str]:
     except re.error as error:
         do = "Name ffn, attention, qv, all, or a regular expression over module names"
         raise FfnkitError(f"targets {pattern!r}", f"not a regular expression ({error})", do) from None
-    kinds = (*KINDS, nn.Embedding)
-    return [name for name, m in model.named_modules() if isinstance(m, kinds) and wanted.fullmatch(name)]
+    found = dict(linears(model))
+    modules = model.named_modules()
+    return [n for n, m in modules if (n in found or isinstance(m, nn.Embedding)) and wanted.fullmatch(n)]

@@ -19,8 +19,7 @@ from ffnkit.model import parts as trainable
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.model.linear import is_transposed
-from ffnkit.model.weights import is_maskable, stored_weight
+from ffnkit.model.linear import is_maskable, is_transposed, stored_weight
 from ffnkit.nn.adapted import Adapted, adapted
 from ffnkit.nn.lowrank import LowRank
 from ffnkit.nn.masked import Masked

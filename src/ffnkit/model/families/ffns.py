@@ -17,6 +17,8 @@ class Layout:
         transposed: of experts: the parameters lie as (E, in, out), applied as ``x @ weight``.
         up_first: where one linear holds both, its first half is up and its second the gate.
         owner: the row holds for classes of this name only; "" for all.
+        runs: config keys, where one module runs several times in a pass: so many layers run, and the product of the
+            other numbers is how many there are.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Layout:
     transposed: bool = False
     up_first: bool = False
     owner: str = ""
+    runs: tuple[str, ...] = ()
 
     @property
     def fused(self) -> bool:
@@ -57,17 +60,6 @@ LAYOUTS: list[Layout] = [
     Layout("fc", "fc1", "fc2"),  # ViT, CLIP, OPT, BART, Marian, mBART, Whisper, Phi
     Layout("GPT-NeoX", "dense_h_to_4h", "dense_4h_to_h"),  # also BLOOM, Falcon
     Layout("GPT-J", "fc_in", "fc_out"),
-    Layout("ALBERT", "ffn", "ffn_output"),
+    Layout("ALBERT", "ffn", "ffn_output", runs=("num_hidden_layers", "num_hidden_groups", "inner_group_num")),
     Layout("plain", "up_proj", "down_proj"),  # Nemotron, MPT
 ]
-
-
-# The names under which owners remember their width; kept true when a width changes.
-WIDTH_ATTRIBUTES = (
-    "intermediate_size",
-    "intermediate_dim",
-    "moe_intermediate_size",
-    "expert_dim",
-    "ffn_dim",
-    "inner_dim",
-)
