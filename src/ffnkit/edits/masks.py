@@ -38,7 +38,7 @@ class Mask(Edit):
     bits: Tensor
 
     kind: ClassVar[str] = "Mask"
-    layer: ClassVar[str] = "masked"
+    layer: ClassVar[type[Special]] = Masked
     stage: ClassVar[Stage] = Stage.MASK
     precedence: ClassVar[int] = 5
 
@@ -65,6 +65,10 @@ class Mask(Edit):
     @property
     def touched(self) -> tuple[str, ...]:
         return (self.target,) if self.site else ()  # a linear's mask changes no FFN's shape
+
+    @property
+    def repeats(self) -> bool:
+        return not self.site  # what two masks keep stays
 
     @property
     def asked(self) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.model.families.attentions import ATTENTION_LAYOUTS, BLOCKS, ROLES, AttentionLayout, Role, places
+from ffnkit.model.families.attentions import BLOCKS, ROLES, AttentionLayout, Role, attention_layouts, places
 from ffnkit.model.families.keys import HEAD_DIM_ATTRIBUTES, INCOMING
 from ffnkit.model.finding import ffns, has_ffns, middle_layout, place
 from ffnkit.model.linear import descend, features, is_linear, linears, obstacle, own_weight, stored_weight
@@ -244,7 +244,7 @@ def _ffn_linears(model: nn.Module) -> set[int]:
 
 
 def _match(module: nn.Module) -> AttentionLayout | None:
-    for layout in ATTENTION_LAYOUTS:
+    for layout in attention_layouts():
         paths = (layout.q, layout.k, layout.v, layout.o)
         if not all(is_linear(descend(module, path)) for path in paths):
             continue
