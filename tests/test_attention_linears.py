@@ -14,8 +14,8 @@ import ffnkit as fk
 from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import attention_linears, attentions
 from ffnkit.model.finding import ffns, has_ffns
-from ffnkit.model.parts import parts_of
-from ffnkit.model.sites import targets
+from ffnkit.model.targets import targets
+from ffnkit.model.trainable import parts_of
 
 SAM = {
     "vision_config": {
