@@ -19,7 +19,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.weights import prunable
 from ffnkit.model.attention import attentions
 from ffnkit.model.finding import ffns
-from ffnkit.model.parts import parts_of
+from ffnkit.model.trainable import parts_of
 from ffnkit.nn.adapted import adapted
 from ffnkit.nn.special import is_special
 from ffnkit.recipe.settings import check_tuner

@@ -25,9 +25,10 @@ from ffnkit.edits import Mask, UpdateLinear
 from ffnkit.edits.heads import keep_heads
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.heads import RemoveHeads, by_unit, removal
-from ffnkit.model import parts, probe
+from ffnkit.model import probe
+from ffnkit.model import trainable as parts
 from ffnkit.model.attention import ROLES, Attention, attention_linears, attentions, places
-from ffnkit.model.inventory import inspect
+from ffnkit.model.inspect import inspect
 from ffnkit.model.linear import is_transposed, own_weight
 from ffnkit.nn.narrowed import kept
 from ffnkit.plans import Plan

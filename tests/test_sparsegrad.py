@@ -23,7 +23,7 @@ import ffnkit as fk
 from ffnkit.calibration.gradients import weight_gradients
 from ffnkit.errors import FfnkitError
 from ffnkit.model.finding import ffns
-from ffnkit.model.parts import parts_of
+from ffnkit.model.trainable import parts_of
 from ffnkit.nn import sparsegrad
 from ffnkit.nn.adapted import adapted, fingerprint
 from ffnkit.nn.selecting import largest

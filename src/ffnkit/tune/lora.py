@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
-from ffnkit.model.parts import head_modules, parts_of
-from ffnkit.model.sites import GROUPS, targets
+from ffnkit.model.targets import GROUPS, targets
+from ffnkit.model.trainable import head_modules, parts_of
 from ffnkit.nn.special import is_special
 from ffnkit.surgery.untie import Parted, own_weights, part, plain_layer, rejoin, settle
 from ffnkit.tune import quantizing, zeros

@@ -17,8 +17,8 @@ from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, activity, check_choices, check_counts, generator, largest, need_data
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
-from ffnkit.model.layers import select
 from ffnkit.model.linear import bare_weight, features
+from ffnkit.model.targets import select
 from ffnkit.nn.adapted import Adapted
 from ffnkit.plans import Draft, Progress
 

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from ffnkit.calibration.taps import Batch, Flow, evaluating, model_inputs, stack_masks, tapped
 from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import attention_linears
+from ffnkit.model.experts import routers
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
-from ffnkit.model.layers import select
 from ffnkit.model.linear import check_float, check_untouched, is_maskable, is_transposed, stored_weight
-from ffnkit.model.parts import head_modules
-from ffnkit.model.routers import routers
-from ffnkit.model.sites import GROUPS, query_value
+from ffnkit.model.targets import GROUPS, query_value, select
+from ffnkit.model.trainable import head_modules
 from ffnkit.nn.adapted import Adapted
 from ffnkit.nn.coefficients import carries_update
 from ffnkit.nn.masked import Masked
