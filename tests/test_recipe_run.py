@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +22,6 @@ from ffnkit.recipe.state import Unit, unit_of
 
 MOODS = ["good", "great", "fine", "nice", "warm", "bad", "awful", "poor", "cold", "sad"]
 THINGS = ["film", "plot", "cast", "scene", "music", "the", "a", "was", "very", "quite"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def light_collections() -> Iterator[None]:
-    """The libraries' objects never die: without them a garbage collection takes no second, and a run has many."""
-    import accelerate  # noqa: F401
-    import datasets  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import transformers.trainer  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
