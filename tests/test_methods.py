@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from methods import KINDS, OTHERS
+from methods import KINDS, OTHERS, crossed
 from test_contract import EXACT, RELOADED, compare, differ, same, snapshot
 from tolerance import assert_close, relative_error
 from torch import nn
@@ -28,7 +28,10 @@ from ffnkit.ops.neurons import Neurons
 from ffnkit.ops.subset import choose, refit
 from ffnkit.taps import watch
 
-EACH = pytest.mark.parametrize(("method", "name"), [(m, n) for m in OTHERS for n in KINDS])
+# Fast: each method on an FFN without gates, with them and with experts, and each kind of FFN by one method or two.
+EACH = pytest.mark.parametrize(
+    ("method", "name"), crossed(OTHERS, KINDS, always=[(m, n) for m in OTHERS for n in ("bert", "llama", "mixtral")])
+)
 
 
 def planned(name: str, method: str, model: nn.Module | None = None, batches: int = 2, **more: Any) -> Any:
