@@ -57,7 +57,8 @@ def test_plan_apply_fold_save_and_export(method: str, name: str, tmp_path: Path)
     before, classes = snapshot(model), [type(m) for m in model.modules()]
     plan = planned(name, method, model)
     assert same(snapshot(model), before) and [type(m) for m in model.modules()] == classes
-    assert plan == planned(name, method) and str(plan)
+    assert plan == planned(name, method)
+    assert str(plan).startswith(f"{plan.method}(") and all(ffn.name in str(plan) for ffn in ffns(model))
     plan.save(tmp_path / "plan")
     loaded = fk.Plan.load(tmp_path / "plan")
     assert loaded == plan

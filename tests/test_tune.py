@@ -312,7 +312,8 @@ def test_adapters_are_saved_in_the_form_of_peft(tmp_path: Path) -> None:
 
 
 def test_lora_folds_first() -> None:
-    fk = pytest.importorskip("ffnkit")
+    import ffnkit as fk
+
     model = bert()
     fk.apply(model, fk.plan(model, fk.Fusion(width=0.5)))
     fused = logits(model)
@@ -644,7 +645,7 @@ def test_a_folder_that_is_a_file_is_said(tmp_path: Path) -> None:
 
 def test_a_fused_model_trains_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linears with a factor kept apart go through the Trainer's checkpoints, the factor unchanged."""
-    fk = pytest.importorskip("ffnkit")
+    import ffnkit as fk
 
     def fused() -> nn.Module:
         model = bert()
