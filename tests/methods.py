@@ -33,33 +33,47 @@ OTHERS: dict[str, Callable[..., Any]] = {
     "unstructured": lambda **more: methods.build("unstructured", **{"width": 0.5} | more),
 }
 
-# What does other things than leave each FFN a width, on families that bear it.
-DENSE = ("bert", "gpt2", "llama", "phi3", "t5")
-FURTHER: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "merging": (lambda **more: fk.Merging(**{"layers": "0-1"} | more), DENSE),
-    "prune": (lambda **more: fk.Prune(**{"ratio": 0.5} | more), (*DENSE, "switch", "mixtral", "albert")),
-    "heads": (lambda **more: fk.RemoveHeads(**{"share": 1} | more), ("bert", "gpt2", "llama", "t5")),
-    "structured": (lambda **more: fk.StructuredPruning(**{"heads": 1, "neurons": 0.5} | more), ("bert", "gpt2", "t5")),
-    "layer-drop": (lambda **more: methods.build("layer-drop", **{"layers": "last:1"} | more), (*DENSE, "mixtral")),
-    "ffn-drop": (lambda **more: methods.build("ffn-drop", **{"layers": "last:1"} | more), (*DENSE, "mixtral")),
-    "combined": (
-        lambda **more: fk.Combined([fk.Fusion(width=0.5, restarts=1), fk.RemoveHeads(share=1)]),
-        ("bert", "gpt2", "llama", "t5"),
-    ),
-    "sparsegrad": (lambda **more: fk.SparseGrad(**{"share": 0.1, "batches": 1} | more), (*DENSE, "albert")),
-    "dsee": (lambda **more: fk.DSEE(**{"rank": 2, "nonzeros": 4} | more), (*DENSE, "albert")),
+# What does other things than leave each FFN a width.
+FURTHER: dict[str, Callable[..., Any]] = {
+    "merging": lambda **more: fk.Merging(**{"layers": "0-1"} | more),
+    "prune": lambda **more: fk.Prune(**{"ratio": 0.5} | more),
+    "heads": lambda **more: fk.RemoveHeads(**{"share": 1} | more),
+    "structured": lambda **more: fk.StructuredPruning(**{"heads": 1, "neurons": 0.5} | more),
+    "layer-drop": lambda **more: methods.build("layer-drop", **{"layers": "last:1"} | more),
+    "ffn-drop": lambda **more: methods.build("ffn-drop", **{"layers": "last:1"} | more),
+    "combined": lambda **more: fk.Combined([fk.Fusion(width=0.5, restarts=1), fk.RemoveHeads(share=1)]),
+    "sparsegrad": lambda **more: fk.SparseGrad(**{"share": 0.1, "batches": 1} | more),
+    "dsee": lambda **more: fk.DSEE(**{"rank": 2, "nonzeros": 4} | more),
+}
+EVERY = METHODS | OTHERS | FURTHER
+
+# What a model does not bear, and is told so: by (method or tuner, family).
+REFUSED = {
+    ("svd", "mixtral"): "share one 3-D parameter",
+    ("svd", "llama4"): "share one 3-D parameter",
+    ("merging", "switch"): "a group of one FFN",
+    ("merging", "mixtral"): "one of a mixture of experts",
+    ("merging", "llama4"): "a group of one FFN",
+    ("merging", "albert"): "layer 1 has no FFN",
+    ("layer-drop", "albert"): "no layer of the stack is left",
+} | {
+    (name, family): "3-D parameter"
+    for name in ("sparsegrad", "sparsegrad on data", "mask", "meprop", "meprop of outputs", "combined updates")
+    for family in ("mixtral", "llama4")
 }
 
 TUNERS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "ffn": {},
-    "head": {"also": ["norms"]},  # some of the models have no head
-    "lora": {"rank": 2},
-    "sparsegrad": {"basis": "none", "selection": "step", "share": 0.1},
-    "dsee": {"rank": 2, "nonzeros": 4},
-    "mask": {"share": 0.1},
-    "meprop": {"share": 0.1},
-    "combined": {"parts": [{"name": "mask", "share": 0.1}, {"name": "dsee", "rank": 2}]},
+    "full": {"name": "full"},
+    "ffn": {"name": "ffn"},
+    "head": {"name": "head", "also": ["norms"]},  # some of the models have no head
+    "lora": {"name": "lora", "rank": 2},
+    "sparsegrad": {"name": "sparsegrad", "basis": "none", "selection": "step", "share": 0.1},
+    "sparsegrad on data": {"name": "sparsegrad", "share": 0.1, "batches": 1},
+    "dsee": {"name": "dsee", "rank": 2, "nonzeros": 4},
+    "mask": {"name": "mask", "share": 0.1},
+    "meprop": {"name": "meprop", "share": 0.1},
+    "meprop of outputs": {"name": "meprop", "of": "outputs", "share": 0.3},
+    "combined updates": {"name": "combined", "parts": [{"name": "mask", "share": 0.1}, {"name": "dsee", "rank": 2}]},
 }
 
 
@@ -69,6 +83,8 @@ def case_of(name: str) -> Case:
 
     def data(model: Any) -> list[dict[str, Any]]:
         inputs = family.inputs(model)
+        if family.kind == "clip":
+            return [inputs | {"return_loss": True}]
         labelled = family.model_class.endswith("Classification")
         ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
         return [inputs | {"labels": torch.tensor([0, 1]) if labelled or ids is None else ids}]
@@ -79,6 +95,7 @@ def case_of(name: str) -> Case:
         outputs=lambda model, inputs: family.outputs(model, inputs, grad=torch.is_grad_enabled()),
         data=data,
         name=name,
+        other=(lambda: family.model(times=2)) if family.width_keys else None,
     )
 
 

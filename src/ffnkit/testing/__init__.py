@@ -13,7 +13,17 @@ from __future__ import annotations
 from ffnkit.testing.contract import Case, ContractError
 from ffnkit.testing.edits import check_edit
 from ffnkit.testing.families import check_family
+from ffnkit.testing.forms import check_reopened, reopened
 from ffnkit.testing.methods import check_method
 from ffnkit.testing.tuners import check_tuner
 
-__all__ = ["Case", "ContractError", "check_edit", "check_family", "check_method", "check_tuner"]
+__all__ = [
+    "Case",
+    "ContractError",
+    "check_edit",
+    "check_family",
+    "check_method",
+    "check_reopened",
+    "check_tuner",
+    "reopened",
+]

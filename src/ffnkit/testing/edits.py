@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ffnkit.edits import Edit, build, known
+from ffnkit.edits import Edit, Shape, build, known
 from ffnkit.edits.order import check_normal
+from ffnkit.model.finding import ffns
 from ffnkit.plans import Plan
+from ffnkit.surgery.apply import apply
 from ffnkit.surgery.journal import journal
 from ffnkit.surgery.meta import rehearse
 from ffnkit.surgery.writer import ModelWriter
@@ -27,6 +31,14 @@ def check_edit(edit: Edit, case: Case) -> None:
         edit: made for the case's model.
     """
     check_edits_of((edit,), case)
+    model = case.model()
+    shapes = {ffn.name: Shape.of(ffn) for ffn in ffns(model)}
+    touched = {name: shapes[name] for name in edit.touched}
+    size = sum(p.numel() for p in model.parameters())
+    plan = Plan("edit", {}, type(model).__name__, (edit,), touched, size)
+    missing = next((name for name in (edit.target, *edit.touched) if name not in str(plan)), None)
+    require(missing is None, "plans print what they edit", f"{missing} in:\n{plan}")
+    check_saved(plan, case)
 
 
 def check_edits_of(plan: Plan | tuple[Edit, ...], case: Case) -> None:
@@ -80,7 +92,24 @@ def _alike(twin: Any, after: Any) -> None:
             found = shapes.get(key)
             want = (tuple(tensor.shape), tensor.dtype)
             require(found == want, name, f"{key} is {found} there, and {want} in memory")
-    kinds = {n: kind for n, (kind, _, _) in rehearsed["modules"].items()}
-    odd = [n for n, (kind, _, _) in after["modules"].items() if kinds.get(n) is not kind]
+    kinds = {n: kind for n, (kind, *_) in rehearsed["modules"].items()}
+    odd = [n for n, (kind, *_) in after["modules"].items() if kinds.get(n) is not kind]
     require(not odd, name, f"module {odd[:1]} is another one")
     require(rehearsed["config"] == after["config"], name, "the configs differ")
+
+
+def check_saved(plan: Plan, case: Case) -> None:
+    """Raises ContractError unless a plan from its file is the plan, prints alike and does the same."""
+    name = "a saved plan applies equally"
+    with checking(name), tempfile.TemporaryDirectory() as folder:
+        plan.save(Path(folder) / "plan.safetensors")
+        loaded = Plan.load(Path(folder) / "plan.safetensors")
+        require(loaded == plan, name, "what is read back is another plan")
+        require(str(loaded) == str(plan) or bool(plan.report), name, "it prints otherwise")
+        first, second = apply(case.model(), plan), apply(case.model(), loaded)
+        odd = difference(snapshot(first), snapshot(second), identity=False)
+        require(not odd, name, f"{odd} differs")
+        for parameter in first.parameters():  # what training does to a model is not done to its plan
+            parameter.data.zero_()
+        odd = difference(snapshot(second), snapshot(apply(case.model(), plan)), identity=False)
+        require(not odd, "a plan's tensors are its own", f"{odd} is another after the model was written to")

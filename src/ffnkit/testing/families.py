@@ -11,9 +11,10 @@ from ffnkit.calibration.taps import watch
 from ffnkit.model.attention import attentions
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.model.finding import ffns
+from ffnkit.model.linear import is_transposed, stored_weight
 from ffnkit.ops import local
 from ffnkit.ops.neurons import Neurons, concatenate
-from ffnkit.testing.contract import EXACT, Case, checking, distance, eager, require
+from ffnkit.testing.contract import EXACT, Case, checking, difference, distance, eager, require, snapshot
 
 
 def check_family(case: Case) -> None:
@@ -25,6 +26,7 @@ def check_family(case: Case) -> None:
     model = eager(case.model().double())
     with checking("the FFNs are found"):
         found = ffns(model)
+    _numbers(model, found)
     expected = case.run(model)
     whole = copy.deepcopy(model)
     for ffn in ffns(whole):
@@ -40,10 +42,57 @@ def check_family(case: Case) -> None:
         gap = distance(case.run(broken), expected)
         require(gap > 1e-9, "an FFN's weights matter", f"another up in {ffn.name} changes no output")
     _formula(model, found, case)
-    for attention in attentions(model):
-        require(
-            bool(attention.why) or attention.heads > 0, "attentions are described", f"{attention.name} has no heads"
-        )
+    _heads(model, case)
+
+
+def _numbers(model: torch.nn.Module, found: list[FFN]) -> None:
+    """Shapes agree with the tensors, these are the model's own, and what was read can be written and read again."""
+    name = "the FFNs are found"
+    mine, seen = {id(p) for p in model.parameters()}, set[int]()
+    for ffn in found:
+        neurons, own = ffn.read(), {id(p) for p in ffn.parameters()}
+        require(tuple(neurons.up.shape[-2:]) == (ffn.width, ffn.d), name, f"up of {ffn.name} is {neurons.up.shape}")
+        require(tuple(neurons.down.shape[-2:]) == (ffn.d, ffn.width), name, f"down of {ffn.name}: {neurons.down.shape}")
+        require((neurons.gate is not None) == ffn.gated, name, f"{ffn.name} is said to be gated: {ffn.gated}")
+        require(own <= mine and not own & seen, name, f"parameters of {ffn.name} are not the model's, or another's too")
+        seen |= own
+    written = copy.deepcopy(model)
+    for ffn in ffns(written):
+        ffn.write(ffn.read().map(torch.clone))
+    odd = difference(snapshot(model), snapshot(written), identity=False)
+    require(not odd, "reading and writing are exact", f"{odd} changed by writing what was read")
+    for ffn in ffns(written):
+        new = _permuted(ffn.read().map(torch.clone)).tensors()
+        ffn.write(Neurons(**new))
+        read = ffn.read().tensors()
+        wrong = [key for key, value in new.items() if not torch.equal(read[key], value)]
+        require(not wrong, "reading and writing are exact", f"{wrong[:1]} of {ffn.name} reads otherwise")
+
+
+def _heads(model: torch.nn.Module, case: Case) -> None:
+    """Heads can go, or there is a reason why not; their rows and columns belong together: where the columns of a
+    group's output are zero, its values are of no consequence, and they are where the columns are not."""
+    name = "attentions are described"
+    for number, attention in enumerate(attentions(model)):
+        require(bool(attention.why) or attention.heads > 0, name, f"{attention.name} has no heads")
+        if attention.why or attention.kv_heads < attention.units:
+            continue
+        with checking(name), torch.no_grad():
+            own = attentions(copied := copy.deepcopy(model))[number]
+            members = own.members(torch.tensor([0]))
+            values, out = (_oriented(own.linear(role)) for role in ("v", "o"))
+            rows, columns = own.rows("v")[members["v"]].flatten(), own.columns()[members["q"]].flatten()
+            out[:, columns] = 0
+            expected = case.run(copied)
+            values[rows] *= -3
+            gap = distance(case.run(copied), expected)
+        require(gap < EXACT, name, f"values of a head of {attention.name} reach others' outputs: {gap:.2g}, relative")
+
+
+def _oriented(linear: torch.nn.Module) -> Tensor:
+    """A view of the weight, (out, in)."""
+    weight = stored_weight(linear)
+    return weight.mT if is_transposed(linear) else weight
 
 
 def _permuted(neurons: Neurons) -> Neurons:

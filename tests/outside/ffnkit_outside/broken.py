@@ -113,6 +113,10 @@ class SilentDrop(Edit):
     def saved_elsewhere(self) -> int:
         return 348  # as many as there are, so that only the config is wrong
 
+    @classmethod
+    def lines(cls, edits: Any, quantities: Any) -> list[str]:
+        return [f"  a layer goes, with {edit.target}" for edit in edits]
+
     def perform(self, writer: Writer) -> None:
         layers = writer.model.layers
         del layers[len(layers) - 1]
