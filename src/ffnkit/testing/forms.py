@@ -40,7 +40,8 @@ def check_usual(model: Any, original: Any, name: str) -> None:
         with torch.device("meta"):
             reference = type(model)(model.config)
         odd = sorted(names ^ set(reference.state_dict()))
-        require(not odd, name, f"{odd[:1]} is not both there and in a fresh model of its config")
+        what = f"{odd[:1]} is not both there and in a fresh model of its config"
+        require(not odd, "the config says what there is", what)
     classes = {path: type(module) for path, module in reference.named_modules()}
     for path, module in model.named_modules():
         usual = classes.get(path) in (plain_class(module), type(module))

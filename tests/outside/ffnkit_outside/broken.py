@@ -183,7 +183,7 @@ METHODS: dict[str, tuple[Any, str]] = {
     "a scale forgotten": (lambda: Each("unscaled"), "fold keeps outputs"),
     "an edit that writes in place": (lambda: Each("in_place"), "numbers are new tensors"),
     "a tie missed": (lambda: Each("first_owner"), "ties stay ties"),
-    "a config key forgotten": (lambda: Each("silent_drop", last=True), "the compact form reloads"),
+    "a config key forgotten": (lambda: Each("silent_drop", last=True), "the config says what there is"),
     "a structure that hangs on numbers": (
         lambda: Each("needs_numbers"),
         "the rehearsal has the shapes of what comes",
