@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.analysis.reference import Other
-from ffnkit.calibration.replay import block_name
-from ffnkit.calibration.taps import Batch, Flow, evaluating, expert_forward, model_inputs, stack_masks, tapped
+from ffnkit.calibration.batches import Batch, evaluating, forward, kept, prepared
+from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.taps import Flow, expert_forward, tapped
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN, activations
-from ffnkit.model.finding import ffns
+from ffnkit.model.finding import block_name, ffns
 from ffnkit.ops.local import Activation, activation_of
 from ffnkit.plans import Progress
 
@@ -112,13 +113,10 @@ def measure(
     known = ffns(model)
     found = [ffn for ffn in known if any(ffn.name in other.edited for other in others)]
     stacks = {block_name(ffn.name): ffn.stack for ffn in known if block_name(ffn.name)}
-    device = next(model.parameters()).device
-    run, sums = _Runs(model, known, found, stacks), [_Sums(other, stacks) for other in others]
-    held = list(batches)
-    if not held:
-        raise FfnkitError("measuring errors", "there are no batches", "Give at least one batch for model(**batch)")
+    run, sums = _Runs(model, found, stacks), [_Sums(other, stacks) for other in others]
+    held = kept(batches, "measuring errors")
     for number, batch in enumerate(held):
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        moved = prepared(model, batch)
         seen = run.watched(moved)
         for other, each in zip(others, sums, strict=True):
             with other:
@@ -164,8 +162,10 @@ class _Sums:
 class _Runs:
     """Passes of the two models over single batches."""
 
-    def __init__(self, model: nn.Module, known: list[FFN], found: list[FFN], stacks: dict[str, str]) -> None:
-        self.model, self.known, self.found, self.stacks = model, known, found, stacks
+    def __init__(self, model: nn.Module, found: list[FFN], stacks: dict[str, str]) -> None:
+        self.model, self.found, self.stacks = model, found, stacks
+        places = {ffn.name: (ffn.stack, list(ffn.owners)) for ffn in found}
+        self.masks = TokenMasks(model, places | {block: (stack, [block]) for block, stack in stacks.items()})
         self.ran: set[str] = set()
         self._activations: dict[str, Activation | None] = {}
 
@@ -184,16 +184,16 @@ class _Runs:
                 (ffn, Flow(kept.input.clone(), kept.input[:, :0], kept.output.clone(), weights, kept.expert))
             )
 
-        masks = stack_masks(self.model, batch, self.known)
-        with tapped(self.found, note, masks):
-            seen.blocks = self.states(self.model, batch, masks)
+        self.masks.start(batch)
+        with self.masks.watching(), tapped(self.found, note, self.masks):
+            seen.blocks = self.states(self.model, batch, self.masks)
         return seen
 
-    def states(self, model: nn.Module, batch: Batch, masks: Mapping[str, Tensor | None] | None = None) -> list[_State]:
+    def states(self, model: nn.Module, batch: Batch, masks: TokenMasks | None = None) -> list[_State]:
         """The blocks' outputs in the order in which they run."""
         found: list[_State] = []
-        with evaluating(model), _caught(model, self.stacks, found, masks or {}):
-            model(**model_inputs(model, batch))
+        with evaluating(model), _caught(model, self.stacks, found, masks):
+            forward(model, batch)
         return found
 
     def activation(self, ffn: FFN) -> Activation:
@@ -239,7 +239,7 @@ def _caught(
     model: nn.Module,
     stacks: Mapping[str, str],
     found: list[_State],
-    masks: Mapping[str, Tensor | None],
+    masks: TokenMasks | None,
 ) -> Iterator[None]:
     """Hooks that append each block's output to ``found`` while the ``with`` block runs."""
 
@@ -247,10 +247,8 @@ def _caught(
         def keep(_: nn.Module, __: Any, output: Any) -> None:
             value = _first(output)
             if value is not None:
-                mask = masks.get(stacks[name])
-                fits = mask is not None and mask.numel() == value.numel() // value.shape[-1]
-                flat = mask.reshape(-1).to(value.device) if mask is not None and fits else None
-                found.append((name, value.reshape(-1, value.shape[-1]).clone(), flat))
+                mask = masks.of(name, value) if masks is not None else None
+                found.append((name, value.reshape(-1, value.shape[-1]).clone(), mask))
 
         return keep
 

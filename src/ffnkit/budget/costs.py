@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ffnkit.budget.probe import Ending
 from ffnkit.budget.sizes import Room
+from ffnkit.calibration.batches import Batch
 from ffnkit.calibration.replay import Replay
-from ffnkit.calibration.taps import Batch, Flow
+from ffnkit.calibration.taps import Flow
 from ffnkit.methods.common import lifted, norms, singles
 from ffnkit.methods.narrow.calibrated import Part, Seen
 from ffnkit.model.ffn import FFN

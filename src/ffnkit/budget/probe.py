@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.replay import Replay, block_name
-from ffnkit.calibration.taps import stack_masks
+from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.replay import Replay
 from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import block_name
 from ffnkit.ops.neurons import Neurons
 from ffnkit.surgery.temporary import with_neurons
 
@@ -33,6 +34,7 @@ class Ending:
         head = getattr(replay.model, "get_output_embeddings", lambda: None)()
         self.written = head is not None
         self.blocks = _last_blocks(replay, found)
+        self.masks = TokenMasks(replay.model, {name: (stack, [name]) for name, stack in self.blocks.items()})
         self.reference: list[dict[str, Tensor]] = []
         tokens = 0
         for number in range(len(replay.batches)):
@@ -78,11 +80,10 @@ class Ending:
         finally:
             for handle in handles:
                 handle.remove()
-        masks = stack_masks(self.replay.model, self.replay.batches[number], self.found)
-        ends = {name: masks.get(stack) for name, stack in self.blocks.items()}
-        if self.written:  # what is written comes from the stack that ends last
-            ends = {"": list(ends.values())[-1]}
-        return {name: _counted(value, ends.get(name)) for name, value in caught.items()}
+        self.masks.start(self.replay.batches[number])
+        # what is written comes from the stack that ends last
+        places = {"": list(self.blocks)[-1]} if self.written else {name: name for name in self.blocks}
+        return {name: _counted(value, self.masks.of(places[name], value)) for name, value in caught.items()}
 
 
 def _keeping(caught: dict[str, Tensor], name: str) -> Any:
@@ -102,10 +103,9 @@ def _first(output: Any) -> Tensor:
 
 
 def _counted(value: Tensor, mask: Tensor | None) -> Tensor:
-    """(tokens that count, columns): padding goes where the mask fits."""
-    if mask is not None and value.ndim == 3 and mask.shape == value.shape[:2]:
-        return value[mask.bool().to(value.device)]
-    return value.reshape(-1, value.shape[-1])
+    """(tokens that count, columns)."""
+    flat = value.reshape(-1, value.shape[-1])
+    return flat if mask is None else flat[mask > 0]
 
 
 def _last_blocks(replay: Replay, found: list[FFN]) -> dict[str, str]:

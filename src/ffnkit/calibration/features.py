@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.taps import Batch, Flow, evaluating, model_inputs, stack_masks, tapped, watch
+from ffnkit.calibration.batches import Batch, checked, kept, run
+from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.taps import Flow, tapped, watch
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import SPOOL_FROM, spool
 from ffnkit.model.ffn import FFN
@@ -51,8 +54,8 @@ class Features:
                 raise FfnkitError(f"features of {ffn.name}", what, "Name layers without routed experts")
         self._attended: dict[str, Tensor] = {}
         wanted = [ffn for ffn in found if "attention" in kinds[ffn.name]]
-        batches = list(batches) if wanted else batches
-        with self._attention(model, list(batches)[:1], wanted):
+        batches = kept(batches) if wanted else batches
+        with self._attention(model, list(islice(batches, 1)) if wanted else [], wanted):
             watch(model, self._until_full(batches), found, self._receive)
         self.tokens: dict[str, int] = {}
         for ffn in found:
@@ -67,7 +70,7 @@ class Features:
         return self._held[name, kind][: self._count[name]]
 
     def _until_full(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
+        for batch in checked(batches):
             if min(self._count.values()) >= self._most:
                 return
             yield batch
@@ -149,10 +152,7 @@ def attention_outputs(model: nn.Module, batch: Batch, found: list[FFN]) -> dict[
             cross = re.search(r"cross|encoder_attn|encdec", path)
             if re.search(r"att|\.mixer", path) and not cross and output_width(module) == layers[layer].d:
                 handles.append(module.register_forward_hook(partial(note, layer, name)))
-        device = next(model.parameters()).device
-        with evaluating(model):
-            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            model(**model_inputs(model, moved))
+        run(model, [batch])
     finally:
         for handle in handles:
             handle.remove()
@@ -176,26 +176,33 @@ class Passage:
 
 
 @torch.no_grad()
-def passages(model: nn.Module, batches: Iterable[Batch], found: dict[str, FFN]) -> Iterator[dict[str, Passage]]:
-    """What passes through whole layers, batch by batch; nothing is held longer than its batch.
+def passages(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    found: dict[str, FFN],
+    receive: Callable[[dict[str, Passage]], None],
+) -> None:
+    """Hand what passes through whole layers to ``receive``, batch by batch; nothing is held longer than its batch.
 
     Args:
         found: an FFN of each layer, by the layer's path.
+        receive: called with each batch's passages, by the layer's path.
 
     Raises:
         FfnkitError: a layer that does not run once in a pass, or takes and gives other things than tokens (n, d).
     """
-    device = next(model.parameters()).device
     held: dict[str, dict[str, Tensor]] = {}
-    masks: dict[str, Tensor | None] = {}
     handles = []
     names = {ffn.name: layer for layer, ffn in found.items()}
+    chunks: dict[str, list[Tensor]] = {}  # of the sequence, with which an FFN may be called
+    places = [(name, ffn) for layer, ffn in found.items() for name in (layer, ffn.name)]
+    masks = TokenMasks(model, {name: (ffn.stack, [name]) for name, ffn in places})
 
     def note(layer: str, what: str, value: Any) -> None:
         value = value[0] if isinstance(value, tuple) else value
         if not isinstance(value, Tensor) or what in held.setdefault(layer, {}):
             raise FfnkitError(f"watching {layer}", "it does not take and give tokens once in a pass", "Give the layers")
-        held[layer][what] = value.reshape(-1, value.shape[-1])
+        held[layer][what] = value
 
     def entering(layer: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         note(layer, "entering", args[0] if args else kwargs.get("hidden_states"))
@@ -204,31 +211,44 @@ def passages(model: nn.Module, batches: Iterable[Batch], found: dict[str, FFN]) 
         note(layer, "leaving", output)
 
     def adding(ffn: FFN, flow: Flow) -> None:
-        note(names[ffn.name], "added", flow.output)
+        chunks.setdefault(names[ffn.name], []).append(flow.output)
+
+    def before(batch: Batch) -> None:
+        held.clear()
+        chunks.clear()
+        masks.start(batch)
+
+    def after(_: Batch, __: Any) -> None:
+        for layer, outputs in chunks.items():
+            note(layer, "added", _joined(layer, outputs, held[layer]["entering"]))
+        if missing := [layer for layer in found if len(held.get(layer, {})) < 3]:
+            what = "no tokens pass through it and its FFN"
+            raise FfnkitError(f"watching {missing[0]}", what, "Give the layers yourself, with layers=")
+        receive({layer: _kept(parts, masks.of(layer, parts["entering"])) for layer, parts in held.items()})
 
     try:
         for layer in found:
             block = model.get_submodule(layer)
             handles.append(block.register_forward_pre_hook(partial(entering, layer), with_kwargs=True))
             handles.append(block.register_forward_hook(partial(leaving, layer)))
-        with evaluating(model), tapped(list(found.values()), adding, masks):
-            for batch in batches:
-                held.clear()
-                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                masks.update(stack_masks(model, moved, list(found.values())))
-                model(**model_inputs(model, moved))
-                if missing := [layer for layer in found if len(held.get(layer, {})) < 3]:
-                    what = "no tokens pass through it and its FFN"
-                    raise FfnkitError(f"watching {missing[0]}", what, "Give the layers yourself, with layers=")
-                yield {layer: _kept(parts, masks.get(found[layer].stack)) for layer, parts in held.items()}
+        with masks.watching(), tapped(list(found.values()), adding, masks):
+            run(model, batches, before=before, after=after)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _kept(parts: dict[str, Tensor], mask: Tensor | None) -> Passage:
-    rows = parts["entering"]
-    if mask is None or mask.numel() != len(rows):
-        return Passage(**parts)
-    chosen = mask.reshape(-1).bool().to(rows.device)
-    return Passage(**{name: value[chosen] for name, value in parts.items()})
+def _joined(layer: str, outputs: list[Tensor], entering: Tensor) -> Tensor:
+    """What an FFN gave for all tokens of its layer, (n, d), from its calls."""
+    if len(outputs) == 1:
+        return outputs[0]
+    if sum(len(each) for each in outputs) != entering.shape[:-1].numel():
+        raise FfnkitError(f"watching {layer}", "it does not take and give tokens once in a pass", "Give the layers")
+    return torch.cat([each.reshape(len(entering), -1, each.shape[-1]) for each in outputs], dim=1)
+
+
+def _kept(parts: dict[str, Tensor], weights: Tensor | None) -> Passage:
+    flat = {name: value.reshape(-1, value.shape[-1]) for name, value in parts.items()}
+    if weights is None:
+        return Passage(**flat)
+    return Passage(**{name: value[weights.to(value.device) > 0] for name, value in flat.items()})

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.taps import Batch, Flow, watch
+from ffnkit.calibration.batches import Batch, check_batches
+from ffnkit.calibration.taps import Flow, watch
 from ffnkit.edits import ClusterNeurons
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
@@ -161,6 +162,7 @@ def need_data(data: Iterable[Batch] | None, name: str) -> Iterable[Batch]:
     if data is None:
         do = "Give batches for model(**batch): fk.plan(model, method, data=batches), or --task / --text"
         raise FfnkitError(f"method {name}", "it measures activations, and no data are given", do)
+    check_batches(data)
     return data
 
 

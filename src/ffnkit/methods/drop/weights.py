@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.taps import Batch, Flow, evaluating, model_inputs, stack_masks, tapped
+from ffnkit.calibration.batches import Batch, run
+from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.taps import Flow, tapped
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
@@ -192,26 +194,19 @@ def column_norms(model: nn.Module, batches: Iterable[Batch], found: list[Prunabl
         FfnkitError: no batches, or a linear never ran.
     """
     sums = _Sums()
-    device = next(model.parameters()).device
     linears = [each for each in found if not each.site]
     experts = {each.name: each.module for each in found if each.site}
-    every = ffns(model)
-    stacks = {block_name(ffn.name): ffn.stack for ffn in every}
-    masks: dict[str, Tensor | None] = {}
+    stacks = {block_name(ffn.name): ffn.stack for ffn in ffns(model)}
+    places = {each.name: (stacks.get(block_name(each.name), ""), [each.name]) for each in linears}
+    places |= {name: (ffn.stack, list(ffn.owners)) for name, ffn in experts.items()}
+    masks = TokenMasks(model, places)
 
     def of_experts(ffn: FFN, flow: Flow) -> None:
         for site in ffn.sites:
             sums.add((ffn.name, site, flow.expert), flow.hidden if site == "down" else flow.input, flow.weights)
 
-    count = 0
-    with evaluating(model), _listening(linears, stacks, masks, sums), tapped(list(experts.values()), of_experts, masks):
-        for batch in batches:
-            count += 1
-            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            masks.update(stack_masks(model, moved, every))
-            model(**model_inputs(model, moved))
-    if not count:
-        raise FfnkitError("calibration data", "there are no batches", "Give at least one batch for model(**batch)")
+    with masks.watching(), _listening(linears, masks, sums), tapped(list(experts.values()), of_experts, masks):
+        run(model, batches, before=masks.start)
     return {each.label: _norms(sums, each) for each in found}
 
 
@@ -230,20 +225,14 @@ def _norms(sums: _Sums, each: Prunable) -> Tensor:
 
 
 @contextmanager
-def _listening(
-    linears: list[Prunable], stacks: Mapping[str, str], masks: Mapping[str, Tensor | None], sums: _Sums
-) -> Iterator[None]:
+def _listening(linears: list[Prunable], masks: TokenMasks, sums: _Sums) -> Iterator[None]:
     """Hooks on linears while the block runs; tokens that a mask leaves out do not count."""
 
     def hook(name: str) -> Any:
-        own = stacks.get(block_name(name), "")
-
         def note(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
             flat = x.reshape(-1, x.shape[-1])
-            fitting = (m for m in (masks.get(own), *masks.values()) if m is not None and m.numel() == len(flat))
-            mask = next(fitting, None)  # keys and values of cross-attention come from the other stack
-            sums.add(name, flat, None if mask is None else mask.reshape(-1).to(flat.device))
+            sums.add(name, flat, masks.of(name, x, quiet=True))
 
         return note
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ffnkit.calibration.batches import kept
 from ffnkit.calibration.gradients import weight_gradients
 from ffnkit.edits import Edit, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
@@ -109,7 +110,7 @@ class DSEE:
         started = time.perf_counter()
         linears = self.targets(model)
         lora = Lora() if self.lora is None else read_lora(self.lora).placed(model, linears)
-        batches = list(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
+        batches = kept(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
         squares = self._squares(model, linears, batches) if batches else {}
         roles = query_value(model, self.layers) if self.sites == "qv" else {}
         edits: list[Edit] = []
