@@ -12,9 +12,9 @@ from ffnkit.budget.probe import Ending
 from ffnkit.budget.sizes import Room
 from ffnkit.calibration.batches import Batch
 from ffnkit.calibration.replay import Replay
-from ffnkit.calibration.taps import Flow
+from ffnkit.calibration.statistics import Statistics
 from ffnkit.methods.common import lifted, norms, singles
-from ffnkit.methods.narrow.calibrated import Part, Seen
+from ffnkit.methods.narrow.calibrated import Part, observing
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.curves import Curve, output_curve, tail_curve
 from ffnkit.ops.neurons import Neurons, concatenate
@@ -53,17 +53,13 @@ def from_data(room: Room, replay: Replay, progress: Progress | None = None) -> l
     ending = Ending(replay, room.found)
     costs: dict[str, Tensor] = {}
     for group in replay.groups:
-        seen = {ffn.name: Seen(ffn, 0) for ffn in group}
-
-        def note(ffn: FFN, flow: Flow, seen: dict[str, Seen] = seen) -> None:
-            seen[ffn.name].add(flow)
-
-        replay.watch(group, note)
+        seen = observing(group, 0)
+        replay.watch(group, seen.update)
         lost: dict[str, Tensor] = {}
         changed: list[tuple[FFN, Neurons]] = []
         starts = {ffn.name: max(1, round(room.share * ffn.width)) for ffn in group}
         for ffn in group:
-            curve, narrow = _measured(ffn, seen.pop(ffn.name), starts[ffn.name])
+            curve, narrow = _measured(ffn, seen, starts[ffn.name])
             if curve is not None:
                 lost[ffn.name] = curve
             changed.append((ffn, narrow))
@@ -85,13 +81,13 @@ def _mean(curves: list[Tensor]) -> Tensor | None:
     return torch.stack(curves).mean(0) if curves else None
 
 
-def _measured(ffn: FFN, seen: Seen, width: int) -> tuple[Tensor | None, Neurons]:
+def _measured(ffn: FFN, seen: Statistics[Part], width: int) -> tuple[Tensor | None, Neurons]:
     """The squared error at each width, summed over tokens and experts, and the FFN narrowed to ``width``."""
     total: Tensor | None = None
     parts: list[Neurons] = []
     old = lifted(ffn.raw())
     for number, single in enumerate(singles(old)):
-        part = seen.parts.pop(number, None)
+        part = seen.parts.pop((ffn.name, number), None)
         if part is None:
             kept = torch.sort(norms(single), descending=True, stable=True).indices[:width].sort().values
             parts.append(single.take(kept))

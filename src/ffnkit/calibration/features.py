@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, checked, kept, run
 from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.statistics import Rows
 from ffnkit.calibration.taps import Flow, tapped, watch
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import SPOOL_FROM, spool
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name
 from ffnkit.model.linear import is_linear, output_width
@@ -45,7 +46,7 @@ class Features:
         Raises:
             FfnkitError: routed experts, FFNs that run several times in a pass, no batches.
         """
-        self._held: dict[tuple[str, str], Tensor] = {}
+        self._held: dict[tuple[str, str], Rows] = defaultdict(partial(Rows, most))
         self._count = {ffn.name: 0 for ffn in found}
         self._kinds, self._most = kinds, most
         for ffn in found:
@@ -67,7 +68,7 @@ class Features:
 
     def get(self, name: str, kind: str) -> Tensor:
         """(tokens, columns), float32, on the CPU."""
-        return self._held[name, kind][: self._count[name]]
+        return self._held[name, kind].get()
 
     def _until_full(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         for batch in checked(batches):
@@ -77,13 +78,10 @@ class Features:
 
     def _receive(self, ffn: FFN, flow: Flow) -> None:
         rows = flow.kept()
-        start = self._count[ffn.name]
-        stop = min(start + len(rows.input), self._most)
         for kind in self._kinds[ffn.name]:
             values = self._attention_of(ffn, flow) if kind == "attention" else _values(ffn, rows, kind)
-            values = values[: stop - start]
-            self._place(ffn.name, kind, values.shape[1])[start:stop] = values.float().cpu()
-        self._count[ffn.name] = stop
+            self._held[ffn.name, kind].update(values)
+        self._count[ffn.name] = min(self._count[ffn.name] + len(rows.input), self._most)
 
     def _attention_of(self, ffn: FFN, flow: Flow) -> Tensor:
         values = self._attended[ffn.name]
@@ -107,13 +105,6 @@ class Features:
         finally:
             for handle in handles:
                 handle.remove()
-
-    def _place(self, name: str, kind: str, columns: int) -> Tensor:
-        if (name, kind) not in self._held:
-            large = self._most * columns * 4 >= SPOOL_FROM
-            shape = (self._most, columns)
-            self._held[name, kind] = spool(shape, torch.float32) if large else torch.zeros(shape)
-        return self._held[name, kind]
 
 
 def _values(ffn: FFN, flow: Flow, kind: str) -> Tensor:

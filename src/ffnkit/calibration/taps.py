@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,13 @@ class Flow:
         if bool(chosen.all()):
             return self
         return Flow(self.input[chosen], self.hidden[chosen], self.output[chosen], self.weights[chosen], self.expert)
+
+    def counted(self) -> Flow:
+        """The tokens that count, with weights only where they do not count alike."""
+        kept = self.kept()
+        if kept.weights is None or kept.expert is not None:
+            return kept
+        return replace(kept, weights=None)  # a mask: what is left counts alike
 
 
 Receive = Callable[[FFN, Flow], None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, run
 from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.statistics import ColumnSquares
 from ffnkit.calibration.taps import Flow, tapped
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
@@ -171,16 +173,7 @@ def _never(model: nn.Module) -> set[int]:
 # --- inputs -------------------------------------------------------------------------------------------------------
 
 
-class _Sums:
-    """Sums of squares of the inputs, column by column, float64."""
-
-    def __init__(self) -> None:
-        self.squares: dict[Any, Tensor] = {}
-
-    def add(self, key: Any, x: Tensor, weights: Tensor | None) -> None:
-        square = x.detach().float().square()
-        total = square.sum(0, dtype=torch.float64) if weights is None else weights.double() @ square.double()
-        self.squares[key] = self.squares[key] + total if key in self.squares else total
+_Sums = defaultdict[Any, ColumnSquares]
 
 
 @torch.no_grad()
@@ -193,7 +186,7 @@ def column_norms(model: nn.Module, batches: Iterable[Batch], found: list[Prunabl
     Raises:
         FfnkitError: no batches, or a linear never ran.
     """
-    sums = _Sums()
+    sums: _Sums = defaultdict(ColumnSquares)
     linears = [each for each in found if not each.site]
     experts = {each.name: each.module for each in found if each.site}
     stacks = {block_name(ffn.name): ffn.stack for ffn in ffns(model)}
@@ -203,7 +196,7 @@ def column_norms(model: nn.Module, batches: Iterable[Batch], found: list[Prunabl
 
     def of_experts(ffn: FFN, flow: Flow) -> None:
         for site in ffn.sites:
-            sums.add((ffn.name, site, flow.expert), flow.hidden if site == "down" else flow.input, flow.weights)
+            sums[ffn.name, site, flow.expert].update((flow.hidden if site == "down" else flow.input, flow.weights))
 
     with masks.watching(), _listening(linears, masks, sums), tapped(list(experts.values()), of_experts, masks):
         run(model, batches, before=masks.start)
@@ -213,15 +206,15 @@ def column_norms(model: nn.Module, batches: Iterable[Batch], found: list[Prunabl
 def _norms(sums: _Sums, each: Prunable) -> Tensor:
     width = each.shape[-1]
     if not each.site:
-        if each.name in sums.squares:
-            return sums.squares[each.name].sqrt()
+        if each.name in sums:
+            return sums[each.name].norms()
         if "experts" in each.name.split("."):
             return torch.ones(width, dtype=torch.float64)
         do = "Give inputs of every stack (text, images, decoder inputs)"
         raise FfnkitError("measuring inputs", f"{each.name} did not run on the data given", do)
     ones = torch.ones(width, dtype=torch.float64, device=each.stored.device)
-    parts = [sums.squares.get((each.name, each.site, number)) for number in range(each.shape[0])]
-    return torch.stack([ones if part is None else part.sqrt() for part in parts])
+    parts = [sums.get((each.name, each.site, number)) for number in range(each.shape[0])]
+    return torch.stack([ones if part is None else part.norms() for part in parts])
 
 
 @contextmanager
@@ -232,7 +225,7 @@ def _listening(linears: list[Prunable], masks: TokenMasks, sums: _Sums) -> Itera
         def note(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
             flat = x.reshape(-1, x.shape[-1])
-            sums.add(name, flat, masks.of(name, x, quiet=True))
+            sums[name].update((flat, masks.of(name, x, quiet=True)))
 
         return note
 

@@ -7,6 +7,7 @@ import time
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ffnkit.calibration.batches import kept
 from ffnkit.calibration.gradients import weight_gradients
+from ffnkit.calibration.statistics import GradientSquares
 from ffnkit.edits import Edit, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spool
@@ -179,14 +181,7 @@ class DSEE:
         """Summed squares of each weight's gradients, (out, in) float32."""
         sizes = {name: sides(linear) for name, linear in linears.items()}
         large = 4 * sum(out * inner for out, inner in sizes.values()) > IN_MEMORY
-        sums: dict[str, Tensor] = {}
-
-        def receive(name: str, gradient: Tensor) -> None:
-            square = gradient.float().square()
-            if name not in sums:
-                sums[name] = spool(sizes[name], torch.float32) if large else torch.zeros_like(square)
-            sums[name] += square.to(sums[name].device)
-
-        weight_gradients(model, batches, linears, receive)
+        sums = {n: GradientSquares(partial(spool, s, torch.float32) if large else None) for n, s in sizes.items()}
+        weight_gradients(model, batches, linears, lambda name, gradient: sums[name].update(gradient))
         # a module that no batch reached has no gradient: all of its entries are alike
-        return {name: sums.get(name, torch.zeros(sizes[name])) for name in linears}
+        return {name: each.sums.get("squares", torch.zeros(sizes[name])) for name, each in sums.items()}
