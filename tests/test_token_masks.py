@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ffnkit.calibration.features import passages
 from ffnkit.calibration.masks import TokenMasks
-from ffnkit.calibration.replay import Replay
-from ffnkit.calibration.taps import Flow, watch
+from ffnkit.calibration.replay import Blockwise
+from ffnkit.calibration.taps import Activations, watch
 from ffnkit.methods.drop.heads import head_activity
 from ffnkit.methods.drop.weights import column_norms, prunable
 from ffnkit.model.attention import attentions
@@ -171,9 +171,9 @@ class Sums:
     def __init__(self) -> None:
         self.by: dict[tuple[str, int | None], Moments] = {}
 
-    def add(self, ffn: FFN, flow: Flow) -> None:
-        key = ffn.name, flow.expert
-        self.by.setdefault(key, Moments(flow.hidden.shape[1], flow.hidden.device)).add(flow.hidden, flow.weights)
+    def add(self, ffn: FFN, acts: Activations) -> None:
+        key = ffn.name, acts.expert
+        self.by.setdefault(key, Moments(acts.hidden.shape[1], acts.hidden.device)).add(acts.hidden, acts.weights)
 
 
 def _alone(model: nn.Module, rows: list[Batch]) -> Sums:
@@ -214,10 +214,10 @@ def test_moments_of_padded_batches_are_those_of_the_examples_alone(name: str, mo
             if way == "whole":
                 watch(model, batches, ffns(model), got.add)
             else:
-                with Replay(model, batches, ffns(model)) as replay:
-                    for group in replay.groups:
-                        replay.watch(group, got.add)
-                        replay.advance(group)
+                with Blockwise(model, batches, ffns(model)) as blocks:
+                    for group in blocks.groups:
+                        blocks.watch(group, got.add)
+                        blocks.advance(group)
         assert _gap(got, wanted) < 1e-5, way
     # the negative control: with every token counted they differ
     monkeypatch.setattr(TokenMasks, "of", lambda *_, **__: None)

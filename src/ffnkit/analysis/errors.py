@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ffnkit.analysis.reference import Other
 from ffnkit.calibration.batches import Batch, evaluating, forward, kept, prepared
 from ffnkit.calibration.masks import TokenMasks
-from ffnkit.calibration.taps import Flow, expert_forward, tapped
+from ffnkit.calibration.taps import Activations, expert_forward, hooked
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.model.finding import block_name, ffns
@@ -93,7 +93,7 @@ _State = tuple[str, Tensor, Tensor | None]  # block, its output (n, d), mask (n,
 class _Seen:
     """What one batch was in the uncompressed model."""
 
-    flows: list[tuple[FFN, Flow]] = field(default_factory=list)
+    calls: list[tuple[FFN, Activations]] = field(default_factory=list)
     blocks: list[_State] = field(default_factory=list)
 
 
@@ -139,10 +139,10 @@ class _Sums:
 
     def add(self, seen: _Seen, states: list[_State], activation: Callable[[FFN], Activation]) -> None:
         """Add a batch; the other is in place."""
-        for ffn, flow in seen.flows:
+        for ffn, acts in seen.calls:
             if ffn.name in self.output:
-                actual = _output(self.other.found[ffn.name], flow, activation)
-                self.output[ffn.name].add(actual, flow.output, flow.weights)
+                actual = _output(self.other.found[ffn.name], acts, activation)
+                self.output[ffn.name].add(actual, acts.output, acts.weights)
         if [name for name, *_ in states] != [name for name, *_ in seen.blocks]:
             raise FfnkitError("measuring hidden states", "the two models run other blocks", "Compare one architecture")
         for (name, expected, mask), (_, actual, _) in zip(seen.blocks, states, strict=True):
@@ -173,19 +173,19 @@ class _Runs:
         """The uncompressed model's FFN inputs and outputs, and its blocks' outputs."""
         seen = _Seen()
 
-        def note(ffn: FFN, flow: Flow) -> None:
+        def note(ffn: FFN, acts: Activations) -> None:
             self.ran.add(ffn.name)
-            kept = flow.kept()
+            kept = acts.kept()
             if ffn.name not in self._activations and not ffn.layout.experts and len(kept.input):
                 self._activations[ffn.name] = _activation(ffn, kept)
             weights = kept.weights if kept.expert is not None else None  # else a mask: what is left counts alike
             # clones: the model may go on in place; without the hidden activations, the largest part
-            seen.flows.append(
-                (ffn, Flow(kept.input.clone(), kept.input[:, :0], kept.output.clone(), weights, kept.expert))
+            seen.calls.append(
+                (ffn, Activations(kept.input.clone(), kept.input[:, :0], kept.output.clone(), weights, kept.expert))
             )
 
         self.masks.start(batch)
-        with self.masks.watching(), tapped(self.found, note, self.masks):
+        with self.masks.watching(), hooked(self.found, note, self.masks):
             seen.blocks = self.states(self.model, batch, self.masks)
         return seen
 
@@ -212,18 +212,18 @@ class _Runs:
             raise FfnkitError("measuring errors", f"{silent.name} did not run on the data given", do)
 
 
-def _activation(ffn: FFN, flow: Flow) -> Activation | None:
-    few = ffn.read().take(torch.arange(min(PROBE, ffn.width), device=flow.input.device))
+def _activation(ffn: FFN, acts: Activations) -> Activation | None:
+    few = ffn.read().take(torch.arange(min(PROBE, ffn.width), device=acts.input.device))
     lifted = few.map(lambda value: value.detach().float())
-    x, hidden = flow.input[:PROBE].float(), flow.hidden[:PROBE, : few.ff]
+    x, hidden = acts.input[:PROBE].float(), acts.hidden[:PROBE, : few.ff]
     return activation_of(lifted, x, hidden, activations(ffn))
 
 
-def _output(ffn: FFN, flow: Flow, activation: Callable[[FFN], Activation]) -> Tensor:
+def _output(ffn: FFN, acts: Activations, activation: Callable[[FFN], Activation]) -> Tensor:
     """What the FFN that is in place gives for these inputs (n, d)."""
-    x = flow.input
-    if flow.expert is not None:
-        return expert_forward(ffn, ffn.module, flow.expert, x)[2]
+    x = acts.input
+    if acts.expert is not None:
+        return expert_forward(ffn, ffn.module, acts.expert, x)[2]
     up, act = ffn.linear("up")(x), activation(ffn)
     if ffn.layout.fused:
         gate, up = up.chunk(2, dim=-1)

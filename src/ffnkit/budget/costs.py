@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ffnkit.budget.probe import Ending
 from ffnkit.budget.sizes import Room
 from ffnkit.calibration.batches import Batch
-from ffnkit.calibration.replay import Replay
+from ffnkit.calibration.replay import Blockwise
 from ffnkit.calibration.statistics import Statistics
 from ffnkit.methods.common import lifted, norms, singles
 from ffnkit.methods.narrow.calibrated import Part, observing
@@ -40,7 +40,7 @@ def from_weights(room: Room, progress: Progress | None = None) -> list[Tensor]:
 
 
 @torch.no_grad()
-def from_data(room: Room, replay: Replay, progress: Progress | None = None) -> list[Tensor]:
+def from_data(room: Room, blockwise: Blockwise, progress: Progress | None = None) -> list[Tensor]:
     """For each FFN (ff + 1,) how far its narrowing to each width moves the end of the model.
 
     The curve's form is the squared error of the FFN's output on the data, neurons chosen greedily and the output layer
@@ -50,11 +50,11 @@ def from_data(room: Room, replay: Replay, progress: Progress | None = None) -> l
 
     Memory beyond the model: the statistics of one block, the curves, and what the probe compares.
     """
-    ending = Ending(replay, room.found)
+    ending = Ending(blockwise, room.found)
     costs: dict[str, Tensor] = {}
-    for group in replay.groups:
+    for group in blockwise.groups:
         seen = observing(group, 0)
-        replay.watch(group, seen.update)
+        blockwise.watch(group, seen.update)
         lost: dict[str, Tensor] = {}
         changed: list[tuple[FFN, Neurons]] = []
         starts = {ffn.name: max(1, round(room.share * ffn.width)) for ffn in group}
@@ -73,7 +73,7 @@ def from_data(room: Room, replay: Replay, progress: Progress | None = None) -> l
             costs[ffn.name] = torch.zeros(ffn.width + 1) if curve is None else curve * (moved / max(whole, 1e-300))
             if progress is not None:
                 progress(len(costs), len(room.found), ffn.name)
-        replay.advance(group)
+        blockwise.advance(group)
     return [costs[ffn.name] for ffn in room.found]
 
 
@@ -125,5 +125,5 @@ def costs_of(room: Room, model: nn.Module, data: Iterable[Batch] | None, progres
         check_weights(ffn.raw(), ffn.name)
     if data is None:
         return from_weights(room, progress)
-    with Replay(model, data, room.found) as replay:
-        return from_data(room, replay, progress)
+    with Blockwise(model, data, room.found) as blockwise:
+        return from_data(room, blockwise, progress)

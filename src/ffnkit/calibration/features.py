@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ffnkit.calibration.batches import Batch, checked, kept, run
 from ffnkit.calibration.masks import TokenMasks
 from ffnkit.calibration.statistics import Rows
-from ffnkit.calibration.taps import Flow, tapped, watch
+from ffnkit.calibration.taps import Activations, hooked, watch
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name
@@ -76,19 +76,19 @@ class Features:
                 return
             yield batch
 
-    def _receive(self, ffn: FFN, flow: Flow) -> None:
-        rows = flow.kept()
+    def _receive(self, ffn: FFN, acts: Activations) -> None:
+        rows = acts.kept()
         for kind in self._kinds[ffn.name]:
-            values = self._attention_of(ffn, flow) if kind == "attention" else _values(ffn, rows, kind)
+            values = self._attention_of(ffn, acts) if kind == "attention" else _values(ffn, rows, kind)
             self._held[ffn.name, kind].update(values)
         self._count[ffn.name] = min(self._count[ffn.name] + len(rows.input), self._most)
 
-    def _attention_of(self, ffn: FFN, flow: Flow) -> Tensor:
+    def _attention_of(self, ffn: FFN, acts: Activations) -> Tensor:
         values = self._attended[ffn.name]
-        if len(values) != len(flow.input):
-            what = f"it gives {len(values)} tokens where the FFN gets {len(flow.input)}"
+        if len(values) != len(acts.input):
+            what = f"it gives {len(values)} tokens where the FFN gets {len(acts.input)}"
             raise FfnkitError(f"the attention before {ffn.name}", what, "Compare the FFNs only")
-        return values if flow.weights is None else values[flow.weights > 0]
+        return values if acts.weights is None else values[acts.weights > 0]
 
     @contextmanager
     def _attention(self, model: nn.Module, first: list[Batch], found: list[FFN]) -> Iterator[None]:
@@ -107,13 +107,13 @@ class Features:
                 handle.remove()
 
 
-def _values(ffn: FFN, flow: Flow, kind: str) -> Tensor:
+def _values(ffn: FFN, acts: Activations, kind: str) -> Tensor:
     if kind in ("input", "hidden", "output"):
-        return getattr(flow, kind)
+        return getattr(acts, kind)
     neurons = ffn.raw()
     weight, bias = (neurons.up, neurons.up_bias) if kind == "up" else (neurons.gate, neurons.gate_bias)
     assert weight is not None
-    return nn.functional.linear(flow.input, weight, bias)
+    return nn.functional.linear(acts.input, weight, bias)
 
 
 @torch.no_grad()
@@ -201,8 +201,8 @@ def passages(
     def leaving(layer: str, _: nn.Module, __: Any, output: Any) -> None:
         note(layer, "leaving", output)
 
-    def adding(ffn: FFN, flow: Flow) -> None:
-        chunks.setdefault(names[ffn.name], []).append(flow.output)
+    def adding(ffn: FFN, acts: Activations) -> None:
+        chunks.setdefault(names[ffn.name], []).append(acts.output)
 
     def before(batch: Batch) -> None:
         held.clear()
@@ -222,7 +222,7 @@ def passages(
             block = model.get_submodule(layer)
             handles.append(block.register_forward_pre_hook(partial(entering, layer), with_kwargs=True))
             handles.append(block.register_forward_hook(partial(leaving, layer)))
-        with masks.watching(), tapped(list(found.values()), adding, masks):
+        with masks.watching(), hooked(list(found.values()), adding, masks):
             run(model, batches, before=before, after=after)
     finally:
         for handle in handles:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, evaluating, forward, kept, prepared
 from ffnkit.calibration.masks import TokenMasks
-from ffnkit.calibration.taps import Receive, tapped
+from ffnkit.calibration.taps import Receive, hooked
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import run_uneven_experts
 from ffnkit.model.ffn import FFN
@@ -32,8 +32,8 @@ class _Enough(Exception):
     """Ends a pass once the block of interest has run."""
 
 
-class Replay:
-    """Calibration data at the door of one block after the other.
+class Blockwise:
+    """Block-wise calibration: the data at one block after the other.
 
     Memory beyond the model: the batches, and one block's outputs for them.
 
@@ -66,7 +66,7 @@ class Replay:
         self._passed: str | None = None  # the block whose outputs are there since it was watched
         self._lent = ExitStack()
 
-    def __enter__(self) -> Replay:
+    def __enter__(self) -> Blockwise:
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -88,7 +88,7 @@ class Replay:
         name = block_name(group[0].name)
         self._passed = None
         keep = last and not self._whole and self._stops(group)
-        with self.masks.watching(), tapped(group, receive, self.masks):
+        with self.masks.watching(), hooked(group, receive, self.masks):
             for number, batch in enumerate(self.batches):
                 self.masks.start(batch)
                 output = self._run(number, name if self._stops(group) else None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, checked
-from ffnkit.calibration.taps import Flow, watch
+from ffnkit.calibration.taps import Activations, watch
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import SPOOL_FROM, disk_errors, spool
 from ffnkit.model.ffn import FFN
@@ -71,9 +71,9 @@ class _Sums:
 class NeuronSquares(_Sums):
     """Weighted sums of squares of each hidden neuron, (ff,), and of the weights, float64."""
 
-    def update(self, flow: Flow) -> None:
-        squares = flow.hidden.float().square()
-        weights = squares.new_ones(len(squares)) if flow.weights is None else flow.weights.float()
+    def update(self, acts: Activations) -> None:
+        squares = acts.hidden.float().square()
+        weights = squares.new_ones(len(squares)) if acts.weights is None else acts.weights.float()
         self.add("squares", weights @ squares)
         self.add("count", weights.sum(dtype=torch.float64))
 
@@ -121,8 +121,8 @@ class GradientSquares(_Sums):
 class RoutingCounts(_Sums):
     """How many tokens that count came to an expert, and the sum of their squared routing weights."""
 
-    def update(self, flow: Flow) -> None:
-        weights = torch.ones(len(flow.input)) if flow.weights is None else flow.weights
+    def update(self, acts: Activations) -> None:
+        weights = torch.ones(len(acts.input)) if acts.weights is None else acts.weights
         self.add("tokens", (weights > 0).sum())
         self.add("weight", weights.sum(dtype=torch.float64))
 
@@ -132,8 +132,8 @@ class HiddenMoments:
 
     moments: Moments
 
-    def update(self, flow: Flow) -> None:
-        rows = flow.counted()
+    def update(self, acts: Activations) -> None:
+        rows = acts.counted()
         if not hasattr(self, "moments"):
             self.moments = Moments(rows.hidden.shape[-1], rows.hidden.device)
         self.moments.add(rows.hidden, rows.weights)
@@ -171,8 +171,8 @@ class HeldInputs:
         self.weights: list[Tensor] = []
         self.probe: tuple[Tensor, ...] = ()
 
-    def update(self, flow: Flow) -> None:
-        rows = flow.counted()
+    def update(self, acts: Activations) -> None:
+        rows = acts.counted()
         if not self.probe:
             self.probe = tuple(value[:PROBE].float().clone() for value in (rows.input, rows.hidden))
         self._take(rows.input, rows.weights)
@@ -277,14 +277,14 @@ class Statistics(Generic[A]):
             self.data.append(batch_fingerprint(batch))
             yield batch
 
-    def update(self, ffn: FFN, flow: Flow) -> None:
+    def update(self, ffn: FFN, acts: Activations) -> None:
         """One call of an FFN; calls without a token that counts are left out."""
-        if not len(flow.input) or (flow.weights is not None and not bool((flow.weights > 0).any())):
+        if not len(acts.input) or (acts.weights is not None and not bool((acts.weights > 0).any())):
             return
-        key = ffn.name, flow.expert or 0
+        key = ffn.name, acts.expert or 0
         if key not in self.parts:
             self.parts[key] = self._make(ffn.name)
-        self.parts[key].update(flow)
+        self.parts[key].update(acts)
 
     def get(self, name: str, expert: int = 0) -> A | None:
         """The accumulator; None where no token came."""

@@ -18,7 +18,7 @@ from ffnkit.model.ffn import FFN
 
 
 @dataclass(frozen=True)
-class Flow:
+class Activations:
     """One call of one FFN (or of one routed expert).
 
     Attributes:
@@ -36,16 +36,18 @@ class Flow:
     weights: Tensor | None = None
     expert: int | None = None
 
-    def kept(self) -> Flow:
+    def kept(self) -> Activations:
         """The tokens that count."""
         if self.weights is None:
             return self
         chosen = self.weights > 0
         if bool(chosen.all()):
             return self
-        return Flow(self.input[chosen], self.hidden[chosen], self.output[chosen], self.weights[chosen], self.expert)
+        return Activations(
+            self.input[chosen], self.hidden[chosen], self.output[chosen], self.weights[chosen], self.expert
+        )
 
-    def counted(self) -> Flow:
+    def counted(self) -> Activations:
         """The tokens that count, with weights only where they do not count alike."""
         kept = self.kept()
         if kept.weights is None or kept.expert is not None:
@@ -53,7 +55,7 @@ class Flow:
         return replace(kept, weights=None)  # a mask: what is left counts alike
 
 
-Receive = Callable[[FFN, Flow], None]
+Receive = Callable[[FFN, Activations], None]
 
 
 @torch.no_grad()
@@ -65,7 +67,7 @@ def watch(model: nn.Module, batches: Iterable[Batch], found: list[FFN], receive:
     Args:
         batches: keyword arguments of the model (:func:`~ffnkit.calibration.batches.run`); labels are passed where the
             decoder's inputs are made from them.
-        receive: called with the FFN and its :class:`Flow`; FFNs that run several times in a pass call it each time.
+        receive: called with the FFN and its :class:`Activations`, each time where an FFN runs several times in a pass.
 
     Returns:
         The number of batches.
@@ -76,11 +78,11 @@ def watch(model: nn.Module, batches: Iterable[Batch], found: list[FFN], receive:
     ran: set[str] = set()
     masks = TokenMasks.of_ffns(model, found)
 
-    def note(ffn: FFN, flow: Flow) -> None:
+    def note(ffn: FFN, acts: Activations) -> None:
         ran.add(ffn.name)
-        receive(ffn, flow)
+        receive(ffn, acts)
 
-    with masks.watching(), tapped(found, note, masks):
+    with masks.watching(), hooked(found, note, masks):
         count = run(model, batches, before=masks.start)
     silent = [ffn.name for ffn in found if ffn.name not in ran and not _routed(ffn)]
     if silent:
@@ -90,7 +92,7 @@ def watch(model: nn.Module, batches: Iterable[Batch], found: list[FFN], receive:
 
 
 @contextmanager
-def tapped(found: list[FFN], receive: Receive, masks: TokenMasks) -> Iterator[None]:
+def hooked(found: list[FFN], receive: Receive, masks: TokenMasks) -> Iterator[None]:
     """Hooks on FFNs while the block runs.
 
     Args:
@@ -101,18 +103,18 @@ def tapped(found: list[FFN], receive: Receive, masks: TokenMasks) -> Iterator[No
         for ffn in found:
             if ffn.layout.experts:
                 for owner in dict.fromkeys(ffn.owners.values()):
-                    handles += _tap_experts(ffn, owner, receive, masks)
+                    handles += _hook_experts(ffn, owner, receive, masks)
                 continue
             # owners that share their weights share these very modules, or hold others with the same parameters
             for owner in {ffn.linear("down", owner): owner for owner in ffn.owners.values()}.values():
-                handles += _tap(ffn, owner, receive, masks)
+                handles += _hook_linears(ffn, owner, receive, masks)
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _tap(ffn: FFN, owner: nn.Module, receive: Receive, masks: TokenMasks) -> list[Any]:
+def _hook_linears(ffn: FFN, owner: nn.Module, receive: Receive, masks: TokenMasks) -> list[Any]:
     held: dict[str, Tensor] = {}
 
     def take_input(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -121,18 +123,18 @@ def _tap(ffn: FFN, owner: nn.Module, receive: Receive, masks: TokenMasks) -> lis
     def finish(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         x, hidden = held.pop("input"), args[0]
         x_flat, h_flat, y_flat = (t.reshape(-1, t.shape[-1]) for t in (x, hidden, output))
-        receive(ffn, Flow(x_flat, h_flat, y_flat, masks.of(ffn.name, x)))
+        receive(ffn, Activations(x_flat, h_flat, y_flat, masks.of(ffn.name, x)))
 
     up, down = ffn.linear("up", owner), ffn.linear("down", owner)
     return [up.register_forward_pre_hook(take_input), down.register_forward_hook(finish)]
 
 
-def _tap_experts(ffn: FFN, owner: nn.Module, receive: Receive, masks: TokenMasks) -> list[Any]:
+def _hook_experts(ffn: FFN, owner: nn.Module, receive: Receive, masks: TokenMasks) -> list[Any]:
     def finish(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         for number, x, share in routed(ffn, args, kwargs, partial(masks.of, ffn.name)):
             if len(x):
                 inner, hidden, result = expert_forward(ffn, module, number, x)
-                receive(ffn, Flow(inner, hidden, result, weights=share, expert=number))
+                receive(ffn, Activations(inner, hidden, result, weights=share, expert=number))
 
     return [owner.register_forward_hook(finish, with_kwargs=True)]
 

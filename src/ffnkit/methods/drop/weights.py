@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ffnkit.calibration.batches import Batch, run
 from ffnkit.calibration.masks import TokenMasks
 from ffnkit.calibration.statistics import ColumnSquares
-from ffnkit.calibration.taps import Flow, tapped
+from ffnkit.calibration.taps import Activations, hooked
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
@@ -194,11 +194,11 @@ def column_norms(model: nn.Module, batches: Iterable[Batch], found: list[Prunabl
     places |= {name: (ffn.stack, list(ffn.owners)) for name, ffn in experts.items()}
     masks = TokenMasks(model, places)
 
-    def of_experts(ffn: FFN, flow: Flow) -> None:
+    def of_experts(ffn: FFN, acts: Activations) -> None:
         for site in ffn.sites:
-            sums[ffn.name, site, flow.expert].update((flow.hidden if site == "down" else flow.input, flow.weights))
+            sums[ffn.name, site, acts.expert].update((acts.hidden if site == "down" else acts.input, acts.weights))
 
-    with masks.watching(), _listening(linears, masks, sums), tapped(list(experts.values()), of_experts, masks):
+    with masks.watching(), _listening(linears, masks, sums), hooked(list(experts.values()), of_experts, masks):
         run(model, batches, before=masks.start)
     return {each.label: _norms(sums, each) for each in found}
 

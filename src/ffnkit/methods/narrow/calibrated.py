@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.replay import Replay
+from ffnkit.calibration.replay import Blockwise
 from ffnkit.calibration.statistics import HeldInputs, HiddenMoments, Statistics
-from ffnkit.calibration.taps import Flow
+from ffnkit.calibration.taps import Activations
 from ffnkit.edits import Edit, ReplaceNeurons, ScaleInputs
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, generator, lifted, need_data, norms
@@ -79,10 +79,10 @@ class CalibratedFusion(Narrowing):
             check_weights(ffn.raw(), ffn.name)
         by_name: dict[str, list[Edit]] = {}
         quantities: dict[str, dict[str, float]] = {}
-        with Replay(model, batches, [ffn for ffn, _ in found]) as replay:
-            for group in replay.groups:
+        with Blockwise(model, batches, [ffn for ffn, _ in found]) as blocks:
+            for group in blocks.groups:
                 seen = observing(group, self.tokens if self.refine else 0)
-                replay.watch(group, seen.update, last=not self.sequential)
+                blocks.watch(group, seen.update, last=not self.sequential)
                 made: dict[str, Neurons] = {}
                 for ffn in group:
                     neurons, factor, error = self._narrow(ffn, seen, widths[ffn.name])
@@ -97,8 +97,8 @@ class CalibratedFusion(Narrowing):
                         progress(len(by_name), len(found), ffn.name)
                 if self.sequential:
                     for ffn in group:
-                        replay.install(ffn, made.pop(ffn.name))
-                replay.advance(group)
+                        blocks.install(ffn, made.pop(ffn.name))
+                blocks.advance(group)
         return Draft(tuple(edit for ffn, _ in found for edit in by_name[ffn.name]), quantities)
 
     def _narrow(self, ffn: FFN, seen: Statistics[Part], width: int) -> tuple[Neurons, Tensor, float]:
@@ -187,8 +187,8 @@ class Part:
     def moments(self) -> Moments:
         return self.hidden.moments
 
-    def update(self, flow: Flow) -> None:
-        rows = flow.counted()
+    def update(self, acts: Activations) -> None:
+        rows = acts.counted()
         self.hidden.update(rows)
         self.held.update(rows)
 
