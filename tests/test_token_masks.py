@@ -15,10 +15,10 @@ from families import BART, CLIP_TEXT, ENCODER, FAMILIES, IMAGE, T5
 from family import redraw
 from torch import Tensor, nn
 
+from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.calibration.features import passages
+from ffnkit.calibration.hooks import Activations, watch
 from ffnkit.calibration.masks import TokenMasks
-from ffnkit.calibration.replay import Blockwise
-from ffnkit.calibration.taps import Activations, watch
 from ffnkit.methods.drop.heads import head_activity
 from ffnkit.methods.drop.weights import column_norms, prunable
 from ffnkit.model.attention import attentions

@@ -169,7 +169,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "moments-not-centred",
         "self.second(last=last).addr_(mean, mean, alpha=-1)",
         "self.second(last=last)",
-        "test_replay.py test_methods.py test_budget.py",
+        "test_blockwise.py test_methods.py test_budget.py",
         "calibrated or moments or curve or output_bias",
     ),
     M(
@@ -392,7 +392,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "trial-not-taken-back",
         "            vars(module).update(numbers)\n",
         "            pass\n",
-        "test_analysis.py test_budget.py test_replay.py",
+        "test_analysis.py test_budget.py test_blockwise.py",
     ),
     M(
         "mode-not-restored",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ffnkit.budget.probe import Ending
 from ffnkit.budget.sizes import Room
 from ffnkit.calibration.batches import Batch
-from ffnkit.calibration.replay import Blockwise
+from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.calibration.statistics import Statistics
 from ffnkit.methods.common import lifted, norms, singles
 from ffnkit.methods.narrow.calibrated import Part, observing

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.calibration.masks import TokenMasks
-from ffnkit.calibration.replay import Blockwise
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name
 from ffnkit.ops.neurons import Neurons

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, checked, kept, run
+from ffnkit.calibration.hooks import Activations, hooked, watch
 from ffnkit.calibration.masks import TokenMasks
 from ffnkit.calibration.statistics import Rows
-from ffnkit.calibration.taps import Activations, hooked, watch
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name

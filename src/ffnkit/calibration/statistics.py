@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, checked
-from ffnkit.calibration.taps import Activations, watch
+from ffnkit.calibration.hooks import Activations, watch
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import SPOOL_FROM, disk_errors, spool
 from ffnkit.model.ffn import FFN

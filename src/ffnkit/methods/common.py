@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, check_batches
+from ffnkit.calibration.hooks import watch
 from ffnkit.calibration.statistics import NeuronSquares, Statistics
-from ffnkit.calibration.taps import watch
 from ffnkit.edits import ClusterNeurons
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, run
+from ffnkit.calibration.hooks import Activations, hooked
 from ffnkit.calibration.masks import TokenMasks
 from ffnkit.calibration.statistics import ColumnSquares
-from ffnkit.calibration.taps import Activations, hooked
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns

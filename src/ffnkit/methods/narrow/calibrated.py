@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.replay import Blockwise
+from ffnkit.calibration.blockwise import Blockwise
+from ffnkit.calibration.hooks import Activations
 from ffnkit.calibration.statistics import HeldInputs, HiddenMoments, Statistics
-from ffnkit.calibration.taps import Activations
 from ffnkit.edits import Edit, ReplaceNeurons, ScaleInputs
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, generator, lifted, need_data, norms

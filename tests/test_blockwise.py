@@ -10,8 +10,8 @@ from families import FAMILIES
 from test_contract import same, snapshot
 from tolerance import assert_close, relative_error
 
-from ffnkit.calibration.replay import Blockwise
-from ffnkit.calibration.taps import Activations, watch
+from ffnkit.calibration.blockwise import Blockwise
+from ffnkit.calibration.hooks import Activations, watch
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 
