@@ -164,3 +164,14 @@ def test_labels_are_left_out_or_kept_as_asked() -> None:
     run(writes, [{"input_ids": torch.full((1, 3), 7), "labels": torch.full((1, 2), 8)}])
     with pytest.raises(ValueError):  # whose decoder has no inputs without them
         run(writes, [{"input_ids": torch.full((1, 3), 7)}])
+
+
+def test_gradients_that_were_there_stay() -> None:
+    model = _model()
+    held = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.grad = held[name]
+    frozen = next(model.parameters()).requires_grad_(False)
+    fk.plan(model, fk.DSEE(support="gradient"), data=_batches(model))
+    assert all(parameter.grad is held[name] for name, parameter in model.named_parameters())
+    assert [parameter for parameter in model.parameters() if not parameter.requires_grad] == [frozen]
