@@ -367,3 +367,23 @@ def test_a_compressed_decoder_still_generates(tmp_path: Path) -> None:
     again = fk.load(tmp_path / "out")
     assert torch.equal(again.generate(prompt, max_new_tokens=6, do_sample=False), expected)
     assert copy.deepcopy(again).generate(prompt, max_new_tokens=6, do_sample=False).shape == expected.shape
+
+
+def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
+    model: Any = bert()
+    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, restarts=1)))
+    fk.save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["format"] += 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FfnkitError, match="format"):
+        fk.load(tmp_path)
+
+
+def test_an_export_that_gives_other_outputs_is_not_put_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ffnkit.model.probe.compare", lambda *_: 0.5)
+    with pytest.raises(FfnkitError, match="outputs differ"):
+        fk.export(bert(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

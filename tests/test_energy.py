@@ -279,3 +279,9 @@ def test_command_line(bert: Path, llama: Path, data: Path, notes: Path, tmp_path
     assert "Lower --batches" in bad(*words, "--batches", 30)
     assert "not numbers" in bad(*words, "--shares", "a")
     assert "Leave it out" in bad(*words, "--methods", "svd") and "one of them" in bad(*words, "--similarity")
+
+
+def test_tables_show_the_share_that_is_nearest_to_one_percent() -> None:
+    model, batches = labelled("gpt2", 2)
+    found = gradient_energy(model, batches[:1], batches[1:], shares=(0.001, 0.012, 0.5), layer_bases=False)
+    assert found.reference == 1 and "in 1.2% of its entries" in str(found)

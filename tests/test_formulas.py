@@ -144,3 +144,68 @@ def test_a_saved_model_holds_no_parts_of_its_updates(tmp_path: Path) -> None:
     fk.save(model, tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert set(file.keys()) <= names
+
+
+def test_lora_is_scaled_by_alpha_over_rank() -> None:
+    from ffnkit import tune
+
+    model: Any = FAMILIES["bert"].model()
+    before = model.bert.encoder.layer[0].output.dense.weight.detach().clone()
+    tuner = tune.get({"name": "lora", "rank": 2, "alpha": 5})
+    tuned: Any = tuner.prepare(model)
+    state = {}
+    for name, parameter in tuned.named_parameters():
+        if "layer.0.output.dense.lora_" in name and "attention" not in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(state)))
+            state[name.split(".lora_")[1][0]] = parameter.detach().clone()
+    plain: Any = tuner.finish(tuned)
+    after = plain.bert.encoder.layer[0].output.dense.weight
+    assert_close(after - before, 5 / 2 * state["B"] @ state["A"], rel=1e-5)
+
+
+def test_adam_gets_its_own_factors(tmp_path: Path) -> None:
+    from ffnkit.tune import TrainSettings
+    from ffnkit.tune.arguments import training_arguments
+
+    settings = TrainSettings(betas=(0.8, 0.95), eps=1e-7, weight_decay=0.03, learning_rate=2e-4)
+    found = training_arguments(settings, "accuracy", tmp_path, 3, False)
+    assert (found.adam_beta1, found.adam_beta2, found.adam_epsilon) == (0.8, 0.95, 1e-7)
+    assert (found.weight_decay, found.learning_rate, found.seed, found.data_seed) == (0.03, 2e-4, 3, 3)
+
+
+def test_losses_of_batches_are_weighed_by_their_labels() -> None:
+    from ffnkit.report.sparsity import merge_costs
+
+    family = FAMILIES["bert"]
+    model: Any = family.model()
+    inputs, labels = family.inputs(model), torch.tensor([0, 2])
+    one = {**{key: value[:1] for key, value in inputs.items()}, "labels": labels[:1]}
+    both = {**inputs, "labels": labels}
+    fk.apply(model, fk.plan(model, fk.DSEE(rank=2, nonzeros=3)))
+    with torch.no_grad():
+        losses = [float(model(**batch).loss) for batch in (one, both)]
+    assert abs(losses[0] - losses[1]) > 1e-3
+    assert merge_costs(model, [one, both]).apart == pytest.approx((losses[0] + 2 * losses[1]) / 3, rel=1e-5)
+
+
+def test_a_head_that_was_read_counts_as_no_drawn_one(tmp_path: Path) -> None:
+    import transformers
+
+    from ffnkit.io.loading import drawn_head
+
+    model: Any = FAMILIES["bert"].model()
+    model.save_pretrained(tmp_path / "whole")
+    model.bert.save_pretrained(tmp_path / "body")
+    config = {"architectures": ["BertForSequenceClassification"], "num_labels": 3}
+    assert drawn_head(fk.load(tmp_path / "whole")) == ()
+    opened = transformers.AutoConfig.from_pretrained(tmp_path / "body", **config)
+    assert drawn_head(fk.load(tmp_path / "body", config=opened)) == ("classifier.weight", "classifier.bias")
+
+
+def test_clustering_puts_the_root_of_the_size_on_both_sides() -> None:
+    before = weights("bert", FAMILIES["bert"].model())
+    after = weights("bert", compressed("bert", methods.build("clustering", width=1)))
+    for old, new in zip(before, after, strict=True):
+        root = len(old["up"]) ** 0.5
+        assert_close(new["up"][0], root * old["up"].mean(0), rel=1e-5, what="up")
+        assert_close(new["down"][:, 0], root * old["down"].mean(1), rel=1e-5, what="down")

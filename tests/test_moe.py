@@ -26,9 +26,9 @@ import ffnkit as fk
 from ffnkit import methods, tune
 from ffnkit.cli.tuning import merged
 from ffnkit.errors import FfnkitError
+from ffnkit.model.experts import router_parameters, routers
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.model.routers import router_parameters, routers
 from ffnkit.tasks import Task
 from ffnkit.tasks.base import Source
 from ffnkit.tasks.words import WordsTask

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from ffnkit.edits import Edit, Shape, build, known
 from ffnkit.edits.base import notes
+from ffnkit.edits.order import check_normal
 from ffnkit.edits.slicing import check_cuttable
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import disk_errors
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
+from ffnkit.model.linear import check_untouched
 from ffnkit.ops.neurons import Neurons
 
 FORMAT = 1
@@ -112,6 +114,38 @@ class Plan:
         share = 100 * self.saved_parameters / max(self.parameters, 1)
         lines.append(f"  model: {self.parameters:,} -> {after_all:,} parameters ({share:.1f}% fewer)")
         return "\n".join(lines)
+
+    # --- with others
+
+    def then(self, later: Plan) -> Plan:
+        """This plan and one that was made for the model that it leaves, as one plan for the model as it is.
+
+        Edits of one place go by ``edits.base.Stage``: layers, experts, heads, neurons, scales, ties, thin pairs, masks,
+        updates; each once (``edits.order``).
+
+        Raises:
+            FfnkitError: it was made for another model, edits a place twice or in another order, or comes after layers
+                went: apply this plan first then, and that one to what it leaves.
+        """
+        asked = f"{later.method} after {self.method}"
+        if later.model != self.model or later.parameters != self.parameters - self.saved_parameters:
+            what = f"it was made for {later.model} of {later.parameters:,} parameters"
+            left = self.parameters - self.saved_parameters
+            raise FfnkitError(asked, what, f"Plan it for what this plan leaves, {self.model} of {left:,}")
+        if any(edit.renumbers for edit in self.edits):
+            raise FfnkitError(asked, "the layers have other numbers by then", "Apply the first, then plan the second")
+        edits = (*self.edits, *later.edits)
+        check_normal(edits)
+        return Plan(
+            method=f"{self.method}+{later.method}",
+            settings={"methods": [{"method": p.method, **p.settings} for p in (self, later)]},
+            model=self.model,
+            edits=edits,
+            shapes={**later.shapes, **self.shapes},
+            parameters=self.parameters,
+            quantities={**self.quantities, **later.quantities},
+            report={p.method: p.report for p in (self, later) if p.report},
+        )
 
     # --- whether it fits
 
@@ -259,15 +293,13 @@ def plan(
     Raises:
         FfnkitError: naming model and method, where the settings do not fit the model.
     """
+    check_untouched(model, f"{method.name} on {type(model).__name__}")
     try:
         shapes = {ffn.name: Shape.of(ffn) for ffn in ffns(model)}
         with torch.no_grad():
             draft = method.draft(model, data, progress)
     except FfnkitError as error:
         asked = f"{method.name} on {type(model).__name__}"
-        if any(hasattr(module, "base_layer") for module in model.modules()):  # linears that nobody recognizes
-            what = f"it carries an adapter of peft ({error.asked}: {error.found})"
-            raise FfnkitError(asked, what, "Merge the adapter first") from error
         raise error.within(asked) from error
     return Plan(
         method=method.name,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ffnkit.calibration.batches import Batch
 from ffnkit.calibration.gradients import weight_gradients
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.update.sparsegrad import kind_of, shape_of
+from ffnkit.methods.update.sparsegrad import kind_of
+from ffnkit.model.linear import features
 from ffnkit.ops.bases import Grams, core_of, turned
 from ffnkit.plans import Progress
 
@@ -95,7 +96,7 @@ def measure(
     progress: Progress | None = None,
 ) -> list[Measured]:
     """All figures; ``states`` put the model into the state after each step, the first one before anything else."""
-    types = {name: f"{kind_of(name)} {shape_of(linear)}" for name, linear in linears.items()}
+    types = {name: f"{kind_of(name)} {features(linear)}" for name, linear in linears.items()}
     parts = _parts(linears, settings)
     rounds = len(batches) * (1 + len(parts) * (2 if settings.layer_bases else 1))
     total, done = rounds + len(fresh) * len(parts) * len(states), 0
@@ -110,12 +111,12 @@ def measure(
 
     states[0]()
     shared = shared_bases(model, linears, types, told(batches, "bases"), settings.reach)
-    draws = {shape: random_pair(*shape, settings.seed) for shape in {shape_of(linear) for linear in linears.values()}}
+    draws = {shape: random_pair(*shape, settings.seed) for shape in {features(linear) for linear in linears.values()}}
     result: list[Measured] = []
     for part in parts:
         states[0]()
         frames = _frames(model, part, {name: shared[types[name]] for name in part}, batches, settings, told)
-        rows = {name: Measured(name, types[name], shape_of(linear)) for name, linear in part.items()}
+        rows = {name: Measured(name, types[name], features(linear)) for name, linear in part.items()}
         for name, row in rows.items():
             _choose(row, frames[name], settings)
         for number, state in enumerate(states):
@@ -182,7 +183,7 @@ def _parts(linears: dict[str, nn.Module], settings: Settings) -> list[dict[str, 
     parts: list[dict[str, nn.Module]] = [{}]
     held = 0
     for name, linear in linears.items():
-        out, inner = shape_of(linear)
+        out, inner = features(linear)
         # moments of a basis of its own in float64; sums of squares and the order of entries for two or three bases
         size = (
             8 * (out * out + inner * inner) * settings.layer_bases + (44 if settings.layer_bases else 32) * out * inner

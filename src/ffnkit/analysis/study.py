@@ -20,7 +20,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import drawn_head
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.model.layers import select
+from ffnkit.model.targets import select
 from ffnkit.plans import Method, Plan, Progress, plan
 
 DRAWN = "the head was drawn at random, so f of the kernel is a random function of the last hidden state"

@@ -114,12 +114,19 @@ def forward(model: nn.Module, batch: Batch, *, labels: bool = False) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, so no dropout, inside the block; each module's own mode afterwards, whatever happens."""
+    """Eval mode, so no dropout, inside the block; each module's own mode, and the config's kind of problem, afterwards.
+
+    Classifiers write into their config what kind of problem the labels that they saw are.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
     model.eval()
     try:
         yield
     finally:
+        if config is not None and getattr(config, "problem_type", None) != problem:
+            config.problem_type = problem
         for module, mode in modes:
             module.training = mode
 

@@ -19,6 +19,7 @@ from ffnkit.calibration.hooks import Activations, hooked, watch
 from ffnkit.calibration.masks import TokenMasks
 from ffnkit.calibration.statistics import Rows
 from ffnkit.errors import FfnkitError
+from ffnkit.model.attention import attention_linears
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name
 from ffnkit.model.linear import is_linear, output_width
@@ -120,8 +121,8 @@ def _values(ffn: FFN, acts: Activations, kind: str) -> Tensor:
 def attention_outputs(model: nn.Module, batch: Batch, found: list[FFN]) -> dict[str, nn.Module]:
     """The output projection of the self-attention in each FFN's layer, by the FFN's name.
 
-    Found by running one batch: of the linears to d below a module named after attention (cross-attention left out),
-    the one that runs last.
+    Found by running one batch: of the attention linears to d (those of cross-attention left out), the one that runs
+    last.
 
     Raises:
         FfnkitError: a layer without one.
@@ -133,6 +134,7 @@ def attention_outputs(model: nn.Module, batch: Batch, found: list[FFN]) -> dict[
         ran[layer] = (name, module)
 
     layers = {block_name(ffn.name): ffn for ffn in found}
+    attending = set(attention_linears(model))
     own = {id(ffn.linear(site)) for ffn in found for site in ffn.sites}
     try:
         for name, module in model.named_modules():
@@ -141,7 +143,8 @@ def attention_outputs(model: nn.Module, batch: Batch, found: list[FFN]) -> dict[
                 continue
             path = name[len(layer) :].lower()
             cross = re.search(r"cross|encoder_attn|encdec", path)
-            if re.search(r"att|\.mixer", path) and not cross and output_width(module) == layers[layer].d:
+            mixes = name in attending or ".mixer" in path  # mixers stand in attention's place
+            if mixes and not cross and output_width(module) == layers[layer].d:
                 handles.append(module.register_forward_hook(partial(note, layer, name)))
         run(model, [batch])
     finally:

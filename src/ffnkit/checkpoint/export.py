@@ -18,6 +18,7 @@ from ffnkit.io.loading import check_weights, open_errors, run_uneven_experts
 from ffnkit.model import probe
 from ffnkit.model.attention import attentions
 from ffnkit.model.finding import ffns
+from ffnkit.model.linear import check_untouched
 from ffnkit.surgery.description import width_keys
 
 
@@ -68,6 +69,7 @@ def export(
     Raises:
         FfnkitError: where it cannot be written, or does not reload equal.
     """
+    check_untouched(model, f"exporting {type(model).__name__}")
     check_weights(model, type(model).__name__)
     found = ffns(model)
     keys = width_keys(model, found)

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from ffnkit.io import files
 from ffnkit.io.loading import check_weights
 from ffnkit.model.finding import ffns, has_ffns
-from ffnkit.model.inventory import inspect
+from ffnkit.model.inspect import inspect
+from ffnkit.model.linear import check_untouched
 from ffnkit.nn.adapted import adapted, plain_state
 from ffnkit.surgery.description import description, is_plain_model, original_widths, update_config, width_keys
 
@@ -60,6 +61,7 @@ def save(
     Raises:
         FfnkitError: no space, not writable, a file in the way, NaN weights, a shape that the form cannot hold.
     """
+    check_untouched(model, f"saving {type(model).__name__}")
     check_weights(model, type(model).__name__)
     _sync_config(model)
     if adapted(model):  # weights are saved with the updates in them

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
-from ffnkit.cli.app import app, main
+from typing import Any
 
-__all__ = ["app", "main"]
+
+def __getattr__(name: str) -> Any:
+    """``app`` and ``main`` bring all commands with them, and are there on first use."""
+    if name not in ("app", "main"):
+        raise AttributeError(f"module 'ffnkit.cli' has no attribute '{name}'")
+    from ffnkit.cli import program
+
+    return getattr(program, name)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from ffnkit.cli import console, options
-from ffnkit.cli.app import app
+from ffnkit.cli.application import app
 from ffnkit.cli.data_options import DATA, DataDir, TaskName, Tokenizer
 from ffnkit.cli.outputs import check_output
 from ffnkit.errors import FfnkitError

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ffnkit.cli import console, describe, options
-from ffnkit.cli.app import app
+from ffnkit.cli.application import app
 from ffnkit.cli.budgets import Budget
 from ffnkit.cli.calibration import Calibration
 from ffnkit.cli.data_options import DATA, DataDir, TaskName, Tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ffnkit.cli import console, describe
-from ffnkit.cli.app import app
+from ffnkit.cli.application import app
 from ffnkit.cli.options import Json
 
 PANEL = "What there is"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ffnkit.cli import console, options
-from ffnkit.cli.app import app
+from ffnkit.cli.application import app
 
 
 @app.command(rich_help_panel="The main job")

@@ -10,7 +10,7 @@ import typer
 
 from ffnkit.cli import console, describe, options
 from ffnkit.cli import data_options as data
-from ffnkit.cli.app import app
+from ffnkit.cli.application import app
 from ffnkit.cli.outputs import check_output
 from ffnkit.errors import FfnkitError
 

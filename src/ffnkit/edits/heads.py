@@ -14,18 +14,18 @@ from ffnkit.edits.slicing import slice_linears, slice_parameter
 from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import Attention
 from ffnkit.model.families.attentions import ROLES, Role, places
-from ffnkit.model.weights import stored_weight
+from ffnkit.model.families.keys import (
+    GROUPS_ATTRIBUTE,
+    HEADS_ATTRIBUTES,
+    INNER_WIDTH_ATTRIBUTES,
+    KV_HEADS_ATTRIBUTES,
+    KV_WIDTH_ATTRIBUTE,
+)
+from ffnkit.model.linear import stored_weight
 from ffnkit.nn.adapted import Adapted
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.narrowed import Kept, narrow
 from ffnkit.nn.special import Special, fit
-
-# The names under which modules remember their heads; kept true when heads go.
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
-_WIDTHS = ("all_head_size", "inner_dim", "split_size", "embed_dim")  # where they are heads times width
-_GROUPS = "num_key_value_groups"
-_KV_WIDTH = "kv_dim"
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,13 +186,13 @@ def _remember(module: nn.Module, before: dict[Role, int], now: dict[Role, int], 
     """Counts and widths that a module computes with."""
     own = {name: value for name, value in vars(module).items() if type(value) is int}
     for name in own:
-        if name in _HEADS:
+        if name in HEADS_ATTRIBUTES:
             setattr(module, name, now["q"])
-        elif name in _KV_HEADS:
+        elif name in KV_HEADS_ATTRIBUTES:
             setattr(module, name, now["k"])
-        elif name in _WIDTHS and own[name] == before["q"] * width:
+        elif name in INNER_WIDTH_ATTRIBUTES and own[name] == before["q"] * width:
             setattr(module, name, now["q"] * width)
-        elif name == _KV_WIDTH:
+        elif name == KV_WIDTH_ATTRIBUTE:
             setattr(module, name, now["k"] * width)
-        elif name == _GROUPS:
+        elif name == GROUPS_ATTRIBUTE:
             setattr(module, name, now["q"] // now["k"])

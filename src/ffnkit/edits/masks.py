@@ -16,8 +16,7 @@ from ffnkit.edits.slicing import check_ffn_untied
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spooled
 from ffnkit.model.ffn import FFN
-from ffnkit.model.linear import is_transposed
-from ffnkit.model.weights import check_float, is_maskable, stored_weight
+from ffnkit.model.linear import check_float, is_maskable, is_transposed, stored_weight
 from ffnkit.nn.adapted import Adapted
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.special import Special, oriented
@@ -39,7 +38,7 @@ class Mask(Edit):
     bits: Tensor
 
     kind: ClassVar[str] = "Mask"
-    layer: ClassVar[str] = "masked"
+    layer: ClassVar[type[Special]] = Masked
     stage: ClassVar[Stage] = Stage.MASK
     precedence: ClassVar[int] = 5
 
@@ -66,6 +65,10 @@ class Mask(Edit):
     @property
     def touched(self) -> tuple[str, ...]:
         return (self.target,) if self.site else ()  # a linear's mask changes no FFN's shape
+
+    @property
+    def repeats(self) -> bool:
+        return not self.site  # what two masks keep stays
 
     @property
     def asked(self) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ffnkit.edits.base import Writer
 from ffnkit.errors import FfnkitError
-from ffnkit.model.families.ffns import WIDTH_ATTRIBUTES
+from ffnkit.model.families.keys import WIDTH_ATTRIBUTES
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import is_transposed
 from ffnkit.nn.adapted import Adapted

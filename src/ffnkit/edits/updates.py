@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ffnkit.edits.base import Edit, Own, Quantities, Stage, Writer, notes
 from ffnkit.errors import FfnkitError
-from ffnkit.model.weights import stored_weight
+from ffnkit.model.linear import stored_weight
 from ffnkit.nn.adapted import Adapted, fingerprint
 from ffnkit.nn.coefficients import Coefficients
 from ffnkit.nn.dsee import sparse_low_rank
@@ -113,6 +113,7 @@ class UpdateLinear(Edit):
         factors, l1 = parts.pop("coefficients", None), given.pop("l1", 0.0)
         if "left" in parts:
             given["bases"] = writer.bases(parts.pop("left"), parts.pop("right"), linear.weight)
+        parts = {name: value.clone() for name, value in parts.items()}  # a plan's tensors stay its own
         layer = LAYERS[self.layer](linear, **given, **parts)
         if factors is not None:
             layer.use_coefficients(factors, l1)

@@ -17,9 +17,9 @@ from ffnkit.edits import ClusterNeurons
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.model.layers import resolve_width, select
-from ffnkit.model.parts import PARTS
-from ffnkit.model.sites import targets as sited
+from ffnkit.model.targets import resolve_width, select
+from ffnkit.model.targets import targets as sited
+from ffnkit.model.trainable import PARTS
 from ffnkit.nn.special import Special
 from ffnkit.ops.clusters import cluster_neurons
 from ffnkit.ops.neurons import Neurons

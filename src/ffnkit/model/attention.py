@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.model.families.attentions import ATTENTION_LAYOUTS, BLOCKS, ROLES, AttentionLayout, Role, places
-from ffnkit.model.finding import place
-from ffnkit.model.linear import descend, features, is_linear, is_transposed
-from ffnkit.nn.adapted import Adapted
+from ffnkit.model.families.attentions import BLOCKS, ROLES, AttentionLayout, Role, attention_layouts, places
+from ffnkit.model.families.keys import HEAD_DIM_ATTRIBUTES, INCOMING
+from ffnkit.model.finding import ffns, has_ffns, middle_layout, place
+from ffnkit.model.linear import descend, features, is_linear, linears, obstacle, own_weight, stored_weight
 from ffnkit.nn.narrowed import Kept, kept, plain_class
 
-_HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
-_INCOMING = ("position_bias", "alibi")  # what is computed once for all heads, and passed to every layer
+_NAMED = re.compile(r"att(ention|n)", re.IGNORECASE)  # of a class, or of what holds the module
 _CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
 _AFTER = re.compile(r"(^|\.)(output\.)?(LayerNorm|layer_norm)\.")  # norms of what leaves the attention
 
@@ -59,7 +58,7 @@ class Attention:
     @property
     def head_dim(self) -> int:
         """Width of one head."""
-        values = (getattr(self.inner, name, None) for name in _HEAD_DIM)
+        values = (getattr(self.inner, name, None) for name in HEAD_DIM_ATTRIBUTES)
         return next((int(value) for value in values if isinstance(value, int)), 0)
 
     @property
@@ -100,13 +99,13 @@ class Attention:
         if getattr(getattr(self.inner, "config", None), "alibi", None) is False:
             return ""
         accepted = inspect.signature(plain_class(self.inner).forward).parameters
-        return next((name for name in _INCOMING if name in accepted), "")
+        return next((name for name in INCOMING if name in accepted), "")
 
     @property
     def num_parameters(self) -> int:
         """Numbers in the linears and in what goes with their heads."""
-        linears = {id(m): m for m in (self.linear(role) for role in (*ROLES, "o"))}
-        own = [p for m in linears.values() for p in _weights(m)]
+        each = {id(m): m for m in (self.linear(role) for role in (*ROLES, "o"))}
+        own = [p for m in each.values() for p in _weights(m)]
         return sum(p.numel() for p in [*own, *(p for _, p, _ in self.following())])
 
     @property
@@ -187,12 +186,6 @@ class Attention:
         return weight[self.rows(role).to(weight.device)]
 
 
-def own_weight(linear: Any) -> Tensor:
-    """A linear's weight (out, in), without an update that trains beside it."""
-    weight: Tensor = (linear.base if isinstance(linear, Adapted) else linear.weight).detach()
-    return weight.mT if is_transposed(linear) else weight
-
-
 # --- finding ------------------------------------------------------------------------------------------------------
 
 
@@ -221,8 +214,38 @@ def find(model: nn.Module, name: str) -> Attention:
     return found[name]
 
 
+def attention_modules(model: nn.Module) -> list[str]:
+    """The modules that are attention, by name: those of a known row, and those named after it that hold none of them.
+
+    A block that holds a known attention and more (SAM's two-way blocks, with an FFN) is none, whatever its name.
+    """
+    known = [name for each in attentions(model) for name in (each.name, *each.twins)]
+    inside = tuple(f"{name}." for name in known)
+    named = [n for n, m in model.named_modules() if _NAMED.search(f"{type(m).__name__} {n.rpartition('.')[2]}")]
+    outer = [name for name in named if not any(each.startswith(f"{name}.") for each in known)]
+    return known + [name for name in outer if name not in known and not name.startswith(inside)]
+
+
+def attention_linears(model: nn.Module) -> list[str]:
+    """The linears of attention by name, in the order of the modules; a linear of an FFN is never one."""
+    owners = tuple(f"{name}." if name else "" for name in attention_modules(model))
+    taken = _ffn_linears(model)
+    return [name for name, linear in linears(model) if name.startswith(owners) and id(linear) not in taken]
+
+
+def _ffn_linears(model: nn.Module) -> set[int]:
+    """ids of the linears of FFNs, of those too that ffnkit does not edit for what stands in between."""
+    found = ffns(model) if has_ffns(model) else []
+    taken = {
+        id(linear) for ffn in found if not ffn.layout.experts for site in ffn.sites for linear in ffn.linears(site)
+    }
+    owners = [(module, middle_layout(module)) for module in model.modules()]
+    paths = [(m, path) for m, row in owners if row is not None for path in (row.up, row.gate or row.up, row.down)]
+    return taken | {id(descend(module, path)) for module, path in paths}
+
+
 def _match(module: nn.Module) -> AttentionLayout | None:
-    for layout in ATTENTION_LAYOUTS:
+    for layout in attention_layouts():
         paths = (layout.q, layout.k, layout.v, layout.o)
         if not all(is_linear(descend(module, path)) for path in paths):
             continue
@@ -236,6 +259,9 @@ def _obstacle(attention: Attention) -> str:
     """Why heads of this attention cannot go alone, "" where they can."""
     if not attention.head_dim:
         return "the width of a head is not known"
+    for role in (*ROLES, "o"):
+        if (found := obstacle(attention.linear(role))) is not None:
+            return f"its {role} {found[0]}"
     shapes = {role: features(attention.linear(role)) for role in (*ROLES, "o")}
     heads, kv_heads, width = attention.heads, attention.kv_heads, attention.head_dim
     expected = {
@@ -263,5 +289,5 @@ def _obstacle(attention: Attention) -> str:
 
 
 def _weights(linear: Any) -> list[Tensor]:
-    own = [linear.base if isinstance(linear, Adapted) else linear.weight, getattr(linear, "bias", None)]
+    own = [stored_weight(linear), getattr(linear, "bias", None)]
     return [value for value in own if value is not None]

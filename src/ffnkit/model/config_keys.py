@@ -7,22 +7,8 @@ from collections.abc import Iterator
 from torch import nn
 from transformers import PreTrainedConfig
 
+from ffnkit.model.families.keys import OPTIONAL_WIDTH_KEYS, WIDTH_KEYS, WIDTH_KEYS_OF_PARTS
 from ffnkit.model.ffn import FFN
-
-# In the order in which they are tried; the first whose value is the FFN's width names it.
-_WIDTH_KEYS = (
-    "intermediate_size",
-    "intermediate_size_mlp",
-    "n_inner",
-    "d_ff",
-    "ffn_dim",
-    "hidden_dim",
-    "encoder_ffn_dim",
-    "decoder_ffn_dim",
-    "ffn_hidden_size",
-    "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-)
 
 
 def config_tree(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
@@ -44,17 +30,13 @@ def subconfig(config: PreTrainedConfig, path: str) -> PreTrainedConfig:
 
 def width_key(config: PreTrainedConfig, ffn: FFN) -> str | None:
     """The key of a config that holds an FFN's width, None where none does."""
-    preferred: list[str] = []
-    if "shared_expert" in ffn.name:
-        preferred.append("shared_expert_intermediate_size")
-    elif "experts" in ffn.name.split("."):
-        preferred.append("moe_intermediate_size")
-    for stack in ("encoder", "decoder"):
-        if stack in ffn.name.split("."):
-            preferred.append(f"{stack}_ffn_dim")
-    for key in dict.fromkeys([*preferred, *_WIDTH_KEYS]):
+    parts = ffn.name.split(".")
+    if "shared_expert" in ffn.name:  # also as a beginning: shared_experts
+        parts = ["shared_expert", *(part for part in parts if part != "experts")]
+    preferred = [key for part, key in WIDTH_KEYS_OF_PARTS.items() if part in parts]
+    for key in dict.fromkeys([*preferred, *WIDTH_KEYS]):
         value = getattr(config, key, "absent")
-        if value == ffn.width or (key == "n_inner" and value is None):
+        if value == ffn.width or (key in OPTIONAL_WIDTH_KEYS and value is None):
             return key
     return None
 

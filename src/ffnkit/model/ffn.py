@@ -11,9 +11,18 @@ from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
 from ffnkit.model.families.ffns import Layout
-from ffnkit.model.linear import Linear, _shape, is_linear, is_transposed
+from ffnkit.model.linear import (
+    Linear,
+    bare_weight,
+    check_editable,
+    features,
+    is_linear,
+    parameters,
+    stored_weight,
+    true_weight,
+    unwrapped,
+)
 from ffnkit.nn.adapted import Adapted
-from ffnkit.nn.masked import Masked
 from ffnkit.nn.scaled import Scaled
 from ffnkit.nn.served import broadcast, buffer_name, served
 from ffnkit.nn.special import Special
@@ -62,16 +71,16 @@ class FFN:
 
     @property
     def experts(self) -> int:
-        return self._weight("down").shape[0] if self.layout.experts else 0
+        return self._tensor("down").shape[0] if self.layout.experts else 0
 
     @property
     def width(self) -> int:
         """ff, the number of neurons."""
-        return self._features("down")[1]
+        return self.features_of("down")[1]
 
     @property
     def d(self) -> int:
-        return self._features("down")[0]
+        return self.features_of("down")[0]
 
     @property
     def num_parameters(self) -> int:
@@ -125,7 +134,7 @@ class FFN:
         if self.layout.experts:
             return [self.module._parameters[self.path(site)] for site in self.sites]  # type: ignore[misc]
         modules = dict.fromkeys(self.linear(site) for site in self.sites)
-        return [parameter for module in modules for parameter in module.parameters(recurse=False)]
+        return [parameter for module in modules for parameter in parameters(module)]
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -226,6 +235,9 @@ class FFN:
             kinds = ", ".join(f"{site} is {value['kind']}" for site, value in self.special.items())
             do = "Fold the model first (ffnkit.fold), then go on"
             raise FfnkitError(asked, f"{self.name} is edited already ({kinds})", do)
+        for site in self.sites if not self.layout.experts else ():
+            for owner in self.owners:
+                check_editable(self.linear(site, self.owners[owner]), f"{owner}.{self.path(site)}".strip("."), asked)
 
     def check_plain(self, asked: str) -> None:
         """Raises FfnkitError where something special stands in the place of plain weights."""
@@ -234,46 +246,42 @@ class FFN:
             do = "Fold the model first (ffnkit.fold), or take the adapter away"
             raise FfnkitError(asked, f"an update trains beside the weights of {self.name}", do)
 
-    def _weight(self, site: str, owner: nn.Module | None = None) -> Tensor:
-        if self.layout.experts:
-            parameter = (owner or self.module)._parameters[self.path(site)]
-            assert parameter is not None
-            return parameter
-        return self.linear(site, owner).weight  # type: ignore[return-value]
+    def _tensor(self, site: str) -> nn.Parameter:
+        """The parameter of all experts at a site."""
+        parameter = self.module._parameters[self.path(site)]
+        assert parameter is not None
+        return parameter
 
-    def _identity(self, site: str) -> int:
+    def identity(self, site: str) -> int:
         """What FFNs that share this site's weights have in common."""
         if self.layout.experts:
-            return id(self._weight(site))
-        return id(next(self.linear(site).parameters(recurse=False)))
+            return id(self._tensor(site))
+        return id(stored_weight(self.linear(site)))
 
-    def _features(self, site: str) -> tuple[int, int]:
+    def features_of(self, site: str) -> tuple[int, int]:
         """(out, in)."""
         if self.layout.experts:
             return tuple(self.oriented(site).shape[-2:])  # type: ignore[return-value]
-        return _shape(self.linear(site))
+        return features(self.linear(site))
 
     def oriented(self, site: str) -> Tensor:
         """The weight as (out, in)."""
-        weight = self._weight(site)
-        transposed = self.layout.transposed if self.layout.experts else is_transposed(self.linear(site))
-        return weight.mT if transposed else weight
+        if not self.layout.experts:
+            return bare_weight(self.linear(site))
+        return self._tensor(site).mT if self.layout.transposed else self._tensor(site)
 
     def _effective(self, site: str) -> Tensor:
         """The weight as (out, in) with every factor in it."""
         if self.layout.experts:
-            weight = self._weight(site)
+            weight: Tensor = self._tensor(site)
             for name, buffer in served(self.module):
                 if name == self.path(site):
                     weight = weight * broadcast(getattr(self.module, buffer))
             return weight.mT if self.layout.transposed else weight
-        linear, weight = self.linear(site), self.oriented(site)
-        if isinstance(linear, Masked):
-            return weight * (linear.mask.mT if linear.transposed else linear.mask)
-        return weight * linear.scale.to(weight.dtype) if isinstance(linear, Scaled) else weight
+        return true_weight(self.linear(site))
 
     def _bias(self, site: str) -> Tensor | None:
-        return None if self.layout.experts else self.linear(site).bias
+        return None if self.layout.experts else unwrapped(self.linear(site)).bias
 
 
 def activations(ffn: FFN) -> list[Callable[[Tensor], Tensor]]:

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 from torch import nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.model.families.ffns import LAYOUTS, Layout
+from ffnkit.model.families.ffns import Layout, layouts
+from ffnkit.model.families.keys import TOP_K_KEYS
 from ffnkit.model.ffn import FFN
-from ffnkit.model.linear import _shape, descend, is_linear
+from ffnkit.model.linear import descend, features, is_linear, linears, stored_weight
 
 
 def ffns(model: nn.Module) -> list[FFN]:
@@ -27,7 +28,7 @@ def ffns(model: nn.Module) -> list[FFN]:
         if layout is None:
             continue
         ffn = FFN(name, module, layout)
-        key = tuple(ffn._identity(site) for site in ffn.sites)
+        key = tuple(ffn.identity(site) for site in ffn.sites)
         if key in by_weights:
             by_weights[key].twins[name] = module
         else:
@@ -51,7 +52,9 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _match(module: nn.Module, *, middle: bool = False) -> Layout | None:
     """The row that a module fits; with ``middle`` also where something works on the hidden neurons in between."""
-    for layout in LAYOUTS:
+    if not module._modules and not any(p is not None and p.ndim == 3 for p in module._parameters.values()):
+        return None  # most modules; it holds neither linears nor experts
+    for layout in layouts():
         if layout.owner not in ("", type(module).__name__):
             continue
         paths = (layout.up, layout.gate or layout.up, layout.down)
@@ -59,16 +62,16 @@ def _match(module: nn.Module, *, middle: bool = False) -> Layout | None:
             if _are_experts(module, layout, paths):
                 return layout
             continue
-        linears = [descend(module, path) for path in paths]
-        if not all(is_linear(linear) for linear in linears):
+        found: list[Any] = [descend(module, path) for path in paths]
+        if not all(is_linear(linear) for linear in found):
             continue
-        (ff, d), gate_shape, (out, inner) = (_shape(linear) for linear in linears)
+        (ff, d), gate_shape, (out, inner) = (features(linear) for linear in found)
         if layout.fused:
             ff //= 2
         elif gate_shape != (ff, d):
             continue
         # The output may have another width than the input in a few models; those are no plain FFNs.
-        if (out, inner) == (d, ff) and (middle or not _has_middle(module, linears, ff, d)):
+        if (out, inner) == (d, ff) and (middle or not _has_middle(module, found, ff, d)):
             return layout
     return None
 
@@ -86,16 +89,17 @@ def _are_experts(module: nn.Module, layout: Layout, paths: tuple[str, str, str])
     return (number, out, inner) == (down.shape[0], d, rows // 2 if layout.fused else rows)
 
 
-def _has_middle(owner: nn.Module, linears: list[Any], ff: int, d: int) -> bool:
+def _has_middle(owner: nn.Module, found: list[Any], ff: int, d: int) -> bool:
     """Whether something with weights of its own works on the hidden neurons, such as a norm or a convolution.
 
     Then neurons are no independent paths from up to down, and narrowing them changes it.
     """
     if ff == d:
         return False
-    own = {id(linear) for linear in linears}
+    own = {id(linear) for linear in found}
+    inside = {id(module) for linear in found for module in linear.modules()}
     for module in owner.modules():
-        if id(module) in own or is_linear(module):
+        if id(module) in inside or is_linear(module):
             continue
         if any(len(p.shape) in (1, 3, 4) and p.shape[0] == ff for p in module.parameters(recurse=False)):
             return not any(id(child) in own for child in module.children())
@@ -154,7 +158,7 @@ def _top_k(model: nn.Module, owner: nn.Module) -> int:
     config = getattr(owner, "config", None) or getattr(model, "config", None)
     configs = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
     for each in configs:
-        for key in ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "num_selected_experts"):
+        for key in TOP_K_KEYS:
             if isinstance(getattr(each, key, None), int):
                 return int(getattr(each, key))
     return 1
@@ -175,7 +179,7 @@ def _unknown(model: nn.Module) -> FfnkitError:
     if not pairs:
         return FfnkitError(f"the FFNs of {name}", "it has no pair of linears d -> ff -> d", "Name a transformer model")
     owner, up, down = pairs[0]
-    (ff, d) = _shape(model.get_submodule(f"{owner}.{up}" if owner else up))
+    (ff, d) = features(model.get_submodule(f"{owner}.{up}" if owner else up))
     return FfnkitError(
         f"the FFNs of {name}",
         f"no layout is known, but {len(pairs)} pairs of mirrored linears, the first in "
@@ -197,13 +201,9 @@ def mirrored(model: nn.Module, *, without: Container[int] = ()) -> Iterator[tupl
     Args:
         without: ids of weights that are not asked for.
     """
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if is_linear(module) and id(next(module.parameters(recurse=False))) not in without
-    }
+    shapes = {n: features(linear) for n, linear in linears(model) if id(stored_weight(linear)) not in without}
     groups: dict[str, list[str]] = defaultdict(list)
-    for name in linears:
+    for name in shapes:
         parts = name.split(".")
         groups[".".join(parts[:-1])].append(name)
         if len(parts) > 2:
@@ -211,9 +211,9 @@ def mirrored(model: nn.Module, *, without: Container[int] = ()) -> Iterator[tupl
     used: set[str] = set()
     for owner in sorted(groups, key=lambda o: -o.count(".")):
         for up in groups[owner]:
-            ff, d = _shape(linears[up])
+            ff, d = shapes[up]
             for down in groups[owner]:
-                if up not in used and down not in used and ff > d and _shape(linears[down]) in ((d, ff), (d, ff / 2)):
+                if up not in used and down not in used and ff > d and shapes[down] in ((d, ff), (d, ff / 2)):
                     used |= {up, down}
                     start = len(owner) + 1 if owner else 0
                     yield owner, up[start:], down[start:]

@@ -37,7 +37,7 @@ def float_weight(linear: Any) -> Tensor:
 
 def sides(linear: Any) -> tuple[int, int]:
     """(out, in) of a linear; packed weights do not show it."""
-    if in_few_bits(linear):
+    if in_few_bits(linear) or (isinstance(linear, nn.Linear) and not linear.weight.is_floating_point()):
         return int(linear.out_features), int(linear.in_features)
     rows, columns = linear.weight.shape
     return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)

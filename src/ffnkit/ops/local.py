@@ -19,7 +19,8 @@ def forward(neurons: Neurons, x: Tensor, activation: Activation) -> Tensor:
 
 
 def hidden(neurons: Neurons, x: Tensor, activation: Activation) -> Tensor:
-    """What down receives, (n, ff)."""
+    """What down receives, (n, ff), in the dtype of the neurons."""
+    x = x.to(neurons.up.dtype)
     up = nn.functional.linear(x, neurons.up, neurons.up_bias)
     if neurons.gate is None:
         return activation(up)

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 
 from ffnkit.calibration.batches import evaluating
 from ffnkit.errors import FfnkitError
-from ffnkit.model.parts import body
+from ffnkit.model.trainable import body
 from ffnkit.tasks.sequences import affixes, positions
 
 Kind = Literal["causal", "masked"]

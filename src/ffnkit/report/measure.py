@@ -46,7 +46,7 @@ def flops(model: nn.Module) -> int:
 
 def figures(model: nn.Module) -> dict[str, int]:
     """The counts of one row of results: parameters, ffn_parameters, trainable_parameters and FLOPs a token."""
-    from ffnkit.model.inventory import inspect
+    from ffnkit.model.inspect import inspect
 
     seen = inspect(model)
     return {

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ffnkit.calibration.batches import evaluating, forward, prepared
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.weights import Prunable, prunable
-from ffnkit.model.weights import stored_weight
+from ffnkit.model.linear import stored_weight
 from ffnkit.nn.adapted import Adapted, adapted
 from ffnkit.nn.special import oriented
 

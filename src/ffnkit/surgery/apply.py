@@ -13,8 +13,9 @@ from ffnkit.edits import Edit
 from ffnkit.edits.order import check_normal
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import run_uneven_experts
-from ffnkit.model import parts as trainable
+from ffnkit.model import trainable
 from ffnkit.model.finding import ffns
+from ffnkit.model.linear import check_untouched
 from ffnkit.nn.adapted import Adapted, adapted
 from ffnkit.nn.served import folded, served, unserve
 from ffnkit.nn.special import Special
@@ -45,6 +46,7 @@ def apply(model: Model, plan: Plan) -> Model:
 def carry_out(model: nn.Module, edits: Iterable[Edit], plan: Plan | None = None) -> None:
     """Edits on a model in memory: checked, rehearsed on the meta device, then done at once or not at all."""
     edits = tuple(edits)
+    check_untouched(model, f"applying a plan to {type(model).__name__}")
     if plan is not None:
         plan.check_fits({ffn.name: ffn for ffn in ffns(model)}, type(model).__name__)
     check_normal(edits)
@@ -84,6 +86,7 @@ def fold(model: Model, *, masked: bool = False) -> Model:
         masked: where an update goes into a weight that holds zeros (it was pruned), these stay zero; what the update
             did there is lost, so outputs change. Without it the update fills them.
     """
+    check_untouched(model, f"folding {type(model).__name__}")
     with journal(model):
         found = ffns(model)
         keys, original = description.width_keys(model, found), description.original_widths(model, found)

@@ -13,20 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ffnkit.errors import FfnkitError
 from ffnkit.model.config_keys import candidates, config_tree
+from ffnkit.model.families.keys import DEPTH_KEYS, LAYER_NUMBER_ATTRIBUTES
 from ffnkit.model.finding import ffns
-
-# In the order in which they are tried; the first whose value is the stack's depth names it.
-_DEPTH_KEYS = (
-    "encoder_layers",
-    "decoder_layers",
-    "num_decoder_layers",
-    "num_encoder_layers",
-    "num_hidden_layers",
-    "num_layers",
-    "n_layer",
-    "n_layers",
-    "depth",
-)
 
 
 def without_layers(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, str]:
@@ -91,7 +79,7 @@ def _shorten(model: PreTrainedModel, holder: str, gone: list[str]) -> dict[str, 
                 setattr(config, key, type(value)(value[n] for n in numbers))
     for new, old in enumerate(kept):
         for module in before[old].modules():
-            for key in ("layer_idx", "layer_id", "layer_index", "layer_number"):
+            for key in LAYER_NUMBER_ATTRIBUTES:
                 if module.__dict__.get(key) == int(old):
                     setattr(module, key, new)
     stack._modules.clear()
@@ -105,7 +93,7 @@ def _depth(model: PreTrainedModel, holder: str, layers: int) -> list[tuple[PreTr
     other = {"encoder": "decoder", "decoder": "encoder"}.get(word or "")
     two = other is not None and any(other in name.split(".") for name, _ in model.named_modules())
     for config in _configs(model, holder):
-        keys = [key for key in _DEPTH_KEYS if vars(config).get(key) == layers]
+        keys = [key for key in DEPTH_KEYS if vars(config).get(key) == layers]
         if two:
             own = [key for key in keys if word in key.split("_")]
             plain = [key for key in keys if not {"encoder", "decoder"} & set(key.split("_"))]

@@ -15,14 +15,12 @@ from ffnkit.edits.base import Edit
 from ffnkit.edits.slicing import set_width
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import run_uneven_experts
-from ffnkit.model import parts as trainable
+from ffnkit.model import trainable
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.model.linear import is_transposed
-from ffnkit.model.weights import is_maskable, stored_weight
+from ffnkit.model.linear import is_maskable, is_transposed, stored_weight
 from ffnkit.nn.adapted import Adapted, adapted
-from ffnkit.nn.lowrank import LowRank
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.scaled import Scaled
 from ffnkit.nn.served import serve, served, unserve
@@ -30,8 +28,6 @@ from ffnkit.nn.sparsegrad import Bases
 from ffnkit.nn.special import Special, fit
 from ffnkit.ops.neurons import Neurons
 from ffnkit.surgery import description, head_config, layers
-
-_SPECIAL: dict[str, Any] = {kind.kind: kind for kind in (Scaled, LowRank, Masked)}
 
 
 class ModelWriter:
@@ -120,25 +116,26 @@ class ModelWriter:
         """Give an FFN new neurons, any number of them; every owner of its weights follows."""
         resize(ffn, neurons)
 
-    def attach(self, ffn: FFN, site: str, kind: str, *tensors: Tensor) -> None:
+    def attach(self, ffn: FFN, site: str, layer: type[Special], *tensors: Tensor) -> None:
         """Put a special linear in the place of a plain one, in every owner.
 
         Args:
-            kind: "scaled" (a factor of the inputs), "lowrank" (first, second) or "masked" (bool).
+            layer: its class, made of the plain linear and of the tensors. Experts in 3-D parameters bear those that
+                are a factor of their inputs, or a mask.
         """
-        if kind == "masked":
+        if layer is Masked:
             self._zero(ffn, site, tensors[0])
         if ffn.layout.experts:
-            if kind == "lowrank":
+            if layer not in (Scaled, Masked):
                 ffn.linear(site)  # says why there is none
             if ffn.layout.transposed:  # factors as the parameters lie: (E, in, 1), or (E, in, out)
                 tensors = tuple(t[..., None] if t.ndim == 2 else t.mT.contiguous() for t in tensors)
             for owner in dict.fromkeys(ffn.owners.values()):
-                serve(owner, ffn.path(site), kind, site, *tensors)
+                serve(owner, ffn.path(site), layer.kind, site, *tensors)
             return
         for linear in ffn.linears(site):
             if not isinstance(linear, Special):
-                self.replace(linear, _SPECIAL[kind](linear, *(t.clone() for t in tensors)))
+                self.replace(linear, layer(linear, *(t.clone() for t in tensors)))
 
     def _zero(self, ffn: FFN, site: str, mask: Tensor) -> None:
         """Weights that a mask leaves out become zero."""

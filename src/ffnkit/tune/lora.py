@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
-from ffnkit.model.parts import head_modules, parts_of
-from ffnkit.model.sites import GROUPS, targets
+from ffnkit.model.targets import GROUPS, targets
+from ffnkit.model.trainable import head_modules, parts_of
 from ffnkit.nn.special import is_special
 from ffnkit.surgery.untie import Parted, own_weights, part, plain_layer, rejoin, settle
 from ffnkit.tune import quantizing, zeros
+from ffnkit.tune.ties import check_untied, own_modules, share_modules
 
 if TYPE_CHECKING:
     from ffnkit.tune.tuners import Lora
@@ -48,12 +49,14 @@ def prepare(model: nn.Module, tuner: Lora) -> nn.Module:
     from peft import LoraConfig
 
     _fold(model)
+    share_modules(model)
     found = list(tuner.routers_of(model))
-    heads = list(head_modules(model)) if tuner.head else []
+    heads = own_modules(model, head_modules(model)) if tuner.head else []
     parted = part(cast(PreTrainedModel, model)) if tuner.tied == "each" else []
     noted = zeros.note(model) if tuner.keep_zeros else None
     try:
         modules, parameters = targets(model, tuner.targets)
+        check_untied(model, modules, f"lora on {type(model).__name__}")
         if tuner.routers == "trained":
             heads += found
         elif tuner.targets in GROUPS:

@@ -2,7 +2,7 @@
 
 A tuner is a frozen class of settings with ``prepare(model) -> model``, which sets what trains, and ``finish(model) ->
 model``, which gives back a plain transformers model. Every tuner has the setting ``routers``: whether the routers of a
-mixture of experts train (``ffnkit.model.routers`` finds them).
+mixture of experts train (``ffnkit.model.experts`` finds them).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Tuner(BaseModel):
 
     def routers_of(self, model: nn.Module) -> dict[str, nn.Module]:
         """The model's routers by name; FfnkitError where the setting asks for something and there are none."""
-        from ffnkit.model.routers import routers
+        from ffnkit.model.experts import routers
 
         found = routers(model)
         if not found and self.routers != type(self).model_fields["routers"].default:
@@ -86,7 +86,7 @@ class _Beside(Tuner):
 
     def beside(self, model: nn.Module) -> set[int]:
         """The ids of the parameters of those parts, routers included where they train."""
-        from ffnkit.model.parts import parts_of
+        from ffnkit.model.trainable import parts_of
 
         found = self.routers_of(model)
         chosen = {id(p) for p in parts_of(model, self.with_head)}
@@ -94,7 +94,7 @@ class _Beside(Tuner):
         return chosen | routed if self.routers == "trained" else chosen - routed
 
     def finish(self, model: nn.Module) -> nn.Module:
-        from ffnkit.model.parts import train_as_before
+        from ffnkit.model.trainable import train_as_before
 
         return train_as_before(model)
 
@@ -106,7 +106,7 @@ class Full(Tuner):
     description: ClassVar[str] = "every parameter"
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        from ffnkit.model.parts import train_only
+        from ffnkit.model.trainable import train_only
 
         found = self.routers_of(model)
         if self.routers == "frozen":
@@ -115,7 +115,7 @@ class Full(Tuner):
         return model
 
     def finish(self, model: nn.Module) -> nn.Module:
-        from ffnkit.model.parts import train_as_before
+        from ffnkit.model.trainable import train_as_before
 
         return train_as_before(model)
 
@@ -127,7 +127,7 @@ class Head(_Beside):
     description: ClassVar[str] = "the task head alone"
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        from ffnkit.model.parts import train_only
+        from ffnkit.model.trainable import train_only
 
         chosen = self.beside(model)
         train_only(model, lambda parameter: id(parameter) in chosen)
@@ -142,7 +142,7 @@ class Ffn(_Beside):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         from ffnkit.model.finding import ffns
-        from ffnkit.model.parts import train_only
+        from ffnkit.model.trainable import train_only
 
         trained = self.beside(model) | {id(p) for ffn in ffns(model) for p in ffn.parameters()}
         train_only(model, lambda parameter: id(parameter) in trained)
@@ -431,7 +431,7 @@ def finish(model: nn.Module, tuner: str | Mapping[str, Any] | Tuner | None = Non
         merge: with False, updates of ``fk.adapter``'s kinds stay on the model.
     """
     from ffnkit.checkpoint.adapters import is_adapted
-    from ffnkit.model.parts import is_limited
+    from ffnkit.model.trainable import is_limited
 
     if not merge and is_adapted(model):
         folder = getattr(get(tuner), "adapter_dir", None) if tuner is not None else None

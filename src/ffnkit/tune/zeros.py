@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from ffnkit.model.parts import head_parameters
+from ffnkit.model.linear import PLAIN, linears, stored_weight
+from ffnkit.model.trainable import head_parameters
 from ffnkit.ops.masks import packed, unpacked
 
 _ZEROS = "_ffnkit_zeros"  # on a model that is tuned: packed places of zeros and shapes, by parameter name
@@ -19,12 +19,12 @@ def note(model: nn.Module) -> dict[str, tuple[Tensor, torch.Size]]:
     """
     held = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     held |= {id(p) for p in head_parameters(model)}
-    linears = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | Conv1D)}
+    weights = {id(stored_weight(m)) for _, m in linears(model) if isinstance(m, PLAIN)}
     done: dict[int, tuple[Tensor, torch.Size] | None] = {}
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         own = id(parameter)
-        if own in held or not (own in linears or parameter.ndim == 3) or not parameter.is_floating_point():
+        if own in held or not (own in weights or parameter.ndim == 3) or not parameter.is_floating_point():
             continue
         if own not in done:
             zero = parameter.detach() == 0

@@ -17,8 +17,8 @@ from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, activity, check_choices, check_counts, generator, largest, need_data
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
-from ffnkit.model.layers import select
-from ffnkit.model.linear import features, is_transposed
+from ffnkit.model.linear import bare_weight, features
+from ffnkit.model.targets import select
 from ffnkit.nn.adapted import Adapted
 from ffnkit.plans import Draft, Progress
 
@@ -141,7 +141,7 @@ def head_scores(attention: Attention, by: str, draw: torch.Generator, rms: dict[
     if by == "activation":
         assert rms is not None
         linear = attention.linear("o")
-        weight = linear.weight if is_transposed(linear) else linear.weight.mT  # (in, out)
+        weight = bare_weight(linear).mT  # (in, out)
         size = weight.detach().double().reshape(attention.units, -1).norm(dim=1).cpu()
         scores = rms[attention.name] * size
     else:
@@ -225,7 +225,7 @@ def _nothing(linear: Any) -> Tensor:
 
 
 def _both(attention: Attention, _: torch.Generator) -> Tensor:
-    return by_unit(attention, lambda linear: linear.weight.mT if is_transposed(linear) else linear.weight)
+    return by_unit(attention, bare_weight)
 
 
 def _random(attention: Attention, draw: torch.Generator) -> Tensor:

@@ -18,7 +18,7 @@ from ffnkit.methods.common import Batch, check_counts, need_data
 from ffnkit.methods.share.windows import Groups, Score, best, score_name, series, windows
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
-from ffnkit.model.layers import select
+from ffnkit.model.targets import select
 from ffnkit.plans import Draft, Progress
 
 

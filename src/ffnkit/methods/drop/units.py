@@ -12,9 +12,8 @@ from torch import Tensor
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import lifted
 from ffnkit.methods.narrow.selection import contribution
-from ffnkit.model.attention import own_weight
 from ffnkit.model.ffn import FFN
-from ffnkit.model.linear import features
+from ffnkit.model.linear import features, own_weight
 from ffnkit.nn.adapted import Adapted
 from ffnkit.nn.coefficients import carries_update
 from ffnkit.ops.knapsack import cheapest

@@ -18,14 +18,13 @@ from ffnkit.calibration.hooks import Activations, hooked
 from ffnkit.calibration.masks import TokenMasks
 from ffnkit.calibration.statistics import ColumnSquares
 from ffnkit.errors import FfnkitError
+from ffnkit.model.attention import attention_linears
+from ffnkit.model.experts import routers
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
-from ffnkit.model.layers import select
-from ffnkit.model.linear import is_transposed
-from ffnkit.model.parts import head_modules
-from ffnkit.model.routers import routers
-from ffnkit.model.sites import GROUPS, query_value
-from ffnkit.model.weights import check_float, is_maskable, stored_weight
+from ffnkit.model.linear import check_float, check_untouched, is_maskable, is_transposed, stored_weight
+from ffnkit.model.targets import GROUPS, query_value, select
+from ffnkit.model.trainable import head_modules
 from ffnkit.nn.adapted import Adapted
 from ffnkit.nn.coefficients import carries_update
 from ffnkit.nn.masked import Masked
@@ -111,14 +110,12 @@ def prunable(model: nn.Module, asked: str, layers: str = "all") -> list[Prunable
     Raises:
         FfnkitError: nothing matches, a linear is edited otherwise, or the expression cannot be read.
     """
+    check_untouched(model, f"pruning {type(model).__name__}")
     wanted = _wanted(model, asked, layers)
     never = _never(model)
     found: list[Prunable] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if hasattr(module, "base_layer"):
-            found_text = f"{name} carries an adapter of peft"
-            raise FfnkitError("pruning", found_text, "Merge the adapter first, or prune before it is put on")
         if isinstance(module, Special) and not is_maskable(module) and wanted(name, None):
             raise FfnkitError(f"pruning {name}", f"it is edited already ({module.kind})", "Fold the model first")
         if not is_maskable(module) or not wanted(name, module):
@@ -157,10 +154,10 @@ def _wanted(model: nn.Module, asked: str, layers: str) -> Any:
         f"{owner}.{ffn.path(site)}" for ffn in chosen if not ffn.layout.experts for owner in ffn.owners
         for site in ffn.sites
     }  # fmt: skip
-    attention = tuple(f"{n}." for n, m in model.named_modules() if "attention" in type(m).__name__.lower())
+    attention = set(attention_linears(model))
     if asked == "ffn":
         return lambda name, _: name in of_ffns
-    return lambda name, _: name in of_ffns or (bool(attention) and name.startswith(attention))
+    return lambda name, _: name in of_ffns or name in attention
 
 
 def _never(model: nn.Module) -> set[int]:

@@ -69,7 +69,7 @@ class Svd(Narrowing):
 
 def _rank(ffn: FFN, site: str, width: int) -> int:
     """The largest rank whose two matrices have no more parameters than the site's matrix at ``width`` neurons."""
-    out, inner = ffn._features(site)
+    out, inner = ffn.features_of(site)
     return (out * inner * width // ffn.width) // (out + inner)
 
 

@@ -8,12 +8,12 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ffnkit.edits import Edit, Stage, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import attentions
 from ffnkit.model.finding import ffns, has_ffns
+from ffnkit.model.linear import PLAIN
 from ffnkit.nn.quantized import in_few_bits
 from ffnkit.nn.special import Special
 from ffnkit.plans import Plan
@@ -73,6 +73,6 @@ def _check(linear: nn.Module, name: str) -> None:
     asked = f"coefficients on {name}"
     if isinstance(linear, Special):
         raise FfnkitError(asked, f"it is edited already ({linear.kind})", "Fold the model first (ffnkit.fold)")
-    if in_few_bits(linear) or not isinstance(linear, nn.Linear | Conv1D):
+    if in_few_bits(linear) or not isinstance(linear, PLAIN):
         do = "Learn coefficients in float, remove heads and neurons, then quantize"
         raise FfnkitError(asked, "its weight is quantized", do)

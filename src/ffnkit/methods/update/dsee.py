@@ -22,7 +22,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spool
 from ffnkit.io.peft_lora import Lora, read_lora
 from ffnkit.methods.common import Batch, check_choices, check_counts, check_parts, generator, need_data, plain_linears
-from ffnkit.model.sites import query_value
+from ffnkit.model.targets import query_value
 from ffnkit.nn.dsee import index_dtype
 from ffnkit.nn.quantized import float_weight, in_few_bits, sides
 from ffnkit.ops import support

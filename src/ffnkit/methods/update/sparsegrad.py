@@ -20,7 +20,7 @@ from ffnkit.edits import Edit, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spool
 from ffnkit.methods.common import Batch, check_choices, check_counts, check_parts, generator, need_data, plain_linears
-from ffnkit.model.linear import is_transposed
+from ffnkit.model.linear import features, own_weight
 from ffnkit.nn.quantized import in_few_bits
 from ffnkit.ops.bases import Grams, Zeros, core_of, top_share, turned
 from ffnkit.plans import Draft, Progress
@@ -137,7 +137,7 @@ class _Work:
         self, method: SparseGrad, model: nn.Module, linears: dict[str, nn.Module], progress: Progress | None
     ) -> None:
         self.method, self.model, self.linears, self.progress = method, model, linears, progress
-        self.shapes = {name: shape_of(linear) for name, linear in linears.items()}
+        self.shapes = {name: features(linear) for name, linear in linears.items()}
         shared = method.basis == "shared"
         self.group = {name: f"{kind_of(name)} {self.shapes[name]}" if shared else name for name in linears}
         self.bases: dict[str, tuple[Tensor, Tensor]] = {}
@@ -176,7 +176,7 @@ class _Work:
             def receive(name: str, gradient: Tensor) -> None:
                 exact = gradient.float()
                 self.totals[name] += float(exact.square().sum())
-                square = turned(exact, *self.bases.get(self.group[name], (None, None))).square_()
+                square = turned(exact, *self.bases.get(self.group[name], (None, None))).square()
                 if name not in sums:
                     sums[name] = _zeros(square.device, large)(sizes[name], dtype=torch.float32)
                 sums[name] += square.to(sums[name].device)
@@ -197,8 +197,8 @@ class _Work:
     def weigh(self) -> None:
         """The squares of the weight's own entries, in the basis."""
         for name, linear in self.linears.items():
-            weight = _weight(linear).detach().float()
-            self.energies[name] = turned(weight, *self.bases.get(self.group[name], (None, None))).square_()
+            weight = own_weight(linear).float()
+            self.energies[name] = turned(weight, *self.bases.get(self.group[name], (None, None))).square()
             self.totals[name] = float(weight.square().sum())
 
     def edits(self) -> list[Edit]:
@@ -308,13 +308,3 @@ def _zeros(device: torch.device, large: bool) -> Zeros:
 def kind_of(name: str) -> str:
     """A linear's name without the numbers of its layers."""
     return re.sub(r"\d+", "#", name)
-
-
-def _weight(linear: Any) -> Tensor:
-    weight: Tensor = linear.weight
-    return weight.mT if is_transposed(linear) else weight
-
-
-def shape_of(linear: Any) -> tuple[int, int]:
-    rows, columns = _weight(linear).shape
-    return rows, columns

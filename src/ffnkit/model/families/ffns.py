@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ffnkit._registry import added
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -17,6 +19,8 @@ class Layout:
         transposed: of experts: the parameters lie as (E, in, out), applied as ``x @ weight``.
         up_first: where one linear holds both, its first half is up and its second the gate.
         owner: the row holds for classes of this name only; "" for all.
+        runs: config keys, where one module runs several times in a pass: so many layers run, and the product of the
+            other numbers is how many there are.
     """
 
     name: str
@@ -27,6 +31,7 @@ class Layout:
     transposed: bool = False
     up_first: bool = False
     owner: str = ""
+    runs: tuple[str, ...] = ()
 
     @property
     def fused(self) -> bool:
@@ -57,17 +62,15 @@ LAYOUTS: list[Layout] = [
     Layout("fc", "fc1", "fc2"),  # ViT, CLIP, OPT, BART, Marian, mBART, Whisper, Phi
     Layout("GPT-NeoX", "dense_h_to_4h", "dense_4h_to_h"),  # also BLOOM, Falcon
     Layout("GPT-J", "fc_in", "fc_out"),
-    Layout("ALBERT", "ffn", "ffn_output"),
+    Layout("ALBERT", "ffn", "ffn_output", runs=("num_hidden_layers", "num_hidden_groups", "inner_group_num")),
     Layout("plain", "up_proj", "down_proj"),  # Nemotron, MPT
 ]
 
 
-# The names under which owners remember their width; kept true when a width changes.
-WIDTH_ATTRIBUTES = (
-    "intermediate_size",
-    "intermediate_dim",
-    "moe_intermediate_size",
-    "expert_dim",
-    "ffn_dim",
-    "inner_dim",
-)
+def layouts() -> list[Layout]:
+    """The rows in the order in which they are tried; other packages' (entry points ``ffnkit.families``) come last.
+
+    A row for classes of one name comes before all: it can be meant for nothing else.
+    """
+    every = [*LAYOUTS, *(row for _, row in added("ffnkit.families"))]
+    return [row for row in every if row.owner] + [row for row in every if not row.owner]

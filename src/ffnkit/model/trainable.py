@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
+from ffnkit.model.attention import attention_linears
+from ffnkit.model.linear import PLAIN, unwrapped
 
 PARTS = ("head", "biases", "norms", "attention", "embeddings", "rest")
 _FLAGS = "_ffnkit_requires_grad"  # on a model: what trained before, by parameter; forgets those that are gone
@@ -48,17 +49,8 @@ def _part(model: nn.Module, name: str) -> Iterable[nn.Parameter]:
         return [p for m in norms for p in m.parameters(recurse=False)]
     if name == "embeddings":
         return [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)]
-    return [p for path in attention_linears(model) for p in model.get_submodule(path).parameters(recurse=False)]
-
-
-def attention_linears(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear, Conv1D)) -> list[str]:
-    """The linears of these kinds inside attention modules, by name."""
-    owners = [name for name, m in model.named_modules() if "attention" in type(m).__name__.lower()]
-    return [
-        name
-        for name, m in model.named_modules()
-        if isinstance(m, kinds) and any(name.startswith(f"{owner}.") for owner in owners)
-    ]
+    linears = [unwrapped(model.get_submodule(path)) for path in attention_linears(model)]
+    return [p for linear in linears if isinstance(linear, PLAIN) for p in linear.parameters(recurse=False)]
 
 
 def remember(model: nn.Module) -> None:

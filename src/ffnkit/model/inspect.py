@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import nn
 
-from ffnkit.model.attention import ROLES, Attention, attentions
+from ffnkit.model.attention import ROLES, Attention, attention_linears, attention_modules, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns, middle_layout, mirrored
-from ffnkit.model.layers import ranges
-from ffnkit.model.linear import features, is_linear
-from ffnkit.model.parts import body, head_modules
-from ffnkit.nn.adapted import Adapted
-from ffnkit.nn.special import Special
-
-_COUNTED = (nn.Linear, Conv1D, Special, nn.Conv1d, nn.Conv2d)  # whose weights cost operations
+from ffnkit.model.linear import features, flops, is_linear, stored_weight, unwrapped
+from ffnkit.model.targets import ranges
+from ffnkit.model.trainable import body, head_modules
+from ffnkit.nn.lowrank import LowRank
 
 
 @dataclass(frozen=True)
@@ -205,7 +202,7 @@ def inspect(model: nn.Module) -> Inventory:
 
 # --- what is left out ---------------------------------------------------------------------------------------------
 
-_NO_FFN = re.compile(r"att(ention|n)|mamba|mixer|embed|position|proj(ection|ector)|router|connector", re.IGNORECASE)
+_NO_FFN = re.compile(r"mamba|mixer|embed|position|proj(ection|ector)|router|connector", re.IGNORECASE)
 _WIDEST = 16  # ff / d of an FFN at most; bottlenecks of other uses go further
 Place = tuple[str, dict[str, nn.Parameter], str]  # owner, weights by name below it, why
 
@@ -234,11 +231,12 @@ def left_out(model: nn.Module, found: list[FFN]) -> tuple[LeftOut, ...]:
 
 def _unknown_experts(model: nn.Module) -> Iterator[Place]:
     """Modules named after experts."""
+    attention = tuple(f"{name}." for name in attention_modules(model))
     for path, module in model.named_modules():
         named = re.fullmatch(r"(shared_)?experts?", path.rpartition(".")[2]) or type(module).__name__.endswith(
             "Experts"
         )
-        if named and not _NO_FFN.search(path):
+        if named and not _NO_FFN.search(path) and not path.startswith(attention):
             yield path, dict(module.named_parameters()), "experts of a form that is not known"
 
 
@@ -252,17 +250,17 @@ def _with_middle(model: nn.Module) -> Iterator[Place]:
 
 
 def _mirrored(model: nn.Module, covered: set[int]) -> Iterator[Place]:
-    modules = dict(model.named_modules())
+    modules, attention = dict(model.named_modules()), set(attention_linears(model))
     for owner, *pair in mirrored(model, without=covered):
         paths = [f"{owner}.{name}" if owner else name for name in pair]
         near = [type(modules[path.rpartition(".")[0]]).__name__ for path in paths]
-        linears = [modules[path] for path in paths]
-        stored = [linear.base if isinstance(linear, Adapted) else linear.weight for linear in linears]
-        weights = {f"{name}.weight": p for name, p in zip(pair, stored, strict=True) if isinstance(p, nn.Parameter)}
-        if len(weights) < len(pair):  # a thin pair stands in the place of a weight
+        weights = {f"{name}.weight": stored_weight(modules[path]) for name, path in zip(pair, paths, strict=True)}
+        if any(isinstance(modules[path], LowRank) for path in paths):
             continue
-        narrow, wide = sorted(weights[f"{pair[0]}.weight"].shape)
-        if wide <= _WIDEST * narrow and not any(_NO_FFN.search(text) for text in (*paths, *near)):
+        narrow, wide = sorted(features(modules[paths[0]]))
+        if wide > _WIDEST * narrow or not attention.isdisjoint(paths):
+            continue
+        if not any(_NO_FFN.search(text) for text in (*paths, *near)):
             yield owner, weights, "mirrored linears of no known row"
 
 
@@ -276,8 +274,8 @@ def body_flops(model: nn.Module) -> float:
     ends = tuple(f"{name}." for name in head_modules(model))
     for name, module in model.named_modules(remove_duplicate=False):
         outside = id(module) not in inside or module is output or f"{name}.".startswith(ends)
-        if outside and isinstance(module, _COUNTED):
-            total -= 2.0 * cast(Tensor, module.weight).numel()
+        if outside:
+            total -= _flops(module)
     return total
 
 
@@ -305,11 +303,11 @@ def unit_flops(model: nn.Module, attention: Attention) -> float:
 
 
 def _runs(model: nn.Module, ffn: FFN) -> int:
-    """How often one module runs in a pass: ALBERT runs its few layers many times."""
-    if ffn.layout.name != "ALBERT":
+    """How often one module runs in a pass."""
+    if not ffn.layout.runs:
         return 1
-    config = model.config
-    return int(config.num_hidden_layers) // (int(config.num_hidden_groups) * int(config.inner_group_num))  # type: ignore[arg-type,union-attr]
+    layers, *numbers = (int(getattr(model.config, key)) for key in ffn.layout.runs)
+    return layers // math.prod(numbers)
 
 
 def _other_flops(model: nn.Module, found: list[FFN]) -> float:
@@ -319,15 +317,20 @@ def _other_flops(model: nn.Module, found: list[FFN]) -> float:
         for ffn in found
         if not ffn.layout.experts
         for owner in ffn.owners.values()
-        for module in (owner.get_submodule(ffn.path(site)) for site in ffn.sites)
+        for module in (unwrapped(owner.get_submodule(ffn.path(site))) for site in ffn.sites)
     }
     runs = max(_runs(model, ffn) for ffn in found)
     layers = {name for ffn in found for name in ffn.owners} if runs > 1 else set()
-    flops = 0.0
+    total = 0.0
     for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) in inside:
-            continue
-        if isinstance(module, _COUNTED):
+        if id(module) not in inside:
             repeated = runs if any(name.startswith(layer + ".") for layer in layers) else 1
-            flops += 2.0 * cast(Tensor, module.weight).numel() * repeated
-    return flops
+            total += _flops(module) * repeated
+    return total
+
+
+def _flops(module: nn.Module) -> float:
+    """FLOPs a token in a module's own weight, if it is a linear or a convolution; what it wraps counts by itself."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return 2.0 * module.weight.numel()
+    return flops(module) if is_linear(module) and unwrapped(module) is module else 0.0

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import nn
 
-_NAMES = re.compile(r"router(_gate)?|gate")
-_EXPERTS = re.compile(r"experts?|moe", re.IGNORECASE)
+from ffnkit.model.families.keys import EXPERTS, ROUTER
 
 
 def routers(model: nn.Module) -> dict[str, nn.Module]:
@@ -24,7 +21,7 @@ def routers(model: nn.Module) -> dict[str, nn.Module]:
             path = f"{owner_name}.{name}" if owner_name else name
             if any(path.startswith(f"{outer}.") for outer in found):
                 continue
-            if _NAMES.fullmatch(name) and next(child.parameters(), None) is not None and _has_experts(owner, child):
+            if ROUTER.fullmatch(name) and next(child.parameters(), None) is not None and _has_experts(owner, child):
                 found[path] = child
     return found
 
@@ -38,4 +35,4 @@ def router_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def _has_experts(owner: nn.Module, router: nn.Module) -> bool:
     siblings = [(name, child) for name, child in owner.named_children() if child is not router]
     named = [text for name, child in siblings for text in (name, type(child).__name__)]
-    return any(_EXPERTS.search(text) for text in (*named, type(owner).__name__))
+    return any(EXPERTS.search(text) for text in (*named, type(owner).__name__))

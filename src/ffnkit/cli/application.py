@@ -51,12 +51,3 @@ def ffnkit(
         raise typer.Exit
     if context.invoked_subcommand is None:
         console.out(context.get_help().rstrip())
-
-
-def main() -> None:
-    """The ``ffnkit`` program."""
-    app(prog_name="ffnkit")
-
-
-# The commands register themselves; imported last, for they need ``app``.
-from ffnkit.cli import analyzing, compressing, lists, running, tuning  # noqa: E402, F401
