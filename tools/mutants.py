@@ -406,7 +406,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "gradients-left-behind",
         "        for parameter, grad in kept.items():\n            parameter.grad = grad",
         "        for parameter, grad in kept.items():\n            pass",
-        "test_batches.py test_formulas.py test_sparsegrad.py test_dsee.py",
+        "test_batches.py test_formulas.py",
         "gradients or unchanged",
     ),
     M("chunks-start-over", "            call.offset = stop\n", "            pass\n", "test_token_masks.py", "chunks"),

@@ -114,9 +114,9 @@ def forward(model: nn.Module, batch: Batch, *, labels: bool = False) -> Any:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, so no dropout, inside the block; each module's own mode afterwards, whatever happens.
+    """Eval mode, so no dropout, inside the block; each module's own mode, and the config's kind of problem, afterwards.
 
-    So is the config's kind of problem: classifiers write it there by the labels that they see.
+    Classifiers write into their config what kind of problem the labels that they saw are.
     """
     modes = [(module, module.training) for module in model.modules()]
     config = getattr(model, "config", None)
