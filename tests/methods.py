@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from families import FAMILIES
 
@@ -78,3 +80,18 @@ def case_of(name: str) -> Case:
         data=data,
         name=name,
     )
+
+
+def slow_but(fast: Iterable[str], names: Iterable[str]) -> list[Any]:
+    """Names for ``parametrize``; all but the fast ones are for ``make test-slow``."""
+    fast, names = set(fast), list(names)
+    assert fast <= set(names), f"no such names: {fast - set(names)}"
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def crossed(*axes: Iterable[Any], always: Iterable[tuple[Any, ...]] = ()) -> list[Any]:
+    """All combinations for ``parametrize``; each value once or more in the fast ones, the rest for the slow tests."""
+    lists = [list(axis) for axis in axes]
+    fast = [tuple(values[i % len(values)] for values in lists) for i in range(max(map(len, lists)))]
+    fast += always
+    return [c if c in fast else pytest.param(*c, marks=pytest.mark.slow) for c in itertools.product(*lists)]

@@ -13,7 +13,7 @@ from torch import nn
 from ffnkit.errors import FfnkitError
 from ffnkit.model.families.ffns import LAYOUTS, Layout
 from ffnkit.model.finding import ffns
-from ffnkit.model.layers import resolve_width, select
+from ffnkit.model.targets import resolve_width, select
 
 
 def chosen(name: str, layers: str) -> list[tuple[str, int]]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
+from methods import crossed
 from test_sparsegrad import batches, trained
 from tolerance import assert_close, assert_differs
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.weights import prunable
 from ffnkit.model.attention import attentions
 from ffnkit.model.finding import ffns
-from ffnkit.model.parts import parts_of
+from ffnkit.model.trainable import parts_of
 from ffnkit.nn.adapted import adapted
 from ffnkit.nn.special import is_special
 from ffnkit.recipe.settings import check_tuner
@@ -86,8 +87,7 @@ def check(name: str, model: Any, data: list[dict[str, Any]], folder: Path, besid
 # Two updates ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["one plan", "two plans", "the other way round", "tuner"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "how"), crossed(NAMES, ["one plan", "two plans", "the other way round", "tuner"]))
 def test_sparsegrad_on_ffns_and_dsee_on_attention(name: str, how: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     model = family.model()
@@ -240,9 +240,9 @@ COMPRESSED: dict[str, Callable[[], list[Any]]] = {
 }
 
 
-@pytest.mark.parametrize("how", ["one plan", "one after the other"])
-@pytest.mark.parametrize("kind", COMPRESSED)
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize(
+    ("name", "kind", "how"), crossed(["bert", "llama"], COMPRESSED, ["one plan", "one after the other", "one plan"])
+)
 def test_dsee_on_the_attention_of_a_compressed_model(name: str, kind: str, how: str, tmp_path: Path) -> None:
     model = FAMILIES[name].model()
     data = batches(name, model)
@@ -252,8 +252,10 @@ def test_dsee_on_the_attention_of_a_compressed_model(name: str, kind: str, how: 
     check(name, model, data, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["fused", "narrowed", "merged", "heads removed", "fused, heads removed"])
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    crossed(["bert", "llama"], ["fused", "narrowed", "merged", "heads removed", "fused, heads removed"]),
+)
 def test_both_updates_on_a_compressed_model(name: str, kind: str, tmp_path: Path) -> None:
     """FFNs that keep a factor apart are folded first; FFNs that layers share get one update."""
     model = FAMILIES[name].model()
@@ -281,8 +283,10 @@ def test_neurons_go_and_what_is_left_is_updated_in_one_plan(tmp_path: Path) -> N
     check("bert", model, data, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
-@pytest.mark.parametrize("kind", ["masked", "heads removed", "narrowed", "merged", "all of it"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    crossed(["bert", "llama", "gpt2"], ["masked", "heads removed", "narrowed", "merged", "all of it"]),
+)
 def test_lora_on_a_pruned_model(name: str, kind: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     model = family.model()

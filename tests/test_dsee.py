@@ -19,8 +19,8 @@ import ffnkit as fk
 from ffnkit.calibration.gradients import weight_gradients
 from ffnkit.errors import FfnkitError
 from ffnkit.model.finding import ffns
-from ffnkit.model.parts import parts_of
-from ffnkit.model.sites import query_value
+from ffnkit.model.targets import query_value
+from ffnkit.model.trainable import parts_of
 from ffnkit.nn import dsee
 from ffnkit.nn.adapted import adapted, fingerprint
 from ffnkit.nn.dsee import SparseLowRank

@@ -26,9 +26,9 @@ import ffnkit as fk
 from ffnkit import methods, tune
 from ffnkit.cli.tuning import merged
 from ffnkit.errors import FfnkitError
+from ffnkit.model.experts import router_parameters, routers
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.model.routers import router_parameters, routers
 from ffnkit.tasks import Task
 from ffnkit.tasks.base import Source
 from ffnkit.tasks.words import WordsTask
@@ -126,7 +126,7 @@ def test_routes_are_equal_at_the_first_fused_layer(name: str) -> None:
 
 def outputs_of(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
     """(E, n, d) what each expert of a 3-D parameter gives for the same tokens."""
-    from ffnkit.calibration.taps import expert_forward
+    from ffnkit.calibration.hooks import expert_forward
 
     return torch.stack([expert_forward(ffn, ffn.module, e, x)[2] for e in range(ffn.experts)])
 

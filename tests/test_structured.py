@@ -23,7 +23,7 @@ from ffnkit.methods.drop.units import Units, cheapest_counts, uniform_counts
 from ffnkit.methods.update.coefficients import places, with_coefficients
 from ffnkit.model.attention import attentions
 from ffnkit.model.finding import ffns
-from ffnkit.model.inventory import body_flops, inspect
+from ffnkit.model.inspect import body_flops, inspect
 from ffnkit.nn.adapted import Adapted, adapted
 from ffnkit.nn.coefficients import Coefficients, set_l1
 from ffnkit.nn.shrinking import shrink

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from ffnkit.calibration.batches import Batch
 from ffnkit.calibration.features import Features
-from ffnkit.calibration.taps import Batch
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.model.layers import select
+from ffnkit.model.targets import select
 from ffnkit.ops.matching import assign, correlation, matched, spread
 from ffnkit.ops.similarity import gram_norm, unbiased_hsic
 

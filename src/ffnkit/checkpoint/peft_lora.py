@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import staging
 from ffnkit.io.peft_lora import PREFIX, TENSORS
-from ffnkit.model.parts import head_modules
+from ffnkit.model.trainable import head_modules
 from ffnkit.nn.adapted import adapted
 from ffnkit.nn.dsee import SparseLowRank
 from ffnkit.surgery.writer import parts_beside

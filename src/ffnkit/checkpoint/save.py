@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ffnkit.io import files
 from ffnkit.io.loading import check_weights
 from ffnkit.model.finding import ffns, has_ffns
-from ffnkit.model.inventory import inspect
+from ffnkit.model.inspect import inspect
 from ffnkit.model.linear import check_untouched
 from ffnkit.nn.adapted import adapted, plain_state
 from ffnkit.surgery.description import description, is_plain_model, original_widths, update_config, width_keys

@@ -191,7 +191,7 @@ def names_of(folders: tuple[str, ...]) -> list[str]:
 
 def gives_logits(model: Any) -> bool:
     """Whether a model has a head: output embeddings, or a classifier beside its body."""
-    from ffnkit.model.parts import body
+    from ffnkit.model.trainable import body
 
     return body(model) is not model
 

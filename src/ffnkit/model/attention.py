@@ -22,6 +22,7 @@ from ffnkit.model.finding import ffns, has_ffns, middle_layout, place
 from ffnkit.model.linear import descend, features, is_linear, linears, obstacle, own_weight, stored_weight
 from ffnkit.nn.narrowed import Kept, kept, plain_class
 
+_NAMED = re.compile(r"att(ention|n)", re.IGNORECASE)  # of a class, or of what holds the module
 _CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
 _AFTER = re.compile(r"(^|\.)(output\.)?(LayerNorm|layer_norm)\.")  # norms of what leaves the attention
 
@@ -220,7 +221,7 @@ def attention_modules(model: nn.Module) -> list[str]:
     """
     known = [name for each in attentions(model) for name in (each.name, *each.twins)]
     inside = tuple(f"{name}." for name in known)
-    named = [n for n, m in model.named_modules() if "attention" in type(m).__name__.lower()]
+    named = [n for n, m in model.named_modules() if _NAMED.search(f"{type(m).__name__} {n.rpartition('.')[2]}")]
     outer = [name for name in named if not any(each.startswith(f"{name}.") for each in known)]
     return known + [name for name in outer if name not in known and not name.startswith(inside)]
 

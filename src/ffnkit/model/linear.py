@@ -24,7 +24,6 @@ from ffnkit.errors import FfnkitError
 from ffnkit.nn.adapted import Adapted
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.quantized import float_weight, in_few_bits, sides
-from ffnkit.nn.scaled import Scaled
 from ffnkit.nn.special import Special, oriented
 
 PLAIN = (nn.Linear, Conv1D)
@@ -157,10 +156,8 @@ def true_weight(linear: Any) -> Tensor:
     if outer is not None:
         return _merged(outer)
     bare = unwrapped(linear)
-    if isinstance(bare, Masked):
-        return oriented(bare.weight * bare.mask, bare.transposed)
-    if isinstance(bare, Scaled):
-        return bare_weight(bare) * bare.scale.to(bare.weight.dtype)
+    if isinstance(bare, Special) and not isinstance(bare, Adapted):
+        return oriented(bare.folded(), bare.transposed)
     if not isinstance(bare, Special) and in_few_bits(bare):
         return float_weight(bare)
     hook = next((hook for hook in _hooks(bare) if _computed(hook) == "weight"), None)

@@ -13,7 +13,7 @@ from ffnkit.edits import Edit
 from ffnkit.edits.order import check_normal
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import run_uneven_experts
-from ffnkit.model import parts as trainable
+from ffnkit.model import trainable
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import check_untouched
 from ffnkit.nn.adapted import Adapted, adapted

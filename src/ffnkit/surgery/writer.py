@@ -15,7 +15,7 @@ from ffnkit.edits.base import Edit
 from ffnkit.edits.slicing import set_width
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import run_uneven_experts
-from ffnkit.model import parts as trainable
+from ffnkit.model import trainable
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns

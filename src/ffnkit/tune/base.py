@@ -75,7 +75,7 @@ class Tuner(BaseModel):
 
     def routers_of(self, model: nn.Module) -> dict[str, nn.Module]:
         """The model's routers by name; FfnkitError where the setting asks for something and there are none."""
-        from ffnkit.model.routers import routers
+        from ffnkit.model.experts import routers
 
         found = routers(model)
         if not found and self.routers != type(self).model_fields["routers"].default:
@@ -98,7 +98,7 @@ class Beside(Tuner):
 
     def beside(self, model: nn.Module) -> set[int]:
         """The ids of the parameters of those parts, routers included where they train."""
-        from ffnkit.model.parts import parts_of
+        from ffnkit.model.trainable import parts_of
 
         found = self.routers_of(model)
         chosen = {id(p) for p in parts_of(model, self.with_head)}
@@ -106,7 +106,7 @@ class Beside(Tuner):
         return chosen | routed if self.routers == "trained" else chosen - routed
 
     def take_off(self, model: nn.Module) -> nn.Module:
-        from ffnkit.model.parts import train_as_before
+        from ffnkit.model.trainable import train_as_before
 
         return train_as_before(model)
 

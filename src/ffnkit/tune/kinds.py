@@ -24,7 +24,7 @@ class Full(Tuner):
     description: ClassVar[str] = "every parameter"
 
     def put_on(self, model: nn.Module, preparation: Preparation) -> nn.Module:
-        from ffnkit.model.parts import train_only
+        from ffnkit.model.trainable import train_only
 
         found = self.routers_of(model)
         if self.routers == "frozen":
@@ -33,7 +33,7 @@ class Full(Tuner):
         return model
 
     def take_off(self, model: nn.Module) -> nn.Module:
-        from ffnkit.model.parts import train_as_before
+        from ffnkit.model.trainable import train_as_before
 
         return train_as_before(model)
 
@@ -45,7 +45,7 @@ class Head(Beside):
     description: ClassVar[str] = "the task head alone"
 
     def put_on(self, model: nn.Module, preparation: Preparation) -> nn.Module:
-        from ffnkit.model.parts import train_only
+        from ffnkit.model.trainable import train_only
 
         chosen = self.beside(model)
         train_only(model, lambda parameter: id(parameter) in chosen)
@@ -60,7 +60,7 @@ class Ffn(Beside):
 
     def put_on(self, model: nn.Module, preparation: Preparation) -> nn.Module:
         from ffnkit.model.finding import ffns
-        from ffnkit.model.parts import train_only
+        from ffnkit.model.trainable import train_only
 
         trained = self.beside(model) | {id(p) for ffn in ffns(model) for p in ffn.parameters()}
         train_only(model, lambda parameter: id(parameter) in trained)

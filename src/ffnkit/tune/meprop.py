@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.model.parts import train_as_before, train_only
-from ffnkit.model.sites import targets
+from ffnkit.model.targets import targets
+from ffnkit.model.trainable import train_as_before, train_only
 
 if TYPE_CHECKING:
     from ffnkit.tune.kinds import MeProp

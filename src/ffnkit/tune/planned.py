@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ffnkit.checkpoint.adapters import save_adapter
 from ffnkit.methods.update.coefficients import with_coefficients
-from ffnkit.model.parts import remember
+from ffnkit.model.trainable import remember
 from ffnkit.nn.special import is_special
 from ffnkit.plans import Plan, plan
 from ffnkit.surgery.apply import apply, fold

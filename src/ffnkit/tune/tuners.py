@@ -2,7 +2,7 @@
 
 A tuner is a frozen class of settings with ``prepare(model) -> model``, which sets what trains, and ``finish(model) ->
 model``, which gives back a plain transformers model. Every tuner has the setting ``routers``: whether the routers of a
-mixture of experts train (``ffnkit.model.routers`` finds them).
+mixture of experts train (``ffnkit.model.experts`` finds them).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def finish(model: nn.Module, tuner: str | Mapping[str, Any] | Tuner | None = Non
         merge: with False, updates of ``fk.adapter``'s kinds stay on the model.
     """
     from ffnkit.checkpoint.adapters import is_adapted
-    from ffnkit.model.parts import is_limited
+    from ffnkit.model.trainable import is_limited
 
     if not merge and is_adapted(model):
         folder = getattr(get(tuner), "adapter_dir", None) if tuner is not None else None

@@ -14,9 +14,9 @@ from torch import nn
 from ffnkit.model.attention import ROLES, Attention, attention_linears, attention_modules, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns, middle_layout, mirrored
-from ffnkit.model.layers import ranges
 from ffnkit.model.linear import features, flops, is_linear, stored_weight, unwrapped
-from ffnkit.model.parts import body, head_modules
+from ffnkit.model.targets import ranges
+from ffnkit.model.trainable import body, head_modules
 from ffnkit.nn.lowrank import LowRank
 
 
