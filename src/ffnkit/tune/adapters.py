@@ -41,7 +41,7 @@ def load_adapter(
         lora.fold_special(model)
         parted = _parted_where_needed(cast(PreTrainedModel, model), state)
         preparation.from_here()
-        preparation.first, preparation.last = lora.unmerge, partial(lora.settled, parted=parted, flags=None)
+        preparation.last = partial(lora.settled, parted=parted, flags=None)
         _check_places(model, state, asked)
         names = list(dict.fromkeys(_module(key) for key in state))
         ties = lora.tied_places(model, [name for name in names if _has(model, name)])

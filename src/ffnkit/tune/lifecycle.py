@@ -109,11 +109,10 @@ def _values(owner: Any) -> dict[Place, Any]:
 class _Note:
     """What a tuner changed in a model, as it was and as it became. References only; no weight is held by it."""
 
-    def __init__(self, changes: Iterable[_Change], flags: WeakTensorKeyDictionary, first: Undo, last: Undo) -> None:
-        self.changes, self.flags, self.first, self.last = list(changes), flags, first, last
+    def __init__(self, changes: Iterable[_Change], flags: WeakTensorKeyDictionary, last: Undo) -> None:
+        self.changes, self.flags, self.last = list(changes), flags, last
 
     def undo(self, model: nn.Module) -> None:
-        self.first(model)
         for change in self.changes:
             change.undo()
         for parameter, (was, became) in self.flags.items():
@@ -126,10 +125,10 @@ class _Note:
         for parameter, both in self.flags.items():
             flags[copy.deepcopy(parameter, memo)] = both
         kept = [c.copied(memo) for c in self.changes if None not in (_strongly(c.was), _strongly(c.became))]
-        return _Note(kept, flags, copy.deepcopy(self.first, memo), copy.deepcopy(self.last, memo))
+        return _Note(kept, flags, copy.deepcopy(self.last, memo))
 
     def __reduce__(self) -> Any:  # a model from a file has forgotten
-        return _Note, ((), WeakTensorKeyDictionary(), _nothing, _nothing)
+        return _Note, ((), WeakTensorKeyDictionary(), _nothing)
 
 
 def _nothing(model: nn.Module) -> None:
@@ -141,12 +140,11 @@ class Preparation:
 
     Attributes:
         data: batches with labels, or None. keep: a file for the tuner's plan, or None.
-        first, last: what is done to the model before and behind the rest, where the tuner is undone.
+        last: what is done to the model at the end, where the tuner is undone.
     """
 
     def __init__(self, model: nn.Module, data: Iterable[Mapping[str, Any]] | None = None, keep: Path | None = None):
         self.model, self.data, self.keep = model, data, keep
-        self.first: Undo = _nothing
         self.last: Undo = _nothing
         self.from_here()
 
@@ -170,7 +168,7 @@ class Preparation:
         for parameter, was in self._flags:
             if parameter.requires_grad is not was:
                 flags[parameter] = (was, parameter.requires_grad)
-        return _Note(changes, flags, self.first, self.last)
+        return _Note(changes, flags, self.last)
 
 
 # --- prepare, finish, undo ------------------------------------------------------------------------------------------
@@ -181,7 +179,7 @@ def preparing(
     model: nn.Module, data: Iterable[Mapping[str, Any]] | None = None, keep: Path | None = None
 ) -> Iterator[Preparation]:
     """A tuner prepares the model inside the block: where it fails the model is as before, else it can be undone."""
-    with journal(model), _all_or_nothing_of_run(model):
+    with journal(model):
         preparation = Preparation(model, data, keep)
         yield preparation
         model.__dict__[_NOTE] = preparation.note()
@@ -239,24 +237,14 @@ def training_run(model: nn.Module, *, undo: bool = True) -> Iterator[None]:
     """
     config = getattr(model, "config", None)
     use_cache = getattr(config, "use_cache", None)
-    with _all_or_nothing_of_run(model):
-        try:
-            yield
-        except BaseException:
-            if undo:
-                undone(model)
-            if use_cache is not None:
-                cast(Any, config).use_cache = use_cache
-            raise
-
-
-@contextmanager
-def _all_or_nothing_of_run(model: nn.Module) -> Iterator[None]:
-    """Where the block stops, the modules run as before: their modes, hooks, forwards."""
     seen = [(module, module.training, _of_run(module)) for module in model.modules()]
     try:
         yield
     except BaseException:
+        if undo:
+            undone(model)
+        if use_cache is not None:
+            cast(Any, config).use_cache = use_cache
         for module, mode, values in seen:
             module.training = mode
             for place in values.keys() | _of_run(module).keys():

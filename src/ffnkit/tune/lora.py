@@ -66,7 +66,6 @@ def put_on(model: nn.Module, tuner: Lora, preparation: Preparation) -> nn.Module
     if tuner.quantize != "none":
         quantizing.quantize(model, tuner.quantize, keep=[*heads, *head_modules(model), *found])
     preparation.from_here()  # to undo the rest from the start would take the weights in both forms
-    preparation.first = unmerge
     preparation.last = partial(settled, parted=parted, flags=flags if tuner.quantize != "none" else None)
     quantizing.in_float(model, heads)
     modules = _without(modules, heads)
@@ -126,18 +125,6 @@ def _with_adapters(model: Any, config: Any) -> Any:
     return get_peft_model(model, config)
 
 
-def unmerge(model: nn.Module) -> None:
-    """Take adapters out of the weights that they were merged into, where finishing stopped between them.
-
-    Weights are as before up to the rounding of their dtype.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer) and module.merged:
-            module.unmerge()
-
-
 def settled(model: nn.Module, parted: Iterable[Parted], flags: dict[str, bool] | None) -> None:
     """Shared FFNs shared again and, with the flags that parameters had, what was quantized in float."""
     for each in parted:
@@ -167,12 +154,12 @@ def take_off(model: nn.Module, tuner: Lora) -> nn.Module:
             own_weights(base, each)
         else:
             rejoin(base, each)
-    if quantizing.is_quantized(base):
-        plain: Any = quantizing.merged(model)
-    else:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "All adapters are already merged")  # where finishing is done again
-            plain = model.merge_and_unload()  # type: ignore[operator]
+    try:
+        quantized = quantizing.is_quantized(base)
+        plain: Any = quantizing.merged(model) if quantized else model.merge_and_unload()  # type: ignore[operator]
+    except BaseException:
+        _unmerge(base)
+        raise
     _share(plain, ties)
     if parted:
         settle(plain, parted, untied=differ)
@@ -180,6 +167,18 @@ def take_off(model: nn.Module, tuner: Lora) -> nn.Module:
         del plain.peft_config
     zeros.restore(plain, noted)
     return cast(nn.Module, plain.requires_grad_(True))
+
+
+def _unmerge(base: nn.Module) -> None:
+    """Take adapters out of the weights again that they were merged into: as before, up to the dtype's rounding.
+
+    peft adds them in place, which nothing else undoes; to keep the weights from before would take twice the memory.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for module in base.modules():
+        if isinstance(module, LoraLayer) and module.merged:
+            module.unmerge()
 
 
 def _is_adapted(base: nn.Module, parted: Parted) -> bool:
