@@ -154,12 +154,10 @@ def take_off(model: nn.Module, tuner: Lora) -> nn.Module:
             own_weights(base, each)
         else:
             rejoin(base, each)
-    try:
-        quantized = quantizing.is_quantized(base)
-        plain: Any = quantizing.merged(model) if quantized else model.merge_and_unload()  # type: ignore[operator]
-    except BaseException:
-        _unmerge(base)
-        raise
+    if quantizing.is_quantized(base):
+        plain: Any = quantizing.merged(model)
+    else:  # into copies: peft's other way adds in place, which no reference could undo
+        plain = model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
     _share(plain, ties)
     if parted:
         settle(plain, parted, untied=differ)
@@ -167,18 +165,6 @@ def take_off(model: nn.Module, tuner: Lora) -> nn.Module:
         del plain.peft_config
     zeros.restore(plain, noted)
     return cast(nn.Module, plain.requires_grad_(True))
-
-
-def _unmerge(base: nn.Module) -> None:
-    """Take adapters out of the weights again that they were merged into: as before, up to the dtype's rounding.
-
-    peft adds them in place, which nothing else undoes; to keep the weights from before would take twice the memory.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    for module in base.modules():
-        if isinstance(module, LoraLayer) and module.merged:
-            module.unmerge()
 
 
 def _is_adapted(base: nn.Module, parted: Parted) -> bool:
