@@ -17,7 +17,7 @@ from ffnkit.edits import ClusterNeurons
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.model.targets import resolve_width, select
+from ffnkit.model.targets import one_a_weight, resolve_width, select
 from ffnkit.model.targets import targets as sited
 from ffnkit.model.trainable import PARTS
 from ffnkit.nn.special import Special
@@ -105,7 +105,7 @@ def plain_linears(model: nn.Module, method: str, sites: str, layers: str) -> dic
     if experts:
         what = f"{experts[0]} holds the weights of several experts in one 3-D parameter"
         raise FfnkitError(asked, what, "Name linears with sites, or use lora, which adapts such parameters")
-    found = {name: model.get_submodule(name) for name in names}
+    found = {name: model.get_submodule(name) for name in one_a_weight(model, names)}
     for name, linear in found.items():
         if isinstance(linear, Special):
             raise FfnkitError(asked, f"{name} is edited already ({linear.kind})", "Fold the model first")

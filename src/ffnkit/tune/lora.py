@@ -58,7 +58,8 @@ def put_on(model: nn.Module, tuner: Lora, preparation: Preparation) -> nn.Module
     noted = zeros.note(model) if tuner.keep_zeros else None
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     modules, parameters = targets(model, tuner.targets)
-    check_untied(model, modules, f"lora on {type(model).__name__}")
+    apart = [f"{owner}.{site}" for each in parted for owner in each.owners for site in each.sites]
+    check_untied(model, modules, f"lora on {type(model).__name__}", apart)
     if tuner.routers == "trained":
         heads += found
     elif tuner.targets in GROUPS:
