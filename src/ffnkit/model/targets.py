@@ -114,10 +114,10 @@ def resolve_width(width: int | float, ff: int, name: str) -> int:
 GROUPS = ("ffn", "attention", "qv", "all")
 
 
-def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str], list[str]]:
+def targets(model: nn.Module, asked: str, layers: str = "all", *, each: bool = False) -> tuple[list[str], list[str]]:
     """Names of the modules that get adapters, and of the bare 3-D parameters of experts.
 
-    Of linears that share a weight the first one is named.
+    Of linears that share a weight the first one is named, or with ``each`` every one.
 
     Args:
         asked: "ffn", "attention", "qv" (query and value; a linear that holds key too as a whole), "all", or a regular
@@ -137,7 +137,7 @@ def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str
             modules += [name for name in attention_linears(model) if name not in modules]
     else:
         modules = _matching(model, asked)
-    modules = _once(model, modules)
+    modules = modules if each else _once(model, modules)
     for name in modules:
         module = model.get_submodule(name)
         if is_linear(module):

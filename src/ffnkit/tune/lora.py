@@ -57,8 +57,9 @@ def put_on(model: nn.Module, tuner: Lora, preparation: Preparation) -> nn.Module
     parted = part(cast(PreTrainedModel, model)) if tuner.tied == "each" else []
     noted = zeros.note(model) if tuner.keep_zeros else None
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    modules, parameters = targets(model, tuner.targets)
-    check_untied(model, modules, f"lora on {type(model).__name__}")
+    modules, parameters = targets(model, tuner.targets, each=tuner.tied == "each")
+    apart = [f"{name}.{site}" for each in parted for name in each.owners for site in each.sites]
+    check_untied(model, [*modules, *apart], f"lora on {type(model).__name__}")
     if tuner.routers == "trained":
         heads += found
     elif tuner.targets in GROUPS:
@@ -141,6 +142,8 @@ def take_off(model: nn.Module, tuner: Lora) -> nn.Module:
     Layers that had adapters of their own over a shared FFN differ from then on: each holds its weights, and the config
     says so. A quantized base comes back in float, as what its numbers stand for: merged into few bits, an adapter
     would be rounded away in part.
+
+    Where this fails, weights are as before up to the rounding of their dtype: peft adds adapters to them in place.
     """
     if tuner.adapter_dir is not None:
         save_adapter(model, tuner.adapter_dir)
@@ -154,11 +157,14 @@ def take_off(model: nn.Module, tuner: Lora) -> nn.Module:
             own_weights(base, each)
         else:
             rejoin(base, each)
+    layers = _adapters(base)
     try:
         quantized = quantizing.is_quantized(base)
         plain: Any = quantizing.merged(model) if quantized else model.merge_and_unload()  # type: ignore[operator]
     except BaseException:
-        _unmerge(base)
+        for layer in layers:  # to keep the weights from before instead would take twice the memory
+            if layer.merged:
+                layer.unmerge()
         raise
     _share(plain, ties)
     if parted:
@@ -169,16 +175,10 @@ def take_off(model: nn.Module, tuner: Lora) -> nn.Module:
     return cast(nn.Module, plain.requires_grad_(True))
 
 
-def _unmerge(base: nn.Module) -> None:
-    """Take adapters out of the weights again that they were merged into: as before, up to the dtype's rounding.
-
-    peft adds them in place, which nothing else undoes; to keep the weights from before would take twice the memory.
-    """
+def _adapters(base: nn.Module) -> list[Any]:
     from peft.tuners.lora import LoraLayer
 
-    for module in base.modules():
-        if isinstance(module, LoraLayer) and module.merged:
-            module.unmerge()
+    return [module for module in base.modules() if isinstance(module, LoraLayer)]
 
 
 def _is_adapted(base: nn.Module, parted: Parted) -> bool:
