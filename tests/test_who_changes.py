@@ -38,9 +38,8 @@ def changes(source: str) -> list[tuple[int, str]]:
                 found.append((node.lineno, f".{name}("))
             elif name in ("update", "pop", "clear", "setdefault") and _held(node.func.value):
                 found.append((node.lineno, f"{_held(node.func.value)}.{name}("))
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            if node.func.id.startswith("register_optimizer_step"):
-                found.append((node.lineno, f"{node.func.id}("))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).startswith("register_optimizer_step"):
+            found.append((node.lineno, f"{ast.unparse(node.func)}("))
     return found
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -157,28 +158,31 @@ def take_off(model: nn.Module, tuner: Lora) -> nn.Module:
             own_weights(base, each)
         else:
             rejoin(base, each)
-    layers = _adapters(base)
-    try:
+    with _unmerged_on_failure(base):
         quantized = quantizing.is_quantized(base)
         plain: Any = quantizing.merged(model) if quantized else model.merge_and_unload()  # type: ignore[operator]
-    except BaseException:
-        for layer in layers:  # to keep the weights from before instead would take twice the memory
-            if layer.merged:
-                layer.unmerge()
-        raise
-    _share(plain, ties)
-    if parted:
-        settle(plain, parted, untied=differ)
-    if hasattr(plain, "peft_config"):
-        del plain.peft_config
-    zeros.restore(plain, noted)
+        _share(plain, ties)
+        if parted:
+            settle(plain, parted, untied=differ)
+        if hasattr(plain, "peft_config"):
+            del plain.peft_config
+        zeros.restore(plain, noted)
     return cast(nn.Module, plain.requires_grad_(True))
 
 
-def _adapters(base: nn.Module) -> list[Any]:
+@contextmanager
+def _unmerged_on_failure(base: nn.Module) -> Iterator[None]:
+    """Take adapters out of the weights again where the block fails; to keep the weights instead takes twice the memory."""
     from peft.tuners.lora import LoraLayer
 
-    return [module for module in base.modules() if isinstance(module, LoraLayer)]
+    layers: list[Any] = [module for module in base.modules() if isinstance(module, LoraLayer)]
+    try:
+        yield
+    except BaseException:
+        for layer in layers:
+            if layer.merged:
+                layer.unmerge()
+        raise
 
 
 def _is_adapted(base: nn.Module, parted: Parted) -> bool:
