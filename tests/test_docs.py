@@ -7,7 +7,14 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
 
 import ffnkit
 
@@ -100,3 +107,79 @@ def test_mistakes_in_the_package_of_the_page_are_found_by_name(tmp_path: Path) -
     assert "test_the_family passed" in printed
     assert "test_the_edit failed: numbers are new tensors" in printed
     assert "test_the_method failed: settings round-trip" in printed
+
+
+# --- one model's way through the code
+
+STEP = re.compile(r"^\d+\. `([\w/]+\.py):([\w.]+)`", re.MULTILINE)
+
+
+def sections(text: str) -> dict[str, list[str]]:
+    """Call -> the functions named below it, of docs/walkthrough.md."""
+    parts = re.split(r"^## (\w+)$", text, flags=re.MULTILINE)[1:]
+    return {
+        name: [f"{file}:{function}" for file, function in STEP.findall(body)]
+        for name, body in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+def called(run: Callable[[], Any]) -> tuple[Any, list[str]]:
+    """What a call returns, and the functions of ffnkit in the order in which it called them first."""
+    package = f"{Path(ffnkit.__file__).parent}{os.sep}"
+    found: dict[str, None] = {}
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(package):
+            found.setdefault(f"{code.co_filename.removeprefix(package)}:{code.co_qualname}")
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        return run(), list(found)
+    finally:
+        sys.setprofile(before)
+
+
+def disorder(named: list[str], made: list[str]) -> str:
+    """What is wrong with the order of named calls; "" where they were made, in this order."""
+    missing = [name for name in named if name not in made]
+    if missing:
+        return f"{missing[0]} is not called"
+    places = [made.index(name) for name in named]
+    late = [a for a, b, first, then in zip(named, named[1:], places, places[1:], strict=False) if first > then]
+    return f"{late[0]} comes later" if late else ""
+
+
+@pytest.fixture(scope="module")
+def way(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    folder = tmp_path_factory.mktemp("way")
+    model = FAMILIES["bert"].model()
+    inputs = FAMILIES["bert"].inputs(model)
+    vars(ffnkit).pop("inspect", None)  # loaded already, by other tests
+    made: dict[str, list[str]] = {}
+
+    def train() -> None:
+        optimizer = torch.optim.AdamW(ffnkit.trainable_parameters(model), lr=1e-3)
+        model(**inputs).logits.square().mean().backward()
+        optimizer.step()
+
+    _, made["inspect"] = called(lambda: ffnkit.inspect(model))
+    plan, made["plan"] = called(lambda: ffnkit.plan(model, ffnkit.Fusion(width=0.5, layers="all")))
+    _, made["apply"] = called(lambda: ffnkit.apply(model, plan))
+    _, made["train"] = called(train)
+    _, made["save"] = called(lambda: ffnkit.save(model, folder / "compact"))
+    opened, made["load"] = called(lambda: ffnkit.load(folder / "compact"))
+    _, made["export"] = called(lambda: ffnkit.export(opened, folder / "standard"))
+    return made
+
+
+WAY = sections((DOCS / "walkthrough.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("call", ["inspect", "plan", "apply", "train", "save", "load", "export"])
+def test_the_walkthrough_names_the_calls_in_order(call: str, way: dict[str, list[str]]) -> None:
+    assert set(WAY) == set(way)
+    assert disorder(WAY[call], way[call]) == ""
+    assert disorder(WAY[call][::-1], way[call])
+    assert disorder([*WAY[call], "edits/masks.py:Mask.perform"], way[call])
