@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import os
 import re
 import subprocess
@@ -9,8 +11,9 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -183,3 +186,105 @@ def test_the_walkthrough_names_the_calls_in_order(call: str, way: dict[str, list
     assert disorder(WAY[call], way[call]) == ""
     assert disorder(WAY[call][::-1], way[call])
     assert disorder([*WAY[call], "edits/masks.py:Mask.perform"], way[call])
+
+
+# --- the picture
+
+
+def picture() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("picture", ROOT / "tools" / "picture.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["picture"] = module  # dataclasses look for it there
+    spec.loader.exec_module(module)
+    return module
+
+
+PICTURE = picture()
+ROOMS = PICTURE.rooms()
+
+
+def stale(svg: str, rooms: dict[str, Any]) -> str:
+    """What a picture does not show of the code; "" where it is up to date. Sizes may be a quarter off."""
+    shown = dict(re.findall(r'data-room="(\w+)" data-lines="(\d+)"', svg))
+    if list(shown) != list(rooms):
+        return f"rooms {list(shown)}"
+    sizes = [n for n, room in rooms.items() if abs(int(shown[n]) - room.lines) > max(room.lines / 4, 100)]
+    drawn = set(re.findall(r'data-from="(\w+)" data-to="(\w+)"', svg))
+    odd = sorted(drawn ^ {(source, target) for source, target, _ in PICTURE.arrows(rooms)})
+    return f"{sizes[0]}'s lines" if sizes else " to ".join(odd[0]) if odd else ""
+
+
+def test_the_picture_is_that_of_the_code() -> None:
+    odd = stale((DOCS / "architecture.svg").read_text(encoding="utf-8"), ROOMS)
+    assert odd == "", f"{odd}: run tools/picture.py"
+
+
+def test_the_picture_is_drawn_the_same_each_time() -> None:
+    drawn = PICTURE.draw(ROOMS)
+    assert drawn == PICTURE.draw(PICTURE.rooms())
+    assert stale(drawn, ROOMS) == ""
+    ElementTree.fromstring(drawn)
+
+
+def test_an_old_picture_is_found() -> None:
+    drawn = PICTURE.draw(ROOMS)
+    lost = re.sub(r'<path class="a" data-from="surgery" data-to="edits".*?</path>', "", drawn)
+    assert stale(lost, ROOMS) == "surgery to edits"
+    assert stale(drawn.replace('data-room="budget"', 'data-room="costs"'), ROOMS).startswith("rooms")
+    assert stale(re.sub(r'(data-room="tasks" data-lines=)"\d+"', r'\1"9"', drawn), ROOMS) == "tasks's lines"
+
+
+def test_an_import_that_points_up_is_red(tmp_path: Path) -> None:
+    for name, source in {"high": "from ffnkit.low import x", "low": "import ffnkit.high.more"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f'"""{name}."""\n{source}\n', encoding="utf-8")
+    design = tmp_path / "design.md"
+    design.write_text("## Layers\n\n```\nhigh/   above\nlow/    below\n```\n", encoding="utf-8")
+    rooms = PICTURE.rooms(tmp_path, design)
+    assert PICTURE.arrows(rooms) == [("high", "low", 1), ("low", "high", 1)]
+    red = [line for line in PICTURE.draw(rooms).splitlines() if f'stroke="{PICTURE.UP}"' in line]
+    assert len(red) == 1 and 'data-from="low"' in red[0]
+    assert f'stroke="{PICTURE.UP}"' not in PICTURE.draw(ROOMS)
+
+
+# --- names
+
+NAME = re.compile(r"(?<![\w./-])((?:[a-z_]\w*/)+\w+\.py|[a-z_]\w*\.py)(?::(\w+(?:\.\w+)*))?(?![\w/])")
+PAGES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md"]
+
+
+def missing_names(text: str) -> list[str]:
+    """Files, and functions in them, that a page names and that are not there; "file.py:name" or "file.py"."""
+    text = BLOCK.sub("", text)
+    found = []
+    for file, name in NAME.findall(text):
+        homes = [ROOT / file, ROOT / "src" / "ffnkit" / file, ROOT / "src" / file]
+        home = next((path for path in homes if path.is_file()), None)
+        if home is None:
+            found.append(file)
+        elif name and not defines(home, name):
+            found.append(f"{file}:{name}")
+    return found
+
+
+def defines(file: Path, name: str) -> bool:
+    """Whether a module defines a function or class by that qualified name."""
+    body: Any = ast.parse(file.read_text(encoding="utf-8")).body
+    for part in name.split("."):
+        kinds = ast.FunctionDef | ast.ClassDef
+        node = next((n for n in body if isinstance(n, kinds) and n.name == part), None)
+        if node is None:
+            return False
+        body = node.body
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_functions_named_on_a_page_exist(page: Path) -> None:
+    assert missing_names(page.read_text(encoding="utf-8")) == []
+
+
+def test_names_that_do_not_exist_are_found() -> None:
+    text = "`blocks.py`, `model/ffn.py:FFN.read`, `model/ffn.py:FFN.reads`, `surgery/apply.py:apply`, `edits/none.py`"
+    assert missing_names(text) == ["blocks.py", "model/ffn.py:FFN.reads", "edits/none.py"]
