@@ -12,8 +12,8 @@ from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import attention_linears, attentions
 from ffnkit.model.finding import Placed, ffns
 from ffnkit.model.linear import check_editable, is_linear, linears, parameters, stored_weight
-from ffnkit.nn.adapted import Adapted
-from ffnkit.nn.special import Special
+from ffnkit.nn.adapter_layer import AdapterLayer
+from ffnkit.nn.reparametrized import ReparametrizedLinear
 
 AnyPlaced = TypeVar("AnyPlaced", bound=Placed)
 
@@ -117,8 +117,6 @@ GROUPS = ("ffn", "attention", "qv", "all")
 def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str], list[str]]:
     """Names of the modules that get adapters, and of the bare 3-D parameters of experts.
 
-    Of linears that share a weight the first one is named.
-
     Args:
         asked: "ffn", "attention", "qv" (query and value; a linear that holds key too as a whole), "all", or a regular
             expression that a whole module name must match.
@@ -137,15 +135,14 @@ def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str
             modules += [name for name in attention_linears(model) if name not in modules]
     else:
         modules = _matching(model, asked)
-    modules = _once(model, modules)
     for name in modules:
         module = model.get_submodule(name)
         if is_linear(module):
             check_editable(module, name, f"targets {asked!r}")
-        if isinstance(module, Adapted):
+        if isinstance(module, AdapterLayer):
             found, do = f"an update ({module.kind}) is on {name} already", "Name other linears, or fold the model first"
             raise FfnkitError(f"targets {asked!r}", found, do)
-        if isinstance(module, Special):
+        if isinstance(module, ReparametrizedLinear):
             found, do = f"{name} is edited already ({module.kind})", "Fold the model first (ffnkit.fold)"
             raise FfnkitError(f"targets {asked!r}", found, do)
     if not modules and not bare:
@@ -153,7 +150,7 @@ def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str
     return modules, bare
 
 
-def _once(model: nn.Module, names: list[str]) -> list[str]:
+def one_a_weight(model: nn.Module, names: list[str]) -> list[str]:
     """The first of the linears over one weight: what trains beside it, or masks it, does so for all of them."""
     first: dict[int, str] = {}
     for name in names:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import ffnkit as fk
 from ffnkit.io.formats import QUANT_METHOD
-from ffnkit.nn.narrowed import plain_class
+from ffnkit.nn.pruned_attention import plain_class
 from ffnkit.plans import Plan
 from ffnkit.testing.contract import (
     RELOADED,
@@ -66,7 +66,7 @@ def check_forms(plan: Plan, case: Case, folder: Path) -> None:
         plain = eager(type(model).from_pretrained(folder / "standard"))
         gap = distance(case.run(plain), expected)
         require(gap < RELOADED, name, f"outputs differ by {gap:.2g}, relative")
-        require(not special_layers(plain), name, "it holds special layers")
+        require(not special_layers(plain), name, "it holds reparametrized layers")
         check_usual(plain, case.model(), name)
         written = json.loads((folder / "standard" / "config.json").read_text(encoding="utf-8"))
         require("quantization_config" not in written, name, "its config speaks of a quantization")

@@ -21,8 +21,9 @@ from ffnkit.testing.contract import (
     special_layers,
     stir,
 )
-from ffnkit.tune import planned, trainable_parameters
-from ffnkit.tune.tuners import Tuner, finish, get, prepare
+from ffnkit.tune import trainable_parameters
+from ffnkit.tune.base import Tuner
+from ffnkit.tune.tuners import finish, get, prepare
 
 
 def check_tuner(tuner: str | dict[str, Any], case: Case) -> None:
@@ -42,9 +43,7 @@ def check_tuner(tuner: str | dict[str, Any], case: Case) -> None:
 def _prepared(tuner: Tuner, model: Any, case: Case) -> Any:
     """The model to train, by a tuner that may want batches."""
     with checking("preparing"):
-        if getattr(tuner.method, "needs_data", False):
-            return planned.prepare(model, tuner, case.batches(model))  # type: ignore[arg-type]
-        return prepare(model, tuner)
+        return tuner.prepare(model, case.batches(model) if getattr(tuner.method, "needs_data", False) else None)
 
 
 def _settings(tuner: Tuner) -> None:
