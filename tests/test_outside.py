@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 import ffnkit
-from ffnkit import _registry
+from ffnkit import _registry, edits, methods
 from ffnkit.errors import FfnkitError
+from ffnkit.model.families import attentions as attention_rows
+from ffnkit.model.families import ffns as ffn_rows
 
 HERE = Path(__file__).parent
 BROKEN = (
@@ -135,7 +137,7 @@ def _fresh() -> Any:
 
 def test_a_broken_entry_point_is_named_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     entries(monkeypatch, Entry("bad", "bad-package", ImportError("no module named x")), Entry("good", "other", "good"))
-    with pytest.warns(UserWarning, match="'bad' of bad-package cannot be loaded.*no module named x"):
+    with pytest.warns(UserWarning, match="'bad' of bad-package cannot be used.*no module named x"):
         found = _registry.with_added("ffnkit.methods", ["ours"], str)
     assert found == ("ours", "good")
 
@@ -145,3 +147,23 @@ def test_a_name_that_is_taken_is_refused(name: str, monkeypatch: pytest.MonkeyPa
     entries(monkeypatch, Entry("good", "first", "good"), Entry(name, "second", name))
     with pytest.raises(FfnkitError, match=f"'{name}' of second.*has one of that name"):
         _registry.with_added("ffnkit.methods", ["ours"], str)
+
+
+@pytest.mark.parametrize(
+    ("group", "value", "known", "why"),
+    [
+        ("methods", object, methods.names, "object has no name, summary, settings, draft"),
+        ("edits", object, edits.known, "is no subclass of Edit"),
+        ("edits", type("Nameless", (edits.Edit,), {}), edits.known, "Nameless has no kind"),
+        ("families", [ffn_rows.LAYOUTS[0], "row"], ffn_rows.layouts, "'row' is no Layout"),
+        ("attentions", "row", attention_rows.attention_layouts, "'row' is no AttentionLayout"),
+    ],
+)
+def test_an_entry_that_is_no_such_thing_is_named_and_left_out(
+    group: str, value: Any, known: Any, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = known()
+    entries(monkeypatch, Entry("odd", "odd-package", value))
+    with pytest.warns(UserWarning, match=f"ffnkit.{group} 'odd' of odd-package cannot be used.*{why}.*left out"):
+        assert known() == before
+    entries(monkeypatch)

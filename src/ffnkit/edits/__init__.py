@@ -57,9 +57,15 @@ __all__ = [
 ]
 
 
+def _wrong(kind: Any) -> str:
+    if not (isinstance(kind, type) and issubclass(kind, Edit)):
+        return f"{kind!r} is no subclass of Edit"
+    return "" if kind.kind else f"{kind.__name__} has no kind"
+
+
 def known() -> tuple[type[Edit], ...]:
     """Our own kinds and those of other packages (entry points ``ffnkit.edits``)."""
-    return with_added("ffnkit.edits", EDITS, lambda kind: str(kind.kind))
+    return with_added("ffnkit.edits", EDITS, lambda kind: str(kind.kind), _wrong)
 
 
 def build(kind: str, settings: dict[str, Any], tensors: dict[str, Tensor], version: int = 1) -> Edit:

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from typing import Any
 
-from ffnkit._registry import with_added
+from ffnkit._registry import lacking, with_added
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.combined import Combined
 from ffnkit.methods.drop.heads import RemoveHeads
@@ -46,9 +46,13 @@ METHODS: tuple[Any, ...] = (
 )
 
 
+def _wrong(method: Any) -> str:
+    return lacking(method, "name", "summary", "settings", "draft")
+
+
 def known() -> tuple[Any, ...]:
     """Our own methods and those of other packages (entry points ``ffnkit.methods``)."""
-    return with_added("ffnkit.methods", METHODS, lambda method: str(method.name))
+    return with_added("ffnkit.methods", METHODS, lambda method: str(method.name), _wrong)
 
 
 def names() -> list[str]:

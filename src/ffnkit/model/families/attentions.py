@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ffnkit._registry import added
+from ffnkit._registry import added, not_of
 
 Role = Literal["q", "k", "v"]
 ROLES: tuple[Role, ...] = ("q", "k", "v")
@@ -83,9 +83,13 @@ ATTENTION_LAYOUTS: list[AttentionLayout] = [
 ]  # fmt: skip
 
 
+def _wrong(row: object) -> str:
+    return not_of(row, AttentionLayout)
+
+
 def attention_layouts() -> list[AttentionLayout]:
     """The rows in the order in which they are tried; other packages' (``ffnkit.attentions``) come last."""
-    return [*ATTENTION_LAYOUTS, *(row for _, row in added("ffnkit.attentions"))]
+    return [*ATTENTION_LAYOUTS, *(row for _, row in added("ffnkit.attentions", _wrong))]
 
 
 def places(order: Order, sharing: tuple[Role, ...], counts: dict[Role, int], head_dim: int) -> dict[Role, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ffnkit._registry import added
+from ffnkit._registry import added, not_of
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,14 @@ LAYOUTS: list[Layout] = [
 ]
 
 
+def _wrong(row: object) -> str:
+    return not_of(row, Layout)
+
+
 def layouts() -> list[Layout]:
     """The rows in the order in which they are tried; other packages' (entry points ``ffnkit.families``) come last.
 
     A row for classes of one name comes before all: it can be meant for nothing else.
     """
-    every = [*LAYOUTS, *(row for _, row in added("ffnkit.families"))]
+    every = [*LAYOUTS, *(row for _, row in added("ffnkit.families", _wrong))]
     return [row for row in every if row.owner] + [row for row in every if not row.owner]
