@@ -46,7 +46,7 @@ class Budget:
         """What stands in a method's settings for now. Raises FfnkitError where the method has no width."""
         from ffnkit import methods
 
-        fields = {f.name for m in methods.METHODS if m.name == name for f in dataclasses.fields(m)}
+        fields = {f.name for m in methods.known() if m.name == name for f in dataclasses.fields(m)}
         if fields and not {"width", "layers"} <= fields:
             do = "Choose a method that narrows FFNs, such as calibrated-fusion"
             raise FfnkitError(f"--budget {self.amount:g}", f"{name} has no setting width", do)

@@ -137,7 +137,7 @@ def has_setting(method: str, setting: str) -> bool:
 def _methods() -> dict[str, type]:
     from ffnkit import methods
 
-    return {str(method.name): method for method in methods.METHODS}
+    return {str(method.name): method for method in methods.known()}
 
 
 @cache
