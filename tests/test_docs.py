@@ -157,7 +157,7 @@ def disorder(named: list[str], made: list[str]) -> str:
 @pytest.fixture(scope="module")
 def way(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("way")
-    model = FAMILIES["bert"].model()
+    model: Any = FAMILIES["bert"].model()
     inputs = FAMILIES["bert"].inputs(model)
     vars(ffnkit).pop("inspect", None)  # loaded already, by other tests
     made: dict[str, list[str]] = {}

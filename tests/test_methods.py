@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel
 
 import ffnkit as fk
 from ffnkit import methods
-from ffnkit.calibration.taps import watch
+from ffnkit.calibration.hooks import watch
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import SPOOL_FROM
 from ffnkit.methods.drop.unstructured import largest_weights

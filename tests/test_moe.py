@@ -126,7 +126,7 @@ def test_routes_are_equal_at_the_first_fused_layer(name: str) -> None:
 
 def outputs_of(ffn: FFN, x: torch.Tensor) -> torch.Tensor:
     """(E, n, d) what each expert of a 3-D parameter gives for the same tokens."""
-    from ffnkit.calibration.taps import expert_forward
+    from ffnkit.calibration.hooks import expert_forward
 
     return torch.stack([expert_forward(ffn, ffn.module, e, x)[2] for e in range(ffn.experts)])
 

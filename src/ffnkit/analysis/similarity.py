@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from ffnkit.calibration.batches import Batch
 from ffnkit.calibration.features import Features
-from ffnkit.calibration.taps import Batch
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns

@@ -15,7 +15,7 @@ from ffnkit.analysis.ntk import NtkSettings
 from ffnkit.analysis.reference import Other, Reference, temporary_plan
 from ffnkit.analysis.result import Analysis, Row
 from ffnkit.analysis.scalar import singles
-from ffnkit.calibration.taps import Batch
+from ffnkit.calibration.batches import Batch, kept
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import drawn_head
 from ffnkit.model.ffn import FFN
@@ -90,9 +90,9 @@ def analyze(
         raise FfnkitError("analyze", "no method and no second model is given", "Give methods=[...] or against=model")
     for candidate in candidates.values():
         _check_calibration(candidate.what, calibration)
-    held = list(data)
+    held = kept(data, "data")
     study = _Study(model, held, errors, NtkSettings() if ntk is True else ntk or None, progress)
-    calibrated = list(calibration) if calibration is not None else None
+    calibrated = kept(calibration, "calibration") if calibration is not None else None
     last: tuple[Any, Plan] | None = None  # the same method folded and not is planned once
     for name, candidate in candidates.items():
         if last is None or last[0] != candidate.what:

@@ -117,8 +117,6 @@ GROUPS = ("ffn", "attention", "qv", "all")
 def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str], list[str]]:
     """Names of the modules that get adapters, and of the bare 3-D parameters of experts.
 
-    Of linears that share a weight the first one is named.
-
     Args:
         asked: "ffn", "attention", "qv" (query and value; a linear that holds key too as a whole), "all", or a regular
             expression that a whole module name must match.
@@ -137,7 +135,6 @@ def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str
             modules += [name for name in attention_linears(model) if name not in modules]
     else:
         modules = _matching(model, asked)
-    modules = _once(model, modules)
     for name in modules:
         module = model.get_submodule(name)
         if is_linear(module):
@@ -153,7 +150,7 @@ def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str
     return modules, bare
 
 
-def _once(model: nn.Module, names: list[str]) -> list[str]:
+def one_a_weight(model: nn.Module, names: list[str]) -> list[str]:
     """The first of the linears over one weight: what trains beside it, or masks it, does so for all of them."""
     first: dict[int, str] = {}
     for name in names:

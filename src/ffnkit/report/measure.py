@@ -195,7 +195,7 @@ def _evaluating(models: Any) -> Iterator[None]:
     """Eval mode for those that are modules; afterwards every module is back in the mode that it was in."""
     import torch
 
-    from ffnkit.calibration.taps import evaluating
+    from ffnkit.calibration.batches import evaluating
 
     with ExitStack() as stack:
         for model in models:

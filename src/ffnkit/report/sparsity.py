@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from ffnkit.calibration.taps import evaluating
+from ffnkit.calibration.batches import evaluating, forward, prepared
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.weights import Prunable, prunable
 from ffnkit.model.linear import stored_weight
@@ -157,12 +157,11 @@ def _linear(layer: Adapted, weight: Tensor, x: Tensor) -> Tensor:
 
 
 def _loss(model: nn.Module, batches: list[Mapping[str, Any]]) -> float:
-    device = next(model.parameters()).device
     total = weight = 0.0
     with evaluating(model):
         for batch in batches:
-            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            loss, labels = getattr(model(**moved), "loss", None), batch.get("labels")
+            output = forward(model, prepared(model, batch), labels=True)
+            loss, labels = getattr(output, "loss", None), batch.get("labels")
             if loss is None or labels is None:
                 found = "its outputs have no loss"
                 raise FfnkitError(f"the loss of {type(model).__name__}", found, "Give batches with labels")

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
-from ffnkit.calibration.taps import watch
+from ffnkit.calibration.hooks import watch
 from ffnkit.model.attention import attentions
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.model.finding import ffns

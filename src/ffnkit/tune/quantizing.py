@@ -88,15 +88,20 @@ def merged(tuned: nn.Module) -> nn.Module:
             delta = layer.get_delta_weight(name)
             plain.weight += (delta.T if isinstance(plain, Conv1D) else delta).to(plain.weight)
         layer.base_layer = plain
-    plain_model: Any = tuned.unload()  # type: ignore[operator]
+    return unquantized(tuned.unload())  # type: ignore[operator]
+
+
+@torch.no_grad()
+def unquantized(model: nn.Module) -> nn.Module:
+    """The model with its quantized linears in float, in place: each weight is what it stood for."""
     made: dict[int, nn.Module] = {}
-    for name, module in list(plain_model.named_modules(remove_duplicate=False)):
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if in_few_bits(module):
             if id(module) not in made:
-                made[id(module)] = in_float_form(module, plain_model.dtype)
-            plain_model.set_submodule(name, made[id(module)])
-    _forget(plain_model)
-    return cast(nn.Module, plain_model)
+                made[id(module)] = in_float_form(module, cast(Any, model).dtype)
+            model.set_submodule(name, made[id(module)])
+    _forget(model)
+    return model
 
 
 def _check(model: nn.Module, kind: str) -> None:

@@ -25,14 +25,19 @@ def share_modules(model: nn.Module) -> None:
             Tie.blank(ffn.name, list(ffn.twins)).perform(writer)
 
 
-def check_untied(model: nn.Module, names: Iterable[str], asked: str) -> None:
-    """Raises FfnkitError where the weight of a linear is something else's too, an embedding's above all."""
-    modules = [model.get_submodule(name) for name in names]
+def check_untied(model: nn.Module, names: Iterable[str], asked: str, apart: Iterable[str] = ()) -> None:
+    """Raises FfnkitError where the weight of a linear is something else's too, an embedding's above all.
+
+    Args:
+        apart: linears that have adapters of their own over one weight on purpose.
+    """
+    modules = {name: model.get_submodule(name) for name in names}
     writer = ModelWriter(model)
-    for module in modules:
-        for parameter in module.parameters(recurse=False):
-            if not isinstance(module, nn.Embedding):
-                writer.check_untied(parameter, modules, asked)
+    separate = [model.get_submodule(name) for name in apart]
+    for module in modules.values():
+        weight = module._parameters.get("weight")
+        if weight is not None and not isinstance(module, nn.Embedding):
+            writer.check_untied(weight, [module, *separate], asked)
 
 
 def own_modules(model: nn.Module, names: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.taps import stack_mask
+from ffnkit.calibration.masks import TokenMasks
 from ffnkit.edits import Edit, SelectHeads
 from ffnkit.edits.heads import check_separable
 from ffnkit.errors import FfnkitError
@@ -159,20 +159,19 @@ def head_activity(
     Args:
         beside: FFNs whose hidden neurons' rms (:func:`~ffnkit.methods.common.activity`) the same pass measures.
     """
-    masks: dict[str, Tensor | None] = {}
+    masks = TokenMasks(model, {each.name: (each.stack, [each.name]) for each in found})
     sums = {attention.name: torch.zeros(attention.units, dtype=torch.float64) for attention in found}
     counts = {attention.name: 0.0 for attention in found}
 
     def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        masks.update({stack: stack_mask(stack, model, kwargs) for stack in {each.stack for each in found}})
+        masks.start(kwargs)
 
     def tap(attention: Attention) -> Callable[[nn.Module, Any], None]:
         def note(_: nn.Module, args: Any) -> None:
             x = args[0].detach()
             squares = x.reshape(-1, attention.units, x.shape[-1] // attention.units).float().square().sum(-1)
-            mask = masks.get(attention.stack)
-            own = mask is not None and mask.numel() == len(squares)
-            weights = mask.reshape(-1).to(squares) if mask is not None and own else squares.new_ones(len(squares))
+            mask = masks.of(attention.name, x)
+            weights = squares.new_ones(len(squares)) if mask is None else mask.to(squares)
             sums[attention.name] += (weights @ squares).double().cpu()
             counts[attention.name] += float(weights.sum())
 
@@ -181,7 +180,8 @@ def head_activity(
     handles = [model.register_forward_pre_hook(begin, with_kwargs=True)]
     handles += [attention.linear("o").register_forward_pre_hook(tap(attention)) for attention in found]
     try:
-        neurons = activity(model, data, beside or [])
+        with masks.watching():
+            neurons = activity(model, data, beside or [])
     finally:
         for handle in handles:
             handle.remove()

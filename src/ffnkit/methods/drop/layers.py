@@ -174,12 +174,15 @@ def _proxies(
     """A score for each choice: the mean over its groups and all tokens."""
     found = {block_name(ffn.name): ffn for groups in choices for group in groups for ffn in group}
     sums = [[0.0, 0.0] for _ in choices]
-    for passed in passages(model, data, found):
+
+    def add(passed: dict[str, Passage]) -> None:
         for number, groups in enumerate(choices):
             for group in groups:
                 value, count = worth([passed[block_name(ffn.name)] for ffn in group])
                 sums[number][0] += value
                 sums[number][1] += count
+
+    passages(model, data, found, add)
     return [value / max(count, 1e-300) for value, count in sums]
 
 

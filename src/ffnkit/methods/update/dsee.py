@@ -7,13 +7,16 @@ import time
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ffnkit.calibration.batches import kept
 from ffnkit.calibration.gradients import weight_gradients
+from ffnkit.calibration.statistics import GradientSquares
 from ffnkit.edits import Edit, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spool
@@ -109,7 +112,7 @@ class DSEE:
         started = time.perf_counter()
         linears = self.targets(model)
         lora = Lora() if self.lora is None else read_lora(self.lora).placed(model, linears)
-        batches = list(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
+        batches = kept(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
         squares = self._squares(model, linears, batches) if batches else {}
         roles = query_value(model, self.layers) if self.sites == "qv" else {}
         edits: list[Edit] = []
@@ -178,14 +181,7 @@ class DSEE:
         """Summed squares of each weight's gradients, (out, in) float32."""
         sizes = {name: sides(linear) for name, linear in linears.items()}
         large = 4 * sum(out * inner for out, inner in sizes.values()) > IN_MEMORY
-        sums: dict[str, Tensor] = {}
-
-        def receive(name: str, gradient: Tensor) -> None:
-            square = gradient.float().square()
-            if name not in sums:
-                sums[name] = spool(sizes[name], torch.float32) if large else torch.zeros_like(square)
-            sums[name] += square.to(sums[name].device)
-
-        weight_gradients(model, batches, linears, receive)
+        sums = {n: GradientSquares(partial(spool, s, torch.float32) if large else None) for n, s in sizes.items()}
+        weight_gradients(model, batches, linears, lambda name, gradient: sums[name].update(gradient))
         # a module that no batch reached has no gradient: all of its entries are alike
-        return {name: sums.get(name, torch.zeros(sizes[name])) for name in linears}
+        return {name: each.sums.get("squares", torch.zeros(sizes[name])) for name, each in sums.items()}

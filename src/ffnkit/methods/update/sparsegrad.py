@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ffnkit.calibration.batches import kept
 from ffnkit.calibration.gradients import Receive, weight_gradients
 from ffnkit.edits import Edit, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
@@ -112,7 +113,7 @@ class SparseGrad:
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         started = time.perf_counter()
         linears = self.targets(model)
-        batches = list(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
+        batches = kept(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
         work = _Work(self, model, linears, progress)
         if self.basis != "none":
             work.find_bases(batches)
