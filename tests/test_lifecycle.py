@@ -240,7 +240,11 @@ def test_finishing_can_be_done_again(
             assert calls[0] >= at
             assert {n: p.requires_grad for n, p in tuned.named_parameters()} == flags
         results.append(tuners.finish(tuned, EVERY[tuner]))
-    assert_same(*results)
+    if tuner.startswith("lora"):  # what was added to a weight was subtracted again
+        ours, theirs = (result.state_dict() for result in results)
+        assert all(torch.allclose(value, theirs[n], atol=1e-6) for n, value in ours.items())
+    else:
+        assert_same(*results)
     assert shape_of(results[0]) == shape_of(results[1])
 
 

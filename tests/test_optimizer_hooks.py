@@ -6,6 +6,7 @@ import copy
 import gc
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 @pytest.fixture(autouse=True)
 def _apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of other tests do not count."""
+    for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"):
+        monkeypatch.setattr(torchs, name, OrderedDict())
     for name, empty in (("_watched", {}), ("_handles", []), ("_before", set())):
         monkeypatch.setattr(optimizer_hooks, name, empty)
 

@@ -610,9 +610,7 @@ def test_the_tuners_setting(name: str, tmp_path: Path) -> None:
     assert tuner.model_dump()["coefficients"] == 0.2
     assert "coefficients" not in tuners.get(name).model_dump()  # facts of runs without it stay as they were
     if name == "sparsegrad":
-        from ffnkit.tune.planned import prepare
-
-        prepare(model, tuner, labelled(family, model))  # type: ignore[arg-type]
+        tuner.prepare(model, labelled(family, model))
     else:
         tuner.prepare(model)
     assert len(coefficients(model)) == 6

@@ -142,6 +142,8 @@ def take_off(model: nn.Module, tuner: Lora) -> nn.Module:
     Layers that had adapters of their own over a shared FFN differ from then on: each holds its weights, and the config
     says so. A quantized base comes back in float, as what its numbers stand for: merged into few bits, an adapter
     would be rounded away in part.
+
+    Where this fails, weights are as before up to the rounding of their dtype: peft adds adapters to them in place.
     """
     if tuner.adapter_dir is not None:
         save_adapter(model, tuner.adapter_dir)
