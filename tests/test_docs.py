@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import os
 import re
@@ -157,7 +158,7 @@ def disorder(named: list[str], made: list[str]) -> str:
 @pytest.fixture(scope="module")
 def way(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("way")
-    model = FAMILIES["bert"].model()
+    model: Any = FAMILIES["bert"].model()
     inputs = FAMILIES["bert"].inputs(model)
     vars(ffnkit).pop("inspect", None)  # loaded already, by other tests
     made: dict[str, list[str]] = {}
@@ -167,8 +168,9 @@ def way(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
         model(**inputs).logits.square().mean().backward()
         optimizer.step()
 
+    fusion: Any = ffnkit.Fusion(width=0.5, layers="all")
     _, made["inspect"] = called(lambda: ffnkit.inspect(model))
-    plan, made["plan"] = called(lambda: ffnkit.plan(model, ffnkit.Fusion(width=0.5, layers="all")))
+    plan, made["plan"] = called(lambda: ffnkit.plan(model, fusion))
     _, made["apply"] = called(lambda: ffnkit.apply(model, plan))
     _, made["train"] = called(train)
     _, made["save"] = called(lambda: ffnkit.save(model, folder / "compact"))
@@ -288,3 +290,44 @@ def test_files_and_functions_named_on_a_page_exist(page: Path) -> None:
 def test_names_that_do_not_exist_are_found() -> None:
     text = "`blocks.py`, `model/ffn.py:FFN.read`, `model/ffn.py:FFN.reads`, `surgery/apply.py:apply`, `edits/none.py`"
     assert missing_names(text) == ["blocks.py", "model/ffn.py:FFN.reads", "edits/none.py"]
+
+
+DOTTED = re.compile(r"\bffnkit((?:\.[a-z_]\w*)+(?:\.[A-Z]\w*)?)(?![\w/])")
+GROUPS = ("ffnkit.methods", "ffnkit.edits", "ffnkit.families", "ffnkit.attentions")  # of entry points
+IMPORT = re.compile(r"^from (ffnkit[\w.]*) import ([\w, ]+)", re.MULTILINE)
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+def missing_imports(text: str) -> list[str]:
+    """Dotted names below ffnkit on a page, and what its code imports, that cannot be reached."""
+    names = [f"ffnkit{path}" for path in DOTTED.findall(text)]
+    names += [f"{module}.{name.strip()}" for module, names in IMPORT.findall(text) for name in names.split(",")]
+    return [name for name in dict.fromkeys(names) if name not in GROUPS and not reached(name)]
+
+
+def reached(name: str) -> bool:
+    """Whether a dotted name is a module, or what one holds."""
+    value: Any = ffnkit
+    path = "ffnkit"
+    for part in name.split(".")[1:]:
+        path = f"{path}.{part}"
+        try:
+            value = getattr(value, part)
+        except AttributeError:
+            try:
+                value = importlib.import_module(path)
+            except ImportError:
+                return False
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_and_links_on_a_page_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert missing_imports(text) == []
+    assert [link for link in LINK.findall(text) if not (page.parent / link).exists()] == []
+
+
+def test_modules_that_do_not_exist_are_found() -> None:
+    text = "`ffnkit.blocks`, `ffnkit.model.ffn.FFN`, `ffnkit.methods.heads.SCORES`\nfrom ffnkit.edits import Edit, Keep"
+    assert missing_imports(text) == ["ffnkit.blocks", "ffnkit.methods.heads.SCORES", "ffnkit.edits.Keep"]
