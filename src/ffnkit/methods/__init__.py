@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from typing import Any
 
 from ffnkit.errors import FfnkitError
@@ -21,6 +19,7 @@ from ffnkit.methods.narrow.reinit import Reinit
 from ffnkit.methods.narrow.selection import Importance, Magnitude, Random
 from ffnkit.methods.narrow.sketch import Sketch
 from ffnkit.methods.narrow.svd import Svd
+from ffnkit.methods.settings import build as build_from
 from ffnkit.methods.share.merging import Merging
 
 METHODS: tuple[Any, ...] = (
@@ -59,14 +58,4 @@ def get(name: str) -> Any:
 
 def build(name: str, **settings: Any) -> Any:
     """A method from its name and settings. Raises FfnkitError on a setting that it does not have."""
-    method = get(name)
-    fields = {f.name: f for f in dataclasses.fields(method)}
-    for key in settings:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            do = f"Did you mean {near[0]}?" if near else f"It has {', '.join(fields)}"
-            raise FfnkitError(f"setting '{key}' of {name}", "there is no such setting", do)
-    for key, field in fields.items():
-        if field.default is dataclasses.MISSING and key not in settings:
-            raise FfnkitError(f"method {name}", f"no value for '{key}'", f"Give {key}=...")
-    return method(**settings)
+    return build_from(get(name), settings, name)

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import nn
@@ -14,7 +14,8 @@ from torch import nn
 from ffnkit.calibration.features import Passage, passages
 from ffnkit.edits import DropLayer, Edit, ReplaceNeurons
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.common import Batch, check_counts, need_data
+from ffnkit.methods.common import Batch, need_data
+from ffnkit.methods.settings import Doc, check
 from ffnkit.methods.share.windows import Groups, Score, best, score_name, series, windows
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
@@ -28,19 +29,22 @@ class LayerDrop:
 
     One of ``layers`` and ``window`` says which. In models of two stacks both lose the same numbers.
 
-    Attributes:
-        layers: which layers go, e.g. "last:2", "4-7", "4,5,9", "encoder:last:2".
-        window: so many adjacent layers go; the best window is searched for.
-        score: what tells the best window: None, the likeness (cosine) of what enters and what leaves it, a
-            function of the model without the window that gives a number, higher is better, or a task's metric.
-
     Source: the baseline of Verma et al. (arXiv 2501.06126); the likeness is the block influence of Men et al.,
         ShortGPT (arXiv 2403.03853).
     """
 
-    layers: str | None = None
-    window: int | None = None
-    score: Score | None = None
+    layers: Annotated[str | None, Doc('which layers go, e.g. "last:2", "4-7", "4,5,9", "encoder:last:2".')] = None
+    window: Annotated[int | None, Doc("so many adjacent layers go; the best window is searched for.", at_least=1)] = (
+        None
+    )
+    score: Annotated[
+        Score | None,
+        Doc(
+            "what tells the best window: None, the likeness (cosine) of what enters and what leaves "
+            "it, a function of the model without the window that gives a number, higher is better, or"
+            " a task's metric."
+        ),
+    ] = None
 
     name: ClassVar[str] = "layer-drop"
     summary: ClassVar[str] = "drop whole layers (baseline)"
@@ -69,18 +73,21 @@ class FfnDrop:
     The neuron gives no output and gets no gradient where the activation is 0 at 0 (GELU, ReLU, SiLU); it makes the
     checkpoint one of ordinary FFNs. One of ``layers`` and ``window`` says which.
 
-    Attributes:
-        layers: which FFNs go, e.g. "last:2", "4-7", "4,5,9", "encoder:last:2".
-        window: those of so many adjacent layers go; the best window is searched for.
-        score: what tells the best window: None, how little the FFNs add relative to what enters their layers, or a
-            function of the model without them that gives a number, higher is better, or a task's metric.
-
     Source: a baseline of FFN merging, asked for by its reviewers (arXiv 2501.06126).
     """
 
-    layers: str | None = None
-    window: int | None = None
-    score: Score | None = None
+    layers: Annotated[str | None, Doc('which FFNs go, e.g. "last:2", "4-7", "4,5,9", "encoder:last:2".')] = None
+    window: Annotated[
+        int | None, Doc("those of so many adjacent layers go; the best window is searched for.", at_least=1)
+    ] = None
+    score: Annotated[
+        Score | None,
+        Doc(
+            "what tells the best window: None, how little the FFNs add relative to what enters their "
+            "layers, or a function of the model without them that gives a number, higher is better, "
+            "or a task's metric."
+        ),
+    ] = None
 
     name: ClassVar[str] = "ffn-drop"
     summary: ClassVar[str] = "drop the FFNs of some layers (baseline)"
@@ -109,13 +116,13 @@ def _settings(method: LayerDrop | FfnDrop) -> dict[str, Any]:
 
 
 def _candidates(method: LayerDrop | FfnDrop, model: nn.Module) -> list[Groups]:
+    check(method)
     if (method.layers is None) == (method.window is None):
         given = "neither" if method.layers is None else "both"
         raise FfnkitError(f"{method.name}", f"{given} of layers and window given", "Give layers='4-7' or window=4")
     found = ffns(model)
     if method.layers is not None:
         return [series(select(found, method.layers))]
-    check_counts(method, window=1)
     rows = [one for one in series(found) if len(one) > 1]
     return windows(rows, [method.window or 1] * len(rows))
 
