@@ -7,13 +7,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 from families import FAMILIES
+from typer.main import get_command
 
 import ffnkit as fk
 from ffnkit import methods
-from ffnkit.cli import describe
+from ffnkit.cli import app, describe
+from ffnkit.cli.data_options import OPTIONS
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.settings import Doc, Setting, build, check, settings_of
+from ffnkit.recipe.schema import TaskSpec
 from ffnkit.recipe.settings import method_fields
+from ffnkit.settings import Doc, Setting, build, check, settings_of
+from ffnkit.tasks.fields import TaskFields
 
 KINDS = {kind.name: kind for kind in (*methods.METHODS, fk.DSEE, fk.SparseGrad)}
 NEEDED: dict[str, dict[str, Any]] = {  # what makes a method that can be planned
@@ -133,3 +137,15 @@ def test_bounds_in_words() -> None:
     said = [Doc("", at_least=0), Doc("", above=0), Doc("", above=0, at_most=1), Doc("", at_least=0, below=1)]
     assert [doc.bounds for doc in said] == ["at least 0", "above 0", "above 0 and up to 1", "from 0 up to below 1"]
     assert Doc("", above=0, below=1).bounds == "between 0 and 1" and Doc("").bounds == ""
+
+
+def test_the_fields_of_a_task_are_told_once() -> None:
+    declared = {each.name: each for each in settings_of(TaskFields)}
+    spec = {{"input": "inputs"}.get(name, name): info for name, info in TaskSpec.model_fields.items()}
+    assert set(spec) == set(declared)
+    assert {name: info.description for name, info in spec.items()} == {n: d.doc.text for n, d in declared.items()}
+    assert TaskSpec.model_json_schema()["properties"]["label"]["description"] == declared["label"].doc.text
+    assert set(declared) - set(OPTIONS) == {"test", "regression"}  # of recipes and Python alone
+    for command in ("tune", "eval"):
+        helps = {p.name: p.help for p in get_command(app).commands[command].params if hasattr(p, "help")}
+        assert {name: helps[name] for name in OPTIONS} == {name: declared[name].doc.text for name in OPTIONS}

@@ -23,7 +23,7 @@ def summary(thing: Any) -> str:
 
 def fields(cls: Any) -> dict[str, dict[str, Any]]:
     """Settings of a method or a pydantic model: name -> type, default (absent when it must be given), help."""
-    from ffnkit.methods.settings import settings_of, type_name
+    from ffnkit.settings import settings_of, type_name
 
     found: dict[str, dict[str, Any]] = {}
     if dataclasses.is_dataclass(cls):

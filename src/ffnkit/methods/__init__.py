@@ -19,8 +19,8 @@ from ffnkit.methods.narrow.reinit import Reinit
 from ffnkit.methods.narrow.selection import Importance, Magnitude, Random
 from ffnkit.methods.narrow.sketch import Sketch
 from ffnkit.methods.narrow.svd import Svd
-from ffnkit.methods.settings import build as build_from
 from ffnkit.methods.share.merging import Merging
+from ffnkit.settings import build as build_from
 
 METHODS: tuple[Any, ...] = (
     Fusion,

@@ -12,10 +12,10 @@ from torch import nn
 from ffnkit.edits import Edit, Stage
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch
-from ffnkit.methods.settings import Doc
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.plans import Draft, Method, Progress
+from ffnkit.settings import Doc
 from ffnkit.surgery.temporary import TemporaryPlan
 
 

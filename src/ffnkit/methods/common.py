@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ffnkit.calibration.taps import Batch, Flow, watch
 from ffnkit.edits import ClusterNeurons
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.settings import Doc, check
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.layers import resolve_width, select
@@ -22,6 +21,7 @@ from ffnkit.nn.special import Special
 from ffnkit.ops.clusters import cluster_neurons
 from ffnkit.ops.neurons import Neurons
 from ffnkit.plans import Progress, check_weights
+from ffnkit.settings import Doc, check
 
 Width = int | float | Mapping[str, int]
 Layers = Annotated[str, Doc('which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".')]

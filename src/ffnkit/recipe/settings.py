@@ -27,7 +27,7 @@ def check_task(name: str) -> str | None:
 
 def method_fields(name: str) -> list[str]:
     """The settings of a method; none where it is not known."""
-    from ffnkit.methods.settings import settings_of
+    from ffnkit.settings import settings_of
 
     kind = _methods().get(name)
     return [each.name for each in settings_of(kind)] if kind else []
@@ -143,7 +143,7 @@ def _methods() -> dict[str, type]:
 @cache
 def _schema(name: str) -> type[BaseModel]:
     """A pydantic model of a method's settings."""
-    from ffnkit.methods.settings import settings_of
+    from ffnkit.settings import settings_of
 
     fields: dict[str, Any] = {s.name: (s.type, ... if s.required else None) for s in settings_of(_methods()[name])}
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)

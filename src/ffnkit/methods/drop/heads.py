@@ -15,13 +15,13 @@ from ffnkit.edits import Edit, SelectHeads
 from ffnkit.edits.heads import check_separable
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Layers, activity, generator, largest, need_data
-from ffnkit.methods.settings import Doc, check
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.layers import select
 from ffnkit.model.linear import bare_weight, features
 from ffnkit.nn.adapted import Adapted
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc, check
 
 Amount = int | float | Mapping[str, int | float]
 By = Literal["weight", "update", "both", "activation", "coefficients", "random"]

@@ -15,12 +15,12 @@ from ffnkit.calibration.features import Passage, passages
 from ffnkit.edits import DropLayer, Edit, ReplaceNeurons
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, need_data
-from ffnkit.methods.settings import Doc, check
 from ffnkit.methods.share.windows import Groups, Score, best, score_name, series, windows
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
 from ffnkit.model.layers import select
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc, check
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from ffnkit.edits import Edit, Mask
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, generator, need_data
 from ffnkit.methods.drop.weights import Prunable, column_norms, prunable
-from ffnkit.methods.settings import Doc, check
 from ffnkit.ops.masks import lowest, lowest_of_groups, lowest_of_rows, read_pattern
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc, check
 
 Mode = Literal["ABS", "AB", "WABS", "WAB", "NABS", "NAB", "W", "random"]
 OF_UPDATE = ("ABS", "AB", "NABS", "NAB")  # modes that see the update alone

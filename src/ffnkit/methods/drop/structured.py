@@ -16,13 +16,13 @@ from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Layers, generator, largest, need_data
 from ffnkit.methods.drop.heads import By, head_activity, head_scores, removal
 from ffnkit.methods.drop.units import Units, cheapest_counts, neuron_scores, uniform_counts
-from ffnkit.methods.settings import Doc, check
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns as find_ffns
 from ffnkit.model.inventory import body_flops, neuron_flops, unit_flops
 from ffnkit.model.layers import select
 from ffnkit.plans import Draft, Progress, check_weights
+from ffnkit.settings import Doc, check
 
 WIDE, COARSE, FINE = 1024, 64, 8  # from how many neurons on a budget takes them by how many
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ffnkit.edits import Edit, Mask
 from ffnkit.methods.common import Batch, Narrowing, Width, each
-from ffnkit.methods.settings import Doc
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from ffnkit.calibration.taps import Flow
 from ffnkit.edits import Edit, ReplaceNeurons, ScaleInputs
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, generator, lifted, need_data, norms
-from ffnkit.methods.settings import Doc
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.ops import local
 from ffnkit.ops.moments import Moments
 from ffnkit.ops.neurons import Neurons, concatenate
 from ffnkit.ops.subset import choose, refit
 from ffnkit.plans import Draft, Progress, check_weights
+from ffnkit.settings import Doc
 
 ROWS = 1024  # tokens that pass through an FFN at a time
 

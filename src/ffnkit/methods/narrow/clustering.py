@@ -9,8 +9,8 @@ from typing import Annotated, ClassVar
 from torch import nn
 
 from ffnkit.methods.common import Batch, Narrowing, clusterings
-from ffnkit.methods.settings import Doc
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import nn
 
 from ffnkit.edits import Edit, ScaleInputs
 from ffnkit.methods.common import Batch, Narrowing, clusterings
-from ffnkit.methods.settings import Doc
 from ffnkit.ops.neurons import cluster_sizes
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ffnkit.edits import Edit, ReplaceNeurons
 from ffnkit.methods.common import Batch, Narrowing, each, generator, lifted, singles
-from ffnkit.methods.settings import Doc
 from ffnkit.ops.local import forget
 from ffnkit.ops.neurons import Neurons, balance, concatenate
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc
 
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the kernels, times the mean squared distance
 AT_ONCE = 1024  # rows that are compared with all points at a time

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ffnkit.edits import Edit, ReplaceNeurons
 from ffnkit.methods.common import Batch, Narrowing, Width, each, generator
-from ffnkit.methods.settings import Doc
 from ffnkit.ops.neurons import Neurons
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ffnkit.edits import Edit, SelectNeurons
 from ffnkit.methods.common import Batch, Narrowing, activity, each, generator, largest, lifted, need_data, norms
-from ffnkit.methods.settings import Doc
 from ffnkit.model.ffn import FFN
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ffnkit.edits import Edit, ReplaceNeurons
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, each, generator, largest, lifted, norms, singles
-from ffnkit.methods.settings import Doc
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons, concatenate
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ffnkit.edits import Edit, FactorLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, Width, each
-from ffnkit.methods.settings import Doc
 from ffnkit.model.ffn import FFN
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from ffnkit.calibration.features import Features
 from ffnkit.edits import Edit, ReplaceNeurons, Tie
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, generator, lifted, need_data
-from ffnkit.methods.settings import Doc, check
 from ffnkit.methods.share.refitting import corrected
 from ffnkit.methods.share.windows import Score, best, score_name, series, windows
 from ffnkit.model.ffn import FFN
@@ -24,6 +23,7 @@ from ffnkit.model.finding import ffns
 from ffnkit.model.layers import select
 from ffnkit.ops.matching import Spread, assign, correlation, matched, spread
 from ffnkit.plans import Draft, Progress, check_weights
+from ffnkit.settings import Doc, check
 
 Group = str | Sequence[int]
 Pair = tuple[Tensor, float]

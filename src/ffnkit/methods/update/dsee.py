@@ -20,13 +20,13 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spool
 from ffnkit.io.peft_lora import Lora, read_lora
 from ffnkit.methods.common import Batch, generator, need_data, plain_linears
-from ffnkit.methods.settings import Doc, check
 from ffnkit.model.parts import PARTS
 from ffnkit.model.sites import query_value
 from ffnkit.nn.dsee import index_dtype
 from ffnkit.nn.quantized import float_weight, in_few_bits, sides
 from ffnkit.ops import support
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc, check
 
 IN_MEMORY = 1 << 30  # bytes of summed squares while planning; more lie in files that are memory-mapped
 

@@ -19,12 +19,12 @@ from ffnkit.edits import Edit, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spool
 from ffnkit.methods.common import Batch, generator, need_data, plain_linears
-from ffnkit.methods.settings import Doc, check
 from ffnkit.model.linear import features, own_weight
 from ffnkit.model.parts import PARTS
 from ffnkit.nn.quantized import in_few_bits
 from ffnkit.ops.bases import Grams, Zeros, core_of, top_share, turned
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc, check
 
 IN_MEMORY = 1 << 30  # bytes of sums while planning; more lie in files that are memory-mapped
 ROOM = 4  # times as many entries has a core in which the choice may change

@@ -1,4 +1,4 @@
-"""A method's settings, each declared once: its field's type, default, bounds and what it means."""
+"""Settings, each declared once: its field's type, default, bounds and what it means. Light to import."""
 
 from __future__ import annotations
 
