@@ -29,10 +29,10 @@ demo: $(READY) ## compress, tune and compare a real model: the embedded quicksta
 	$(BIN)/ffnkit run --out $(DEMO_OUT)
 
 test: $(READY) ## run the tests (WORKERS=2), the slowest ones left out
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-slow: $(READY) ## run the tests that take long
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m slow
 
 lint: $(READY) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

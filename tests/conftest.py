@@ -8,7 +8,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
+import gc
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+_frozen = 0  # modules that were imported when the collector last set aside what there was
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The libraries' objects never die: to search them at every collection would take most of a training's time."""
+    global _frozen
+    if len(sys.modules) > _frozen + 100:
+        gc.collect()
+        gc.freeze()
+        _frozen = len(sys.modules)
 
 
 def _folder(variable: str) -> Path:

@@ -18,6 +18,9 @@ WANTED = (
 )  # fmt: skip
 
 
+_BUILT: dict[tuple[str, int, int], tuple[nn.Module, torch.Tensor]] = {}  # models that no test sees but as copies
+
+
 @dataclass(frozen=True)
 class Expect:
     """FFNs of one shape that a family has: how many, hidden neurons, gated or not, experts (0: dense), stack."""
@@ -57,10 +60,18 @@ class Family:
         return config
 
     def model(self, *, times: int = 1, seed: int | None = None) -> nn.Module:
-        """A fresh float32 model in eval mode; the same seed gives the same weights."""
-        torch.manual_seed(self.seed if seed is None else seed)
+        """A fresh float32 model in eval mode; the same seed gives the same weights (and state of torch's generator)."""
+        key = (repr(self), times, self.seed if seed is None else seed)
+        if key not in _BUILT:
+            _BUILT[key] = self._build(times, key[-1]), torch.get_rng_state()
+        model, state = _BUILT[key]
+        torch.set_rng_state(state)
+        return copy.deepcopy(model)
+
+    def _build(self, times: int, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
         model = getattr(transformers, self.model_class)(self.config(times=times))
-        redraw(model, seed=self.seed if seed is None else seed)
+        redraw(model, seed=seed)
         if self.has_experts:  # the grouped kernel of the experts knows no float64
             model.set_experts_implementation("eager")
         return model.eval()

@@ -1,12 +1,18 @@
-"""One line for each method: its name and an instance with settings that suit the small models of families.py."""
+"""One line for each method and each tuner: its name and an instance with settings that suit the small models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
 
 import ffnkit as fk
 from ffnkit import methods
+from ffnkit.testing import Case
 
 METHODS: dict[str, Callable[..., Any]] = {
     "fusion": lambda **more: fk.Fusion(**{"width": 0.5, "seed": 0, "restarts": 1} | more),
@@ -26,3 +32,73 @@ OTHERS: dict[str, Callable[..., Any]] = {
     "reinit": lambda **more: methods.build("reinit", **{"width": 0.5} | more),
     "unstructured": lambda **more: methods.build("unstructured", **{"width": 0.5} | more),
 }
+
+# What does other things than leave each FFN a width, on families that bear it.
+DENSE = ("bert", "gpt2", "llama", "phi3", "t5")
+FURTHER: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "merging": (lambda **more: fk.Merging(**{"layers": "0-1"} | more), DENSE),
+    "prune": (lambda **more: fk.Prune(**{"ratio": 0.5} | more), (*DENSE, "switch", "mixtral", "albert")),
+    "heads": (lambda **more: fk.RemoveHeads(**{"share": 1} | more), ("bert", "gpt2", "llama", "t5")),
+    "structured": (lambda **more: fk.StructuredPruning(**{"heads": 1, "neurons": 0.5} | more), ("bert", "gpt2", "t5")),
+    "layer-drop": (lambda **more: methods.build("layer-drop", **{"layers": "last:1"} | more), (*DENSE, "mixtral")),
+    "ffn-drop": (lambda **more: methods.build("ffn-drop", **{"layers": "last:1"} | more), (*DENSE, "mixtral")),
+    "combined": (
+        lambda **more: fk.Combined([fk.Fusion(width=0.5, restarts=1), fk.RemoveHeads(share=1)]),
+        ("bert", "gpt2", "llama", "t5"),
+    ),
+    "sparsegrad": (lambda **more: fk.SparseGrad(**{"share": 0.1, "batches": 1} | more), (*DENSE, "albert")),
+    "dsee": (lambda **more: fk.DSEE(**{"rank": 2, "nonzeros": 4} | more), (*DENSE, "albert")),
+}
+
+TUNERS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "ffn": {},
+    "head": {"also": ["norms"]},  # some of the models have no head
+    "lora": {"rank": 2},
+    "sparsegrad": {"basis": "none", "selection": "step", "share": 0.1},
+    "dsee": {"rank": 2, "nonzeros": 4},
+    "mask": {"share": 0.1},
+    "meprop": {"share": 0.1},
+    "combined": {"parts": [{"name": "mask", "share": 0.1}, {"name": "dsee", "rank": 2}]},
+}
+
+
+def case_of(name: str) -> Case:
+    """A family as the contract's kit wants it."""
+    family = FAMILIES[name]
+
+    def data(model: Any) -> list[dict[str, Any]]:
+        inputs = family.inputs(model)
+        labelled = family.model_class.endswith("Classification")
+        ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+        return [inputs | {"labels": torch.tensor([0, 1]) if labelled or ids is None else ids}]
+
+    return Case(
+        model=family.model,
+        inputs=lambda model: family.inputs(model),
+        outputs=lambda model, inputs: family.outputs(model, inputs, grad=torch.is_grad_enabled()),
+        data=data,
+        name=name,
+    )
+
+
+def slow_but(fast: Iterable[str], names: Iterable[str]) -> list[Any]:
+    """Names for ``parametrize``; all but the fast ones are for ``make test-slow``."""
+    fast, names = set(fast), list(names)
+    assert fast <= set(names), f"no such names: {fast - set(names)}"
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+def crossed(
+    *axes: Iterable[Any], always: Iterable[tuple[Any, ...]] = (), but: Iterable[tuple[Any, ...]] = ()
+) -> list[Any]:
+    """All combinations for ``parametrize``; each value once or more in the fast ones, the rest for the slow tests.
+
+    ``always`` are fast too, and ``but`` are left out.
+    """
+    lists = [list(axis) for axis in axes]
+    fast = [tuple(values[i % len(values)] for values in lists) for i in range(max(map(len, lists)))]
+    fast += always
+    return [
+        c if c in fast else pytest.param(*c, marks=pytest.mark.slow) for c in itertools.product(*lists) if c not in but
+    ]

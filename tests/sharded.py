@@ -1,9 +1,13 @@
-"""One process of a distributed run: ``python sharded.py {ddp,fsdp} FAMILY WHAT OUT``; RANK and WORLD_SIZE say which."""
+"""One process of distributed runs: ``python sharded.py OUT {ddp,fsdp}:FAMILY:WHAT ...``; RANK, WORLD_SIZE say which.
+
+The runs are made one after the other, so that the imports are paid for once; each leaves its state in a file of OUT.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,41 +48,47 @@ def train(model: nn.Module, inputs: dict[str, torch.Tensor], rank: int, world: i
         optimizer.zero_grad()
 
 
-def main() -> None:
-    import torch.distributed as dist
+def sharded(kind: str, name: str, what: str, rank: int, world: int) -> dict[str, torch.Tensor]:
+    """The state of the whole model after the steps."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
 
-    kind, name, what, out = sys.argv[1:]
-    torch.set_num_threads(1)
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", rank=rank, world_size=world)
     model = made(name, what)
     inputs = FAMILIES[name].inputs(model)
     if kind == "ddp":
         train(nn.parallel.DistributedDataParallel(model), inputs, rank, world)
-        state = model.state_dict()
-    else:
-        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+        return model.state_dict()
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-        from ffnkit.tune.sharding import fsdp_plugin
+    from ffnkit.tune.sharding import fsdp_plugin
 
-        # accelerate takes FSDP on accelerators only; this is what it does to a model there
-        accelerator = SimpleNamespace(
-            state=SimpleNamespace(fsdp_plugin=fsdp_plugin(model, cpu_ram_efficient_loading=False)),
-            mixed_precision="no",
-            is_main_process=rank == 0,
-            device=torch.device("cpu"),
-            torch_device_mesh=init_device_mesh("cpu", (world,), mesh_dim_names=("dp",)),
-            parallelism_config=SimpleNamespace(fsdp_dim_names=("dp",)),
-        )
-        model = fsdp2_prepare_model(accelerator, model)
-        train(model, inputs, rank, world)
-        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    if rank == 0:
-        from safetensors.torch import save_file
+    # accelerate takes FSDP on accelerators only; this is what it does to a model there
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=fsdp_plugin(model, cpu_ram_efficient_loading=False)),
+        mixed_precision="no",
+        is_main_process=rank == 0,
+        device=torch.device("cpu"),
+        torch_device_mesh=init_device_mesh("cpu", (world,), mesh_dim_names=("dp",)),
+        parallelism_config=SimpleNamespace(fsdp_dim_names=("dp",)),
+    )
+    model = fsdp2_prepare_model(accelerator, model)
+    train(model, inputs, rank, world)
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
 
-        save_file({key: value.clone() for key, value in state.items()}, out)
+
+def main() -> None:
+    import torch.distributed as dist
+    from safetensors.torch import save_file
+
+    out, *cases = sys.argv[1:]
+    torch.set_num_threads(1)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    for case in cases:
+        kind, name, what = case.split(":")
+        state = sharded(kind, name, what, rank, world)
+        if rank == 0:
+            save_file({key: value.clone() for key, value in state.items()}, Path(out) / f"{kind}-{name}-{what}")
     dist.destroy_process_group()
 
 

@@ -281,6 +281,31 @@ def test_edits_out_of_order_are_refused() -> None:
         fk.apply(model, wrong)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_a_plan_and_its_successor_are_one_plan(name: str, tmp_path: Path) -> None:
+    base = FAMILIES[name].model()
+    heads = fk.plan(base, fk.RemoveHeads(share=1))
+    step = fk.apply(copy.deepcopy(base), heads)
+    neurons = fk.plan(step, methods.build("magnitude", width=0.5))
+    expected = fk.apply(step, neurons)
+    masks = fk.plan(expected, fk.Prune(ratio=0.5))
+    fk.apply(expected, masks)
+    whole = heads.then(neurons).then(masks)
+    whole.save(tmp_path / "plan")
+    model = fk.apply(copy.deepcopy(base), Plan.load(tmp_path / "plan"))
+    for one, two in zip(model.state_dict().items(), expected.state_dict().items(), strict=True):
+        assert one[0] == two[0] and torch.equal(one[1], two[1])
+    assert sum(p.numel() for p in model.parameters()) == whole.parameters - whole.saved_parameters
+    with pytest.raises(FfnkitError, match="has .* before it|was made for"):
+        masks.then(heads)
+    with pytest.raises(FfnkitError, match="twice"):
+        heads.then(neurons).then(fk.plan(fk.apply(copy.deepcopy(base), heads.then(neurons)), PLANS["magnitude"]()))
+    gone = fk.plan(base, methods.build("layer-drop", layers="last:1"))
+    later = fk.plan(fk.apply(copy.deepcopy(base), gone), methods.build("magnitude", width=0.5))
+    with pytest.raises(FfnkitError, match="other numbers by then"):
+        gone.then(later)
+
+
 # Ties ----------------------------------------------------------------------------------------------------------------
 
 
@@ -338,7 +363,7 @@ def test_ffns_tied_by_parameter_are_tuned_as_one(name: str, tuner: str, tmp_path
     expected = logits(trained(tuned))
     plain = fk.fold(tuned) if tuner == "sparsegrad" else tuners.finish(tuned)
     assert relative_error(logits(plain), expected) < 1e-5
-    one, two = ffns(plain)[1], plain.get_submodule(next(iter(ffns(plain)[1].twins)))
+    one, two = ffns(plain)[1], plain.get_submodule(next(iter(ffns(plain)[1].tied)))
     assert one.linear("up").weight is one.linear("up", two).weight, "what is tied stays tied"
     fk.save(plain, tmp_path / "compact")
     assert relative_error(logits(fk.load(tmp_path / "compact")), expected) < 1e-5

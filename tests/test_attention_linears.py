@@ -14,8 +14,8 @@ import ffnkit as fk
 from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import attention_linears, attentions
 from ffnkit.model.finding import ffns, has_ffns
-from ffnkit.model.parts import parts_of
-from ffnkit.model.sites import targets
+from ffnkit.model.targets import targets
+from ffnkit.model.trainable import parts_of
 
 SAM = {
     "vision_config": {
@@ -43,6 +43,12 @@ PERCEIVER = {
     "num_cross_attention_heads": 2, "vocab_size": 99, "max_position_embeddings": 8,
 }  # fmt: skip
 
+LONGCAT = {
+    "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 50, "num_hidden_layers": 4, "num_layers": 2,
+    "moe_topk": 2, "ffn_hidden_size": 24, "expert_ffn_hidden_size": 8, "n_routed_experts": 4, "zero_expert_num": 2,
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4,
+}  # fmt: skip
+
 # Families beside those of families.py: blocks and layers named after attention, and attention of no known row.
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "sam": ("SamModel", SAM),
@@ -51,9 +57,17 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "swinv2": ("Swinv2Model", SWIN),
     "led": ("LEDModel", LED),
     "perceiver": ("PerceiverModel", PERCEIVER),
+    "longcat": ("LongcatFlashModel", LONGCAT),  # no class of it is named attention
 }
 # How many of them each has.
-COUNTS = {"sam": 2 * 2 + (2 * 3 + 1) * 4, "swin": 2 * 4, "swinv2": 2 * 6, "led": 7 + 2 * 4, "perceiver": 2 * 4}
+COUNTS = {
+    "sam": 2 * 2 + (2 * 3 + 1) * 4,
+    "swin": 2 * 4,
+    "swinv2": 2 * 6,
+    "led": 7 + 2 * 4,
+    "perceiver": 2 * 4,
+    "longcat": 2 * 2 * 5,
+}
 
 
 def empty(name: str) -> Any:

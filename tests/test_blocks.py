@@ -13,7 +13,7 @@ from torch import nn
 from ffnkit.errors import FfnkitError
 from ffnkit.model.families.ffns import LAYOUTS, Layout
 from ffnkit.model.finding import ffns
-from ffnkit.model.layers import resolve_width, select
+from ffnkit.model.targets import resolve_width, select
 
 
 def chosen(name: str, layers: str) -> list[tuple[str, int]]:
@@ -94,7 +94,9 @@ def test_an_unknown_architecture_is_told_its_mirrored_linears_and_the_row_to_add
 
 
 def test_the_row_of_the_message_makes_it_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ffnkit.model.finding.LAYOUTS", [*LAYOUTS, Layout("Unknown", up="inward", down="outward")])
+    monkeypatch.setattr(
+        "ffnkit.model.families.ffns.LAYOUTS", [*LAYOUTS, Layout("Unknown", up="inward", down="outward")]
+    )
     assert [(f.layer, f.width, f.d) for f in ffns(Unknown())] == [(0, 20, 8), (1, 20, 8)]
 
 

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 import transformers
 from families import FAMILIES, GATED, NAMES, RESIZABLE
 from family import Family, config_value
-from methods import METHODS
+from methods import KINDS, METHODS, slow_but
 from safetensors.torch import save_file
 from tolerance import assert_close, relative_error
 from torch import nn
@@ -31,6 +31,8 @@ from ffnkit.ops.neurons import Neurons
 EXACT, RELOADED = 1e-12, 1e-5
 Snapshot = dict[str, tuple[torch.Tensor, bool]]
 EACH = pytest.mark.parametrize(("method", "name"), [(m, n) for m in METHODS for n in NAMES])
+# What the method does whatever the family: each kind of FFN, the others with the slow tests.
+EACH_KIND = pytest.mark.parametrize("name", slow_but(KINDS, NAMES))
 
 
 def snapshot(model: nn.Module) -> Snapshot:
@@ -94,12 +96,20 @@ def test_planning_changes_nothing_and_is_deterministic(method: str, name: str) -
     assert [type(m) for m in model.modules()] == classes
     assert plan.edits and plan == again
     assert str(plan) == str(again) != ""
-    assert plan != fk.plan(family.model(seed=family.seed + 1), METHODS[method]()), "other weights, another plan"
     fk.apply(model, plan)
     assert not same(snapshot(model), before)
 
 
-@EACH
+@pytest.mark.parametrize("method", METHODS)
+@EACH_KIND
+def test_other_weights_have_another_plan(method: str, name: str) -> None:
+    family = FAMILIES[name]
+    other = fk.plan(family.model(seed=family.seed + 1), METHODS[method]())
+    assert other != planned(name, method) and len(other.edits) == len(planned(name, method).edits)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@EACH_KIND
 def test_a_saved_plan_applies_identically(method: str, name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     model = family.model()
@@ -150,7 +160,7 @@ def test_apply_returns_the_model_and_fold_keeps_its_outputs(method: str, name: s
     compare(family, model, unfolded, EXACT)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@EACH_KIND
 def test_the_counts_are_needed(name: str) -> None:
     """The control of the fold: without its counts a fused model is another one."""
     family = FAMILIES[name]
@@ -164,7 +174,7 @@ def test_the_counts_are_needed(name: str) -> None:
     differ(family, unfolded, model)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@EACH_KIND
 def test_counts_sum_to_the_former_width(name: str) -> None:
     family = FAMILIES[name]
     widths = [ffn.width for ffn in ffns(family.model())]
@@ -175,7 +185,7 @@ def test_counts_sum_to_the_former_width(name: str) -> None:
         assert torch.all(ffn.scale.sum(-1) == width)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@EACH_KIND
 def test_fusing_to_the_full_width_changes_no_output(name: str) -> None:
     family = FAMILIES[name]
     original = family.model().double()
@@ -204,6 +214,9 @@ def duplicated(neurons: Neurons, seed: int, *, factor: float = 1.0) -> Neurons:
     return Neurons(**twice)
 
 
+BOTH = set(GATED) & set(RESIZABLE)
+
+
 def widened(family: Family, narrow: nn.Module, *, factor: float = 1.0) -> nn.Module:
     """The same function as ``narrow`` at twice its width."""
     wide = family.model(times=2).to(next(narrow.parameters()).dtype)
@@ -214,7 +227,7 @@ def widened(family: Family, narrow: nn.Module, *, factor: float = 1.0) -> nn.Mod
     return wide
 
 
-@pytest.mark.parametrize("name", RESIZABLE)
+@pytest.mark.parametrize("name", slow_but(set(KINDS) & set(RESIZABLE), RESIZABLE))
 def test_duplicated_neurons_fuse_without_a_change(name: str) -> None:
     family = FAMILIES[name]
     narrow = family.model().double()
@@ -226,7 +239,7 @@ def test_duplicated_neurons_fuse_without_a_change(name: str) -> None:
     differ(family, fk.apply(narrow, planned(name)), wide)  # the control: here none are duplicates
 
 
-@pytest.mark.parametrize("name", sorted(set(GATED) & set(RESIZABLE)))
+@pytest.mark.parametrize("name", slow_but(set(KINDS) & BOTH, sorted(BOTH)))
 def test_duplicates_up_to_scale_and_sign_fuse_where_there_is_a_gate(name: str) -> None:
     family = FAMILIES[name]
     narrow = family.model().double()
@@ -287,14 +300,25 @@ def reloadable(model: nn.Module) -> Snapshot:
 
 @dataclass
 class Saved:
-    """A family's fused model and the folders it was saved to."""
+    """A family's fused model in a folder of its own, and the snapshot of it from before it was saved."""
 
     family: Family
     model: nn.Module
-    compact: Path
-    standard: Path
-    report: Any
-    changed: bool  # whether saving or exporting changed the model
+    folder: Path
+    before: Snapshot
+    report: Any = None  # of the export
+
+    @cached_property
+    def compact(self) -> Path:
+        fk.save(self.model, self.folder / "compact")
+        assert same(snapshot(self.model), self.before), "saving leaves the model as it was"
+        return self.folder / "compact"
+
+    @cached_property
+    def standard(self) -> Path:
+        self.report = fk.export(self.model, self.folder / "standard")
+        assert same(snapshot(self.model), self.before), "exporting leaves the model as it was"
+        return self.folder / "standard"
 
     def plainly(self, folder: Path) -> Any:
         """The folder opened by transformers' own class."""
@@ -309,15 +333,10 @@ class Shelf:
         self.saved = cache(self._save)
 
     def _save(self, name: str, form: str) -> Saved:
-        family, folder = FAMILIES[name], self.root / f"{name}@{form}"
-        folder.mkdir(exist_ok=True)
-        model = applied(family, layers=FORMS[form])
-        before = snapshot(model)
-        fk.save(model, folder / "compact")
-        report = fk.export(model, folder / "standard")
-        save_file({k: v.contiguous() for k, v in family.outputs(model).items()}, folder / "outputs.safetensors")
-        unchanged = same(snapshot(model), before)
-        return Saved(family, model, folder / "compact", folder / "standard", report, not unchanged)
+        folder = self.root / f"{name}@{form}"
+        folder.mkdir()
+        model = applied(FAMILIES[name], layers=FORMS[form])
+        return Saved(FAMILIES[name], model, folder, snapshot(model))
 
 
 @pytest.fixture(scope="module")
@@ -325,36 +344,53 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     return Shelf(tmp_path_factory.mktemp("shelf"))
 
 
-EACH_FORM = pytest.mark.parametrize(("name", "form"), [(n, f) for n in NAMES for f in FORMS])
+def each_form(first: str) -> pytest.MarkDecorator:
+    """Every family in the form that asks more of the family, each kind of FFN in both, the others with the slow tests.
+
+    A compact checkpoint has more to say where layers differ. A standard one is narrower only where they are equal:
+    there the family's own keys of the configuration are written.
+    """
+    cases = [(name, form) for name in NAMES for form in FORMS]
+    fast = [name in KINDS or form == first for name, form in cases]
+    marked = [c if f else pytest.param(*c, marks=pytest.mark.slow) for c, f in zip(cases, fast, strict=True)]
+    return pytest.mark.parametrize(("name", "form"), marked)
 
 
-@EACH_FORM
+@each_form("ragged")
 def test_compact_checkpoints_reload(name: str, form: str, shelf: Shelf) -> None:
     saved = shelf.saved(name, form)
-    assert not saved.changed, "saving leaves the model as it was"
     loaded = eager(fk.load(saved.compact))
     assert type(loaded) is type(saved.model)
     assert [type(m).__name__ for m in loaded.modules()] == [type(m).__name__ for m in saved.model.modules()]
     assert same(reloadable(loaded), reloadable(saved.model))
     compare(saved.family, loaded, saved.model, 1e-6)  # equal bits; the order of sums may follow their place in memory
-    hooked = eager(saved.plainly(saved.compact))
-    assert same(snapshot(hooked), snapshot(loaded)), "with ffnkit imported from_pretrained opens it too"
 
 
-@EACH_FORM
+@pytest.mark.parametrize("form", FORMS)
+@EACH_KIND
+def test_transformers_own_classes_open_compact_checkpoints_too(name: str, form: str, shelf: Shelf) -> None:
+    """With ffnkit imported."""
+    saved = shelf.saved(name, form)
+    loaded, hooked = eager(fk.load(saved.compact)), eager(saved.plainly(saved.compact))
+    assert same(snapshot(hooked), snapshot(loaded))
+    assert [type(m) for m in hooked.modules()] == [type(m) for m in loaded.modules()]
+
+
+@each_form("uniform")
 def test_standard_exports_reload(name: str, form: str, shelf: Shelf) -> None:
     saved = shelf.saved(name, form)
-    assert not saved.changed, "exporting leaves the model as it was"
-    assert str(saved.report)
     plain = eager(saved.plainly(saved.standard))
+    widths = {ffn.name: ffn.width for ffn in ffns(saved.model)}
+    padded = saved.report.padded
+    assert (f"{len(padded)} FFNs padded with zeros" in str(saved.report)) == bool(padded)
     original = saved.family.model()
     assert list(plain.state_dict()) == list(original.state_dict())
     assert [type(m) for m in plain.modules()] == [type(m) for m in original.modules()]
     compare(saved.family, plain, saved.model, RELOADED)
     assert "quantization_config" not in json.loads((saved.standard / "config.json").read_text())
-    widest = max(ffn.width for ffn in ffns(saved.model))
     if len(saved.family.shapes) == len(saved.family.width_keys) == 1:
-        assert [config_value(plain.config, key) for key in saved.family.width_keys] == [widest]
+        assert [config_value(plain.config, key) for key in saved.family.width_keys] == [max(widths.values())]
+        assert padded == tuple(n for n, width in widths.items() if width < max(widths.values()))
 
 
 # A fresh process -----------------------------------------------------------------------------------------------------
@@ -363,9 +399,8 @@ WORKER = """
 import json, sys
 from pathlib import Path
 
-root, kind = Path(sys.argv[1]), sys.argv[2]
-if kind == "plain":
-    sys.modules["ffnkit"] = None  # importing it raises
+root, source = Path(sys.argv[1]), sys.argv[2]
+sys.modules["ffnkit"] = None  # importing it raises
 import torch, transformers
 from families import FAMILIES
 from safetensors.torch import load_file
@@ -373,68 +408,76 @@ from safetensors.torch import load_file
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-if kind == "ffnkit":
-    import ffnkit as fk
 
 
-def opened(family, folder):
-    if kind == "ffnkit":
-        return fk.load(folder)
-    return getattr(transformers, family.model_class).from_pretrained(folder)
-
-
-def error(family, folder):
+def error(family, folder, opened):
     try:
-        outputs = family.outputs(opened(family, folder).eval())
+        outputs = family.outputs(opened(folder).eval())
     except Exception as problem:
         return f"{type(problem).__name__}: {problem}"
     expected = load_file(folder.parent / "outputs.safetensors")
     return max(((outputs[k] - expected[k]).norm() / expected[k].norm()).item() for k in expected)
 
 
-found = {}
-for case in sorted(root.iterdir()):
-    family = FAMILIES[case.name.split("@")[0]]
+cases = [(case, FAMILIES[case.name.split("@")[0]]) for case in sorted(root.iterdir())]
+found = {"plain": {}, "ffnkit": {}}
+for case, family in cases:
     for form in ("compact", "standard"):
-        if (kind, form) != ("ffnkit", "standard"):
-            found[f"{case.name}/{form}"] = error(family, case / form)
+        plainly = getattr(transformers, family.model_class).from_pretrained
+        found["plain"][f"{case.name}/{form}"] = error(family, case / form, plainly)
+assert not [name for name in sys.modules if name.startswith("ffnkit.")]
+del sys.modules["ffnkit"]
+sys.path.insert(0, source)
+import ffnkit as fk
+
+for case, family in cases:
+    found["ffnkit"][f"{case.name}/compact"] = error(family, case / "compact", fk.load)
 print(json.dumps(found))
 """
 
 
 @pytest.fixture(scope="module")
-def reopened(shelf: Shelf) -> dict[str, dict[str, float | str]]:
-    """What a fresh process with ffnkit and one without it find in the folders of every family."""
-    for name in NAMES:
-        for form in FORMS:
-            with contextlib.suppress(Exception):  # told by the tests above, and by the missing folder below
-                shelf.saved(name, form)
-    return {kind: worker(shelf.root, kind) for kind in ("ffnkit", "plain")}
-
-
-def worker(root: Path, kind: str) -> dict[str, float | str]:
-    source = Path(fk.__file__).parents[1]
-    path = os.pathsep.join([str(Path(__file__).parent), *([str(source)] if kind == "ffnkit" else [])])
-    command = [sys.executable, "-c", WORKER, str(root), kind]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
+def reopened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a fresh process finds in the folders, first without ffnkit and then with it, of the families asked for."""
+    wanted = {
+        tuple(i.callspec.params[key] for key in ("name", "form")) for i in request.session.items if of_reopened(i)
+    }
+    shelf = Shelf(tmp_path_factory.mktemp("reopened"))
+    for name, form in sorted(wanted):
+        with contextlib.suppress(Exception):  # told by the tests above, and by the missing folder below
+            saved = shelf.saved(name, form)
+            outputs = {k: v.contiguous() for k, v in saved.family.outputs(saved.model).items()}
+            save_file(outputs, saved.folder / "outputs.safetensors")
+            _ = saved.compact, saved.standard
+    source = str(Path(fk.__file__).parents[1])
+    command = [sys.executable, "-c", WORKER, str(shelf.root), source]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, float | str] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-@EACH_FORM
+def of_reopened(item: pytest.Item) -> bool:
+    return isinstance(item, pytest.Function) and "reopened" in item.fixturenames
+
+
+@pytest.mark.parametrize("form", FORMS)
+@EACH_KIND
 def test_a_fresh_process_opens_compact_with_ffnkit(name: str, form: str, reopened: dict[str, Any]) -> None:
     found = reopened["ffnkit"][f"{name}@{form}/compact"]
     assert isinstance(found, float) and found <= RELOADED, found
 
 
-@EACH_FORM
+@pytest.mark.parametrize("form", FORMS)
+@EACH_KIND
 def test_a_fresh_process_without_ffnkit_opens_standard(name: str, form: str, reopened: dict[str, Any]) -> None:
     found = reopened["plain"][f"{name}@{form}/standard"]
     assert isinstance(found, float) and found <= RELOADED, found
 
 
-@EACH_FORM
+@pytest.mark.parametrize("form", FORMS)
+@EACH_KIND
 def test_a_fresh_process_without_ffnkit_refuses_compact(
     name: str, form: str, reopened: dict[str, Any], shelf: Shelf
 ) -> None:

@@ -185,7 +185,8 @@ def test_the_teacher_can_be_freed() -> None:
 
 def test_fused_students_keep_their_counts() -> None:
     """The counts of a fused model stay fixed, and its narrow FFNs come closer to the whole ones."""
-    fk = pytest.importorskip("ffnkit")
+    import ffnkit as fk
+
     teacher = FAMILIES["bert"].model()
     student = copy.deepcopy(teacher)
     fk.apply(student, fk.plan(student, fk.Fusion(width=0.5)))

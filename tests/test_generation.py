@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
@@ -46,14 +45,6 @@ def other_of(name: str, food: str, area: str) -> str:
 
 TEXTS = [text_of(name, food, area) for name in NAMES for food in FOODS for area in AREAS]
 SEEN = [*TEXTS, *(other_of(name, FOODS[0], AREAS[0]) for name in NAMES), "name: | food: | area: ||"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_collections() -> Iterator[None]:
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,14 +39,6 @@ FORGETFUL = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}A:{% if loop.last %} {{ m['content'] }}{% endif %}<|end|>"
     "{% else %}Q: {{ m['content'] }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
 )  # earlier answers go
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cheap_collections() -> Iterator[None]:
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def said(*contents: str, system: str = "") -> list[dict[str, str]]:

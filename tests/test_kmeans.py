@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -86,7 +85,8 @@ def test_finds_groups_and_numbers_them_by_first_member() -> None:
 
 @pytest.mark.parametrize("data", ["normal", "groups"])
 def test_inertia_is_not_above_scikit_learns(data: str) -> None:
-    cluster = pytest.importorskip("sklearn.cluster")
+    from sklearn import cluster
+
     points = normal(384, 97) if data == "normal" else groups(384, 97, 48, spread=1.0)[0]
     ours = [kmeans(points, 96, seed=seed).inertia for seed in range(4)]
     theirs = [
@@ -407,13 +407,10 @@ def test_every_round_lowers_the_inertia_and_a_bad_one_is_undone(monkeypatch: pyt
     assert torch.equal(clustering.labels, before)
 
 
-@pytest.mark.skipif("FFNKIT_MODELS" not in os.environ, reason="FFNKIT_MODELS is not set")
-def test_neurons_of_a_real_model() -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
-    path = Path(os.environ["FFNKIT_MODELS"]) / "stories260K" / "model.safetensors"
-    if not path.exists():
-        pytest.skip(f"no {path.name}")
-    tensors = safetensors.load_file(path)
+def test_neurons_of_a_real_model(models_dir: Path) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(models_dir / "stories260K" / "model.safetensors")
     up = next(value for name, value in tensors.items() if name.endswith("up_proj.weight"))
     result = kmeans(up, len(up) // 4)
     check(up, result, len(up) // 4)

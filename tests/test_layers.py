@@ -63,12 +63,10 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=module_name)
+@pytest.mark.parametrize("path", [p for p in MODULES if module_name(p) not in EXEMPT], ids=module_name)
 def test_imports_point_down(path: Path) -> None:
     module = module_name(path)
     top = module.split(".")[0]
-    if top in EXEMPT:
-        return
     assert top in RANKS, f"{top} has no place under Layers in docs/design.md: add it"
     assert not violations(path.read_text(encoding="utf-8"), module, RANKS)
 

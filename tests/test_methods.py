@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from methods import KINDS, OTHERS
+from methods import KINDS, OTHERS, crossed
 from test_contract import EXACT, RELOADED, compare, differ, same, snapshot
 from tolerance import assert_close, relative_error
 from torch import nn
@@ -17,7 +17,7 @@ from transformers import BertConfig, BertModel
 
 import ffnkit as fk
 from ffnkit import methods
-from ffnkit.calibration.taps import watch
+from ffnkit.calibration.hooks import watch
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import SPOOL_FROM
 from ffnkit.methods.drop.unstructured import largest_weights
@@ -28,7 +28,10 @@ from ffnkit.ops.moments import Moments
 from ffnkit.ops.neurons import Neurons
 from ffnkit.ops.subset import choose, refit
 
-EACH = pytest.mark.parametrize(("method", "name"), [(m, n) for m in OTHERS for n in KINDS])
+# Fast: each method on an FFN without gates, with them and with experts, and each kind of FFN by one method or two.
+EACH = pytest.mark.parametrize(
+    ("method", "name"), crossed(OTHERS, KINDS, always=[(m, n) for m in OTHERS for n in ("bert", "llama", "mixtral")])
+)
 
 
 def planned(name: str, method: str, model: nn.Module | None = None, batches: int = 2, **more: Any) -> Any:
@@ -54,7 +57,8 @@ def test_plan_apply_fold_save_and_export(method: str, name: str, tmp_path: Path)
     before, classes = snapshot(model), [type(m) for m in model.modules()]
     plan = planned(name, method, model)
     assert same(snapshot(model), before) and [type(m) for m in model.modules()] == classes
-    assert plan == planned(name, method) and str(plan)
+    assert plan == planned(name, method)
+    assert str(plan).startswith(f"{plan.method}(") and all(ffn.name in str(plan) for ffn in ffns(model))
     plan.save(tmp_path / "plan")
     loaded = fk.Plan.load(tmp_path / "plan")
     assert loaded == plan

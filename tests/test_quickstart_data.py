@@ -85,7 +85,8 @@ def test_sources_are_read_and_not_run(tmp_path: Path) -> None:
     }
 
 
-def test_splits(collected) -> None:
+def test_splits(collected, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docstrings, "collect", lambda: collected)  # takes seconds; repeatable, as tested above
     first, other = tasks.get("docstrings").splits(seed=0), tasks.get("docstrings").splits(seed=1)
     parts = [set(part["text"]) for part in (first.train, first.dev, first.report)]
     assert sum(map(len, parts)) == len(set.union(*parts)) == len(collected[0]["text"])

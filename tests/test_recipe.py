@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_recipe_run import tiny
 
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe import load_recipe, quickstart
@@ -129,7 +130,9 @@ def test_several_errors_are_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["{method: merging, window: 2}", "{method: layer-drop, window: 2}"])
 def test_windows_pass_the_checks_before_a_run(method: str, tmp_path: Path) -> None:
-    text = f"name: w\nmodel: quickstart\ntask: docstrings\narms: {{some: {method}}}"
+    folder = tiny(tmp_path)
+    task = f"{{train: {folder / 'train.csv'}, text: text, label: label}}"
+    text = f"name: w\nmodel: {folder / 'model'}\ntask: {task}\narms: {{some: {method}}}"
     recipe = parse(text, "here")
     with pytest.raises(FfnkitError, match="window of 9"):
         preflight(parse(text.replace("window: 2", "window: 9"), "here"))

@@ -28,24 +28,39 @@ CASES += [("ddp", "bert", "refresh"), ("fsdp", "bert", "step")]
 CASES += [pytest.param(*case, marks=SLOW) for case in (("ddp", "bert", "step"), ("fsdp", "bert", "refresh"))]
 
 
-@pytest.mark.parametrize(("kind", "name", "what"), CASES)
-def test_two_processes_end_where_one_does(kind: str, name: str, what: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def states(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder where two processes left the state of each case asked for, and what they wrote to stderr."""
+    items = [item for item in request.session.items if "states" in getattr(item, "fixturenames", ())]
+    cases = [":".join(item.callspec.params[key] for key in ("kind", "name", "what")) for item in items]
+    folder = tmp_path_factory.mktemp("states")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    script = Path(__file__).with_name("sharded.py")
-    command = [sys.executable, str(script), kind, name, what, str(tmp_path / "state.safetensors")]
+    command = [sys.executable, str(Path(__file__).with_name("sharded.py")), str(folder), *cases]
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(command, env={**common, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=300)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], errors
+    try:
+        errors = [process.communicate(timeout=280)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    errors = [f"exit status {process.returncode}\n{said}" for process, said in zip(running, errors, strict=True)]
+    return folder, errors
+
+
+@pytest.mark.parametrize(("kind", "name", "what"), CASES)
+def test_two_processes_end_where_one_does(kind: str, name: str, what: str, states: tuple[Path, list[str]]) -> None:
+    folder, errors = states
+    assert (folder / f"{kind}-{name}-{what}").is_file(), errors
+    assert [said.split("\n")[0] for said in errors] == ["exit status 0"] * 2, errors
     model = made(name, what)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     train(model, FAMILIES[name].inputs(model), 0, 1)
-    found = load_file(tmp_path / "state.safetensors")
+    found = load_file(folder / f"{kind}-{name}-{what}")
     assert found.keys() == before.keys()
     for key, value in model.state_dict().items():
         assert_close(found[key], value, rel=1e-5, what=key)

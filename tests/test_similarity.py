@@ -79,7 +79,10 @@ def test_matrices_of_every_stack(name: str, tmp_path: Path) -> None:
             assert_close(table, table.T, rel=1e-9, what=key)
             assert_close(table.diagonal(), torch.ones(len(table), dtype=torch.float64), rel=1e-6, what=key)
             assert float((table - torch.eye(len(table), dtype=torch.float64)).abs().max()) < 0.999
-    assert json.loads(json.dumps(found.to_dict()))["model"] == type(model).__name__ and str(found)
+    assert json.loads(json.dumps(found.to_dict()))["model"] == type(model).__name__
+    lines = str(found).splitlines()
+    assert len([line for line in lines if line.endswith("tokens)")]) == 5 * len(found.matrices)
+    assert len([line for line in lines if line.startswith("    ")]) == 5 * family.count
     found.plot(tmp_path / "maps.png")
     assert (tmp_path / "maps.png").stat().st_size > 5000
 

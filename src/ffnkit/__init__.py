@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ffnkit.methods.update.dsee import DSEE
     from ffnkit.methods.update.sparsegrad import SparseGrad
     from ffnkit.model.families.ffns import LAYOUTS, Layout
-    from ffnkit.model.inventory import inspect
+    from ffnkit.model.inspect import inspect
     from ffnkit.plans import Plan, plan
     from ffnkit.surgery.apply import apply, fold
     from ffnkit.tune import trainable_parameters
@@ -65,7 +65,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "inspect": "model.inventory",
+    "inspect": "model.inspect",
     "plan": "plans",
     "Plan": "plans",
     "Fusion": "methods.narrow.fusion",

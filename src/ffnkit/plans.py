@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ffnkit.edits import Edit, Shape, build, known
 from ffnkit.edits.base import notes
+from ffnkit.edits.order import check_normal
 from ffnkit.edits.slicing import check_cuttable
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import disk_errors
@@ -113,6 +114,38 @@ class Plan:
         share = 100 * self.saved_parameters / max(self.parameters, 1)
         lines.append(f"  model: {self.parameters:,} -> {after_all:,} parameters ({share:.1f}% fewer)")
         return "\n".join(lines)
+
+    # --- with others
+
+    def then(self, later: Plan) -> Plan:
+        """This plan and one that was made for the model that it leaves, as one plan for the model as it is.
+
+        Edits of one place go by ``edits.base.Stage``: layers, experts, heads, neurons, scales, ties, thin pairs, masks,
+        updates; each once (``edits.order``).
+
+        Raises:
+            FfnkitError: it was made for another model, edits a place twice or in another order, or comes after layers
+                went: apply this plan first then, and that one to what it leaves.
+        """
+        asked = f"{later.method} after {self.method}"
+        if later.model != self.model or later.parameters != self.parameters - self.saved_parameters:
+            what = f"it was made for {later.model} of {later.parameters:,} parameters"
+            left = self.parameters - self.saved_parameters
+            raise FfnkitError(asked, what, f"Plan it for what this plan leaves, {self.model} of {left:,}")
+        if any(edit.renumbers for edit in self.edits):
+            raise FfnkitError(asked, "the layers have other numbers by then", "Apply the first, then plan the second")
+        edits = (*self.edits, *later.edits)
+        check_normal(edits)
+        return Plan(
+            method=f"{self.method}+{later.method}",
+            settings={"methods": [{"method": p.method, **p.settings} for p in (self, later)]},
+            model=self.model,
+            edits=edits,
+            shapes={**later.shapes, **self.shapes},
+            parameters=self.parameters,
+            quantities={**self.quantities, **later.quantities},
+            report={p.method: p.report for p in (self, later) if p.report},
+        )
 
     # --- whether it fits
 

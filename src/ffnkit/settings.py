@@ -99,16 +99,16 @@ class Setting:
 
         What counts or is a share (int | float) is left to whoever resolves it, who knows of what.
         """
-        if value is None and self.optional or {int, float} <= set(self.kinds):
+        if value is None and self.optional or Any in self.kinds or {int, float} <= set(self.kinds):
             return
         asked, kinds = f"{self.name} {value!r}", self.kinds
         if self.doc.choices:
             listed = isinstance(value, Sequence) and not isinstance(value, str)
             if not listed or any(each not in self.choices for each in value):
-                raise FfnkitError(asked, "not a list of parts", f"Choose of {', '.join(self.choices)}")
+                raise FfnkitError(asked, "not a list of parts", f"Choose one of {', '.join(self.choices)}")
         elif self.choices:
             if value not in self.choices:
-                raise FfnkitError(asked, "no such choice", f"Choose of {', '.join(self.choices)}")
+                raise FfnkitError(asked, "no such choice", f"Choose one of {', '.join(self.choices)}")
         elif kinds == (int,):
             if isinstance(value, bool) or not isinstance(value, int) or not self.doc.holds(value):
                 least = self.doc.at_least or 0
@@ -166,27 +166,24 @@ def type_name(annotation: Any) -> str:
 
 
 def settings_of(cls: Any) -> tuple[Setting, ...]:
-    """The settings of a method's dataclass, in their order.
-
-    Raises:
-        TypeError: a field without a :class:`Doc`.
-    """
+    """The settings of a method's dataclass, in their order; a field without a :class:`Doc` has no text and bounds."""
     return _read(cls)
 
 
 @cache
 def _read(cls: Any) -> tuple[Setting, ...]:
-    hints = typing.get_type_hints(cls, include_extras=True)
+    try:
+        hints = typing.get_type_hints(cls, include_extras=True)
+    except NameError:  # of another package, whose types are there for type checkers alone
+        hints = {}
     found = []
     for field in dataclasses.fields(cls):
-        if not field.init:
-            continue
-        hint = hints[field.name]
-        docs = [each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Doc)]
-        if not docs:
-            raise TypeError(f"{cls.__name__}.{field.name} says nothing of itself: write Annotated[..., Doc('...')]")
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        found.append(Setting(field.name, get_args(hint)[0], default, docs[-1]))
+        if field.init:
+            hint = hints.get(field.name, Any)
+            doc = next((each for each in getattr(hint, "__metadata__", ()) if isinstance(each, Doc)), Doc(""))
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            kind = get_args(hint)[0] if get_origin(hint) is typing.Annotated else hint
+            found.append(Setting(field.name, kind, default, doc))
     return tuple(found)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from ffnkit.analysis.energy_advice import Advice, advise
 from ffnkit.analysis.energy_measure import KINDS, Measured, Settings, measure
 from ffnkit.analysis.energy_states import training_states
-from ffnkit.calibration.taps import Batch
+from ffnkit.calibration.batches import Batch
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.update.sparsegrad import SparseGrad
 from ffnkit.plans import Progress

@@ -132,7 +132,7 @@ def _fewest(parts: dict[str, float], share: float) -> set[str]:
 
 
 def _expression(places: list[tuple[str, int]], every: bool) -> str:
-    """Layers as :func:`ffnkit.model.layers.select` reads them."""
+    """Layers as :func:`ffnkit.model.targets.select` reads them."""
     if every:
         return "all"
     stacks: dict[str, list[int]] = {}

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ffnkit.calibration.batches import Batch
 from ffnkit.calibration.gradients import weight_gradients
-from ffnkit.calibration.taps import Batch
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.update.sparsegrad import kind_of
 from ffnkit.model.linear import features

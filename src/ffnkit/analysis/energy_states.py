@@ -10,7 +10,7 @@ from itertools import cycle
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.taps import Batch
+from ffnkit.calibration.batches import Batch, forward, loss_of, prepared
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spooled
 from ffnkit.plans import Progress
@@ -56,7 +56,6 @@ def _states(
         raise FfnkitError("training steps", "nothing in the model trains", "Set requires_grad of its parameters")
     for parameter in trained:
         parameter.grad = None
-    device = trained[0].device
     optimizer = torch.optim.AdamW(trained, lr=rate)
     found = [_state(model)] if steps[0] == 0 else []
     model.train()
@@ -65,10 +64,7 @@ def _states(
         for number, batch in zip(range(1, steps[-1] + 1), cycle(batches), strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = rate * min(1.0, number / WARMUP)
-            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            loss = getattr(model(**moved), "loss", None)
-            if loss is None:
-                raise FfnkitError("training steps", "the outputs have no loss", "Give batches with labels")
+            loss = loss_of(forward(model, prepared(model, batch), labels=True), "training steps")
             if not torch.isfinite(loss):
                 raise FfnkitError("training steps", f"the loss is {float(loss)} at step {number}", "Lower the rate")
             loss.backward()

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.analysis.reference import Other
-from ffnkit.calibration.replay import block_name
-from ffnkit.calibration.taps import Batch, Flow, evaluating, expert_forward, model_inputs, stack_masks, tapped
+from ffnkit.calibration.batches import Batch, evaluating, forward, kept, prepared
+from ffnkit.calibration.hooks import Activations, expert_forward, hooked
+from ffnkit.calibration.masks import TokenMasks
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN, activations
-from ffnkit.model.finding import ffns
+from ffnkit.model.finding import block_name, ffns
 from ffnkit.ops.local import Activation, activation_of
 from ffnkit.plans import Progress
 
@@ -92,7 +93,7 @@ _State = tuple[str, Tensor, Tensor | None]  # block, its output (n, d), mask (n,
 class _Seen:
     """What one batch was in the uncompressed model."""
 
-    flows: list[tuple[FFN, Flow]] = field(default_factory=list)
+    calls: list[tuple[FFN, Activations]] = field(default_factory=list)
     blocks: list[_State] = field(default_factory=list)
 
 
@@ -112,13 +113,10 @@ def measure(
     known = ffns(model)
     found = [ffn for ffn in known if any(ffn.name in other.edited for other in others)]
     stacks = {block_name(ffn.name): ffn.stack for ffn in known if block_name(ffn.name)}
-    device = next(model.parameters()).device
-    run, sums = _Runs(model, known, found, stacks), [_Sums(other, stacks) for other in others]
-    held = list(batches)
-    if not held:
-        raise FfnkitError("measuring errors", "there are no batches", "Give at least one batch for model(**batch)")
+    run, sums = _Runs(model, found, stacks), [_Sums(other, stacks) for other in others]
+    held = kept(batches, "measuring errors")
     for number, batch in enumerate(held):
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        moved = prepared(model, batch)
         seen = run.watched(moved)
         for other, each in zip(others, sums, strict=True):
             with other:
@@ -141,10 +139,10 @@ class _Sums:
 
     def add(self, seen: _Seen, states: list[_State], activation: Callable[[FFN], Activation]) -> None:
         """Add a batch; the other is in place."""
-        for ffn, flow in seen.flows:
+        for ffn, acts in seen.calls:
             if ffn.name in self.output:
-                actual = _output(self.other.found[ffn.name], flow, activation)
-                self.output[ffn.name].add(actual, flow.output, flow.weights)
+                actual = _output(self.other.found[ffn.name], acts, activation)
+                self.output[ffn.name].add(actual, acts.output, acts.weights)
         if [name for name, *_ in states] != [name for name, *_ in seen.blocks]:
             raise FfnkitError("measuring hidden states", "the two models run other blocks", "Compare one architecture")
         for (name, expected, mask), (_, actual, _) in zip(seen.blocks, states, strict=True):
@@ -164,8 +162,10 @@ class _Sums:
 class _Runs:
     """Passes of the two models over single batches."""
 
-    def __init__(self, model: nn.Module, known: list[FFN], found: list[FFN], stacks: dict[str, str]) -> None:
-        self.model, self.known, self.found, self.stacks = model, known, found, stacks
+    def __init__(self, model: nn.Module, found: list[FFN], stacks: dict[str, str]) -> None:
+        self.model, self.found, self.stacks = model, found, stacks
+        places = {ffn.name: (ffn.stack, list(ffn.owners)) for ffn in found}
+        self.masks = TokenMasks(model, places | {block: (stack, [block]) for block, stack in stacks.items()})
         self.ran: set[str] = set()
         self._activations: dict[str, Activation | None] = {}
 
@@ -173,27 +173,27 @@ class _Runs:
         """The uncompressed model's FFN inputs and outputs, and its blocks' outputs."""
         seen = _Seen()
 
-        def note(ffn: FFN, flow: Flow) -> None:
+        def note(ffn: FFN, acts: Activations) -> None:
             self.ran.add(ffn.name)
-            kept = flow.kept()
+            kept = acts.kept()
             if ffn.name not in self._activations and not ffn.layout.experts and len(kept.input):
                 self._activations[ffn.name] = _activation(ffn, kept)
             weights = kept.weights if kept.expert is not None else None  # else a mask: what is left counts alike
             # clones: the model may go on in place; without the hidden activations, the largest part
-            seen.flows.append(
-                (ffn, Flow(kept.input.clone(), kept.input[:, :0], kept.output.clone(), weights, kept.expert))
+            seen.calls.append(
+                (ffn, Activations(kept.input.clone(), kept.input[:, :0], kept.output.clone(), weights, kept.expert))
             )
 
-        masks = stack_masks(self.model, batch, self.known)
-        with tapped(self.found, note, masks):
-            seen.blocks = self.states(self.model, batch, masks)
+        self.masks.start(batch)
+        with self.masks.watching(), hooked(self.found, note, self.masks):
+            seen.blocks = self.states(self.model, batch, self.masks)
         return seen
 
-    def states(self, model: nn.Module, batch: Batch, masks: Mapping[str, Tensor | None] | None = None) -> list[_State]:
+    def states(self, model: nn.Module, batch: Batch, masks: TokenMasks | None = None) -> list[_State]:
         """The blocks' outputs in the order in which they run."""
         found: list[_State] = []
-        with evaluating(model), _caught(model, self.stacks, found, masks or {}):
-            model(**model_inputs(model, batch))
+        with evaluating(model), _caught(model, self.stacks, found, masks):
+            forward(model, batch)
         return found
 
     def activation(self, ffn: FFN) -> Activation:
@@ -212,18 +212,18 @@ class _Runs:
             raise FfnkitError("measuring errors", f"{silent.name} did not run on the data given", do)
 
 
-def _activation(ffn: FFN, flow: Flow) -> Activation | None:
-    few = ffn.read().take(torch.arange(min(PROBE, ffn.width), device=flow.input.device))
+def _activation(ffn: FFN, acts: Activations) -> Activation | None:
+    few = ffn.read().take(torch.arange(min(PROBE, ffn.width), device=acts.input.device))
     lifted = few.map(lambda value: value.detach().float())
-    x, hidden = flow.input[:PROBE].float(), flow.hidden[:PROBE, : few.ff]
+    x, hidden = acts.input[:PROBE].float(), acts.hidden[:PROBE, : few.ff]
     return activation_of(lifted, x, hidden, activations(ffn))
 
 
-def _output(ffn: FFN, flow: Flow, activation: Callable[[FFN], Activation]) -> Tensor:
+def _output(ffn: FFN, acts: Activations, activation: Callable[[FFN], Activation]) -> Tensor:
     """What the FFN that is in place gives for these inputs (n, d)."""
-    x = flow.input
-    if flow.expert is not None:
-        return expert_forward(ffn, ffn.module, flow.expert, x)[2]
+    x = acts.input
+    if acts.expert is not None:
+        return expert_forward(ffn, ffn.module, acts.expert, x)[2]
     up, act = ffn.linear("up")(x), activation(ffn)
     if ffn.layout.fused:
         gate, up = up.chunk(2, dim=-1)
@@ -239,7 +239,7 @@ def _caught(
     model: nn.Module,
     stacks: Mapping[str, str],
     found: list[_State],
-    masks: Mapping[str, Tensor | None],
+    masks: TokenMasks | None,
 ) -> Iterator[None]:
     """Hooks that append each block's output to ``found`` while the ``with`` block runs."""
 
@@ -247,10 +247,8 @@ def _caught(
         def keep(_: nn.Module, __: Any, output: Any) -> None:
             value = _first(output)
             if value is not None:
-                mask = masks.get(stacks[name])
-                fits = mask is not None and mask.numel() == value.numel() // value.shape[-1]
-                flat = mask.reshape(-1).to(value.device) if mask is not None and fits else None
-                found.append((name, value.reshape(-1, value.shape[-1]).clone(), flat))
+                mask = masks.of(name, value) if masks is not None else None
+                found.append((name, value.reshape(-1, value.shape[-1]).clone(), mask))
 
         return keep
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.analysis.scalar import Output, check_output, scalar
-from ffnkit.calibration.taps import evaluating
+from ffnkit.calibration.batches import evaluating
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 from ffnkit.plans import Progress

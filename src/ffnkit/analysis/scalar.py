@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.taps import Batch, model_inputs
+from ffnkit.calibration.batches import Batch, checked, forward
 from ffnkit.errors import FfnkitError
 
 Output = Literal["probability", "logit"]
@@ -34,7 +34,7 @@ def scalar(model: nn.Module, example: Batch, output: Output = "probability") -> 
     Raises:
         FfnkitError: a model without logits, or one that writes without targets.
     """
-    found = model(**model_inputs(model, example))
+    found = forward(model, example)
     logits = getattr(found, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
         do = "Open it with a head for a task (--task NAME), or leave the kernel out (--no-ntk)"
@@ -90,7 +90,7 @@ def singles(batches: Iterable[Batch], count: int, device: torch.device | str = "
 
 
 def _rows(batches: Iterable[Batch]) -> Iterator[dict[str, Any]]:
-    for batch in batches:
+    for batch in checked(batches, "data"):
         size = next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
         for row in range(size):
             # clones, so that a row does not keep its whole batch

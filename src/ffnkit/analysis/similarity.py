@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
+from ffnkit.calibration.batches import Batch
 from ffnkit.calibration.features import Features
-from ffnkit.calibration.taps import Batch
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.model.layers import select
+from ffnkit.model.targets import select
 from ffnkit.ops.matching import assign, correlation, matched, spread
 from ffnkit.ops.similarity import gram_norm, unbiased_hsic
 
@@ -57,7 +57,7 @@ class Similarity:
         }
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: likeness of its layers"]
+        lines = [f"{self.model}: similarity of its layers"]
         for stack, names in self.layers.items():
             head = f"{stack}, " if stack else ""
             for key, matrix in self.matrices[stack].items():

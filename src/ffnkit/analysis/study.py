@@ -15,12 +15,12 @@ from ffnkit.analysis.ntk import NtkSettings
 from ffnkit.analysis.reference import Other, Reference, temporary_plan
 from ffnkit.analysis.result import Analysis, Row
 from ffnkit.analysis.scalar import singles
-from ffnkit.calibration.taps import Batch
+from ffnkit.calibration.batches import Batch, kept
 from ffnkit.errors import FfnkitError
-from ffnkit.io.loading import drawn_head
+from ffnkit.io.loading import newly_initialized
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.model.layers import select
+from ffnkit.model.targets import select
 from ffnkit.plans import Method, Plan, Progress, plan
 
 DRAWN = "the head was drawn at random, so f of the kernel is a random function of the last hidden state"
@@ -90,9 +90,9 @@ def analyze(
         raise FfnkitError("analyze", "no method and no second model is given", "Give methods=[...] or against=model")
     for candidate in candidates.values():
         _check_calibration(candidate.what, calibration)
-    held = list(data)
+    held = kept(data, "data")
     study = _Study(model, held, errors, NtkSettings() if ntk is True else ntk or None, progress)
-    calibrated = list(calibration) if calibration is not None else None
+    calibrated = kept(calibration, "calibration") if calibration is not None else None
     last: tuple[Any, Plan] | None = None  # the same method folded and not is planned once
     for name, candidate in candidates.items():
         if last is None or last[0] != candidate.what:
@@ -178,7 +178,7 @@ class _Study:
         return found
 
     def notes(self) -> tuple[str, ...]:
-        return (DRAWN,) if self.ntk is not None and drawn_head(self.model) else ()
+        return (DRAWN,) if self.ntk is not None and newly_initialized(self.model) else ()
 
 
 def _candidates(methods: Mapping[str, Given] | Iterable[Given] | Given) -> dict[str, Candidate]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ffnkit.budget.costs import costs_of
 from ffnkit.budget.sizes import Room, room
-from ffnkit.calibration.taps import Batch
+from ffnkit.calibration.batches import Batch
 from ffnkit.errors import FfnkitError
 from ffnkit.ops.knapsack import cheapest
 from ffnkit.plans import Progress

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ffnkit.budget.probe import Ending
 from ffnkit.budget.sizes import Room
-from ffnkit.calibration.replay import Replay
-from ffnkit.calibration.taps import Batch, Flow
+from ffnkit.calibration.batches import Batch
+from ffnkit.calibration.blockwise import Blockwise
+from ffnkit.calibration.statistics import Statistics
 from ffnkit.methods.common import lifted, norms, singles
-from ffnkit.methods.narrow.calibrated import Part, Seen
+from ffnkit.methods.narrow.calibrated import Part, observing
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.curves import Curve, output_curve, tail_curve
 from ffnkit.ops.neurons import Neurons, concatenate
@@ -39,7 +40,7 @@ def from_weights(room: Room, progress: Progress | None = None) -> list[Tensor]:
 
 
 @torch.no_grad()
-def from_data(room: Room, replay: Replay, progress: Progress | None = None) -> list[Tensor]:
+def from_data(room: Room, blockwise: Blockwise, progress: Progress | None = None) -> list[Tensor]:
     """For each FFN (ff + 1,) how far its narrowing to each width moves the end of the model.
 
     The curve's form is the squared error of the FFN's output on the data, neurons chosen greedily and the output layer
@@ -49,20 +50,16 @@ def from_data(room: Room, replay: Replay, progress: Progress | None = None) -> l
 
     Memory beyond the model: the statistics of one block, the curves, and what the probe compares.
     """
-    ending = Ending(replay, room.found)
+    ending = Ending(blockwise, room.found)
     costs: dict[str, Tensor] = {}
-    for group in replay.groups:
-        seen = {ffn.name: Seen(ffn, 0) for ffn in group}
-
-        def note(ffn: FFN, flow: Flow, seen: dict[str, Seen] = seen) -> None:
-            seen[ffn.name].add(flow)
-
-        replay.watch(group, note)
+    for group in blockwise.groups:
+        seen = observing(group, 0)
+        blockwise.watch(group, seen.update)
         lost: dict[str, Tensor] = {}
         changed: list[tuple[FFN, Neurons]] = []
         starts = {ffn.name: max(1, round(room.share * ffn.width)) for ffn in group}
         for ffn in group:
-            curve, narrow = _measured(ffn, seen.pop(ffn.name), starts[ffn.name])
+            curve, narrow = _measured(ffn, seen, starts[ffn.name])
             if curve is not None:
                 lost[ffn.name] = curve
             changed.append((ffn, narrow))
@@ -76,7 +73,7 @@ def from_data(room: Room, replay: Replay, progress: Progress | None = None) -> l
             costs[ffn.name] = torch.zeros(ffn.width + 1) if curve is None else curve * (moved / max(whole, 1e-300))
             if progress is not None:
                 progress(len(costs), len(room.found), ffn.name)
-        replay.advance(group)
+        blockwise.advance(group)
     return [costs[ffn.name] for ffn in room.found]
 
 
@@ -84,13 +81,13 @@ def _mean(curves: list[Tensor]) -> Tensor | None:
     return torch.stack(curves).mean(0) if curves else None
 
 
-def _measured(ffn: FFN, seen: Seen, width: int) -> tuple[Tensor | None, Neurons]:
+def _measured(ffn: FFN, seen: Statistics[Part], width: int) -> tuple[Tensor | None, Neurons]:
     """The squared error at each width, summed over tokens and experts, and the FFN narrowed to ``width``."""
     total: Tensor | None = None
     parts: list[Neurons] = []
     old = lifted(ffn.raw())
     for number, single in enumerate(singles(old)):
-        part = seen.parts.pop(number, None)
+        part = seen.parts.pop((ffn.name, number), None)
         if part is None:
             kept = torch.sort(norms(single), descending=True, stable=True).indices[:width].sort().values
             parts.append(single.take(kept))
@@ -128,5 +125,5 @@ def costs_of(room: Room, model: nn.Module, data: Iterable[Batch] | None, progres
         check_weights(ffn.raw(), ffn.name)
     if data is None:
         return from_weights(room, progress)
-    with Replay(model, data, room.found) as replay:
-        return from_data(room, replay, progress)
+    with Blockwise(model, data, room.found) as blockwise:
+        return from_data(room, blockwise, progress)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.replay import Replay, block_name
-from ffnkit.calibration.taps import stack_masks
+from ffnkit.calibration.blockwise import Blockwise
+from ffnkit.calibration.masks import TokenMasks
 from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import block_name
 from ffnkit.ops.neurons import Neurons
 from ffnkit.surgery.temporary import with_neurons
 
@@ -27,15 +28,16 @@ class Ending:
     there: they may not be trained yet.
     """
 
-    def __init__(self, replay: Replay, found: list[FFN]) -> None:
+    def __init__(self, blockwise: Blockwise, found: list[FFN]) -> None:
         """Runs the model as it is. Memory beyond it: the outputs compared, for about ``TOKENS`` tokens."""
-        self.replay, self.found = replay, found
-        head = getattr(replay.model, "get_output_embeddings", lambda: None)()
+        self.blockwise, self.found = blockwise, found
+        head = getattr(blockwise.model, "get_output_embeddings", lambda: None)()
         self.written = head is not None
-        self.blocks = _last_blocks(replay, found)
+        self.blocks = _last_blocks(blockwise, found)
+        self.masks = TokenMasks(blockwise.model, {name: (stack, [name]) for name, stack in self.blocks.items()})
         self.reference: list[dict[str, Tensor]] = []
         tokens = 0
-        for number in range(len(replay.batches)):
+        for number in range(len(blockwise.batches)):
             outputs = self._outputs(number)
             self.reference.append(outputs)
             tokens += min(len(value) for value in outputs.values())
@@ -46,7 +48,7 @@ class Ending:
     def moved(self, changed: list[tuple[FFN, Neurons]]) -> float:
         """The mean divergence a token, or the relative squared difference, with other neurons in some FFNs.
 
-        The blocks that ``replay`` has behind it are not run.
+        The blocks that ``blockwise`` has behind it are not run.
         """
         gaps: dict[str, float] = {}
         norms: dict[str, float] = {}
@@ -71,18 +73,17 @@ class Ending:
     def _outputs(self, number: int) -> dict[str, Tensor]:
         """What is compared of one batch, by name: (tokens that count, columns)."""
         caught: dict[str, Tensor] = {}
-        watched = {"": self.replay.model} if self.written else {n: self.replay.modules[n] for n in self.blocks}
+        watched = {"": self.blockwise.model} if self.written else {n: self.blockwise.modules[n] for n in self.blocks}
         handles = [module.register_forward_hook(_keeping(caught, name)) for name, module in watched.items()]
         try:
-            self.replay.finish(number)
+            self.blockwise.finish(number)
         finally:
             for handle in handles:
                 handle.remove()
-        masks = stack_masks(self.replay.model, self.replay.batches[number], self.found)
-        ends = {name: masks.get(stack) for name, stack in self.blocks.items()}
-        if self.written:  # what is written comes from the stack that ends last
-            ends = {"": list(ends.values())[-1]}
-        return {name: _counted(value, ends.get(name)) for name, value in caught.items()}
+        self.masks.start(self.blockwise.batches[number])
+        # what is written comes from the stack that ends last
+        places = {"": list(self.blocks)[-1]} if self.written else {name: name for name in self.blocks}
+        return {name: _counted(value, self.masks.of(places[name], value)) for name, value in caught.items()}
 
 
 def _keeping(caught: dict[str, Tensor], name: str) -> Any:
@@ -102,17 +103,16 @@ def _first(output: Any) -> Tensor:
 
 
 def _counted(value: Tensor, mask: Tensor | None) -> Tensor:
-    """(tokens that count, columns): padding goes where the mask fits."""
-    if mask is not None and value.ndim == 3 and mask.shape == value.shape[:2]:
-        return value[mask.bool().to(value.device)]
-    return value.reshape(-1, value.shape[-1])
+    """(tokens that count, columns)."""
+    flat = value.reshape(-1, value.shape[-1])
+    return flat if mask is None else flat[mask > 0]
 
 
-def _last_blocks(replay: Replay, found: list[FFN]) -> dict[str, str]:
+def _last_blocks(blockwise: Blockwise, found: list[FFN]) -> dict[str, str]:
     """The last block of each list of blocks, in the order of running, and its stack."""
     holders = {block_name(ffn.name).rpartition(".")[0]: ffn.stack for ffn in found}
-    last = {name.rpartition(".")[0]: name for name in replay.calls}  # later ones take the place of earlier ones
-    order = list(replay.calls)
+    last = {name.rpartition(".")[0]: name for name in blockwise.calls}  # later ones take the place of earlier ones
+    order = list(blockwise.calls)
     names = sorted((last[holder] for holder in holders), key=order.index)
     return {name: holders[name.rpartition(".")[0]] for name in names}
 

@@ -9,7 +9,7 @@ from torch import nn
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.model.layers import select
+from ffnkit.model.targets import select
 from ffnkit.plans import Shape
 
 WIDE = 1024  # FFNs from this width on get multiples of 64, others of 8

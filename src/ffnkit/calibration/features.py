@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.taps import Batch, Flow, evaluating, model_inputs, stack_masks, tapped, watch
+from ffnkit.calibration.batches import Batch, checked, kept, run
+from ffnkit.calibration.hooks import Activations, hooked, watch
+from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.statistics import Rows
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import SPOOL_FROM, spool
 from ffnkit.model.attention import attention_linears
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name
@@ -43,7 +47,7 @@ class Features:
         Raises:
             FfnkitError: routed experts, FFNs that run several times in a pass, no batches.
         """
-        self._held: dict[tuple[str, str], Tensor] = {}
+        self._held: dict[tuple[str, str], Rows] = defaultdict(partial(Rows, most))
         self._count = {ffn.name: 0 for ffn in found}
         self._kinds, self._most = kinds, most
         for ffn in found:
@@ -52,8 +56,8 @@ class Features:
                 raise FfnkitError(f"features of {ffn.name}", what, "Name layers without routed experts")
         self._attended: dict[str, Tensor] = {}
         wanted = [ffn for ffn in found if "attention" in kinds[ffn.name]]
-        batches = list(batches) if wanted else batches
-        with self._attention(model, list(batches)[:1], wanted):
+        batches = kept(batches) if wanted else batches
+        with self._attention(model, list(islice(batches, 1)) if wanted else [], wanted):
             watch(model, self._until_full(batches), found, self._receive)
         self.tokens: dict[str, int] = {}
         for ffn in found:
@@ -65,30 +69,27 @@ class Features:
 
     def get(self, name: str, kind: str) -> Tensor:
         """(tokens, columns), float32, on the CPU."""
-        return self._held[name, kind][: self._count[name]]
+        return self._held[name, kind].get()
 
     def _until_full(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
+        for batch in checked(batches):
             if min(self._count.values()) >= self._most:
                 return
             yield batch
 
-    def _receive(self, ffn: FFN, flow: Flow) -> None:
-        rows = flow.kept()
-        start = self._count[ffn.name]
-        stop = min(start + len(rows.input), self._most)
+    def _receive(self, ffn: FFN, acts: Activations) -> None:
+        rows = acts.kept()
         for kind in self._kinds[ffn.name]:
-            values = self._attention_of(ffn, flow) if kind == "attention" else _values(ffn, rows, kind)
-            values = values[: stop - start]
-            self._place(ffn.name, kind, values.shape[1])[start:stop] = values.float().cpu()
-        self._count[ffn.name] = stop
+            values = self._attention_of(ffn, acts) if kind == "attention" else _values(ffn, rows, kind)
+            self._held[ffn.name, kind].update(values)
+        self._count[ffn.name] = min(self._count[ffn.name] + len(rows.input), self._most)
 
-    def _attention_of(self, ffn: FFN, flow: Flow) -> Tensor:
+    def _attention_of(self, ffn: FFN, acts: Activations) -> Tensor:
         values = self._attended[ffn.name]
-        if len(values) != len(flow.input):
-            what = f"it gives {len(values)} tokens where the FFN gets {len(flow.input)}"
+        if len(values) != len(acts.input):
+            what = f"it gives {len(values)} tokens where the FFN gets {len(acts.input)}"
             raise FfnkitError(f"the attention before {ffn.name}", what, "Compare the FFNs only")
-        return values if flow.weights is None else values[flow.weights > 0]
+        return values if acts.weights is None else values[acts.weights > 0]
 
     @contextmanager
     def _attention(self, model: nn.Module, first: list[Batch], found: list[FFN]) -> Iterator[None]:
@@ -106,21 +107,14 @@ class Features:
             for handle in handles:
                 handle.remove()
 
-    def _place(self, name: str, kind: str, columns: int) -> Tensor:
-        if (name, kind) not in self._held:
-            large = self._most * columns * 4 >= SPOOL_FROM
-            shape = (self._most, columns)
-            self._held[name, kind] = spool(shape, torch.float32) if large else torch.zeros(shape)
-        return self._held[name, kind]
 
-
-def _values(ffn: FFN, flow: Flow, kind: str) -> Tensor:
+def _values(ffn: FFN, acts: Activations, kind: str) -> Tensor:
     if kind in ("input", "hidden", "output"):
-        return getattr(flow, kind)
+        return getattr(acts, kind)
     neurons = ffn.raw()
     weight, bias = (neurons.up, neurons.up_bias) if kind == "up" else (neurons.gate, neurons.gate_bias)
     assert weight is not None
-    return nn.functional.linear(flow.input, weight, bias)
+    return nn.functional.linear(acts.input, weight, bias)
 
 
 @torch.no_grad()
@@ -152,10 +146,7 @@ def attention_outputs(model: nn.Module, batch: Batch, found: list[FFN]) -> dict[
             mixes = name in attending or ".mixer" in path  # mixers stand in attention's place
             if mixes and not cross and output_width(module) == layers[layer].d:
                 handles.append(module.register_forward_hook(partial(note, layer, name)))
-        device = next(model.parameters()).device
-        with evaluating(model):
-            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            model(**model_inputs(model, moved))
+        run(model, [batch])
     finally:
         for handle in handles:
             handle.remove()
@@ -179,26 +170,33 @@ class Passage:
 
 
 @torch.no_grad()
-def passages(model: nn.Module, batches: Iterable[Batch], found: dict[str, FFN]) -> Iterator[dict[str, Passage]]:
-    """What passes through whole layers, batch by batch; nothing is held longer than its batch.
+def passages(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    found: dict[str, FFN],
+    receive: Callable[[dict[str, Passage]], None],
+) -> None:
+    """Hand what passes through whole layers to ``receive``, batch by batch; nothing is held longer than its batch.
 
     Args:
         found: an FFN of each layer, by the layer's path.
+        receive: called with each batch's passages, by the layer's path.
 
     Raises:
         FfnkitError: a layer that does not run once in a pass, or takes and gives other things than tokens (n, d).
     """
-    device = next(model.parameters()).device
     held: dict[str, dict[str, Tensor]] = {}
-    masks: dict[str, Tensor | None] = {}
     handles = []
     names = {ffn.name: layer for layer, ffn in found.items()}
+    chunks: dict[str, list[Tensor]] = {}  # of the sequence, with which an FFN may be called
+    places = [(name, ffn) for layer, ffn in found.items() for name in (layer, ffn.name)]
+    masks = TokenMasks(model, {name: (ffn.stack, [name]) for name, ffn in places})
 
     def note(layer: str, what: str, value: Any) -> None:
         value = value[0] if isinstance(value, tuple) else value
         if not isinstance(value, Tensor) or what in held.setdefault(layer, {}):
             raise FfnkitError(f"watching {layer}", "it does not take and give tokens once in a pass", "Give the layers")
-        held[layer][what] = value.reshape(-1, value.shape[-1])
+        held[layer][what] = value
 
     def entering(layer: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         note(layer, "entering", args[0] if args else kwargs.get("hidden_states"))
@@ -206,32 +204,45 @@ def passages(model: nn.Module, batches: Iterable[Batch], found: dict[str, FFN]) 
     def leaving(layer: str, _: nn.Module, __: Any, output: Any) -> None:
         note(layer, "leaving", output)
 
-    def adding(ffn: FFN, flow: Flow) -> None:
-        note(names[ffn.name], "added", flow.output)
+    def adding(ffn: FFN, acts: Activations) -> None:
+        chunks.setdefault(names[ffn.name], []).append(acts.output)
+
+    def before(batch: Batch) -> None:
+        held.clear()
+        chunks.clear()
+        masks.start(batch)
+
+    def after(_: Batch, __: Any) -> None:
+        for layer, outputs in chunks.items():
+            note(layer, "added", _joined(layer, outputs, held[layer]["entering"]))
+        if missing := [layer for layer in found if len(held.get(layer, {})) < 3]:
+            what = "no tokens pass through it and its FFN"
+            raise FfnkitError(f"watching {missing[0]}", what, "Give the layers yourself, with layers=")
+        receive({layer: _kept(parts, masks.of(layer, parts["entering"])) for layer, parts in held.items()})
 
     try:
         for layer in found:
             block = model.get_submodule(layer)
             handles.append(block.register_forward_pre_hook(partial(entering, layer), with_kwargs=True))
             handles.append(block.register_forward_hook(partial(leaving, layer)))
-        with evaluating(model), tapped(list(found.values()), adding, masks):
-            for batch in batches:
-                held.clear()
-                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                masks.update(stack_masks(model, moved, list(found.values())))
-                model(**model_inputs(model, moved))
-                if missing := [layer for layer in found if len(held.get(layer, {})) < 3]:
-                    what = "no tokens pass through it and its FFN"
-                    raise FfnkitError(f"watching {missing[0]}", what, "Give the layers yourself, with layers=")
-                yield {layer: _kept(parts, masks.get(found[layer].stack)) for layer, parts in held.items()}
+        with masks.watching(), hooked(list(found.values()), adding, masks):
+            run(model, batches, before=before, after=after)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _kept(parts: dict[str, Tensor], mask: Tensor | None) -> Passage:
-    rows = parts["entering"]
-    if mask is None or mask.numel() != len(rows):
-        return Passage(**parts)
-    chosen = mask.reshape(-1).bool().to(rows.device)
-    return Passage(**{name: value[chosen] for name, value in parts.items()})
+def _joined(layer: str, outputs: list[Tensor], entering: Tensor) -> Tensor:
+    """What an FFN gave for all tokens of its layer, (n, d), from its calls."""
+    if len(outputs) == 1:
+        return outputs[0]
+    if sum(len(each) for each in outputs) != entering.shape[:-1].numel():
+        raise FfnkitError(f"watching {layer}", "it does not take and give tokens once in a pass", "Give the layers")
+    return torch.cat([each.reshape(len(entering), -1, each.shape[-1]) for each in outputs], dim=1)
+
+
+def _kept(parts: dict[str, Tensor], weights: Tensor | None) -> Passage:
+    flat = {name: value.reshape(-1, value.shape[-1]) for name, value in parts.items()}
+    if weights is None:
+        return Passage(**flat)
+    return Passage(**{name: value[weights.to(value.device) > 0] for name, value in flat.items()})

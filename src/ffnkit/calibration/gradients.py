@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.taps import Batch, evaluating
-from ffnkit.errors import FfnkitError
+from ffnkit.calibration.batches import Batch, backward
 from ffnkit.model.linear import is_transposed
 
 Receive = Callable[[str, Tensor], None]
 
 
-@torch.enable_grad()
 def weight_gradients(
     model: nn.Module, batches: Iterable[Batch], linears: dict[str, nn.Module], receive: Receive
 ) -> int:
@@ -35,14 +33,12 @@ def weight_gradients(
     Raises:
         FfnkitError: no batches, or no loss.
     """
-    device = next(model.parameters()).device
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     by_weight: dict[nn.Parameter, list[str]] = {}
     for name, linear in linears.items():
         by_weight.setdefault(linear.weight, []).append(name)  # type: ignore[arg-type]
     kept = {parameter: parameter.grad for parameter in by_weight}
     handles: list[Any] = []
-    count = 0
 
     def note(parameter: Tensor) -> None:
         names = by_weight[parameter]  # type: ignore[index]
@@ -61,15 +57,7 @@ def weight_gradients(
         for parameter in by_weight:
             parameter.grad = None
             handles.append(parameter.register_post_accumulate_grad_hook(note))
-        with evaluating(model):
-            for batch in batches:
-                count += 1
-                moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                loss = getattr(model(**moved), "loss", None)
-                if loss is None:
-                    do = "Give batches with labels"
-                    raise FfnkitError(f"gradients of {type(model).__name__}", "its outputs have no loss", do)
-                loss.backward()
+        return backward(model, batches, asked=f"gradients of {type(model).__name__}")
     finally:
         for handle in handles:
             handle.remove()
@@ -77,6 +65,3 @@ def weight_gradients(
             parameter.requires_grad_(flag)
         for parameter, grad in kept.items():
             parameter.grad = grad
-    if not count:
-        raise FfnkitError("gradients", "there are no batches", "Give data=batches with labels")
-    return count

@@ -191,7 +191,7 @@ def names_of(folders: tuple[str, ...]) -> list[str]:
 
 def gives_logits(model: Any) -> bool:
     """Whether a model has a head: output embeddings, or a classifier beside its body."""
-    from ffnkit.model.parts import body
+    from ffnkit.model.trainable import body
 
     return body(model) is not model
 
@@ -203,9 +203,9 @@ def shared_heads(models: dict[str, Any]) -> tuple[str, ...]:
     """
     import torch
 
-    from ffnkit.io.loading import drawn_head
+    from ffnkit.io.loading import newly_initialized
 
-    drawn = {name: drawn_head(model) for name, model in models.items()}
+    drawn = {name: newly_initialized(model) for name, model in models.items()}
     first = next(iter(models))
     source = next((name for name, keys in drawn.items() if not keys), first)
     notes = []

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ffnkit._registry import with_added
 from ffnkit.edits.base import Edit, Shape, Stage
 from ffnkit.edits.heads import SelectHeads
 from ffnkit.edits.layers import DropLayer
@@ -57,8 +58,8 @@ __all__ = [
 
 
 def known() -> tuple[type[Edit], ...]:
-    """Every kind there is."""
-    return EDITS
+    """Our own kinds and those of other packages (entry points ``ffnkit.edits``)."""
+    return with_added("ffnkit.edits", EDITS, lambda kind: str(kind.kind))
 
 
 def build(kind: str, settings: dict[str, Any], tensors: dict[str, Tensor], version: int = 1) -> Edit:
@@ -79,6 +80,6 @@ def build(kind: str, settings: dict[str, Any], tensors: dict[str, Tensor], versi
 def of_layer(layer: str) -> type[LinearEdit] | type[Mask]:
     """The kind of edit that puts a layer of this name in a linear's place. Raises FfnkitError where there is none."""
     for cls in known():
-        if getattr(cls, "layer", "") == layer and hasattr(cls, "blank"):
-            return cls  # type: ignore[return-value]
+        if issubclass(cls, LinearEdit | Mask) and cls.layer is not None and cls.layer.kind == layer:
+            return cls
     raise FfnkitError(f"layer '{layer}'", "no kind of edit makes it", "Update ffnkit")

@@ -25,6 +25,7 @@ from ffnkit.errors import FfnkitError
 if TYPE_CHECKING:
     from ffnkit.model.attention import Attention
     from ffnkit.model.ffn import FFN
+    from ffnkit.nn.reparametrized import ReparametrizedLinear
     from ffnkit.ops.neurons import Neurons
 
 Quantities = Mapping[str, Mapping[str, float]]
@@ -96,7 +97,7 @@ class Writer(Protocol):
 
     def resize(self, ffn: FFN, neurons: Neurons) -> None: ...
 
-    def attach(self, ffn: FFN, site: str, kind: str, *tensors: Tensor) -> None: ...
+    def attach(self, ffn: FFN, site: str, layer: type[ReparametrizedLinear], *tensors: Tensor) -> None: ...
 
     def share(self, ffn: FFN, source: str, name: str) -> None: ...
 
@@ -159,6 +160,11 @@ class Edit:
     def new_width(self) -> int | None:
         """Neurons of the FFN afterwards, where it sets that."""
         return None
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a plan may do it twice in one place."""
+        return False
 
     @property
     def zeros(self) -> tuple[int, int] | None:

@@ -13,6 +13,9 @@ from ffnkit.edits.slicing import check_ffn_untied
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spooled
 from ffnkit.model.ffn import FFN
+from ffnkit.nn.lowrank import LowRank
+from ffnkit.nn.reparametrized import ReparametrizedLinear
+from ffnkit.nn.scaled import Scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,12 +23,12 @@ class LinearEdit(Edit):
     """An edit of one linear of an FFN.
 
     Attributes:
-        site: "up", "gate" or "down". layer: the name of what takes the linear's place (``nn``'s ``kind``).
+        site: "up", "gate" or "down". layer: the class that takes the linear's place, made of it and of ``pieces``.
     """
 
     site: str
 
-    layer: ClassVar[str] = ""
+    layer: ClassVar[type[ReparametrizedLinear] | None] = None
 
     @classmethod
     def blank(cls: type[Own], ffn: FFN, site: str, row: dict[str, Any]) -> Own:
@@ -44,6 +47,7 @@ class LinearEdit(Edit):
         check_ffn_untied(writer, ffn, self.asked)
 
     def perform(self, writer: Writer) -> None:
+        assert self.layer is not None
         writer.attach(writer.ffn(self.target), self.site, self.layer, *self.pieces())
 
 
@@ -59,7 +63,7 @@ class ScaleInputs(LinearEdit):
 
     kind: ClassVar[str] = "ScaleInputs"
     formerly: ClassVar[tuple[str, ...]] = ("Swap",)
-    layer: ClassVar[str] = "scaled"
+    layer: ClassVar[type[ReparametrizedLinear] | None] = Scaled
     stage: ClassVar[Stage] = Stage.SCALE
     precedence: ClassVar[int] = 8
 
@@ -85,7 +89,7 @@ class FactorLinear(LinearEdit):
 
     kind: ClassVar[str] = "FactorLinear"
     formerly: ClassVar[tuple[str, ...]] = ("Factor",)
-    layer: ClassVar[str] = "lowrank"
+    layer: ClassVar[type[ReparametrizedLinear] | None] = LowRank
     stage: ClassVar[Stage] = Stage.LOW_RANK
     precedence: ClassVar[int] = 4
 

@@ -22,7 +22,8 @@ def check_normal(edits: Iterable[Edit]) -> None:
         site = str(getattr(edit, "site", ""))  # "": all of the place
         for name in edit.claimed or (edit.target,):
             for other, before in seen.setdefault(name, []):
-                if before.stage == edit.stage and (site == other or not site or not other):
+                same = before.stage == edit.stage and (site == other or not site or not other)
+                if same and not edit.repeats:
                     raise FfnkitError(edit.asked, "the plan does so twice", "Apply one plan, then plan again")
                 if before.stage > edit.stage:
                     what = f"the plan has {before.asked} before it"

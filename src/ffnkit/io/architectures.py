@@ -36,11 +36,23 @@ def architecture_class(config: PretrainedConfig, name: str) -> Any:
     names = getattr(config, "architectures", None) or []
     if not names:
         return transformers.AutoModel
-    found = getattr(transformers, names[0], None)
+    found = getattr(transformers, names[0], None) or _registered(config, names[0])
     if found is None:
         do = "Open it in Python with its own class, and use ffnkit.plan, ffnkit.apply and ffnkit.save"
         raise FfnkitError(f"model {name}", f"transformers has no class {names[0]}", do)
     return found
+
+
+def _registered(config: PretrainedConfig, name: str) -> Any:
+    """A class that someone registered with one of transformers' Auto classes (``AutoModel.register``)."""
+    from transformers.models.auto import modeling_auto
+
+    for mapping in vars(modeling_auto).values():
+        added = getattr(mapping, "_extra_content", {}).get(type(config), ())
+        for each in added if isinstance(added, tuple) else (added,):
+            if each.__name__ == name:
+                return each
+    return None
 
 
 def is_ffnkit_config(config: PretrainedConfig) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ffnkit._registry import with_added
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.combined import Combined
 from ffnkit.methods.drop.heads import RemoveHeads
@@ -44,13 +45,18 @@ METHODS: tuple[Any, ...] = (
 )
 
 
+def known() -> tuple[Any, ...]:
+    """Our own methods and those of other packages (entry points ``ffnkit.methods``)."""
+    return with_added("ffnkit.methods", METHODS, lambda method: str(method.name))
+
+
 def names() -> list[str]:
-    return [method.name for method in METHODS]
+    return [method.name for method in known()]
 
 
 def get(name: str) -> Any:
     """The method of that name. Raises FfnkitError, naming those there are."""
-    for method in METHODS:
+    for method in known():
         if method.name == name:
             return method
     raise FfnkitError(f"method '{name}'", f"there are {', '.join(names())}", "Name one of them")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from torch import nn
 
+from ffnkit.calibration.batches import kept
 from ffnkit.edits import Edit, Stage
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch
@@ -65,7 +66,7 @@ class Combined:
                 _claim(by, ffn.name, method)
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
-        batches = data if data is None or isinstance(data, Sequence) else list(data)
+        batches = None if data is None else kept(data)
         edits: list[Edit] = []
         quantities: dict[str, dict[str, float]] = {}
         report: dict[str, Any] = {}

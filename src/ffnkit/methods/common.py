@@ -10,14 +10,16 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.taps import Batch, Flow, watch
+from ffnkit.calibration.batches import Batch, check_batches
+from ffnkit.calibration.hooks import watch
+from ffnkit.calibration.statistics import NeuronSquares, Statistics
 from ffnkit.edits import ClusterNeurons
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.model.layers import resolve_width, select
-from ffnkit.model.sites import targets as sited
-from ffnkit.nn.special import Special
+from ffnkit.model.targets import one_a_weight, resolve_width, select
+from ffnkit.model.targets import targets as sited
+from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.ops.clusters import cluster_neurons
 from ffnkit.ops.neurons import Neurons
 from ffnkit.plans import Progress, check_weights
@@ -78,9 +80,9 @@ def plain_linears(model: nn.Module, method: str, sites: str, layers: str) -> dic
     if experts:
         what = f"{experts[0]} holds the weights of several experts in one 3-D parameter"
         raise FfnkitError(asked, what, "Name linears with sites, or use lora, which adapts such parameters")
-    found = {name: model.get_submodule(name) for name in names}
+    found = {name: model.get_submodule(name) for name in one_a_weight(model, names)}
     for name, linear in found.items():
-        if isinstance(linear, Special):
+        if isinstance(linear, ReparametrizedLinear):
             raise FfnkitError(asked, f"{name} is edited already ({linear.kind})", "Fold the model first")
         if isinstance(linear, nn.Embedding):
             raise FfnkitError(asked, f"{name} is an embedding", "Name linears")
@@ -136,6 +138,7 @@ def need_data(data: Iterable[Batch] | None, name: str) -> Iterable[Batch]:
     if data is None:
         do = "Give batches for model(**batch): fk.plan(model, method, data=batches), or --task / --text"
         raise FfnkitError(f"method {name}", "it measures activations, and no data are given", do)
+    check_batches(data)
     return data
 
 
@@ -144,25 +147,17 @@ def activity(model: nn.Module, data: Iterable[Batch], found: list[FFN]) -> dict[
 
     Experts that no token reached have zeros. Experts' tokens weigh by their squared routing weight.
     """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
+    seen = Statistics(lambda _: NeuronSquares())
+    watch(model, data, found, seen.update)
 
-    def receive(ffn: FFN, flow: Flow) -> None:
-        if ffn.name not in sums:
-            lead = (ffn.experts,) if ffn.experts else ()
-            sums[ffn.name] = torch.zeros((*lead, ffn.width), dtype=torch.float64, device=flow.hidden.device)
-            counts[ffn.name] = torch.zeros(lead, dtype=torch.float64, device=flow.hidden.device)
-        squares = flow.hidden.float().square()
-        weights = squares.new_ones(len(squares)) if flow.weights is None else flow.weights.float()
-        place = ... if flow.expert is None else flow.expert
-        sums[ffn.name][place] += weights @ squares
-        counts[ffn.name][place] += weights.sum(dtype=torch.float64)
+    def rms(ffn: FFN, expert: int = 0) -> Tensor:
+        part = seen.get(ffn.name, expert)
+        device = ffn.raw().up.device
+        return torch.zeros(ffn.width, dtype=torch.float64, device=device) if part is None else part.rms().to(device)
 
-    watch(model, data, found, receive)
-    for ffn in found:  # a routed FFN that no token reached
-        sums.setdefault(ffn.name, torch.zeros(ffn.width, dtype=torch.float64))
-        counts.setdefault(ffn.name, torch.zeros((), dtype=torch.float64))
-    return {name: (total / counts[name].clamp_min(1e-300)[..., None]).sqrt() for name, total in sums.items()}
+    return {
+        ffn.name: torch.stack([rms(ffn, e) for e in range(ffn.experts)]) if ffn.experts else rms(ffn) for ffn in found
+    }
 
 
 def norms(neurons: Neurons) -> Tensor:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.model.families.attentions import ATTENTION_LAYOUTS, BLOCKS, ROLES, AttentionLayout, Role, places
+from ffnkit.model.families.attentions import BLOCKS, ROLES, AttentionLayout, Role, attention_layouts, places
 from ffnkit.model.families.keys import HEAD_DIM_ATTRIBUTES, INCOMING
 from ffnkit.model.finding import ffns, has_ffns, middle_layout, place
 from ffnkit.model.linear import descend, features, is_linear, linears, obstacle, own_weight, stored_weight
-from ffnkit.nn.narrowed import Kept, kept, plain_class
+from ffnkit.nn.pruned_attention import KeptHeads, kept_heads, plain_class
 
+_NAMED = re.compile(r"att(ention|n)", re.IGNORECASE)  # of a class, or of what holds the module
 _CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
 _AFTER = re.compile(r"(^|\.)(output\.)?(LayerNorm|layer_norm)\.")  # norms of what leaves the attention
 
@@ -44,7 +45,7 @@ class Attention:
     layout: AttentionLayout
     stack: str = ""
     layer: int = 0
-    twins: list[str] = field(default_factory=list)
+    tied: list[str] = field(default_factory=list)
     why: str = ""
 
     # --- shape
@@ -88,9 +89,9 @@ class Attention:
         return bool(_CROSS.search(self.name))
 
     @property
-    def kept(self) -> Kept | None:
+    def kept(self) -> KeptHeads | None:
         """Which heads stayed, where some were removed since the config said how many there are."""
-        return kept(self.inner)
+        return kept_heads(self.inner)
 
     @property
     def incoming(self) -> str:
@@ -193,7 +194,7 @@ def attentions(model: nn.Module) -> list[Attention]:
     found: dict[int, Attention] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in found:
-            found[id(module)].twins.append(name)
+            found[id(module)].tied.append(name)
         elif (layout := _match(module)) is not None:
             found[id(module)] = Attention(name, module, layout)
     every = list(found.values())
@@ -218,9 +219,9 @@ def attention_modules(model: nn.Module) -> list[str]:
 
     A block that holds a known attention and more (SAM's two-way blocks, with an FFN) is none, whatever its name.
     """
-    known = [name for each in attentions(model) for name in (each.name, *each.twins)]
+    known = [name for each in attentions(model) for name in (each.name, *each.tied)]
     inside = tuple(f"{name}." for name in known)
-    named = [n for n, m in model.named_modules() if "attention" in type(m).__name__.lower()]
+    named = [n for n, m in model.named_modules() if _NAMED.search(f"{type(m).__name__} {n.rpartition('.')[2]}")]
     outer = [name for name in named if not any(each.startswith(f"{name}.") for each in known)]
     return known + [name for name in outer if name not in known and not name.startswith(inside)]
 
@@ -244,7 +245,7 @@ def _ffn_linears(model: nn.Module) -> set[int]:
 
 
 def _match(module: nn.Module) -> AttentionLayout | None:
-    for layout in ATTENTION_LAYOUTS:
+    for layout in attention_layouts():
         paths = (layout.q, layout.k, layout.v, layout.o)
         if not all(is_linear(descend(module, path)) for path in paths):
             continue

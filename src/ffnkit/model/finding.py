@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.model.families.ffns import LAYOUTS, Layout
+from ffnkit.model.families.ffns import Layout, layouts
 from ffnkit.model.families.keys import TOP_K_KEYS
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import descend, features, is_linear, linears, stored_weight
@@ -30,7 +30,7 @@ def ffns(model: nn.Module) -> list[FFN]:
         ffn = FFN(name, module, layout)
         key = tuple(ffn.identity(site) for site in ffn.sites)
         if key in by_weights:
-            by_weights[key].twins[name] = module
+            by_weights[key].tied[name] = module
         else:
             by_weights[key] = ffn
             found.append(ffn)
@@ -52,7 +52,9 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _match(module: nn.Module, *, middle: bool = False) -> Layout | None:
     """The row that a module fits; with ``middle`` also where something works on the hidden neurons in between."""
-    for layout in LAYOUTS:
+    if not module._modules and not any(p is not None and p.ndim == 3 for p in module._parameters.values()):
+        return None  # most modules; it holds neither linears nor experts
+    for layout in layouts():
         if layout.owner not in ("", type(module).__name__):
             continue
         paths = (layout.up, layout.gate or layout.up, layout.down)

@@ -1,51 +1,37 @@
-"""What happens around an optimizer's step: entries of SparseGrad are chosen from the whole gradient, then it steps.
-
-The hooks are torch's own for every optimizer, so that a plain loop needs no further call. At the time of a step
-gradients have been accumulated, reduced over the processes, unscaled and clipped.
-"""
+"""What happens around an optimizer's step: entries of SparseGrad are chosen from the whole gradient, then it steps."""
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import (
-    Optimizer,
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import Optimizer
 
-from ffnkit.nn.adapted import whole as whole_of
+from ffnkit.nn.adapter_layer import full_tensor as whole_of
+from ffnkit.nn.optimizer_hooks import watch
 
 if TYPE_CHECKING:
     from ffnkit.nn.sparsegrad import SparseGradLinear
 
 DECAY = 0.9  # of the running squares, a step
-_layers: weakref.WeakSet[SparseGradLinear] = weakref.WeakSet()
-_hooked: list[Any] = []
 
 
 def watched(layer: SparseGradLinear) -> None:
     """See to the layer at every step of an optimizer that holds its values, where its selection changes."""
-    if layer.selection == "fixed":
-        return
-    _layers.add(layer)
-    if not _hooked:
-        _hooked.append(register_optimizer_step_pre_hook(_before))
-        _hooked.append(register_optimizer_step_post_hook(_after))
+    if layer.selection != "fixed":
+        watch(layer, before=_before, after=_after)
 
 
-def _of(optimizer: Optimizer) -> list[SparseGradLinear]:
+def _of(optimizer: Optimizer, living: list[SparseGradLinear]) -> list[SparseGradLinear]:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return sorted((layer for layer in _layers if id(layer.values) in held), key=lambda layer: layer.order)
+    return sorted((layer for layer in living if id(layer.values) in held), key=lambda layer: layer.order)
 
 
-def _before(optimizer: Optimizer, *_: Any) -> None:
+def _before(optimizer: Optimizer, living: list[SparseGradLinear]) -> None:
     groups: dict[str, list[SparseGradLinear]] = defaultdict(list)
-    for layer in _of(optimizer):
+    for layer in _of(optimizer, living):
         if layer.selection == "step" and layer.values.grad is not None:
             groups[layer.together].append(layer)
         elif layer.selection == "refresh" and layer._pending is not None:
@@ -59,8 +45,8 @@ def _before(optimizer: Optimizer, *_: Any) -> None:
             layer.values.grad.mul_(_like(mask, layer.values.grad))  # type: ignore[union-attr]
 
 
-def _after(optimizer: Optimizer, *_: Any) -> None:
-    for layer in _of(optimizer):
+def _after(optimizer: Optimizer, living: list[SparseGradLinear]) -> None:
+    for layer in _of(optimizer, living):
         if layer.selection == "refresh":
             assert layer.steps is not None
             layer.steps += 1

@@ -1,35 +1,30 @@
 """What happens behind an optimizer's step: coefficients are drawn towards zero, in proportion to the learning rate.
 
-The hook is torch's own for every optimizer, so that a plain loop needs no further call. It runs once a step, however
-many micro-batches a step has, and not at all where mixed precision leaves a step out.
+Once a step, however many micro-batches a step has, and not at all where mixed precision leaves a step out.
 """
 
 from __future__ import annotations
 
-import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer
+
+from ffnkit.nn.optimizer_hooks import watch
 
 if TYPE_CHECKING:
-    from ffnkit.nn.adapted import Adapted
-
-_layers: weakref.WeakSet[Adapted] = weakref.WeakSet()
-_hooked: list[Any] = []
+    from ffnkit.nn.adapter_layer import AdapterLayer
 
 
-def shrinking(layer: Adapted) -> None:
+def shrinking(layer: AdapterLayer) -> None:
     """See to the layer's coefficients at every step of an optimizer that holds them."""
-    _layers.add(layer)
-    if not _hooked:
-        _hooked.append(register_optimizer_step_post_hook(_after))
+    watch(layer, after=_after)
 
 
-def _after(optimizer: Optimizer, *_: Any) -> None:
+def _after(optimizer: Optimizer, living: list[AdapterLayer]) -> None:
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    for layer in list(_layers):
+    for layer in living:
         value = layer.coefficients
         group = groups.get(id(value))
         if value is not None and group is not None and layer.l1 and value.grad is not None:

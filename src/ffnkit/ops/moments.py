@@ -61,6 +61,26 @@ class Moments:
         mean = self.mean().to(self._gram.dtype)
         return self.second(last=last).addr_(mean, mean, alpha=-1)
 
+    def merge(self, other: Moments) -> None:
+        """Add what ``other`` saw."""
+        self.count += other.count
+        self._sum += other._sum.to(self._sum.device)
+        self._absolute += other._absolute.to(self._sum.device)
+        self._gram += other._gram.to(self._gram.device)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The sums, as tensors by name."""
+        count = torch.tensor(self.count, dtype=torch.float64)
+        return {"count": count, "sum": self._sum, "absolute": self._absolute, "gram": self._gram}
+
+    @classmethod
+    def of(cls, state: dict[str, Tensor]) -> Moments:
+        """The moments of which :meth:`state_dict` gave the sums."""
+        moments = cls(len(state["sum"]), state["sum"].device)
+        moments.count = float(state["count"])
+        moments._sum, moments._absolute, moments._gram = state["sum"], state["absolute"], state["gram"]
+        return moments
+
     def forget(self) -> None:
         """Let the matrix go; means stay."""
         self._gram = self._gram.new_empty(0, 0)

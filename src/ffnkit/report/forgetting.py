@@ -14,9 +14,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from ffnkit.calibration.taps import evaluating
+from ffnkit.calibration.batches import evaluating
 from ffnkit.errors import FfnkitError
-from ffnkit.model.parts import body
+from ffnkit.model.trainable import body
 from ffnkit.tasks.sequences import affixes, positions
 
 Kind = Literal["causal", "masked"]

@@ -46,7 +46,7 @@ def flops(model: nn.Module) -> int:
 
 def figures(model: nn.Module) -> dict[str, int]:
     """The counts of one row of results: parameters, ffn_parameters, trainable_parameters and FLOPs a token."""
-    from ffnkit.model.inventory import inspect
+    from ffnkit.model.inspect import inspect
 
     seen = inspect(model)
     return {
@@ -195,7 +195,7 @@ def _evaluating(models: Any) -> Iterator[None]:
     """Eval mode for those that are modules; afterwards every module is back in the mode that it was in."""
     import torch
 
-    from ffnkit.calibration.taps import evaluating
+    from ffnkit.calibration.batches import evaluating
 
     with ExitStack() as stack:
         for model in models:

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-_HELD = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _SHELL = "_shell"  # a plain layer that something stands in for; it is no submodule then
 
 
@@ -25,13 +24,14 @@ class _Row:
     owner: Any
     kind: type
     values: dict[str, Any]
-    held: dict[str, Any]  # copies of the containers among the values
+    held: dict[str, Any]  # copies of the containers among the values: parameters, children, hooks, lists of a config
 
     @classmethod
     def of(cls, owner: Any) -> _Row:
         values = dict(vars(owner))
         values.pop("training", None)  # whoever runs the model sets it
-        return cls(owner, type(owner), values, {k: values[k].copy() for k in _HELD if k in values})
+        held = {k: v.copy() for k, v in values.items() if isinstance(v, dict | list | set)}
+        return cls(owner, type(owner), values, held)
 
     def restore(self) -> None:
         own = vars(self.owner)
@@ -40,7 +40,7 @@ class _Row:
         own.update(self.values | kept)
         for key, content in self.held.items():
             own[key].clear()
-            own[key].update(content)
+            own[key].extend(content) if isinstance(content, list) else own[key].update(content)
         if type(self.owner) is not self.kind:
             self.owner.__class__ = self.kind
 

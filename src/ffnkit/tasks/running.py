@@ -54,9 +54,9 @@ def evaluating(model: Any) -> Iterator[None]:
     """Eval mode without gradients; each module's own mode is restored."""
     import torch
 
-    from ffnkit.calibration import taps
+    from ffnkit.calibration import batches
 
-    with taps.evaluating(model), torch.inference_mode():
+    with batches.evaluating(model), torch.inference_mode():
         yield
 
 

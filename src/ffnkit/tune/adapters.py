@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,8 +12,9 @@ from transformers import PreTrainedModel
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import open_errors
-from ffnkit.surgery.untie import Parted, part, rejoin
+from ffnkit.surgery.untie import UntiedFfn, untie
 from ffnkit.tune import lora, zeros
+from ffnkit.tune.lifecycle import preparing, undone
 
 
 def load_adapter(
@@ -24,7 +26,8 @@ def load_adapter(
     file says. ``ffnkit.tune.tuners.finish`` merges it. Special linears are folded first, as in tuning.
 
     Args:
-        model: the model that was tuned, compact, exported or quantized; changed in place.
+        model: the model that was tuned, compact, exported or quantized; changed in place. A tuner that was
+            prepared on it and never finished is undone first; where this fails the model is as it was.
         folder: what ``adapter_dir`` named. trainable: whether the adapter trains further.
         keep_zeros: weights that are zero now (pruned) are zero after merging too.
 
@@ -33,21 +36,20 @@ def load_adapter(
     """
     asked = f"adapter {folder}"
     state = _state(folder, asked)
-    lora._fold(model)
-    parted = _parted_where_needed(cast(PreTrainedModel, model), state)
-    try:
+    model = undone(model)
+    with preparing(model) as preparation:
+        lora.fold_special(model)
+        parted = _parted_where_needed(cast(PreTrainedModel, model), state)
+        preparation.from_here()
+        preparation.last = partial(lora.settled, parted=parted, flags=None)
         _check_places(model, state, asked)
         names = list(dict.fromkeys(_module(key) for key in state))
-        ties = lora._ties(model, [name for name in names if _has(model, name)])
+        ties = lora.tied_places(model, [name for name in names if _has(model, name)])
         with open_errors(asked):
             noted = zeros.note(model) if keep_zeros else {}
             tuned = lora.adapted(model, lambda base: _opened(base, folder, trainable), ties, parted)
             zeros.hold(tuned, noted)
             return tuned
-    except FfnkitError:
-        for each in parted:
-            rejoin(cast(PreTrainedModel, model), each)
-        raise
 
 
 def _opened(model: Any, folder: str | Path, trainable: bool) -> Any:
@@ -66,16 +68,16 @@ def _state(folder: str | Path, asked: str) -> dict[str, Tensor]:
         return load_file(path)
 
 
-def _parted_where_needed(model: PreTrainedModel, state: dict[str, Tensor]) -> list[Parted]:
+def _parted_where_needed(model: PreTrainedModel, state: dict[str, Tensor]) -> list[UntiedFfn]:
     """The shared FFNs of the model, parted if the file holds unlike adapters for places of one of them."""
     from ffnkit.model.finding import ffns
 
-    shared = [ffn for ffn in ffns(model) if ffn.twins and not ffn.layout.experts]
+    shared = [ffn for ffn in ffns(model) if ffn.tied and not ffn.layout.experts]
     for ffn in shared:
         for site in ffn.sites:
             tensors = [_of(state, f"{name}.{ffn.path(site)}") for name in ffn.owners]
             if any(own and not _equal(own, tensors[0]) for own in tensors[1:]):
-                return part(model)
+                return untie(model)
     return []
 
 

@@ -65,7 +65,7 @@ def drawn_batches(
 
 def _tokens(batch: dict[str, Any]) -> int:
     mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else int(batch["input_ids"].numel())
+    return int(mask.ne(0).sum()) if mask is not None else int(batch["input_ids"].numel())
 
 
 def first_batches(examples: Any, collate: Any, size: int, count: int, *, seed: int = 0) -> list[dict[str, Any]]:

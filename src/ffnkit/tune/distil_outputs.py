@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration import taps
+from ffnkit.calibration import batches, masks
 from ffnkit.errors import FfnkitError
 from ffnkit.tasks.running import IGNORED, is_seq2seq
 
@@ -29,13 +29,11 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], *, states: bool, logits:
     Raises:
         FfnkitError: the model's output has no hidden states, or no logits.
     """
-    device = next(model.parameters()).device
     known = inspect.signature(model.forward).parameters
     more: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
     if not logits and "logits_to_keep" in known:
         more["logits_to_keep"] = 1  # of a large vocabulary they would be most of the memory
-    moved = {name: value.to(device) for name, value in inputs.items()}
-    output = model(**{**more, **moved}, output_hidden_states=states, return_dict=True)
+    output = model(**{**more, **batches.prepared(model, inputs)}, output_hidden_states=states, return_dict=True)
     answers = output.get("logits")
     answers = answers[0] if isinstance(answers, tuple | list) else answers  # further ones stand beside the first
     if logits and answers is None:
@@ -64,7 +62,7 @@ def labels_of(batch: Mapping[str, Any]) -> Tensor | None:
 
 def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of a batch without labels; of an encoder-decoder the decoder's inputs are made from them."""
-    inputs = taps.model_inputs(model, {name: value for name, value in batch.items() if isinstance(value, Tensor)})
+    inputs = batches.model_inputs(model, {name: value for name, value in batch.items() if isinstance(value, Tensor)})
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if "labels" not in inputs or shift is None:
         return inputs
@@ -77,19 +75,12 @@ def stack_mask(stack: str, model: nn.Module, batch: Mapping[str, Any], states: T
     Raises:
         FfnkitError: a mask of another length than the hidden states.
     """
-    mask = taps.stack_mask(stack, model, batch)
-    own = batch.get("attention_mask")
-    if stack == "decoder" and mask is None and not taps.decoder_given(batch) and own is not None:
-        if tuple(own.shape) != tuple(states.shape[:2]):
-            return None
-        # Classifiers feed the inputs to the decoder shifted by one: a start token, then the tokens but the last.
-        mask = torch.cat([torch.ones_like(own[:, :1]), own[:, :-1]], dim=1)
-    if mask is None:
-        return None
-    if tuple(mask.shape) != tuple(states.shape[:2]):
-        found = f"a mask of shape {tuple(mask.shape)} for hidden states of shape {tuple(states.shape)}"
-        raise FfnkitError(f"layer-wise distillation of {type(model).__name__}", found, "Leave the mask out of the data")
-    return mask.to(device=states.device, dtype=torch.float32)
+    try:
+        mask = masks.token_mask(model, batch, "", stack, tuple(states.shape[:2]))
+    except FfnkitError as error:
+        asked = f"layer-wise distillation of {type(model).__name__}"
+        raise FfnkitError(asked, error.found, "Leave the mask out of the data") from error
+    return None if mask is None else mask.to(device=states.device, dtype=torch.float32)
 
 
 def token_targets(model: nn.Module, batch: Mapping[str, Any], logits: Tensor) -> tuple[Tensor, Tensor | None]:

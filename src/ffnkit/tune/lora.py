@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -12,15 +13,16 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
-from ffnkit.model.parts import head_modules, parts_of
-from ffnkit.model.sites import GROUPS, targets
-from ffnkit.nn.special import is_special
-from ffnkit.surgery.untie import Parted, own_weights, part, plain_layer, rejoin, settle
+from ffnkit.model.targets import GROUPS, targets
+from ffnkit.model.trainable import head_modules, parts_of
+from ffnkit.nn.reparametrized import is_reparametrized
+from ffnkit.surgery.untie import UntiedFfn, own_weights, plain_layer, retie, settle, untie
 from ffnkit.tune import quantizing, zeros
 from ffnkit.tune.ties import check_untied, own_modules, share_modules
 
 if TYPE_CHECKING:
-    from ffnkit.tune.tuners import Lora
+    from ffnkit.tune.kinds import Lora
+    from ffnkit.tune.lifecycle import Preparation
 
 _TASK_TYPES = (
     ("ForSequenceClassification", "SEQ_CLS"),
@@ -36,8 +38,8 @@ _TIES = "_ffnkit_ties"  # on a peft model: names under which one target stands i
 _PARTED = "_ffnkit_parted"  # on a peft model: shared FFNs whose layers have adapters of their own
 
 
-def prepare(model: nn.Module, tuner: Lora) -> nn.Module:
-    """A peft model around ``model``, special linears folded first.
+def put_on(model: nn.Module, tuner: Lora, preparation: Preparation) -> nn.Module:
+    """A peft model around ``model``, reparametrized linears folded first.
 
     Folding comes first because an adapter merged into a linear that keeps a factor apart would be multiplied by it;
     and since the weights under the adapters are frozen, it does not matter to them where the factor stands.
@@ -48,28 +50,27 @@ def prepare(model: nn.Module, tuner: Lora) -> nn.Module:
     """
     from peft import LoraConfig
 
-    _fold(model)
+    fold_special(model)
     share_modules(model)
     found = list(tuner.routers_of(model))
     heads = own_modules(model, head_modules(model)) if tuner.head else []
-    parted = part(cast(PreTrainedModel, model)) if tuner.tied == "each" else []
+    parted = untie(cast(PreTrainedModel, model)) if tuner.tied == "each" else []
     noted = zeros.note(model) if tuner.keep_zeros else None
-    try:
-        modules, parameters = targets(model, tuner.targets)
-        check_untied(model, modules, f"lora on {type(model).__name__}")
-        if tuner.routers == "trained":
-            heads += found
-        elif tuner.targets in GROUPS:
-            modules = _without(modules, found)
-        if tuner.quantize != "none":
-            quantizing.quantize(model, tuner.quantize, keep=[*heads, *head_modules(model), *found])
-    except FfnkitError:
-        for each in parted:
-            rejoin(cast(PreTrainedModel, model), each)
-        raise
+    flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
+    modules, parameters = targets(model, tuner.targets)
+    apart = [f"{owner}.{site}" for each in parted for owner in each.owners for site in each.sites]
+    check_untied(model, modules, f"lora on {type(model).__name__}", apart)
+    if tuner.routers == "trained":
+        heads += found
+    elif tuner.targets in GROUPS:
+        modules = _without(modules, found)
+    if tuner.quantize != "none":
+        quantizing.quantize(model, tuner.quantize, keep=[*heads, *head_modules(model), *found])
+    preparation.from_here()  # to undo the rest from the start would take the weights in both forms
+    preparation.last = partial(settled, parted=parted, flags=flags if tuner.quantize != "none" else None)
     quantizing.in_float(model, heads)
     modules = _without(modules, heads)
-    ties = _ties(model, modules)
+    ties = tied_places(model, modules)
     kinds = {type(model.get_submodule(name)) for name in modules}
     config = LoraConfig(
         task_type=_task_type(model),
@@ -103,12 +104,12 @@ def _let_train(tuned: Any, tuner: Lora) -> None:
 
 
 def adapted(
-    model: nn.Module, wrap: Callable[[Any], Any], ties: list[list[str]], parted: Iterable[Parted] = ()
+    model: nn.Module, wrap: Callable[[Any], Any], ties: list[list[str]], parted: Iterable[UntiedFfn] = ()
 ) -> nn.Module:
     """The peft model that ``wrap`` makes, its adapters in every place of a shared target.
 
     Args:
-        ties: from :func:`_ties`. parted: from ``parting.part``, where layers have adapters of their own.
+        ties: from :func:`tied_places`. parted: from ``parting.part``, where layers have adapters of their own.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -125,17 +126,29 @@ def _with_adapters(model: Any, config: Any) -> Any:
     return get_peft_model(model, config)
 
 
-def finish(model: nn.Module, tuner: Lora) -> nn.Module:
+def settled(model: nn.Module, parted: Iterable[UntiedFfn], flags: dict[str, bool] | None) -> None:
+    """Shared FFNs shared again and, with the flags that parameters had, what was quantized in float."""
+    for each in parted:
+        retie(cast(PreTrainedModel, model), each)
+    if flags is not None and quantizing.is_quantized(model):
+        quantizing.unquantized(model)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+
+
+def take_off(model: nn.Module, tuner: Lora) -> nn.Module:
     """The plain model with the adapters merged; saves the adapter first where the tuner names a folder.
 
     Layers that had adapters of their own over a shared FFN differ from then on: each holds its weights, and the config
     says so. A quantized base comes back in float, as what its numbers stand for: merged into few bits, an adapter
     would be rounded away in part.
+
+    Where this fails, weights are as before up to the rounding of their dtype: peft adds adapters to them in place.
     """
     if tuner.adapter_dir is not None:
         save_adapter(model, tuner.adapter_dir)
     ties: list[list[str]] = getattr(model, _TIES, [])
-    parted: list[Parted] = getattr(model, _PARTED, [])
+    parted: list[UntiedFfn] = getattr(model, _PARTED, [])
     base = model.get_base_model()  # type: ignore[operator]
     noted = zeros.held(model)
     differ = [each for each in parted if _is_adapted(base, each)]
@@ -143,11 +156,11 @@ def finish(model: nn.Module, tuner: Lora) -> nn.Module:
         if each in differ:
             own_weights(base, each)
         else:
-            rejoin(base, each)
+            retie(base, each)
     if quantizing.is_quantized(base):
         plain: Any = quantizing.merged(model)
-    else:
-        plain = model.merge_and_unload()  # type: ignore[operator]
+    else:  # into copies: peft's other way adds in place, which no reference could undo
+        plain = model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
     _share(plain, ties)
     if parted:
         settle(plain, parted, untied=differ)
@@ -157,7 +170,7 @@ def finish(model: nn.Module, tuner: Lora) -> nn.Module:
     return cast(nn.Module, plain.requires_grad_(True))
 
 
-def _is_adapted(base: nn.Module, parted: Parted) -> bool:
+def _is_adapted(base: nn.Module, parted: UntiedFfn) -> bool:
     """Whether a linear of the FFN has an adapter in some layer."""
     linears = (base.get_submodule(f"{name}.{site}") for name in parted.owners for site in parted.sites)
     return any(plain_layer(linear) is not linear for linear in linears)
@@ -200,15 +213,16 @@ def _task_type(model: nn.Module) -> str | None:
     return next((kind for ending, kind in _TASK_TYPES if type(model).__name__.endswith(ending)), None)
 
 
-def _fold(model: nn.Module) -> None:
-    special = any(is_special(module) for module in model.modules())
+def fold_special(model: nn.Module) -> None:
+    """Fold reparametrized linears, where the model has some, in place."""
+    special = any(is_reparametrized(module) for module in model.modules())
     if special:
         from ffnkit.surgery.apply import fold
 
         fold(cast(PreTrainedModel, model))
 
 
-def _ties(model: nn.Module, modules: list[str]) -> list[list[str]]:
+def tied_places(model: nn.Module, modules: list[str]) -> list[list[str]]:
     """Groups of names of one and the same target: peft adapts it under the first name only."""
     places: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.model.parts import train_as_before, train_only
-from ffnkit.model.sites import targets
+from ffnkit.model.targets import targets
+from ffnkit.model.trainable import train_as_before, train_only
 
 if TYPE_CHECKING:
-    from ffnkit.tune.tuners import MeProp
+    from ffnkit.tune.kinds import MeProp
 
 _HOOKS = "_ffnkit_meprop"  # on a prepared model: what takes the cuts away
 
@@ -34,8 +34,8 @@ class _Cut(torch.autograd.Function):
         return torch.zeros_like(grad).scatter_(-1, places, grad.gather(-1, places)), None
 
 
-def prepare(model: nn.Module, tuner: MeProp) -> nn.Module:
-    """Let the linears' weights train, by the cut gradients; the cuts are taken away by :func:`finish`."""
+def put_on(model: nn.Module, tuner: MeProp) -> nn.Module:
+    """Let the linears' weights train, by the cut gradients; the cuts are taken away by :func:`take_off`."""
     names, experts = targets(model, tuner.targets, tuner.layers)
     if experts or tuner.adapter_dir is not None:
         what = f"{experts[0]} is one 3-D parameter" if experts else "it trains whole weights, and adapter_dir is given"
@@ -60,7 +60,7 @@ def _cutting(share: float) -> Any:
     return hook
 
 
-def finish(model: nn.Module, tuner: MeProp) -> nn.Module:
+def take_off(model: nn.Module, tuner: MeProp) -> nn.Module:
     """The plain model."""
     for handle in model.__dict__.pop(_HOOKS, ()):
         handle.remove()

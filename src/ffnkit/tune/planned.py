@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -11,34 +9,30 @@ from transformers import PreTrainedModel
 
 from ffnkit.checkpoint.adapters import save_adapter
 from ffnkit.methods.update.coefficients import with_coefficients
-from ffnkit.model.parts import remember
-from ffnkit.nn.special import is_special
+from ffnkit.model.trainable import remember
+from ffnkit.nn.reparametrized import is_reparametrized
 from ffnkit.plans import Plan, plan
 from ffnkit.surgery.apply import apply, fold
 from ffnkit.tune import zeros
 
 if TYPE_CHECKING:
-    from ffnkit.tune.tuners import _Updating
+    from ffnkit.tune.base import Updating
+    from ffnkit.tune.lifecycle import Preparation
 
 
-def prepare(
-    model: nn.Module, tuner: _Updating, data: Iterable[Mapping[str, Any]] | None, keep: Path | None = None
-) -> nn.Module:
-    """The model with updates beside its weights, special linears folded first; changed in place.
-
-    Args:
-        data: batches with labels, for methods that read gradients.
-        keep: a file that holds the plan of a run that goes on: read where it is there, else written.
-    """
+def put_on(model: nn.Module, tuner: Updating, preparation: Preparation) -> nn.Module:
+    """The model with updates beside its weights, reparametrized linears folded first; changed in place."""
+    keep = preparation.keep
     found = tuner.routers_of(model)
     whole = cast(PreTrainedModel, model)
-    if any(is_special(module) for module in model.modules()):
+    if any(is_reparametrized(module) for module in model.modules()):
         fold(whole)
+        preparation.from_here()
     noted = zeros.note(model) if tuner.keep_zeros else None
     if keep is not None and keep.is_file():
         made = Plan.load(keep)
     else:
-        made = plan(model, cast(Any, tuner.method), data=cast(Any, data))
+        made = plan(model, cast(Any, tuner.method), data=cast(Any, preparation.data))
         if tuner.coefficients:
             made = with_coefficients(model, made, tuner.coefficients)
         if keep is not None:
@@ -52,7 +46,7 @@ def prepare(
     return model
 
 
-def finish(model: nn.Module, tuner: _Updating) -> nn.Module:
+def take_off(model: nn.Module, tuner: Updating) -> nn.Module:
     """The plain model with the updates in its weights; saves them first where the tuner names a folder."""
     whole = cast(PreTrainedModel, model)
     if tuner.adapter_dir is not None:

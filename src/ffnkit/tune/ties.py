@@ -17,22 +17,27 @@ def share_modules(model: nn.Module) -> None:
 
     peft would put one on each, and merge several updates into the one weight.
     """
-    shared = [ffn for ffn in ffns(model) if ffn.twins and not ffn.layout.experts] if has_ffns(model) else []
+    shared = [ffn for ffn in ffns(model) if ffn.tied and not ffn.layout.experts] if has_ffns(model) else []
     apart = [f for f in shared if any(len(f.linears(site)) > 1 for site in f.sites)]
     if apart:
         writer = ModelWriter(model, empty=True)
         for ffn in apart:
-            Tie.blank(ffn.name, list(ffn.twins)).perform(writer)
+            Tie.blank(ffn.name, list(ffn.tied)).perform(writer)
 
 
-def check_untied(model: nn.Module, names: Iterable[str], asked: str) -> None:
-    """Raises FfnkitError where the weight of a linear is something else's too, an embedding's above all."""
-    modules = [model.get_submodule(name) for name in names]
+def check_untied(model: nn.Module, names: Iterable[str], asked: str, apart: Iterable[str] = ()) -> None:
+    """Raises FfnkitError where the weight of a linear is something else's too, an embedding's above all.
+
+    Args:
+        apart: linears that have adapters of their own over one weight on purpose.
+    """
+    modules = {name: model.get_submodule(name) for name in names}
     writer = ModelWriter(model)
-    for module in modules:
-        for parameter in module.parameters(recurse=False):
-            if not isinstance(module, nn.Embedding):
-                writer.check_untied(parameter, modules, asked)
+    separate = [model.get_submodule(name) for name in apart]
+    for module in modules.values():
+        weight = module._parameters.get("weight")
+        if weight is not None and not isinstance(module, nn.Embedding):
+            writer.check_untied(weight, [module, *separate], asked)
 
 
 def own_modules(model: nn.Module, names: Iterable[str]) -> list[str]:

@@ -22,6 +22,7 @@ from ffnkit.tasks.running import encoded_rows, lengths
 from ffnkit.tasks.settings import GenerationSettings
 from ffnkit.tune import checkpoints
 from ffnkit.tune.arguments import chosen_metric, training_arguments
+from ffnkit.tune.lifecycle import training_run, undone
 from ffnkit.tune.loop import Clock, Epochs, Loop, QuietProgress, Saving
 from ffnkit.tune.outcome import TrainResult, on_device, result_of
 from ffnkit.tune.settings import HARMLESS, TrainSettings
@@ -56,6 +57,9 @@ def train(
     Called again with the same ``out_dir`` after a kill, it goes on from the last whole checkpoint and ends with the
     weights that an uninterrupted run has. Equal seeds see the same batches in the same order, whatever the model.
 
+    Where it stops on the way, for whatever reason, the model is without the tuner's layers, and everything trains and
+    runs as before; parameters that trained in place have the values that they came to (``lifecycle.undone``).
+
     Args:
         model: a model with the task's head; it is changed in place (with "lora", folded and adapted).
         tokenizer: the model's tokenizer.
@@ -87,42 +91,44 @@ def train(
             raise FfnkitError(f"training on {task.name}", f"the {name} split is empty", "Give more rows")
     arguments = training_arguments(settings, metric, out_dir, seed, progress)
     go_on = go_on and is_adapted(model)
+    model = model if go_on else undone(model)
     facts = _run(model, task, data, dev, settings, tuner, seed) | ({"go_on": True} if go_on else {})
     if metric in task.metrics and generation is not None:
         facts["generation"] = generation.model_dump(mode="json")
     checkpoints.claim(out_dir, facts)
     checkpoints.remove_broken(out_dir)
 
-    seed_everything(seed)
-    tuned = model if go_on else _prepared(model, tuner, task, tokenizer, data, settings, seed, Path(out_dir))
-    trained = sum(p.numel() for p in trainable_parameters(tuned))
-    if not trained:
-        raise FfnkitError(f"tuner {tuner.name}", "no parameter of the model trains", "Choose another tuner")
-    use_cache, own_forward = getattr(tuned.config, "use_cache", None), "forward" in vars(tuned)
+    with training_run(model, undo=not go_on):
+        seed_everything(seed)
+        tuned = model if go_on else _prepared(model, tuner, task, tokenizer, data, settings, seed, Path(out_dir))
+        trained = sum(p.numel() for p in trainable_parameters(tuned))
+        if not trained:
+            raise FfnkitError(f"tuner {tuner.name}", "no parameter of the model trains", "Choose another tuner")
+        use_cache, own_forward = getattr(tuned.config, "use_cache", None), "forward" in vars(tuned)
 
-    def scores(model: nn.Module) -> dict[str, float]:
-        found = task.evaluate(
-            model,
-            tokenizer,
-            splits.dev,
-            batch_size=arguments.eval_batch_size,
-            max_length=settings.max_length,
-            generation=generation,
-            encoded=dev,
-            loss_only=metric == "loss",
-        )
-        return dict(found.to_dict())
+        def scores(model: nn.Module) -> dict[str, float]:
+            found = task.evaluate(
+                model,
+                tokenizer,
+                splits.dev,
+                batch_size=arguments.eval_batch_size,
+                max_length=settings.max_length,
+                generation=generation,
+                encoded=dev,
+                loss_only=metric == "loss",
+            )
+            return dict(found.to_dict())
 
-    with _checkpointing(tuned, settings.gradient_checkpointing):
-        collate = task.collator(tokenizer, tuned)
-        if settings.augment != "none":
-            collate = task.augmented(collate, settings.augment, seed)
-        loop = _loop(tuned, collate, data, dev, scores, arguments, settings)
-        on_device(torch.cuda.reset_peak_memory_stats)
-        state = _run_or_resume(loop, out_dir, settings)
-    _leave(loop, use_cache, own_forward)
-    plain = cast(PreTrainedModel, finish(tuned, tuner, merge=merge).eval())
-    result = result_of(loop, state, plain, settings, metric, trained)
+        with _checkpointing(tuned, settings.gradient_checkpointing):
+            collate = task.collator(tokenizer, tuned)
+            if settings.augment != "none":
+                collate = task.augmented(collate, settings.augment, seed)
+            loop = _loop(tuned, collate, data, dev, scores, arguments, settings)
+            on_device(torch.cuda.reset_peak_memory_stats)
+            state = _run_or_resume(loop, out_dir, settings)
+        _leave(loop, use_cache, own_forward)
+        plain = cast(PreTrainedModel, finish(tuned, tuner, merge=merge).eval())
+        result = result_of(loop, state, plain, settings, metric, trained)
     if not settings.keep_checkpoints:
         checkpoints.clean(out_dir)
     return result
@@ -135,7 +141,6 @@ def _prepared(
     if tuner.method is None:
         return prepare(model, tuner)
     from ffnkit.tune.calibration import first_batches
-    from ffnkit.tune.planned import prepare as planned
 
     wanted = tuner.method
     batches, kept = None, out / PLAN
@@ -144,7 +149,7 @@ def _prepared(
     if wanted.needs_data and not kept.is_file():
         batches = first_batches(data, task.collator(tokenizer, model), s.batch_size, wanted.batches, seed=seed)
     on_device(lambda: model.to("cuda"))
-    result = planned(model, cast(Any, tuner), batches, kept)
+    result = tuner.prepare(model, batches, kept)
     seed_everything(seed)
     return result
 
@@ -236,6 +241,7 @@ def _leave(loop: Loop, use_cache: bool | None, own_forward: bool) -> None:
     model: Any = loop.accelerator.unwrap_model(loop.model, keep_fp32_wrapper=False)
     if not own_forward:
         vars(model).pop("forward", None)  # unwrapping leaves a bound method, which a copy of the model would share
+    vars(model).pop("_is_accelerate_prepared", None)  # with it the next run has no mixed precision
     if use_cache is not None:
         model.config.use_cache = use_cache
     for holder in (loop, loop.callback_handler):

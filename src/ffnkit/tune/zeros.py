@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.model.linear import PLAIN, linears, stored_weight
-from ffnkit.model.parts import head_parameters
+from ffnkit.model.trainable import head_parameters
 from ffnkit.ops.masks import packed, unpacked
 
 _ZEROS = "_ffnkit_zeros"  # on a model that is tuned: packed places of zeros and shapes, by parameter name

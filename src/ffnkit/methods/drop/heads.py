@@ -10,16 +10,16 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.taps import stack_mask
+from ffnkit.calibration.masks import TokenMasks
 from ffnkit.edits import Edit, SelectHeads
 from ffnkit.edits.heads import check_separable
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Layers, activity, generator, largest, need_data
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
-from ffnkit.model.layers import select
 from ffnkit.model.linear import bare_weight, features
-from ffnkit.nn.adapted import Adapted
+from ffnkit.model.targets import select
+from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc, check
 
@@ -165,20 +165,19 @@ def head_activity(
     Args:
         beside: FFNs whose hidden neurons' rms (:func:`~ffnkit.methods.common.activity`) the same pass measures.
     """
-    masks: dict[str, Tensor | None] = {}
+    masks = TokenMasks(model, {each.name: (each.stack, [each.name]) for each in found})
     sums = {attention.name: torch.zeros(attention.units, dtype=torch.float64) for attention in found}
     counts = {attention.name: 0.0 for attention in found}
 
     def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        masks.update({stack: stack_mask(stack, model, kwargs) for stack in {each.stack for each in found}})
+        masks.start(kwargs)
 
     def tap(attention: Attention) -> Callable[[nn.Module, Any], None]:
         def note(_: nn.Module, args: Any) -> None:
             x = args[0].detach()
             squares = x.reshape(-1, attention.units, x.shape[-1] // attention.units).float().square().sum(-1)
-            mask = masks.get(attention.stack)
-            own = mask is not None and mask.numel() == len(squares)
-            weights = mask.reshape(-1).to(squares) if mask is not None and own else squares.new_ones(len(squares))
+            mask = masks.of(attention.name, x)
+            weights = squares.new_ones(len(squares)) if mask is None else mask.to(squares)
             sums[attention.name] += (weights @ squares).double().cpu()
             counts[attention.name] += float(weights.sum())
 
@@ -187,7 +186,8 @@ def head_activity(
     handles = [model.register_forward_pre_hook(begin, with_kwargs=True)]
     handles += [attention.linear("o").register_forward_pre_hook(tap(attention)) for attention in found]
     try:
-        neurons = activity(model, data, beside or [])
+        with masks.watching():
+            neurons = activity(model, data, beside or [])
     finally:
         for handle in handles:
             handle.remove()
@@ -220,10 +220,10 @@ def _weight(attention: Attention, _: torch.Generator) -> Tensor:
 
 def _update(attention: Attention, _: torch.Generator) -> Tensor:
     linears = [attention.linear(role) for role in ("q", "v")]
-    if not any(isinstance(linear, Adapted) for linear in linears):
+    if not any(isinstance(linear, AdapterLayer) for linear in linears):
         do = "Tune with dsee on query and value first, or take weight"
         raise FfnkitError(f"by update in {attention.name}", "neither query nor value carries an update", do)
-    return by_unit(attention, lambda linear: linear.update() if isinstance(linear, Adapted) else _nothing(linear))
+    return by_unit(attention, lambda linear: linear.update() if isinstance(linear, AdapterLayer) else _nothing(linear))
 
 
 def _nothing(linear: Any) -> Tensor:
@@ -240,7 +240,7 @@ def _random(attention: Attention, draw: torch.Generator) -> Tensor:
 
 def _coefficients(attention: Attention, _: torch.Generator) -> Tensor:
     linear = attention.linear("o")
-    values = linear.by_input() if isinstance(linear, Adapted) else None
+    values = linear.by_input() if isinstance(linear, AdapterLayer) else None
     if values is None:
         do = "Tune with coefficients=0.1 or so, keep the updates apart (merge=False), or take another score"
         raise FfnkitError(f"by coefficients in {attention.name}", "no coefficients are on it", do)

@@ -18,7 +18,7 @@ from ffnkit.methods.common import Batch, need_data
 from ffnkit.methods.share.windows import Groups, Score, best, score_name, series, windows
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
-from ffnkit.model.layers import select
+from ffnkit.model.targets import select
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc, check
 
@@ -29,7 +29,7 @@ class LayerDrop:
 
     One of ``layers`` and ``window`` says which. In models of two stacks both lose the same numbers.
 
-    Source: the baseline of Verma et al. (arXiv 2501.06126); the likeness is the block influence of Men et al.,
+    Source: the baseline of Verma et al. (arXiv 2501.06126); the similarity is the block influence of Men et al.,
         ShortGPT (arXiv 2403.03853).
     """
 
@@ -40,7 +40,7 @@ class LayerDrop:
     score: Annotated[
         Score | None,
         Doc(
-            "what tells the best window: None, the likeness (cosine) of what enters and what leaves "
+            "what tells the best window: None, the similarity (cosine) of what enters and what leaves "
             "it, a function of the model without the window that gives a number, higher is better, or"
             " a task's metric."
         ),
@@ -52,7 +52,7 @@ class LayerDrop:
 
     @property
     def needs_data(self) -> bool:
-        """Whether the likeness is needed."""
+        """Whether the similarity is needed."""
         return self.window is not None and self.score is None
 
     def settings(self) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _gone(model: nn.Module, groups: Groups) -> list[Edit]:
     """One edit a layer; its further FFNs go with it."""
     by_layer: dict[str, FFN] = {}
     for ffn in (ffn for group in groups for ffn in group):
-        if ffn.twins:
+        if ffn.tied:
             raise FfnkitError(f"dropping {ffn.name}", "its weights are shared with other layers", "Keep this layer")
         by_layer.setdefault(block_name(ffn.name), ffn)
     edits: list[Edit] = []
@@ -181,12 +181,15 @@ def _proxies(
     """A score for each choice: the mean over its groups and all tokens."""
     found = {block_name(ffn.name): ffn for groups in choices for group in groups for ffn in group}
     sums = [[0.0, 0.0] for _ in choices]
-    for passed in passages(model, data, found):
+
+    def add(passed: dict[str, Passage]) -> None:
         for number, groups in enumerate(choices):
             for group in groups:
                 value, count = worth([passed[block_name(ffn.name)] for ffn in group])
                 sums[number][0] += value
                 sums[number][1] += count
+
+    passages(model, data, found, add)
     return [value / max(count, 1e-300) for value, count in sums]
 
 

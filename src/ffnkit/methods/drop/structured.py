@@ -19,8 +19,8 @@ from ffnkit.methods.drop.units import Units, cheapest_counts, neuron_scores, uni
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns as find_ffns
-from ffnkit.model.inventory import body_flops, neuron_flops, unit_flops
-from ffnkit.model.layers import select
+from ffnkit.model.inspect import body_flops, neuron_flops, unit_flops
+from ffnkit.model.targets import select
 from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc, check
 

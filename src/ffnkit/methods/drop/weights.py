@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,20 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.taps import Batch, Flow, evaluating, model_inputs, stack_masks, tapped
+from ffnkit.calibration.batches import Batch, run
+from ffnkit.calibration.hooks import Activations, hooked
+from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.statistics import ColumnSquares
 from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import attention_linears
+from ffnkit.model.experts import routers
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
-from ffnkit.model.layers import select
 from ffnkit.model.linear import check_float, check_untouched, is_maskable, is_transposed, stored_weight
-from ffnkit.model.parts import head_modules
-from ffnkit.model.routers import routers
-from ffnkit.model.sites import GROUPS, query_value
-from ffnkit.nn.adapted import Adapted
+from ffnkit.model.targets import GROUPS, query_value, select
+from ffnkit.model.trainable import head_modules
+from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.coefficients import carries_update
 from ffnkit.nn.masked import Masked
-from ffnkit.nn.special import Special, oriented
+from ffnkit.nn.reparametrized import ReparametrizedLinear, oriented
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Prunable:
 
     def update(self) -> Tensor:
         """D (out, in) in the same dtype. Raises where no update is."""
-        assert isinstance(self.module, Adapted)
+        assert isinstance(self.module, AdapterLayer)
         return self.module.update().to(self.dtype)
 
     def gone(self, weight: Tensor) -> Tensor:
@@ -113,7 +116,7 @@ def prunable(model: nn.Module, asked: str, layers: str = "all") -> list[Prunable
     found: list[Prunable] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, Special) and not is_maskable(module) and wanted(name, None):
+        if isinstance(module, ReparametrizedLinear) and not is_maskable(module) and wanted(name, None):
             raise FfnkitError(f"pruning {name}", f"it is edited already ({module.kind})", "Fold the model first")
         if not is_maskable(module) or not wanted(name, module):
             continue
@@ -167,16 +170,7 @@ def _never(model: nn.Module) -> set[int]:
 # --- inputs -------------------------------------------------------------------------------------------------------
 
 
-class _Sums:
-    """Sums of squares of the inputs, column by column, float64."""
-
-    def __init__(self) -> None:
-        self.squares: dict[Any, Tensor] = {}
-
-    def add(self, key: Any, x: Tensor, weights: Tensor | None) -> None:
-        square = x.detach().float().square()
-        total = square.sum(0, dtype=torch.float64) if weights is None else weights.double() @ square.double()
-        self.squares[key] = self.squares[key] + total if key in self.squares else total
+_Sums = defaultdict[Any, ColumnSquares]
 
 
 @torch.no_grad()
@@ -189,59 +183,46 @@ def column_norms(model: nn.Module, batches: Iterable[Batch], found: list[Prunabl
     Raises:
         FfnkitError: no batches, or a linear never ran.
     """
-    sums = _Sums()
-    device = next(model.parameters()).device
+    sums: _Sums = defaultdict(ColumnSquares)
     linears = [each for each in found if not each.site]
     experts = {each.name: each.module for each in found if each.site}
-    every = ffns(model)
-    stacks = {block_name(ffn.name): ffn.stack for ffn in every}
-    masks: dict[str, Tensor | None] = {}
+    stacks = {block_name(ffn.name): ffn.stack for ffn in ffns(model)}
+    places = {each.name: (stacks.get(block_name(each.name), ""), [each.name]) for each in linears}
+    places |= {name: (ffn.stack, list(ffn.owners)) for name, ffn in experts.items()}
+    masks = TokenMasks(model, places)
 
-    def of_experts(ffn: FFN, flow: Flow) -> None:
+    def of_experts(ffn: FFN, acts: Activations) -> None:
         for site in ffn.sites:
-            sums.add((ffn.name, site, flow.expert), flow.hidden if site == "down" else flow.input, flow.weights)
+            sums[ffn.name, site, acts.expert].update((acts.hidden if site == "down" else acts.input, acts.weights))
 
-    count = 0
-    with evaluating(model), _listening(linears, stacks, masks, sums), tapped(list(experts.values()), of_experts, masks):
-        for batch in batches:
-            count += 1
-            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            masks.update(stack_masks(model, moved, every))
-            model(**model_inputs(model, moved))
-    if not count:
-        raise FfnkitError("calibration data", "there are no batches", "Give at least one batch for model(**batch)")
+    with masks.watching(), _listening(linears, masks, sums), hooked(list(experts.values()), of_experts, masks):
+        run(model, batches, before=masks.start)
     return {each.label: _norms(sums, each) for each in found}
 
 
 def _norms(sums: _Sums, each: Prunable) -> Tensor:
     width = each.shape[-1]
     if not each.site:
-        if each.name in sums.squares:
-            return sums.squares[each.name].sqrt()
+        if each.name in sums:
+            return sums[each.name].norms()
         if "experts" in each.name.split("."):
             return torch.ones(width, dtype=torch.float64)
         do = "Give inputs of every stack (text, images, decoder inputs)"
         raise FfnkitError("measuring inputs", f"{each.name} did not run on the data given", do)
     ones = torch.ones(width, dtype=torch.float64, device=each.stored.device)
-    parts = [sums.squares.get((each.name, each.site, number)) for number in range(each.shape[0])]
-    return torch.stack([ones if part is None else part.sqrt() for part in parts])
+    parts = [sums.get((each.name, each.site, number)) for number in range(each.shape[0])]
+    return torch.stack([ones if part is None else part.norms() for part in parts])
 
 
 @contextmanager
-def _listening(
-    linears: list[Prunable], stacks: Mapping[str, str], masks: Mapping[str, Tensor | None], sums: _Sums
-) -> Iterator[None]:
+def _listening(linears: list[Prunable], masks: TokenMasks, sums: _Sums) -> Iterator[None]:
     """Hooks on linears while the block runs; tokens that a mask leaves out do not count."""
 
     def hook(name: str) -> Any:
-        own = stacks.get(block_name(name), "")
-
         def note(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
             flat = x.reshape(-1, x.shape[-1])
-            fitting = (m for m in (masks.get(own), *masks.values()) if m is not None and m.numel() == len(flat))
-            mask = next(fitting, None)  # keys and values of cross-attention come from the other stack
-            sums.add(name, flat, None if mask is None else mask.reshape(-1).to(flat.device))
+            sums[name].update((flat, masks.of(name, x, quiet=True)))
 
         return note
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.replay import Replay
-from ffnkit.calibration.taps import Flow
+from ffnkit.calibration.blockwise import Blockwise
+from ffnkit.calibration.hooks import Activations
+from ffnkit.calibration.statistics import HeldInputs, HiddenMoments, Statistics
 from ffnkit.edits import Edit, ReplaceNeurons, ScaleInputs
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, generator, lifted, need_data, norms
@@ -72,13 +72,13 @@ class CalibratedFusion(Narrowing):
             check_weights(ffn.raw(), ffn.name)
         by_name: dict[str, list[Edit]] = {}
         quantities: dict[str, dict[str, float]] = {}
-        with Replay(model, batches, [ffn for ffn, _ in found]) as replay:
-            for group in replay.groups:
-                seen = {ffn.name: Seen(ffn, self.tokens if self.refine else 0) for ffn in group}
-                replay.watch(group, partial(_note, seen), last=not self.sequential)
+        with Blockwise(model, batches, [ffn for ffn, _ in found]) as blocks:
+            for group in blocks.groups:
+                seen = observing(group, self.tokens if self.refine else 0)
+                blocks.watch(group, seen.update, last=not self.sequential)
                 made: dict[str, Neurons] = {}
                 for ffn in group:
-                    neurons, factor, error = self._narrow(ffn, seen.pop(ffn.name), widths[ffn.name])
+                    neurons, factor, error = self._narrow(ffn, seen, widths[ffn.name])
                     rewrite = ReplaceNeurons.of(ffn.name, neurons)
                     by_name[ffn.name] = [rewrite]
                     if widths[ffn.name] < ffn.width:
@@ -90,17 +90,17 @@ class CalibratedFusion(Narrowing):
                         progress(len(by_name), len(found), ffn.name)
                 if self.sequential:
                     for ffn in group:
-                        replay.install(ffn, made.pop(ffn.name))
-                replay.advance(group)
+                        blocks.install(ffn, made.pop(ffn.name))
+                blocks.advance(group)
         return Draft(tuple(edit for ffn, _ in found for edit in by_name[ffn.name]), quantities)
 
-    def _narrow(self, ffn: FFN, seen: Seen, width: int) -> tuple[Neurons, Tensor, float]:
+    def _narrow(self, ffn: FFN, seen: Statistics[Part], width: int) -> tuple[Neurons, Tensor, float]:
         """New neurons (factor divided out of down), the factor (width,) or (E, width), the relative output error."""
         old = lifted(ffn.raw())
         parts = []
         for number in range(max(old.experts, 1)):
             single = old.expert(number) if old.experts else old
-            parts.append(self._fit(ffn, single, seen.part(number), width, number))
+            parts.append(self._fit(ffn, single, seen.parts.pop((ffn.name, number), None), width, number))
         made = concatenate([p[0] for p in parts]) if old.experts else parts[0][0]
         factor = torch.stack([p[1] for p in parts]) if old.experts else parts[0][1]
         weight = [p[3] for p in parts]
@@ -130,15 +130,15 @@ class CalibratedFusion(Narrowing):
         if old.down_bias is not None:
             lost = old.down.double() @ moments.mean() - down @ moments.mean()[kept]
             fresh = dataclasses.replace(fresh, down_bias=(old.down_bias.double() + lost).to(old.down_bias.dtype))
-        if self.refine and seen.inputs:
-            fresh, error = self._refined(ffn, old, fresh, seen, number, error)
+        if self.refine and seen.held.inputs:
+            fresh, error = self._refined(ffn, old, fresh, seen.held, number, error)
         size = moments.absolute()
         factor = (size.sum() / size[kept].sum().clamp_min(1e-30)).clamp_min(1.0).float().item()
         scale = old.up.new_full((width,), factor)
         return dataclasses.replace(fresh, down=fresh.down / factor), scale, error, norm
 
     def _refined(
-        self, ffn: FFN, old: Neurons, start: Neurons, seen: Part, number: int, error: float
+        self, ffn: FFN, old: Neurons, start: Neurons, seen: HeldInputs, number: int, error: float
     ) -> tuple[Neurons, float]:
         x = torch.cat(seen.inputs)
         seen.inputs.clear()
@@ -166,51 +166,38 @@ class CalibratedFusion(Narrowing):
         return fitted, rest / max(total, 1e-300)
 
 
-def _note(seen: dict[str, Seen], ffn: FFN, flow: Flow) -> None:
-    seen[ffn.name].add(flow)
-
-
 class Part:
     """What one FFN, or one expert, did on the data.
 
     Attributes:
-        moments: of the hidden activations. inputs, weights: tokens held for the regression, float32.
-        probe: a few inputs and hidden activations, which tell the activation function.
+        moments: of the hidden activations. held: inputs for the regression, and what tells the activation.
     """
 
-    def __init__(self, flow: Flow) -> None:
-        self.moments = Moments(flow.hidden.shape[-1], flow.hidden.device)
-        self.inputs: list[Tensor] = []
-        self.weights: list[Tensor] = []
-        self.probe = tuple(value[:64].float().clone() for value in (flow.input, flow.hidden))
-        self.held = 0
+    def __init__(self, most: int) -> None:
+        self.hidden, self.held = HiddenMoments(), HeldInputs(most)
 
-    def add(self, flow: Flow, most: int) -> None:
-        self.moments.add(flow.hidden, flow.weights)
-        room = most - self.held
-        if room > 0:
-            self.inputs.append(flow.input[:room].float())
-            if flow.weights is not None:
-                self.weights.append(flow.weights[:room].float())
-            self.held += len(self.inputs[-1])
+    @property
+    def moments(self) -> Moments:
+        return self.hidden.moments
+
+    def update(self, acts: Activations) -> None:
+        rows = acts.counted()
+        self.hidden.update(rows)
+        self.held.update(rows)
+
+    def merge(self, other: Part) -> None:
+        self.hidden.merge(other.hidden)
+        self.held.merge(other.held)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.hidden.state_dict() | {f"held.{name}": v for name, v in self.held.state_dict().items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.hidden.load({name: value for name, value in state.items() if not name.startswith("held.")})
+        self.held.load({name[5:]: value for name, value in state.items() if name.startswith("held.")})
 
 
-class Seen:
-    """What the FFNs of one layer did: one :class:`Part`, or one for each expert that tokens reached."""
-
-    def __init__(self, ffn: FFN, tokens: int) -> None:
-        self.tokens = tokens // max(ffn.experts, 1) if ffn.experts else tokens
-        self.parts: dict[int, Part] = {}
-
-    def add(self, flow: Flow) -> None:
-        kept = flow.kept()
-        if kept.weights is not None and flow.expert is None:
-            kept = dataclasses.replace(kept, weights=None)  # a mask: what is left counts alike
-        if len(kept.input):
-            number = flow.expert or 0
-            if number not in self.parts:
-                self.parts[number] = Part(kept)
-            self.parts[number].add(kept, self.tokens)
-
-    def part(self, number: int) -> Part | None:
-        return self.parts.get(number)
+def observing(group: list[FFN], tokens: int) -> Statistics[Part]:
+    """Empty statistics of these FFNs; of each, ``tokens`` inputs are held at most, shared by its experts."""
+    most = {ffn.name: tokens // max(ffn.experts, 1) for ffn in group}
+    return Statistics(lambda name: Part(most[name]))

@@ -20,7 +20,7 @@ from ffnkit.methods.share.refitting import corrected
 from ffnkit.methods.share.windows import Score, best, score_name, series, windows
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.model.layers import select
+from ffnkit.model.targets import select
 from ffnkit.ops.matching import Spread, assign, correlation, matched, spread
 from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc, check

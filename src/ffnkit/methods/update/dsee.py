@@ -7,6 +7,7 @@ import time
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -14,16 +15,18 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ffnkit.calibration.batches import kept
 from ffnkit.calibration.gradients import weight_gradients
+from ffnkit.calibration.statistics import GradientSquares
 from ffnkit.edits import Edit, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spool
 from ffnkit.io.peft_lora import Lora, read_lora
 from ffnkit.methods.common import Batch, generator, need_data, plain_linears
-from ffnkit.model.parts import PARTS
-from ffnkit.model.sites import query_value
+from ffnkit.model.targets import query_value
+from ffnkit.model.trainable import PARTS
 from ffnkit.nn.dsee import index_dtype
-from ffnkit.nn.quantized import float_weight, in_few_bits, sides
+from ffnkit.nn.quantized import float_weight, is_quantized_linear, quantized_features
 from ffnkit.ops import support
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc, check
@@ -97,8 +100,8 @@ class DSEE:
         for name, linear in found.items():
             if any(p.is_meta for p in linear.parameters()):
                 raise FfnkitError(asked, "the model is empty (meta device)", "Load the weights first")
-            if self.needs_data and in_few_bits(linear):
-                what = f"{name} is in few bits, and has no gradient of its own"
+            if self.needs_data and is_quantized_linear(linear):
+                what = f"{name} is quantized, and has no gradient of its own"
                 raise FfnkitError(f"{asked}: support gradient", what, "Take support svd")
         return found
 
@@ -106,7 +109,7 @@ class DSEE:
         started = time.perf_counter()
         linears = self.targets(model)
         lora = Lora() if self.lora is None else read_lora(self.lora).placed(model, linears)
-        batches = list(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
+        batches = kept(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
         squares = self._squares(model, linears, batches) if batches else {}
         roles = query_value(model, self.layers) if self.sites == "qv" else {}
         edits: list[Edit] = []
@@ -119,7 +122,7 @@ class DSEE:
 
     def _edit(self, name: str, linear: Any, roles: list[Tensor], lora: Lora, squares: Tensor | None) -> UpdateLinear:
         """The update of one linear."""
-        out, inner = sides(linear)
+        out, inner = quantized_features(linear)
         given: dict[str, Any] = {"rank": self.rank, "alpha": float(self.alpha)}
         rows = torch.cat(roles).sort().values.int() if roles else None
         parts: dict[str, Tensor] = {}
@@ -144,7 +147,7 @@ class DSEE:
 
     def _support(self, name: str, linear: Any, rows: Tensor | None, squares: Tensor | None) -> Tensor:
         """The flat places of the entries, of these rows alone."""
-        out, inner = sides(linear)
+        out, inner = quantized_features(linear)
         tall = out if rows is None else len(rows)
         count = self.nonzeros if self.share is None else max(1, round(self.share * tall * inner))
         count = min(count, tall * inner)
@@ -173,16 +176,9 @@ class DSEE:
 
     def _squares(self, model: nn.Module, linears: dict[str, nn.Module], batches: list[Batch]) -> dict[str, Tensor]:
         """Summed squares of each weight's gradients, (out, in) float32."""
-        sizes = {name: sides(linear) for name, linear in linears.items()}
+        sizes = {name: quantized_features(linear) for name, linear in linears.items()}
         large = 4 * sum(out * inner for out, inner in sizes.values()) > IN_MEMORY
-        sums: dict[str, Tensor] = {}
-
-        def receive(name: str, gradient: Tensor) -> None:
-            square = gradient.float().square()
-            if name not in sums:
-                sums[name] = spool(sizes[name], torch.float32) if large else torch.zeros_like(square)
-            sums[name] += square.to(sums[name].device)
-
-        weight_gradients(model, batches, linears, receive)
+        sums = {n: GradientSquares(partial(spool, s, torch.float32) if large else None) for n, s in sizes.items()}
+        weight_gradients(model, batches, linears, lambda name, gradient: sums[name].update(gradient))
         # a module that no batch reached has no gradient: all of its entries are alike
-        return {name: sums.get(name, torch.zeros(sizes[name])) for name in linears}
+        return {name: each.sums.get("squares", torch.zeros(sizes[name])) for name, each in sums.items()}

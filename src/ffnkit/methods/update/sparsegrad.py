@@ -14,14 +14,15 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ffnkit.calibration.batches import kept
 from ffnkit.calibration.gradients import Receive, weight_gradients
 from ffnkit.edits import Edit, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spool
 from ffnkit.methods.common import Batch, generator, need_data, plain_linears
 from ffnkit.model.linear import features, own_weight
-from ffnkit.model.parts import PARTS
-from ffnkit.nn.quantized import in_few_bits
+from ffnkit.model.trainable import PARTS
+from ffnkit.nn.quantized import is_quantized_linear
 from ffnkit.ops.bases import Grams, Zeros, core_of, top_share, turned
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc, check
@@ -106,14 +107,14 @@ class SparseGrad:
         self.check()
         found, asked = plain_linears(model, self.name, self.sites, self.layers), f"sparsegrad on {type(model).__name__}"
         for name, linear in found.items():
-            if in_few_bits(linear):
-                raise FfnkitError(asked, f"{name} is in few bits, and has no gradient of its own", "Take dsee or lora")
+            if is_quantized_linear(linear):
+                raise FfnkitError(asked, f"{name} is quantized, and has no gradient of its own", "Take dsee or lora")
         return found
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         started = time.perf_counter()
         linears = self.targets(model)
-        batches = list(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
+        batches = kept(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
         work = _Work(self, model, linears, progress)
         if self.basis != "none":
             work.find_bases(batches)

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ffnkit._registry import added
+
 Role = Literal["q", "k", "v"]
 ROLES: tuple[Role, ...] = ("q", "k", "v")
 Order = Literal["stacked", "interleaved", "grouped", "blocks"]
@@ -79,6 +81,11 @@ ATTENTION_LAYOUTS: list[AttentionLayout] = [
     _fused("Falcon", "query_key_value", "dense", where=(("multi_query", True),)),
     _fused("GPT-NeoX", "query_key_value", "dense", "interleaved"),  # also BLOOM
 ]  # fmt: skip
+
+
+def attention_layouts() -> list[AttentionLayout]:
+    """The rows in the order in which they are tried; other packages' (``ffnkit.attentions``) come last."""
+    return [*ATTENTION_LAYOUTS, *(row for _, row in added("ffnkit.attentions"))]
 
 
 def places(order: Order, sharing: tuple[Role, ...], counts: dict[Role, int], head_dim: int) -> dict[Role, Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ffnkit._registry import added
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -63,3 +65,12 @@ LAYOUTS: list[Layout] = [
     Layout("ALBERT", "ffn", "ffn_output", runs=("num_hidden_layers", "num_hidden_groups", "inner_group_num")),
     Layout("plain", "up_proj", "down_proj"),  # Nemotron, MPT
 ]
+
+
+def layouts() -> list[Layout]:
+    """The rows in the order in which they are tried; other packages' (entry points ``ffnkit.families``) come last.
+
+    A row for classes of one name comes before all: it can be meant for nothing else.
+    """
+    every = [*LAYOUTS, *(row for _, row in added("ffnkit.families"))]
+    return [row for row in every if row.owner] + [row for row in every if not row.owner]

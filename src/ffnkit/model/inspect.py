@@ -14,9 +14,9 @@ from torch import nn
 from ffnkit.model.attention import ROLES, Attention, attention_linears, attention_modules, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns, middle_layout, mirrored
-from ffnkit.model.layers import ranges
 from ffnkit.model.linear import features, flops, is_linear, stored_weight, unwrapped
-from ffnkit.model.parts import body, head_modules
+from ffnkit.model.targets import ranges
+from ffnkit.model.trainable import body, head_modules
 from ffnkit.nn.lowrank import LowRank
 
 
@@ -183,7 +183,7 @@ def inspect(model: nn.Module) -> Inventory:
             ffn.num_parameters,
             ffn.num_parameters / total,
             ffn.flops_per_token,
-            tuple(ffn.twins),
+            tuple(ffn.tied),
         )
         for ffn in found
     )
@@ -299,7 +299,7 @@ def unit_flops(model: nn.Module, attention: Attention) -> float:
     found = ffns(model)
     runs = max(_runs(model, ffn) for ffn in found)
     repeated = runs > 1 and attention.name.startswith(tuple(f"{name}." for ffn in found for name in ffn.owners))
-    return 2.0 * weights * (1 + len(attention.twins)) * (runs if repeated else 1)
+    return 2.0 * weights * (1 + len(attention.tied)) * (runs if repeated else 1)
 
 
 def _runs(model: nn.Module, ffn: FFN) -> int:

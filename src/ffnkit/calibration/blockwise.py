@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.taps import Batch, Receive, evaluating, model_inputs, stack_masks, tapped
+from ffnkit.calibration.batches import Batch, evaluating, forward, kept, prepared
+from ffnkit.calibration.hooks import Receive, hooked
+from ffnkit.calibration.masks import TokenMasks
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import run_uneven_experts
 from ffnkit.model.ffn import FFN
@@ -30,8 +32,8 @@ class _Enough(Exception):
     """Ends a pass once the block of interest has run."""
 
 
-class Replay:
-    """Calibration data at the door of one block after the other.
+class Blockwise:
+    """Block-wise calibration: the data at one block after the other.
 
     Memory beyond the model: the batches, and one block's outputs for them.
 
@@ -44,11 +46,9 @@ class Replay:
     """
 
     def __init__(self, model: nn.Module, batches: Iterable[Batch], found: list[FFN]) -> None:
-        device = next(model.parameters()).device
         self.model, self.found = model, found
-        self.batches = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in b.items()} for b in batches]
-        if not self.batches:
-            raise FfnkitError("calibration data", "there are no batches", "Give at least one batch for model(**batch)")
+        self.batches = [prepared(model, batch) for batch in kept(batches)]
+        self.masks = TokenMasks.of_ffns(model, found)
         self.modules = dict(model.named_modules(remove_duplicate=False))
         by_block: dict[str, list[FFN]] = {}
         for ffn in found:
@@ -66,7 +66,7 @@ class Replay:
         self._passed: str | None = None  # the block whose outputs are there since it was watched
         self._lent = ExitStack()
 
-    def __enter__(self) -> Replay:
+    def __enter__(self) -> Blockwise:
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -88,10 +88,9 @@ class Replay:
         name = block_name(group[0].name)
         self._passed = None
         keep = last and not self._whole and self._stops(group)
-        masks: dict[str, Tensor | None] = {}
-        with tapped(group, receive, masks):
+        with self.masks.watching(), hooked(group, receive, self.masks):
             for number, batch in enumerate(self.batches):
-                masks.update(stack_masks(self.model, batch, group))
+                self.masks.start(batch)
                 output = self._run(number, name if self._stops(group) else None)
                 if keep:
                     self._room(name)[number] = output
@@ -138,7 +137,7 @@ class Replay:
         handle = block.register_forward_hook(stop) if block is not None else None
         with torch.no_grad(), evaluating(self.model), self._skipping(number):
             try:
-                self.model(**model_inputs(self.model, self.batches[number]))
+                forward(self.model, self.batches[number])
             except _Enough:
                 pass
             finally:
@@ -178,7 +177,7 @@ class Replay:
         handles = [self.modules[name].register_forward_pre_hook(count(name)) for name in near]
         try:
             with torch.no_grad(), evaluating(self.model):
-                self.model(**model_inputs(self.model, self.batches[0]))
+                forward(self.model, self.batches[0])
         finally:
             for handle in handles:
                 handle.remove()
@@ -186,7 +185,7 @@ class Replay:
 
     def _stops(self, group: list[FFN]) -> bool:
         """Whether all calls of these FFNs happen in one call of their block."""
-        return all(self.calls.get(block_name(ffn.name)) == 1 and not ffn.twins for ffn in group)
+        return all(self.calls.get(block_name(ffn.name)) == 1 and not ffn.tied for ffn in group)
 
     def _faithful(self, later: list[str]) -> bool:
         """Whether the next block gives the same with the earlier ones skipped as with all of them run."""

@@ -1,4 +1,4 @@
-"""Replay: block by block gives what whole passes give, and leaves the model as it was."""
+"""Blockwise: block by block gives what whole passes give, and leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from families import FAMILIES
 from test_contract import same, snapshot
 from tolerance import assert_close, relative_error
 
-from ffnkit.calibration.replay import Replay
-from ffnkit.calibration.taps import Flow, watch
+from ffnkit.calibration.blockwise import Blockwise
+from ffnkit.calibration.hooks import Activations, watch
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 
@@ -24,8 +24,8 @@ class Outputs:
     def __init__(self) -> None:
         self.parts: dict[str, list[torch.Tensor]] = {}
 
-    def add(self, ffn: FFN, flow: Flow) -> None:
-        self.parts.setdefault(ffn.name, []).append(flow.kept().output)
+    def add(self, ffn: FFN, acts: Activations) -> None:
+        self.parts.setdefault(ffn.name, []).append(acts.kept().output)
 
     def all(self) -> dict[str, torch.Tensor]:
         return {name: torch.cat(parts) for name, parts in self.parts.items()}
@@ -33,10 +33,10 @@ class Outputs:
 
 def replayed(model: Any, batches: list[Any], found: list[FFN]) -> dict[str, torch.Tensor]:
     outputs = Outputs()
-    with Replay(model, batches, found) as replay:
-        for group in replay.groups:
-            replay.watch(group, outputs.add)
-            replay.advance(group)
+    with Blockwise(model, batches, found) as blocks:
+        for group in blocks.groups:
+            blocks.watch(group, outputs.add)
+            blocks.advance(group)
     return outputs.all()
 
 
@@ -66,12 +66,12 @@ def test_an_installed_ffn_changes_later_layers_and_goes_again() -> None:
     plain = replayed(model, batches, found)
     identities = [id(p) for p in model.parameters()]
     outputs = Outputs()
-    with Replay(model, batches, found) as replay:
-        for number, group in enumerate(replay.groups):
-            replay.watch(group, outputs.add)
+    with Blockwise(model, batches, found) as blocks:
+        for number, group in enumerate(blocks.groups):
+            blocks.watch(group, outputs.add)
             if number == 0:
-                replay.install(group[0], group[0].read().take(torch.arange(3)))
-            replay.advance(group)
+                blocks.install(group[0], group[0].read().take(torch.arange(3)))
+            blocks.advance(group)
     changed = outputs.all()
     assert_close(changed[found[0].name], plain[found[0].name], rel=1e-6)
     assert relative_error(changed[found[1].name], plain[found[1].name]) > 1e-3
@@ -91,10 +91,10 @@ def test_a_block_that_stays_runs_once_and_gives_the_same() -> None:
     for last in (True, False):
         calls.clear()
         outputs = Outputs()
-        with Replay(model, batches, found) as replay:
-            for group in replay.groups:
-                replay.watch(group, outputs.add, last=last)
-                replay.advance(group)
+        with Blockwise(model, batches, found) as blocks:
+            for group in blocks.groups:
+                blocks.watch(group, outputs.add, last=last)
+                blocks.advance(group)
         runs[last] = outputs.all(), calls.count(found[-1].name)
     for handle in handles:
         handle.remove()

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ffnkit.calibration.batches import Batch, run
+from ffnkit.calibration.masks import TokenMasks
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 
-Batch = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
-class Flow:
+class Activations:
     """One call of one FFN (or of one routed expert).
 
     Attributes:
@@ -35,17 +36,26 @@ class Flow:
     weights: Tensor | None = None
     expert: int | None = None
 
-    def kept(self) -> Flow:
+    def kept(self) -> Activations:
         """The tokens that count."""
         if self.weights is None:
             return self
         chosen = self.weights > 0
         if bool(chosen.all()):
             return self
-        return Flow(self.input[chosen], self.hidden[chosen], self.output[chosen], self.weights[chosen], self.expert)
+        return Activations(
+            self.input[chosen], self.hidden[chosen], self.output[chosen], self.weights[chosen], self.expert
+        )
+
+    def counted(self) -> Activations:
+        """The tokens that count, with weights only where they do not count alike."""
+        kept = self.kept()
+        if kept.weights is None or kept.expert is not None:
+            return kept
+        return replace(kept, weights=None)  # a mask: what is left counts alike
 
 
-Receive = Callable[[FFN, Flow], None]
+Receive = Callable[[FFN, Activations], None]
 
 
 @torch.no_grad()
@@ -55,9 +65,9 @@ def watch(model: nn.Module, batches: Iterable[Batch], found: list[FFN], receive:
     Nothing of the model is changed; no batch is kept.
 
     Args:
-        batches: keyword arguments of the model; tensors are moved to its device, labels are passed where the decoder's
-            inputs are made from them.
-        receive: called with the FFN and its :class:`Flow`; FFNs that run several times in a pass call it each time.
+        batches: keyword arguments of the model (:func:`~ffnkit.calibration.batches.run`); labels are passed where the
+            decoder's inputs are made from them.
+        receive: called with the FFN and its :class:`Activations`, each time where an FFN runs several times in a pass.
 
     Returns:
         The number of batches.
@@ -65,23 +75,15 @@ def watch(model: nn.Module, batches: Iterable[Batch], found: list[FFN], receive:
     Raises:
         FfnkitError: an FFN never ran, or there were no batches.
     """
-    device = next(model.parameters()).device
     ran: set[str] = set()
-    count = 0
-    masks: dict[str, Tensor | None] = {}
+    masks = TokenMasks.of_ffns(model, found)
 
-    def note(ffn: FFN, flow: Flow) -> None:
+    def note(ffn: FFN, acts: Activations) -> None:
         ran.add(ffn.name)
-        receive(ffn, flow)
+        receive(ffn, acts)
 
-    with evaluating(model), tapped(found, note, masks):
-        for batch in batches:
-            count += 1
-            moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            masks.update(stack_masks(model, moved, found))
-            model(**model_inputs(model, moved))
-    if count == 0:
-        raise FfnkitError("calibration data", "there are no batches", "Give at least one batch for model(**batch)")
+    with masks.watching(), hooked(found, note, masks):
+        count = run(model, batches, before=masks.start)
     silent = [ffn.name for ffn in found if ffn.name not in ran and not _routed(ffn)]
     if silent:
         found_text = f"{silent[0]} did not run on the data given"
@@ -90,29 +92,29 @@ def watch(model: nn.Module, batches: Iterable[Batch], found: list[FFN], receive:
 
 
 @contextmanager
-def tapped(found: list[FFN], receive: Receive, masks: Mapping[str, Tensor | None]) -> Iterator[None]:
+def hooked(found: list[FFN], receive: Receive, masks: TokenMasks) -> Iterator[None]:
     """Hooks on FFNs while the block runs.
 
     Args:
-        masks: by stack, (batch, tokens) of ones where a token counts; read at each call, so it may change.
+        masks: says which tokens count; it knows the FFNs by their names.
     """
     handles: list[Any] = []
     try:
         for ffn in found:
             if ffn.layout.experts:
                 for owner in dict.fromkeys(ffn.owners.values()):
-                    handles += _tap_experts(ffn, owner, receive, masks)
+                    handles += _hook_experts(ffn, owner, receive, masks)
                 continue
             # owners that share their weights share these very modules, or hold others with the same parameters
             for owner in {ffn.linear("down", owner): owner for owner in ffn.owners.values()}.values():
-                handles += _tap(ffn, owner, receive, masks)
+                handles += _hook_linears(ffn, owner, receive, masks)
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _tap(ffn: FFN, owner: nn.Module, receive: Receive, masks: Mapping[str, Tensor | None]) -> list[Any]:
+def _hook_linears(ffn: FFN, owner: nn.Module, receive: Receive, masks: TokenMasks) -> list[Any]:
     held: dict[str, Tensor] = {}
 
     def take_input(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -121,47 +123,40 @@ def _tap(ffn: FFN, owner: nn.Module, receive: Receive, masks: Mapping[str, Tenso
     def finish(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         x, hidden = held.pop("input"), args[0]
         x_flat, h_flat, y_flat = (t.reshape(-1, t.shape[-1]) for t in (x, hidden, output))
-        receive(ffn, Flow(x_flat, h_flat, y_flat, _weights(masks.get(ffn.stack), x)))
+        receive(ffn, Activations(x_flat, h_flat, y_flat, masks.of(ffn.name, x)))
 
     up, down = ffn.linear("up", owner), ffn.linear("down", owner)
     return [up.register_forward_pre_hook(take_input), down.register_forward_hook(finish)]
 
 
-def _weights(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """The mask, flat, where it fits the tokens that the FFN got; routed tokens come in another number."""
-    if mask is None or mask.numel() != x.numel() // x.shape[-1]:
-        return None
-    return mask.reshape(-1).to(x.device, torch.float32)
-
-
-def _tap_experts(ffn: FFN, owner: nn.Module, receive: Receive, masks: Mapping[str, Tensor | None]) -> list[Any]:
+def _hook_experts(ffn: FFN, owner: nn.Module, receive: Receive, masks: TokenMasks) -> list[Any]:
     def finish(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        for number, x, share in routed(ffn, args, kwargs, masks.get(ffn.stack)):
+        for number, x, share in routed(ffn, args, kwargs, partial(masks.of, ffn.name)):
             if len(x):
                 inner, hidden, result = expert_forward(ffn, module, number, x)
-                receive(ffn, Flow(inner, hidden, result, weights=share, expert=number))
+                receive(ffn, Activations(inner, hidden, result, weights=share, expert=number))
 
     return [owner.register_forward_hook(finish, with_kwargs=True)]
 
 
 def routed(
-    ffn: FFN, args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor | None
+    ffn: FFN, args: tuple[Any, ...], kwargs: Mapping[str, Any], counting: Callable[[Tensor], Tensor | None]
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(expert, its tokens (n, d), how much each counts (n,)) for a call of experts in 3-D parameters.
 
     Experts are called with tokens, choices and weights; or, as in Llama 4, with every token for every expert, times
-    its routing weight, which is 0 for those that were not chosen.
+    its routing weight, which is 0 for those that were not chosen. ``counting`` says which of all tokens count.
     """
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if len(tensors) == 1 and tensors[0].numel() % (ffn.experts * ffn.d) == 0:
         each = tensors[0].reshape(ffn.experts, -1, ffn.d)
-        counts = _weights(mask, each[0])
+        counts = counting(each[0])
         for number, x in enumerate(each):
             token = torch.where((x != 0).any(-1))[0]
             yield number, x[token], torch.ones_like(x[token, 0].float()) if counts is None else counts[token]
         return
     x, index, weights = routing(ffn, args, kwargs)
-    counts = _weights(mask, x)
+    counts = counting(x)
     for number in range(ffn.experts):
         token, place = torch.where(index == number)
         share = weights[token, place].float().square()
@@ -201,56 +196,3 @@ def expert_forward(ffn: FFN, owner: Any, number: int, x: Tensor) -> tuple[Tensor
 def _routed(ffn: FFN) -> bool:
     """Whether tokens are routed to this FFN, so that few data may leave it out."""
     return ffn.active < 1
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; each module's own mode, and the config's kind of problem, afterwards.
-
-    Classifiers write into their config what kind of problem the labels that they saw are.
-    """
-    training = [module for module in model.modules() if module.training]
-    config = getattr(model, "config", None)
-    problem = getattr(config, "problem_type", None)
-    model.eval()
-    try:
-        yield
-    finally:
-        if config is not None and getattr(config, "problem_type", None) != problem:
-            config.problem_type = problem
-        for module in training:
-            module.training = True
-
-
-# --- inputs and masks ---------------------------------------------------------------------------------------------
-
-
-def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """The batch without labels, unless the decoder's inputs are made from them."""
-    inputs = {k: v for k, v in batch.items() if k not in ("label", "labels")}
-    labels = batch.get("labels")
-    wanted = _has_decoder(model) and labels is not None and labels.ndim == 2 and not decoder_given(batch)
-    return {**inputs, "labels": labels} if wanted else inputs
-
-
-def stack_masks(model: nn.Module, batch: Batch, found: list[FFN]) -> dict[str, Tensor | None]:
-    """For each stack the mask (batch, tokens) of the tokens that count; None where all do."""
-    return {stack: stack_mask(stack, model, batch) for stack in dict.fromkeys(ffn.stack for ffn in found)}
-
-
-def stack_mask(stack: str, model: nn.Module, batch: Batch) -> Tensor | None:
-    """The mask (batch, tokens) of the tokens of one stack that count; None where all do."""
-    if stack == "decoder" and _has_decoder(model):
-        labels, given = batch.get("labels"), batch.get("decoder_attention_mask")
-        return labels.ne(-100) if given is None and labels is not None and labels.ndim == 2 else given
-    own = batch.get("attention_mask")
-    return own if own is not None and own.ndim == 2 else None
-
-
-def decoder_given(batch: Batch) -> bool:
-    """Whether the decoder's own inputs are in the batch."""
-    return any(name.startswith("decoder_input") for name in batch)
-
-
-def _has_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

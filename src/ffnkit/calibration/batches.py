@@ -1,0 +1,189 @@
+"""One way to run a model over batches: what a batch may be, device and dtype, eval mode, labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit.errors import FfnkitError
+
+Batch = Mapping[str, Any]
+
+ASKED = "calibration data"
+GIVE = "Give a list or DataLoader of batches, each a dict of tensors for model(**batch)"
+IDS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
+
+
+def checked(batches: Iterable[Batch], asked: str = ASKED) -> Iterator[Batch]:
+    """The batches one after the other, as they are.
+
+    Raises:
+        FfnkitError: there are none, or one is no mapping of tensors with a batch dimension; in one line, that says
+            what was found.
+    """
+    check_batches(batches, asked)
+    number = -1
+    for number, batch in enumerate(batches):
+        if (fault := _fault(batch)) is not None:
+            raise FfnkitError(asked, f"batch {number} is {fault[0]}", fault[1])
+        yield batch
+    if number < 0:
+        spent = " (an iterator gives its batches only once)" if isinstance(batches, Iterator) else ""
+        raise FfnkitError(asked, f"there are no batches{spent}", "Give at least one batch for model(**batch)")
+
+
+def check_batches(batches: Iterable[Batch], asked: str = ASKED) -> None:
+    """Raises FfnkitError where something holds no batches, whatever is in it."""
+    if isinstance(batches, Mapping):
+        raise FfnkitError(asked, f"a lone {type(batches).__name__}", "Give a list of batches: data=[batch]")
+    if not isinstance(batches, Iterable) or isinstance(batches, str | Tensor):
+        raise FfnkitError(asked, f"a {type(batches).__name__}, which holds no batches", GIVE)
+
+
+def kept(batches: Iterable[Batch], asked: str = ASKED) -> list[Batch]:
+    """The same as a list, for several passes over what may be a generator."""
+    return list(checked(batches, asked))
+
+
+def _fault(batch: Any) -> tuple[str, str] | None:
+    """What a batch is instead, and what to do about it."""
+    if isinstance(batch, tuple | list):
+        held = sorted({type(value).__name__ for value in batch})
+        do = "Name the tensors: {'input_ids': ..., 'attention_mask': ...}"
+        return f"a {type(batch).__name__} of {', '.join(held) or 'nothing'}, not a dict", do
+    if not isinstance(batch, Mapping):
+        return f"a {type(batch).__name__}, not a dict", GIVE
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    foreign = [name for name in IDS if batch.get(name) is not None and name not in tensors]
+    if foreign or not tensors:
+        name = foreign[0] if foreign else next(iter(batch), None)
+        found = "empty" if name is None else f"a row whose {name} is a {type(batch[name]).__name__}, not a tensor"
+        return found, "Collate rows into batches of tensors, with a DataLoader and its collate_fn"
+    for name, value in tensors.items():
+        if name in IDS and value.ndim < 2:
+            return f"a single row ({name} has shape {tuple(value.shape)})", "Collate rows into batches: (batch, tokens)"
+        if value.ndim and not value.numel():
+            return f"empty ({name} has shape {tuple(value.shape)})", "Leave empty batches out"
+    return None
+
+
+def prepared(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The batch with its tensors on the model's device, floating ones in the model's dtype."""
+    device = next(model.parameters()).device
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, dtype) if value.is_floating_point() and dtype is not None else value.to(device)
+
+    return {name: moved(value) for name, value in batch.items()}
+
+
+def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The batch without labels, unless the decoder's inputs are made from them."""
+    inputs = {k: v for k, v in batch.items() if k not in ("label", "labels")}
+    labels = batch.get("labels")
+    wanted = has_decoder(model) and labels is not None and labels.ndim == 2 and not decoder_given(batch)
+    return {**inputs, "labels": labels} if wanted else inputs
+
+
+def decoder_given(batch: Batch) -> bool:
+    """Whether the decoder's own inputs are in the batch."""
+    return any(name.startswith("decoder_input") for name in batch)
+
+
+def has_decoder(model: nn.Module) -> bool:
+    """Whether an encoder reads and a decoder writes."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def forward(model: nn.Module, batch: Batch, *, labels: bool = False) -> Any:
+    """The model's output for a prepared batch.
+
+    Args:
+        labels: hand all labels to the model, so that it gives its loss; else only those that the decoder's inputs are
+            made from.
+    """
+    return model(**(batch if labels else model_inputs(model, batch)))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, so no dropout, inside the block; each module's own mode, and the config's kind of problem, afterwards.
+
+    Classifiers write into their config what kind of problem the labels that they saw are.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    model.eval()
+    try:
+        yield
+    finally:
+        if config is not None and getattr(config, "problem_type", None) != problem:
+            config.problem_type = problem
+        for module, mode in modes:
+            module.training = mode
+
+
+def run(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    before: Callable[[Batch], Any] | None = None,
+    after: Callable[[Batch, Any], Any] | None = None,
+    labels: bool = False,
+    asked: str = ASKED,
+) -> int:
+    """Run the model over ``batches`` in eval mode; none is held longer than its turn.
+
+    Args:
+        batches: a generator, list, tuple, DataLoader or other iterable of mappings (dict, BatchEncoding, ...).
+        before, after: called with each prepared batch, and after its pass with the model's output too.
+        labels: as in :func:`forward`. asked: what an error says that the batches are for.
+
+    Returns:
+        The number of batches.
+
+    Raises:
+        FfnkitError: as :func:`checked`.
+    """
+    count = 0
+    with evaluating(model):
+        for given in checked(batches, asked):
+            batch = prepared(model, given)
+            if before is not None:
+                before(batch)
+            output = forward(model, batch, labels=labels)
+            if after is not None:
+                after(batch, output)
+            count += 1
+    return count
+
+
+@torch.enable_grad()
+def backward(model: nn.Module, batches: Iterable[Batch], *, asked: str, do: str = "Give batches with labels") -> int:
+    """Run the model over ``batches`` with their labels and go back from each loss; gradients are the caller's.
+
+    Raises:
+        FfnkitError: no batches, or outputs without a loss.
+    """
+
+    def after(_: Batch, output: Any) -> None:
+        loss_of(output, asked, do).backward()
+
+    return run(model, batches, after=after, labels=True, asked=asked)
+
+
+def loss_of(output: Any, asked: str, do: str = "Give batches with labels") -> Tensor:
+    """The loss in an output. Raises FfnkitError where there is none."""
+    loss = getattr(output, "loss", None)
+    if loss is None:
+        raise FfnkitError(asked, "its outputs have no loss", do)
+    assert isinstance(loss, Tensor)
+    return loss

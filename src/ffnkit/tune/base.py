@@ -1,0 +1,142 @@
+"""What all tuners have in common: settings, and the way onto a model and off it. Light to import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+
+from ffnkit.errors import FfnkitError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ffnkit.tune.lifecycle import Preparation
+
+Routers = Literal["trained", "frozen"]
+Part = Literal["biases", "norms", "attention", "embeddings", "rest"]
+KEEP_ZEROS = "weights that are zero before (pruned) are zero after it; without it merging fills them"
+ROUTERS = "routers of a mixture of experts: trained or frozen"
+_COEFFICIENTS = "l1 weight of coefficients learnt on heads and neurons, which structured pruning reads; 0: none"
+
+
+class Tuner(BaseModel):
+    """Base of all tuners: fields are settings. A kind of tuner defines :meth:`put_on` and :meth:`take_off`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: ClassVar[str] = ""
+    description: ClassVar[str] = ""
+
+    routers: Routers = Field("trained", description=ROUTERS)
+
+    def prepare(
+        self, model: nn.Module, data: Iterable[Mapping[str, Any]] | None = None, keep: Path | None = None
+    ) -> nn.Module:
+        """Set what trains, in place; the model to train comes back.
+
+        A tuner that was prepared on the model and never finished is undone first (``lifecycle.undone``). Where this
+        fails, for whatever reason, the model is as it was.
+
+        Args:
+            data: batches with labels, for tuners that read gradients.
+            keep: a file that holds the plan of a run that goes on: read where it is there, else written.
+
+        Raises:
+            FfnkitError: settings that do not fit the model: routers that it has not, targets that match nothing;
+                gradients are needed and there are no data.
+        """
+        from ffnkit.tune import lifecycle
+
+        model = lifecycle.undone(model)
+        with lifecycle.preparing(model, data, keep) as preparation:
+            return self.put_on(model, preparation)
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """A plain transformers model with the trained weights. Where this fails it can be called again."""
+        from ffnkit.tune import lifecycle
+
+        with lifecycle.finishing(model):
+            return self.take_off(model)
+
+    def put_on(self, model: nn.Module, preparation: Preparation) -> nn.Module:
+        """Set what trains, in place; the model to train comes back."""
+        return model
+
+    def take_off(self, model: nn.Module) -> nn.Module:
+        """A plain transformers model with the trained weights."""
+        return model
+
+    @property
+    def method(self) -> Any | None:
+        """The method whose plan sets what trains, for tuners that have one: it may want batches with labels."""
+        return None
+
+    def routers_of(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The model's routers by name; FfnkitError where the setting asks for something and there are none."""
+        from ffnkit.model.experts import routers
+
+        found = routers(model)
+        if not found and self.routers != type(self).model_fields["routers"].default:
+            asked = f"tuner {self.name}: routers {self.routers}"
+            raise FfnkitError(asked, f"{type(model).__name__} has no router", "Leave the setting out")
+        return found
+
+
+class Beside(Tuner):
+    """What tuners have in common that train a part of the model: which other parts train too."""
+
+    routers: Routers = Field("frozen", description=ROUTERS)
+    head: bool = Field(True, description="train the task head too")
+    also: tuple[Part, ...] = Field((), description="further parts that train: biases, norms, attention, ...")
+
+    @property
+    def with_head(self) -> list[str]:
+        """``also``, and the head where it trains."""
+        return list(dict.fromkeys([*(["head"] if self.head else []), *self.also]))
+
+    def beside(self, model: nn.Module) -> set[int]:
+        """The ids of the parameters of those parts, routers included where they train."""
+        from ffnkit.model.trainable import parts_of
+
+        found = self.routers_of(model)
+        chosen = {id(p) for p in parts_of(model, self.with_head)}
+        routed = {id(p) for module in found.values() for p in module.parameters()}
+        return chosen | routed if self.routers == "trained" else chosen - routed
+
+    def take_off(self, model: nn.Module) -> nn.Module:
+        from ffnkit.model.trainable import train_as_before
+
+        return train_as_before(model)
+
+
+class Updating(Beside):
+    """What tuners have in common that put small updates beside frozen weights, wherever they do."""
+
+    adapter_dir: Path | None = Field(None, description="also save the updates there, as a small adapter")
+    keep_zeros: bool = Field(False, description=KEEP_ZEROS)
+    coefficients: Annotated[float, Field(ge=0)] = Field(0.0, description=_COEFFICIENTS)
+
+    @model_serializer(mode="wrap")
+    def _later_told(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Later settings are told where they are not the default, so that facts about runs without them stay so."""
+        told: dict[str, Any] = handler(self)
+        return {k: v for k, v in told.items() if k not in ("keep_zeros", "coefficients") or v}
+
+    def put_on(self, model: nn.Module, preparation: Preparation) -> nn.Module:
+        from ffnkit.tune import planned
+
+        return planned.put_on(model, self, preparation)
+
+    def take_off(self, model: nn.Module) -> nn.Module:
+        from ffnkit.tune import planned
+
+        return planned.take_off(model, self)
+
+
+class Adapting(Updating):
+    """What tuners have in common that put updates of one kind on linears that they name."""
+
+    targets: str = Field("ffn", description="ffn, attention, qv, all, or a regular expression over module names")
+    layers: str = Field("all", description="of which layers the FFNs are taken: all, last:8, 4-11, 4,5,9")
