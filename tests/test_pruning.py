@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import ffnkit as fk
 from ffnkit.edits import Mask
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.drop.pruning import MODES
+from ffnkit.methods.drop.pruning import Mode
 from ffnkit.methods.drop.weights import prunable
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import is_transposed, stored_weight
@@ -109,7 +109,7 @@ def slow_score(mode: str, w: float, d: float) -> float:
     }[mode]  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "random"])
+@pytest.mark.parametrize("mode", [mode for mode in get_args(Mode) if mode != "random"])
 @pytest.mark.parametrize("scope", ["global", "layer", "row"])
 def test_modes_are_those_of_a_slow_loop(mode: str, scope: str) -> None:
     model = updated()

@@ -174,13 +174,28 @@ class AnalyzeJob:
         texts = {key: value for key, value in asdict(self.texts).items() if key != "data_dir"}
         return found, {"name": self.model, "data": console.plain(texts), **console.plain(found.to_dict())}
 
-    def save(self, found: Any, report: dict[str, Any], out: Path) -> None:
-        """analysis.json, analysis.md and analysis.png, in place in one step."""
+
+def hand_over(
+    stem: str, found: Any, report: dict[str, Any], out: Path | None, as_json: bool, texts: dict[str, str] | None = None
+) -> None:
+    """Write what was found into a folder, in one step, and print it.
+
+    Args:
+        stem: of the files' names: STEM.json, STEM.png.
+        texts: further files, by the end of their name.
+    """
+    written = {"json": json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"} | (texts or {})
+    if out is not None:
         with files.staging(out, keep_others=True) as temporary:
-            text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-            files.write_text(temporary / "analysis.json", text + "\n")
-            files.write_text(temporary / "analysis.md", found.to_markdown())
-            found.plot(temporary / "analysis.png")
+            for ending, text in written.items():
+                files.write_text(temporary / f"{stem}.{ending}", text)
+            found.plot(temporary / f"{stem}.png")
+    if as_json:
+        console.print_json(report)
+    else:
+        console.out(str(found))
+        if out is not None:
+            console.say(f"saved in {out}: {', '.join(f'{stem}.{ending}' for ending in (*written, 'png'))}")
 
 
 def names_of(folders: tuple[str, ...]) -> list[str]:

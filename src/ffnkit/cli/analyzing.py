@@ -143,7 +143,7 @@ def analyze(
 
         compare(model, texts, layers or "all", options.pick_device(device), out, as_json)
         return
-    from ffnkit.cli.analyze_job import AnalyzeJob, Texts, chosen_methods
+    from ffnkit.cli.analyze_job import AnalyzeJob, Texts, chosen_methods, hand_over
 
     if energy:
         from ffnkit.cli.energy_job import EnergyJob
@@ -177,11 +177,4 @@ def analyze(
         device=options.pick_device(device),
     )
     found, report = job.run()
-    if out is not None:
-        job.save(found, report, out)
-    if as_json:
-        console.print_json(report)
-    else:
-        console.out(str(found))
-        if out is not None:
-            console.say(f"saved in {out}: analysis.json, analysis.md, analysis.png")
+    hand_over("analysis", found, report, out, as_json, {"md": found.to_markdown()})

@@ -8,6 +8,7 @@ from typing import Any
 
 from ffnkit.cli import console
 from ffnkit.errors import FfnkitError
+from ffnkit.settings import settings_of
 
 WHOLE = "width=1.0"  # stands in the method until the widths are known
 
@@ -46,7 +47,7 @@ class Budget:
         """What stands in a method's settings for now. Raises FfnkitError where the method has no width."""
         from ffnkit import methods
 
-        fields = {f.name for m in methods.known() if m.name == name for f in dataclasses.fields(m)}
+        fields = {each.name for each in settings_of(methods.get(name))} if name in methods.names() else set()
         if fields and not {"width", "layers"} <= fields:
             do = "Choose a method that narrows FFNs, such as calibrated-fusion"
             raise FfnkitError(f"--budget {self.amount:g}", f"{name} has no setting width", do)

@@ -2,68 +2,101 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
-DATA = "Task and data"
+from ffnkit.errors import FfnkitError
+from ffnkit.settings import settings_of
+from ffnkit.tasks.fields import Head, Kind, TaskFields
 
-TaskName = Annotated[str | None, typer.Option("--task", "-t", help="One of 'ffnkit tasks'.", rich_help_panel=DATA)]
+DATA = "Task and data"
+TEXTS = {each.name: each.doc.text for each in settings_of(TaskFields)}
+OPTIONS: dict[str, str] = {}  # what the fields of a task are called here
+
+
+def of(name: str, flag: str, *short: str, **more: Any) -> Any:
+    """An option that stands for a field of :class:`TaskFields`, with its text."""
+    OPTIONS[name] = flag
+    return typer.Option(flag, *short, help=TEXTS[name], rich_help_panel=DATA, **more)
+
+
+TaskName = Annotated[str | None, of("name", "--task", "-t")]
 DataDir = Annotated[
     Path | None,
     typer.Option("--data-dir", envvar="FFNKIT_DATA", help="Folder with TASK/train.jsonl ...", rich_help_panel=DATA),
 ]
-TrainFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--train-file",
-        help="Your own csv, jsonl, json, parquet, txt; a folder, tar, zip of images.",
-        rich_help_panel=DATA,
-    ),
-]
-ValidationFile = Annotated[
-    Path | None, typer.Option("--validation-file", help="Your own file for the reported figure.", rich_help_panel=DATA)
-]
-InputColumn = Annotated[
-    list[str] | None,
-    typer.Option("--input-column", help="A column that the prompt is made of; repeatable.", rich_help_panel=DATA),
-]
-TargetColumn = Annotated[
-    str | None, typer.Option("--target-column", help="The column of texts to generate.", rich_help_panel=DATA)
-]
-Template = Annotated[
-    str | None,
-    typer.Option("--template", help="The prompt, with input columns in braces; a chat template.", rich_help_panel=DATA),
-]
-Kind = Annotated[
-    Literal["language-modelling", "image-classification", "instruction"] | None,
-    typer.Option("--kind", help="For a column of plain text; images; dialogues.", rich_help_panel=DATA),
-]
-Head = Annotated[
-    Literal["class", "words"] | None,
-    typer.Option("--head", help="words: classify by label words, with a model that writes.", rich_help_panel=DATA),
-]
-Stride = Annotated[
-    int | None, typer.Option("--stride", min=1, help="Of the perplexity; half of --max-length.", rich_help_panel=DATA)
-]
-Generation = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--generation-set", help="A setting of decoding; repeatable.", metavar="NAME=VALUE", rich_help_panel=DATA
-    ),
-]
-TextColumn = Annotated[
-    list[str] | None, typer.Option("--text-column", help="A column of text; give two for pairs.", rich_help_panel=DATA)
-]
-LabelColumn = Annotated[str | None, typer.Option("--label-column", help="The column of labels.", rich_help_panel=DATA)]
-Metric = Annotated[
-    str | None,
-    typer.Option("--metric", help="The main metric; several of text parted by commas.", rich_help_panel=DATA),
-]
-MaxLength = Annotated[int | None, typer.Option("--max-length", min=1, help="Tokens a text.", rich_help_panel=DATA)]
-
 Tokenizer = Annotated[
     str | None,
     typer.Option("--tokenizer", help="Model or folder of the tokenizer, if not MODEL.", rich_help_panel=DATA),
 ]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the shared options say; its fields are the options, in their order."""
+
+    name: TaskName = None
+    data_dir: DataDir = None
+    train: Annotated[Path | None, of("train", "--train-file")] = None
+    validation: Annotated[Path | None, of("validation", "--validation-file")] = None
+    text: Annotated[list[str] | None, of("text", "--text-column")] = None
+    label: Annotated[str | None, of("label", "--label-column")] = None
+    inputs: Annotated[list[str] | None, of("inputs", "--input-column")] = None
+    target: Annotated[str | None, of("target", "--target-column")] = None
+    template: Annotated[str | None, of("template", "--template")] = None
+    kind: Annotated[Kind | None, of("kind", "--kind")] = None
+    head: Annotated[Head | None, of("head", "--head")] = None
+    metric: Annotated[str | None, of("metric", "--metric")] = None
+    stride: Annotated[int | None, of("stride", "--stride", min=1)] = None
+    generation_set: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--generation-set", help="A setting of decoding; repeatable.", metavar="NAME=VALUE", rich_help_panel=DATA
+        ),
+    ] = None
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", min=1, help="Tokens a text.", rich_help_panel=DATA)
+    ] = None
+    tokenizer: Tokenizer = None
+
+    def task(self) -> Any:
+        """The task that is meant.
+
+        Raises:
+            FfnkitError: neither or both are given, a file or column is missing, no such task.
+        """
+        from ffnkit import tasks
+
+        if self.name is None and self.train is None:
+            do = f"Choose a --task among {', '.join(tasks.names())}, or give --train-file with its columns"
+            raise FfnkitError("the data", "neither --task nor --train-file is given", do)
+        given = {name: getattr(self, name) for name in OPTIONS}
+        return tasks.choose(OPTIONS, **given | {name: tuple(given[name] or ()) for name in ("text", "inputs")})
+
+
+def with_data(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameter ``data`` is made of the shared options, which stand in its place."""
+    own, hints = inspect.signature(command).parameters, get_type_hints(command, include_extras=True)
+    shared, kind = get_type_hints(Data, include_extras=True), inspect.Parameter.KEYWORD_ONLY
+    made: list[inspect.Parameter] = []
+    for name, parameter in own.items():
+        if name != "data":
+            made.append(parameter.replace(annotation=hints[name], kind=kind))
+            continue
+        options = [(each.name, each.default) for each in fields(Data)]
+        made += [inspect.Parameter(name, kind, default=d, annotation=shared[name]) for name, d in options]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        command(data=Data(**{name: given.pop(name) for name in shared}), **given)
+
+    run.__signature__ = inspect.Signature(made)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in made}
+    del run.__wrapped__
+    return run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,20 +22,16 @@ def summary(thing: Any) -> str:
 
 
 def fields(cls: Any) -> dict[str, dict[str, Any]]:
-    """Settings of a dataclass or a pydantic model: name -> type, default (absent when it must be given), help."""
-    helps = documented(cls)
+    """Settings of a method or a pydantic model: name -> type, default (absent when it must be given), help."""
+    from ffnkit.settings import settings_of, type_name
+
     found: dict[str, dict[str, Any]] = {}
     if dataclasses.is_dataclass(cls):
-        for field in dataclasses.fields(cls):
-            if not field.init:
-                continue
-            found[field.name] = {"type": type_name(field.type)}
-            if field.default is not dataclasses.MISSING:
-                found[field.name]["default"] = field.default
-            elif field.default_factory is not dataclasses.MISSING:
-                found[field.name]["default"] = field.default_factory()
-            if field.name in helps:
-                found[field.name]["help"] = helps[field.name]
+        for each in settings_of(cls):
+            found[each.name] = {"type": each.type_name}
+            if not each.required:
+                found[each.name]["default"] = each.default
+            found[each.name]["help"] = each.doc.text
     elif hasattr(cls, "model_fields"):
         for name, info in cls.model_fields.items():
             found[name] = {"type": type_name(info.annotation)}
@@ -45,29 +40,6 @@ def fields(cls: Any) -> dict[str, dict[str, Any]]:
             if info.description:
                 found[name]["help"] = info.description
     return found
-
-
-def documented(cls: Any) -> dict[str, str]:
-    """What the ``Attributes:`` section of a docstring says of each name."""
-    section = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2].split("\n\n")[0]
-    found: dict[str, str] = {}
-    name = ""
-    for line in section.splitlines():
-        if start := re.match(r" {4}(\w+): (.*)", line):
-            name = start.group(1)
-            found[name] = start.group(2)
-        elif name:
-            found[name] += " " + line.strip()
-    return found
-
-
-def type_name(annotation: Any) -> str:
-    """An annotation as a user would write it."""
-    if isinstance(annotation, str):
-        return annotation
-    if isinstance(annotation, type) and not hasattr(annotation, "__args__"):
-        return annotation.__name__
-    return str(annotation).replace("typing.", "")
 
 
 def settings_text(settings: Mapping[str, Mapping[str, Any]]) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ffnkit.cli import console
-from ffnkit.cli.analyze_job import Texts
+from ffnkit.cli.analyze_job import Texts, hand_over
 from ffnkit.errors import FfnkitError
-from ffnkit.io import files
 
 
 @dataclass(frozen=True)
@@ -58,17 +56,7 @@ class EnergyJob:
                 progress=step,
             )
         report = {"name": self.model, **console.plain(found.to_dict())}
-        if out is not None:
-            with files.staging(out, keep_others=True) as temporary:
-                text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-                files.write_text(temporary / "energy.json", text + "\n")
-                found.plot(temporary / "energy.png")
-        if as_json:
-            console.print_json(report)
-        else:
-            console.out(str(found))
-            if out is not None:
-                console.say(f"saved in {out}: energy.json, energy.png")
+        hand_over("energy", found, report, out, as_json)
 
     def _drawn(self, model: Any, tokenizer: Any, steps: int) -> list[Any]:
         """Batches with labels, no row twice: of the task's train split, or of all the text."""

@@ -3,56 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ffnkit.cli import console, describe
-from ffnkit.errors import FfnkitError
-
-OPTIONS = {
-    "name": "--task",
-    "train": "--train-file",
-    "validation": "--validation-file",
-    "text": "--text-column",
-    "label": "--label-column",
-    "inputs": "--input-column",
-    "target": "--target-column",
-    "template": "--template",
-    "metric": "--metric",
-    "kind": "--kind",
-}  # what the fields of a choice are called here
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Where texts and labels come from: a task by name, or files with the names of their columns."""
-
-    name: str | None = None
-    train: Path | None = None
-    validation: Path | None = None
-    text: tuple[str, ...] = ()
-    label: str | None = None
-    inputs: tuple[str, ...] = ()
-    target: str | None = None
-    template: str | None = None
-    metric: str | None = None
-    kind: str | None = None
-    stride: int | None = None
-    head: str | None = None
-
-    def task(self) -> Any:
-        """The task.
-
-        Raises:
-            FfnkitError: neither or both are given, a file or column is missing, no such task.
-        """
-        from ffnkit import tasks
-
-        if self.name is None and self.train is None:
-            do = f"Choose a --task among {', '.join(tasks.names())}, or give --train-file with its columns"
-            raise FfnkitError("the data", "neither --task nor --train-file is given", do)
-        return tasks.choose(OPTIONS, **asdict(self))
 
 
 def load_tokenizer(task: Any, model: str, other: str | None) -> Any:

@@ -72,9 +72,9 @@ def show(rows: list[dict[str, Any]], as_json: bool) -> None:
 
 def method_rows() -> list[dict[str, Any]]:
     """Name, description and settings of each method."""
-    from ffnkit import methods
+    from ffnkit.methods import known
 
-    return [described(method.name, method) for method in methods.known()]
+    return [described(method.name, method) for method in known()]
 
 
 def tuner_rows() -> list[dict[str, Any]]:

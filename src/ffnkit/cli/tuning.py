@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ffnkit.cli import console, describe, options
-from ffnkit.cli import data_options as data
 from ffnkit.cli.application import app
+from ffnkit.cli.data_options import DATA, Data, with_data
 from ffnkit.cli.outputs import check_output
 from ffnkit.errors import FfnkitError
 
@@ -24,25 +24,11 @@ def setting(flag: str, text: str, **kwargs: Any) -> Any:
 
 
 @app.command(rich_help_panel="Models")
+@with_data
 def tune(
     model: options.Model,
     out: options.Out,
-    task: data.TaskName = None,
-    data_dir: data.DataDir = None,
-    train_file: data.TrainFile = None,
-    validation_file: data.ValidationFile = None,
-    text_column: data.TextColumn = None,
-    label_column: data.LabelColumn = None,
-    input_column: data.InputColumn = None,
-    target_column: data.TargetColumn = None,
-    template: data.Template = None,
-    kind: data.Kind = None,
-    head: data.Head = None,
-    metric: data.Metric = None,
-    stride: data.Stride = None,
-    generation_set: data.Generation = None,
-    max_length: data.MaxLength = None,
-    tokenizer: data.Tokenizer = None,
+    data: Data,
     tuner: Annotated[str, typer.Option("--tuner", help="One of 'ffnkit tuners'.", rich_help_panel=TRAINING)] = "full",
     routers: Annotated[
         Literal["trained", "frozen"] | None, setting("--routers", "Routers of a mixture of experts.")
@@ -83,9 +69,7 @@ def tune(
         list[str] | None, setting("--distil-set", "A setting of the distillation; repeatable.", metavar="NAME=VALUE")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of data, head, order.", rich_help_panel=TRAINING)] = 0,
-    limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Rows of train.", rich_help_panel=data.DATA)
-    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows of train.", rich_help_panel=DATA)] = None,
     fold: Annotated[
         bool, typer.Option("--fold/--no-fold", help="Fold what was kept apart for tuning.", rich_help_panel=RESULT)
     ] = True,
@@ -121,24 +105,9 @@ def tune(
 
       ffnkit tune llama [cyan]--train-file chats.jsonl --kind instruction --packing[/cyan] --max-length 1024 --out tuned
     """
-    from ffnkit.cli.eval_job import Sources
     from ffnkit.cli.tune_job import TuneJob
 
     check_output(out, overwrite=overwrite, source=model)
-    sources = Sources(
-        name=task,
-        train=train_file,
-        validation=validation_file,
-        text=tuple(text_column or ()),
-        label=label_column,
-        inputs=tuple(input_column or ()),
-        target=target_column,
-        template=template,
-        metric=metric,
-        kind=kind,
-        stride=stride,
-        head=head,
-    )
     given = {
         "learning_rate": learning_rate,
         "epochs": epochs,
@@ -154,13 +123,13 @@ def tune(
         "early_stopping": early_stopping,
         "best_metric": best_metric,
         "report_to": report_to or None,
-        "max_length": max_length,
+        "max_length": data.max_length,
     }
     job = TuneJob(
         model=model,
         out=out,
-        task=sources.task(),
-        data_dir=data_dir,
+        task=data.task(),
+        data_dir=data.data_dir,
         settings=merged(given, more or []),
         tuner=tuner,
         tuner_settings=merged({"routers": routers, "tied": tied, "quantize": quantize}, tuner_set or [], "--tuner-set"),
@@ -169,8 +138,8 @@ def tune(
         seed=seed,
         limit=limit,
         fold=fold,
-        tokenizer=tokenizer,
-        generation_settings=describe.parse_settings(generation_set or []),
+        tokenizer=data.tokenizer,
+        generation_settings=describe.parse_settings(data.generation_set or []),
     )
     console.quieten()
     report = job.run()
@@ -200,24 +169,10 @@ def distil_given(text: Path | None, pairs: list[str]) -> dict[str, Any]:
 
 
 @app.command("eval", rich_help_panel="Models")
+@with_data
 def evaluate(
     model: options.Model,
-    task: data.TaskName = None,
-    data_dir: data.DataDir = None,
-    train_file: data.TrainFile = None,
-    validation_file: data.ValidationFile = None,
-    text_column: data.TextColumn = None,
-    label_column: data.LabelColumn = None,
-    input_column: data.InputColumn = None,
-    target_column: data.TargetColumn = None,
-    template: data.Template = None,
-    kind: data.Kind = None,
-    head: data.Head = None,
-    metric: data.Metric = None,
-    stride: data.Stride = None,
-    generation_set: data.Generation = None,
-    max_length: data.MaxLength = None,
-    tokenizer: data.Tokenizer = None,
+    data: Data,
     split: Annotated[
         Literal["report", "dev"], typer.Option("--split", help="The validation split, or a part of train.")
     ] = "report",
@@ -240,27 +195,15 @@ def evaluate(
 
       ffnkit eval tuned --task webnlg [cyan]--generation-set num_beams=4 --predictions written.jsonl[/cyan]
     """
-    from ffnkit.cli.eval_job import EvalJob, Sources, generation_built
+    from ffnkit.cli.eval_job import EvalJob, generation_built
 
-    sources = Sources(
-        name=task,
-        train=train_file,
-        validation=validation_file,
-        text=tuple(text_column or ()),
-        label=label_column,
-        inputs=tuple(input_column or ()),
-        target=target_column,
-        template=template,
-        metric=metric,
-        kind=kind,
-        stride=stride,
-        head=head,
-    )
-    chosen = sources.task()
+    chosen = data.task()
     console.quieten()
     place = options.pick_device(device)
-    generation = generation_built(describe.parse_settings(generation_set or []))
-    job = EvalJob(model, chosen, data_dir, split, batch_size, max_length or 128, limit, seed, place, tokenizer)
+    generation = generation_built(describe.parse_settings(data.generation_set or []))
+    job = EvalJob(
+        model, chosen, data.data_dir, split, batch_size, data.max_length or 128, limit, seed, place, data.tokenizer
+    )
     report = replace(job, generation=generation, predictions=predictions).run()
     if as_json:
         console.print_json(report)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from typing import Any
 
 from ffnkit._registry import lacking, with_added
@@ -23,6 +21,7 @@ from ffnkit.methods.narrow.selection import Importance, Magnitude, Random
 from ffnkit.methods.narrow.sketch import Sketch
 from ffnkit.methods.narrow.svd import Svd
 from ffnkit.methods.share.merging import Merging
+from ffnkit.settings import build as build_from
 
 METHODS: tuple[Any, ...] = (
     Fusion,
@@ -69,14 +68,4 @@ def get(name: str) -> Any:
 
 def build(name: str, **settings: Any) -> Any:
     """A method from its name and settings. Raises FfnkitError on a setting that it does not have."""
-    method = get(name)
-    fields = {f.name: f for f in dataclasses.fields(method)}
-    for key in settings:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            do = f"Did you mean {near[0]}?" if near else f"It has {', '.join(fields)}"
-            raise FfnkitError(f"setting '{key}' of {name}", "there is no such setting", do)
-    for key, field in fields.items():
-        if field.default is dataclasses.MISSING and key not in settings:
-            raise FfnkitError(f"method {name}", f"no value for '{key}'", f"Give {key}=...")
-    return method(**settings)
+    return build_from(get(name), settings, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from ffnkit.methods.common import Batch
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.plans import Draft, Method, Progress
+from ffnkit.settings import Doc
 from ffnkit.surgery.temporary import TemporaryPlan
 
 
@@ -27,12 +28,9 @@ class Combined:
     treat one FFN twice (merge it, then narrow what is shared), apply the first plan and plan again. Updates
     (``fk.SparseGrad``, ``fk.DSEE``) go on linears that no other one updates, after what narrows or merges these; what
     any of them trains beside its updates trains.
-
-    Attributes:
-        methods: methods, or mappings of ``method`` and its settings.
     """
 
-    methods: Sequence[Any]
+    methods: Annotated[Sequence[Any], Doc("methods, or mappings of ``method`` and its settings.")]
 
     name: ClassVar[str] = "combined"
     summary: ClassVar[str] = "several methods in one plan, each on FFNs of its own"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,29 +19,25 @@ from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.targets import one_a_weight, resolve_width, select
 from ffnkit.model.targets import targets as sited
-from ffnkit.model.trainable import PARTS
 from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.ops.clusters import cluster_neurons
 from ffnkit.ops.neurons import Neurons
 from ffnkit.plans import Progress, check_weights
+from ffnkit.settings import Doc, check
 
 Width = int | float | Mapping[str, int]
+Layers = Annotated[str, Doc('which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".')]
 
 
 @dataclass(frozen=True)
 class Narrowing:
-    """What methods have in common that leave each FFN a width, or the parameters of one of that width.
+    """What methods have in common that leave each FFN a width, or the parameters of one of that width."""
 
-    Attributes:
-        width: neurons left in each FFN: an int counts them, a float is a share (1.0 = all); or one by FFN's name.
-        layers: which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".
-        least: settings that count something, and the smallest value of each.
-    """
-
-    width: Width
-    layers: str = "all"
-
-    least: ClassVar[dict[str, int]] = {}
+    width: Annotated[
+        Width,
+        Doc("neurons left in each FFN: an int counts them, a float is a share (1.0 = all); or one by FFN's name."),
+    ]
+    layers: Layers = "all"
 
     def settings(self) -> dict[str, Any]:
         """The settings by name."""
@@ -49,31 +45,8 @@ class Narrowing:
 
     def targets(self, model: nn.Module) -> list[tuple[FFN, int]]:
         """The FFNs to narrow and their new widths. Raises FfnkitError where layers or settings do not fit."""
-        check_counts(self, **self.least)
+        check(self)
         return targets(model, self.layers, self.width)
-
-
-def check_choices(settings: Any, **known: Iterable[str]) -> None:
-    """Raises FfnkitError where a setting is none of the words that are known for it."""
-    for key, words in known.items():
-        if getattr(settings, key) not in (words := tuple(words)):
-            raise FfnkitError(
-                f"{key} {getattr(settings, key)!r}", "no such choice", f"Choose one of {', '.join(words)}"
-            )
-
-
-def check_parts(also: Any) -> None:
-    """Raises FfnkitError where the setting ``also`` is no list of parts of a model."""
-    if isinstance(also, str) or not set(also) <= set(PARTS):
-        raise FfnkitError(f"also {also!r}", "not a list of parts", f"Choose one of {', '.join(PARTS)}")
-
-
-def check_counts(method: Any, **least: int) -> None:
-    """Raises FfnkitError unless each setting named is a whole number of at least its limit."""
-    for key, low in least.items():
-        value = getattr(method, key)
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise FfnkitError(f"{key} {value!r}", f"not a whole number of at least {low}", f"Give {key}={low} or more")
 
 
 def targets(model: nn.Module, layers: str, width: Width) -> list[tuple[FFN, int]]:

@@ -12,6 +12,8 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe.settings import check_budget, check_method, check_task, check_tuner, widened
+from ffnkit.settings import settings_of
+from ffnkit.tasks.fields import Head, Kind, TaskFields
 from ffnkit.tasks.settings import GenerationSettings
 from ffnkit.tune.settings import CalibrationSettings, DistilSettings, TrainSettings
 
@@ -62,9 +64,9 @@ class TaskSpec(Part):
     template: str | None = None
     metric: str | None = None
     regression: StrictBool | None = None
-    kind: Literal["language-modelling", "image-classification", "instruction"] | None = None
+    kind: Kind | None = None
     stride: Count | None = None
-    head: Literal["class", "words"] | None = None
+    head: Head | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -98,6 +100,11 @@ class TaskSpec(Part):
         from ffnkit.tasks.choosing import Choice
 
         return Choice(**self.choice()).where
+
+
+for _each in settings_of(TaskFields):  # what each field of a task means is said there
+    TaskSpec.model_fields[NAMES.get(_each.name, _each.name)].description = _each.doc.text
+TaskSpec.model_rebuild(force=True)
 
 
 class TunerSpec(BaseModel):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-import typing
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -29,8 +27,10 @@ def check_task(name: str) -> str | None:
 
 def method_fields(name: str) -> list[str]:
     """The settings of a method; none where it is not known."""
+    from ffnkit.settings import settings_of
+
     kind = _methods().get(name)
-    return [field.name for field in dataclasses.fields(kind) if field.init] if kind else []
+    return [each.name for each in settings_of(kind)] if kind else []
 
 
 def check_method(name: str, settings: dict[str, Any]) -> tuple[str, str] | None:
@@ -142,14 +142,9 @@ def _methods() -> dict[str, type]:
 
 @cache
 def _schema(name: str) -> type[BaseModel]:
-    """A pydantic model of the fields of a method's dataclass."""
-    kind = _methods()[name]
-    hints = typing.get_type_hints(kind)
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
-        if not field.init:
-            continue
-        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        fields[field.name] = (hints.get(field.name, Any), ... if needed else None)
+    """A pydantic model of a method's settings."""
+    from ffnkit.settings import settings_of
+
+    fields: dict[str, Any] = {s.name: (s.type, ... if s.required else None) for s in settings_of(_methods()[name])}
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
     return create_model(f"{name} settings", __config__=config, **fields)

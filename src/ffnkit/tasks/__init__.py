@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ffnkit.errors import FfnkitError
-from ffnkit.tasks.base import Splits, Task
-from ffnkit.tasks.own import file_task
-from ffnkit.tasks.protocol import AnyTask, Evaluation
-from ffnkit.tasks.settings import GenerationSettings
 
 if TYPE_CHECKING:
+    from ffnkit.tasks.base import Splits as Splits
+    from ffnkit.tasks.base import Task as Task
     from ffnkit.tasks.choosing import choose as choose
     from ffnkit.tasks.generation import GenerationTask as GenerationTask
     from ffnkit.tasks.generation import generation_task as generation_task
@@ -20,10 +18,20 @@ if TYPE_CHECKING:
     from ffnkit.tasks.instructions import instruction_task as instruction_task
     from ffnkit.tasks.modelling import LanguageTask as LanguageTask
     from ffnkit.tasks.modelling import text_task as text_task
+    from ffnkit.tasks.own import file_task as file_task
+    from ffnkit.tasks.protocol import AnyTask as AnyTask
+    from ffnkit.tasks.protocol import Evaluation as Evaluation
+    from ffnkit.tasks.settings import GenerationSettings as GenerationSettings
     from ffnkit.tasks.words import WordsTask as WordsTask
 
 _HOMES = {
+    "AnyTask": "protocol",
+    "Evaluation": "protocol",
+    "GenerationSettings": "settings",
+    "Splits": "base",
+    "Task": "base",
     "choose": "choosing",
+    "file_task": "own",
     "GenerationTask": "generation",
     "generation_task": "generation",
     "ImageTask": "images",
@@ -34,7 +42,7 @@ _HOMES = {
     "text_task": "modelling",
     "WordsTask": "words",
 }
-__all__ = ["AnyTask", "Evaluation", "GenerationSettings", "Splits", "Task", "file_task", "get", "names", *_HOMES]
+__all__ = ["get", "names", *_HOMES]
 
 
 def names() -> list[str]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.tasks import chat, dialogues, forms, get
 from ffnkit.tasks.base import Task
+from ffnkit.tasks.fields import TaskFields
 from ffnkit.tasks.generation import GenerationTask, generation_task
 from ffnkit.tasks.image_files import ARCHIVES
 from ffnkit.tasks.images import HUB, KIND, image_task
@@ -26,39 +27,8 @@ PLAIN = (".txt", ".text", ".tokens", ".md")
 LANGUAGE = "language-modelling"
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What can be said of a task; most of it is left out.
-
-    Attributes:
-        name: a task by name; files and columns are then left out.
-        train, validation, test: files of one's own.
-        text, label: columns of a classification or regression; of language modelling the column of the text; of an
-            image set of the hub those of the image and its class.
-        inputs, target, template: columns of a generation task, and how a prompt is made of them; of an instruction
-            task ``template`` is the chat template.
-        metric: the main metric; of a task that generates one or more, parted by commas.
-        regression: what a task with labels is, where the labels do not say so.
-        kind: "language-modelling" for a table with a column of text; "image-classification" for folders of images;
-            "instruction" for dialogues, whose columns tell it where no others are named.
-        stride: of the perplexity.
-        head: "words" to classify by label words, "class" (or None) by a classification head.
-    """
-
-    name: str | None = None
-    train: str | Path | None = None
-    validation: str | Path | None = None
-    test: str | Path | None = None
-    text: Sequence[str] = ()
-    label: str | None = None
-    inputs: Sequence[str] = ()
-    target: str | None = None
-    template: str | None = None
-    metric: str | None = None
-    regression: bool | None = None
-    kind: str | None = None
-    stride: int | None = None
-    head: str | None = None
+class Choice(TaskFields):
+    """What is said of a task, and what of it does not go together."""
 
     def problem(self) -> tuple[str, str, str] | None:
         """The first field that is wrong or missing whatever the files hold: its name, what was found, what to do."""

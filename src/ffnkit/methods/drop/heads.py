@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,17 @@ from ffnkit.calibration.masks import TokenMasks
 from ffnkit.edits import Edit, SelectHeads
 from ffnkit.edits.heads import check_separable
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.common import Batch, activity, check_choices, check_counts, generator, largest, need_data
+from ffnkit.methods.common import Batch, Layers, activity, generator, largest, need_data
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import bare_weight, features
 from ffnkit.model.targets import select
 from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc, check
 
 Amount = int | float | Mapping[str, int | float]
+By = Literal["weight", "update", "both", "activation", "coefficients", "random"]
 
 
 @dataclass(frozen=True)
@@ -31,22 +33,27 @@ class RemoveHeads:
 
     Where several heads share a key and a value, whole groups go; with one key and value for all heads, queries go.
 
-    Attributes:
-        share: what goes of each attention: a float is a share of its heads, an int counts heads (or groups); or one by
-            the attention's name, and those that it leaves out stay whole.
-        by: what scores a head: "weight" sums |W| over its rows of query and value; "update" sums |update| of the same
-            rows, where they carry one; "both" sums |W + update|; "activation" is the rms of what the head gives on data
-            times the norm of its columns of the output linear; "coefficients" |c|, where such were learnt; "random".
-        layers: which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".
-        seed: of random scores.
-
     Source: DSEE (arXiv 2111.00160), structured pruning: by "update", share 0.25.
     """
 
-    share: Amount = 0.25
-    by: str = "weight"
-    layers: str = "all"
-    seed: int = 0
+    share: Annotated[
+        Amount,
+        Doc(
+            "what goes of each attention: a float is a share of its heads, an int counts heads (or "
+            "groups); or one by the attention's name, and those that it leaves out stay whole."
+        ),
+    ] = 0.25
+    by: Annotated[
+        By,
+        Doc(
+            'what scores a head: "weight" sums |W| over its rows of query and value; "update" sums '
+            '|update| of the same rows, where they carry one; "both" sums |W + update|; "activation" '
+            "is the rms of what the head gives on data times the norm of its columns of the output "
+            'linear; "coefficients" |c|, where such were learnt; "random".'
+        ),
+    ] = "weight"
+    layers: Layers = "all"
+    seed: Annotated[int, Doc("of random scores.", at_least=0)] = 0
 
     name: ClassVar[str] = "heads"
     summary: ClassVar[str] = "remove attention heads (structured pruning)"
@@ -63,8 +70,7 @@ class RemoveHeads:
 
     def targets(self, model: nn.Module) -> list[tuple[Attention, int]]:
         """The attentions and how many units each keeps. Raises FfnkitError where the settings do not fit the model."""
-        check_counts(self, seed=0)
-        check_choices(self, by=[*SCORES, "activation"])
+        check(self)
         found = attentions(model)
         if not found:
             do = "Name a model with attention of a known layout (ffnkit.attention.ATTENTION_LAYOUTS)"

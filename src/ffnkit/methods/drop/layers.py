@@ -6,7 +6,8 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import nn
@@ -14,132 +15,136 @@ from torch import nn
 from ffnkit.calibration.features import Passage, passages
 from ffnkit.edits import DropLayer, Edit, ReplaceNeurons
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.common import Batch, check_counts, need_data
+from ffnkit.methods.common import Batch, need_data
 from ffnkit.methods.share.windows import Groups, Score, best, score_name, series, windows
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
 from ffnkit.model.targets import select
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc, check
 
 
 @dataclass(frozen=True)
-class LayerDrop:
+class _Drop:
+    """What both have in common: one of ``layers`` and ``window`` says what goes."""
+
+    layers: Annotated[str | None, Doc("which go")] = None
+    window: Annotated[int | None, Doc("so many adjacent ones go", at_least=1)] = None
+    score: Annotated[Score | None, Doc("what tells the best window")] = None
+
+    name: ClassVar[str]
+
+    def edits(self, model: nn.Module, groups: Groups) -> list[Edit]:
+        """What drops these groups."""
+        raise NotImplementedError
+
+    def worth(self, window: list[Passage]) -> tuple[float, float]:
+        """How little a window does, summed over its tokens, and their number."""
+        raise NotImplementedError
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether what a window does is measured."""
+        return self.window is not None and self.score is None
+
+    def settings(self) -> dict[str, Any]:
+        return dataclasses.asdict(dataclasses.replace(self, score=None)) | {"score": score_name(self.score)}
+
+    def targets(self, model: nn.Module) -> list[Groups]:
+        """The groups of FFNs to choose among. Raises FfnkitError where the settings do not fit the model."""
+        check(self)
+        if (self.layers is None) == (self.window is None):
+            given = "neither" if self.layers is None else "both"
+            raise FfnkitError(self.name, f"{given} of layers and window given", "Give layers='4-7' or window=4")
+        found = ffns(model)
+        if self.layers is not None:
+            return [series(select(found, self.layers))]
+        rows = [one for one in series(found) if len(one) > 1]
+        return windows(rows, [self.window or 1] * len(rows))
+
+    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+        started = time.perf_counter()
+        choices = self.targets(model)
+        scores: list[float] = []
+        if len(choices) > 1 and self.score is None:
+            scores = _proxies(model, need_data(data, self.name), choices, self.worth)
+        places = {id(groups): number for number, groups in enumerate(choices)}
+        chosen, tried = best(
+            model, choices, self.score, partial(self.edits, model), lambda groups: scores[places[id(groups)]]
+        )
+        report: dict[str, Any] = {"groups": [[ffn.name for ffn in group] for group in chosen]}
+        if tried:
+            report["search"] = tried
+        seconds = {"seconds": time.perf_counter() - started}
+        return Draft(tuple(self.edits(model, chosen)), {}, report | seconds)
+
+
+@dataclass(frozen=True)
+class LayerDrop(_Drop):
     """Drop whole layers: attention, norms and FFN.
 
     One of ``layers`` and ``window`` says which. In models of two stacks both lose the same numbers.
-
-    Attributes:
-        layers: which layers go, e.g. "last:2", "4-7", "4,5,9", "encoder:last:2".
-        window: so many adjacent layers go; the best window is searched for.
-        score: what tells the best window: None, the similarity (cosine) of what enters and what leaves it, a
-            function of the model without the window that gives a number, higher is better, or a task's metric.
 
     Source: the baseline of Verma et al. (arXiv 2501.06126); the similarity is the block influence of Men et al.,
         ShortGPT (arXiv 2403.03853).
     """
 
-    layers: str | None = None
-    window: int | None = None
-    score: Score | None = None
+    layers: Annotated[str | None, Doc('which layers go, e.g. "last:2", "4-7", "4,5,9", "encoder:last:2".')] = None
+    window: Annotated[int | None, Doc("so many adjacent layers go; the best window is searched for.", at_least=1)] = (
+        None
+    )
+    score: Annotated[
+        Score | None,
+        Doc(
+            "what tells the best window: None, the similarity (cosine) of what enters and what leaves "
+            "it, a function of the model without the window that gives a number, higher is better, or"
+            " a task's metric."
+        ),
+    ] = None
 
     name: ClassVar[str] = "layer-drop"
     summary: ClassVar[str] = "drop whole layers (baseline)"
     paper: ClassVar[str] = "arXiv 2501.06126"
 
-    @property
-    def needs_data(self) -> bool:
-        """Whether the similarity is needed."""
-        return self.window is not None and self.score is None
+    def edits(self, model: nn.Module, groups: Groups) -> list[Edit]:
+        return _gone(model, groups)
 
-    def settings(self) -> dict[str, Any]:
-        return _settings(self)
-
-    def targets(self, model: nn.Module) -> list[Groups]:
-        """The groups of FFNs to choose among. Raises FfnkitError where the settings do not fit the model."""
-        return _candidates(self, model)
-
-    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
-        return _draft(self, model, data, _gone, _likeness)
+    def worth(self, window: list[Passage]) -> tuple[float, float]:
+        return _likeness(window)
 
 
 @dataclass(frozen=True)
-class FfnDrop:
+class FfnDrop(_Drop):
     """Drop the FFNs of layers and keep their attention: one neuron of zeros stands in for each.
 
     The neuron gives no output and gets no gradient where the activation is 0 at 0 (GELU, ReLU, SiLU); it makes the
     checkpoint one of ordinary FFNs. One of ``layers`` and ``window`` says which.
 
-    Attributes:
-        layers: which FFNs go, e.g. "last:2", "4-7", "4,5,9", "encoder:last:2".
-        window: those of so many adjacent layers go; the best window is searched for.
-        score: what tells the best window: None, how little the FFNs add relative to what enters their layers, or a
-            function of the model without them that gives a number, higher is better, or a task's metric.
-
     Source: a baseline of FFN merging, asked for by its reviewers (arXiv 2501.06126).
     """
 
-    layers: str | None = None
-    window: int | None = None
-    score: Score | None = None
+    layers: Annotated[str | None, Doc('which FFNs go, e.g. "last:2", "4-7", "4,5,9", "encoder:last:2".')] = None
+    window: Annotated[
+        int | None, Doc("those of so many adjacent layers go; the best window is searched for.", at_least=1)
+    ] = None
+    score: Annotated[
+        Score | None,
+        Doc(
+            "what tells the best window: None, how little the FFNs add relative to what enters their "
+            "layers, or a function of the model without them that gives a number, higher is better, "
+            "or a task's metric."
+        ),
+    ] = None
 
     name: ClassVar[str] = "ffn-drop"
     summary: ClassVar[str] = "drop the FFNs of some layers (baseline)"
     paper: ClassVar[str] = "arXiv 2501.06126"
 
-    @property
-    def needs_data(self) -> bool:
-        """Whether the FFNs' share is measured."""
-        return self.window is not None and self.score is None
+    def edits(self, model: nn.Module, groups: Groups) -> list[Edit]:
+        return _silent(model, groups)
 
-    def settings(self) -> dict[str, Any]:
-        return _settings(self)
-
-    def targets(self, model: nn.Module) -> list[Groups]:
-        """The groups of FFNs to choose among. Raises FfnkitError where the settings do not fit the model."""
-        return _candidates(self, model)
-
-    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
-        return _draft(self, model, data, _silent, _added)
-
-
-def _settings(method: LayerDrop | FfnDrop) -> dict[str, Any]:
-    own = dataclasses.asdict(dataclasses.replace(method, score=None))
-    own["score"] = score_name(method.score)
-    return own
-
-
-def _candidates(method: LayerDrop | FfnDrop, model: nn.Module) -> list[Groups]:
-    if (method.layers is None) == (method.window is None):
-        given = "neither" if method.layers is None else "both"
-        raise FfnkitError(f"{method.name}", f"{given} of layers and window given", "Give layers='4-7' or window=4")
-    found = ffns(model)
-    if method.layers is not None:
-        return [series(select(found, method.layers))]
-    check_counts(method, window=1)
-    rows = [one for one in series(found) if len(one) > 1]
-    return windows(rows, [method.window or 1] * len(rows))
-
-
-def _draft(
-    method: LayerDrop | FfnDrop,
-    model: nn.Module,
-    data: Iterable[Batch] | None,
-    edits: Callable[[nn.Module, Groups], list[Edit]],
-    worth: Callable[[list[Passage]], tuple[float, float]],
-) -> Draft:
-    started = time.perf_counter()
-    choices = _candidates(method, model)
-    scores: list[float] = []
-    if len(choices) > 1 and method.score is None:
-        scores = _proxies(model, need_data(data, method.name), choices, worth)
-    places = {id(groups): number for number, groups in enumerate(choices)}
-    chosen, tried = best(
-        model, choices, method.score, lambda groups: edits(model, groups), lambda groups: scores[places[id(groups)]]
-    )
-    report: dict[str, Any] = {"groups": [[ffn.name for ffn in group] for group in chosen]}
-    if tried:
-        report["search"] = tried
-    return Draft(tuple(edits(model, chosen)), {}, report | {"seconds": time.perf_counter() - started})
+    def worth(self, window: list[Passage]) -> tuple[float, float]:
+        return _added(window)
 
 
 def _gone(model: nn.Module, groups: Groups) -> list[Edit]:

@@ -6,26 +6,21 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ffnkit.edits import Edit, Mask
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.common import Batch, check_choices, check_counts, generator, need_data
+from ffnkit.methods.common import Batch, generator, need_data
 from ffnkit.methods.drop.weights import Prunable, column_norms, prunable
 from ffnkit.ops.masks import lowest, lowest_of_groups, lowest_of_rows, read_pattern
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc, check
 
 Mode = Literal["ABS", "AB", "WABS", "WAB", "NABS", "NAB", "W", "random"]
-MODES = ("ABS", "AB", "WABS", "WAB", "NABS", "NAB", "W", "random")
 OF_UPDATE = ("ABS", "AB", "NABS", "NAB")  # modes that see the update alone
-CHOICES = {
-    "by": ("magnitude", "wanda", "random"),
-    "mode": MODES,
-    "scope": ("auto", "global", "layer", "row"),
-}
 Pool = list[tuple[int, Prunable]]
 
 
@@ -38,19 +33,6 @@ class Prune:
     Task heads, embeddings and routers are never pruned. Nothing gets smaller or faster by it: zeros are stored, and
     dense hardware multiplies them.
 
-    Attributes:
-        ratio: share of zeros among weights without an update.
-        adapted_ratio: share of zeros among weights that carry an update; none: as ratio.
-        by: weights without an update go by magnitude, by "wanda" (magnitude times the norm of the input, on data), or
-            at random.
-        mode: weights that carry an update D go by ABS |D|, AB D, WABS |W + D|, WAB W + D, W |W|, or at random, the
-            lowest first; NABS and NAB the highest |D| and D first.
-        scope: scores are compared in the whole pool ("global"), in each matrix ("layer") or in each row of it ("row",
-            the weights of one output); auto: row with wanda, global otherwise.
-        pattern: "2:4", "4:8", ...: of each M weights that follow each other along the input N stay; sets the ratios.
-        sites: "ffn", "attention", "qv", "all", or a regular expression over module names. layers: of which FFNs.
-        seed: of random choices.
-
     Source: DSEE (arXiv 2111.00160), stage 2 and its released code; Wanda (arXiv 2306.11695), equation 1; Han et al.
         (arXiv 1506.02626). N:M as in Zhou et al. (arXiv 2102.04010).
     Differs: WABS scales the whole update, not its sparse part alone; NAB is taken as the reverse order of D; RoBERTa's
@@ -58,15 +40,39 @@ class Prune:
         earlier layers are pruned. With wanda the modes' scores are multiplied by the input's norm too.
     """
 
-    ratio: float = 0.5
-    adapted_ratio: float | None = None
-    by: Literal["magnitude", "wanda", "random"] = "magnitude"
-    mode: Mode = "ABS"
-    scope: Literal["auto", "global", "layer", "row"] = "auto"
-    pattern: str | None = None
-    sites: str = "all"
-    layers: str = "all"
-    seed: int = 0
+    ratio: Annotated[float, Doc("share of zeros among weights without an update.", at_least=0, below=1)] = 0.5
+    adapted_ratio: Annotated[
+        float | None,
+        Doc("share of zeros among weights that carry an update; none: as ratio.", at_least=0, below=1, example=0.5),
+    ] = None
+    by: Annotated[
+        Literal["magnitude", "wanda", "random"],
+        Doc(
+            'weights without an update go by magnitude, by "wanda" (magnitude times the norm of the '
+            "input, on data), or at random."
+        ),
+    ] = "magnitude"
+    mode: Annotated[
+        Mode,
+        Doc(
+            "weights that carry an update D go by ABS |D|, AB D, WABS |W + D|, WAB W + D, W |W|, or "
+            "at random, the lowest first; NABS and NAB the highest |D| and D first."
+        ),
+    ] = "ABS"
+    scope: Annotated[
+        Literal["auto", "global", "layer", "row"],
+        Doc(
+            'scores are compared in the whole pool ("global"), in each matrix ("layer") or in each '
+            'row of it ("row", the weights of one output); auto: row with wanda, global otherwise.'
+        ),
+    ] = "auto"
+    pattern: Annotated[
+        str | None,
+        Doc('"2:4", "4:8", ...: of each M weights that follow each other along the input N stay; sets the ratios.'),
+    ] = None
+    sites: Annotated[str, Doc('"ffn", "attention", "qv", "all", or a regular expression over module names.')] = "all"
+    layers: Annotated[str, Doc("of which layers FFNs are taken.")] = "all"
+    seed: Annotated[int, Doc("of random choices.", at_least=0)] = 0
 
     name: ClassVar[str] = "prune"
     summary: ClassVar[str] = "set single weights of any linears to zero, by a mask that stays; saves no time"
@@ -86,14 +92,7 @@ class Prune:
 
     def check(self) -> None:
         """Raises FfnkitError on settings out of range."""
-        check_counts(self, seed=0)
-        check_choices(self, **CHOICES)
-        for key in ("ratio", "adapted_ratio"):
-            value = getattr(self, key)
-            if key == "adapted_ratio" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-                raise FfnkitError(f"{key} {value!r}", "not from 0 up to below 1", f"Give a share such as {key}=0.5")
+        check(self)
         if self.pattern is not None:
             kept, size = read_pattern(self.pattern)
             given = {self.ratio, self.ratio if self.adapted_ratio is None else self.adapted_ratio}

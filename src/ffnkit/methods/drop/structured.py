@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -13,17 +13,17 @@ from ffnkit.edits import Edit, SelectNeurons
 from ffnkit.edits.heads import check_separable
 from ffnkit.edits.slicing import check_cuttable
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.common import Batch, check_choices, check_counts, generator, largest, need_data
-from ffnkit.methods.drop.heads import head_activity, head_scores, removal
-from ffnkit.methods.drop.units import NEURON_SCORES, Units, cheapest_counts, neuron_scores, uniform_counts
+from ffnkit.methods.common import Batch, Layers, generator, largest, need_data
+from ffnkit.methods.drop.heads import By, head_activity, head_scores, removal
+from ffnkit.methods.drop.units import Units, cheapest_counts, neuron_scores, uniform_counts
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns as find_ffns
 from ffnkit.model.inspect import body_flops, neuron_flops, unit_flops
 from ffnkit.model.targets import select
 from ffnkit.plans import Draft, Progress, check_weights
+from ffnkit.settings import Doc, check
 
-By = Literal["weight", "update", "both", "activation", "coefficients", "random"]
 WIDE, COARSE, FINE = 1024, 64, 8  # from how many neurons on a budget takes them by how many
 
 
@@ -34,38 +34,56 @@ class StructuredPruning:
     Where several heads share a key and a value, whole groups go. An FFN or attention whose weights carry updates (DSEE,
     SparseGrad) loses the same rows and columns of them, and they train on.
 
-    Attributes:
-        heads, neurons: what goes of each attention and of each FFN: a float is a share, an int counts; 0 leaves that
-            kind whole.
-        by: what scores them. "weight": the sum of |W| over a head's rows of query and value, over a neuron's rows of up
-            and gate and its column of down; "update": of |update|, where they carry one; "both": of |W + update|;
-            "activation": the rms of what it gives on data times the norm of the weights behind it; "coefficients": |c|,
-            learnt with the tuners' setting of that name; "random".
-        neurons_by: another score for neurons; none: as by.
-        flops: a target, of the FLOPs a token of the body's linears (as inspect counts them, without heads, poolers and
-            output embeddings): 0.75 leaves at most three quarters. heads and neurons say then in what proportion the
-            two shares stand (0: that kind stays whole).
-        spread: "uniform": one share for all layers; "budget": all layers share one budget, the same FLOPs as with
-            equal shares, or flops: what goes has the least sum of scores, each relative to its own layer's.
-        layers: which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".
-        multiple: neurons that stay are a multiple of it; none: 1, and with a budget 64 (8 below 1024 neurons).
-        seed: of random scores.
-
     Source: DSEE (arXiv 2111.00160), structured pruning; Molchanov et al. (arXiv 1611.06440), section 2.2: scores are
         made comparable by each layer's own.
     Differs: a layer's scores are divided by their mean, not by their l2 norm, which depends on how many there are: a
         head and a neuron of average score cost the same a FLOP. Coefficients all start at 1, and stay as they are.
     """
 
-    heads: int | float = 0.25
-    neurons: int | float = 0.25
-    by: By = "weight"
-    neurons_by: By | None = None
-    flops: float | None = None
-    spread: Literal["uniform", "budget"] = "uniform"
-    layers: str = "all"
-    multiple: int | None = None
-    seed: int = 0
+    heads: Annotated[
+        int | float, Doc("what goes of each attention: a float is a share, an int counts; 0 leaves heads whole.")
+    ] = 0.25
+    neurons: Annotated[
+        int | float, Doc("what goes of each FFN: a float is a share, an int counts; 0 leaves neurons whole.")
+    ] = 0.25
+    by: Annotated[
+        By,
+        Doc(
+            'what scores them. "weight": the sum of |W| over a head\'s rows of query and value, over a'
+            ' neuron\'s rows of up and gate and its column of down; "update": of |update|, where they '
+            'carry one; "both": of |W + update|; "activation": the rms of what it gives on data times'
+            ' the norm of the weights behind it; "coefficients": |c|, learnt with the tuners\' setting'
+            ' of that name; "random".'
+        ),
+    ] = "weight"
+    neurons_by: Annotated[By | None, Doc("another score for neurons; none: as by.")] = None
+    flops: Annotated[
+        float | None,
+        Doc(
+            "a target, of the FLOPs a token of the body's linears (as inspect counts them, without "
+            "heads, poolers and output embeddings): 0.75 leaves at most three quarters. heads and "
+            "neurons say then in what proportion the two shares stand (0: that kind stays whole).",
+            above=0,
+            below=1,
+            example=0.75,
+        ),
+    ] = None
+    spread: Annotated[
+        Literal["uniform", "budget"],
+        Doc(
+            '"uniform": one share for all layers; "budget": all layers share one budget, the same '
+            "FLOPs as with equal shares, or flops: what goes has the least sum of scores, each "
+            "relative to its own layer's."
+        ),
+    ] = "uniform"
+    layers: Layers = "all"
+    multiple: Annotated[
+        int | None,
+        Doc(
+            "neurons that stay are a multiple of it; none: 1, and with a budget 64 (8 below 1024 neurons).", at_least=1
+        ),
+    ] = None
+    seed: Annotated[int, Doc("of random scores.", at_least=0)] = 0
 
     name: ClassVar[str] = "structured"
     summary: ClassVar[str] = "remove attention heads and neurons by scores, to shares or to a budget of FLOPs"
@@ -85,20 +103,11 @@ class StructuredPruning:
 
     def check(self) -> None:
         """Raises FfnkitError on settings out of range."""
-        check_counts(self, seed=0)
-        if self.multiple is not None:
-            check_counts(self, multiple=1)
-        check_choices(self, by=NEURON_SCORES, spread=("uniform", "budget"))
-        if self.neurons_by is not None:
-            check_choices(self, neurons_by=NEURON_SCORES)
+        check(self)
         for key in ("heads", "neurons"):
             _check_amount(key, getattr(self, key), whole=self.flops is None)
         if not self.heads and not self.neurons:
             raise FfnkitError("heads 0 and neurons 0", "nothing would go", "Give a share of one of them")
-        if self.flops is not None and (
-            isinstance(self.flops, bool) or not isinstance(self.flops, int | float) or not 0 < self.flops < 1
-        ):
-            raise FfnkitError(f"flops {self.flops!r}", "no share between 0 and 1", "Give one such as flops=0.75")
 
     def targets(self, model: nn.Module) -> list[Attention | FFN]:
         """The attentions and FFNs that lose something. Raises FfnkitError where the settings do not fit the model."""

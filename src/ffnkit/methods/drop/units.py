@@ -19,7 +19,6 @@ from ffnkit.nn.coefficients import carries_update
 from ffnkit.ops.knapsack import cheapest
 
 MOST = 1e6  # times the shares that are asked for: nothing more can go then
-NEURON_SCORES = ("weight", "update", "both", "activation", "coefficients", "random")
 
 
 @dataclass(frozen=True, eq=False)

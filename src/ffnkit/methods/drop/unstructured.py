@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ffnkit.edits import Edit, Mask
-from ffnkit.methods.common import Batch, Narrowing, each
+from ffnkit.methods.common import Batch, Narrowing, Width, each
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,16 @@ class Unstructured(Narrowing):
     The zeros stay zero while tuning. Memory, disk and time do not shrink: dense hardware multiplies zeros too. It is
     a baseline for quality at an equal number of weights.
 
-    Attributes:
-        width: the narrower FFN whose number of weights is left: an int counts neurons, a float is a share, which is
-            the density; or one by FFN's name.
-        layers: which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".
-
     Source: MLP Fusion (arXiv 2307.08941), the baseline of unstructured pruning; Han et al. (arXiv 1506.02626).
     """
+
+    width: Annotated[
+        Width,
+        Doc(
+            "the narrower FFN whose number of weights is left: an int counts neurons, a float is a "
+            "share, which is the density; or one by FFN's name."
+        ),
+    ]
 
     name: ClassVar[str] = "unstructured"
     summary: ClassVar[str] = "keep the largest single weights by a mask; saves no time (baseline)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from ffnkit.ops.moments import Moments
 from ffnkit.ops.neurons import Neurons, concatenate
 from ffnkit.ops.subset import choose, refit
 from ffnkit.plans import Draft, Progress, check_weights
+from ffnkit.settings import Doc
 
 ROWS = 1024  # tokens that pass through an FFN at a time
 
@@ -38,37 +39,29 @@ class CalibratedFusion(Narrowing):
     4. a fixed factor p = sum_i |h_i| / sum_S |h_i| stands in front of D, apart from it (D / p is stored), so that
        under Adam the narrow output layer moves the output as far as the wide one did (its NTK).
 
-    Attributes:
-        width: neurons left in each FFN: an int counts them, a float is a share (1.0 = all); or one by FFN's name.
-        layers: which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".
-        sequential: calibrate each layer on what the compressed layers before it give, else on the model as it was.
-        refine: regression steps; 0 leaves the chosen neurons' own weights as they are.
-        ridge: of selection and refit, relative to the mean square of the activations.
-        tokens: at most so many tokens a layer are held for the regression; the statistics use all.
-        seed: of the regression's batches.
-
     Source: ours. The selection is simultaneous orthogonal matching pursuit (Tropp et al. 2006); least-squares
         correction after pruning: Frantar and Alistarh, OBC (arXiv 2208.11580); the kernel that p keeps: MLP Fusion
         (arXiv 2307.08941).
     """
 
-    sequential: bool = False
-    refine: int = 100
-    ridge: float = 1e-2
-    tokens: int = 16384
-    seed: int = 0
+    sequential: Annotated[
+        bool, Doc("calibrate each layer on what the compressed layers before it give, else on the model as it was.")
+    ] = False
+    refine: Annotated[
+        int, Doc("regression steps; 0 leaves the chosen neurons' own weights as they are.", at_least=0)
+    ] = 100
+    ridge: Annotated[
+        float, Doc("of selection and refit, relative to the mean square of the activations.", at_least=0)
+    ] = 1e-2
+    tokens: Annotated[
+        int, Doc("at most so many tokens a layer are held for the regression; the statistics use all.", at_least=1)
+    ] = 16384
+    seed: Annotated[int, Doc("of the regression's batches.", at_least=0)] = 0
 
     name: ClassVar[str] = "calibrated-fusion"
     summary: ClassVar[str] = "keep the neurons that data need and refit the output layer: data-aware fusion"
     paper: ClassVar[str] = ""
     needs_data: ClassVar[bool] = True
-    least: ClassVar[dict[str, int]] = {"seed": 0, "refine": 0, "tokens": 1}
-
-    def targets(self, model: nn.Module) -> list[tuple[FFN, int]]:
-        """The FFNs to narrow and their new widths. Raises FfnkitError where layers or settings do not fit."""
-        if not isinstance(self.ridge, int | float) or not self.ridge >= 0:
-            raise FfnkitError(f"ridge {self.ridge!r}", "not a number of at least 0", "Give ridge=0.01")
-        return super().targets(model)
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         batches = need_data(data, self.name)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import nn
 
 from ffnkit.methods.common import Batch, Narrowing, clusterings
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc
 
 
 @dataclass(frozen=True)
@@ -19,24 +20,17 @@ class Clustering(Narrowing):
     ``y = down P^(1/2) act(P^(1/2) (up x + up_bias)) + down_bias``. With ReLU this equals MLP Fusion and its kernel
     under SGD; with other activations it is another function.
 
-    Attributes:
-        width: neurons left in each FFN: an int counts them, a float is a share (1.0 = all); or one by FFN's name.
-        layers: which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".
-        seed: of the k-means starts.
-        restarts: k-means starts; the best is kept.
-
     Source: MLP Fusion (arXiv 2307.08941), the baseline "Clustering".
     Differs: the paper has no gated FFNs; there the root stands on up and down and the gate is the plain mean, which
         keeps the function of MLP Fusion exactly.
     """
 
-    seed: int = 0
-    restarts: int = 10
+    seed: Annotated[int, Doc("of the k-means starts.", at_least=0)] = 0
+    restarts: Annotated[int, Doc("k-means starts; the best is kept.", at_least=1)] = 10
 
     name: ClassVar[str] = "clustering"
     summary: ClassVar[str] = "cluster neurons, the root of the cluster sizes on both sides (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
-    least: ClassVar[dict[str, int]] = {"seed": 0, "restarts": 1}
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         found = self.targets(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from ffnkit.edits import Edit, ScaleInputs
 from ffnkit.methods.common import Batch, Narrowing, clusterings
 from ffnkit.ops.neurons import cluster_sizes
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc
 
 
 @dataclass(frozen=True)
@@ -22,25 +23,20 @@ class Fusion(Narrowing):
     a fixed factor that stays apart while tuning, so that under Adam a centroid moves the output as its members would
     have; ``fold`` multiplies it into down exactly.
 
-    Attributes:
-        width: neurons left in each FFN: an int counts them, a float is a share (1.0 = all); or one by FFN's name.
-        layers: which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".
-        seed: of the k-means starts.
-        restarts: k-means starts; the best is kept. The paper takes 30; further starts cost little here.
-
     Source: Wei, Guo, Chen, He, "NTK-approximating MLP Fusion for Efficient Language Model Fine-tuning", ICML 2023,
         arXiv 2307.08941; each expert of a mixture on its own and routers untouched: its v3.
     Differs: gated neurons [gate; up; down] are brought to one scale and sign first (``ops.neurons.balance``), so that
         duplicates are found; the paper has no gated FFNs.
     """
 
-    seed: int = 0
-    restarts: int = 10
+    seed: Annotated[int, Doc("of the k-means starts.", at_least=0)] = 0
+    restarts: Annotated[
+        int, Doc("k-means starts; the best is kept. The paper takes 30; further starts cost little here.", at_least=1)
+    ] = 10
 
     name: ClassVar[str] = "fusion"
     summary: ClassVar[str] = "cluster neurons into a narrower FFN that keeps the neural tangent kernel (MLP Fusion)"
     paper: ClassVar[str] = "arXiv 2307.08941"
-    least: ClassVar[dict[str, int]] = {"seed": 0, "restarts": 1}
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []

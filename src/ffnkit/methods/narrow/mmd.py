@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ffnkit.edits import Edit, ReplaceNeurons
-from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, each, generator, lifted, singles
-from ffnkit.model.ffn import FFN
 from ffnkit.ops.local import forget
 from ffnkit.ops.neurons import Neurons, balance, concatenate
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc
 
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the kernels, times the mean squared distance
 AT_ONCE = 1024  # rows that are compared with all points at a time
@@ -30,32 +29,18 @@ class Mmd(Narrowing):
     exp(-||a - b||^2 / bw_i), bw_i = the mean of the squared distances times 2^(i-2), i = 0..4. Afterwards up, up_bias
     and down are multiplied by (ff / c)^(1/2); the output bias stays.
 
-    Attributes:
-        width: neurons left in each FFN: an int counts them, a float is a share (1.0 = all); or one by FFN's name.
-        layers: which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".
-        steps: of AdamW.
-        learning_rate: of AdamW.
-        seed: of the neurons that the points start from.
-
     Source: MLP Fusion (arXiv 2307.08941), the baseline "MMD"; Gretton et al. 2012, eq. 5.
     Differs: the released code multiplies the output bias too. With a gate the neuron is [gate, up, down] in a
         canonical scale, and the root stands on up and down.
     """
 
-    steps: int = 100
-    learning_rate: float = 1e-2
-    seed: int = 0
+    steps: Annotated[int, Doc("of AdamW.", at_least=0)] = 100
+    learning_rate: Annotated[float, Doc("of AdamW.", above=0)] = 1e-2
+    seed: Annotated[int, Doc("of the neurons that the points start from.", at_least=0)] = 0
 
     name: ClassVar[str] = "mmd"
     summary: ClassVar[str] = "points whose distribution matches the neurons' (maximum mean discrepancy, baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
-    least: ClassVar[dict[str, int]] = {"seed": 0, "steps": 0}
-
-    def targets(self, model: nn.Module) -> list[tuple[FFN, int]]:
-        """The FFNs to narrow and their new widths. Raises FfnkitError where layers or settings do not fit."""
-        if not self.learning_rate > 0:
-            raise FfnkitError(f"learning_rate {self.learning_rate!r}", "not above 0", "Give a positive number")
-        return super().targets(model)
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []

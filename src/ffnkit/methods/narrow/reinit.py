@@ -4,45 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ffnkit.edits import Edit, ReplaceNeurons
-from ffnkit.errors import FfnkitError
-from ffnkit.methods.common import Batch, Narrowing, each, generator
-from ffnkit.model.ffn import FFN
+from ffnkit.methods.common import Batch, Narrowing, Width, each, generator
 from ffnkit.ops.neurons import Neurons
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc
 
 
 @dataclass(frozen=True)
 class Reinit(Narrowing):
     """Replace each FFN by one of the given width with random weights, N(0, std^2), and zero biases.
 
-    Attributes:
-        width: neurons of the new FFNs: an int counts them, a float is a share (1.0 = all); or one by FFN's name.
-        layers: which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".
-        std: of the weights; null takes the model's own initializer_range, 0.02 where it has none.
-        seed: of the draw.
-
     Source: the baseline of MLP Fusion (arXiv 2307.08941) with FFNs that are trained from scratch.
     """
 
-    std: float | None = None
-    seed: int = 0
+    width: Annotated[
+        Width, Doc("neurons of the new FFNs: an int counts them, a float is a share (1.0 = all); or one by FFN's name.")
+    ]
+
+    std: Annotated[
+        float | None,
+        Doc(
+            "of the weights; null takes the model's own initializer_range, 0.02 where it has none.",
+            above=0,
+            example=0.02,
+        ),
+    ] = None
+    seed: Annotated[int, Doc("of the draw.", at_least=0)] = 0
 
     name: ClassVar[str] = "reinit"
     summary: ClassVar[str] = "narrow FFNs with random weights (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
-    least: ClassVar[dict[str, int]] = {"seed": 0}
-
-    def targets(self, model: nn.Module) -> list[tuple[FFN, int]]:
-        """The FFNs to replace and their new widths. Raises FfnkitError where layers, width or std do not fit."""
-        if self.std is not None and not self.std > 0:
-            raise FfnkitError(f"std {self.std!r}", "not above 0", "Give a positive number, or leave it out")
-        return super().targets(model)
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         config = getattr(model, "config", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,26 +13,21 @@ from ffnkit.edits import Edit, SelectNeurons
 from ffnkit.methods.common import Batch, Narrowing, activity, each, generator, largest, lifted, need_data, norms
 from ffnkit.model.ffn import FFN
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc
 
 
 @dataclass(frozen=True)
 class Random(Narrowing):
     """Keep neurons drawn at random.
 
-    Attributes:
-        width: neurons left in each FFN: an int counts them, a float is a share (1.0 = all); or one by FFN's name.
-        layers: which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".
-        seed: of the draw; each FFN and each expert draws its own.
-
     Source: MLP Fusion (arXiv 2307.08941), the baseline of random sampling.
     """
 
-    seed: int = 0
+    seed: Annotated[int, Doc("of the draw; each FFN and each expert draws its own.", at_least=0)] = 0
 
     name: ClassVar[str] = "random"
     summary: ClassVar[str] = "keep random neurons (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
-    least: ClassVar[dict[str, int]] = {"seed": 0}
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
@@ -49,10 +44,6 @@ class Magnitude(Narrowing):
     """Keep the neurons with the largest weights: ||up_i|| ||down_i||, with a gate times ||gate_i||.
 
     A neuron goes whole: its row of up and gate, its biases and its column of down.
-
-    Attributes:
-        width: neurons left in each FFN: an int counts them, a float is a share (1.0 = all); or one by FFN's name.
-        layers: which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".
 
     Source: MLP Fusion (arXiv 2307.08941), the baseline of structured pruning.
     Differs: the released code ranks rows of W1 and columns of W2 apart, so that kept halves belong to different
@@ -74,10 +65,6 @@ class Magnitude(Narrowing):
 @dataclass(frozen=True)
 class Importance(Narrowing):
     """Keep the neurons that add most to the output on data: rms(h_i) ||down_i||.
-
-    Attributes:
-        width: neurons left in each FFN: an int counts them, a float is a share (1.0 = all); or one by FFN's name.
-        layers: which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".
 
     Source: Molchanov et al., "Importance Estimation for Neural Network Pruning" (arXiv 1906.10771), and Minitron
         (arXiv 2407.14679) rank neurons by their activation; times the norm of their output weights it is the rms of

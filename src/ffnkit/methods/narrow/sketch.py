@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ffnkit.methods.common import Batch, Narrowing, each, generator, largest, li
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons, concatenate
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc
 
 
 @dataclass(frozen=True)
@@ -24,24 +25,23 @@ class Sketch(Narrowing):
     The activation is applied to the sketched pre-activations, so this is a coarse stand-in: it keeps the linear part
     of the FFN in expectation only.
 
-    Attributes:
-        width: neurons left in each FFN: an int counts them, a float is a share (1.0 = all); or one by FFN's name.
-        layers: which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".
-        keep: how many of them are the neurons with the largest ||up|| ||down||, as they are; the others are sketched.
-            The paper's variant keeps 256 of 768. An int counts, a float is a share of the new width.
-        seed: of the random directions.
-
     Source: MLP Fusion (arXiv 2307.08941), the baseline "Sketch".
     Differs: gated FFNs use one S for gate and up; the paper has none.
     """
 
-    keep: int | float = 0
-    seed: int = 0
+    keep: Annotated[
+        int | float,
+        Doc(
+            "how many of them are the neurons with the largest ||up|| ||down||, as they are; the "
+            "others are sketched. The paper's variant keeps 256 of 768. An int counts, a float is a "
+            "share of the new width."
+        ),
+    ] = 0
+    seed: Annotated[int, Doc("of the random directions.", at_least=0)] = 0
 
     name: ClassVar[str] = "sketch"
     summary: ClassVar[str] = "random combinations of neurons, the largest ones kept if wanted (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
-    least: ClassVar[dict[str, int]] = {"seed": 0}
 
     def targets(self, model: nn.Module) -> list[tuple[FFN, int]]:
         """The FFNs to narrow and their new widths. Raises FfnkitError where layers, width or keep do not fit."""

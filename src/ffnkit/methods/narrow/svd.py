@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ffnkit.edits import Edit, FactorLinear
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.common import Batch, Narrowing, each
+from ffnkit.methods.common import Batch, Narrowing, Width, each
 from ffnkit.model.ffn import FFN
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,16 @@ class Svd(Narrowing):
     narrower FFN would have. Biases and hidden width stay. The two thin matrices train; folding multiplies them out,
     and a standard checkpoint is dense again.
 
-    Attributes:
-        width: the narrower FFN whose parameters it may have: an int counts neurons, a float is a share; or one by
-            FFN's name. 1.0 leaves an FFN as it is.
-        layers: which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".
-
     Source: MLP Fusion (arXiv 2307.08941), the baseline "SVD"; Eckart and Young 1936.
     """
+
+    width: Annotated[
+        Width,
+        Doc(
+            "the narrower FFN whose parameters it may have: an int counts neurons, a float is a "
+            "share; or one by FFN's name. 1.0 leaves an FFN as it is."
+        ),
+    ]
 
     name: ClassVar[str] = "svd"
     summary: ClassVar[str] = "each matrix as a product of two thin ones, rank from the budget (baseline)"

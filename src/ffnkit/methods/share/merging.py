@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ffnkit.calibration.features import Features
 from ffnkit.edits import Edit, ReplaceNeurons, Tie
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.common import Batch, check_choices, check_counts, generator, lifted, need_data
+from ffnkit.methods.common import Batch, generator, lifted, need_data
 from ffnkit.methods.share.refitting import corrected
 from ffnkit.methods.share.windows import Score, best, score_name, series, windows
 from ffnkit.model.ffn import FFN
@@ -23,6 +23,7 @@ from ffnkit.model.finding import ffns
 from ffnkit.model.targets import select
 from ffnkit.ops.matching import Spread, assign, correlation, matched, spread
 from ffnkit.plans import Draft, Progress, check_weights
+from ffnkit.settings import Doc, check
 
 Group = str | Sequence[int]
 Pair = tuple[Tensor, float]
@@ -35,45 +36,59 @@ class Merging:
     One of ``layers``, ``groups``, ``window``, ``keep`` and ``remove`` says which. In models of two stacks each stack
     has groups of its own, of the same layer numbers.
 
-    Attributes:
-        layers: one group, e.g. "4-7" or "all".
-        groups: several groups, each a layer expression or a list of layer numbers, e.g. ["0-3", [4, 6, 7]];
-            "similar" lets the features choose groups, adjacent or not, ``keep`` of them in each stack.
-        window: so many adjacent layers; the best window is searched for.
-        keep: FFNs left in each stack, which says how long the window is.
-        remove: the least share of each stack's FFNs to save, which says it too.
-        anchor: the FFN whose order of neurons the others take: "first", "middle" or "last" of its group.
-        features: what is compared: "up" (the outputs of up; before the activation where there is no gate), "gate",
-            "hidden" (what down receives), or "sum" of their correlations.
-        match: whether neurons are matched; False takes them in the order in which they lie ("vanilla").
-        take: "mean" of the group, the "anchor" as it is, or "random" weights.
-        correct: "output" refits the shared output layer to all of the group by least squares.
-        score: what tells the best window: None, the mean correlation of the matched neurons; or a function of the
-            model with the window merged that gives a number, higher is better; or, where a task is at hand, the name
-            of its metric.
-        tokens: rows of features that are compared.
-        ridge: of the correction, relative to the mean square of the hidden activations.
-        seed: of random weights.
-
     Source: Verma, Murray, Duh: Merging feed-forward sublayers (arXiv 2501.06126).
     Differs: every window is searched, the last one too; padding does not count; the anchor counts once; each stack
         has its own count of tokens.
     """
 
-    layers: str | None = None
-    groups: Literal["similar"] | Sequence[Group] | None = None
-    window: int | None = None
-    keep: int | None = None
-    remove: float | None = None
-    anchor: Literal["first", "middle", "last"] = "first"
-    features: Literal["up", "gate", "hidden", "sum"] = "up"
-    match: bool = True
-    take: Literal["mean", "anchor", "random"] = "mean"
-    correct: Literal["none", "output"] = "none"
-    score: Score | None = None
-    tokens: int = 10000
-    ridge: float = 1e-2
-    seed: int = 0
+    layers: Annotated[str | None, Doc('one group, e.g. "4-7" or "all".')] = None
+    groups: Annotated[
+        Literal["similar"] | Sequence[Group] | None,
+        Doc(
+            'several groups, each a layer expression or a list of layer numbers, e.g. ["0-3", [4, 6, '
+            '7]]; "similar" lets the features choose groups, adjacent or not, ``keep`` of them in '
+            "each stack."
+        ),
+    ] = None
+    window: Annotated[int | None, Doc("so many adjacent layers; the best window is searched for.", at_least=2)] = None
+    keep: Annotated[int | None, Doc("FFNs left in each stack, which says how long the window is.", at_least=1)] = None
+    remove: Annotated[
+        float | None,
+        Doc("the least share of each stack's FFNs to save, which says it too.", above=0, below=1, example=0.5),
+    ] = None
+    anchor: Annotated[
+        Literal["first", "middle", "last"],
+        Doc('the FFN whose order of neurons the others take: "first", "middle" or "last" of its group.'),
+    ] = "first"
+    features: Annotated[
+        Literal["up", "gate", "hidden", "sum"],
+        Doc(
+            'what is compared: "up" (the outputs of up; before the activation where there is no '
+            'gate), "gate", "hidden" (what down receives), or "sum" of their correlations.'
+        ),
+    ] = "up"
+    match: Annotated[
+        bool, Doc('whether neurons are matched; False takes them in the order in which they lie ("vanilla").')
+    ] = True
+    take: Annotated[
+        Literal["mean", "anchor", "random"], Doc('"mean" of the group, the "anchor" as it is, or "random" weights.')
+    ] = "mean"
+    correct: Annotated[
+        Literal["none", "output"], Doc('"output" refits the shared output layer to all of the group by least squares.')
+    ] = "none"
+    score: Annotated[
+        Score | None,
+        Doc(
+            "what tells the best window: None, the mean correlation of the matched neurons; or a "
+            "function of the model with the window merged that gives a number, higher is better; or, "
+            "where a task is at hand, the name of its metric."
+        ),
+    ] = None
+    tokens: Annotated[int, Doc("rows of features that are compared.", at_least=4)] = 10000
+    ridge: Annotated[
+        float, Doc("of the correction, relative to the mean square of the hidden activations.", at_least=0)
+    ] = 1e-2
+    seed: Annotated[int, Doc("of random weights.", at_least=0)] = 0
 
     name: ClassVar[str] = "merging"
     summary: ClassVar[str] = "let several layers share one FFN, the mean of theirs with matched neurons"
@@ -101,7 +116,7 @@ class Merging:
 
     def check(self) -> None:
         """Raises FfnkitError on settings that contradict each other or lie out of range."""
-        check_counts(self, tokens=4, seed=0)
+        check(self)
         given = [k for k in ("layers", "groups", "window", "keep", "remove") if getattr(self, k) is not None]
         wanted = "layers='4-7', groups=['0-3', [5, 7]], window=4, keep=3 or remove=0.5"
         if self.groups == "similar":
@@ -109,21 +124,6 @@ class Merging:
                 raise FfnkitError("groups='similar'", f"given are {', '.join(given)}", "Give keep= with it, no other")
         elif len(given) != 1:
             raise FfnkitError("merging", f"{', '.join(given) or 'nothing'} says which layers", f"Give one: {wanted}")
-        check_choices(
-            self,
-            anchor=("first", "middle", "last"),
-            features=("up", "gate", "hidden", "sum"),
-            take=("mean", "anchor", "random"),
-            correct=("none", "output"),
-        )
-        if self.window is not None and (not isinstance(self.window, int) or self.window < 2):
-            raise FfnkitError(f"window {self.window!r}", "fewer than two layers", "Give window=2 or more")
-        if self.keep is not None and (not isinstance(self.keep, int) or self.keep < 1):
-            raise FfnkitError(f"keep {self.keep!r}", "not a whole number of at least 1", "Give keep=1 or more")
-        if self.remove is not None and not 0 < self.remove < 1:
-            raise FfnkitError(f"remove {self.remove!r}", "not between 0 and 1", "Give a share such as remove=0.5")
-        if not isinstance(self.ridge, int | float) or not self.ridge >= 0:
-            raise FfnkitError(f"ridge {self.ridge!r}", "not a number of at least 0", "Give ridge=0.01")
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         self.check()

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +22,16 @@ from ffnkit.edits import Edit, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spool
 from ffnkit.io.peft_lora import Lora, read_lora
-from ffnkit.methods.common import Batch, check_choices, check_counts, check_parts, generator, need_data, plain_linears
+from ffnkit.methods.common import Batch, generator, need_data, plain_linears
 from ffnkit.model.targets import query_value
+from ffnkit.model.trainable import PARTS
 from ffnkit.nn.dsee import index_dtype
 from ffnkit.nn.quantized import float_weight, is_quantized_linear, quantized_features
 from ffnkit.ops import support
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc, check
 
 IN_MEMORY = 1 << 30  # bytes of summed squares while planning; more lie in files that are memory-mapped
-SUPPORTS = ("svd", "grebsmo", "gradient", "magnitude", "random")
 
 
 @dataclass(frozen=True)
@@ -39,36 +41,38 @@ class DSEE:
     W x becomes (W + alpha / rank (U V + S2)) x; U, V and the chosen entries of S2 train. After ``fk.apply`` any
     optimizer over ``fk.trainable_parameters(model)`` trains; ``fk.fold`` puts the update into the weights.
 
-    Attributes:
-        rank: of U V; 0 trains the entries alone. alpha: all of the update is scaled by alpha / rank (by alpha with
-            rank 0).
-        nonzeros: entries of S2, exactly so many a weight; 0 trains U V alone. share: so many of a weight's entries
-            instead.
-        sites: "qv" (query and value), "ffn", "attention", "all", or a regular expression over module names.
-        layers: of which layers query and value, and FFNs, are taken.
-        support: which entries: the largest of what a truncated SVD of this rank leaves of the weight ("svd"), of the
-            sparse part of its decomposition by "grebsmo", of its own ("magnitude"), of summed squares of its
-            "gradient" on batches with labels, or "random" ones.
-        lora: a folder with a peft LoRA adapter that U and V start from, with its ranks and scales.
-        batches: so many are read at most. also: parts of the model that train too: head, biases, norms, attention,
-            embeddings, rest. seed: of V, random entries and randomized decompositions.
-
     Source: DSEE (arXiv 2111.00160), section 3.2 and the released code: V normal of deviation 0.02, U and S2 zero.
     Differs: a linear that holds query, key and value has one U V over the rows of query and value, and the entries
         that each of the two would have alone.
     """
 
-    rank: int = 16
-    alpha: float = 32
-    nonzeros: int = 64
-    sites: str = "qv"
-    support: Literal["svd", "grebsmo", "gradient", "magnitude", "random"] = "svd"
-    share: float | None = None
-    layers: str = "all"
-    lora: str | None = None
-    batches: int = 30
-    also: Sequence[str] = ("head",)
-    seed: int = 0
+    rank: Annotated[int, Doc("of U V; 0 trains the entries alone.", at_least=0)] = 16
+    alpha: Annotated[float, Doc("all of the update is scaled by alpha / rank (by alpha with rank 0).", above=0)] = 32
+    nonzeros: Annotated[int, Doc("entries of S2, exactly so many a weight; 0 trains U V alone.", at_least=0)] = 64
+    sites: Annotated[
+        str, Doc('"qv" (query and value), "ffn", "attention", "all", or a regular expression over module names.')
+    ] = "qv"
+    support: Annotated[
+        Literal["svd", "grebsmo", "gradient", "magnitude", "random"],
+        Doc(
+            "which entries: the largest of what a truncated SVD of this rank leaves of the weight "
+            '("svd"), of the sparse part of its decomposition by "grebsmo", of its own ("magnitude"),'
+            ' of summed squares of its "gradient" on batches with labels, or "random" ones.'
+        ),
+    ] = "svd"
+    share: Annotated[
+        float | None, Doc("so many of a weight's entries instead of nonzeros.", above=0, at_most=1, example=0.001)
+    ] = None
+    layers: Annotated[str, Doc("of which layers query and value, and FFNs, are taken.")] = "all"
+    lora: Annotated[
+        str | Path | None, Doc("a folder with a peft LoRA adapter that U and V start from, with its ranks and scales.")
+    ] = None
+    batches: Annotated[int, Doc("so many are read at most.", at_least=1)] = 30
+    also: Annotated[
+        Sequence[str],
+        Doc("parts of the model that train too: head, biases, norms, attention, embeddings, rest.", choices=PARTS),
+    ] = ("head",)
+    seed: Annotated[int, Doc("of V, random entries and randomized decompositions.", at_least=0)] = 0
 
     name: ClassVar[str] = "dsee"
     summary: ClassVar[str] = "train a low-rank update and single entries of each weight"
@@ -85,16 +89,9 @@ class DSEE:
 
     def check(self) -> None:
         """Raises FfnkitError on settings out of range."""
-        check_counts(self, rank=0, nonzeros=0, batches=1, seed=0)
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not self.alpha > 0:
-            raise FfnkitError(f"alpha {self.alpha!r}", "not a number above 0", "Give one such as alpha=32")
-        share = self.share
-        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1):
-            raise FfnkitError(f"share {share!r}", "not above 0 and up to 1", "Give a share such as share=0.001")
-        check_choices(self, support=SUPPORTS)
-        if self.rank == 0 and self.nonzeros == 0 and share is None:
+        check(self)
+        if self.rank == 0 and self.nonzeros == 0 and self.share is None:
             raise FfnkitError("rank 0 and nonzeros 0", "nothing would train", "Give a rank or nonzeros")
-        check_parts(self.also)
 
     def targets(self, model: nn.Module) -> dict[str, nn.Module]:
         """The linears by name. Raises FfnkitError where the settings do not fit the model."""

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,17 @@ from ffnkit.calibration.gradients import Receive, weight_gradients
 from ffnkit.edits import Edit, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spool
-from ffnkit.methods.common import Batch, check_choices, check_counts, check_parts, generator, need_data, plain_linears
+from ffnkit.methods.common import Batch, generator, need_data, plain_linears
 from ffnkit.model.linear import features, own_weight
+from ffnkit.model.trainable import PARTS
 from ffnkit.nn.quantized import is_quantized_linear
 from ffnkit.ops.bases import Grams, Zeros, core_of, top_share, turned
 from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc, check
 
 IN_MEMORY = 1 << 30  # bytes of sums while planning; more lie in files that are memory-mapped
 ROOM = 4  # times as many entries has a core in which the choice may change
 REACH = 0.995  # of the gradients' energy: what the leading rows of a basis hold from which the core is taken
-CHOICES = {
-    "selection": ("fixed", "refresh", "step"),
-    "basis": ("shared", "layer", "none"),
-    "choose": ("gradient", "magnitude", "random"),
-    "by": ("layer", "all"),
-}
 
 
 @dataclass(frozen=True)
@@ -44,38 +40,51 @@ class SparseGrad:
     entries hold the most energy. Weights stay as they are below the update. After ``fk.apply`` any optimizer over
     ``fk.trainable_parameters(model)`` trains; ``fk.fold`` puts the update into the weights.
 
-    Attributes:
-        share: of each weight's entries that train. count: so many a weight instead.
-        selection: "fixed" chooses once; "refresh" anew after each ``every`` steps, the optimizer's state goes along;
-            "step" at each step, as in the paper, with numbers and moments for the whole core.
-        basis: one for all layers of a type ("shared"), one for each weight ("layer"), or "none": the weight's own.
-        core: entries of a weight are taken from a leading rectangle of the basis, the cheapest that keeps this share
-            of the energy that a free choice of as many entries has on the last quarter of the batches; 1.0 confines
-            nothing.
-        choose: entries by the energy of their gradient, by the "magnitude" of the weight, or at "random".
-        by: the count is one of each layer, or of "all" layers together.
-        sites: "ffn", "attention", "all", or a regular expression over module names. layers: of which FFNs.
-        batches: so many are read at most. every: steps between refreshes. also: parts of the model that train too:
-            head, biases, norms, attention, embeddings, rest. seed: of random choices.
-
     Source: SparseGrad (arXiv 2410.07383). MeProp's variant there is selection "step" with basis "none".
     Differs: entries are confined to a core; the input side's basis is not transposed; a fixed selection by summed
         squares.
     """
 
-    share: float = 0.01
-    count: int | None = None
-    selection: Literal["fixed", "refresh", "step"] = "fixed"
-    basis: Literal["shared", "layer", "none"] = "shared"
-    core: float = 0.97
-    choose: Literal["gradient", "magnitude", "random"] = "gradient"
-    by: Literal["layer", "all"] = "layer"
-    sites: str = "ffn"
-    layers: str = "all"
-    batches: int = 30
-    every: int = 100
-    also: Sequence[str] = ("head",)
-    seed: int = 0
+    share: Annotated[float, Doc("of each weight's entries that train.", above=0, at_most=1)] = 0.01
+    count: Annotated[int | None, Doc("so many entries of each weight instead.", at_least=1)] = None
+    selection: Annotated[
+        Literal["fixed", "refresh", "step"],
+        Doc(
+            '"fixed" chooses once; "refresh" anew after each ``every`` steps, the optimizer\'s state '
+            'goes along; "step" at each step, as in the paper, with numbers and moments for the whole'
+            " core."
+        ),
+    ] = "fixed"
+    basis: Annotated[
+        Literal["shared", "layer", "none"],
+        Doc('one for all layers of a type ("shared"), one for each weight ("layer"), or "none": the weight\'s own.'),
+    ] = "shared"
+    core: Annotated[
+        float,
+        Doc(
+            "entries of a weight are taken from a leading rectangle of the basis, the cheapest that "
+            "keeps this share of the energy that a free choice of as many entries has on the last "
+            "quarter of the batches; 1.0 confines nothing.",
+            above=0,
+            at_most=1,
+        ),
+    ] = 0.97
+    choose: Annotated[
+        Literal["gradient", "magnitude", "random"],
+        Doc('entries by the energy of their gradient, by the "magnitude" of the weight, or at "random".'),
+    ] = "gradient"
+    by: Annotated[Literal["layer", "all"], Doc('the count is one of each layer, or of "all" layers together.')] = (
+        "layer"
+    )
+    sites: Annotated[str, Doc('"ffn", "attention", "all", or a regular expression over module names.')] = "ffn"
+    layers: Annotated[str, Doc("of which layers FFNs are taken.")] = "all"
+    batches: Annotated[int, Doc("so many are read at most.", at_least=1)] = 30
+    every: Annotated[int, Doc("steps between refreshes.", at_least=1)] = 100
+    also: Annotated[
+        Sequence[str],
+        Doc("parts of the model that train too: head, biases, norms, attention, embeddings, rest.", choices=PARTS),
+    ] = ("head",)
+    seed: Annotated[int, Doc("of random choices.", at_least=0)] = 0
 
     name: ClassVar[str] = "sparsegrad"
     summary: ClassVar[str] = "train about 1% of the entries of each update, in a basis in which gradients are sparse"
@@ -91,15 +100,7 @@ class SparseGrad:
 
     def check(self) -> None:
         """Raises FfnkitError on settings out of range."""
-        check_counts(self, batches=1, every=1, seed=0)
-        check_choices(self, **CHOICES)
-        for key in ("share", "core"):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-                raise FfnkitError(f"{key} {value!r}", "not above 0 and up to 1", f"Give a share such as {key}=0.01")
-        if self.count is not None:
-            check_counts(self, count=1)
-        check_parts(self.also)
+        check(self)
 
     def targets(self, model: nn.Module) -> dict[str, nn.Module]:
         """The linears by name. Raises FfnkitError where the settings do not fit the model."""
