@@ -363,7 +363,7 @@ def test_ffns_tied_by_parameter_are_tuned_as_one(name: str, tuner: str, tmp_path
     expected = logits(trained(tuned))
     plain = fk.fold(tuned) if tuner == "sparsegrad" else tuners.finish(tuned)
     assert relative_error(logits(plain), expected) < 1e-5
-    one, two = ffns(plain)[1], plain.get_submodule(next(iter(ffns(plain)[1].twins)))
+    one, two = ffns(plain)[1], plain.get_submodule(next(iter(ffns(plain)[1].tied)))
     assert one.linear("up").weight is one.linear("up", two).weight, "what is tied stays tied"
     fk.save(plain, tmp_path / "compact")
     assert relative_error(logits(fk.load(tmp_path / "compact")), expected) < 1e-5

@@ -13,7 +13,7 @@ from test_cli import WORDS, bad, bert, fuse, good, llama, verbosity  # noqa: F40
 
 from ffnkit.cli.analyze_job import Texts, chosen_methods, halves, shared_heads
 from ffnkit.errors import FfnkitError
-from ffnkit.io.loading import drawn_head
+from ffnkit.io.loading import newly_initialized
 
 QUICK = ("--examples", 3, "--ntk-layers", "last:1", "--set", "restarts=1", "--set", "refine=2")
 
@@ -103,7 +103,7 @@ def test_a_compressed_checkpoint_is_compared_like_its_method(body: Path, data: P
 
 def test_heads_are_shared(body: Path, bert: Path) -> None:  # noqa: F811
     models, _ = Texts("sst2", None, None, 8, 100, 16, None, 0).open([str(body), str(bert)])
-    assert drawn_head(models[0]) and not drawn_head(models[1])
+    assert newly_initialized(models[0]) and not newly_initialized(models[1])
     assert not torch.equal(models[0].classifier.weight, models[1].classifier.weight)
     said = shared_heads({"body": models[0], "bert": models[1]})
     assert said == ("body has no head of its own and is compared with that of bert",)

@@ -21,8 +21,8 @@ from ffnkit.methods.drop.weights import prunable
 from ffnkit.model.attention import attentions
 from ffnkit.model.finding import ffns
 from ffnkit.model.trainable import parts_of
-from ffnkit.nn.adapted import adapted
-from ffnkit.nn.special import is_special
+from ffnkit.nn.adapter_layer import adapter_layers
+from ffnkit.nn.reparametrized import is_reparametrized
 from ffnkit.recipe.settings import check_tuner
 from ffnkit.tune import quantizing, tuners
 
@@ -55,13 +55,15 @@ def close(name: str, model: Any, wanted: dict[str, Tensor], what: str, rel: floa
 
 def own(model: Any) -> list[nn.Parameter]:
     """What the updates train."""
-    layers = adapted(model).values()
+    layers = adapter_layers(model).values()
     return [p for layer in layers for n, p in layer.named_parameters(recurse=False) if n not in ("base", "bias")]
 
 
 def check(name: str, model: Any, data: list[dict[str, Any]], folder: Path, beside: tuple[str, ...] = ("head",)) -> None:
     """Gradients reach what is claimed, the model is saved and read back, and folding changes no output."""
-    claimed = {id(p) for p in [*own(model), *parts_of(model, beside)]} - {id(m.base) for m in adapted(model).values()}
+    claimed = {id(p) for p in [*own(model), *parts_of(model, beside)]} - {
+        id(m.base) for m in adapter_layers(model).values()
+    }
     assert {id(p) for p in fk.trainable_parameters(model)} == claimed
     before = FAMILIES[name].outputs(model)
     kept = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -79,7 +81,7 @@ def check(name: str, model: Any, data: list[dict[str, Any]], folder: Path, besid
     close(name, fk.load(folder / "saved").eval(), after, "saved")
     close(name, fk.load(folder / "exported").eval(), after, "exported")
     fk.fold(model)
-    assert not any(is_special(module) for module in model.modules())
+    assert not any(is_reparametrized(module) for module in model.modules())
     assert all(p.requires_grad for p in model.parameters())
     close(name, model, after, "folded")
 
@@ -105,14 +107,14 @@ def test_sparsegrad_on_ffns_and_dsee_on_attention(name: str, how: str, tmp_path:
     else:
         apply(model, on_attention(), on_ffns(), data=data)
     close(name, model, start, "before training", rel=1e-6)
-    kinds = {layer.kind for layer in adapted(model).values()}
+    kinds = {layer.kind for layer in adapter_layers(model).values()}
     assert kinds == {"sparsegrad", "dsee"}
     trained(model, data)
     after = family.outputs(model)
     fk.save_adapter(model, tmp_path / "adapter")
     fresh = fk.load_adapter(family.model(), tmp_path / "adapter")
     assert all(torch.equal(value, after[key]) for key, value in family.outputs(fresh).items())
-    assert len(adapted(fresh)) == len(adapted(model))
+    assert len(adapter_layers(fresh)) == len(adapter_layers(model))
     fk.remove_adapter(model)
     for path, parameter in model.named_parameters():
         assert torch.equal(parameter, untouched[path]) and parameter.requires_grad, path
@@ -174,14 +176,14 @@ def test_what_trained_beside_and_was_rewritten_does_not_go_back() -> None:
     data = batches("bert", model)
     apply(model, on_attention(also=["biases"]), data=data)
     apply(model, fk.Fusion(width=0.5))
-    count = len(adapted(model))
+    count = len(adapter_layers(model))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     with pytest.raises(FfnkitError, match="was rewritten since"):
         fk.remove_adapter(model)
-    assert count and len(adapted(model)) == count
+    assert count and len(adapter_layers(model)) == count
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     fk.fold(model)
-    assert not adapted(model)
+    assert not adapter_layers(model)
 
 
 def test_the_tuner_of_two_parts(tmp_path: Path) -> None:
@@ -196,7 +198,7 @@ def test_the_tuner_of_two_parts(tmp_path: Path) -> None:
     }
     after = family.outputs(tuned)
     plain = tuners.finish(tuned, tuner)
-    assert not adapted(plain) and all(p.requires_grad for p in plain.parameters())
+    assert not adapter_layers(plain) and all(p.requires_grad for p in plain.parameters())
     close("bert", plain, after, "merged")
     again = fk.load_adapter(family.model(), tmp_path / "adapter")
     assert all(torch.equal(value, after[key]) for key, value in family.outputs(again).items())
@@ -248,7 +250,7 @@ def test_dsee_on_the_attention_of_a_compressed_model(name: str, kind: str, how: 
     data = batches(name, model)
     methods = [*COMPRESSED[kind](), on_attention()]
     apply(model, *([fk.Combined(methods)] if how == "one plan" else methods))
-    assert {layer.kind for layer in adapted(model).values()} == {"dsee"}
+    assert {layer.kind for layer in adapter_layers(model).values()} == {"dsee"}
     check(name, model, data, tmp_path)
 
 
@@ -262,7 +264,7 @@ def test_both_updates_on_a_compressed_model(name: str, kind: str, tmp_path: Path
     data = batches(name, model)
     fk.fold(apply(model, *COMPRESSED[kind]()))
     apply(model, fk.Combined([on_ffns(), on_attention()]), data=data)
-    count = sum(layer.kind == "sparsegrad" for layer in adapted(model).values())
+    count = sum(layer.kind == "sparsegrad" for layer in adapter_layers(model).values())
     assert count == len(ffns(model)) * (3 if name == "llama" else 2)
     check(name, model, data, tmp_path)
 
@@ -324,10 +326,10 @@ def test_heads_go_from_a_model_with_both_updates(name: str, tmp_path: Path) -> N
     apply(model, fk.Combined([on_ffns(), on_attention()]), data=data)
     trained(model, data)
     heads = [attention.heads for attention in attentions(model)]
-    count = len(adapted(model))
+    count = len(adapter_layers(model))
     apply(model, fk.RemoveHeads(share=1, by="update"))
     assert [attention.heads for attention in attentions(model)] < heads
-    assert len(adapted(model)) == count
+    assert len(adapter_layers(model)) == count
     check(name, model, data, tmp_path)
 
 
@@ -337,7 +339,7 @@ def test_ffns_without_updates_are_compressed_beside_updates(kind: str, tmp_path:
     data = batches("bert", model)
     trained(apply(model, on_attention()), data)
     apply(model, *([fk.methods.build("svd", width=0.5)] if kind == "low rank" else COMPRESSED[kind]()))
-    assert len(adapted(model)) == 6
+    assert len(adapter_layers(model)) == 6
     check("bert", model, data, tmp_path)
 
 
@@ -347,13 +349,13 @@ def test_weights_go_below_both_updates_and_stay_zero(tmp_path: Path) -> None:
     apply(model, fk.Combined([on_ffns(), on_attention()]), data=data)
     trained(model, data)
     apply(model, fk.Prune(ratio=0.5))
-    gone = {name: layer.base == 0 for name, layer in adapted(model).items()}
+    gone = {name: layer.base == 0 for name, layer in adapter_layers(model).items()}
     masks = {each.label: each.stored == 0 for each in prunable(model, "all")}
     assert sum(int(mask.sum()) for mask in masks.values()) == pytest.approx(
         0.5 * sum(mask.numel() for mask in masks.values()), abs=2
     )
     trained(model, data)
-    assert all(torch.equal(layer.base == 0, gone[name]) for name, layer in adapted(model).items())
+    assert all(torch.equal(layer.base == 0, gone[name]) for name, layer in adapter_layers(model).items())
     fk.fold(model, masked=True)
     after = {each.label: each.stored == 0 for each in prunable(model, "all")}
     assert all(torch.equal(after[label], mask) for label, mask in masks.items())
@@ -421,7 +423,7 @@ def test_weights_in_few_bits_take_updates_but_no_pruning(method: Any) -> None:
     with pytest.raises(FfnkitError, match="quantized"):
         fk.plan(model, method)
     apply(model, fk.Combined([on_attention(), on_attention(sites=r".*attention\.output\.dense")]))
-    assert len(adapted(model)) == 9
+    assert len(adapter_layers(model)) == 9
     trained(model, data)
     with pytest.raises(FfnkitError, match="quantized"):
         fk.plan(model, method)
@@ -445,7 +447,7 @@ def test_lora_on_updates_merges_them_first() -> None:
     data = batches("bert", model)
     after = family.outputs(trained(apply(model, on_ffns(), data=data), data))
     tuned: Any = tuners.get({"name": "lora", "targets": "all", "rank": 2}).prepare(model)
-    assert not adapted(tuned)
+    assert not adapter_layers(tuned)
     close("bert", tuned.get_base_model(), after, "merged", rel=1e-6)
 
 

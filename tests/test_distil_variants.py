@@ -18,7 +18,7 @@ from tolerance import assert_close
 from torch import nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.io.loading import drawn_head
+from ffnkit.io.loading import newly_initialized
 from ffnkit.model.finding import ffns
 from ffnkit.tasks import get
 from ffnkit.tune import DistilSettings, distil, distil_examples, text_examples
@@ -147,13 +147,13 @@ def short(model: nn.Module) -> list[dict[str, torch.Tensor]]:
 
 
 def test_drawn_heads_are_known_until_they_change(bert: Path, body: Path) -> None:
-    assert drawn_head(opened(bert)) == ()
+    assert newly_initialized(opened(bert)) == ()
     model = opened(body)
-    assert drawn_head(model) == ("classifier.weight", "classifier.bias")
-    assert drawn_head(copy.deepcopy(model).bfloat16()) == ("classifier.weight", "classifier.bias")
+    assert newly_initialized(model) == ("classifier.weight", "classifier.bias")
+    assert newly_initialized(copy.deepcopy(model).bfloat16()) == ("classifier.weight", "classifier.bias")
     with torch.no_grad():
         model.classifier.bias += 1
-    assert drawn_head(model) == ()
+    assert newly_initialized(model) == ()
 
 
 def test_a_teacher_without_a_head_is_refused(bert: Path, body: Path) -> None:

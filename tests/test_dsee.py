@@ -22,7 +22,7 @@ from ffnkit.model.finding import ffns
 from ffnkit.model.targets import query_value
 from ffnkit.model.trainable import parts_of
 from ffnkit.nn import dsee
-from ffnkit.nn.adapted import adapted, fingerprint
+from ffnkit.nn.adapter_layer import adapter_layers, fingerprint
 from ffnkit.nn.dsee import SparseLowRank
 from ffnkit.nn.sparsegrad import Bases, SparseGradLinear
 from ffnkit.ops import entries
@@ -374,7 +374,7 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"rank": -1}, "rank -1"),
         ({"alpha": 0}, "alpha"),
         ({"share": 2.0}, "share"),
-        ({"support": "largest"}, "Choose of svd"),
+        ({"support": "largest"}, "Choose one of svd"),
         ({"also": "head"}, "also"),
         ({"support": "gradient"}, "data|gradients"),
         ({"sites": "nothing"}, "no linear of the model matches"),
@@ -401,7 +401,7 @@ def disturbed(model: Any, seed: int = 0) -> Any:
     """Updates that are not zero."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for made in adapted(model).values():
+        for made in adapter_layers(model).values():
             for parameter in (made.up, made.values):
                 if parameter is not None:
                     parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
@@ -418,7 +418,7 @@ def test_folded_equals_unfolded_in_every_family(name: str) -> None:
         assert_close(value, before[key], rel=1e-6, what=key)  # U and S2 start at zero
     after = family.outputs(disturbed(model))
     fk.fold(model)
-    assert not adapted(model)
+    assert not adapter_layers(model)
     for key, value in family.outputs(model).items():
         assert_close(value, after[key], rel=1e-5, what=key)
     assert any(not torch.allclose(after[key], before[key], rtol=1e-3) for key in after)  # the control
@@ -435,7 +435,7 @@ def test_a_plain_loop_trains_what_is_claimed(name: str, sites: str, tmp_path: Pa
     plan.save(tmp_path / "plan")
     assert fk.Plan.load(tmp_path / "plan") == plan
     fk.apply(model, plan)
-    own = [p for made in adapted(model).values() for p in (made.up, made.down, made.values)]
+    own = [p for made in adapter_layers(model).values() for p in (made.up, made.down, made.values)]
     claimed = {id(p) for p in own} | {id(p) for p in parts_of(model, ["head"])}
     assert {id(p) for p in fk.trainable_parameters(model)} == claimed
     assert sum(p.numel() for p in own) == sum(e.trained for e in plan.edits if e.kind == "UpdateLinear")
@@ -484,7 +484,7 @@ def test_state_dicts_show_the_sum_and_go_back() -> None:
     model = fk.apply(m := FAMILIES["bert"].model(), fk.plan(m, fk.DSEE(**SMALL)))
     disturbed(model)
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    path, first = next(iter(adapted(model).items()))
+    path, first = next(iter(adapter_layers(model).items()))
     assert torch.equal(state[f"{path}.weight"], first.weight) and f"{path}.base" not in state
     disturbed(model, seed=1)
     model.load_state_dict(state)
@@ -498,7 +498,7 @@ def test_tied_ffns_have_one_update() -> None:
     data = batches("llama", model)
     fk.apply(model, fk.plan(model, fk.Merging(layers="all", match=False)))
     fk.apply(model, fk.plan(model, fk.DSEE(**SMALL, sites="ffn")))
-    assert len(adapted(model)) == 3  # up, gate and down of the one FFN
+    assert len(adapter_layers(model)) == 3  # up, gate and down of the one FFN
     after = family.outputs(trained(model, data))
     fk.fold(model)
     assert len(ffns(model)) == 1
@@ -565,7 +565,7 @@ def test_peft_opens_the_low_rank_part(name: str, tmp_path: Path) -> None:
     fk.save_lora(model, tmp_path / "lora")
     both = family.outputs(model)
     with torch.no_grad():
-        for made in adapted(model).values():
+        for made in adapter_layers(model).values():
             made.values.zero_()
     alone = family.outputs(model)
     tuned = PeftModel.from_pretrained(family.model(), str(tmp_path / "lora")).eval()
@@ -577,7 +577,7 @@ def test_peft_opens_the_low_rank_part(name: str, tmp_path: Path) -> None:
     fk.apply(again, fk.plan(again, fk.DSEE(lora=str(tmp_path / "lora"), nonzeros=4)))
     for key, value in family.outputs(again).items():
         assert_close(value, alone[key], rel=1e-5, what=f"back {key}")
-    for path, made in adapted(again).items():
+    for path, made in adapter_layers(again).items():
         assert (made.rank, made.alpha) == (2, 5.0)
         assert len(made.values) == 4 * max(1, len(query_value(family.model())[path]))
 
@@ -618,7 +618,7 @@ def test_what_pefts_form_does_not_hold_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-# --- weights in few bits ----------------------------------------------------------------------------------------------
+# --- quantized weights ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -646,7 +646,7 @@ def test_updates_over_weights_in_few_bits(kind: str, tmp_path: Path) -> None:
     before = family.outputs(model)
     bits = {n: fingerprint(p) for n, p in model.named_parameters()}
     fk.apply(model, fk.plan(model, fk.DSEE(**SMALL)))
-    assert len(adapted(model)) == 6
+    assert len(adapter_layers(model)) == 6
     for key, value in family.outputs(model).items():
         assert_close(value, before[key], rel=1e-6, what=key)
     trained(model, data)

@@ -191,15 +191,15 @@ def test_losses_of_batches_are_weighed_by_their_labels() -> None:
 def test_a_head_that_was_read_counts_as_no_drawn_one(tmp_path: Path) -> None:
     import transformers
 
-    from ffnkit.io.loading import drawn_head
+    from ffnkit.io.loading import newly_initialized
 
     model: Any = FAMILIES["bert"].model()
     model.save_pretrained(tmp_path / "whole")
     model.bert.save_pretrained(tmp_path / "body")
     config = {"architectures": ["BertForSequenceClassification"], "num_labels": 3}
-    assert drawn_head(fk.load(tmp_path / "whole")) == ()
+    assert newly_initialized(fk.load(tmp_path / "whole")) == ()
     opened = transformers.AutoConfig.from_pretrained(tmp_path / "body", **config)
-    assert drawn_head(fk.load(tmp_path / "body", config=opened)) == ("classifier.weight", "classifier.bias")
+    assert newly_initialized(fk.load(tmp_path / "body", config=opened)) == ("classifier.weight", "classifier.bias")
 
 
 def test_clustering_puts_the_root_of_the_size_on_both_sides() -> None:

@@ -31,7 +31,7 @@ from ffnkit.model import trainable as parts
 from ffnkit.model.attention import ROLES, Attention, attention_linears, attentions, places
 from ffnkit.model.inspect import inspect
 from ffnkit.model.linear import is_transposed, own_weight
-from ffnkit.nn.narrowed import kept
+from ffnkit.nn.pruned_attention import kept_heads
 from ffnkit.plans import Plan
 from ffnkit.surgery.description import description
 from ffnkit.surgery.temporary import TemporaryPlan
@@ -380,7 +380,7 @@ def assert_equal(family: Family, loaded: nn.Module, model: nn.Module) -> None:
     state = model.state_dict()
     assert list(loaded.state_dict()) == list(state)
     assert all(torch.equal(state[key], value) for key, value in loaded.state_dict().items())
-    assert [kept(m) for m in loaded.modules()] == [kept(m) for m in model.modules()]
+    assert [kept_heads(m) for m in loaded.modules()] == [kept_heads(m) for m in model.modules()]
     compare(family, loaded, model, 1e-6)  # equal bits; the order of sums may follow their place in memory
 
 
@@ -545,7 +545,7 @@ def test_a_trial_leaves_everything_as_it_was(name: str) -> None:
 
 def facts(model: nn.Module) -> list[Any]:
     own = [{k: v for k, v in vars(m).items() if type(v) in (int, float, tuple)} for m in model.modules()]
-    return [*own, [type(m) for m in model.modules()], [kept(m) for m in model.modules()]]
+    return [*own, [type(m) for m in model.modules()], [kept_heads(m) for m in model.modules()]]
 
 
 def test_a_plan_says_what_goes(tmp_path: Path) -> None:

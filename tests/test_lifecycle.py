@@ -17,7 +17,7 @@ from torch import nn
 
 import ffnkit as fk
 from ffnkit.errors import FfnkitError
-from ffnkit.nn.special import Special
+from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.testing.contract import difference, snapshot
 from ffnkit.tune import lifecycle, load_adapter, train, tuners
 from ffnkit.tune.loop import Loop
@@ -115,7 +115,7 @@ def test_what_was_folded_by_hand_stays(tuner: str) -> None:
 def test_the_note_holds_no_weight_and_goes(tuner: str) -> None:
     model: Any = case_of("bert").model()
     tuned = prepared(model, tuner)
-    layers = [weakref.ref(p) for m in tuned.modules() if isinstance(m, Special) for p in m.parameters()]
+    layers = [weakref.ref(p) for m in tuned.modules() if isinstance(m, ReparametrizedLinear) for p in m.parameters()]
     if tuner == "lora":
         layers = [weakref.ref(p) for n, p in tuned.named_parameters() if "lora_" in n]
         tuned.merge_and_unload()  # past the toolkit
@@ -198,10 +198,10 @@ def test_loading_an_adapter_is_all_or_nothing(tmp_path: Path, monkeypatch: pytes
 
 FINISHED = [
     ("lora", "peft.tuners.lora.layer.Linear", "get_base_layer", 7),
-    ("sparsegrad", "ffnkit.nn.adapted.Adapted", "folded", 2),
-    ("dsee", "ffnkit.nn.adapted.Adapted", "folded", 2),
-    ("mask", "ffnkit.nn.adapted.Adapted", "folded", 2),
-    ("combined", "ffnkit.nn.adapted.Adapted", "folded", 3),
+    ("sparsegrad", "ffnkit.nn.adapter_layer.AdapterLayer", "folded", 2),
+    ("dsee", "ffnkit.nn.adapter_layer.AdapterLayer", "folded", 2),
+    ("mask", "ffnkit.nn.adapter_layer.AdapterLayer", "folded", 2),
+    ("combined", "ffnkit.nn.adapter_layer.AdapterLayer", "folded", 3),
     ("lora with norms", "ffnkit.tune.zeros", "restore", 1),
     ("dsee with coefficients", "ffnkit.tune.zeros", "restore", 1),
     ("head", "torch.nn.Parameter", "requires_grad_", 3),
@@ -350,4 +350,4 @@ def test_updates_that_were_there_stay_where_a_run_stops(tmp_path: Path, monkeypa
                 kept, TOKENIZER, TASK, splits(), settings(), tuner=EVERY["mask"], out_dir=tmp_path / "b",
                 progress=False, go_on=True,
             )  # fmt: skip
-    assert shape_of(kept) == before and any(isinstance(m, Special) for m in kept.modules())
+    assert shape_of(kept) == before and any(isinstance(m, ReparametrizedLinear) for m in kept.modules())

@@ -64,7 +64,7 @@ def groups(model: nn.Module) -> list[list[FFN]]:
 
 
 def one_shape(series: list[FFN]) -> bool:
-    return len({(ffn.d, ffn.width, len(ffn.twins)) for ffn in series}) == 1 and not series[0].twins
+    return len({(ffn.d, ffn.width, len(ffn.tied)) for ffn in series}) == 1 and not series[0].tied
 
 
 def numbers(series: list[FFN]) -> str:
@@ -190,7 +190,7 @@ def test_every_window_is_searched_the_last_one_too() -> None:
 
     def last_is_best(tried: nn.Module) -> float:
         places = [f.name for f in ffns(tried)]
-        same_weights = ffns(tried)[-1].twins
+        same_weights = ffns(tried)[-1].tied
         seen.append(len(places))
         return float(bool(same_weights) and "2" in " ".join(same_weights))
 

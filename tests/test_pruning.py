@@ -23,9 +23,9 @@ from ffnkit.methods.drop.pruning import MODES
 from ffnkit.methods.drop.weights import prunable
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import is_transposed, stored_weight
-from ffnkit.nn.adapted import adapted
+from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.nn.masked import Masked
-from ffnkit.nn.special import oriented
+from ffnkit.nn.reparametrized import oriented
 from ffnkit.ops.masks import lowest, lowest_of_groups, lowest_of_rows, read_pattern
 from ffnkit.report.sparsity import merge_costs, sparsity
 from ffnkit.surgery.temporary import TemporaryPlan
@@ -40,7 +40,7 @@ def updated(name: str = "bert", sites: str = QV, seed: int = 0) -> Any:
     model = FAMILIES[name].model()
     fk.apply(model, fk.plan(model, fk.SparseGrad(share=1.0, basis="none", choose="random", sites=sites)))
     generator = torch.Generator().manual_seed(seed)
-    for layer in adapted(model).values():
+    for layer in adapter_layers(model).values():
         layer.values.data.copy_(0.05 * torch.randn(layer.values.shape, generator=generator))
     return model
 
@@ -115,7 +115,7 @@ def test_modes_are_those_of_a_slow_loop(mode: str, scope: str) -> None:
     model = updated()
     plan = fk.plan(model, fk.Prune(ratio=0.0, adapted_ratio=0.3, mode=mode, scope=scope))
     found = masks(plan)
-    layers = adapted(model)
+    layers = adapter_layers(model)
     assert list(found) == list(layers)
     entries: dict[Any, list[tuple[float, Any]]] = {}
     for name, layer in layers.items():
@@ -435,12 +435,12 @@ def test_pruning_goes_with_methods_on_other_parts_and_after_narrowing() -> None:
 def test_below_an_update_the_frozen_weight_gets_the_zeros(name: str) -> None:
     family = FAMILIES[name]
     model = updated(name, QV if name == "bert" else r".*c_attn")
-    updates = {n: layer.update() for n, layer in adapted(model).items()}
+    updates = {n: layer.update() for n, layer in adapter_layers(model).items()}
     plan = fk.plan(model, fk.Prune(ratio=0.5, mode="ABS"))
     expected = copy.deepcopy(model)
     fk.apply(model, plan)
-    assert list(adapted(model)) == list(updates)
-    for n, layer in adapted(model).items():
+    assert list(adapter_layers(model)) == list(updates)
+    for n, layer in adapter_layers(model).items():
         assert torch.equal(layer.update(), updates[n])
         mask = masks(plan)[n]
         assert torch.equal(oriented(layer.base, layer.transposed) != 0, mask)
@@ -450,7 +450,7 @@ def test_below_an_update_the_frozen_weight_gets_the_zeros(name: str) -> None:
             linear = expected.get_submodule(n)
             stored_weight(linear).data.mul_(oriented(mask, is_transposed(linear)))
     compare(family, model, expected, 1e-6)
-    layer = next(iter(adapted(model).values()))
+    layer = next(iter(adapter_layers(model).values()))
     layer.values.data.add_(0.01)  # the update trains on, the zeros stay
     assert int((layer.base == 0).sum()) > 0 and not layer.base.requires_grad
 
@@ -461,14 +461,14 @@ def test_a_masked_merge_keeps_the_zeros_and_a_plain_one_fills_them() -> None:
     family = FAMILIES["bert"]
     report = sparsity(model)
     total = report.weights
-    carrying = sum(layer.base.numel() for layer in adapted(model).values())
+    carrying = sum(layer.base.numel() for layer in adapter_layers(model).values())
     assert report.share() == pytest.approx(0.5, abs=1e-3)
     assert report.share("merged") == pytest.approx(0.5 * (total - carrying) / total, abs=1e-2)
     assert report.share("masked") == report.share() and "all" in str(report)
     assert report.to_dict()["rows"][0]["weights"] == 256
 
     whole, masked = copy.deepcopy(model), copy.deepcopy(model)
-    expected = {n: (layer.weight, layer.base.clone()) for n, layer in adapted(model).items()}
+    expected = {n: (layer.weight, layer.base.clone()) for n, layer in adapter_layers(model).items()}
     fk.fold(whole)
     fk.fold(masked, masked=True)
     assert zeros(weights(masked)) == zeros(weights(model)) == round(0.5 * (total - carrying)) + round(0.5 * carrying)

@@ -25,7 +25,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.model.finding import ffns
 from ffnkit.model.trainable import parts_of
 from ffnkit.nn import sparsegrad
-from ffnkit.nn.adapted import adapted, fingerprint
+from ffnkit.nn.adapter_layer import adapter_layers, fingerprint
 from ffnkit.nn.selecting import largest
 from ffnkit.nn.sparsegrad import Bases, SparseGradLinear
 from ffnkit.ops import routes
@@ -441,7 +441,7 @@ def test_a_plain_loop_trains_what_is_claimed(name: str, selection: str, tmp_path
     fk.apply(model, plan)
     for key, value in family.outputs(model).items():
         assert_close(value, before[key], rel=1e-5, what=key)  # the update starts at zero
-    values = {id(layer.values) for layer in adapted(model).values()}
+    values = {id(layer.values) for layer in adapter_layers(model).values()}
     claimed = values | {id(p) for p in parts_of(model, ["head"])}
     assert {id(p) for p in fk.trainable_parameters(model)} == claimed
     trained(model, data)
@@ -455,7 +455,7 @@ def test_a_plain_loop_trains_what_is_claimed(name: str, selection: str, tmp_path
         for key, value in family.outputs(fk.load(tmp_path / folder).eval()).items():
             assert_close(value, after[key], rel=1e-5, what=f"{folder} {key}")
     fk.fold(model)
-    assert not adapted(model) and all(p.requires_grad for p in model.parameters())
+    assert not adapter_layers(model) and all(p.requires_grad for p in model.parameters())
     for key, value in family.outputs(model).items():
         assert_close(value, after[key], rel=1e-5, what=f"folded {key}")
 
@@ -508,12 +508,12 @@ def test_an_adapter_refuses_another_base(tmp_path: Path) -> None:
 def test_bases_are_held_once() -> None:
     model, plan, _ = planned("bert")
     fk.apply(model, plan)
-    layers = list(adapted(model).values())
+    layers = list(adapter_layers(model).values())
     assert len({id(layer.bases) for layer in layers}) == 2 < len(layers)  # one for each type of linear
     model.to(torch.float64)
     assert len({layer.bases.left.data_ptr() for layer in layers}) == 2
     copied = copy.deepcopy(model)
-    assert len({id(layer.bases) for layer in adapted(copied).values()}) == 2
+    assert len({id(layer.bases) for layer in adapter_layers(copied).values()}) == 2
 
 
 def test_state_dicts_show_the_sum_and_go_back() -> None:
@@ -521,7 +521,7 @@ def test_state_dicts_show_the_sum_and_go_back() -> None:
     fk.apply(model, plan)
     trained(model, data)
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    path, first = next(iter(adapted(model).items()))
+    path, first = next(iter(adapter_layers(model).items()))
     assert torch.equal(state[f"{path}.weight"], first.weight) and f"{path}.base" not in state
     base = first.base.detach().clone()
     trained(model, data)
@@ -539,7 +539,7 @@ def test_tied_ffns_train_once() -> None:
     data = batches("llama", model)
     fk.apply(model, fk.plan(model, fk.Merging(layers="all", match=False)))
     fk.apply(model, fk.plan(model, fk.SparseGrad(**SMALL), data=data))
-    assert len(adapted(model)) == 3  # up, gate and down of the one FFN
+    assert len(adapter_layers(model)) == 3  # up, gate and down of the one FFN
     before = FAMILIES["llama"].outputs(model)
     trained(model, data)
     after = FAMILIES["llama"].outputs(model)

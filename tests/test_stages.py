@@ -19,7 +19,7 @@ from test_recipe_run import outcome as plain_outcome
 
 import ffnkit as fk
 from ffnkit.errors import FfnkitError
-from ffnkit.nn.adapted import adapted
+from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.recipe.schema import Recipe
 from ffnkit.recipe.state import Unit, unit_of
 from ffnkit.report.sparsity import sparsity
@@ -341,7 +341,7 @@ def test_coefficients_are_drawn_until_they_have_chosen(
 
     def watched(model: Any, *given: Any, **named: Any) -> Any:
         result = train(model, *given, **named)
-        pulls.append({layer.l1 for layer in adapted(model).values() if layer.coefficients is not None})
+        pulls.append({layer.l1 for layer in adapter_layers(model).values() if layer.coefficients is not None})
         return result
 
     monkeypatch.setattr("ffnkit.tune.train", watched)

@@ -24,7 +24,7 @@ from ffnkit.methods.update.coefficients import places, with_coefficients
 from ffnkit.model.attention import attentions
 from ffnkit.model.finding import ffns
 from ffnkit.model.inspect import body_flops, inspect
-from ffnkit.nn.adapted import Adapted, adapted
+from ffnkit.nn.adapter_layer import AdapterLayer, adapter_layers
 from ffnkit.nn.coefficients import Coefficients, set_l1
 from ffnkit.nn.shrinking import shrink
 from ffnkit.plans import Plan
@@ -71,7 +71,7 @@ def updated(name: str, way: str, sites: str, dtype: torch.dtype = torch.float64)
 def shake(model: nn.Module, size: float = 0.3) -> None:
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for layer in adapted(model).values():
+        for layer in adapter_layers(model).values():
             for name, parameter in layer.named_parameters(recurse=False):
                 if name not in ("base", "bias"):
                     parameter += size * torch.randn(parameter.shape, generator=draw).to(parameter)
@@ -153,11 +153,11 @@ def test_updates_lose_what_their_weights_lose(name: str, way: str, sites: str) -
     model = updated(name, way, sites)
     plan = fk.plan(model, fk.StructuredPruning(heads=0.5, neurons=0.3, by="both"))
     expected, whole = zeroed(model, plan), copy.deepcopy(model)
-    count = len(adapted(model))
+    count = len(adapter_layers(model))
     fk.apply(model, plan)
     compare(family, model, expected, 1e-11)
     differ(family, model, whole)
-    assert len(adapted(model)) == count
+    assert len(adapter_layers(model)) == count
     loss = sum(value.square().mean() for value in family.outputs(model, grad=True).values())
     loss.backward()  # what is left trains on
     assert any(p.grad is not None and bool(p.grad.any()) for p in fk.trainable_parameters(model))
@@ -210,8 +210,8 @@ def test_edits_on_trial_leave_updates_as_they_were() -> None:
         differ(family, model, updated("gpt2", "dsee", "all"))
     after = family.outputs(model)
     assert all(torch.equal(after[key], before[key]) for key in before)
-    assert [layer.features for layer in adapted(model).values()] == [
-        layer.features for layer in adapted(updated("gpt2", "dsee", "all")).values()
+    assert [layer.features for layer in adapter_layers(model).values()] == [
+        layer.features for layer in adapter_layers(updated("gpt2", "dsee", "all")).values()
     ]
 
 
@@ -439,7 +439,7 @@ def learning(name: str, way: str = "dsee", sites: str = "qv", l1: float = 0.1, *
 
 
 def coefficients(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: layer.coefficients for name, layer in adapted(model).items() if layer.coefficients is not None}
+    return {name: layer.coefficients for name, layer in adapter_layers(model).items() if layer.coefficients is not None}
 
 
 @pytest.mark.parametrize("sites", ["qv", "ffn", "all"])
@@ -456,7 +456,7 @@ def test_coefficients_stand_before_every_output(name: str, sites: str) -> None:
     shake(model)
     differ(family, model, family.model().double())
     folded = fk.fold(copy.deepcopy(model))
-    assert not adapted(folded) and all(type(m).__name__ != "Coefficients" for m in folded.modules())
+    assert not adapter_layers(folded) and all(type(m).__name__ != "Coefficients" for m in folded.modules())
     compare(family, folded, model, 1e-12)
     removed = fk.remove_adapter(model)
     compare(family, removed, family.model().double(), 0.0)
@@ -470,10 +470,10 @@ def test_gradients_and_steps_are_those_of_a_slow_loop(way: str) -> None:
     slow = copy.deepcopy(model)
     values = {
         name: layer.coefficients.detach().clone()
-        for name, layer in adapted(slow).items()
+        for name, layer in adapter_layers(slow).items()
         if layer.coefficients is not None
     }
-    for layer in adapted(slow).values():  # the same product, inputs multiplied by hand
+    for layer in adapter_layers(slow).values():  # the same product, inputs multiplied by hand
         layer.coefficients = None
     given = {name: value.clone().requires_grad_() for name, value in values.items()}
 
@@ -562,7 +562,7 @@ def test_the_smallest_coefficients_go(name: str, sites: str, tmp_path: Path) -> 
     compare(family, bare, base, 1e-12)
     fk.load_adapter(base, tmp_path / "adapter")
     compare(family, base, model, 1e-12)
-    assert all(layer.l1 == 0.1 for layer in adapted(base).values() if layer.coefficients is not None)
+    assert all(layer.l1 == 0.1 for layer in adapter_layers(base).values() if layer.coefficients is not None)
     compare(family, fk.fold(base), expected, 1e-11)
 
 
@@ -618,7 +618,7 @@ def test_the_tuners_setting(name: str, tmp_path: Path) -> None:
     before = family.outputs(model)
     assert len(coefficients(tuners.finish(model, tuner, merge=False))) == 6
     plain_model = tuner.finish(model)
-    assert not any(isinstance(m, Adapted) for m in plain_model.modules())
+    assert not any(isinstance(m, AdapterLayer) for m in plain_model.modules())
     assert_close(family.outputs(plain_model)["logits"], before["logits"], rel=1e-5)
 
 

@@ -64,7 +64,7 @@ def test_each_layer_has_its_adapter_over_one_weight_and_merges_right(name: str, 
     assert_differs(adapted, before)
     plain: Any = tuners.finish(tuned)
     assert_close(output(name, plain), adapted, rel=1e-5)
-    assert len(ffns(plain)) == FAMILIES[name].count and not any(ffn.twins for ffn in ffns(plain))
+    assert len(ffns(plain)) == FAMILIES[name].count and not any(ffn.tied for ffn in ffns(plain))
     assert not hasattr(plain.config, "quantization_config")  # nothing is shared any more, and widths are whole
     plain.tie_weights()  # what was declared is taken back
     assert_close(output(name, plain), adapted, rel=1e-5)

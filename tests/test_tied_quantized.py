@@ -101,7 +101,7 @@ def test_a_tied_model_is_quantized_once_saved_once_and_comes_back(name: str, kin
     assert 1e-4 < relative_error(output(name, opened), output(name, model)) < 1
     fk.save(opened, tmp_path / "small")
     with safe_open(tmp_path / "small" / "model.safetensors", "pt") as file:
-        further = tuple(f"{o}.{f.path(s)}." for f in ffns(model) for o in f.twins for s in f.sites)
+        further = tuple(f"{o}.{f.path(s)}." for f in ffns(model) for o in f.tied for s in f.sites)
         assert not [key for key in file.keys() if key.startswith(further)]  # noqa: SIM118
     again = fk.load(tmp_path / "small")
     assert [list(ffn.owners) for ffn in ffns(again)] == places and len(weights(again)) == len(linears)

@@ -61,7 +61,7 @@ def test_a_trainer_of_the_users_own_keeps_the_tie_and_resumes_exactly(name: str,
     with safe_open(folder / "model.safetensors", "pt") as file:
         stored = set(file.keys())
         size = sum(file.get_tensor(key).numel() for key in stored)
-    sites = {f"{o}.{f.path(s)}.weight" for f in ffns(killed) for o in f.twins for s in f.sites}
+    sites = {f"{o}.{f.path(s)}.weight" for f in ffns(killed) for o in f.tied for s in f.sites}
     assert sites and not stored & sites
     assert size == sum(p.numel() for p in killed.parameters())  # one copy, and embeddings that are tied once too
     resumed = tied(name)

@@ -97,13 +97,15 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Public names load on first use: torch and transformers take seconds to import."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'ffnkit' has no attribute '{name}'")
-    value = getattr(import_module(f"ffnkit.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        """Public names load on first use: torch and transformers take seconds to import."""
+        if name not in _HOMES:
+            raise AttributeError(f"module 'ffnkit' has no attribute '{name}'")
+        value = getattr(import_module(f"ffnkit.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -269,7 +269,7 @@ class Draft:
 class Method(Protocol):
     """A method: a frozen dataclass of settings that drafts edits and changes nothing."""
 
-    name: str
+    name: ClassVar[str]
 
     def settings(self) -> dict[str, Any]: ...
 

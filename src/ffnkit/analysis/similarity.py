@@ -57,7 +57,7 @@ class Similarity:
         }
 
     def __str__(self) -> str:
-        lines = [f"{self.model}: likeness of its layers"]
+        lines = [f"{self.model}: similarity of its layers"]
         for stack, names in self.layers.items():
             head = f"{stack}, " if stack else ""
             for key, matrix in self.matrices[stack].items():

@@ -17,7 +17,7 @@ from ffnkit.analysis.result import Analysis, Row
 from ffnkit.analysis.scalar import singles
 from ffnkit.calibration.batches import Batch, kept
 from ffnkit.errors import FfnkitError
-from ffnkit.io.loading import drawn_head
+from ffnkit.io.loading import newly_initialized
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.targets import select
@@ -178,7 +178,7 @@ class _Study:
         return found
 
     def notes(self) -> tuple[str, ...]:
-        return (DRAWN,) if self.ntk is not None and drawn_head(self.model) else ()
+        return (DRAWN,) if self.ntk is not None and newly_initialized(self.model) else ()
 
 
 def _candidates(methods: Mapping[str, Given] | Iterable[Given] | Given) -> dict[str, Candidate]:

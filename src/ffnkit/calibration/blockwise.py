@@ -185,7 +185,7 @@ class Blockwise:
 
     def _stops(self, group: list[FFN]) -> bool:
         """Whether all calls of these FFNs happen in one call of their block."""
-        return all(self.calls.get(block_name(ffn.name)) == 1 and not ffn.twins for ffn in group)
+        return all(self.calls.get(block_name(ffn.name)) == 1 and not ffn.tied for ffn in group)
 
     def _faithful(self, later: list[str]) -> bool:
         """Whether the next block gives the same with the earlier ones skipped as with all of them run."""

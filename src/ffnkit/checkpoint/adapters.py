@@ -14,7 +14,7 @@ from ffnkit import __version__
 from ffnkit.edits import Edit, Stage, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.io import files
-from ffnkit.nn.adapted import adapted, fingerprint
+from ffnkit.nn.adapter_layer import adapter_layers, fingerprint
 from ffnkit.plans import Plan
 from ffnkit.surgery.apply import apply, remove_updates
 from ffnkit.surgery.journal import journal
@@ -33,7 +33,7 @@ def adapter(model: PreTrainedModel) -> Plan:
     Raises:
         FfnkitError: no update is on the model.
     """
-    layers = adapted(model)
+    layers = adapter_layers(model)
     if not layers:
         raise FfnkitError(f"the adapter of {type(model).__name__}", "no update is on it", "Apply a plan or load one")
     edits: list[Edit] = []
@@ -88,7 +88,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         raise FfnkitError(f"adapter {folder}", f"there is no {TENSORS}", "Name a folder that save_adapter wrote")
     wanted = Plan.load(path)
     with journal(model):
-        if adapted(model):
+        if adapter_layers(model):
             remove_updates(model)
         return apply(model, wanted)
 
@@ -98,4 +98,4 @@ remove_adapter = remove_updates
 
 def is_adapted(model: nn.Module) -> bool:
     """Whether updates are on the model."""
-    return bool(adapted(model))
+    return bool(adapter_layers(model))

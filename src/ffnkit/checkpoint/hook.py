@@ -145,10 +145,10 @@ class FfnkitQuantizer(HfQuantizer):
         """
         if self.inner is None:
             return super().get_state_dict_and_metadata(model, *args, **kwargs)
-        from ffnkit.surgery.ties import further_places
+        from ffnkit.surgery.ties import tied_places
 
         state, metadata = self.inner.get_state_dict_and_metadata(model, *args, **kwargs)
-        further = tuple(further_places(model))
+        further = tuple(tied_places(model))
         state = model.state_dict() if state is None else state
         return {key: value for key, value in state.items() if not key.startswith(further)}, metadata
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from ffnkit.io import files
 from ffnkit.io.architectures import architecture_class, read_config
 from ffnkit.io.formats import QUANT_METHOD
@@ -14,7 +16,7 @@ from ffnkit.io.loading import load_pretrained
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "force_download")
 
 
-def load(directory: str | Path, **kwargs: Any) -> Any:
+def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Open a checkpoint in the class that it was saved from, compact or standard.
 
     Args:

@@ -14,7 +14,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.files import staging
 from ffnkit.io.peft_lora import PREFIX, TENSORS
 from ffnkit.model.trainable import head_modules
-from ffnkit.nn.adapted import adapted
+from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.nn.dsee import SparseLowRank
 from ffnkit.surgery.writer import parts_beside
 
@@ -34,7 +34,7 @@ def save_lora(model: PreTrainedModel, folder: str | Path) -> Path:
     from safetensors.torch import save_file
 
     asked = f"a LoRA adapter of {type(model).__name__}"
-    layers = {name: m for name, m in adapted(model).items() if isinstance(m, SparseLowRank) and m.rank}
+    layers = {name: m for name, m in adapter_layers(model).items() if isinstance(m, SparseLowRank) and m.rank}
     if not layers:
         raise FfnkitError(asked, "no low-rank update is on it", "Apply a plan of DSEE with a rank")
     further = [part for part in parts_beside(model) if part != "head"]

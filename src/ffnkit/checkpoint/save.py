@@ -13,7 +13,7 @@ from ffnkit.io.loading import check_weights
 from ffnkit.model.finding import ffns, has_ffns
 from ffnkit.model.inspect import inspect
 from ffnkit.model.linear import check_untouched
-from ffnkit.nn.adapted import adapted, plain_state
+from ffnkit.nn.adapter_layer import adapter_layers, plain_state
 from ffnkit.surgery.description import description, is_plain_model, original_widths, update_config, width_keys
 
 # What travels with a model besides weights and config; written by tokenizers, processors and generation.
@@ -64,7 +64,7 @@ def save(
     check_untouched(model, f"saving {type(model).__name__}")
     check_weights(model, type(model).__name__)
     _sync_config(model)
-    if adapted(model):  # weights are saved with the updates in them
+    if adapter_layers(model):  # weights are saved with the updates in them
         save_pretrained_kwargs = {"state_dict": plain_state(model), **save_pretrained_kwargs}
     with files.staging(directory, keep_others=True) as temporary:
         model.save_pretrained(temporary, **save_pretrained_kwargs)

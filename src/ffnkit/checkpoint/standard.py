@@ -18,8 +18,8 @@ from ffnkit.model.config_keys import set_width
 from ffnkit.model.families.attentions import Role, places
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import is_transposed
-from ffnkit.nn.adapted import plain_state
-from ffnkit.nn.served import PREFIX
+from ffnkit.nn.adapter_layer import plain_state
+from ffnkit.nn.expert_weights import PREFIX
 from ffnkit.ops.neurons import Neurons
 from ffnkit.surgery.description import Keys, description, original_widths, standing_apart
 
@@ -59,7 +59,7 @@ def standard_state(model: PreTrainedModel, found: list[FFN], targets: dict[str, 
     state = plain_state(model)
     for ffn in found:
         short = targets[ffn.name] - ffn.width
-        if not ffn.special and not short and not ffn.twins:
+        if not ffn.special and not short and not ffn.tied:
             continue
         neurons = ffn.read()
         if short:
@@ -125,7 +125,7 @@ def pad_heads(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
         changed.append(attention.name)
         whole: dict[Role, int] = {"q": record.of[0], "k": record.of[1], "v": record.of[1]}
         stay = {"q": torch.tensor(record.heads), "k": torch.tensor(record.kv), "v": torch.tensor(record.kv)}
-        for name in (attention.name, *attention.twins):
+        for name in (attention.name, *attention.tied):
             for path, value, axis, index, size in _spread(attention, whole, stay, state, name):  # type: ignore[arg-type]
                 shape = list(value.shape)
                 shape[axis] = size

@@ -203,9 +203,9 @@ def shared_heads(models: dict[str, Any]) -> tuple[str, ...]:
     """
     import torch
 
-    from ffnkit.io.loading import drawn_head
+    from ffnkit.io.loading import newly_initialized
 
-    drawn = {name: drawn_head(model) for name, model in models.items()}
+    drawn = {name: newly_initialized(model) for name, model in models.items()}
     first = next(iter(models))
     source = next((name for name, keys in drawn.items() if not keys), first)
     notes = []

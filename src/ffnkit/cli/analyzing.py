@@ -114,7 +114,7 @@ def analyze(
 
       ffnkit analyze roberta-base [cyan]--against small --against tuned --task sst2[/cyan] --out analysis
 
-      ffnkit analyze roberta-base [cyan]--similarity[/cyan] --text notes.txt --out likeness
+      ffnkit analyze roberta-base [cyan]--similarity[/cyan] --text notes.txt --out similarity
 
       ffnkit analyze roberta-base [cyan]--energy --task sst2[/cyan] --out energy
 

@@ -51,7 +51,7 @@ def tune(
         Literal["shared", "each"] | None, setting("--tied", "LoRA on shared FFNs: one adapter, or each layer its own.")
     ] = None,
     quantize: Annotated[
-        Literal["none", "nf4", "int8"] | None, setting("--quantize", "LoRA over frozen linears in few bits.")
+        Literal["none", "nf4", "int8"] | None, setting("--quantize", "LoRA over frozen linears quantized.")
     ] = None,
     learning_rate: Annotated[float | None, setting("--lr", "Learning rate.")] = None,
     epochs: Annotated[float | None, setting("--epochs", "Passes over the data.")] = None,

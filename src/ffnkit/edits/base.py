@@ -25,7 +25,7 @@ from ffnkit.errors import FfnkitError
 if TYPE_CHECKING:
     from ffnkit.model.attention import Attention
     from ffnkit.model.ffn import FFN
-    from ffnkit.nn.special import Special
+    from ffnkit.nn.reparametrized import ReparametrizedLinear
     from ffnkit.ops.neurons import Neurons
 
 Quantities = Mapping[str, Mapping[str, float]]
@@ -97,7 +97,7 @@ class Writer(Protocol):
 
     def resize(self, ffn: FFN, neurons: Neurons) -> None: ...
 
-    def attach(self, ffn: FFN, site: str, layer: type[Special], *tensors: Tensor) -> None: ...
+    def attach(self, ffn: FFN, site: str, layer: type[ReparametrizedLinear], *tensors: Tensor) -> None: ...
 
     def share(self, ffn: FFN, source: str, name: str) -> None: ...
 

@@ -22,10 +22,10 @@ from ffnkit.model.families.keys import (
     KV_WIDTH_ATTRIBUTE,
 )
 from ffnkit.model.linear import stored_weight
-from ffnkit.nn.adapted import Adapted
+from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.masked import Masked
-from ffnkit.nn.narrowed import Kept, narrow
-from ffnkit.nn.special import Special, fit
+from ffnkit.nn.pruned_attention import KeptHeads, prune_attention
+from ffnkit.nn.reparametrized import ReparametrizedLinear, update_features
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ def check_separable(attention: Attention) -> None:
     for role in (*ROLES, "o"):
         linear = attention.linear(role)
         weight = stored_weight(linear)
-        if isinstance(linear, Special) and not isinstance(linear, Adapted | Masked):
+        if isinstance(linear, ReparametrizedLinear) and not isinstance(linear, AdapterLayer | Masked):
             raise FfnkitError(asked, f"its {role} is edited already ({linear.kind})", "Fold the model first")
         if not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter):
             do = "Remove heads in float, save, and load that with quantization_config"
@@ -160,14 +160,14 @@ def keep_heads(writer: Writer, attention: Attention, stay: dict[Role, Tensor]) -
         if isinstance(holder, nn.Embedding):
             holder.embedding_dim = new.shape[1]
         elif isinstance(holder, nn.Linear):
-            fit(holder)
+            update_features(holder)
     now = {role: len(stay[role]) for role in ROLES}
     for module in dict.fromkeys((attention.module, attention.inner)):
         _remember(module, before, now, width)
-    old = record or Kept(tuple(range(before["q"])), tuple(range(before["k"])), (before["q"], before["k"]))
+    old = record or KeptHeads(tuple(range(before["q"])), tuple(range(before["k"])), (before["q"], before["k"]))
     heads = tuple(old.heads[i] for i in stay["q"].tolist())
     kv = tuple(old.kv[i] for i in stay["k"].tolist())
-    narrow(attention.inner, Kept(heads, kv, old.of), incoming, attention.layout.reads)
+    prune_attention(attention.inner, KeptHeads(heads, kv, old.of), incoming, attention.layout.reads)
 
 
 def kept_rows(attention: Attention, roles: tuple[Role, ...], stay: dict[Role, Tensor]) -> Tensor:

@@ -14,8 +14,8 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spooled
 from ffnkit.model.ffn import FFN
 from ffnkit.nn.lowrank import LowRank
+from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.nn.scaled import Scaled
-from ffnkit.nn.special import Special
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +28,7 @@ class LinearEdit(Edit):
 
     site: str
 
-    layer: ClassVar[type[Special] | None] = None
+    layer: ClassVar[type[ReparametrizedLinear] | None] = None
 
     @classmethod
     def blank(cls: type[Own], ffn: FFN, site: str, row: dict[str, Any]) -> Own:
@@ -63,7 +63,7 @@ class ScaleInputs(LinearEdit):
 
     kind: ClassVar[str] = "ScaleInputs"
     formerly: ClassVar[tuple[str, ...]] = ("Swap",)
-    layer: ClassVar[type[Special] | None] = Scaled
+    layer: ClassVar[type[ReparametrizedLinear] | None] = Scaled
     stage: ClassVar[Stage] = Stage.SCALE
     precedence: ClassVar[int] = 8
 
@@ -89,7 +89,7 @@ class FactorLinear(LinearEdit):
 
     kind: ClassVar[str] = "FactorLinear"
     formerly: ClassVar[tuple[str, ...]] = ("Factor",)
-    layer: ClassVar[type[Special] | None] = LowRank
+    layer: ClassVar[type[ReparametrizedLinear] | None] = LowRank
     stage: ClassVar[Stage] = Stage.LOW_RANK
     precedence: ClassVar[int] = 4
 

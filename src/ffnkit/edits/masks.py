@@ -17,9 +17,9 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spooled
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import check_float, is_maskable, is_transposed, stored_weight
-from ffnkit.nn.adapted import Adapted
+from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.masked import Masked
-from ffnkit.nn.special import Special, oriented
+from ffnkit.nn.reparametrized import ReparametrizedLinear, oriented
 from ffnkit.ops.masks import packed, unpacked
 
 
@@ -38,7 +38,7 @@ class Mask(Edit):
     bits: Tensor
 
     kind: ClassVar[str] = "Mask"
-    layer: ClassVar[type[Special]] = Masked
+    layer: ClassVar[type[ReparametrizedLinear]] = Masked
     stage: ClassVar[Stage] = Stage.MASK
     precedence: ClassVar[int] = 5
 
@@ -128,7 +128,7 @@ class Mask(Edit):
             what = f"{type(writer.model).__name__} has no such module"
             raise FfnkitError(asked, what, "Make the plan for this model")
         if not is_maskable(linear):
-            edited = isinstance(linear, Special)
+            edited = isinstance(linear, ReparametrizedLinear)
             found = f"it is edited already ({linear.kind})" if edited else f"it is a {type(linear).__name__}"
             raise FfnkitError(asked, found, "Fold the model first (ffnkit.fold)" if edited else "Name linears")
         weight = stored_weight(linear)
@@ -159,7 +159,7 @@ class Mask(Edit):
         stored = oriented(mask, is_transposed(linear)).to(old.device)
         weight = writer.put(old, old.detach().masked_fill(~stored, 0.0), places)
         for module in places:
-            if isinstance(module, Adapted):
+            if isinstance(module, AdapterLayer):
                 continue
             if isinstance(module, Masked):
                 module.mask = module.mask & stored

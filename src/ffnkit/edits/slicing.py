@@ -12,9 +12,9 @@ from ffnkit.errors import FfnkitError
 from ffnkit.model.families.keys import WIDTH_ATTRIBUTES
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import is_transposed
-from ffnkit.nn.adapted import Adapted
+from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.masked import Masked
-from ffnkit.nn.special import Special, fit
+from ffnkit.nn.reparametrized import ReparametrizedLinear, update_features
 
 
 def slice_linears(
@@ -26,10 +26,10 @@ def slice_linears(
         linears: every one that holds the weight. rows, columns: int64 places that stay, in their new order; None: all.
     """
     first = linears[0]
-    weight, bias = (first.base if isinstance(first, Adapted) else first.weight), first.bias
+    weight, bias = (first.base if isinstance(first, AdapterLayer) else first.weight), first.bias
     turned = is_transposed(first)
     axes = [(index, axis) for index, axis in ((rows, int(turned)), (columns, 1 - turned)) if index is not None]
-    if isinstance(first, Adapted):
+    if isinstance(first, AdapterLayer):
         for index, axis in axes:
             writer.keep_noted(weight, index, axis)
         if rows is not None and bias is not None:
@@ -48,8 +48,8 @@ def slice_linears(
     if rows is not None and bias is not None:
         slice_parameter(writer, bias, rows, 0, linears)
     for linear in linears:
-        if not isinstance(linear, Special):
-            fit(linear)
+        if not isinstance(linear, ReparametrizedLinear):
+            update_features(linear)
 
 
 def slice_parameter(
@@ -76,10 +76,10 @@ def check_cuttable(ffn: FFN, asked: str) -> None:
     for site in ffn.sites if ffn.updated else ():
         linears = ffn.linears(site)
         first = linears[0]
-        if len(linears) > 1 and isinstance(first, Adapted):
+        if len(linears) > 1 and isinstance(first, AdapterLayer):
             found = f"{ffn.name} and FFNs that share its weights have updates of their own"
             raise FfnkitError(asked, found, "Fold the model first (ffnkit.fold)")
-        if isinstance(first, Adapted) and not first.base.is_floating_point():
+        if isinstance(first, AdapterLayer) and not first.base.is_floating_point():
             do = "Fold the model (ffnkit.fold), or remove neurons in float and quantize then"
             raise FfnkitError(asked, f"the weights of {ffn.name} are quantized", do)
 

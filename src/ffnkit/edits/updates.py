@@ -13,14 +13,14 @@ from transformers.pytorch_utils import Conv1D
 from ffnkit.edits.base import Edit, Own, Quantities, Stage, Writer, notes
 from ffnkit.errors import FfnkitError
 from ffnkit.model.linear import stored_weight
-from ffnkit.nn.adapted import Adapted, fingerprint
+from ffnkit.nn.adapter_layer import AdapterLayer, fingerprint
 from ffnkit.nn.coefficients import Coefficients
 from ffnkit.nn.dsee import sparse_low_rank
+from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.nn.sparsegrad import SparseGradLinear
-from ffnkit.nn.special import Special
 
 # What takes a linear's place, by the name that edits give.
-LAYERS: dict[str, Callable[..., Adapted]] = {
+LAYERS: dict[str, Callable[..., AdapterLayer]] = {
     "sparsegrad": SparseGradLinear,
     "dsee": sparse_low_rank,
     "coefficients": Coefficients,
@@ -34,7 +34,7 @@ class UpdateLinear(Edit):
     Attributes:
         target: path of the linear. layer: the name of the layer that takes its place.
         given: its settings. parts: its tensors by name, of whatever names the layer has.
-        fingerprint: of the weight (``nn.adapted.fingerprint``), or None.
+        fingerprint: of the weight (``nn.adapter_layer.fingerprint``), or None.
     """
 
     layer: str
@@ -61,7 +61,7 @@ class UpdateLinear(Edit):
 
     @property
     def trained(self) -> int:
-        """How many numbers train."""
+        """How many parameters it trains."""
         return int(self.given["trained"])
 
     def with_coefficients(self, l1: float, values: Tensor) -> UpdateLinear:
@@ -87,7 +87,7 @@ class UpdateLinear(Edit):
         if linear is None:
             what = f"{type(writer.model).__name__} has no such module"
             raise FfnkitError(asked, what, "Make the plan for this model")
-        if isinstance(linear, Special):
+        if isinstance(linear, ReparametrizedLinear):
             raise FfnkitError(asked, f"it is edited already ({linear.kind})", "Fold the model first (ffnkit.fold)")
         if not isinstance(linear, nn.Linear | Conv1D):
             raise FfnkitError(asked, f"it is a {type(linear).__name__}", "Name linears")
@@ -103,7 +103,7 @@ class UpdateLinear(Edit):
     def perform(self, writer: Writer) -> None:
         writer.before_updates()
         linear: Any = writer.module(self.target)
-        if isinstance(linear, Special):  # by another edit of the plan, over the same weight
+        if isinstance(linear, ReparametrizedLinear):  # by another edit of the plan, over the same weight
             raise FfnkitError(
                 self.asked, "the plan edits this linear twice", "Apply one plan, then fold and plan again"
             )

@@ -194,7 +194,7 @@ def is_head(model: Any, key: str) -> bool:
     return bool(prefix) and hasattr(model, prefix) and not key.startswith(f"{prefix}.")
 
 
-def drawn_head(model: Any) -> tuple[str, ...]:
+def newly_initialized(model: Any) -> tuple[str, ...]:
     """Parameters of the head that were in no file when ffnkit opened the model; none once any of them has changed."""
     drawn = getattr(model, "_ffnkit_drawn", {})
     now = dict(model.named_parameters())
@@ -207,7 +207,9 @@ def drawn_head(model: Any) -> tuple[str, ...]:
 def _note_drawn(model: Any, info: dict[str, Any]) -> None:
     absent = {*info.get("missing_keys", ()), *(key for key, *_ in info.get("mismatched_keys", ()))}
     named = dict(model.named_parameters())
-    model._ffnkit_drawn = {key: _sample(named[key]) for key in named if key in absent and is_head(model, key)}
+    model._ffnkit_newly_initialized = {
+        key: _sample(named[key]) for key in named if key in absent and is_head(model, key)
+    }
 
 
 def _sample(parameter: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.nn.quantized import sides
+from ffnkit.nn.quantized import quantized_features
 
 PREFIX = "base_model.model."
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -43,8 +43,10 @@ class Lora:
             asked, linear = f"the LoRA adapter's update of {name}", every.get(name)
             if linear is None or id(linear) not in names:
                 raise FfnkitError(asked, "that linear gets no update", "Name with sites all that the adapter adapts")
-            if (len(up), down.shape[1]) != sides(linear):
-                raise FfnkitError(asked, f"it is for {len(up)} x {down.shape[1]}", f"Here it is {sides(linear)}")
+            if (len(up), down.shape[1]) != quantized_features(linear):
+                raise FfnkitError(
+                    asked, f"it is for {len(up)} x {down.shape[1]}", f"Here it is {quantized_features(linear)}"
+                )
             layers[names[id(linear)]] = (down, up, scale)
         return Lora(layers, self.beside)
 

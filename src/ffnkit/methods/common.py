@@ -20,7 +20,7 @@ from ffnkit.model.finding import ffns
 from ffnkit.model.targets import one_a_weight, resolve_width, select
 from ffnkit.model.targets import targets as sited
 from ffnkit.model.trainable import PARTS
-from ffnkit.nn.special import Special
+from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.ops.clusters import cluster_neurons
 from ffnkit.ops.neurons import Neurons
 from ffnkit.plans import Progress, check_weights
@@ -57,13 +57,15 @@ def check_choices(settings: Any, **known: Iterable[str]) -> None:
     """Raises FfnkitError where a setting is none of the words that are known for it."""
     for key, words in known.items():
         if getattr(settings, key) not in (words := tuple(words)):
-            raise FfnkitError(f"{key} {getattr(settings, key)!r}", "no such choice", f"Choose of {', '.join(words)}")
+            raise FfnkitError(
+                f"{key} {getattr(settings, key)!r}", "no such choice", f"Choose one of {', '.join(words)}"
+            )
 
 
 def check_parts(also: Any) -> None:
     """Raises FfnkitError where the setting ``also`` is no list of parts of a model."""
     if isinstance(also, str) or not set(also) <= set(PARTS):
-        raise FfnkitError(f"also {also!r}", "not a list of parts", f"Choose of {', '.join(PARTS)}")
+        raise FfnkitError(f"also {also!r}", "not a list of parts", f"Choose one of {', '.join(PARTS)}")
 
 
 def check_counts(method: Any, **least: int) -> None:
@@ -107,7 +109,7 @@ def plain_linears(model: nn.Module, method: str, sites: str, layers: str) -> dic
         raise FfnkitError(asked, what, "Name linears with sites, or use lora, which adapts such parameters")
     found = {name: model.get_submodule(name) for name in one_a_weight(model, names)}
     for name, linear in found.items():
-        if isinstance(linear, Special):
+        if isinstance(linear, ReparametrizedLinear):
             raise FfnkitError(asked, f"{name} is edited already ({linear.kind})", "Fold the model first")
         if isinstance(linear, nn.Embedding):
             raise FfnkitError(asked, f"{name} is an embedding", "Name linears")

@@ -20,7 +20,7 @@ from ffnkit.model.families.attentions import BLOCKS, ROLES, AttentionLayout, Rol
 from ffnkit.model.families.keys import HEAD_DIM_ATTRIBUTES, INCOMING
 from ffnkit.model.finding import ffns, has_ffns, middle_layout, place
 from ffnkit.model.linear import descend, features, is_linear, linears, obstacle, own_weight, stored_weight
-from ffnkit.nn.narrowed import Kept, kept, plain_class
+from ffnkit.nn.pruned_attention import KeptHeads, kept_heads, plain_class
 
 _NAMED = re.compile(r"att(ention|n)", re.IGNORECASE)  # of a class, or of what holds the module
 _CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
@@ -45,7 +45,7 @@ class Attention:
     layout: AttentionLayout
     stack: str = ""
     layer: int = 0
-    twins: list[str] = field(default_factory=list)
+    tied: list[str] = field(default_factory=list)
     why: str = ""
 
     # --- shape
@@ -89,9 +89,9 @@ class Attention:
         return bool(_CROSS.search(self.name))
 
     @property
-    def kept(self) -> Kept | None:
+    def kept(self) -> KeptHeads | None:
         """Which heads stayed, where some were removed since the config said how many there are."""
-        return kept(self.inner)
+        return kept_heads(self.inner)
 
     @property
     def incoming(self) -> str:
@@ -194,7 +194,7 @@ def attentions(model: nn.Module) -> list[Attention]:
     found: dict[int, Attention] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in found:
-            found[id(module)].twins.append(name)
+            found[id(module)].tied.append(name)
         elif (layout := _match(module)) is not None:
             found[id(module)] = Attention(name, module, layout)
     every = list(found.values())
@@ -219,7 +219,7 @@ def attention_modules(model: nn.Module) -> list[str]:
 
     A block that holds a known attention and more (SAM's two-way blocks, with an FFN) is none, whatever its name.
     """
-    known = [name for each in attentions(model) for name in (each.name, *each.twins)]
+    known = [name for each in attentions(model) for name in (each.name, *each.tied)]
     inside = tuple(f"{name}." for name in known)
     named = [n for n, m in model.named_modules() if _NAMED.search(f"{type(m).__name__} {n.rpartition('.')[2]}")]
     outer = [name for name in named if not any(each.startswith(f"{name}.") for each in known)]

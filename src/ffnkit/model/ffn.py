@@ -22,10 +22,10 @@ from ffnkit.model.linear import (
     true_weight,
     unwrapped,
 )
-from ffnkit.nn.adapted import Adapted
+from ffnkit.nn.adapter_layer import AdapterLayer
+from ffnkit.nn.expert_weights import broadcast, buffer_name, parametrized_weights
+from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.nn.scaled import Scaled
-from ffnkit.nn.served import broadcast, buffer_name, served
-from ffnkit.nn.special import Special
 from ffnkit.ops.neurons import Neurons
 
 
@@ -48,7 +48,7 @@ class FFN:
     stack: str = ""
     layer: int = 0
     active: float = 1.0
-    twins: dict[str, nn.Module] = field(default_factory=dict)
+    tied: dict[str, nn.Module] = field(default_factory=dict)
 
     # --- shape
 
@@ -90,7 +90,7 @@ class FFN:
     def own_parameters(self) -> int:
         """Numbers in its weights and biases, without those that train beside them."""
         linears = [] if self.layout.experts else [self.linear(site) for site in self.sites]
-        beside = [p for m in linears if isinstance(m, Adapted) for p in m.named_parameters(recurse=False)]
+        beside = [p for m in linears if isinstance(m, AdapterLayer) for p in m.named_parameters(recurse=False)]
         return self.num_parameters - sum(p.numel() for name, p in beside if name not in ("base", "bias"))
 
     @property
@@ -104,7 +104,7 @@ class FFN:
     @property
     def owners(self) -> dict[str, nn.Module]:
         """Every owner of these weights by name, this one first."""
-        return {self.name: self.module, **self.twins}
+        return {self.name: self.module, **self.tied}
 
     def path(self, site: str) -> str:
         """Path of a site ("up", "gate", "down") below the owner."""
@@ -153,13 +153,13 @@ class FFN:
     def special(self) -> dict[str, dict[str, Any]]:
         """What stands in the place of plain weights, by site: {"down": {"kind": "scaled"}, ...}; folding ends it."""
         if self.layout.experts:
-            known = (buffer.split("_")[1:] for _, buffer in served(self.module))
+            known = (buffer.split("_")[1:] for _, buffer in parametrized_weights(self.module))
             return {site: {"kind": kind} for kind, site in known}
         linears = {site: self.linear(site) for site in self.sites}
         return {
             site: linear.row()
             for site, linear in linears.items()
-            if isinstance(linear, Special) and not isinstance(linear, Adapted)
+            if isinstance(linear, ReparametrizedLinear) and not isinstance(linear, AdapterLayer)
         }
 
     # --- weights
@@ -212,7 +212,7 @@ class FFN:
 
     @torch.no_grad()
     def write(self, neurons: Neurons) -> None:
-        """Write weights of the same shape in place. Raises FfnkitError on another shape or special linears."""
+        """Write weights of the same shape in place. Raises FfnkitError on another shape or reparametrized linears."""
         self.check_plain(f"writing {self.name}")
         mine, given = self.raw().tensors(), neurons.tensors()
         shapes = {name: tuple(value.shape) for name, value in mine.items()}
@@ -227,7 +227,7 @@ class FFN:
     @property
     def updated(self) -> bool:
         """Whether an update, or coefficients, train beside a weight of the FFN."""
-        return not self.layout.experts and any(isinstance(self.linear(site), Adapted) for site in self.sites)
+        return not self.layout.experts and any(isinstance(self.linear(site), AdapterLayer) for site in self.sites)
 
     def check_unedited(self, asked: str) -> None:
         """Raises FfnkitError where a factor, a thin pair or a mask stands in the place of plain weights."""
@@ -274,7 +274,7 @@ class FFN:
         """The weight as (out, in) with every factor in it."""
         if self.layout.experts:
             weight: Tensor = self._tensor(site)
-            for name, buffer in served(self.module):
+            for name, buffer in parametrized_weights(self.module):
                 if name == self.path(site):
                     weight = weight * broadcast(getattr(self.module, buffer))
             return weight.mT if self.layout.transposed else weight

@@ -30,7 +30,7 @@ def ffns(model: nn.Module) -> list[FFN]:
         ffn = FFN(name, module, layout)
         key = tuple(ffn.identity(site) for site in ffn.sites)
         if key in by_weights:
-            by_weights[key].twins[name] = module
+            by_weights[key].tied[name] = module
         else:
             by_weights[key] = ffn
             found.append(ffn)

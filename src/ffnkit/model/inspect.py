@@ -183,7 +183,7 @@ def inspect(model: nn.Module) -> Inventory:
             ffn.num_parameters,
             ffn.num_parameters / total,
             ffn.flops_per_token,
-            tuple(ffn.twins),
+            tuple(ffn.tied),
         )
         for ffn in found
     )
@@ -299,7 +299,7 @@ def unit_flops(model: nn.Module, attention: Attention) -> float:
     found = ffns(model)
     runs = max(_runs(model, ffn) for ffn in found)
     repeated = runs > 1 and attention.name.startswith(tuple(f"{name}." for ffn in found for name in ffn.owners))
-    return 2.0 * weights * (1 + len(attention.twins)) * (runs if repeated else 1)
+    return 2.0 * weights * (1 + len(attention.tied)) * (runs if repeated else 1)
 
 
 def _runs(model: nn.Module, ffn: FFN) -> int:

@@ -1,6 +1,6 @@
 """What stands behind a linear: how its weight lies, where it is stored, what it is, and whether it may be edited.
 
-A linear is an ``nn.Linear`` (subclasses of families included), a ``Conv1D``, a special linear of ``ffnkit.nn`` or a
+A linear is an ``nn.Linear`` (subclasses of families too), a ``Conv1D``, a reparametrized linear of ``ffnkit.nn`` or a
 quantized one. Others may have made more of it: torch's parametrizations and hooks, adapters of peft, wrappers of
 torch.compile and of FSDP. Finding sees all of them (:func:`is_linear`), so that none is passed over in silence;
 :func:`obstacle` says of which a weight cannot be edited, and :func:`check_untouched` refuses models that hold one.
@@ -21,13 +21,13 @@ from torch.nn.utils.weight_norm import WeightNorm
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
-from ffnkit.nn.adapted import Adapted
+from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.masked import Masked
-from ffnkit.nn.quantized import float_weight, in_few_bits, sides
-from ffnkit.nn.special import Special, oriented
+from ffnkit.nn.quantized import float_weight, is_quantized_linear, quantized_features
+from ffnkit.nn.reparametrized import ReparametrizedLinear, oriented
 
 PLAIN = (nn.Linear, Conv1D)
-Linear = nn.Linear | Conv1D | Special
+Linear = nn.Linear | Conv1D | ReparametrizedLinear
 
 # Where a wrapper keeps the module that it stands for: torch.compile, peft, FSDP.
 _INSIDE = ("_orig_mod", "base_layer", "_fsdp_wrapped_module")
@@ -52,12 +52,12 @@ def unwrapped(module: Any) -> Any:
 
 def is_linear(module: object) -> bool:
     """Whether a module is a linear of any kind, or wraps one."""
-    return isinstance(unwrapped(module), (*PLAIN, Special))
+    return isinstance(unwrapped(module), (*PLAIN, ReparametrizedLinear))
 
 
 def is_maskable(module: nn.Module) -> bool:
     """Whether a mask can be put on the module."""
-    return isinstance(module, (*PLAIN, Masked, Adapted))
+    return isinstance(module, (*PLAIN, Masked, AdapterLayer))
 
 
 def linears(model: nn.Module, *, repeats: bool = False) -> Iterator[tuple[str, nn.Module]]:
@@ -89,13 +89,13 @@ def descend(module: nn.Module, path: str) -> nn.Module | None:
 def is_transposed(linear: nn.Module) -> bool:
     """Whether the weight lies as (in, out)."""
     bare = unwrapped(linear)
-    return isinstance(bare, Conv1D) or (isinstance(bare, Special) and bare.transposed)
+    return isinstance(bare, Conv1D) or (isinstance(bare, ReparametrizedLinear) and bare.transposed)
 
 
 def features(linear: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear of any kind."""
     bare = unwrapped(linear)
-    return bare.features if isinstance(bare, Special) else sides(bare)
+    return bare.features if isinstance(bare, ReparametrizedLinear) else quantized_features(bare)
 
 
 def output_width(linear: nn.Module) -> int:
@@ -119,8 +119,8 @@ def stored_weight(linear: Any) -> nn.Parameter:
     their weights are told.
     """
     bare = unwrapped(linear)
-    if isinstance(bare, Special):
-        return bare.base if isinstance(bare, Adapted) else bare.stored
+    if isinstance(bare, ReparametrizedLinear):
+        return bare.base if isinstance(bare, AdapterLayer) else bare.stored
     own = next((bare._parameters[name] for name in _STORED if bare._parameters.get(name) is not None), None)
     found: nn.Parameter = own if own is not None else next(bare.parametrizations["weight"].parameters())
     return found
@@ -136,7 +136,7 @@ def parameters(linear: nn.Module) -> list[nn.Parameter]:
 def own_weight(linear: Any) -> Tensor:
     """A linear's weight (out, in), without an update that trains beside it."""
     bare = unwrapped(linear)
-    weight: Tensor = (bare.base if isinstance(bare, Adapted) else bare.weight).detach()
+    weight: Tensor = (bare.base if isinstance(bare, AdapterLayer) else bare.weight).detach()
     return oriented(weight, is_transposed(bare))
 
 
@@ -156,9 +156,9 @@ def true_weight(linear: Any) -> Tensor:
     if outer is not None:
         return _merged(outer)
     bare = unwrapped(linear)
-    if isinstance(bare, Special) and not isinstance(bare, Adapted):
+    if isinstance(bare, ReparametrizedLinear) and not isinstance(bare, AdapterLayer):
         return oriented(bare.folded(), bare.transposed)
-    if not isinstance(bare, Special) and in_few_bits(bare):
+    if not isinstance(bare, ReparametrizedLinear) and is_quantized_linear(bare):
         return float_weight(bare)
     hook = next((hook for hook in _hooks(bare) if _computed(hook) == "weight"), None)
     if hook is None:
@@ -239,7 +239,7 @@ def obstacle(linear: Any) -> tuple[str, str] | None:
     Special linears and quantized ones can, by the edits that know them.
     """
     found = foreign(linear)
-    if found is None and isinstance(linear, PLAIN) and not in_few_bits(linear):
+    if found is None and isinstance(linear, PLAIN) and not is_quantized_linear(linear):
         more = [name for name, p in linear._parameters.items() if p is not None and name not in ("weight", "bias")]
         if more:
             return f"holds {', '.join(more)} beside weight and bias", "Merge that into the weight first"

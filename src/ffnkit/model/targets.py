@@ -12,8 +12,8 @@ from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import attention_linears, attentions
 from ffnkit.model.finding import Placed, ffns
 from ffnkit.model.linear import check_editable, is_linear, linears, parameters, stored_weight
-from ffnkit.nn.adapted import Adapted
-from ffnkit.nn.special import Special
+from ffnkit.nn.adapter_layer import AdapterLayer
+from ffnkit.nn.reparametrized import ReparametrizedLinear
 
 AnyPlaced = TypeVar("AnyPlaced", bound=Placed)
 
@@ -139,10 +139,10 @@ def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str
         module = model.get_submodule(name)
         if is_linear(module):
             check_editable(module, name, f"targets {asked!r}")
-        if isinstance(module, Adapted):
+        if isinstance(module, AdapterLayer):
             found, do = f"an update ({module.kind}) is on {name} already", "Name other linears, or fold the model first"
             raise FfnkitError(f"targets {asked!r}", found, do)
-        if isinstance(module, Special):
+        if isinstance(module, ReparametrizedLinear):
             found, do = f"{name} is edited already ({module.kind})", "Fold the model first (ffnkit.fold)"
             raise FfnkitError(f"targets {asked!r}", found, do)
     if not modules and not bare:

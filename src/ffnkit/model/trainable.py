@@ -31,7 +31,7 @@ def parts_of(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
     found: dict[int, nn.Parameter] = {}
     for name in names:
         if name not in PARTS:
-            raise FfnkitError(f"training {name!r}", "there is no such part", f"Choose of {', '.join(PARTS)}")
+            raise FfnkitError(f"training {name!r}", "there is no such part", f"Choose one of {', '.join(PARTS)}")
         for parameter in _part(model, name):
             found[id(parameter)] = parameter
     return list(found.values())

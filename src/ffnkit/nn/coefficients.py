@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ffnkit.nn.adapted import Adapted, adapted
-from ffnkit.nn.special import oriented
+from ffnkit.nn.adapter_layer import AdapterLayer, adapter_layers
+from ffnkit.nn.reparametrized import oriented
 
 
-class Coefficients(Adapted):
+class Coefficients(AdapterLayer):
     """``y = W (c (.) x) + b`` with W frozen; each of c belongs to inputs that follow each other.
 
     On the linear behind an attention the inputs of one head (or group) have one coefficient, on the linear behind
     hidden neurons each input has its own. Layers with an update D of another kind carry coefficients beside it
-    (``Adapted.use_coefficients``); this one is for linears that have no other update.
+    (``AdapterLayer.use_coefficients``); this one is for linears that have no other update.
 
     Source: DSEE v1 (arXiv 2111.00160v1), section 3.3: coefficients on heads and intermediate neurons, learnt with l1.
     """
@@ -46,7 +46,7 @@ class Coefficients(Adapted):
 
 def carries_update(linear: nn.Module) -> bool:
     """Whether an update D stands beside a linear's weight; coefficients alone are none."""
-    return isinstance(linear, Adapted) and not isinstance(linear, Coefficients)
+    return isinstance(linear, AdapterLayer) and not isinstance(linear, Coefficients)
 
 
 def set_l1(model: nn.Module, weight: float) -> int:
@@ -55,7 +55,7 @@ def set_l1(model: nn.Module, weight: float) -> int:
     Args:
         weight: in each step of an optimizer coefficients move by the learning rate times this.
     """
-    layers = [layer for layer in adapted(model).values() if layer.coefficients is not None]
+    layers = [layer for layer in adapter_layers(model).values() if layer.coefficients is not None]
     for layer in layers:
         layer.l1 = float(weight)
     return len(layers)

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from ffnkit.nn.adapted import Adapted, whole
-from ffnkit.nn.quantized import float_weight, in_few_bits, plain_of, sides, was_transposed
-from ffnkit.nn.special import oriented
+from ffnkit.nn.adapter_layer import AdapterLayer, full_tensor
+from ffnkit.nn.quantized import float_weight, is_quantized_linear, plain_of, quantized_features, was_transposed
+from ffnkit.nn.reparametrized import oriented
 from ffnkit.ops.entries import Entries
 
 START = 0.02  # standard deviation of V at the start
 
 
-class SparseLowRank(Adapted):
+class SparseLowRank(AdapterLayer):
     """``y = (W + (alpha / r) (U V + S2)) x + b``: U, V and the chosen entries of S2 train.
 
     Backward keeps the inputs and V x, and refers to W: neither W + S2 nor a gradient of W is there as a whole. Entries
@@ -57,7 +57,7 @@ class SparseLowRank(Adapted):
         down: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> None:
-        out, inner = sides(linear)
+        out, inner = quantized_features(linear)
         super().__init__(linear)
         self.rank, self.alpha = rank, float(alpha)
         device = self.base.device
@@ -83,7 +83,7 @@ class SparseLowRank(Adapted):
 
     @property
     def trained(self) -> int:
-        """How many numbers train."""
+        """How many parameters it trains."""
         return sum(p.numel() for p in (self.up, self.down, self.values) if p is not None)
 
     def places(self) -> tuple[Tensor, Tensor]:
@@ -101,19 +101,19 @@ class SparseLowRank(Adapted):
         assert like is not None
         total = like.new_zeros(out, inner)
         if self.up is not None and self.down is not None:
-            product = whole(self.up) @ whole(self.down)
+            product = full_tensor(self.up) @ full_tensor(self.down)
             if self.rows is None:
                 total += product
             else:
                 total.index_add_(0, self.rows.long(), product)
         if self.values is not None and self.index is not None:
-            total.view(-1).index_add_(0, self.index.long(), whole(self.values))
+            total.view(-1).index_add_(0, self.index.long(), full_tensor(self.values))
         return total.mul_(self.scale)
 
     def taken(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Rank and alpha; U, V, values and places."""
         named = {name: getattr(self, name) for name in ("up", "down", "values", "index", "rows")}
-        parts = {name: whole(value).detach().clone() for name, value in named.items() if value is not None}
+        parts = {name: full_tensor(value).detach().clone() for name, value in named.items() if value is not None}
         return {"rank": self.rank, "alpha": self.alpha, "trained": self.trained}, parts
 
     @torch.no_grad()
@@ -149,7 +149,7 @@ class SparseLowRank(Adapted):
 
 
 class QuantizedSparseLowRank(SparseLowRank):
-    """The same update beside a weight in few bits: the quantized linear itself gives W x and its gradient.
+    """The same update beside a quantized weight: the quantized linear itself gives W x and its gradient.
 
     Folding gives a plain linear in float with the update in it: rounded into few bits, it would be lost in part.
     """
@@ -170,7 +170,7 @@ class QuantizedSparseLowRank(SparseLowRank):
 
     @property
     def features(self) -> tuple[int, int]:
-        return sides(self.__dict__["_shell"])
+        return quantized_features(self.__dict__["_shell"])
 
     @property
     def weight(self) -> Tensor:
@@ -192,7 +192,7 @@ class QuantizedSparseLowRank(SparseLowRank):
         return plain
 
     def cut(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-        raise ValueError("a weight in few bits cannot be cut: remove heads and neurons in float, then quantize")
+        raise ValueError("a quantized weight cannot be cut: remove heads and neurons in float, then quantize")
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
@@ -203,8 +203,8 @@ class QuantizedSparseLowRank(SparseLowRank):
 
 
 def sparse_low_rank(linear: nn.Linear | Conv1D, **given: Any) -> SparseLowRank:
-    """The layer that fits a linear, be its weight in float or in few bits."""
-    return (QuantizedSparseLowRank if in_few_bits(linear) else SparseLowRank)(linear, **given)
+    """The layer that fits a linear, be its weight in float or quantized."""
+    return (QuantizedSparseLowRank if is_quantized_linear(linear) else SparseLowRank)(linear, **given)
 
 
 def index_dtype(out: int, inner: int) -> torch.dtype:

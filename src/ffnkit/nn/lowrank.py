@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from ffnkit.nn.special import Special, oriented
+from ffnkit.nn.reparametrized import ReparametrizedLinear, oriented
 
 
-class LowRank(Special):
+class LowRank(ReparametrizedLinear):
     """``y = second (first x) + b``: r (in + out) weights in place of in x out.
 
     Attributes:

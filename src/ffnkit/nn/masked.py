@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from ffnkit.nn.special import Special, oriented
+from ffnkit.nn.reparametrized import ReparametrizedLinear, oriented
 
 
-class Masked(Special):
+class Masked(ReparametrizedLinear):
     """``y = (mask * W) x + b``; gradients outside of the mask are zero, so where W is zero there, it stays so.
 
     It saves no time and no memory: dense hardware multiplies zeros too.

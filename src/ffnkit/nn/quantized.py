@@ -1,4 +1,4 @@
-"""Linears whose weight is held in few bits: bitsandbytes' and torchao's."""
+"""Linears whose weight is quantized: bitsandbytes' and torchao's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 _LAYERS = ("Linear4bit", "Linear8bitLt")
 
 
-def in_few_bits(module: nn.Module) -> bool:
+def is_quantized_linear(module: nn.Module) -> bool:
     """Whether a linear holds its weight in another form than float."""
     weight = module._parameters.get("weight")
     kind = type(weight.data) if isinstance(weight, nn.Parameter) else None
@@ -20,8 +20,8 @@ def in_few_bits(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def float_weight(linear: Any) -> Tensor:
-    """What a linear's weight stands for, (out, in), float: the weight itself, or a copy out of few bits."""
-    if not in_few_bits(linear):
+    """What a linear's weight stands for, (out, in), float: the weight itself, or a copy dequantized."""
+    if not is_quantized_linear(linear):
         weight: Tensor = linear.weight.detach()
         return weight.mT if isinstance(linear, Conv1D) else weight
     if type(linear).__name__ == "Linear8bitLt":  # peft's function exchanges the layer's weight
@@ -35,16 +35,16 @@ def float_weight(linear: Any) -> Tensor:
     return dequantize_module_weight(linear).detach()
 
 
-def sides(linear: Any) -> tuple[int, int]:
+def quantized_features(linear: Any) -> tuple[int, int]:
     """(out, in) of a linear; packed weights do not show it."""
-    if in_few_bits(linear) or (isinstance(linear, nn.Linear) and not linear.weight.is_floating_point()):
+    if is_quantized_linear(linear) or (isinstance(linear, nn.Linear) and not linear.weight.is_floating_point()):
         return int(linear.out_features), int(linear.in_features)
     rows, columns = linear.weight.shape
     return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
 
 
 @torch.no_grad()
-def in_float(linear: Any, dtype: torch.dtype) -> Any:
+def dequantized(linear: Any, dtype: torch.dtype) -> Any:
     """The plain layer of the class that the model had, around what the quantized weight stands for."""
     weight = float_weight(linear).to(dtype)
     stored = nn.Parameter((weight.T if was_transposed(linear) else weight).contiguous())

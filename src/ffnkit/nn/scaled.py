@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from ffnkit.nn.special import Special, oriented
+from ffnkit.nn.reparametrized import ReparametrizedLinear, oriented
 
 
-class Scaled(Special):
+class Scaled(ReparametrizedLinear):
     """``y = W (scale * x) + b`` with trained W and b and a fixed ``scale``.
 
     Attributes:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from ffnkit.nn.adapted import whole as whole_of
+from ffnkit.nn.adapter_layer import full_tensor as whole_of
 from ffnkit.nn.optimizer_hooks import watch
 
 if TYPE_CHECKING:

@@ -14,15 +14,15 @@ from torch.optim.optimizer import Optimizer
 from ffnkit.nn.optimizer_hooks import watch
 
 if TYPE_CHECKING:
-    from ffnkit.nn.adapted import Adapted
+    from ffnkit.nn.adapter_layer import AdapterLayer
 
 
-def shrinking(layer: Adapted) -> None:
+def shrinking(layer: AdapterLayer) -> None:
     """See to the layer's coefficients at every step of an optimizer that holds them."""
     watch(layer, after=_after)
 
 
-def _after(optimizer: Optimizer, living: list[Adapted]) -> None:
+def _after(optimizer: Optimizer, living: list[AdapterLayer]) -> None:
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     for layer in living:
         value = layer.coefficients

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from ffnkit.nn.adapted import Adapted, whole
+from ffnkit.nn.adapter_layer import AdapterLayer, full_tensor
+from ffnkit.nn.reparametrized import oriented
 from ffnkit.nn.selecting import watched
-from ffnkit.nn.special import oriented
 from ffnkit.ops.entries import Entries
 from ffnkit.ops.routes import Route, route
 
@@ -30,7 +30,7 @@ class Bases(nn.Module):
         self.right: Tensor
 
 
-class SparseGradLinear(Adapted):
+class SparseGradLinear(AdapterLayer):
     """``y = (W + V^T S U) x + b`` with S (r, c) zero but for chosen entries, which train.
 
     V (r, out) and U (c, in) are leading rows of orthonormal bases, as many as the layer's core has rows and columns;
@@ -112,7 +112,7 @@ class SparseGradLinear(Adapted):
 
     def update(self) -> Tensor:
         with torch.no_grad():
-            entries = self.entries(whole(self.values))
+            entries = self.entries(full_tensor(self.values))
             pair = self.pair(entries.dtype)
             return entries.clone() if pair is None else _formed(entries, *pair)
 
@@ -137,7 +137,7 @@ class SparseGradLinear(Adapted):
 
     @torch.no_grad()
     def cut(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-        """As ``Adapted.cut``; the layer has bases of its own from then on, orthonormal no more where they were cut.
+        """As ``AdapterLayer.cut``; it has bases of its own from then on, no longer orthonormal where they were cut.
 
         What was chosen, and all that is kept by places of the core, stays. Without bases entries go with their row or
         column.

@@ -334,7 +334,7 @@ def recipe_from(data: Any, where: str = "recipe") -> Recipe:
     Raises:
         FfnkitError: one line that names the first wrong field, and how many more are wrong.
     """
-    from ffnkit.recipe.complaints import explain
+    from ffnkit.recipe.validation import explain
 
     if not isinstance(data, dict):
         found = f"holds a {type(data).__name__}, not fields"

@@ -17,7 +17,7 @@ from ffnkit.errors import FfnkitError
 def check_task(name: str) -> str | None:
     """What is wrong with a task's name, or None."""
     from ffnkit import tasks
-    from ffnkit.recipe.complaints import near
+    from ffnkit.recipe.validation import near
     from ffnkit.tasks import dialogues
     from ffnkit.tasks.images import PREFIX
 
@@ -39,7 +39,7 @@ def check_method(name: str, settings: dict[str, Any]) -> tuple[str, str] | None:
     Raises:
         pydantic.ValidationError: a setting that is unknown or of a wrong type.
     """
-    from ffnkit.recipe.complaints import near
+    from ffnkit.recipe.validation import near
 
     if name == "none":
         if not settings:
@@ -113,7 +113,7 @@ def check_tuner(name: str, settings: dict[str, Any]) -> str | None:
     Raises:
         pydantic.ValidationError: a setting that is unknown or of a wrong type.
     """
-    from ffnkit.recipe.complaints import near
+    from ffnkit.recipe.validation import near
 
     if name not in _tuners():
         return f"unknown tuner {name!r}; {near(name, _tuners())}"

@@ -17,8 +17,8 @@ from ffnkit.calibration.batches import evaluating, forward, prepared
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.weights import Prunable, prunable
 from ffnkit.model.linear import stored_weight
-from ffnkit.nn.adapted import Adapted, adapted
-from ffnkit.nn.special import oriented
+from ffnkit.nn.adapter_layer import AdapterLayer, adapter_layers
+from ffnkit.nn.reparametrized import oriented
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def sparsity(model: PreTrainedModel, sites: str = "all") -> Sparsity:
 def _zeros(each: Prunable) -> Zeros:
     each.check()
     count = int(each.gone(each.stored).sum())
-    if not isinstance(each.module, Adapted):
+    if not isinstance(each.module, AdapterLayer):
         return Zeros(each.label, each.numel, count, count, count)
     zero = each.module.merged(masked=False) == 0
     both = zero | (stored_weight(each.module) == 0)
@@ -125,7 +125,7 @@ def merge_costs(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) ->
     Raises:
         FfnkitError: no update is on the model, there are no batches, or they have no labels.
     """
-    if not adapted(model):
+    if not adapter_layers(model):
         raise FfnkitError(f"merging the updates of {type(model).__name__}", "no update is on it", "Tune it first")
     given = list(batches)
     zeros = sparsity(model)
@@ -141,7 +141,7 @@ def merge_costs(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) ->
 @contextmanager
 def _merged(model: nn.Module, *, masked: bool) -> Iterator[None]:
     """Linears with updates compute with one merged weight while the block runs."""
-    layers = list(adapted(model).values())
+    layers = list(adapter_layers(model).values())
     try:
         for layer in layers:
             weight = oriented(layer.merged(masked=masked), layer.transposed)
@@ -152,7 +152,7 @@ def _merged(model: nn.Module, *, masked: bool) -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
-def _linear(layer: Adapted, weight: Tensor, x: Tensor) -> Tensor:
+def _linear(layer: AdapterLayer, weight: Tensor, x: Tensor) -> Tensor:
     return functional.linear(x, weight, layer.bias)
 
 

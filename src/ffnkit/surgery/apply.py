@@ -16,9 +16,9 @@ from ffnkit.io.loading import run_uneven_experts
 from ffnkit.model import trainable
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import check_untouched
-from ffnkit.nn.adapted import Adapted, adapted
-from ffnkit.nn.served import folded, served, unserve
-from ffnkit.nn.special import Special
+from ffnkit.nn.adapter_layer import AdapterLayer, adapter_layers
+from ffnkit.nn.expert_weights import folded, parametrized_weights, remove_parametrizations
+from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.plans import Plan
 from ffnkit.surgery import description
 from ffnkit.surgery.journal import journal
@@ -78,7 +78,7 @@ def share(model: PreTrainedModel, described: dict[str, object]) -> None:
 
 @torch.no_grad()
 def fold(model: Model, *, masked: bool = False) -> Model:
-    """Turn every special linear back into a plain layer with the same outputs, in place; returns the same object.
+    """Turn every reparametrized linear into a plain layer with the same outputs, in place.
 
     Where it fails, the model is as it was.
 
@@ -99,22 +99,22 @@ def fold(model: Model, *, masked: bool = False) -> Model:
 
 
 def fold_layers(model: nn.Module, *within: nn.Module) -> None:
-    """Plain layers again in the place of the special ones that stand in these modules; updates stay.
+    """Plain layers again in the place of the reparametrized ones that stand in these modules; updates stay.
 
     What layers share they share afterwards: the weight of each is computed once.
     """
     inside = dict.fromkeys(inner for module in within for inner in module.modules())
     weights: dict[int, nn.Parameter] = {}
     for owner in inside:
-        if served(owner):
+        if parametrized_weights(owner):
             for name, value in folded(owner).items():
                 old: Any = owner._parameters[name]
                 if id(old) not in weights:
                     weights[id(old)] = put(old, value, ())
-            unserve(owner)
-    places: dict[Special, list[str]] = {}
+            remove_parametrizations(owner)
+    places: dict[ReparametrizedLinear, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if module in inside and isinstance(module, Special) and not isinstance(module, Adapted):
+        if module in inside and isinstance(module, ReparametrizedLinear) and not isinstance(module, AdapterLayer):
             places.setdefault(module, []).append(name)
     for special, names in places.items():
         stored = special.stored
@@ -148,7 +148,7 @@ def without_updates(model: nn.Module, *, fold: bool, masked: bool = False) -> No
     Raises:
         FfnkitError: without ``fold``, where all the rest of the model trained too.
     """
-    found = adapted(model)
+    found = adapter_layers(model)
     _, before = trainable.noted(model)
     if not fold:
         asked, do = "taking the adapter away", "Fold it, or load the base model anew"
@@ -160,9 +160,9 @@ def without_updates(model: nn.Module, *, fold: bool, masked: bool = False) -> No
             raise FfnkitError(asked, f"{other[0]} trained beside it and was rewritten since", do)
         ModelWriter(model).write_values(before)
     trainable.forget(model)
-    places: dict[Adapted, list[str]] = {}
+    places: dict[AdapterLayer, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Adapted):
+        if isinstance(module, AdapterLayer):
             places.setdefault(module, []).append(name)
     for layer in found.values():
         plain = layer.fold(layer.folded(masked=masked)) if fold else layer.restore()

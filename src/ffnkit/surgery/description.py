@@ -22,9 +22,9 @@ from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.config_keys import candidates, config_tree, set_width, width_key
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.nn.adapted import Adapted
-from ffnkit.nn.special import Special
-from ffnkit.surgery.ties import declare_shared, declare_twins
+from ffnkit.nn.adapter_layer import AdapterLayer
+from ffnkit.nn.reparametrized import ReparametrizedLinear
+from ffnkit.surgery.ties import declare_shared, declare_tied
 
 Keys = dict[str, tuple[str, str] | None]
 IMPOSSIBLE_WIDTH = 1
@@ -80,7 +80,7 @@ def describe(model: PreTrainedModel, found: list[FFN], keys: Keys, original: dic
             "width": ffn.width,
             "key": None if key is None else list(key),
             "special": ffn.special,
-            "twins": list(ffn.twins),
+            "twins": list(ffn.tied),
         }
         if key is None:
             rows[ffn.name]["original"] = original.get(ffn.name, ffn.width)
@@ -90,7 +90,7 @@ def describe(model: PreTrainedModel, found: list[FFN], keys: Keys, original: dic
     return data | ({"linears": linears} if linears else {}) | ({"attention": heads} if heads else {})
 
 
-def standing_apart(model: nn.Module, found: list[FFN]) -> dict[str, Special]:
+def standing_apart(model: nn.Module, found: list[FFN]) -> dict[str, ReparametrizedLinear]:
     """What stands in the place of linears outside of FFNs, by every place; updates have files of their own."""
     inside = {
         f"{owner}.{ffn.path(site)}"
@@ -100,7 +100,11 @@ def standing_apart(model: nn.Module, found: list[FFN]) -> dict[str, Special]:
         for site in ffn.sites
     }
     modules = model.named_modules(remove_duplicate=False)
-    return {n: m for n, m in modules if isinstance(m, Special) and not isinstance(m, Adapted) and n not in inside}
+    return {
+        n: m
+        for n, m in modules
+        if isinstance(m, ReparametrizedLinear) and not isinstance(m, AdapterLayer) and n not in inside
+    }
 
 
 def attention_rows(model: nn.Module) -> dict[str, Any]:
@@ -115,7 +119,7 @@ def is_plain(found: list[FFN], keys: Keys, original: dict[str, int]) -> bool:
     """Whether plain transformers can build this shape: one width for each config key, nothing shared or apart."""
     widths: dict[Any, set[int]] = defaultdict(set)
     for ffn in found:
-        if ffn.special or ffn.twins:
+        if ffn.special or ffn.tied:
             return False
         if keys[ffn.name] is None and ffn.width != original.get(ffn.name, ffn.width):
             return False
@@ -213,7 +217,7 @@ def attentions_for(model: PreTrainedModel, described: dict[str, Any]) -> list[tu
     if not rows:
         return []
     prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
-    by_name = {name: each for each in attentions(model) for name in (each.name, *each.twins)}
+    by_name = {name: each for each in attentions(model) for name in (each.name, *each.tied)}
     found = []
     for name, row in rows.items():
         near = (name, name.removeprefix(prefix), prefix + name)
@@ -245,7 +249,7 @@ def edits_of(model: PreTrainedModel, described: dict[str, Any]) -> Iterator[Edit
         yield SelectHeads.blank(attention, row)
     for name in linears_for(model, described):
         linear = model.get_submodule(name)
-        if not isinstance(linear, Special):  # it may stand in several places
+        if not isinstance(linear, ReparametrizedLinear):  # it may stand in several places
             yield Mask.blank_linear(name, linear)
 
 
@@ -262,4 +266,4 @@ def declare(model: PreTrainedModel, described: dict[str, Any]) -> None:
     for _, names in rows_for(model, described):
         twins = [name for name in names[1:] if by_owner[name] is not by_owner[names[0]]]
         if twins:
-            declare_twins(model, by_owner[names[0]], twins)
+            declare_tied(model, by_owner[names[0]], twins)

@@ -15,7 +15,7 @@ from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.config_keys import config_tree
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import features, is_linear
-from ffnkit.nn.narrowed import narrow
+from ffnkit.nn.pruned_attention import prune_attention
 
 
 def settle(model: PreTrainedModel) -> None:
@@ -51,7 +51,7 @@ def settle(model: PreTrainedModel) -> None:
     for each in _speaking(model.config, found[0]):
         _say(each, heads, kv_heads, width)
     for attention in found:
-        narrow(attention.inner, None, "", False)
+        prune_attention(attention.inner, None, "", False)
 
 
 def _speaking(config: PreTrainedConfig, attention: Attention) -> Iterator[PreTrainedConfig]:

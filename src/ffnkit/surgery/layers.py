@@ -33,7 +33,7 @@ def without_layers(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, s
     by_holder: dict[str, list[str]] = defaultdict(list)
     for layer in dict.fromkeys(layers):
         by_holder[layer.rpartition(".")[0]].append(layer)
-    if any(ffn.twins for ffn in ffns(model)):
+    if any(ffn.tied for ffn in ffns(model)):
         raise FfnkitError("dropping layers", "some layers share an FFN", "Drop layers first, then merge")
     renamed: dict[str, str] = {}
     for holder, gone in by_holder.items():

@@ -12,8 +12,8 @@ from torch import nn
 from ffnkit.edits import Edit
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.nn.served import served
-from ffnkit.nn.special import Special
+from ffnkit.nn.expert_weights import parametrized_weights
+from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.ops.neurons import Neurons
 from ffnkit.surgery.apply import fold_layers
 from ffnkit.surgery.journal import State
@@ -81,7 +81,7 @@ def with_neurons(ffn: FFN, neurons: Neurons) -> Iterator[None]:
 
 
 def _is_special(module: nn.Module) -> bool:
-    return isinstance(module, Special) or bool(served(module))
+    return isinstance(module, ReparametrizedLinear) or bool(parametrized_weights(module))
 
 
 def _owning(found: dict[str, FFN], linear: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns, has_ffns
 from ffnkit.model.linear import is_transposed
-from ffnkit.nn.served import PREFIX
+from ffnkit.nn.expert_weights import PREFIX
 
 
 def declare_shared(model: PreTrainedModel) -> None:
@@ -20,17 +20,17 @@ def declare_shared(model: PreTrainedModel) -> None:
     ``save_pretrained`` refuses undeclared sharing.
     """
     for ffn in ffns(model) if has_ffns(model) else []:
-        if ffn.twins:
-            declare_twins(model, ffn, list(ffn.twins))
+        if ffn.tied:
+            declare_tied(model, ffn, list(ffn.tied))
 
 
-def further_places(model: PreTrainedModel) -> list[str]:
+def tied_places(model: PreTrainedModel) -> list[str]:
     """Where shared linears stand besides their first place, each path with a dot behind it."""
-    found = [ffn for ffn in ffns(model) if ffn.twins and not ffn.layout.experts]
-    return [f"{twin}.{ffn.path(site)}." for ffn in found for twin in ffn.twins for site in ffn.sites]
+    found = [ffn for ffn in ffns(model) if ffn.tied and not ffn.layout.experts]
+    return [f"{twin}.{ffn.path(site)}." for ffn in found for twin in ffn.tied for site in ffn.sites]
 
 
-def declare_twins(model: PreTrainedModel, ffn: FFN, twins: list[str]) -> None:
+def declare_tied(model: PreTrainedModel, ffn: FFN, twins: list[str]) -> None:
     """Declare the FFNs at the paths ``twins`` as further names of ``ffn``, for saving and for loading."""
     state = ffn.module.state_dict(keep_vars=True)
     sites = tuple(f"{ffn.path(site)}." for site in ffn.sites) if not ffn.layout.experts else ()
@@ -47,7 +47,7 @@ def declare_twins(model: PreTrainedModel, ffn: FFN, twins: list[str]) -> None:
     model._adjust_bias = _adjust_bias  # type: ignore[method-assign]
 
 
-def withdraw_twins(model: PreTrainedModel, places: set[str]) -> None:
+def withdraw_tied(model: PreTrainedModel, places: set[str]) -> None:
     """Take back that the tensors below ``places`` (each with its dot) are further names of others."""
     for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
         declared = getattr(model, attribute, None)

@@ -13,13 +13,13 @@ from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.surgery import description
-from ffnkit.surgery.ties import withdraw_twins
+from ffnkit.surgery.ties import withdraw_tied
 
 Keys = dict[str, tuple[str, str] | None]
 
 
 @dataclass(frozen=True)
-class Parted:
+class UntiedFfn:
     """One shared FFN whose owners have linears of their own over the very same weights.
 
     Attributes:
@@ -35,7 +35,7 @@ class Parted:
     widths: dict[str, int]
 
 
-def part(model: PreTrainedModel) -> list[Parted]:
+def untie(model: PreTrainedModel) -> list[UntiedFfn]:
     """Give every layer linears of its own, in place, over the weights that it shares; nothing is computed or copied.
 
     Each tensor stays one object; what exchanges linears (adapters) then does so for each layer apart.
@@ -44,7 +44,7 @@ def part(model: PreTrainedModel) -> list[Parted]:
         FfnkitError: no FFN is shared; layers share more than the FFN; experts in one 3-D parameter, which have no
             linears.
     """
-    found = [ffn for ffn in ffns(model) if ffn.twins]
+    found = [ffn for ffn in ffns(model) if ffn.tied]
     asked = f"taking the shared FFNs of {type(model).__name__} apart"
     if not found:
         raise FfnkitError(asked, "no FFN is shared", "Leave the setting out, or merge FFNs first")
@@ -56,7 +56,7 @@ def part(model: PreTrainedModel) -> list[Parted]:
     return [_parted(model, ffn, keys, widths, asked) for ffn in found]
 
 
-def _parted(model: PreTrainedModel, ffn: FFN, keys: Keys, widths: dict[str, int], asked: str) -> Parted:
+def _parted(model: PreTrainedModel, ffn: FFN, keys: Keys, widths: dict[str, int], asked: str) -> UntiedFfn:
     weights = {id(p) for p in ffn.parameters()}
     names, sites = list(ffn.owners), [ffn.path(site) for site in ffn.sites]
     stood: dict[str, nn.Module] = {}
@@ -74,16 +74,16 @@ def _parted(model: PreTrainedModel, ffn: FFN, keys: Keys, widths: dict[str, int]
             model.set_submodule(shared, _alike(module))
         taken |= {id(model.get_submodule(p)) for site in sites for p in _below(name, f"{name}.{site}")}
     first = ffn.name
-    return Parted(names, sites, stood, dict.fromkeys(names, keys[first]), dict.fromkeys(names, widths[first]))
+    return UntiedFfn(names, sites, stood, dict.fromkeys(names, keys[first]), dict.fromkeys(names, widths[first]))
 
 
-def rejoin(model: PreTrainedModel, parted: Parted) -> None:
+def retie(model: PreTrainedModel, parted: UntiedFfn) -> None:
     """Put the shared modules back where they stood."""
     for place, module in parted.stood.items():
         model.set_submodule(place, module)
 
 
-def own_weights(model: nn.Module, parted: Parted) -> None:
+def own_weights(model: nn.Module, parted: UntiedFfn) -> None:
     """Give every layer but the first copies of the float weights that it still shares with an earlier one."""
     taken: set[int] = set()
     for name in parted.owners:
@@ -104,7 +104,7 @@ def plain_layer(module: nn.Module) -> nn.Module:
     return module if base is None else plain_layer(base)
 
 
-def settle(model: PreTrainedModel, parted: Iterable[Parted], *, untied: Iterable[Parted]) -> None:
+def settle(model: PreTrainedModel, parted: Iterable[UntiedFfn], *, untied: Iterable[UntiedFfn]) -> None:
     """Make config and declarations say which FFNs are shared after :func:`rejoin` and :func:`own_weights`.
 
     Args:
@@ -116,7 +116,7 @@ def settle(model: PreTrainedModel, parted: Iterable[Parted], *, untied: Iterable
     for each in parted:
         keys |= each.keys
         widths |= each.widths
-    withdraw_twins(model, {f"{n}.{site}." for each in untied for n in each.owners[1:] for site in each.sites})
+    withdraw_tied(model, {f"{n}.{site}." for each in untied for n in each.owners[1:] for site in each.sites})
     if not known:
         keys = {**description.width_keys(model, ffns(model)), **keys}
     description.update_config(model, keys, {**{ffn.name: ffn.width for ffn in ffns(model)}, **widths})

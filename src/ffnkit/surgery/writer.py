@@ -20,12 +20,12 @@ from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import is_maskable, is_transposed, stored_weight
-from ffnkit.nn.adapted import Adapted, adapted
+from ffnkit.nn.adapter_layer import AdapterLayer, adapter_layers
+from ffnkit.nn.expert_weights import parametrize_weight, parametrized_weights, remove_parametrizations
 from ffnkit.nn.masked import Masked
+from ffnkit.nn.reparametrized import ReparametrizedLinear, update_features
 from ffnkit.nn.scaled import Scaled
-from ffnkit.nn.served import serve, served, unserve
 from ffnkit.nn.sparsegrad import Bases
-from ffnkit.nn.special import Special, fit
 from ffnkit.ops.neurons import Neurons
 from ffnkit.surgery import description, head_config, layers
 
@@ -54,7 +54,7 @@ class ModelWriter:
 
     def ffn(self, name: str) -> FFN:
         """The FFN of that name; of FFNs that share their weights any name will do."""
-        ffn = self._ffns.get(name) or next((f for f in self._ffns.values() if name in f.twins), None)
+        ffn = self._ffns.get(name) or next((f for f in self._ffns.values() if name in f.tied), None)
         if ffn is None:
             what = f"{type(self.model).__name__} has no such FFN"
             raise FfnkitError(f"the FFN {name}", what, "Make the plan for this model")
@@ -116,8 +116,8 @@ class ModelWriter:
         """Give an FFN new neurons, any number of them; every owner of its weights follows."""
         resize(ffn, neurons)
 
-    def attach(self, ffn: FFN, site: str, layer: type[Special], *tensors: Tensor) -> None:
-        """Put a special linear in the place of a plain one, in every owner.
+    def attach(self, ffn: FFN, site: str, layer: type[ReparametrizedLinear], *tensors: Tensor) -> None:
+        """Put a reparametrized linear in the place of a plain one, in every owner.
 
         Args:
             layer: its class, made of the plain linear and of the tensors. Experts in 3-D parameters bear those that
@@ -131,10 +131,10 @@ class ModelWriter:
             if ffn.layout.transposed:  # factors as the parameters lie: (E, in, 1), or (E, in, out)
                 tensors = tuple(t[..., None] if t.ndim == 2 else t.mT.contiguous() for t in tensors)
             for owner in dict.fromkeys(ffn.owners.values()):
-                serve(owner, ffn.path(site), layer.kind, site, *tensors)
+                parametrize_weight(owner, ffn.path(site), layer.kind, site, *tensors)
             return
         for linear in ffn.linears(site):
-            if not isinstance(linear, Special):
+            if not isinstance(linear, ReparametrizedLinear):
                 self.replace(linear, layer(linear, *(t.clone() for t in tensors)))
 
     def _zero(self, ffn: FFN, site: str, mask: Tensor) -> None:
@@ -161,17 +161,17 @@ class ModelWriter:
             if ffn.layout.experts:
                 for path in dict.fromkeys((ffn.path("up"), ffn.path("down"))):
                     owner._parameters[path] = first._parameters[path]
-                unserve(owner)
-                for path, buffer in served(first):
+                remove_parametrizations(owner)
+                for path, buffer in parametrized_weights(first):
                     _, kind, site = buffer.split("_")
-                    serve(owner, path, kind, site, getattr(first, buffer))
+                    parametrize_weight(owner, path, kind, site, getattr(first, buffer))
             elif _exchangeable(first, owner, ffn):
                 self.model.set_submodule(name, first)
             else:
                 for site in ffn.sites:
                     owner.set_submodule(ffn.path(site), first.get_submodule(ffn.path(site)))
         if name != ffn.name:
-            ffn.twins[name] = self.model.get_submodule(name)
+            ffn.tied[name] = self.model.get_submodule(name)
             self._ffns.pop(name, None)
 
     def drop_layer(self, name: str) -> None:
@@ -293,7 +293,7 @@ def resize(ffn: FFN, neurons: Neurons) -> None:
         if bias is not None:
             put(old_bias, bias, linears)
         for linear in linears:
-            fit(linear)
+            update_features(linear)
     set_width(ffn, neurons.ff)
 
 
@@ -317,7 +317,7 @@ def let_train(model: nn.Module, parts: list[str]) -> None:
     known, old = trainable.noted(model)
     parts = list(dict.fromkeys([*known, *parts]))
     chosen = {id(p) for p in trainable.parts_of(model, parts)}
-    for layer in adapted(model).values():
+    for layer in adapter_layers(model).values():
         chosen -= {id(layer.base)}
         chosen |= {id(p) for p in _own(layer)}
     trainable.train_only(model, lambda parameter: id(parameter) in chosen)
@@ -331,7 +331,7 @@ def let_train(model: nn.Module, parts: list[str]) -> None:
 
 def beside(model: nn.Module) -> dict[str, nn.Parameter]:
     """What trains beside the updates, by name."""
-    inside = {id(p) for layer in adapted(model).values() for p in (layer.base, *_own(layer))}
+    inside = {id(p) for layer in adapter_layers(model).values() for p in (layer.base, *_own(layer))}
     return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
 
 
@@ -340,5 +340,5 @@ def parts_beside(model: nn.Module) -> list[str]:
     return list(trainable.noted(model)[0])
 
 
-def _own(layer: Adapted) -> list[nn.Parameter]:
+def _own(layer: AdapterLayer) -> list[nn.Parameter]:
     return [p for name, p in layer.named_parameters(recurse=False) if name not in ("base", "bias")]

@@ -14,10 +14,15 @@ class GenerationSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_new_tokens: Count | None = Field(None, description="tokens of an answer at most; null: as the task says")
-    num_beams: Count = Field(1, description="beams; 1: greedy decoding")
-    length_penalty: Annotated[float, Field(allow_inf_nan=False)] = Field(
-        1.0, description="of beam search: above 0 favours long answers, below 0 short ones"
-    )
-    no_repeat_ngram_size: Annotated[int, Field(ge=0)] = Field(0, description="no n-gram twice in a text; 0: allowed")
-    batch_size: Count = Field(32, description="prompts at a time")
+    max_new_tokens: Annotated[
+        Count | None, Field(description="tokens of an answer at most; null: as the task says")
+    ] = None
+    num_beams: Annotated[Count, Field(description="beams; 1: greedy decoding")] = 1
+    length_penalty: Annotated[
+        Annotated[float, Field(allow_inf_nan=False)],
+        Field(description="of beam search: above 0 favours long answers, below 0 short ones"),
+    ] = 1.0
+    no_repeat_ngram_size: Annotated[
+        Annotated[int, Field(ge=0)], Field(description="no n-gram twice in a text; 0: allowed")
+    ] = 0
+    batch_size: Annotated[Count, Field(description="prompts at a time")] = 32

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.nn.special import Special
+from ffnkit.nn.reparametrized import ReparametrizedLinear
 
 EXACT, RELOADED = 1e-12, 1e-5  # relative: folding in float64, and reading back in float32
 _WRITTEN = ("architectures", "dtype", "transformers_version")  # by save_pretrained itself
@@ -126,7 +126,9 @@ def ties(model: nn.Module) -> set[frozenset[str]]:
 
 def special_layers(model: nn.Module) -> list[str]:
     """Names of what stands in the place of plain linears, experts that serve a factor included."""
-    found = [n for n, m in model.named_modules() if isinstance(m, Special) or hasattr(type(m), "ffnkit_served")]
+    found = [
+        n for n, m in model.named_modules() if isinstance(m, ReparametrizedLinear) or hasattr(type(m), "ffnkit_served")
+    ]
     return found
 
 

@@ -194,6 +194,6 @@ def _checkpoints(plan: Plan, case: Case, folder: Path) -> None:
         plain = eager(type(model).from_pretrained(folder / "standard"))
         gap = distance(case.run(plain), expected)
         require(gap < RELOADED, "the standard form reloads", f"outputs differ by {gap:.2g}, relative")
-        require(not special_layers(plain), "the standard form reloads", "it holds special layers")
+        require(not special_layers(plain), "the standard form reloads", "it holds reparametrized layers")
     odd = difference(before, snapshot(model))
     require(not odd, "saving changes nothing", f"{odd} changed")

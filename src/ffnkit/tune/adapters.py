@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import open_errors
-from ffnkit.surgery.untie import Parted, part
+from ffnkit.surgery.untie import UntiedFfn, untie
 from ffnkit.tune import lora, zeros
 from ffnkit.tune.lifecycle import preparing, undone
 
@@ -68,16 +68,16 @@ def _state(folder: str | Path, asked: str) -> dict[str, Tensor]:
         return load_file(path)
 
 
-def _parted_where_needed(model: PreTrainedModel, state: dict[str, Tensor]) -> list[Parted]:
+def _parted_where_needed(model: PreTrainedModel, state: dict[str, Tensor]) -> list[UntiedFfn]:
     """The shared FFNs of the model, parted if the file holds unlike adapters for places of one of them."""
     from ffnkit.model.finding import ffns
 
-    shared = [ffn for ffn in ffns(model) if ffn.twins and not ffn.layout.experts]
+    shared = [ffn for ffn in ffns(model) if ffn.tied and not ffn.layout.experts]
     for ffn in shared:
         for site in ffn.sites:
             tensors = [_of(state, f"{name}.{ffn.path(site)}") for name in ffn.owners]
             if any(own and not _equal(own, tensors[0]) for own in tensors[1:]):
-                return part(model)
+                return untie(model)
     return []
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.io.loading import drawn_head
+from ffnkit.io.loading import newly_initialized
 
 
 def settle_heads(student: nn.Module, teacher: nn.Module) -> tuple[str, ...]:
@@ -18,12 +18,12 @@ def settle_heads(student: nn.Module, teacher: nn.Module) -> tuple[str, ...]:
     Raises:
         FfnkitError: the teacher's head is freshly drawn, or the student's is and the teacher has none of its shape.
     """
-    drawn = drawn_head(teacher)
+    drawn = newly_initialized(teacher)
     if drawn:
         found = f"the teacher's head is freshly drawn ({drawn[0]} was not in its files), so its answers mean nothing"
         do = "Tune the teacher first, or distil the hidden states (objective layers)"
         raise FfnkitError("distillation of logits", found, do)
-    new = drawn_head(student)
+    new = newly_initialized(student)
     theirs = dict(teacher.named_parameters())
     for name in new:
         ours = student.get_parameter(name)

@@ -50,7 +50,7 @@ def text_examples(texts: Sequence[str], tokenizer: Any, model: nn.Module, max_le
         max_length: tokens of an example, special tokens included; not more than the model has positions for.
 
     Raises:
-        FfnkitError: no text, no padding token, or no room in ``max_length`` for a token beside the special ones.
+        FfnkitError: no text, no padding token, or no room in ``max_length`` for a token beside the reparametrized ones.
     """
     texts = [text for text in texts if text.strip()]
     if not texts:

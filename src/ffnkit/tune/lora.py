@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from ffnkit.errors import FfnkitError
 from ffnkit.model.targets import GROUPS, targets
 from ffnkit.model.trainable import head_modules, parts_of
-from ffnkit.nn.special import is_special
-from ffnkit.surgery.untie import Parted, own_weights, part, plain_layer, rejoin, settle
+from ffnkit.nn.reparametrized import is_reparametrized
+from ffnkit.surgery.untie import UntiedFfn, own_weights, plain_layer, retie, settle, untie
 from ffnkit.tune import quantizing, zeros
 from ffnkit.tune.ties import check_untied, own_modules, share_modules
 
@@ -39,7 +39,7 @@ _PARTED = "_ffnkit_parted"  # on a peft model: shared FFNs whose layers have ada
 
 
 def put_on(model: nn.Module, tuner: Lora, preparation: Preparation) -> nn.Module:
-    """A peft model around ``model``, special linears folded first.
+    """A peft model around ``model``, reparametrized linears folded first.
 
     Folding comes first because an adapter merged into a linear that keeps a factor apart would be multiplied by it;
     and since the weights under the adapters are frozen, it does not matter to them where the factor stands.
@@ -54,7 +54,7 @@ def put_on(model: nn.Module, tuner: Lora, preparation: Preparation) -> nn.Module
     share_modules(model)
     found = list(tuner.routers_of(model))
     heads = own_modules(model, head_modules(model)) if tuner.head else []
-    parted = part(cast(PreTrainedModel, model)) if tuner.tied == "each" else []
+    parted = untie(cast(PreTrainedModel, model)) if tuner.tied == "each" else []
     noted = zeros.note(model) if tuner.keep_zeros else None
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     modules, parameters = targets(model, tuner.targets)
@@ -104,7 +104,7 @@ def _let_train(tuned: Any, tuner: Lora) -> None:
 
 
 def adapted(
-    model: nn.Module, wrap: Callable[[Any], Any], ties: list[list[str]], parted: Iterable[Parted] = ()
+    model: nn.Module, wrap: Callable[[Any], Any], ties: list[list[str]], parted: Iterable[UntiedFfn] = ()
 ) -> nn.Module:
     """The peft model that ``wrap`` makes, its adapters in every place of a shared target.
 
@@ -126,10 +126,10 @@ def _with_adapters(model: Any, config: Any) -> Any:
     return get_peft_model(model, config)
 
 
-def settled(model: nn.Module, parted: Iterable[Parted], flags: dict[str, bool] | None) -> None:
+def settled(model: nn.Module, parted: Iterable[UntiedFfn], flags: dict[str, bool] | None) -> None:
     """Shared FFNs shared again and, with the flags that parameters had, what was quantized in float."""
     for each in parted:
-        rejoin(cast(PreTrainedModel, model), each)
+        retie(cast(PreTrainedModel, model), each)
     if flags is not None and quantizing.is_quantized(model):
         quantizing.unquantized(model)
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -148,7 +148,7 @@ def take_off(model: nn.Module, tuner: Lora) -> nn.Module:
     if tuner.adapter_dir is not None:
         save_adapter(model, tuner.adapter_dir)
     ties: list[list[str]] = getattr(model, _TIES, [])
-    parted: list[Parted] = getattr(model, _PARTED, [])
+    parted: list[UntiedFfn] = getattr(model, _PARTED, [])
     base = model.get_base_model()  # type: ignore[operator]
     noted = zeros.held(model)
     differ = [each for each in parted if _is_adapted(base, each)]
@@ -156,7 +156,7 @@ def take_off(model: nn.Module, tuner: Lora) -> nn.Module:
         if each in differ:
             own_weights(base, each)
         else:
-            rejoin(base, each)
+            retie(base, each)
     if quantizing.is_quantized(base):
         plain: Any = quantizing.merged(model)
     else:  # into copies: peft's other way adds in place, which no reference could undo
@@ -170,7 +170,7 @@ def take_off(model: nn.Module, tuner: Lora) -> nn.Module:
     return cast(nn.Module, plain.requires_grad_(True))
 
 
-def _is_adapted(base: nn.Module, parted: Parted) -> bool:
+def _is_adapted(base: nn.Module, parted: UntiedFfn) -> bool:
     """Whether a linear of the FFN has an adapter in some layer."""
     linears = (base.get_submodule(f"{name}.{site}") for name in parted.owners for site in parted.sites)
     return any(plain_layer(linear) is not linear for linear in linears)
@@ -214,8 +214,8 @@ def _task_type(model: nn.Module) -> str | None:
 
 
 def fold_special(model: nn.Module) -> None:
-    """Fold special linears, where the model has some, in place."""
-    special = any(is_special(module) for module in model.modules())
+    """Fold reparametrized linears, where the model has some, in place."""
+    special = any(is_reparametrized(module) for module in model.modules())
     if special:
         from ffnkit.surgery.apply import fold
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ffnkit.checkpoint.adapters import save_adapter
 from ffnkit.methods.update.coefficients import with_coefficients
 from ffnkit.model.trainable import remember
-from ffnkit.nn.special import is_special
+from ffnkit.nn.reparametrized import is_reparametrized
 from ffnkit.plans import Plan, plan
 from ffnkit.surgery.apply import apply, fold
 from ffnkit.tune import zeros
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 def put_on(model: nn.Module, tuner: Updating, preparation: Preparation) -> nn.Module:
-    """The model with updates beside its weights, special linears folded first; changed in place."""
+    """The model with updates beside its weights, reparametrized linears folded first; changed in place."""
     keep = preparation.keep
     found = tuner.routers_of(model)
     whole = cast(PreTrainedModel, model)
-    if any(is_special(module) for module in model.modules()):
+    if any(is_reparametrized(module) for module in model.modules()):
         fold(whole)
         preparation.from_here()
     noted = zeros.note(model) if tuner.keep_zeros else None

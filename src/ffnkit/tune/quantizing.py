@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
-from ffnkit.nn.quantized import in_few_bits
-from ffnkit.nn.quantized import in_float as in_float_form
+from ffnkit.nn.quantized import dequantized as in_float_form
+from ffnkit.nn.quantized import is_quantized_linear
 from ffnkit.surgery.description import description
 from ffnkit.tune.sharding import SharedLinear
 
@@ -58,7 +58,7 @@ def quantize(model: nn.Module, kind: str, keep: Iterable[str]) -> list[str]:
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether some linear holds its weight in another form than float: bitsandbytes' or torchao's."""
-    return any(in_few_bits(module) for module in model.modules())
+    return any(is_quantized_linear(module) for module in model.modules())
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def in_float(model: nn.Module, names: Iterable[str]) -> None:
     kept = list(names)
     dtype = getattr(model, "dtype", torch.float32)
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if in_few_bits(module) and any(name == k or name.startswith(f"{k}.") for k in kept):
+        if is_quantized_linear(module) and any(name == k or name.startswith(f"{k}.") for k in kept):
             model.set_submodule(name, in_float_form(module, dtype))
 
 
@@ -80,7 +80,7 @@ def merged(tuned: nn.Module) -> nn.Module:
     layers: list[Any] = [module for module in base.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         linear = layer.base_layer
-        if not in_few_bits(linear):
+        if not is_quantized_linear(linear):
             layer.merge()
             continue
         plain = in_float_form(linear, base.dtype)
@@ -96,7 +96,7 @@ def unquantized(model: nn.Module) -> nn.Module:
     """The model with its quantized linears in float, in place: each weight is what it stood for."""
     made: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if in_few_bits(module):
+        if is_quantized_linear(module):
             if id(module) not in made:
                 made[id(module)] = in_float_form(module, cast(Any, model).dtype)
             model.set_submodule(name, made[id(module)])

@@ -28,7 +28,7 @@ def scorer(
     name = metric or task.dev_metric
     known = [*task.metrics, "loss"]
     if name not in known:
-        raise FfnkitError(f"score {name}", f"{task.name} has no such metric", f"Choose of {', '.join(known)}")
+        raise FfnkitError(f"score {name}", f"{task.name} has no such metric", f"Choose one of {', '.join(known)}")
     sign = 1.0 if greater_is_better(name) else -1.0
 
     def score(model: nn.Module) -> float:

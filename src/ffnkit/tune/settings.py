@@ -37,38 +37,50 @@ class _Settings(BaseModel):
 class TrainSettings(_Settings):
     """How a model is fine-tuned. The seed is passed apart, so that arms share settings."""
 
-    learning_rate: Positive = Field(5e-5, description="peak learning rate of Adam")
-    schedule: Schedule = Field("linear", description="a learning-rate schedule of transformers, by its name")
+    learning_rate: Annotated[Positive, Field(description="peak learning rate of Adam")] = 5e-5
+    schedule: Annotated[Schedule, Field(description="a learning-rate schedule of transformers, by its name")] = "linear"
     schedule_options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the schedule")
-    warmup: NotNegative = Field(0.06, description="below 1: share of the steps; from 1: number of steps")
-    weight_decay: NotNegative = Field(0.0, description="decoupled (AdamW); biases and norms are left out")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Adam's averaging factors")
-    eps: Positive = Field(1e-8, description="Adam's epsilon")
-    optimizer: str = Field("adamw_torch_fused", description="an optimizer of transformers, by its name")
-    max_grad_norm: NotNegative = Field(1.0, description="gradients are clipped to this norm; 0: not clipped")
-    epochs: Positive = Field(3.0, description="passes over the training split; unused where steps is set")
-    steps: Count | None = Field(None, description="optimizer steps in all; overrides epochs")
-    batch_size: Count = Field(32, description="examples of a forward pass, a device")
-    eval_batch_size: Count = Field(64, description="examples of a forward pass while evaluating, a device")
-    accumulation: Count = Field(1, description="forward passes an optimizer step")
-    max_length: Count = Field(128, description="longer texts are cut, in tokens")
-    augment: Literal["none", "flip", "crop-flip"] = Field(
-        "none", description="images to train on: flip mirrors, crop-flip moves too"
+    warmup: Annotated[NotNegative, Field(description="below 1: share of the steps; from 1: number of steps")] = 0.06
+    weight_decay: Annotated[NotNegative, Field(description="decoupled (AdamW); biases and norms are left out")] = 0.0
+    betas: Annotated[tuple[Beta, Beta], Field(description="Adam's averaging factors")] = (0.9, 0.999)
+    eps: Annotated[Positive, Field(description="Adam's epsilon")] = 1e-8
+    optimizer: Annotated[str, Field(description="an optimizer of transformers, by its name")] = "adamw_torch_fused"
+    max_grad_norm: Annotated[NotNegative, Field(description="gradients are clipped to this norm; 0: not clipped")] = 1.0
+    epochs: Annotated[Positive, Field(description="passes over the training split; unused where steps is set")] = 3.0
+    steps: Annotated[Count | None, Field(description="optimizer steps in all; overrides epochs")] = None
+    batch_size: Annotated[Count, Field(description="examples of a forward pass, a device")] = 32
+    eval_batch_size: Annotated[Count, Field(description="examples of a forward pass while evaluating, a device")] = 64
+    accumulation: Annotated[Count, Field(description="forward passes an optimizer step")] = 1
+    max_length: Annotated[Count, Field(description="longer texts are cut, in tokens")] = 128
+    augment: Annotated[
+        Literal["none", "flip", "crop-flip"], Field(description="images to train on: flip mirrors, crop-flip moves too")
+    ] = "none"
+    packing: Annotated[
+        bool, Field(description="several examples in a row of max_length tokens, kept apart; of decoders")
+    ] = False
+    group_by_length: Annotated[
+        bool, Field(description="batches of similar lengths: less padding, less random order")
+    ] = False
+    precision: Annotated[Precision, Field(description="bf16 and fp16: mixed precision; fp16 needs a GPU")] = "fp32"
+    gradient_checkpointing: Annotated[bool, Field(description="less memory for about a third more time")] = False
+    eval_every: Annotated[Count | None, Field(description="evaluate on dev every so many steps; null: each epoch")] = (
+        None
     )
-    packing: bool = Field(False, description="several examples in a row of max_length tokens, kept apart; of decoders")
-    group_by_length: bool = Field(False, description="batches of similar lengths: less padding, less random order")
-    precision: Precision = Field("fp32", description="bf16 and fp16: mixed precision; fp16 needs a GPU")
-    gradient_checkpointing: bool = Field(False, description="less memory for about a third more time")
-    eval_every: Count | None = Field(None, description="evaluate on dev every so many steps; null: each epoch")
-    save_every: Count | None = Field(None, description="further checkpoints, besides one at each evaluation")
-    save_total_limit: Count | None = Field(2, description="checkpoints kept on disk; best and last always are")
-    keep_checkpoints: bool = Field(False, description="leave the checkpoints on disk after success")
-    keep_best: bool = Field(True, description="end with the best checkpoint instead of the last one")
-    best_metric: str | None = Field(None, description="picks the best checkpoint: a metric of the task, or loss")
-    early_stopping: Count | None = Field(None, description="stop after so many evaluations without a gain")
-    logging_every: Count = Field(10, description="steps between entries of the loss log")
-    report_to: str | list[str] = Field("none", description="trackers of transformers: none, tensorboard, wandb, ...")
-    device: Literal["auto", "cpu"] = Field("auto", description="auto: the GPU where there is one")
+    save_every: Annotated[Count | None, Field(description="further checkpoints, besides one at each evaluation")] = None
+    save_total_limit: Annotated[
+        Count | None, Field(description="checkpoints kept on disk; best and last always are")
+    ] = 2
+    keep_checkpoints: Annotated[bool, Field(description="leave the checkpoints on disk after success")] = False
+    keep_best: Annotated[bool, Field(description="end with the best checkpoint instead of the last one")] = True
+    best_metric: Annotated[
+        str | None, Field(description="picks the best checkpoint: a metric of the task, or loss")
+    ] = None
+    early_stopping: Annotated[Count | None, Field(description="stop after so many evaluations without a gain")] = None
+    logging_every: Annotated[Count, Field(description="steps between entries of the loss log")] = 10
+    report_to: Annotated[
+        str | list[str], Field(description="trackers of transformers: none, tensorboard, wandb, ...")
+    ] = "none"
+    device: Annotated[Literal["auto", "cpu"], Field(description="auto: the GPU where there is one")] = "auto"
 
     @model_validator(mode="after")
     def _together(self) -> TrainSettings:
@@ -90,30 +102,46 @@ class TrainSettings(_Settings):
 class DistilSettings(_Settings):
     """How a compressed model is fitted to the uncompressed one: what is compared, what trains, on which text."""
 
-    objective: Literal["layers", "logits", "both"] = Field("layers", description="hidden states, answers, or both")
-    temperature: Positive = Field(2.0, description="softens both models' logits; unused by a regression")
-    hard_weight: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="share of the true labels' loss in that of the logits"
+    objective: Annotated[Literal["layers", "logits", "both"], Field(description="hidden states, answers, or both")] = (
+        "layers"
     )
-    layers_weight: NotNegative = Field(1.0, description="weight of the hidden states' loss where objective is both")
-    logits_weight: NotNegative = Field(1.0, description="weight of the logits' loss where objective is both")
-    trains: Literal["ffn", "all"] = Field("ffn", description="ffn: the compressed FFNs; all: every parameter")
-    text: str | None = Field(None, description="a file of text without labels, in place of the task's training texts")
-    text_column: str = Field("text", description="the column of that file, unless it is plain text")
-    teacher: str | None = Field(None, description="of a recipe: a tuned model to learn from, not the uncompressed one")
-    learning_rate: Positive = Field(5e-5, description="peak learning rate of Adam")
-    schedule: Literal["linear", "constant"] = Field("linear", description="linear decays to 0 at the last step")
-    warmup: NotNegative = Field(0.0, description="below 1: share of the steps; from 1: number of steps")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Adam's averaging factors")
-    eps: Positive = Field(1e-8, description="Adam's epsilon")
-    max_grad_norm: NotNegative = Field(0.0, description="gradients are clipped to this norm; 0: not clipped")
-    epochs: Positive = Field(1.0, description="passes over the data; unused where steps is set")
-    steps: Count | None = Field(None, description="optimizer steps in all; overrides epochs")
-    batch_size: Count = Field(32, description="examples a step, where the data are examples and not ready batches")
-    max_length: Count = Field(128, description="longer texts are cut, in tokens, by whoever encodes the data")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: forward passes under autocast")
-    save_every: Count = Field(100, description="steps between saved states, where an output folder is given")
-    logging_every: Count = Field(10, description="steps between entries of the loss log")
+    temperature: Annotated[Positive, Field(description="softens both models' logits; unused by a regression")] = 2.0
+    hard_weight: Annotated[
+        Annotated[float, Field(ge=0, le=1)], Field(description="share of the true labels' loss in that of the logits")
+    ] = 0.0
+    layers_weight: Annotated[
+        NotNegative, Field(description="weight of the hidden states' loss where objective is both")
+    ] = 1.0
+    logits_weight: Annotated[NotNegative, Field(description="weight of the logits' loss where objective is both")] = 1.0
+    trains: Annotated[Literal["ffn", "all"], Field(description="ffn: the compressed FFNs; all: every parameter")] = (
+        "ffn"
+    )
+    text: Annotated[
+        str | None, Field(description="a file of text without labels, in place of the task's training texts")
+    ] = None
+    text_column: Annotated[str, Field(description="the column of that file, unless it is plain text")] = "text"
+    teacher: Annotated[
+        str | None, Field(description="of a recipe: a tuned model to learn from, not the uncompressed one")
+    ] = None
+    learning_rate: Annotated[Positive, Field(description="peak learning rate of Adam")] = 5e-5
+    schedule: Annotated[Literal["linear", "constant"], Field(description="linear decays to 0 at the last step")] = (
+        "linear"
+    )
+    warmup: Annotated[NotNegative, Field(description="below 1: share of the steps; from 1: number of steps")] = 0.0
+    betas: Annotated[tuple[Beta, Beta], Field(description="Adam's averaging factors")] = (0.9, 0.999)
+    eps: Annotated[Positive, Field(description="Adam's epsilon")] = 1e-8
+    max_grad_norm: Annotated[NotNegative, Field(description="gradients are clipped to this norm; 0: not clipped")] = 0.0
+    epochs: Annotated[Positive, Field(description="passes over the data; unused where steps is set")] = 1.0
+    steps: Annotated[Count | None, Field(description="optimizer steps in all; overrides epochs")] = None
+    batch_size: Annotated[
+        Count, Field(description="examples a step, where the data are examples and not ready batches")
+    ] = 32
+    max_length: Annotated[Count, Field(description="longer texts are cut, in tokens, by whoever encodes the data")] = (
+        128
+    )
+    precision: Annotated[Literal["fp32", "bf16"], Field(description="bf16: forward passes under autocast")] = "fp32"
+    save_every: Annotated[Count, Field(description="steps between saved states, where an output folder is given")] = 100
+    logging_every: Annotated[Count, Field(description="steps between entries of the loss log")] = 10
 
     @model_validator(mode="after")
     def _fits_objective(self) -> DistilSettings:
@@ -127,8 +155,10 @@ class DistilSettings(_Settings):
 class CalibrationSettings(_Settings):
     """Which data a method sees that measures activations."""
 
-    tokens: Count = Field(6400, description="tokens in all, padding left out")
-    text: str | None = Field(None, description="a text file, or a table with a column of text; null: the task's rows")
-    text_column: str = Field("text", description="the column of the text, where the file is a table")
-    max_length: Count = Field(128, description="longer texts are cut, in tokens")
-    batch_size: Count = Field(16, description="texts of a forward pass")
+    tokens: Annotated[Count, Field(description="tokens in all, padding left out")] = 6400
+    text: Annotated[
+        str | None, Field(description="a text file, or a table with a column of text; null: the task's rows")
+    ] = None
+    text_column: Annotated[str, Field(description="the column of the text, where the file is a table")] = "text"
+    max_length: Annotated[Count, Field(description="longer texts are cut, in tokens")] = 128
+    batch_size: Annotated[Count, Field(description="texts of a forward pass")] = 16

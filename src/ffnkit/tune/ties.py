@@ -17,12 +17,12 @@ def share_modules(model: nn.Module) -> None:
 
     peft would put one on each, and merge several updates into the one weight.
     """
-    shared = [ffn for ffn in ffns(model) if ffn.twins and not ffn.layout.experts] if has_ffns(model) else []
+    shared = [ffn for ffn in ffns(model) if ffn.tied and not ffn.layout.experts] if has_ffns(model) else []
     apart = [f for f in shared if any(len(f.linears(site)) > 1 for site in f.sites)]
     if apart:
         writer = ModelWriter(model, empty=True)
         for ffn in apart:
-            Tie.blank(ffn.name, list(ffn.twins)).perform(writer)
+            Tie.blank(ffn.name, list(ffn.tied)).perform(writer)
 
 
 def check_untied(model: nn.Module, names: Iterable[str], asked: str, apart: Iterable[str] = ()) -> None:

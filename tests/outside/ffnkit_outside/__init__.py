@@ -16,7 +16,7 @@ from ffnkit.edits import Edit, LinearEdit, SelectNeurons, Stage
 from ffnkit.model.families.ffns import Layout
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.nn.special import Special, oriented
+from ffnkit.nn.reparametrized import ReparametrizedLinear, oriented
 from ffnkit.plans import Draft
 
 # --- a method
@@ -46,7 +46,7 @@ class Halve:
 # --- a kind of edit, and the layer that it puts in
 
 
-class Gained(Special):
+class Gained(ReparametrizedLinear):
     """``y = W (gain * x) + b`` with one fixed number."""
 
     kind: ClassVar[str] = "outside-gain"
@@ -76,7 +76,7 @@ class GainInputs(LinearEdit):
     gain: Tensor
 
     kind: ClassVar[str] = "outside:GainInputs"
-    layer: ClassVar[type[Special] | None] = Gained
+    layer: ClassVar[type[ReparametrizedLinear] | None] = Gained
     stage: ClassVar[Stage] = Stage.SCALE
 
     @classmethod

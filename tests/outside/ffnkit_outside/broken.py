@@ -12,7 +12,7 @@ from ffnkit.edits import Edit, LinearEdit, NeuronEdit, SelectNeurons, Stage
 from ffnkit.edits.base import Writer
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.nn.special import Special
+from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.ops.neurons import Neurons
 from ffnkit.plans import Draft
 
@@ -21,7 +21,7 @@ from . import MAKERS, Each, Gained, Halve
 HALF = torch.tensor(0.5)
 
 
-def _gain(layer_class: type[Special], name: str) -> type[LinearEdit]:
+def _gain(layer_class: type[ReparametrizedLinear], name: str) -> type[LinearEdit]:
     """A kind of edit with this layer."""
 
     @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ def _gain(layer_class: type[Special], name: str) -> type[LinearEdit]:
         gain: Tensor
 
         kind: ClassVar[str] = f"outside:{name}"
-        layer: ClassVar[type[Special] | None] = layer_class
+        layer: ClassVar[type[ReparametrizedLinear] | None] = layer_class
         stage: ClassVar[Stage] = Stage.SCALE
 
         @classmethod

@@ -19,7 +19,7 @@ from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import bare_weight, features
 from ffnkit.model.targets import select
-from ffnkit.nn.adapted import Adapted
+from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.plans import Draft, Progress
 
 Amount = int | float | Mapping[str, int | float]
@@ -214,10 +214,10 @@ def _weight(attention: Attention, _: torch.Generator) -> Tensor:
 
 def _update(attention: Attention, _: torch.Generator) -> Tensor:
     linears = [attention.linear(role) for role in ("q", "v")]
-    if not any(isinstance(linear, Adapted) for linear in linears):
+    if not any(isinstance(linear, AdapterLayer) for linear in linears):
         do = "Tune with dsee on query and value first, or take weight"
         raise FfnkitError(f"by update in {attention.name}", "neither query nor value carries an update", do)
-    return by_unit(attention, lambda linear: linear.update() if isinstance(linear, Adapted) else _nothing(linear))
+    return by_unit(attention, lambda linear: linear.update() if isinstance(linear, AdapterLayer) else _nothing(linear))
 
 
 def _nothing(linear: Any) -> Tensor:
@@ -234,7 +234,7 @@ def _random(attention: Attention, draw: torch.Generator) -> Tensor:
 
 def _coefficients(attention: Attention, _: torch.Generator) -> Tensor:
     linear = attention.linear("o")
-    values = linear.by_input() if isinstance(linear, Adapted) else None
+    values = linear.by_input() if isinstance(linear, AdapterLayer) else None
     if values is None:
         do = "Tune with coefficients=0.1 or so, keep the updates apart (merge=False), or take another score"
         raise FfnkitError(f"by coefficients in {attention.name}", "no coefficients are on it", do)

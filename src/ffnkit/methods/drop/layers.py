@@ -31,10 +31,10 @@ class LayerDrop:
     Attributes:
         layers: which layers go, e.g. "last:2", "4-7", "4,5,9", "encoder:last:2".
         window: so many adjacent layers go; the best window is searched for.
-        score: what tells the best window: None, the likeness (cosine) of what enters and what leaves it, a
+        score: what tells the best window: None, the similarity (cosine) of what enters and what leaves it, a
             function of the model without the window that gives a number, higher is better, or a task's metric.
 
-    Source: the baseline of Verma et al. (arXiv 2501.06126); the likeness is the block influence of Men et al.,
+    Source: the baseline of Verma et al. (arXiv 2501.06126); the similarity is the block influence of Men et al.,
         ShortGPT (arXiv 2403.03853).
     """
 
@@ -48,7 +48,7 @@ class LayerDrop:
 
     @property
     def needs_data(self) -> bool:
-        """Whether the likeness is needed."""
+        """Whether the similarity is needed."""
         return self.window is not None and self.score is None
 
     def settings(self) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _gone(model: nn.Module, groups: Groups) -> list[Edit]:
     """One edit a layer; its further FFNs go with it."""
     by_layer: dict[str, FFN] = {}
     for ffn in (ffn for group in groups for ffn in group):
-        if ffn.twins:
+        if ffn.tied:
             raise FfnkitError(f"dropping {ffn.name}", "its weights are shared with other layers", "Keep this layer")
         by_layer.setdefault(block_name(ffn.name), ffn)
     edits: list[Edit] = []

@@ -14,7 +14,7 @@ from ffnkit.methods.common import lifted
 from ffnkit.methods.narrow.selection import contribution
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import features, own_weight
-from ffnkit.nn.adapted import Adapted
+from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.coefficients import carries_update
 from ffnkit.ops.knapsack import cheapest
 
@@ -182,7 +182,7 @@ def neuron_scores(ffn: FFN, by: str, draw: torch.Generator, rms: Tensor | None =
         return torch.rand(max(ffn.experts, 1), ffn.width, generator=draw, dtype=torch.float64)
     if by == "coefficients":
         linear = None if ffn.layout.experts else ffn.linear("down")
-        values = linear.by_input() if isinstance(linear, Adapted) else None
+        values = linear.by_input() if isinstance(linear, AdapterLayer) else None
         if values is None:
             do = "Tune with coefficients=0.1 or so, keep the updates apart (merge=False), or take another score"
             raise FfnkitError(f"by coefficients in {ffn.name}", "no coefficients are on it", do)

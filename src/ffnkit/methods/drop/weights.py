@@ -25,10 +25,10 @@ from ffnkit.model.finding import block_name, ffns
 from ffnkit.model.linear import check_float, check_untouched, is_maskable, is_transposed, stored_weight
 from ffnkit.model.targets import GROUPS, query_value, select
 from ffnkit.model.trainable import head_modules
-from ffnkit.nn.adapted import Adapted
+from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.coefficients import carries_update
 from ffnkit.nn.masked import Masked
-from ffnkit.nn.special import Special, oriented
+from ffnkit.nn.reparametrized import ReparametrizedLinear, oriented
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Prunable:
 
     def update(self) -> Tensor:
         """D (out, in) in the same dtype. Raises where no update is."""
-        assert isinstance(self.module, Adapted)
+        assert isinstance(self.module, AdapterLayer)
         return self.module.update().to(self.dtype)
 
     def gone(self, weight: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def prunable(model: nn.Module, asked: str, layers: str = "all") -> list[Prunable
     found: list[Prunable] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, Special) and not is_maskable(module) and wanted(name, None):
+        if isinstance(module, ReparametrizedLinear) and not is_maskable(module) and wanted(name, None):
             raise FfnkitError(f"pruning {name}", f"it is edited already ({module.kind})", "Fold the model first")
         if not is_maskable(module) or not wanted(name, module):
             continue

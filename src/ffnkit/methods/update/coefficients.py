@@ -14,8 +14,8 @@ from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import attentions
 from ffnkit.model.finding import ffns, has_ffns
 from ffnkit.model.linear import PLAIN
-from ffnkit.nn.quantized import in_few_bits
-from ffnkit.nn.special import Special
+from ffnkit.nn.quantized import is_quantized_linear
+from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.plans import Plan
 
 
@@ -71,8 +71,8 @@ def places(model: nn.Module) -> Iterator[tuple[str, int]]:
 
 def _check(linear: nn.Module, name: str) -> None:
     asked = f"coefficients on {name}"
-    if isinstance(linear, Special):
+    if isinstance(linear, ReparametrizedLinear):
         raise FfnkitError(asked, f"it is edited already ({linear.kind})", "Fold the model first (ffnkit.fold)")
-    if in_few_bits(linear) or not isinstance(linear, PLAIN):
+    if is_quantized_linear(linear) or not isinstance(linear, PLAIN):
         do = "Learn coefficients in float, remove heads and neurons, then quantize"
         raise FfnkitError(asked, "its weight is quantized", do)

@@ -24,7 +24,7 @@ from ffnkit.io.peft_lora import Lora, read_lora
 from ffnkit.methods.common import Batch, check_choices, check_counts, check_parts, generator, need_data, plain_linears
 from ffnkit.model.targets import query_value
 from ffnkit.nn.dsee import index_dtype
-from ffnkit.nn.quantized import float_weight, in_few_bits, sides
+from ffnkit.nn.quantized import float_weight, is_quantized_linear, quantized_features
 from ffnkit.ops import support
 from ffnkit.plans import Draft, Progress
 
@@ -103,8 +103,8 @@ class DSEE:
         for name, linear in found.items():
             if any(p.is_meta for p in linear.parameters()):
                 raise FfnkitError(asked, "the model is empty (meta device)", "Load the weights first")
-            if self.needs_data and in_few_bits(linear):
-                what = f"{name} is in few bits, and has no gradient of its own"
+            if self.needs_data and is_quantized_linear(linear):
+                what = f"{name} is quantized, and has no gradient of its own"
                 raise FfnkitError(f"{asked}: support gradient", what, "Take support svd")
         return found
 
@@ -125,7 +125,7 @@ class DSEE:
 
     def _edit(self, name: str, linear: Any, roles: list[Tensor], lora: Lora, squares: Tensor | None) -> UpdateLinear:
         """The update of one linear."""
-        out, inner = sides(linear)
+        out, inner = quantized_features(linear)
         given: dict[str, Any] = {"rank": self.rank, "alpha": float(self.alpha)}
         rows = torch.cat(roles).sort().values.int() if roles else None
         parts: dict[str, Tensor] = {}
@@ -150,7 +150,7 @@ class DSEE:
 
     def _support(self, name: str, linear: Any, rows: Tensor | None, squares: Tensor | None) -> Tensor:
         """The flat places of the entries, of these rows alone."""
-        out, inner = sides(linear)
+        out, inner = quantized_features(linear)
         tall = out if rows is None else len(rows)
         count = self.nonzeros if self.share is None else max(1, round(self.share * tall * inner))
         count = min(count, tall * inner)
@@ -179,7 +179,7 @@ class DSEE:
 
     def _squares(self, model: nn.Module, linears: dict[str, nn.Module], batches: list[Batch]) -> dict[str, Tensor]:
         """Summed squares of each weight's gradients, (out, in) float32."""
-        sizes = {name: sides(linear) for name, linear in linears.items()}
+        sizes = {name: quantized_features(linear) for name, linear in linears.items()}
         large = 4 * sum(out * inner for out, inner in sizes.values()) > IN_MEMORY
         sums = {n: GradientSquares(partial(spool, s, torch.float32) if large else None) for n, s in sizes.items()}
         weight_gradients(model, batches, linears, lambda name, gradient: sums[name].update(gradient))

@@ -21,7 +21,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spool
 from ffnkit.methods.common import Batch, check_choices, check_counts, check_parts, generator, need_data, plain_linears
 from ffnkit.model.linear import features, own_weight
-from ffnkit.nn.quantized import in_few_bits
+from ffnkit.nn.quantized import is_quantized_linear
 from ffnkit.ops.bases import Grams, Zeros, core_of, top_share, turned
 from ffnkit.plans import Draft, Progress
 
@@ -106,8 +106,8 @@ class SparseGrad:
         self.check()
         found, asked = plain_linears(model, self.name, self.sites, self.layers), f"sparsegrad on {type(model).__name__}"
         for name, linear in found.items():
-            if in_few_bits(linear):
-                raise FfnkitError(asked, f"{name} is in few bits, and has no gradient of its own", "Take dsee or lora")
+            if is_quantized_linear(linear):
+                raise FfnkitError(asked, f"{name} is quantized, and has no gradient of its own", "Take dsee or lora")
         return found
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:

@@ -19,7 +19,7 @@ _TABLE = "_ffnkit_bias"  # on a module, for the time of one forward: the biases 
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptHeads:
     """The heads that stayed, by their numbers among those that the config gives.
 
     Attributes:
@@ -31,9 +31,9 @@ class Kept:
     of: tuple[int, int]
 
 
-def kept(module: nn.Module) -> Kept | None:
+def kept_heads(module: nn.Module) -> KeptHeads | None:
     """Which heads a module kept, None where it has all that its config gives."""
-    record: Kept | None = module.__dict__.get(RECORD)
+    record: KeptHeads | None = module.__dict__.get(RECORD)
     return record
 
 
@@ -42,7 +42,7 @@ def plain_class(module: nn.Module) -> Any:
     return type(module).__bases__[0] if hasattr(type(module), "ffnkit_narrowed") else type(module)
 
 
-def narrow(module: nn.Module, record: Kept | None, incoming: str, reads: bool) -> None:
+def prune_attention(module: nn.Module, record: KeptHeads | None, incoming: str, reads: bool) -> None:
     """Note which heads a module kept, and let it select them of what comes in.
 
     Args:
@@ -82,7 +82,7 @@ def _forward(base: Any, incoming: str) -> Any:
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        record: Kept = self.__dict__[RECORD]
+        record: KeptHeads = self.__dict__[RECORD]
         given: Tensor | None = kwargs.get(incoming, args[place] if len(args) > place else None)
         if given is not None:
             own = select(given, record)
@@ -111,7 +111,7 @@ def _compute_bias(base: Any) -> Any:
     return compute_bias
 
 
-def select(value: Tensor, record: Kept) -> Tensor:
+def select(value: Tensor, record: KeptHeads) -> Tensor:
     """The kept heads of a bias: (.., heads, n, n), or (batch * heads, 1, n)."""
     total, heads = record.of[0], list(record.heads)
     if value.ndim == 3 and value.shape[1] == 1 and value.shape[0] % total == 0:
@@ -134,7 +134,7 @@ class _View:
 
 
 def _config(self: nn.Module) -> Any:
-    record: Kept = self.__dict__[RECORD]
+    record: KeptHeads = self.__dict__[RECORD]
     counts = {"num_attention_heads": len(record.heads), "num_key_value_heads": len(record.kv)}
     return _View(self.__dict__["config"], **counts)
 

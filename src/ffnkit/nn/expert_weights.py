@@ -46,19 +46,19 @@ def broadcast(factor: Tensor) -> Tensor:
     return factor[:, None, :] if factor.ndim == 2 else factor
 
 
-def serve(owner: nn.Module, name: str, kind: str, site: str, factor: Tensor) -> None:
+def parametrize_weight(owner: nn.Module, name: str, kind: str, site: str, factor: Tensor) -> None:
     """Make ``owner.name`` read as the parameter times ``factor``, which becomes a buffer."""
     parameter = owner._parameters[name]
     assert parameter is not None
     dtype = torch.bool if factor.dtype == torch.bool else parameter.dtype
     own = factor.to(device=parameter.device, dtype=dtype, copy=True)
     base = type(owner).__bases__[0] if hasattr(type(owner), "ffnkit_served") else type(owner)
-    pairs = (*served(owner), (name, buffer_name(kind, site)))
+    pairs = (*parametrized_weights(owner), (name, buffer_name(kind, site)))
     owner.register_buffer(buffer_name(kind, site), own)
     owner.__class__ = _serving(base, pairs)
 
 
-def served(owner: nn.Module) -> tuple[tuple[str, str], ...]:
+def parametrized_weights(owner: nn.Module) -> tuple[tuple[str, str], ...]:
     """(parameter, buffer) of each factor that the owner's class serves."""
     return getattr(type(owner), "ffnkit_served", ())
 
@@ -67,15 +67,15 @@ def folded(owner: nn.Module) -> dict[str, nn.Parameter]:
     """By name, new parameters with every factor in them."""
     values: dict[str, nn.Parameter] = {}
     with torch.no_grad():
-        for name, buffer in served(owner):
+        for name, buffer in parametrized_weights(owner):
             held: Any = values.get(name, owner._parameters[name])
             values[name] = nn.Parameter(held * broadcast(getattr(owner, buffer)), held.requires_grad)
     return values
 
 
-def unserve(owner: nn.Module) -> None:
+def remove_parametrizations(owner: nn.Module) -> None:
     """Undo every :func:`serve`; the parameters stay as they are."""
-    for _, buffer in served(owner):
+    for _, buffer in parametrized_weights(owner):
         delattr(owner, buffer)
     if hasattr(type(owner), "ffnkit_served"):
         owner.__class__ = type(owner).__bases__[0]

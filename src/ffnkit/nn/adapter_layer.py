@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ffnkit.nn.reparametrized import ReparametrizedLinear, oriented
 from ffnkit.nn.shrinking import shrinking
-from ffnkit.nn.special import Special, oriented
 
 
-class Adapted(Special):
+class AdapterLayer(ReparametrizedLinear):
     """``y = (W + D) (c (.) x) + b`` with W frozen, an update D that is never kept as a whole, and mostly without c.
 
     The weight that the layer stood in for is untouched, so taking the update away gives back its very bits in every
@@ -92,7 +92,7 @@ class Adapted(Special):
         """(in,) the coefficient of each input, or None."""
         if self.coefficients is None:
             return None
-        values = whole(self.coefficients).detach()
+        values = full_tensor(self.coefficients).detach()
         return values.repeat_interleave(self.features[1] // len(values))
 
     def with_coefficients(self, weight: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Adapted(Special):
         """Settings and tensors of the update (:meth:`taken`) and of the coefficients."""
         given, parts = self.taken()
         if self.coefficients is not None:
-            values = whole(self.coefficients).detach().clone()
+            values = full_tensor(self.coefficients).detach().clone()
             given = given | {"trained": given["trained"] + len(values), "l1": self.l1}
             parts = parts | {"coefficients": values}
         return given, parts
@@ -119,14 +119,14 @@ class Adapted(Special):
         """(W + D) c as the replaced layer stored it, computed anew; in W's dtype, rounded once."""
         with torch.no_grad():
             total = self.update()
-            total += oriented(whole(self.base), self.transposed).to(total)
+            total += oriented(full_tensor(self.base), self.transposed).to(total)
             total = self.with_coefficients(total)
         return oriented(total, self.transposed).to(self.base.dtype)
 
     def merged(self, *, masked: bool) -> Tensor:
         """(W + D) c as it is stored; with ``masked`` zero wherever W is: a pruned weight stays as sparse as it was."""
         weight = self.weight.contiguous()
-        return weight.masked_fill_(whole(self.base) == 0, 0.0) if masked else weight
+        return weight.masked_fill_(full_tensor(self.base) == 0, 0.0) if masked else weight
 
     def folded(self, *, masked: bool = False) -> nn.Parameter:
         """The weight with the update in it (:meth:`merged`)."""
@@ -165,7 +165,7 @@ class Adapted(Special):
         if prefix + "base" in destination:
             del destination[prefix + "base"]
             destination[prefix + "weight"] = self.weight if not self.base.is_meta else self.base
-            destination[prefix + "fingerprint"] = fingerprint(whole(self.base))
+            destination[prefix + "fingerprint"] = fingerprint(full_tensor(self.base))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
@@ -173,7 +173,7 @@ class Adapted(Special):
     ) -> None:  # fmt: skip
         known = state_dict.get(prefix + "fingerprint")
         own = {k: v for k, v in state_dict.items() if k not in (prefix + "weight", prefix + "fingerprint")}
-        if known is not None and not torch.equal(known.cpu(), fingerprint(whole(self.base))):
+        if known is not None and not torch.equal(known.cpu(), fingerprint(full_tensor(self.base))):
             errors.append(f"{prefix}base: the update was made for another weight than the one that is here")
         own[prefix + "base"] = self.base
         own[prefix + "fingerprint"] = self.fingerprint
@@ -182,19 +182,19 @@ class Adapted(Special):
             unexpected.remove(prefix + "weight")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """What lies in shards over several processes, as a whole."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def adapted(model: nn.Module) -> dict[str, Adapted]:
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """The layers of this kind by name, each once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without what updates are made of: the entries of plain layers, the sums among them."""
-    places = [f"{name}." for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Adapted)]
+    places = [f"{name}." for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, AdapterLayer)]
     kept = {place + key for place in places for key in ("weight", "bias")}
     state = model.state_dict()
     return {name: value for name, value in state.items() if name in kept or not name.startswith(tuple(places))}
@@ -208,7 +208,7 @@ def fingerprint(weight: Tensor) -> Tensor:
     if weight.is_meta:
         return torch.zeros(2, dtype=torch.int64)
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    if hasattr(weight.data, "__tensor_flatten__"):  # of several tensors: numbers in few bits, and their scales
+    if hasattr(weight.data, "__tensor_flatten__"):  # of several tensors: quantized numbers, and their scales
         inner = weight.data.__tensor_flatten__()[0]
         return torch.stack([fingerprint(getattr(weight.data, name)) for name in inner]).sum(0)
     flat = weight.detach().as_subclass(Tensor).contiguous().view(-1)

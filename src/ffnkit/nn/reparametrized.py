@@ -1,4 +1,4 @@
-"""What the special linears have in common: they stand in a plain layer's place and give it back when folded."""
+"""What the reparametrized linears have in common: they stand in a plain layer's place and give it back when folded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
-class Special(nn.Module, ABC):
+class ReparametrizedLinear(nn.Module, ABC):
     """A linear that trains otherwise than a plain one. It keeps the names ``weight`` and ``bias``.
 
     It is no subclass of ``nn.Linear`` on purpose: an adapter that merged itself into ``weight`` would change the
@@ -40,7 +40,7 @@ class Special(nn.Module, ABC):
         """The layer that was replaced, around ``weight`` and the present bias."""
         plain: nn.Linear | Conv1D = self.__dict__["_shell"]
         plain._parameters.update(weight=weight, bias=self.bias)
-        fit(plain)  # it may have lost rows or columns since
+        update_features(plain)  # it may have lost rows or columns since
         return plain.train(self.training)
 
     @property
@@ -74,7 +74,7 @@ class Special(nn.Module, ABC):
         return f"out={out}, in={inner}, bias={self.bias is not None}, transposed={self.transposed}"
 
 
-def fit(linear: Any) -> None:
+def update_features(linear: Any) -> None:
     """Make the sides that a plain linear remembers those of its weight."""
     rows, columns = linear.weight.shape
     if hasattr(linear, "nf"):
@@ -88,6 +88,6 @@ def oriented(weight: Tensor, transposed: bool) -> Tensor:
     return weight.mT if transposed else weight
 
 
-def is_special(module: Any) -> bool:
-    """Whether a module is a special linear, or the owner of experts whose class serves a factor."""
-    return isinstance(module, Special) or hasattr(type(module), "ffnkit_served")
+def is_reparametrized(module: Any) -> bool:
+    """Whether a module is a reparametrized linear, or the owner of experts whose class serves a factor."""
+    return isinstance(module, ReparametrizedLinear) or hasattr(type(module), "ffnkit_served")
