@@ -89,9 +89,16 @@ def slow_but(fast: Iterable[str], names: Iterable[str]) -> list[Any]:
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-def crossed(*axes: Iterable[Any], always: Iterable[tuple[Any, ...]] = ()) -> list[Any]:
-    """All combinations for ``parametrize``; each value once or more in the fast ones, the rest for the slow tests."""
+def crossed(
+    *axes: Iterable[Any], always: Iterable[tuple[Any, ...]] = (), but: Iterable[tuple[Any, ...]] = ()
+) -> list[Any]:
+    """All combinations for ``parametrize``; each value once or more in the fast ones, the rest for the slow tests.
+
+    ``always`` are fast too, and ``but`` are left out.
+    """
     lists = [list(axis) for axis in axes]
     fast = [tuple(values[i % len(values)] for values in lists) for i in range(max(map(len, lists)))]
     fast += always
-    return [c if c in fast else pytest.param(*c, marks=pytest.mark.slow) for c in itertools.product(*lists)]
+    return [
+        c if c in fast else pytest.param(*c, marks=pytest.mark.slow) for c in itertools.product(*lists) if c not in but
+    ]

@@ -191,6 +191,7 @@ assert "ffnkit" not in sys.modules
 """
 
 
+@pytest.mark.slow  # test_contract.py does it for small models of each kind
 def test_pretrained_decoders_open_in_a_fresh_process_without_ffnkit(tmp_path: Path, models_dir: Path) -> None:
     """A LLaMA (gated) and a GPT-2 (Conv1D), fused in all layers and in the last two."""
     expected = {}

@@ -304,7 +304,7 @@ for case in sorted(root.iterdir()):
 
 @pytest.fixture(scope="module")
 def chains(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Compressed, tuned with frozen routers, saved in both forms, and opened again in a fresh process, by family."""
+    """Compressed, tuned with frozen routers and saved in both forms, by family."""
     root, runs = tmp_path_factory.mktemp("chains"), tmp_path_factory.mktemp("runs")
     results = {}
     for name in CHAIN:
@@ -318,25 +318,39 @@ def chains(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             save_file({"logits": model(**batch).logits}, folder / "logits.safetensors")
         fk.save(model, folder / "compact", tokenizer=TOKENIZER)
         fk.export(model, folder / "standard", tokenizer=TOKENIZER)
-    source = str(Path(fk.__file__).parents[1])
-    command = [sys.executable, "-c", WORKER, str(root)]
-    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": source}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
     return {name: (result, root / name) for name, result in results.items()}
 
 
+@pytest.fixture(scope="module")
+def reopened(chains: dict[str, Any]) -> None:
+    """A fresh process has opened all of them, without ffnkit and with it."""
+    source = str(Path(fk.__file__).parents[1])
+    command = [sys.executable, "-c", WORKER, str(chains[CHAIN[0]][1].parent)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": source}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow  # test_contract.py does it for fused experts that are not tuned
 @pytest.mark.parametrize("name", CHAIN)
-def test_the_chain_comes_back_in_a_fresh_process(name: str, chains: dict[str, Any]) -> None:
-    result, folder = chains[name]
-    assert any(ffn.scale is not None for ffn in ffns(result.model)), "the counts are still apart after tuning"
+def test_the_chain_comes_back_in_a_fresh_process(name: str, chains: dict[str, Any], reopened: None) -> None:
+    _, folder = chains[name]
     expected = load_file(folder / "logits.safetensors")["logits"]
     assert_close(load_file(folder / "own.safetensors")["compact"], expected, rel=1e-5)
     assert_close(load_file(folder / "plain.safetensors")["standard"], expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", CHAIN)
+def test_the_chain_comes_back(name: str, chains: dict[str, Any]) -> None:
+    result, folder = chains[name]
+    assert any(ffn.scale is not None for ffn in ffns(result.model)), "the counts are still apart after tuning"
+    expected = load_file(folder / "logits.safetensors")["logits"]
     untuned = fused(name).eval()
     with torch.no_grad():  # the control: three steps are seen
         assert_differs(untuned(**inputs(untuned)).logits, expected, rel=1e-2)
     for form in ("compact", "standard"):
         again = fk.load(folder / form).eval()
+        with torch.no_grad():
+            assert_close(again(**inputs(again)).logits, expected, rel=1e-5, what=form)
         here = tune.evaluate(again, TOKENIZER, taste(), taste().splits(dev=8).report, max_length=32)
         there = tune.evaluate(result.model, TOKENIZER, taste(), taste().splits(dev=8).report, max_length=32)
         assert here == pytest.approx(there, rel=1e-4)

@@ -230,7 +230,7 @@ def test_killed_at_every_marker(folder: Path, finished: Path, tmp_path: Path, mo
     assert json.loads((out / "units/half/seed-0/tune.json").read_text())["attempts"] == 2
 
 
-@pytest.mark.parametrize("step", [1, 3, 5])
+@pytest.mark.parametrize("step", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 5))])
 def test_killed_within_tuning(
     folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:

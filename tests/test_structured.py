@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import FAMILIES
 from family import Family
+from methods import crossed
 from tolerance import assert_close, assert_differs, relative_error
 from torch import nn
 
@@ -145,9 +146,7 @@ def test_pretrained_decoders_lose_heads_and_neurons_with_their_updates(
     assert again.num_parameters() < fk.load(models_dir / name).num_parameters()
 
 
-@pytest.mark.parametrize("sites", ["ffn", "all"])
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "phi3"])
+@pytest.mark.parametrize(("name", "way", "sites"), crossed(["bert", "gpt2", "llama", "phi3"], WAYS, ["all", "ffn"]))
 def test_updates_lose_what_their_weights_lose(name: str, way: str, sites: str) -> None:
     family = wide(name)
     model = updated(name, way, sites)
@@ -218,8 +217,7 @@ def test_edits_on_trial_leave_updates_as_they_were() -> None:
 # Checkpoints and plans -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spread", ["uniform", "budget"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "spread"), crossed(NAMES, ["uniform", "budget"]))
 def test_plans_and_checkpoints_come_back_equal(name: str, spread: str, tmp_path: Path) -> None:
     family = wide(name)
     model = family.model()
