@@ -274,6 +274,7 @@ def defines(file: Path, name: str) -> bool:
     """Whether a module defines a function or class by that qualified name."""
     body: Any = ast.parse(file.read_text(encoding="utf-8")).body
     for part in name.split("."):
+        body = [n for each in body for n in (each.body if isinstance(each, ast.If) else [each])]
         kinds = ast.FunctionDef | ast.ClassDef
         node = next((n for n in body if isinstance(n, kinds) and n.name == part), None)
         if node is None:
