@@ -172,7 +172,7 @@ def take_off(model: nn.Module, tuner: Lora) -> nn.Module:
 
 @contextmanager
 def _unmerged_on_failure(base: nn.Module) -> Iterator[None]:
-    """Take adapters out of the weights again where the block fails; to keep the weights instead takes twice the memory."""
+    """Where the block fails, adapters come out of the weights again; to keep the old ones takes twice the memory."""
     from peft.tuners.lora import LoraLayer
 
     layers: list[Any] = [module for module in base.modules() if isinstance(module, LoraLayer)]
