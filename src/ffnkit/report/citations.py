@@ -102,6 +102,38 @@ CONVOLUTIONAL = """@inproceedings{molchanov2017pruning,
   year      = {2017},
   note      = {arXiv:1611.06440}
 }"""
+SPARSEGRAD = """@inproceedings{chekalina2024sparsegrad,
+  title     = {{SparseGrad}: A Selective Method for Efficient Fine-tuning of {MLP} Layers},
+  author    = {Chekalina, Viktoriia and Rudenko, Anna and Mezentsev, Gleb and Mikhalev, Aleksandr and Panchenko,
+               Alexander and Oseledets, Ivan},
+  booktitle = {Proceedings of the 2024 Conference on Empirical Methods in Natural Language Processing},
+  year      = {2024},
+  note      = {arXiv:2410.07383}
+}"""
+LORA = """@inproceedings{hu2022lora,
+  title     = {{LoRA}: Low-Rank Adaptation of Large Language Models},
+  author    = {Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and Li, Yuanzhi and Wang, Shean
+               and Wang, Lu and Chen, Weizhu},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2022},
+  note      = {arXiv:2106.09685}
+}"""
+SHIRA = """@inproceedings{bhardwaj2024shira,
+  title     = {Sparse High Rank Adapters},
+  author    = {Bhardwaj, Kartikeya and Pandey, Nilesh Prasad and Priyadarshi, Sweta and Ganapathy, Viswanath and
+               Kadambi, Shreya and Esteves, Rafael and Borse, Shubhankar and Whatmough, Paul and Garrepalli, Risheek and
+               Van Baalen, Mart and Teague, Harris and Nagel, Markus},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2024},
+  note      = {arXiv:2406.13175}
+}"""
+MEPROP = """@inproceedings{sun2017meprop,
+  title     = {{meProp}: Sparsified Back Propagation for Accelerated Deep Learning with Reduced Overfitting},
+  author    = {Sun, Xu and Ren, Xuancheng and Ma, Shuming and Wang, Houfeng},
+  booktitle = {Proceedings of the 34th International Conference on Machine Learning},
+  year      = {2017},
+  note      = {arXiv:1706.06197}
+}"""
 FFNKIT = """@software{ffnkit,
   title  = {ffnkit: narrower, shared and cheaply tuned feed-forward blocks for {Hugging Face} models},
   author = {{The ffnkit maintainers}}
@@ -127,6 +159,18 @@ OF_METHOD: dict[str, tuple[str, ...]] = {
     "combined": (),
 }
 """What a method builds on, by its name."""
+OF_TUNER: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "ffn": (),
+    "head": (),
+    "lora": (LORA,),
+    "sparsegrad": (SPARSEGRAD,),
+    "dsee": (DSEE,),
+    "mask": (SHIRA, SPARSEGRAD),
+    "meprop": (MEPROP, SPARSEGRAD),
+    "combined": (),
+}
+"""What a tuner builds on, by its name; nothing: no paper describes it (it is ours, or training as anyone does it)."""
 OWN = {
     "calibrated-fusion": "The method calibrated-fusion has no paper of its own; it builds on what is cited here.",
     "combined": "The method combined has no paper of its own; cite the methods that it combines.",
