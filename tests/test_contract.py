@@ -436,51 +436,67 @@ print(json.dumps(found))
 """
 
 
+class Reopened:
+    """What fresh processes find in the folders of the families asked for, each first without ffnkit and then with it.
+
+    One process opens some of them, when the first of those is asked for: all of the full product would take minutes.
+    """
+
+    AT_ONCE = 20
+
+    def __init__(self, cases: list[tuple[str, str]], root: Path) -> None:
+        self.root = root
+        self.groups = [cases[i : i + self.AT_ONCE] for i in range(0, len(cases), self.AT_ONCE)]
+        self.opened = cache(self._opened)
+
+    def found(self, kind: str, name: str, form: str, folder: str) -> float | str:
+        """The relative error of the outputs, or what was raised."""
+        group = next(i for i, cases in enumerate(self.groups) if (name, form) in cases)
+        return self.opened(group)[kind][f"{name}@{form}/{folder}"]
+
+    def _opened(self, group: int) -> dict[str, dict[str, float | str]]:
+        root = self.root / str(group)
+        root.mkdir()
+        shelf = Shelf(root)
+        for name, form in self.groups[group]:
+            with contextlib.suppress(Exception):  # told by the tests above, and by the missing folder below
+                saved = shelf.saved(name, form)
+                outputs = {k: v.contiguous() for k, v in saved.family.outputs(saved.model).items()}
+                save_file(outputs, saved.folder / "outputs.safetensors")
+                _ = saved.compact, saved.standard
+        command = [sys.executable, "-c", WORKER, str(root), str(Path(fk.__file__).parents[1])]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found: dict[str, dict[str, float | str]] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+
 @pytest.fixture(scope="module")
-def reopened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a fresh process finds in the folders, first without ffnkit and then with it, of the families asked for."""
-    wanted = {
-        tuple(i.callspec.params[key] for key in ("name", "form")) for i in request.session.items if of_reopened(i)
-    }
-    shelf = Shelf(tmp_path_factory.mktemp("reopened"))
-    for name, form in sorted(wanted):
-        with contextlib.suppress(Exception):  # told by the tests above, and by the missing folder below
-            saved = shelf.saved(name, form)
-            outputs = {k: v.contiguous() for k, v in saved.family.outputs(saved.model).items()}
-            save_file(outputs, saved.folder / "outputs.safetensors")
-            _ = saved.compact, saved.standard
-    source = str(Path(fk.__file__).parents[1])
-    command = [sys.executable, "-c", WORKER, str(shelf.root), source]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def of_reopened(item: pytest.Item) -> bool:
-    return isinstance(item, pytest.Function) and "reopened" in item.fixturenames
+def reopened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reopened:
+    items = [item for item in request.session.items if item.module is request.module]
+    asked = [item.callspec.params for item in items if "reopened" in item.fixturenames]
+    cases = sorted({(params["name"], params["form"]) for params in asked})
+    return Reopened(cases, tmp_path_factory.mktemp("reopened"))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @EACH_KIND
-def test_a_fresh_process_opens_compact_with_ffnkit(name: str, form: str, reopened: dict[str, Any]) -> None:
-    found = reopened["ffnkit"][f"{name}@{form}/compact"]
+def test_a_fresh_process_opens_compact_with_ffnkit(name: str, form: str, reopened: Reopened) -> None:
+    found = reopened.found("ffnkit", name, form, "compact")
     assert isinstance(found, float) and found <= RELOADED, found
 
 
 @pytest.mark.parametrize("form", FORMS)
 @EACH_KIND
-def test_a_fresh_process_without_ffnkit_opens_standard(name: str, form: str, reopened: dict[str, Any]) -> None:
-    found = reopened["plain"][f"{name}@{form}/standard"]
+def test_a_fresh_process_without_ffnkit_opens_standard(name: str, form: str, reopened: Reopened) -> None:
+    found = reopened.found("plain", name, form, "standard")
     assert isinstance(found, float) and found <= RELOADED, found
 
 
 @pytest.mark.parametrize("form", FORMS)
 @EACH_KIND
-def test_a_fresh_process_without_ffnkit_refuses_compact(
-    name: str, form: str, reopened: dict[str, Any], shelf: Shelf
-) -> None:
+def test_a_fresh_process_without_ffnkit_refuses_compact(name: str, form: str, reopened: Reopened, shelf: Shelf) -> None:
     assert (shelf.saved(name, form).compact / "config.json").is_file()
-    found = reopened["plain"][f"{name}@{form}/compact"]
+    found = reopened.found("plain", name, form, "compact")
     assert isinstance(found, str), f"opened without ffnkit, relative error {found}"
