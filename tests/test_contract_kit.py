@@ -20,18 +20,10 @@ from ffnkit.testing.methods import planned
 from ffnkit.tune import tuners
 
 FAMILIES = (*KINDS, "clip")
+
+
 # Faults that are known: each test fails until the fault is mended, and then until its line here goes.
-FAULTS = {
-    **{
-        ("sparsegrad", name): "a plan of updates is applied to linears of another shape"
-        for name in FAMILIES
-        if name not in ("mixtral", "llama4")
-    },
-    **{("lora", name): "finish lets parameters train that were frozen before" for name in FAMILIES},
-}
-
-
-def crossed(names: Any, times: int, faults: dict[tuple[str, str], str]) -> list[Any]:
+def crossed(names: Any, times: int) -> list[Any]:
     """Each name with each family that bears it; ``times`` of them in the fast suite, by turns, the others are slow."""
     cases = []
     for number, name in enumerate(names):
@@ -39,14 +31,8 @@ def crossed(names: Any, times: int, faults: dict[tuple[str, str], str]) -> list[
         fast = {borne[(number + step * (len(borne) // times)) % len(borne)] for step in range(times)}
         for family in borne:
             marks = [] if family in fast else [pytest.mark.slow]
-            if (name, family) in faults:
-                marks.append(pytest.mark.xfail(strict=True, raises=ContractError, reason=faults[name, family]))
             cases.append(pytest.param(name, family, marks=marks))
     return cases
-
-
-METHOD_FAULTS = {key: why for key, why in FAULTS.items() if key[0] in EVERY}
-TUNER_FAULTS = {key: why for key, why in FAULTS.items() if key[0] == "lora"}
 
 
 def test_every_method_and_every_tuner_has_a_line() -> None:
@@ -54,7 +40,7 @@ def test_every_method_and_every_tuner_has_a_line() -> None:
     assert {tuner.name for tuner in tuners.TUNERS} == {settings["name"] for settings in TUNERS.values()}
 
 
-@pytest.mark.parametrize(("method", "family"), crossed(EVERY, 1, METHOD_FAULTS))
+@pytest.mark.parametrize(("method", "family"), crossed(EVERY, 1))
 def test_methods_keep_the_contract(method: str, family: str, request: pytest.FixtureRequest) -> None:
     slow = request.node.get_closest_marker("slow") is not None
     dtypes = (torch.float32, torch.bfloat16, torch.float64) if slow else (torch.float32, torch.bfloat16)
@@ -71,7 +57,7 @@ def test_what_a_model_does_not_bear_is_refused(name: str, family: str) -> None:
     assert not difference(before, snapshot(model))
 
 
-@pytest.mark.parametrize(("tuner", "family"), crossed(TUNERS, 2, TUNER_FAULTS))
+@pytest.mark.parametrize(("tuner", "family"), crossed(TUNERS, 2))
 def test_tuners_keep_the_contract(tuner: str, family: str) -> None:
     check_tuner(TUNERS[tuner], case_of(family))
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ffnkit.edits.base import Edit, Own, Quantities, Stage, Writer, notes
 from ffnkit.errors import FfnkitError
-from ffnkit.model.linear import stored_weight
+from ffnkit.model.linear import features, stored_weight
 from ffnkit.nn.adapter_layer import AdapterLayer, fingerprint
 from ffnkit.nn.coefficients import Coefficients
 from ffnkit.nn.dsee import sparse_low_rank
@@ -34,6 +34,7 @@ class UpdateLinear(Edit):
     Attributes:
         target: path of the linear. layer: the name of the layer that takes its place.
         given: its settings. parts: its tensors by name, of whatever names the layer has.
+        shape: (out, in) of the linear, or None where it is not told.
         fingerprint: of the weight (``nn.adapter_layer.fingerprint``), or None.
     """
 
@@ -41,6 +42,7 @@ class UpdateLinear(Edit):
     given: dict[str, Any]
     parts: dict[str, Tensor]
     fingerprint: list[int] | None = None
+    shape: list[int] | None = None
 
     kind: ClassVar[str] = "UpdateLinear"
     formerly: ClassVar[tuple[str, ...]] = ("Adapt",)
@@ -93,6 +95,10 @@ class UpdateLinear(Edit):
             raise FfnkitError(asked, f"it is a {type(linear).__name__}", "Name linears")
         if self.layer not in LAYERS:
             raise FfnkitError(asked, f"there are {', '.join(LAYERS)}", "Update ffnkit or make the plan again")
+        if self.shape is not None and list(features(linear)) != list(self.shape):
+            here, there = (" x ".join(map(str, sides)) for sides in (features(linear), self.shape))
+            what = f"it is {here} where the plan was made for {there}"
+            raise FfnkitError(asked, what, "Make the plan for this model")
         weight = stored_weight(linear)
         if self.fingerprint is not None and fingerprint(weight).tolist() != self.fingerprint:
             do = "Load the very base model that the update was made for"
@@ -127,7 +133,8 @@ class UpdateLinear(Edit):
 
     def settings(self) -> dict[str, Any]:
         own = {"target": self.target, "layer": self.layer, "given": self.given}
-        return own if self.fingerprint is None else own | {"fingerprint": self.fingerprint}
+        told = {"fingerprint": self.fingerprint, "shape": self.shape}
+        return own | {name: value for name, value in told.items() if value is not None}
 
     @classmethod
     def build(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> UpdateLinear:

@@ -35,6 +35,7 @@ _TASK_TYPES = (
 )
 PREFIX = "base_model.model."  # of names in adapter files
 _TIES = "_ffnkit_ties"  # on a peft model: names under which one target stands in several places
+_FROZEN = "_ffnkit_frozen"  # on a peft model: parameters that did not train before it came
 _PARTED = "_ffnkit_parted"  # on a peft model: shared FFNs whose layers have adapters of their own
 
 
@@ -111,10 +112,13 @@ def adapted(
     Args:
         ties: from :func:`tied_places`. parted: from ``parting.part``, where layers have adapters of their own.
     """
+    named = model.named_parameters(remove_duplicate=False)
+    frozen = [name for name, p in named if not p.requires_grad and p.is_floating_point()]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         tuned = wrap(model)
     _share(tuned.get_base_model(), ties)
+    object.__setattr__(tuned, _FROZEN, frozen)
     object.__setattr__(tuned, _TIES, ties)
     object.__setattr__(tuned, _PARTED, list(parted))
     return cast(nn.Module, tuned)
@@ -167,7 +171,12 @@ def take_off(model: nn.Module, tuner: Lora) -> nn.Module:
     if hasattr(plain, "peft_config"):
         del plain.peft_config
     zeros.restore(plain, noted)
-    return cast(nn.Module, plain.requires_grad_(True))
+    frozen = getattr(model, _FROZEN, [])
+    plain.requires_grad_(True)
+    for name, parameter in plain.named_parameters(remove_duplicate=False):
+        if name in frozen:
+            parameter.requires_grad_(False)
+    return cast(nn.Module, plain)
 
 
 def _is_adapted(base: nn.Module, parted: UntiedFfn) -> bool:

@@ -13,7 +13,7 @@ from ffnkit.edits import Edit, Stage, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import attentions
 from ffnkit.model.finding import ffns, has_ffns
-from ffnkit.model.linear import PLAIN
+from ffnkit.model.linear import PLAIN, features
 from ffnkit.nn.quantized import is_quantized_linear
 from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.plans import Plan
@@ -41,7 +41,8 @@ def with_coefficients(model: nn.Module, plan: Plan, l1: float) -> Plan:
         linear = model.get_submodule(name)
         ones = {"coefficients": torch.ones(count)}
         if (place := at.get(id(linear))) is None:
-            made.append(UpdateLinear(name, layer="coefficients", given={"l1": float(l1), "trained": count}, parts=ones))
+            given, shape = {"l1": float(l1), "trained": count}, list(features(linear))
+            made.append(UpdateLinear(name, layer="coefficients", given=given, parts=ones, shape=shape))
             continue
         edits[place] = cast(UpdateLinear, edits[place]).with_coefficients(float(l1), torch.ones(count))
     return dataclasses.replace(plan, edits=(*edits[:end], *made, *edits[end:]))

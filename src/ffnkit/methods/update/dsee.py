@@ -143,7 +143,8 @@ class DSEE:
         index = torch.cat(places).sort().values
         if len(index):
             parts["index"] = index.to(index_dtype(out, inner))
-        return UpdateLinear(name, layer="dsee", given=given | {"trained": trained + len(index)}, parts=parts)
+        given |= {"trained": trained + len(index)}
+        return UpdateLinear(name, layer="dsee", given=given, parts=parts, shape=[out, inner])
 
     def _support(self, name: str, linear: Any, rows: Tensor | None, squares: Tensor | None) -> Tensor:
         """The flat places of the entries, of these rows alone."""

@@ -227,7 +227,8 @@ class _Work:
             if method.selection == "refresh":
                 given["every"] = method.every
             given["together"] = "all" if method.by == "all" else name
-            edits.append(UpdateLinear(name, layer="sparsegrad", given=given, parts=parts))
+            shape = list(features(self.linears[name]))
+            edits.append(UpdateLinear(name, layer="sparsegrad", given=given, parts=parts, shape=shape))
         if not edits:
             raise FfnkitError("sparsegrad", "no entry was chosen", "Give a larger share")
         return edits
