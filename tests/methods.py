@@ -116,6 +116,5 @@ def crossed(
     lists = [list(axis) for axis in axes]
     fast = [tuple(values[i % len(values)] for values in lists) for i in range(max(map(len, lists)))]
     fast += always
-    return [
-        c if c in fast else pytest.param(*c, marks=pytest.mark.slow) for c in itertools.product(*lists) if c not in but
-    ]
+    cases = [case for case in dict.fromkeys(itertools.product(*lists)) if case not in but]
+    return [case if case in fast else pytest.param(*case, marks=pytest.mark.slow) for case in cases]

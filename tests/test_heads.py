@@ -351,7 +351,7 @@ def eager(model: nn.Module, family: Family) -> nn.Module:
     return model.eval()
 
 
-@EACH_RAGGED
+@pytest.mark.parametrize("name", slow_but(LAYINGS, RAGGED))
 def test_compact_checkpoints_reload(name: str, tmp_path: Path) -> None:
     family = ALL[name]
     model = family.model()
