@@ -663,5 +663,5 @@ def test_updates_over_weights_in_few_bits(kind: str, tmp_path: Path) -> None:
     assert_close(family.outputs(model)["logits"], after["logits"], rel=0.1 if kind == "int8" else 1e-4)
     again = family.model()
     quantize(again, kind, keep=["classifier", "bert.pooler"])
-    with pytest.raises(FfnkitError, match="few bits"):
+    with pytest.raises(FfnkitError, match="quantized"):
         fk.plan(again, fk.DSEE(**SMALL, support="gradient"), data=data)

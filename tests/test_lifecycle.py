@@ -29,11 +29,13 @@ MORE: dict[str, dict[str, Any]] = {
     "refreshed": {"name": "sparsegrad", "basis": "none", "selection": "refresh"},
 }
 EVERY = {name: {"name": name, **more} for name, more in TUNERS.items()} | MORE
-WANTING = ("refreshed",)  # gradients
+WANTING = ("refreshed", "sparsegrad on data")  # gradients
 FAMILIES = ("bert", "albert", "mixtral", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "llama", "t5")))
 
 
 def prepared(model: Any, tuner: str, data: Any = None) -> Any:
+    if data is None and tuner in WANTING:
+        data = case_of("bert").data(model)
     return tuners.get(EVERY[tuner]).prepare(model, data)
 
 
@@ -201,7 +203,7 @@ FINISHED = [
     ("sparsegrad", "ffnkit.nn.adapter_layer.AdapterLayer", "folded", 2),
     ("dsee", "ffnkit.nn.adapter_layer.AdapterLayer", "folded", 2),
     ("mask", "ffnkit.nn.adapter_layer.AdapterLayer", "folded", 2),
-    ("combined", "ffnkit.nn.adapter_layer.AdapterLayer", "folded", 3),
+    ("combined updates", "ffnkit.nn.adapter_layer.AdapterLayer", "folded", 3),
     ("lora with norms", "ffnkit.tune.zeros", "restore", 1),
     ("dsee with coefficients", "ffnkit.tune.zeros", "restore", 1),
     ("head", "torch.nn.Parameter", "requires_grad_", 3),

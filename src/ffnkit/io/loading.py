@@ -196,7 +196,7 @@ def is_head(model: Any, key: str) -> bool:
 
 def newly_initialized(model: Any) -> tuple[str, ...]:
     """Parameters of the head that were in no file when ffnkit opened the model; none once any of them has changed."""
-    drawn = getattr(model, "_ffnkit_drawn", {})
+    drawn = getattr(model, "_ffnkit_newly_initialized", {})
     now = dict(model.named_parameters())
     for key, first in drawn.items():
         if key not in now or not first.to(now[key].dtype).equal(_sample(now[key])):
