@@ -17,7 +17,7 @@ from ffnkit.checkpoint import placement
 from ffnkit.errors import FfnkitError
 from ffnkit.model.finding import ffns
 
-LAYERS = {"bert": "bert.encoder.layer", "gpt2": "transformer.h", "llama": "model.targets"}
+LAYERS = {"bert": "bert.encoder.layer", "gpt2": "transformer.h", "llama": "model.layers"}
 
 
 def by_layer(model: nn.Module, layers: str, on_disk: set[int]) -> dict[str, str]:
