@@ -95,10 +95,6 @@ class UpdateLinear(Edit):
             raise FfnkitError(asked, f"it is a {type(linear).__name__}", "Name linears")
         if self.layer not in LAYERS:
             raise FfnkitError(asked, f"there are {', '.join(LAYERS)}", "Update ffnkit or make the plan again")
-        if self.shape is not None and list(features(linear)) != list(self.shape):
-            here, there = (" x ".join(map(str, sides)) for sides in (features(linear), self.shape))
-            what = f"it is {here} where the plan was made for {there}"
-            raise FfnkitError(asked, what, "Make the plan for this model")
         weight = stored_weight(linear)
         if self.fingerprint is not None and fingerprint(weight).tolist() != self.fingerprint:
             do = "Load the very base model that the update was made for"
@@ -113,6 +109,10 @@ class UpdateLinear(Edit):
             raise FfnkitError(
                 self.asked, "the plan edits this linear twice", "Apply one plan, then fold and plan again"
             )
+        if self.shape is not None and list(features(linear)) != list(self.shape):
+            here, there = (" x ".join(map(str, sides)) for sides in (features(linear), self.shape))
+            what = f"it is {here} where the plan was made for {there}"
+            raise FfnkitError(self.asked, what, "Make the plan for this model")
         everywhere = writer.linears_of(stored_weight(linear))
         given: dict[str, Any] = {key: value for key, value in self.given.items() if key != "trained"}
         parts = dict(self.parts)
