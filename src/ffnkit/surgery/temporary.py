@@ -12,8 +12,7 @@ from torch import nn
 from ffnkit.edits import Edit
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.nn.expert_weights import parametrized_weights
-from ffnkit.nn.reparametrized import ReparametrizedLinear
+from ffnkit.nn.reparametrized import is_reparametrized
 from ffnkit.ops.neurons import Neurons
 from ffnkit.surgery.apply import fold_layers
 from ffnkit.surgery.journal import State
@@ -41,14 +40,14 @@ class TemporaryPlan:
         named = [name for edit in edits for name in (edit.touched or _owning(self.found, edit.target))]
         self.edited = tuple(dict.fromkeys(named))
         before = State.of(model)
-        special = {id(module) for module in model.modules() if _is_special(module)}
+        special = {id(module) for module in model.modules() if is_reparametrized(module)}
         try:
             writer = ModelWriter(model)
             writer.check(edits)
             writer.carry_out(edits)
             if fold:
                 with torch.no_grad():
-                    fold_layers(model, *(m for m in model.modules() if _is_special(m) and id(m) not in special))
+                    fold_layers(model, *(m for m in model.modules() if is_reparametrized(m) and id(m) not in special))
             self._before, self._after = before.changed(State.of(model))
         finally:
             before.restore()
@@ -78,10 +77,6 @@ def with_neurons(ffn: FFN, neurons: Neurons) -> Iterator[None]:
         yield
     finally:
         before.restore()
-
-
-def _is_special(module: nn.Module) -> bool:
-    return isinstance(module, ReparametrizedLinear) or bool(parametrized_weights(module))
 
 
 def _owning(found: dict[str, FFN], linear: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.model.finding import ffns
-from ffnkit.nn.reparametrized import ReparametrizedLinear
+from ffnkit.nn.reparametrized import is_reparametrized
 
 EXACT, RELOADED = 1e-12, 1e-5  # relative: folding in float64, and reading back in float32
 _WRITTEN = ("architectures", "dtype", "transformers_version")  # by save_pretrained itself
@@ -148,10 +148,7 @@ def ties(model: nn.Module) -> set[frozenset[str]]:
 
 def special_layers(model: nn.Module) -> list[str]:
     """Names of what stands in the place of plain linears, experts that serve a factor included."""
-    found = [
-        n for n, m in model.named_modules() if isinstance(m, ReparametrizedLinear) or hasattr(type(m), "ffnkit_served")
-    ]
-    return found
+    return [name for name, module in model.named_modules() if is_reparametrized(module)]
 
 
 # --- outputs
