@@ -18,7 +18,7 @@ from ffnkit.edits.base import notes
 from ffnkit.edits.order import check_normal
 from ffnkit.edits.slicing import check_cuttable
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import disk_errors
+from ffnkit.io.files import replacing
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import check_untouched
@@ -191,8 +191,7 @@ class Plan:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the plan to one safetensors file (tensors, and the rest as JSON in its metadata)."""
-        path = Path(path)
+        """Write the plan to one safetensors file (tensors, and the rest as JSON in its metadata), in one step."""
         tensors: dict[str, Tensor] = {}
         stored: dict[tuple[Any, ...], str] = {}  # what several edits share is written once
         same: dict[str, str] = {}
@@ -204,15 +203,9 @@ class Plan:
                 else:
                     stored[key] = f"{number}.{name}"
                     tensors[f"{number}.{name}"] = value.detach().contiguous()
-        temporary = path.with_name(f".{path.name}.tmp")
-        with disk_errors(path):
-            path.absolute().parent.mkdir(parents=True, exist_ok=True)
-            try:
-                metadata = {"ffnkit_plan": json.dumps(self.description())}
-                save_file(tensors, temporary, metadata=metadata | ({"same": json.dumps(same)} if same else {}))
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+        metadata = {"ffnkit_plan": json.dumps(self.description())} | ({"same": json.dumps(same)} if same else {})
+        with replacing(path) as new:
+            save_file(tensors, new, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

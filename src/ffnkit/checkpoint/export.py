@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ffnkit.checkpoint.save import short_card, write_companions
 from ffnkit.checkpoint.standard import padded_widths, standard_config, standard_state
 from ffnkit.errors import FfnkitError
-from ffnkit.io import files
+from ffnkit.io.folders import staging
 from ffnkit.io.loading import check_weights, open_errors, run_uneven_experts
 from ffnkit.model import probe
 from ffnkit.model.attention import attentions
@@ -76,7 +76,7 @@ def export(
     targets = padded_widths(model, found, keys)
     config = standard_config(model, found, keys, targets)
     state = standard_state(model, found, targets)
-    with files.staging(directory, keep_others=True) as temporary:
+    with staging(directory) as temporary:
         with torch.device("meta"):
             skeleton = type(model)(config)
         if getattr(model, "generation_config", None) is not None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ffnkit.io import files
 from ffnkit.io.architectures import architecture_class, read_config
 from ffnkit.io.formats import QUANT_METHOD
 from ffnkit.io.loading import load_pretrained
@@ -27,7 +26,6 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         FfnkitError: where it is missing, damaged or holds NaN.
     """
-    files.recover(directory)
     config = kwargs.pop("config", None) or read_config(str(directory), **{k: kwargs[k] for k in _HUB if k in kwargs})
     described = getattr(config, "quantization_config", None)
     if isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD:

@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.workspace import put_aside
 
 logger = logging.getLogger(__name__)
 _REPORTERS = ("transformers.modeling_utils", "transformers.utils.loading_report")
@@ -106,6 +107,9 @@ def check_name(name_or_dir: str | Path) -> str:
         if not any((path / file).is_file() for file in ("config.json", "adapter_config.json", "tokenizer_config.json")):
             raise FfnkitError(asked, "the folder has no config.json", "Name a folder that save_pretrained wrote")
         return str(path)
+    if (aside := put_aside(path)) is not None:
+        found = f"a save was killed while it replaced it; its content is put aside in {aside}"
+        raise FfnkitError(asked, found, f"Rename that to {text}, or save something beside it, which brings it back")
     if text.startswith((".", "/", "~", "\\")) or text.count("/") > 1 or os.path.isabs(text):
         raise FfnkitError(asked, "there is no such folder", "Check the path, or name a model of the hub")
     return text

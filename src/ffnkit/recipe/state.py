@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import check_target, write_text
+from ffnkit.io.files import write_text
+from ffnkit.io.folders import check_target
 from ffnkit.recipe.schema import Arm, Recipe, arm_dict
 from ffnkit.tune.settings import HARMLESS
 
@@ -193,7 +194,7 @@ def check_out(out: Path) -> None:
     Raises:
         FfnkitError: a file stands there, it cannot be written, or files of something else bear our names.
     """
-    check_target(out)
+    check_target(out, "run")
     taken = [name for name in OURS if (out / name).exists()]
     if taken and read_json(out / "run.json") is None:
         found = f"it holds {', '.join(taken)}, which no run of a recipe wrote"

@@ -325,12 +325,10 @@ def _count(value: Any) -> int:
 def _write(model: PreTrainedModel, path: Path) -> None:
     from safetensors.torch import save_model
 
-    from ffnkit.io.files import disk_errors
+    from ffnkit.io.files import replacing
 
-    partial = path.with_suffix(".partial")
-    with disk_errors(path):
-        save_model(model, str(partial))
-        partial.replace(path)
+    with replacing(path) as new:
+        save_model(model, str(new))
 
 
 def _read(model: PreTrainedModel, path: Path) -> None:

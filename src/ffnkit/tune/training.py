@@ -28,7 +28,6 @@ from ffnkit.tune.outcome import TrainResult, on_device, result_of
 from ffnkit.tune.settings import HARMLESS, TrainSettings
 from ffnkit.tune.tuners import Tuner, finish, get, prepare, trainable_parameters
 
-PLAN = "tuner-plan.safetensors"
 log = logging.getLogger(__name__)
 
 
@@ -95,10 +94,7 @@ def train(
     facts = _run(model, task, data, dev, settings, tuner, seed) | ({"go_on": True} if go_on else {})
     if metric in task.metrics and generation is not None:
         facts["generation"] = generation.model_dump(mode="json")
-    checkpoints.claim(out_dir, facts)
-    checkpoints.remove_broken(out_dir)
-
-    with training_run(model, undo=not go_on):
+    with checkpoints.claimed(out_dir, facts), training_run(model, undo=not go_on):
         seed_everything(seed)
         tuned = model if go_on else _prepared(model, tuner, task, tokenizer, data, settings, seed, Path(out_dir))
         trained = sum(p.numel() for p in trainable_parameters(tuned))
@@ -143,7 +139,7 @@ def _prepared(
     from ffnkit.tune.calibration import first_batches
 
     wanted = tuner.method
-    batches, kept = None, out / PLAN
+    batches, kept = None, out / checkpoints.PLAN
     if checkpoints.newest(out) is None:
         kept.unlink(missing_ok=True)
     if wanted.needs_data and not kept.is_file():
