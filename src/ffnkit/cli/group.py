@@ -40,6 +40,8 @@ class Group(TyperGroup):
         debug = words[: len(GLOBAL_FLAGS)].count("--debug") > 0
         try:
             code = super().main(words, prog_name, complete_var, False, windows_expand_args, **extra)
+            if code == INTERRUPTED:  # typer makes an exit code of Ctrl-C
+                raise KeyboardInterrupt
         except BaseException as error:
             code = report(error, debug)
         sys.exit(code if isinstance(code, int) else 0)
@@ -65,7 +67,7 @@ def report(error: BaseException, debug: bool) -> int:
 
         console.write_error("".join(traceback.format_exception(error)).rstrip())
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
-        console.error("interrupted. Run the same command again: what can be resumed is resumed")
+        console.error("interrupted. Run the same command again: it goes on where it can")
         return INTERRUPTED
     line = expected(error)
     if line is not None:
