@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -150,7 +150,7 @@ class TuneJob:
         if self.restart or not self.works.is_dir():
             return
         for other in sorted(self.works.iterdir()):
-            if other == self.work:
+            if other == self.work or not has_files(other):
                 continue
             facts = read_json(other / SETTINGS)
             differing = [name for name, own in self.plain_facts.items() if facts and facts.get(name) != own]
@@ -164,10 +164,8 @@ class TuneJob:
         try:
             yield
         except BaseException:
-            if not any(path.is_file() for part in self.parts() for path in part.rglob("*/*")):
+            if not has_files(self.work):
                 shutil.rmtree(self.work, ignore_errors=True)
-                with suppress(OSError):  # those of others are there
-                    self.works.rmdir()
             raise
 
     def open_work(self) -> None:
@@ -235,6 +233,11 @@ class TuneJob:
             found.write(temporary, self.task)
             write_text(temporary / "metrics.json", json.dumps(console.plain(report), indent=2) + "\n")
         shutil.rmtree(self.works, ignore_errors=True)
+
+
+def has_files(work: Path) -> bool:
+    """Whether a run left something to go on from, a checkpoint or the state of a distillation."""
+    return any(path.is_file() for path in work.glob("*/*/*")) or any(work.glob("distil/*.safetensors"))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

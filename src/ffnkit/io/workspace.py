@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ffnkit.errors import FfnkitError
@@ -50,10 +50,8 @@ def made(folder: Path) -> Iterator[None]:
         yield
     except BaseException:
         for each in missing:
-            try:
+            with suppress(OSError):  # it holds something by now
                 each.rmdir()
-            except OSError:  # it holds something by now
-                break
         raise
 
 

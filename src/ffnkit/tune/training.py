@@ -214,7 +214,13 @@ def _run_or_resume(loop: Loop, out_dir: str | Path, settings: TrainSettings) -> 
             _load_final(loop, Path(out_dir), last, state, settings)
             return state
         log.info("resuming from %s", last)
-    loop.train(resume_from_checkpoint=None if last is None else str(last))
+    try:
+        loop.train(resume_from_checkpoint=None if last is None else str(last))
+    except BaseException:
+        for callback in loop.callback_handler.callbacks:
+            if (bar := getattr(callback, "training_bar", None)) is not None:
+                bar.close()  # what is said next begins on a line of its own
+        raise
     clock = next(c for c in loop.callback_handler.callbacks if isinstance(c, Clock))
     return {**vars(loop.state), "stateful_callbacks": {"Clock": clock.state()}}
 
