@@ -12,7 +12,6 @@ weights, takes neurons 0 and 3 and puts new parameters in their place; the meta 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from ffnkit.edits import fields
 from ffnkit.errors import FfnkitError
 
 if TYPE_CHECKING:
@@ -213,12 +213,16 @@ class Edit:
 
     @classmethod
     def build(cls: type[Own], settings: dict[str, Any], tensors: dict[str, Tensor]) -> Own:
-        """An edit from its saved parts. Raises FfnkitError where fields are missing or strange."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        given = set(settings) | set(tensors)
-        if names != given:
-            raise FfnkitError(f"edit '{cls.kind}'", f"fields {sorted(given)}", f"Expected {sorted(names)}")
-        return cls(**{**settings, **tensors})
+        """An edit from its saved parts. Raises FfnkitError where fields are missing or hold what they may not."""
+        asked = f"edit '{cls.kind}' of {str(settings.get('target'))[:200]}"
+        edit: Own = fields.read(cls, {**settings, **tensors}, asked)
+        if odd := edit.check_fields():
+            raise FfnkitError(asked, odd, "Make the plan again")
+        return edit
+
+    def check_fields(self) -> str:
+        """What of its fields does not go together, in words; "" where all do."""
+        return ""
 
 
 def notes(quantities: Quantities, name: str) -> str:
