@@ -20,7 +20,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ffnkit.errors import FfnkitError
+from ffnkit.io.compact import check_described
 from ffnkit.io.formats import FORMAT, QUANT_METHOD
 
 # ``surgery`` is imported when first used: this module may be loaded in the middle of transformers'
@@ -49,12 +49,8 @@ class FfnkitConfig(QuantizationConfigMixin):
         attention: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        if format != FORMAT:
-            raise FfnkitError(
-                "opening a compact checkpoint",
-                f"format {format}, this ffnkit reads {FORMAT}",
-                "Install the ffnkit version that wrote it",
-            )
+        given = {"format": format, "ffns": ffns, "linears": linears, "attention": attention, "base": base}
+        check_described({k: v for k, v in given.items() if v is not None} | {"base_done": base_done})
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.format = format
         self.ffns = ffns or {}
@@ -90,12 +86,17 @@ class FfnkitQuantizer(HfQuantizer):
             self.pre_quantized = self.inner.pre_quantized
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from ffnkit.checkpoint import placement
+        from ffnkit.checkpoint import contents, placement
         from ffnkit.surgery.apply import rebuild
         from ffnkit.surgery.description import declare
 
         described = self.quantization_config.to_dict()
+        plain = self.inner is None or not self.pre_quantized  # what is quantized lies packed
+        stored = contents.stored_shapes(kwargs.get("checkpoint_files")) if plain else {}
+        contents.check_sizes(model, described, stored)
         rebuild(model, described)
+        if stored:
+            contents.check_contents(model, described, stored)
         placement.check_map(model, described, kwargs.get("device_map"))
         if self.inner is not None:  # before the declaration: quantizers leave out what is tied
             self.inner.preprocess_model(model, **kwargs)

@@ -50,13 +50,13 @@ class Stage(IntEnum):
 class Shape:
     """What a plan knows of one FFN that it edits; ``apply`` refuses a model where any of it differs."""
 
-    name: str
-    width: int
-    d: int
+    name: fields.Name
+    width: fields.Size
+    d: fields.Size
     gated: bool
-    experts: int
-    parameters: int
-    neuron_parameters: int  # of one neuron, over all experts
+    experts: fields.Count
+    parameters: fields.Count
+    neuron_parameters: fields.Count  # of one neuron, over all experts
 
     @classmethod
     def of(cls, ffn: FFN) -> Shape:
