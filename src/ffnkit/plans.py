@@ -229,9 +229,11 @@ class Plan:
                 )
         except (OSError, SafetensorError, json.JSONDecodeError, RecursionError) as error:
             raise FfnkitError(asked, f"it cannot be read ({str(error)[:300]})", "Make the plan again") from error
-        shapes = {shape["name"]: fields.read(Shape, shape, asked) for shape in told.shapes}
-        if unknown := [name for edit in found for name in edit.touched if name not in shapes]:
-            raise FfnkitError(asked, f"it edits {unknown[0]}, whose shape it does not tell", "Make the plan again")
+        shapes = {shape.name: shape for shape in (fields.read(Shape, each, asked) for each in told.shapes)}
+        touched = {name for edit in found for name in edit.touched}
+        if odd := sorted(touched ^ set(shapes)):
+            what = f"it edits {odd[0]}, whose shape it does not tell, or the other way round"
+            raise FfnkitError(asked, what, "Make the plan again")
         return cls(told.method, told.settings, told.model, found, shapes, told.parameters, told.quantities)
 
 

@@ -20,6 +20,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ffnkit.errors import FfnkitError
 from ffnkit.io.compact import check_described
 from ffnkit.io.formats import FORMAT, QUANT_METHOD
 
@@ -49,7 +50,13 @@ class FfnkitConfig(QuantizationConfigMixin):
         attention: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        given = {"format": format, "ffns": ffns, "linears": linears, "attention": attention, "base": base}
+        if format != FORMAT:
+            raise FfnkitError(
+                "opening a compact checkpoint",
+                f"format {str(format)[:50]}, this ffnkit reads {FORMAT}",
+                "Install the ffnkit version that wrote it",
+            )
+        given = {"ffns": ffns, "linears": linears, "attention": attention, "base": base}
         check_described({k: v for k, v in given.items() if v is not None} | {"base_done": base_done})
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.format = format

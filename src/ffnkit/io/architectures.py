@@ -22,7 +22,12 @@ def read_config(name_or_dir: str, **kwargs: Any) -> PretrainedConfig:
 
     name = check_name(name_or_dir)
     with open_errors(f"model {name}"), hub_or_cache():
-        return AutoConfig.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
+        config = AutoConfig.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
+    names = getattr(config, "architectures", None)
+    if names is not None and not (isinstance(names, list | tuple) and all(isinstance(each, str) for each in names)):
+        found = f"architectures in its config.json is {str(names)[:60]}"
+        raise FfnkitError(f"model {name}", found, "Write the name of its class there, in a list")
+    return config
 
 
 def architecture_class(config: PretrainedConfig, name: str) -> Any:

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ffnkit.errors import FfnkitError
-from ffnkit.io.formats import FORMAT
 
 ASKED = "opening a compact checkpoint"
 Size = Annotated[int, Field(ge=1, lt=1 << 31)]
@@ -65,7 +64,6 @@ class HeadsRow(Strict):
 class Described(Strict):
     """All of it."""
 
-    format: int
     ffns: dict[Name, FfnRow] = {}
     linears: dict[Name, LayerRow] = {}
     attention: dict[Name, HeadsRow] = {}
@@ -81,10 +79,7 @@ class Described(Strict):
 
 
 def check_described(data: dict[str, Any]) -> None:
-    """Raises FfnkitError, naming the field, where a description is of another format or holds what it may not."""
-    if data["format"] != FORMAT:
-        found = f"format {str(data['format'])[:50]}, this ffnkit reads {FORMAT}"
-        raise FfnkitError(ASKED, found, "Install the ffnkit version that wrote it")
+    """Raises FfnkitError, naming the field, where a description holds what it may not."""
     try:
         Described.model_validate(data)
     except ValidationError as error:

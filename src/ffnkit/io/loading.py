@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+import traceback
 import urllib.request
 from collections.abc import Iterator
 from functools import cache
@@ -47,6 +48,7 @@ def load_with_info(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> t
         for record in held:
             logging.getLogger(record.name).handle(record)
     _check_body(model, info, name)
+    _check_numbers(model, name)
     check_weights(model, name)
     _note_drawn(model, info)
     if "experts_implementation" not in kwargs:
@@ -117,7 +119,10 @@ def check_name(name_or_dir: str | Path) -> str:
 
 @contextlib.contextmanager
 def open_errors(asked: str, do: str | None = None) -> Iterator[None]:
-    """Turns what from_pretrained raises into one FfnkitError about ``asked``; other errors pass."""
+    """Turns what others' code raises on files that it cannot use into one FfnkitError about ``asked``.
+
+    Faults of our own pass: errors that our code raises itself, other than of the kinds that files cause.
+    """
     from safetensors import SafetensorError
 
     try:
@@ -127,7 +132,10 @@ def open_errors(asked: str, do: str | None = None) -> Iterator[None]:
     except SafetensorError as error:
         found = f"its safetensors file is corrupted or cut short ({_first_line(error)})"
         raise FfnkitError(asked, found, "Save or download it again") from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:
+        usual_kinds = (OSError, ValueError, KeyError, RuntimeError, ImportError)
+        if not isinstance(error, usual_kinds) and _raised_here(error):
+            raise
         found, usual = _reason(error)
         raise FfnkitError(asked, found, do or usual) from error
 
@@ -196,6 +204,15 @@ def is_head(model: Any, key: str) -> bool:
     """Whether the tensor ``key`` lies outside the body of ``model``, or is of a pooler inside it."""
     prefix = getattr(model, "base_model_prefix", "")
     return bool(prefix) and hasattr(model, prefix) and not key.startswith(f"{prefix}.")
+
+
+def _check_numbers(model: Any, name: str) -> None:
+    """Raises FfnkitError for a weight of truth values or whole numbers, with which no model computes."""
+    for key, parameter in model.named_parameters():
+        plain = str(type(parameter.data)) == "<class 'torch.Tensor'>" and not getattr(model, "is_quantized", False)
+        if plain and not (parameter.is_floating_point() or parameter.is_complex()):
+            found = f"{key} holds {parameter.dtype} in the file"
+            raise FfnkitError(f"model {name}", found, "Use a checkpoint whose weights are floats")
 
 
 def newly_initialized(model: Any) -> tuple[str, ...]:
@@ -270,8 +287,16 @@ def _held_reports() -> Iterator[list[logging.LogRecord]]:
             each.removeFilter(keep)
 
 
+def _raised_here(error: BaseException) -> bool:
+    """Whether the innermost code is ours."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and Path(frames[-1][0].f_code.co_filename).is_relative_to(Path(__file__).parents[1])
+
+
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] += f" {lines[1]}"
     return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]
 
 
