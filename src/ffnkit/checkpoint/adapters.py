@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,7 +85,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
         FfnkitError: no adapter is there, it is damaged, or the base model is another one; the model is as before then.
     """
     path = Path(folder) / TENSORS
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FfnkitError(f"adapter {folder}", f"there is no {TENSORS}", "Name a folder that save_adapter wrote")
     wanted = Plan.load(path)
     with journal(model):

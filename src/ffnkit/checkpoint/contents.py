@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections import Counter
 from typing import Any
 
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.compact import ASKED
+from ffnkit.io.sizes import Shapes
 from ffnkit.model.config_keys import config_tree
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import is_linear
@@ -18,22 +17,13 @@ from ffnkit.nn.expert_weights import PREFIX
 from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.surgery.description import IMPOSSIBLE_WIDTH, rows_for
 
-Shapes = dict[str, tuple[int, ...]]
 _DO = "Use the config.json that was saved with the weights"
-
-
-def stored_shapes(files: Iterable[str] | None) -> Shapes:
-    """The shape of each tensor in safetensors files; only their heads are read."""
-    found: Shapes = {}
-    for path in files or ():
-        if Path(path).suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return found
 
 
 def check_sizes(model: PreTrainedModel, described: dict[str, Any], stored: Shapes) -> None:
     """Raises FfnkitError where a described size is none that the files can hold, or not where the config says.
+
+    Config keys are named in ``described`` as this model has them.
 
     Args:
         model: as its plain class builds it.
@@ -44,12 +34,13 @@ def check_sizes(model: PreTrainedModel, described: dict[str, Any], stored: Shape
         sizes = [row["width"], *(special.get("rank") or 0 for special in row["special"].values())]
         if largest is not None and max(sizes) > largest:
             raise FfnkitError(ASKED, f"{name} is said to be {max(sizes)} wide, and no tensor in the file is", _DO)
-        if row["key"] is not None:  # a part that is opened alone has its config at another path
-            key = row["key"][1]
-            found = [getattr(config, key, None) for config in tree.values()]
-            if IMPOSSIBLE_WIDTH not in found:
-                what = f"{key[:100]} is said to hold the width of {name}, and is {str(found[0])[:50]}"
+        if row["key"] is not None:
+            path, key = row["key"]
+            path = path if path in tree else ""  # a part that is opened alone: its config is the whole
+            if (found := getattr(tree[path], key, None)) != IMPOSSIBLE_WIDTH:
+                what = f"{key[:100]} is said to hold the width of {name}, and is {str(found)[:50]}"
                 raise FfnkitError(ASKED, what, _DO)
+            row["key"] = [path, key]
 
 
 def check_contents(model: PreTrainedModel, described: dict[str, Any], stored: Shapes) -> None:
@@ -62,7 +53,17 @@ def check_contents(model: PreTrainedModel, described: dict[str, Any], stored: Sh
     """
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     there = _named_as(wanted, stored, getattr(model, "base_model_prefix", ""))
+    marks = Counter(name.rpartition(".")[2] for name in stored if name.rpartition(".")[2].startswith(PREFIX))
     further = {name for _, names in rows_for(model, described) for name in names[1:]}
+    base = getattr(model, "base_model_prefix", "")
+    body = f"{base}." if base and hasattr(model, base) else ""
+    for name in [name for name in wanted if name in there and name.startswith(body)]:
+        _compare({name: wanted[name]}, {name: there[name]})
+    first = [name for name in wanted if not name.startswith(tuple(f"{owner}." for owner in further))]
+    here = Counter(name.rpartition(".")[2] for name in first if name.rpartition(".")[2].startswith(PREFIX))
+    if odd := sorted((marks - here) + (here - marks)):
+        found_ = f"{marks[odd[0]]} of {odd[0]} are in the file, and its config describes {here[odd[0]]}"
+        raise FfnkitError(ASKED, found_, _DO)
     inside: set[str] = set()
     for ffn in ffns(model):
         for owner in ffn.owners:

@@ -94,13 +94,15 @@ class FfnkitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from ffnkit.checkpoint import contents, placement
+        from ffnkit.io.sizes import stored_shapes
         from ffnkit.surgery.apply import rebuild
         from ffnkit.surgery.description import declare
 
         described = self.quantization_config.to_dict()
         plain = self.inner is None or not self.pre_quantized  # what is quantized lies packed
-        stored = contents.stored_shapes(kwargs.get("checkpoint_files")) if plain else {}
+        stored = stored_shapes(kwargs.get("checkpoint_files")) if plain else {}
         contents.check_sizes(model, described, stored)
+        self.quantization_config.ffns = described["ffns"]
         rebuild(model, described)
         if stored:
             contents.check_contents(model, described, stored)

@@ -11,10 +11,11 @@ from typing import Any
 from typer.core import TyperGroup
 
 from ffnkit.cli import console
-from ffnkit.errors import FfnkitError
+from ffnkit.errors import FfnkitError, short
 
 GLOBAL_FLAGS = ("--debug", "--quiet", "--verbose")
 NO_SPACE = "writing the output: no space left on the disk. Free some space or choose another --out"
+_PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 BAD_INPUT, INTERNAL, INTERRUPTED = 2, 1, 130
 
 
@@ -85,8 +86,9 @@ def expected(error: BaseException) -> str | None:
         return usage_line(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NO_SPACE
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"open {error.filename or 'a file'}: {error.strerror}. Check the permissions or choose another path"
+    if isinstance(error, OSError) and error.errno in _PATHS:
+        named = short(str(error.filename or "a file"))
+        return f"open {named}: {error.strerror}. Check the permissions or choose another path"
     if "No space left on device" in str(error):  # writers in other languages raise their own exception types
         return NO_SPACE
     return None
@@ -94,7 +96,7 @@ def expected(error: BaseException) -> str | None:
 
 def usage_line(error: Any) -> str:
     """One line for a usage error, naming the command whose help explains more."""
-    message = " ".join(error.format_message().split()).rstrip(".").replace("?.", "?")
+    message = short(" ".join(error.format_message().split())).rstrip(".").replace("?.", "?")
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "ffnkit"
     return f"{message}. See '{path} --help'"

@@ -18,7 +18,7 @@ class Given(BaseModel):
     """Settings of an update: how many numbers train, and the weight of the l1 term of its coefficients."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    trained: Count = 0
+    trained: Count
     l1: Annotated[float, Field(ge=0)] = 0.0
 
     def odd(self, features: Side, parts: Mapping[str, Tensor]) -> str:

@@ -50,13 +50,21 @@ def disk_errors(target: str | Path) -> Iterator[None]:
             raise FfnkitError(asked, told, "Name a place that can be written") from error
 
 
+def resolved(path: str | Path) -> Path:
+    """Where a path leads: a symlink stays one, and what it names is written. Raises FfnkitError where none can lead."""
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError as error:
+        raise FfnkitError(f"writing {str(path)!r}", str(error), "Name a path that can be") from error
+
+
 def check_file(path: str | Path) -> Path:
     """Whether a file can be written there: the checks that are made before expensive work.
 
     Raises:
         FfnkitError: no regular file is there, or its folder cannot be written.
     """
-    real = Path(os.path.realpath(path))
+    real = resolved(path)
     if os.path.lexists(real) and not real.is_file():
         raise FfnkitError(f"writing '{path}'", "it is no regular file", "Name a file")
     around = real.parent
@@ -76,7 +84,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     Raises:
         FfnkitError: it cannot be written, or no regular file is there.
     """
-    real = Path(os.path.realpath(check_file(path)))
+    real = resolved(check_file(path))
     with disk_errors(path), made(real.parent), workspace(real.parent) as place:
         new = place / NEW
         yield new

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io import manifest
-from ffnkit.io.files import disk_errors, umask
+from ffnkit.io.files import disk_errors, resolved, umask
 from ffnkit.io.workspace import NEW, OLD, PREFIX, made, workspace
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -38,7 +38,7 @@ def check_target(target: str | Path, kind: str = "model") -> Path:
         FfnkitError: it is a file, no folder can be made there, or what it holds can neither be replaced nor stay.
     """
     target, asked = Path(target), f"output folder '{target}'"
-    real = Path(os.path.realpath(target))
+    real = resolved(target)
     with disk_errors(target):
         if _is_there(real):
             if not real.is_dir():
@@ -68,7 +68,7 @@ def staging(target: str | Path, kind: str = "model") -> Iterator[Path]:
         kind: as for :func:`check_target`.
     """
     target = check_target(target, kind)
-    real = Path(os.path.realpath(target))  # a symlink stays one
+    real = resolved(target)
     inside = real.is_dir() and bool(_bound(real))
     where = real if inside else real.parent
     with disk_errors(target), made(where), workspace(where, "" if inside else real.name) as place:

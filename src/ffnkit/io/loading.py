@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.sizes import check_config, stored_shapes
 from ffnkit.io.workspace import put_aside
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,12 @@ def load_with_info(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> t
     """
     name = check_name(name_or_dir)
     kwargs = {"trust_remote_code": False, **kwargs}
+    with open_errors(f"model {name}"):
+        if os.path.isdir(name) and (stored := stored_shapes(Path(name).glob("*.safetensors"))):
+            from ffnkit.io.architectures import read_config
+
+            config = kwargs.get("config") or read_config(name, trust_remote_code=kwargs["trust_remote_code"])
+            check_config(auto_class, config, stored, f"model {name}")
     with open_errors(f"model {name}"), hub_or_cache(), _held_reports() as held:
         model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
     if not _only_head(model, info):
@@ -103,9 +110,9 @@ def check_name(name_or_dir: str | Path) -> str:
     if not text.strip():
         raise FfnkitError("model ''", "the name is empty", "Name a folder, or a model of the hub")
     path, asked = Path(text).expanduser(), f"model {text}"
-    if path.is_file():
+    if os.path.isfile(path):
         raise FfnkitError(asked, "this is a file", "Name the folder that holds config.json, or a model of the hub")
-    if path.is_dir():
+    if os.path.isdir(path):
         if not any((path / file).is_file() for file in ("config.json", "adapter_config.json", "tokenizer_config.json")):
             raise FfnkitError(asked, "the folder has no config.json", "Name a folder that save_pretrained wrote")
         return str(path)

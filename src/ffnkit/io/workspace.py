@@ -77,7 +77,12 @@ def sweep(folder: Path) -> None:
 
 def put_aside(target: Path) -> Path | None:
     """Where the content of a target is that a killed process put aside; None where there is none."""
-    for place in target.absolute().parent.glob(f"{PREFIX}*"):
+    around = target.absolute().parent
+    try:
+        names = [name for name in os.listdir(around) if name.startswith(PREFIX)]
+    except OSError:
+        return None
+    for place in (around / name for name in names):
         try:
             if (place / OLD).exists() and (place / LOCK).read_bytes() == os.fsencode(target.name):
                 return place / OLD
