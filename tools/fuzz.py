@@ -99,9 +99,10 @@ PLANS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "svd": (llama, lambda: METHOD["svd"](width=0.5)),
     "magnitude": (bert, lambda: METHOD["magnitude"](width=0.5)),
     "sketch": (bert, lambda: METHOD["sketch"](width=0.5)),
-    "merging": (bert, lambda: METHOD["ffn-drop"](layers="1")),
+    "merging": (bert, lambda: fk.Merging(layers="0-1")),
+    "ffn-drop": (bert, lambda: METHOD["ffn-drop"](layers="1")),
     "layer-drop": (llama, lambda: METHOD["layer-drop"](layers="1")),
-    "heads": (llama, lambda: fk.RemoveHeads(share=0.5)),
+    "heads": (llama, lambda: fk.RemoveHeads(share=0.5, layers="last:1")),
     "masks": (bert, lambda: METHOD["unstructured"](width=0.5)),
     "prune": (llama, lambda: fk.Prune()),
     "sparsegrad": (bert, lambda: fk.SparseGrad(share=0.1, basis="none", choose="magnitude")),
@@ -118,7 +119,10 @@ def good_plans(base: Path) -> dict[str, tuple[Path, Callable[[], Any]]]:
     made = {}
     for name, (model, method) in PLANS.items():
         try:
-            fk.plan(model(), method()).save(base / f"{name}.plan")
+            data = [{"input_ids": torch.arange(1, 13).view(2, 6)}]
+            fk.plan(model(), chosen := method(), data=data if isinstance(chosen, fk.Merging) else None).save(
+                base / f"{name}.plan"
+            )
         except (FfnkitError, TypeError) as error:
             print(f"no plan of {name}: {error}", file=sys.stderr)
             continue
