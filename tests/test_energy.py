@@ -231,7 +231,7 @@ def test_advice_by_its_rules() -> None:
     assert after.count[names[0]] == 40 and after.share == _rounded(80 / (2 * 640))
     assert given(0.3, 0.5, 0.54, later=None).count[names[0]] is None
     assert 'layers="0"' in advice.lines()[-1]
-    found = gradient_energy(*_three(labelled("gpt2", 3)), sites=r".*c_proj")
+    found = gradient_energy(*_three(labelled("gpt2", 3)), targets=r".*c_proj")
     assert found.advice.layers == "" and all(name.endswith("c_proj") for name in found.advice.linears)
 
 

@@ -23,7 +23,7 @@ from ffnkit.tune import lifecycle, load_adapter, train, tuners
 from ffnkit.tune.loop import Loop
 
 MORE: dict[str, dict[str, Any]] = {
-    "lora with norms": {"name": "lora", "rank": 2, "also": ["norms"], "keep_zeros": True, "targets": "all"},
+    "lora with norms": {"name": "lora", "rank": 2, "modules_to_train": ["norms"], "keep_zeros": True, "targets": "all"},
     "dsee with coefficients": {"name": "dsee", "rank": 2, "nonzeros": 4, "coefficients": 0.1, "keep_zeros": True},
     "meprop of outputs": {"name": "meprop", "of": "outputs"},
     "refreshed": {"name": "sparsegrad", "basis": "none", "selection": "refresh"},

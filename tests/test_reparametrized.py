@@ -129,10 +129,10 @@ KINDS: dict[str, tuple[Change, Undo, str]] = {
 METHODS: dict[str, Callable[[], Any]] = {
     "fusion": lambda: fk.Fusion(width=0.5),
     "magnitude": lambda: methods.Magnitude(width=0.5),
-    "prune": lambda: fk.Prune(ratio=0.5, sites="all"),
-    "heads": lambda: fk.RemoveHeads(share=1),
-    "sparsegrad": lambda: fk.SparseGrad(share=0.1, basis="none", choose="random", also=()),
-    "dsee": lambda: fk.DSEE(rank=2, nonzeros=4, also=()),
+    "prune": lambda: fk.Prune(sparsity=0.5, targets="all"),
+    "heads": lambda: fk.RemoveHeads(remove=1),
+    "sparsegrad": lambda: fk.SparseGrad(density=0.1, basis="none", choose="random", modules_to_train=()),
+    "dsee": lambda: fk.DSEE(rank=2, nonzeros=4, modules_to_train=()),
 }
 
 

@@ -77,9 +77,9 @@ def analyze(
     memory: Annotated[
         int, typer.Option("--memory", min=1, help="MiB of gradients or sums held at a time.", rich_help_panel=NTK)
     ] = 512,
-    sites: Annotated[
+    targets: Annotated[
         str,
-        typer.Option("--sites", help="ffn, attention, all, or a pattern over names.", rich_help_panel=ENERGY),
+        typer.Option("--targets", help="ffn, attention, all, or a pattern over names.", rich_help_panel=ENERGY),
     ] = "ffn",
     shares: Annotated[
         str, typer.Option("--shares", help="Of the entries, parted by commas.", rich_help_panel=ENERGY)
@@ -151,7 +151,7 @@ def analyze(
         EnergyJob(
             model=model,
             texts=Texts(*texts),
-            sites=sites,
+            targets=targets,
             layers=layers or "all",
             shares=shares,
             steps=steps,

@@ -194,7 +194,7 @@ class Compression:
         place = options.pick_device(self.device)
         if self.method is not None:
             empty = empty_model(self.source)
-            self.method.targets(empty)  # layers and widths that do not fit, before weights are read
+            self.method.chosen(empty)  # layers and widths that do not fit, before weights are read
             if self.budget is not None:
                 self.budget.check(empty, self.method)
         console.say(f"loading {self.source}")

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ffnkit.errors import FfnkitError
+from ffnkit.settings import today
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,8 +29,14 @@ class Tuner(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: ClassVar[str] = ""
     description: ClassVar[str] = ""
+    old_names: ClassVar[Mapping[str, str]] = {"also": "modules_to_train", "share": "density"}
 
     routers: Routers = Field("trained", description=ROUTERS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_today(cls, given: Any) -> Any:
+        return today(cls, given) if isinstance(given, dict) else given
 
     def prepare(
         self, model: nn.Module, data: Iterable[Mapping[str, Any]] | None = None, keep: Path | None = None
@@ -89,12 +96,14 @@ class Beside(Tuner):
 
     routers: Routers = Field("frozen", description=ROUTERS)
     head: bool = Field(True, description="train the task head too")
-    also: tuple[Part, ...] = Field((), description="further parts that train: biases, norms, attention, ...")
+    modules_to_train: tuple[Part, ...] = Field(
+        (), description="further parts that train: biases, norms, attention, ..."
+    )
 
     @property
     def with_head(self) -> list[str]:
-        """``also``, and the head where it trains."""
-        return list(dict.fromkeys([*(["head"] if self.head else []), *self.also]))
+        """``modules_to_train``, and the head where it trains."""
+        return list(dict.fromkeys([*(["head"] if self.head else []), *self.modules_to_train]))
 
     def beside(self, model: nn.Module) -> set[int]:
         """The ids of the parameters of those parts, routers included where they train."""

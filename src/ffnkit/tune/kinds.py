@@ -82,7 +82,9 @@ class Lora(Tuner):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="on the adapters' input")
     targets: str = Field("ffn", description="ffn, attention, qv, all, or a regular expression over module names")
     head: bool = Field(True, description="train the task head too")
-    also: tuple[Part, ...] = Field((), description="further parts that train: biases, norms, attention, ...")
+    modules_to_train: tuple[Part, ...] = Field(
+        (), description="further parts that train: biases, norms, attention, ..."
+    )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="biases that train, as in peft")
     adapter_dir: Path | None = Field(None, description="also save the adapter there, in peft's form")
     tied: Literal["shared", "each"] = Field(
@@ -97,8 +99,10 @@ class Lora(Tuner):
     def _told(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Later settings are told where they are not the default, so that facts about runs without them stay so."""
         told: dict[str, Any] = handler(self)
-        plain: dict[str, Any] = {"tied": "shared", "quantize": "none", "also": (), "keep_zeros": False}
-        return {k: v for k, v in told.items() if k not in plain or plain[k] != (tuple(v) if k == "also" else v)}
+        plain: dict[str, Any] = {"tied": "shared", "quantize": "none", "modules_to_train": (), "keep_zeros": False}
+        return {
+            k: v for k, v in told.items() if k not in plain or plain[k] != (tuple(v) if k == "modules_to_train" else v)
+        }
 
     def put_on(self, model: nn.Module, preparation: Preparation) -> nn.Module:
         from ffnkit.tune import lora
@@ -120,7 +124,7 @@ class SparseGrad(Adapting):
     name: ClassVar[str] = "sparsegrad"
     description: ClassVar[str] = "few entries of each update, in a basis where gradients are sparse"
 
-    share: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="of each weight's entries that train")
+    density: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="of each weight's entries that train")
     count: Annotated[int, Field(gt=0)] | None = Field(None, description="so many a weight instead")
     selection: Literal["fixed", "refresh", "step"] = Field("fixed", description="when entries are chosen")
     basis: Literal["shared", "layer", "none"] = Field("shared", description="one a layer type, one a weight, or none")
@@ -134,9 +138,14 @@ class SparseGrad(Adapting):
     def method(self) -> Any:
         from ffnkit.methods.update.sparsegrad import SparseGrad as Method
 
-        own = {key: getattr(self, key) for key in ("share", "count", "selection", "basis", "core", "by", "every")}
+        own = {key: getattr(self, key) for key in ("density", "count", "selection", "basis", "core", "by", "every")}
         return Method(
-            **own, batches=self.batches, seed=self.seed, sites=self.targets, layers=self.layers, also=self.with_head
+            **own,
+            batches=self.batches,
+            seed=self.seed,
+            targets=self.targets,
+            layers=self.layers,
+            modules_to_train=self.with_head,
         )
 
 
@@ -154,7 +163,7 @@ class Dsee(Adapting):
     rank: Annotated[int, Field(ge=0)] = Field(16, description="of the low-rank update; 0: entries alone")
     alpha: Annotated[float, Field(gt=0)] = Field(32, description="the update is scaled by alpha / rank")
     nonzeros: Annotated[int, Field(ge=0)] = Field(64, description="entries of each weight that train; 0: none")
-    share: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="of each weight's entries instead")
+    density: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="of each weight's entries instead")
     support: Literal["svd", "grebsmo", "gradient", "magnitude", "random"] = Field(
         "svd", description="how entries are chosen: svd, grebsmo, gradient, magnitude or random"
     )
@@ -166,9 +175,14 @@ class Dsee(Adapting):
     def method(self) -> Any:
         from ffnkit.methods.update.dsee import DSEE as Method
 
-        keys = ("rank", "alpha", "nonzeros", "share", "support", "layers", "batches", "seed")
+        keys = ("rank", "alpha", "nonzeros", "density", "support", "layers", "batches", "seed")
         lora = None if self.lora is None else str(self.lora)
-        return Method(**{key: getattr(self, key) for key in keys}, lora=lora, sites=self.targets, also=self.with_head)
+        return Method(
+            **{key: getattr(self, key) for key in keys},
+            lora=lora,
+            targets=self.targets,
+            modules_to_train=self.with_head,
+        )
 
 
 class SparseMask(Adapting):
@@ -181,7 +195,7 @@ class SparseMask(Adapting):
     description: ClassVar[str] = "single entries of each FFN weight: random ones, or the largest"
 
     choose: Literal["random", "magnitude"] = Field("random", description="how entries are chosen")
-    share: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="of each weight's entries that train")
+    density: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="of each weight's entries that train")
     count: Annotated[int, Field(gt=0)] | None = Field(None, description="so many a weight instead")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="of the draw")
 
@@ -189,8 +203,8 @@ class SparseMask(Adapting):
     def method(self) -> Any:
         from ffnkit.methods.update.sparsegrad import SparseGrad as Method
 
-        own = {key: getattr(self, key) for key in ("share", "count", "choose", "seed", "layers")}
-        return Method(**own, basis="none", sites=self.targets, also=self.with_head)
+        own = {key: getattr(self, key) for key in ("density", "count", "choose", "seed", "layers")}
+        return Method(**own, basis="none", targets=self.targets, modules_to_train=self.with_head)
 
 
 class MeProp(Adapting):
@@ -204,7 +218,7 @@ class MeProp(Adapting):
     description: ClassVar[str] = "FFN weights, by the largest part of their gradients at every step"
 
     of: Literal["weights", "outputs"] = Field("weights", description="what is cut to its largest entries")
-    share: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="of the entries that are kept")
+    density: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="of the entries that are kept")
 
     @property
     def method(self) -> Any | None:
@@ -213,12 +227,12 @@ class MeProp(Adapting):
         if self.of == "outputs":
             return None
         return Method(
-            share=self.share,
+            density=self.density,
             basis="none",
             selection="step",
-            sites=self.targets,
+            targets=self.targets,
             layers=self.layers,
-            also=self.with_head,
+            modules_to_train=self.with_head,
         )
 
     def put_on(self, model: nn.Module, preparation: Preparation) -> nn.Module:
@@ -265,7 +279,10 @@ class Combined(Updating):
         from ffnkit.methods.combined import Combined as Method
         from ffnkit.tune.tuners import get
 
-        tuners = [cast(Adapting, get({**part, "head": self.head, "also": self.also})) for part in self.parts]
+        tuners = [
+            cast(Adapting, get({**part, "head": self.head, "modules_to_train": self.modules_to_train}))
+            for part in self.parts
+        ]
         return Method([tuner.method for tuner in tuners])
 
 

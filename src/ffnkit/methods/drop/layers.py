@@ -50,7 +50,7 @@ class _Drop:
     def settings(self) -> dict[str, Any]:
         return dataclasses.asdict(dataclasses.replace(self, score=None)) | {"score": score_name(self.score)}
 
-    def targets(self, model: nn.Module) -> list[Groups]:
+    def chosen(self, model: nn.Module) -> list[Groups]:
         """The groups of FFNs to choose among. Raises FfnkitError where the settings do not fit the model."""
         check(self)
         if (self.layers is None) == (self.window is None):
@@ -64,7 +64,7 @@ class _Drop:
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         started = time.perf_counter()
-        choices = self.targets(model)
+        choices = self.chosen(model)
         scores: list[float] = []
         if len(choices) > 1 and self.score is None:
             scores = _proxies(model, need_data(data, self.name), choices, self.worth)

@@ -65,7 +65,7 @@ class CalibratedFusion(Narrowing):
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         batches = need_data(data, self.name)
-        found = self.targets(model)
+        found = self.chosen(model)
         widths = {ffn.name: width for ffn, width in found}
         for ffn, _ in found:
             ffn.check_plain(f"calibrating {ffn.name}")

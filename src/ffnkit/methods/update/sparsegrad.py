@@ -25,13 +25,14 @@ from ffnkit.model.trainable import PARTS
 from ffnkit.nn.quantized import is_quantized_linear
 from ffnkit.ops.bases import Grams, Zeros, core_of, top_share, turned
 from ffnkit.plans import Draft, Progress
-from ffnkit.settings import Doc, check
+from ffnkit.settings import Doc, check, renamed
 
 IN_MEMORY = 1 << 30  # bytes of sums while planning; more lie in files that are memory-mapped
 ROOM = 4  # times as many entries has a core in which the choice may change
 REACH = 0.995  # of the gradients' energy: what the leading rows of a basis hold from which the core is taken
 
 
+@renamed(sites="targets", also="modules_to_train", share="density")
 @dataclass(frozen=True)
 class SparseGrad:
     """Train few entries of each weight's update, in a basis in which the gradients of that weight are sparse.
@@ -45,7 +46,7 @@ class SparseGrad:
         squares.
     """
 
-    share: Annotated[float, Doc("of each weight's entries that train.", above=0, at_most=1)] = 0.01
+    density: Annotated[float, Doc("of each weight's entries that train.", above=0, at_most=1)] = 0.01
     count: Annotated[int | None, Doc("so many entries of each weight instead.", at_least=1)] = None
     selection: Annotated[
         Literal["fixed", "refresh", "step"],
@@ -76,11 +77,11 @@ class SparseGrad:
     by: Annotated[Literal["layer", "all"], Doc('the count is one of each layer, or of "all" layers together.')] = (
         "layer"
     )
-    sites: Annotated[str, Doc('"ffn", "attention", "all", or a regular expression over module names.')] = "ffn"
+    targets: Annotated[str, Doc('"ffn", "attention", "all", or a regular expression over module names.')] = "ffn"
     layers: Annotated[str, Doc("of which layers FFNs are taken.")] = "all"
     batches: Annotated[int, Doc("so many are read at most.", at_least=1)] = 30
     every: Annotated[int, Doc("steps between refreshes.", at_least=1)] = 100
-    also: Annotated[
+    modules_to_train: Annotated[
         Sequence[str],
         Doc("parts of the model that train too: head, biases, norms, attention, embeddings, rest.", choices=PARTS),
     ] = ("head",)
@@ -96,16 +97,22 @@ class SparseGrad:
         return self.basis != "none" or (self.choose == "gradient" and self.selection != "step")
 
     def settings(self) -> dict[str, Any]:
-        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "also": list(self.also)}
+        return {
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            "modules_to_train": list(self.modules_to_train),
+        }
 
     def check(self) -> None:
         """Raises FfnkitError on settings out of range."""
         check(self)
 
-    def targets(self, model: nn.Module) -> dict[str, nn.Module]:
+    def chosen(self, model: nn.Module) -> dict[str, nn.Module]:
         """The linears by name. Raises FfnkitError where the settings do not fit the model."""
         self.check()
-        found, asked = plain_linears(model, self.name, self.sites, self.layers), f"sparsegrad on {type(model).__name__}"
+        found, asked = (
+            plain_linears(model, self.name, self.targets, self.layers),
+            f"sparsegrad on {type(model).__name__}",
+        )
         for name, linear in found.items():
             if is_quantized_linear(linear):
                 raise FfnkitError(asked, f"{name} is quantized, and has no gradient of its own", "Take dsee or lora")
@@ -113,7 +120,7 @@ class SparseGrad:
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         started = time.perf_counter()
-        linears = self.targets(model)
+        linears = self.chosen(model)
         batches = kept(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
         work = _Work(self, model, linears, progress)
         if self.basis != "none":
@@ -125,7 +132,7 @@ class SparseGrad:
         edits = work.edits()
         report = {"cores": {name: list(core) for name, core in work.cores.items()}, "batches": len(batches)}
         return Draft(
-            (*edits, Train("", parts=list(self.also))),
+            (*edits, Train("", parts=list(self.modules_to_train))),
             work.quantities,
             report | {"seconds": time.perf_counter() - started},
         )
@@ -230,12 +237,12 @@ class _Work:
             shape = list(features(self.linears[name]))
             edits.append(UpdateLinear(name, layer="sparsegrad", given=given, parts=parts, shape=shape))
         if not edits:
-            raise FfnkitError("sparsegrad", "no entry was chosen", "Give a larger share")
+            raise FfnkitError("sparsegrad", "no entry was chosen", "Give a larger density")
         return edits
 
     def _count(self, name: str) -> int:
         rows, columns = self.shapes[name]
-        return min(self.method.count or max(1, round(self.method.share * rows * columns)), rows * columns)
+        return min(self.method.count or max(1, round(self.method.density * rows * columns)), rows * columns)
 
     def _confine(self, name: str, count: int) -> None:
         """The core of one weight, where it has bases; its energies are cut to it."""
