@@ -45,7 +45,7 @@ def analyze(
         typer.Option("--text", help="Text: its first half calibrates, its second measures.", rich_help_panel=DATA),
     ] = None,
     rows: Annotated[
-        int, typer.Option("--rows", min=1, help="At most so many rows are measured on.", rich_help_panel=DATA)
+        int, typer.Option("--rows", min=1, help="Most rows that are measured on.", rich_help_panel=DATA)
     ] = 512,
     tokens: Annotated[
         int, typer.Option("--calibration-tokens", min=1, help="For methods that use data.", rich_help_panel=DATA)

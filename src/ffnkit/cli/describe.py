@@ -51,6 +51,8 @@ def default(info: Mapping[str, Any]) -> str:
     if "default" not in info:
         return "required"
     value = info["default"]
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(str, value))}]"
     return WORDS[value] if is_scalar(value) else str(value)
 
 

@@ -50,6 +50,8 @@ def check_method(name: str, settings: dict[str, Any]) -> tuple[str, str] | None:
         )
     if name not in _methods():
         return "method", f"unknown method {name!r}; {near(name, [*_methods(), 'none'])}"
+    if getattr(_methods()[name], "trains", False):
+        return "method", f"{name} changes nothing by itself, it has to be trained; write `tuner: {{name: {name}}}`"
     if complaint := _wrong_width(settings.get("width", 1)):
         return "width", complaint
     _schema(name).model_validate(settings)

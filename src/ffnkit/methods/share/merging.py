@@ -50,7 +50,7 @@ class Merging:
             "each stack."
         ),
     ] = None
-    window: Annotated[int | None, Doc("so many adjacent layers; the best window is searched for.", at_least=2)] = None
+    window: Annotated[int | None, Doc("number of adjacent layers; the best window is searched for.", at_least=2)] = None
     keep: Annotated[int | None, Doc("FFNs left in each stack, which says how long the window is.", at_least=1)] = None
     remove: Annotated[
         float | None,

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from ffnkit.errors import FfnkitError, RenamedWarning
@@ -192,6 +193,15 @@ def check(method: Any) -> None:
     """Raises FfnkitError, one line, where a setting of a method is not as its field declares it."""
     for each in settings_of(type(method)):
         each.check(getattr(method, each.name))
+
+
+def told(method: Any) -> dict[str, Any]:
+    """A method's settings as plain data: lists for tuples, text for paths."""
+    found = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    return {
+        name: list(value) if isinstance(value, list | tuple) else str(value) if isinstance(value, Path) else value
+        for name, value in found.items()
+    }
 
 
 def renamed(**names: str) -> Callable[[type[T]], type[T]]:
