@@ -350,7 +350,7 @@ def test_draws_do_not_depend_on_what_else_is_planned() -> None:
     assert other.given["seed"] != both[other.target].given["seed"]
 
 
-def test_sites_and_shares() -> None:
+def test_targets_and_densities() -> None:
     model = FAMILIES["bert"].model()
 
     def names(**more: Any) -> set[str]:
@@ -373,9 +373,9 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"rank": 0, "nonzeros": 0}, "nothing would train"),
         ({"rank": -1}, "rank -1"),
         ({"alpha": 0}, "alpha"),
-        ({"density": 2.0}, "share"),
+        ({"density": 2.0}, "density"),
         ({"support": "largest"}, "Choose one of svd"),
-        ({"modules_to_train": "head"}, "also"),
+        ({"modules_to_train": "head"}, "modules_to_train"),
         ({"support": "gradient"}, "data|gradients"),
         ({"targets": "nothing"}, "no linear of the model matches"),
         ({"lora": "/nowhere"}, "adapter_config.json"),

@@ -666,11 +666,11 @@ def test_by_name_and_by_number() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"density": 1.0}, "below 1"),
-        ({"density": 4}, "0 to 3"),
-        ({"density": 0.05}, "none would go"),
-        ({"density": True}, "a bool"),
-        ({"density": {"nowhere": 1}}, "no attention of that name"),
+        ({"remove": 1.0}, "below 1"),
+        ({"remove": 4}, "0 to 3"),
+        ({"remove": 0.05}, "none would go"),
+        ({"remove": True}, "a bool"),
+        ({"remove": {"nowhere": 1}}, "no attention of that name"),
         ({"by": "size"}, "no such choice"),
         ({"by": "update"}, "carries an update"),
         ({"layers": "9"}, "layer 9"),

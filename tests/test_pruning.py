@@ -570,14 +570,14 @@ def test_a_lora_adapter_merges_with_zeros_from_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ratio": 1.0}, "ratio 1.0"),
-        ({"ratio": -0.1}, "ratio -0.1"),
-        ({"adapted_ratio": True}, "adapted_ratio True"),
+        ({"sparsity": 1.0}, "sparsity 1.0"),
+        ({"sparsity": -0.1}, "sparsity -0.1"),
+        ({"adapted_sparsity": True}, "adapted_sparsity True"),
         ({"mode": "abs"}, "ABS, AB"),
         ({"by": "size"}, "magnitude, wanda"),
         ({"scope": "all"}, "auto, global"),
         ({"pattern": "4:2"}, "N:M"),
-        ({"pattern": "1:4", "ratio": 0.4}, "ratios are given too"),
+        ({"pattern": "1:4", "sparsity": 0.4}, "sparsities are given too"),
         ({"pattern": "2:4", "scope": "row"}, "a scope is given too"),
         ({"pattern": "2:3"}, "no multiple of 3"),
         ({"targets": "nothing"}, "no linear that can be pruned"),

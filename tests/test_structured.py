@@ -419,10 +419,20 @@ def test_what_cannot_be_scored_is_said() -> None:
     fk.apply(fresh, fk.plan(fresh, fk.DSEE(targets="all", rank=2)))
     with pytest.raises(FfnkitError, match="all zero"):
         fk.plan(fresh, fk.StructuredPruning(by="update"))
-    for wrong in ({"by": "size"}, {"spread": "even"}, {"heads": 1.0}, {"flops": 1.5}, {"heads": 0, "neurons": 0},
-                  {"heads": 1, "flops": 0.5}, {"multiple": 0}, {"flops": 0.01}, {"heads": 4}):  # fmt: skip
+    wrongs: list[dict[str, Any]] = [
+        {"by": "size"},
+        {"spread": "even"},
+        {"remove_heads": 1.0},
+        {"flops": 1.5},
+        {"remove_heads": 0, "remove_neurons": 0},
+        {"remove_heads": 1, "flops": 0.5},
+        {"multiple": 0},
+        {"flops": 0.01},
+        {"remove_heads": 4},
+    ]
+    for wrong in wrongs:
         with pytest.raises(FfnkitError):
-            fk.plan(wide("bert").model(), StructuredPruning(**wrong))  # type: ignore[arg-type]
+            fk.plan(wide("bert").model(), StructuredPruning(**wrong))
     with pytest.raises(FfnkitError, match="norm"):
         fk.plan(FAMILIES["olmo2"].model(), fk.StructuredPruning())
 

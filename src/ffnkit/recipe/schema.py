@@ -38,6 +38,13 @@ def fail(path: tuple[str | int, ...], message: str, value: Any) -> NoReturn:
     raise ValidationError.from_exception_data("recipe", [InitErrorDetails(type=kind, loc=path, input=value)])
 
 
+def _today(read: Callable[..., dict[str, Any]], name: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return read(name, settings)
+    except FfnkitError as error:
+        fail((), f"{error.asked}: {error.found}; {error.do}", name)
+
+
 class Part(BaseModel):
     """A piece of a recipe: unknown fields are refused, nothing changes once read."""
 
@@ -126,7 +133,7 @@ class TunerSpec(BaseModel):
     def _by_name(cls, value: Any) -> Any:
         if isinstance(value, TunerSpec):
             return value
-        return tuner_today(value.get("name"), value) if isinstance(value, dict) else {"name": value}
+        return _today(tuner_today, value.get("name"), value) if isinstance(value, dict) else {"name": value}
 
     @model_validator(mode="after")
     def _known(self) -> TunerSpec:
@@ -150,7 +157,7 @@ class Pruning(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _of_today(cls, value: Any) -> Any:
-        return method_today(value.get("method"), value) if isinstance(value, dict) else value
+        return _today(method_today, value.get("method"), value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _known(self) -> Pruning:
@@ -195,7 +202,7 @@ class Arm(Part):
         settings = {key: item for key, item in value.items() if key not in own}
         method = own.get("method", NONE)
         if isinstance(method, str):
-            settings = method_today(method, settings)
+            settings = _today(method_today, method, settings)
             complaint = check_budget(method, settings, own) or check_method(method, widened(settings, own))
             if complaint:
                 fail((complaint[0],), complaint[1], settings.get(complaint[0], method))
