@@ -407,7 +407,9 @@ def test_transformers_own_classes_open_compact_checkpoints_and_what_they_open_is
     assert_equal(family, eager(fk.load(tmp_path / "again"), family), model)
 
 
-@pytest.mark.parametrize("name", [name for name in [*SEPARABLE, *WIDE] if name not in BLOCKS])
+@pytest.mark.parametrize(
+    "name", slow_but(set(LAYINGS) - set(BLOCKS), [name for name in [*SEPARABLE, *WIDE] if name not in BLOCKS])
+)
 def test_one_number_of_heads_in_all_layers_where_the_config_can_say_it(name: str, tmp_path: Path) -> None:
     family = ALL[name]
     model = family.model()
@@ -519,6 +521,7 @@ def reopened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ffnkit", "plain"])
 def test_fresh_processes(kind: str, reopened: dict[str, Any]) -> None:
     """With ffnkit imported both forms open; without it the standard one does, and the compact one raises."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
+from methods import crossed
 from tolerance import assert_close, assert_differs
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -164,8 +165,7 @@ def _collected() -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "name"), crossed(KINDS, NAMES))
 def test_it_is_refused_in_one_line_by_all_that_edits_and_saves(kind: str, name: str, tmp_path: Path) -> None:
     change, undo, way = KINDS[kind]
     model: Any = FAMILIES[name].model()
