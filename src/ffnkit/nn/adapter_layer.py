@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -182,9 +185,37 @@ class AdapterLayer(ReparametrizedLinear):
             unexpected.remove(prefix + "weight")
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a linear computes in with these inputs: autocast's where it is on, else theirs."""
+    kind = x.device.type
+    cast = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if cast else x.dtype
+
+
+def own_dtypes(function: Callable[..., Any]) -> Any:
+    """A pass of an autograd function without autocast, which would change single products of those it holds."""
+
+    @functools.wraps(function)
+    def without(ctx: Any, first: Tensor, *others: Any) -> Any:
+        kind = first.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            return function(ctx, first, *others)
+
+    return without
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """What lies in shards over several processes, as a whole."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def sharded_as(whole: Tensor, tensor: Any) -> Tensor:
+    """A whole in the shards of another tensor, where that lies in shards."""
+    if not hasattr(tensor, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, tensor.device_mesh, tensor.placements)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
