@@ -167,7 +167,7 @@ class AdapterLayer(ReparametrizedLinear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if prefix + "base" in destination:
             del destination[prefix + "base"]
-            destination[prefix + "weight"] = self.weight if not self.base.is_meta else self.base
+            destination[prefix + "weight"] = self.base if self.base.is_meta else sharded_as(self.weight, self.base)
             destination[prefix + "fingerprint"] = fingerprint(full_tensor(self.base))
 
     def _load_from_state_dict(

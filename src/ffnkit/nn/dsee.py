@@ -99,7 +99,7 @@ class SparseLowRank(AdapterLayer):
         out, inner = self.features
         like = self.values if self.values is not None else self.up
         assert like is not None
-        total = like.new_zeros(out, inner)
+        total = torch.zeros(out, inner, dtype=like.dtype, device=like.device)
         if self.up is not None and self.down is not None:
             product = full_tensor(self.up) @ full_tensor(self.down)
             if self.rows is None:

@@ -111,16 +111,16 @@ class SparseGradLinear(AdapterLayer):
 
     def entries(self, values: Tensor | None = None) -> Tensor:
         """S as a whole, (r, c), float32."""
-        given = self.values if values is None else values
+        given = full_tensor(self.values if values is None else values)
         if self.index is None:
             return given.detach()
         rows, columns = self.core
-        base = self.values.new_zeros(rows * columns) if self.settled is None else self.settled.flatten().clone()
+        base = given.new_zeros(rows * columns) if self.settled is None else self.settled.flatten().clone()
         return base.index_put_((self.index.long(),), given.detach()).view(rows, columns)
 
     def update(self) -> Tensor:
         with torch.no_grad():
-            entries = self.entries(full_tensor(self.values))
+            entries = self.entries()
             pair = self.pair(entries.dtype)
             return entries.clone() if pair is None else _formed(entries, *pair)
 
