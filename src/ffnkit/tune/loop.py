@@ -92,8 +92,8 @@ class Loop(Trainer):
         """Without biases, norms and factors, which mean nothing at zero."""
         spared = {id(p) for p in parts_of(model, ("biases", "norms"))}
         spared |= {id(layer.coefficients) for layer in adapter_layers(model).values()}
-        named = dict(model.named_parameters(remove_duplicate=False))
-        return [name for name in super().get_decay_parameter_names(model) if id(named[name]) not in spared]
+        names = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in spared}
+        return [name for name in super().get_decay_parameter_names(model) if name not in names]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self._group_lengths is None:
