@@ -35,10 +35,10 @@ def made(name: str, what: str) -> Any:
     model = FAMILIES[name].model()
     if what in ("scaled", "lowrank", "masked"):
         method = {"scaled": "fusion", "lowrank": "svd", "masked": "prune"}[what]
-        more = {"ratio": 0.5} if what == "masked" else {"width": 0.5}
+        more = {"sparsity": 0.5} if what == "masked" else {"width": 0.5}
         return fk.apply(model, fk.plan(model, fk.methods.build(method, **more)))
     if what == "dsee":
-        plan = fk.plan(model, fk.DSEE(sites="all", rank=2, nonzeros=40, also=("head", "norms")))
+        plan = fk.plan(model, fk.DSEE(targets="all", rank=2, nonzeros=40, modules_to_train=("head", "norms")))
         return fk.apply(model, with_coefficients(model, plan, l1=0.01))
     inputs = FAMILIES[name].inputs(model)
     data = [inputs | {"labels": torch.arange(len(inputs["input_ids"])) % 2}]

@@ -148,7 +148,7 @@ def test_weights_that_no_gradient_reaches_are_no_obstacle(selection: Any, made: 
     for basis, choose, by in settings:
         model, data = made()
         given: Any = {"basis": basis, "choose": choose, "by": by, "selection": selection}
-        plan = fk.plan(model, fk.SparseGrad(share=0.05, every=1, batches=2, **given), data=data)
+        plan = fk.plan(model, fk.SparseGrad(density=0.05, every=1, batches=2, **given), data=data)
         fk.apply(model, plan)
         optimizer = torch.optim.AdamW(fk.trainable_parameters(model), lr=1e-2)
         model(**data[0]).loss.backward()

@@ -64,7 +64,7 @@ def test_accumulation_is_a_larger_batch(kind: str, small: int, tmp_path: Path) -
 def test_weight_decay_leaves_factors_alone(tmp_path: Path) -> None:
     """At a rate that moves nothing but by decay: biases, norms and coefficients keep their values, weights do not."""
     model = bert()
-    plan = with_coefficients(model, fk.plan(model, fk.DSEE(sites="ffn", rank=2, also=("rest",))), l1=0.0)
+    plan = with_coefficients(model, fk.plan(model, fk.DSEE(targets="ffn", rank=2, modules_to_train=("rest",))), l1=0.0)
     with torch.no_grad():
         for parameter in fk.apply(model, plan).parameters():
             parameter.copy_(torch.ones_like(parameter)) if parameter.is_floating_point() else None
