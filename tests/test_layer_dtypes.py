@@ -37,7 +37,9 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 def sparsegrad(linear: nn.Linear, selection: Any, basis: bool) -> SparseGradLinear:
     rows, columns = (12, 20) if basis else (OUT, IN)
-    sides = [torch.linalg.qr(draw(n, n, seed=n))[0][:m].to(linear.weight.dtype) for n, m in ((OUT, rows), (IN, columns))]
+    sides = [
+        torch.linalg.qr(draw(n, n, seed=n))[0][:m].to(linear.weight.dtype) for n, m in ((OUT, rows), (IN, columns))
+    ]
     index = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(0))[:30].sort().values
     given = {"bases": Bases(*sides)} if basis else {}
     return SparseGradLinear(linear, index=None if selection == "step" else index, selection=selection, **given)

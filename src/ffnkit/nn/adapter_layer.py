@@ -6,7 +6,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ffnkit.nn.reparametrized import ReparametrizedLinear, oriented
 from ffnkit.nn.shrinking import shrinking
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class AdapterLayer(ReparametrizedLinear):
@@ -192,16 +194,16 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if cast else x.dtype
 
 
-def own_dtypes(function: Callable[..., Any]) -> Any:
+def own_dtypes(function: F) -> F:
     """A pass of an autograd function without autocast, which would change single products of those it holds."""
 
     @functools.wraps(function)
-    def without(ctx: Any, first: Tensor, *others: Any) -> Any:
-        kind = first.device.type
+    def without(ctx: Any, *given: Any) -> Any:
+        kind = given[0].device.type
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-            return function(ctx, first, *others)
+            return function(ctx, *given)
 
-    return without
+    return cast(F, without)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
