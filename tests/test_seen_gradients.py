@@ -11,6 +11,7 @@ from tolerance import assert_close, assert_differs
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ffnkit.nn.coefficients import Coefficients
 from ffnkit.nn.selecting import DECAY
 from ffnkit.nn.sparsegrad import SparseGradLinear
 
@@ -211,6 +212,20 @@ def test_a_layer_whose_chosen_entries_are_all_zero_goes_by_the_others() -> None:
     for run, wanted in ((first, t.T @ x), (second, silent.T @ x)):
         assert run.layer.energy is not None
         assert_close(run.layer.energy, (1 - DECAY) * wanted.square(), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, fused], ids=["scaler unscales", "optimizer unscales"])
+def test_coefficients_do_not_shrink_in_a_step_that_is_left_out(optimizer: Any) -> None:
+    layer = Coefficients(nn.Linear(IN, OUT))
+    layer.use_coefficients(torch.ones(IN), l1=1.0)
+    used = optimizer([layer.coefficients], lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for share, moves in ((float("inf"), False), (1.0, True)):
+        used.zero_grad()
+        scaler.scale(layer(draw(6, IN, seed=1)).sum() * share).backward()
+        scaler.step(used)
+        scaler.update()
+        assert layer.coefficients is not None and bool((layer.coefficients != 1).any()) is moves
 
 
 def test_second_derivatives_are_refused_and_not_wrong() -> None:
