@@ -37,7 +37,7 @@ def model(seed: int = 0) -> BertForSequenceClassification:
 
 def adapted() -> BertForSequenceClassification:
     own = model()
-    return fk.apply(own, fk.plan(own, fk.DSEE(sites="ffn", rank=2)))
+    return fk.apply(own, fk.plan(own, fk.DSEE(targets="ffn", rank=2)))
 
 
 def put(target: Path, text: str, kind: str = "model", **more: str) -> None:

@@ -102,10 +102,10 @@ PLANS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "merging": (bert, lambda: fk.Merging(layers="0-1")),
     "ffn-drop": (bert, lambda: METHOD["ffn-drop"](layers="1")),
     "layer-drop": (llama, lambda: METHOD["layer-drop"](layers="1")),
-    "heads": (llama, lambda: fk.RemoveHeads(share=0.5, layers="last:1")),
+    "heads": (llama, lambda: fk.RemoveHeads(remove=0.5, layers="last:1")),
     "masks": (bert, lambda: METHOD["unstructured"](width=0.5)),
     "prune": (llama, lambda: fk.Prune()),
-    "sparsegrad": (bert, lambda: fk.SparseGrad(share=0.1, basis="none", choose="magnitude")),
+    "sparsegrad": (bert, lambda: fk.SparseGrad(density=0.1, basis="none", choose="magnitude")),
     "dsee": (llama, lambda: fk.DSEE(rank=2)),
 }
 

@@ -53,7 +53,7 @@ def model(number: float = 0.0) -> Any:
 def adapted(number: float) -> Any:
     """The classifier of zeros with an update whose numbers are the number."""
     made = model()
-    fk.apply(made, fk.plan(made, fk.SparseGrad(share=0.05, basis="none", choose="magnitude")))
+    fk.apply(made, fk.plan(made, fk.SparseGrad(density=0.05, basis="none", choose="magnitude")))
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if parameter.requires_grad and "layer" in name:

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ffnkit.errors import FfnkitError
-from ffnkit.io.sizes import check_config, stored_shapes
+from ffnkit.io.sizes import check_config, checkpoint_files, stored_shapes
 from ffnkit.io.workspace import put_aside
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def load_with_info(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> t
     name = check_name(name_or_dir)
     kwargs = {"trust_remote_code": False, **kwargs}
     with open_errors(f"model {name}"):
-        if os.path.isdir(name) and (stored := stored_shapes(Path(name).glob("*.safetensors"))):
+        if os.path.isdir(name) and (stored := stored_shapes(checkpoint_files(name))):
             from ffnkit.io.architectures import read_config
 
             config = kwargs.get("config") or read_config(name, trust_remote_code=kwargs["trust_remote_code"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,15 @@ Shapes = dict[str, tuple[int, ...]]
 _LAYERS = re.compile(r"(n|num|encoder|decoder)_(.*_)?layers?")
 _DO = "Use the config.json that was saved with the weights"
 _ROOM = 1 << 24  # numbers that a model may hold beside 8 for each stored one: new heads, weights in few bits
+
+
+def checkpoint_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a folder that from_pretrained reads: whole, or the shards that an index names."""
+    whole, index = Path(folder) / "model.safetensors", Path(folder) / "model.safetensors.index.json"
+    if whole.is_file() or not index.is_file():
+        return [whole] if whole.is_file() else []
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [path for path in (Path(folder) / str(name) for name in dict.fromkeys(shards)) if path.is_file()]
 
 
 def stored_shapes(files: Iterable[str | Path] | None) -> Shapes:
