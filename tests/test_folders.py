@@ -98,7 +98,7 @@ def test_a_model_and_its_adapter_live_in_one_folder(tmp_path: Path) -> None:
         for step in order:
             (fk.save if step == 0 else save_adapter)(adapted(), out)
         again = load_adapter(fk.load(out), out) if 1 in order else fk.load(out)
-        assert again.classifier.weight.shape == (2, 16)
+        assert again.classifier.weight.shape == (2, 16) and (out / "README.md").exists()
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def ours(folder: Path, kind: str) -> set[str]:
     """The files of the last output of this kind that are as it wrote them, by their path in the folder."""
     files = read(folder).get(kind, {})
     found = {name for name, told in files.items() if _told(folder / name) == told}
-    if not files and has_card(folder):  # written before there were manifests
+    if kind == "model" and not (folder / FILE).exists() and has_card(folder):  # from before there were manifests
         found.add("README.md")
     return found | ({FILE} if (folder / FILE).exists() else set())
 
