@@ -91,7 +91,7 @@ class FfnkitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from ffnkit.checkpoint import placement
-        from ffnkit.surgery.apply import rebuild
+        from ffnkit.surgery.meta import rebuild
         from ffnkit.surgery.description import declare
 
         described = self.quantization_config.to_dict()

@@ -122,6 +122,17 @@ class SelectHeads(Edit):
             self._check_index(attention, self.asked)
             keep_heads(writer, attention, attention.members(self.index))
 
+    def silenced(self, writer: Writer) -> list[Any]:
+        """The other heads hand zeros to the output linear."""
+        attention = writer.attention(self.target)
+        stay = attention.columns()[attention.members(self.index)["q"]].flatten()
+
+        def zeroed(_: nn.Module, args: tuple[Any, ...]) -> Any:
+            mask = torch.zeros(args[0].shape[-1], dtype=args[0].dtype).index_fill_(0, stay, 1.0)
+            return (args[0] * mask.to(args[0].device), *args[1:])
+
+        return [attention.linear("o").register_forward_pre_hook(zeroed)]
+
 
 def check_separable(attention: Attention) -> None:
     """Raises FfnkitError where no head of this attention can go alone."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 _LENGTH = 12
+_STATES = ("past_key_values", "cache_params", "mems", "state", "hidden_states", "attentions")  # one entry a layer
 
 
 def inputs(model: nn.Module, seed: int = 0) -> dict[str, Tensor] | None:
@@ -58,23 +59,40 @@ def _without(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def compare(first: nn.Module, second: nn.Module) -> float | None:
     """The largest relative difference of two models' float outputs on probe inputs; None where none are known."""
     batch = inputs(first)
-    if batch is None:
-        return None
-    parameter = next(first.parameters())
-    batch = {k: v.to(parameter.device, parameter.dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
-    outputs = []
-    for model in (first, second):
-        training = model.training
-        model.eval()
-        try:
-            outputs.append(list(_floats(model(**batch))))
-        finally:
-            model.train(training)
-    differences = [
-        ((a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-30)).item()
-        for a, b in zip(*outputs, strict=True)
-    ]
-    return max(differences) if differences else None
+    return None if batch is None else difference(outputs(first, batch), outputs(second, batch))
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
+    """The float outputs for a batch in evaluation mode, caches left out; what is drawn is drawn alike each time."""
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    kind = {"device": parameter.device, "dtype": parameter.dtype}
+    batch = {
+        k: v.to(parameter.device, kind["dtype"] if v.is_floating_point() else v.dtype) if isinstance(v, Tensor) else v
+        for k, v in batch.items()
+    }
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return list(_floats(model(**batch)))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def difference(first: list[Tensor], second: list[Tensor]) -> float | None:
+    """The largest relative difference of two lists of outputs; None where there are none.
+
+    Raises:
+        ValueError: they are not of the same number and shapes.
+    """
+    pairs = [(a.double(), b.double().to(a.device)) for a, b in zip(first, second, strict=True)]
+    if any(a.shape != b.shape for a, b in pairs):
+        raise ValueError("the outputs are of other shapes")
+    found = [((a - b).norm() / a.norm().clamp_min(1e-30)).item() for a, b in pairs]
+    return max(found) if found else None
 
 
 def _floats(output: Any) -> Iterator[Tensor]:
@@ -82,8 +100,10 @@ def _floats(output: Any) -> Iterator[Tensor]:
         if output.is_floating_point():
             yield output
     elif isinstance(output, dict) or hasattr(output, "to_tuple"):
-        for value in output.values() if hasattr(output, "values") else output.to_tuple():
-            yield from _floats(value)
+        named = output.items() if hasattr(output, "items") else enumerate(output.to_tuple())
+        for key, value in named:
+            if key not in _STATES:
+                yield from _floats(value)
     elif isinstance(output, (tuple, list)):
         for value in output:
             yield from _floats(value)

@@ -49,21 +49,18 @@ def carry_out(model: nn.Module, edits: Iterable[Edit], plan: Plan | None = None)
     check_untouched(model, f"applying a plan to {type(model).__name__}")
     if plan is not None:
         plan.check_fits({ffn.name: ffn for ffn in ffns(model)}, type(model).__name__)
-    check_normal(edits)
-    writer = ModelWriter(model)
-    writer.check(edits)
-    rehearse(model, edits)
+    writer = check_edits(model, edits)
     with journal(model):
         writer.carry_out(edits)
 
 
-def rebuild(model: PreTrainedModel, described: dict[str, object]) -> None:
-    """Give a freshly built, empty model the structure that a compact checkpoint describes."""
-    writer = ModelWriter(model, empty=True)
-    with torch.no_grad():
-        for edit in description.edits_of(model, described):
-            edit.perform(writer)
-    run_uneven_experts(model)
+def check_edits(model: nn.Module, edits: tuple[Edit, ...]) -> ModelWriter:
+    """The writer that can carry these edits out. Raises FfnkitError where the model does not bear them; reads only."""
+    check_normal(edits)
+    writer = ModelWriter(model)
+    writer.check(edits)
+    rehearse(model, edits)
+    return writer
 
 
 def share(model: PreTrainedModel, described: dict[str, object]) -> None:

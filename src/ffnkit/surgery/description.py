@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from ffnkit.edits import Edit, Mask, SelectHeads, SetWidth, Tie, of_layer
 from ffnkit.errors import FfnkitError
 from ffnkit.io.formats import FORMAT, QUANT_METHOD
+from ffnkit.model import config_keys
 from ffnkit.model.attention import Attention, attentions
-from ffnkit.model.config_keys import candidates, config_tree, set_width, width_key
+from ffnkit.model.config_keys import set_width
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.nn.adapter_layer import AdapterLayer
@@ -32,21 +33,10 @@ IMPOSSIBLE_WIDTH = 1
 
 def width_keys(model: PreTrainedModel, found: list[FFN]) -> Keys:
     """(path of the sub-config, key) that holds each FFN's width; None where the family fixes it otherwise."""
-    config = model.config
     described = description(model)
     if described is not None:
         return {ffn.name: _stored_key(described, ffn) for ffn in found}
-    tree = list(config_tree(config))
-    modules = dict(model.named_modules(remove_duplicate=False))
-    keys: Keys = {}
-    for ffn in found:
-        keys[ffn.name] = None
-        for path, candidate in candidates(tree, modules, ffn.name):
-            key = width_key(candidate, ffn)
-            if key is not None:
-                keys[ffn.name] = (path, key)
-                break
-    return keys
+    return config_keys.width_keys(model, found)
 
 
 def _stored_key(described: dict[str, Any], ffn: FFN) -> tuple[str, str] | None:

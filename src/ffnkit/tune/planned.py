@@ -11,8 +11,9 @@ from ffnkit.checkpoint.adapters import save_adapter
 from ffnkit.methods.update.coefficients import with_coefficients
 from ffnkit.model.trainable import remember
 from ffnkit.nn.reparametrized import is_reparametrized
-from ffnkit.plans import Plan, plan
+from ffnkit.plans import Plan
 from ffnkit.surgery.apply import apply, fold
+from ffnkit.surgery.planning import plan
 from ffnkit.tune import zeros
 
 if TYPE_CHECKING:
