@@ -21,6 +21,7 @@ from ffnkit.model.families.keys import (
     KV_HEADS_ATTRIBUTES,
     KV_WIDTH_ATTRIBUTE,
 )
+from ffnkit.model.generation_numbers import set_numbers
 from ffnkit.model.linear import stored_weight
 from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.masked import Masked
@@ -175,6 +176,12 @@ def keep_heads(writer: Writer, attention: Attention, stay: dict[Role, Tensor]) -
     now = {role: len(stay[role]) for role in ROLES}
     for module in dict.fromkeys((attention.module, attention.inner)):
         _remember(module, before, now, width)
+    if attention.cross:
+        kept = stay["q"].tolist()
+        set_numbers(
+            writer.model,
+            lambda n, head: (n, head) if n != attention.layer else (n, kept.index(head)) if head in kept else None,
+        )
     old = record or KeptHeads(tuple(range(before["q"])), tuple(range(before["k"])), (before["q"], before["k"]))
     heads = tuple(old.heads[i] for i in stay["q"].tolist())
     kv = tuple(old.kv[i] for i in stay["k"].tolist())

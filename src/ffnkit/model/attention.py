@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.model.families.attentions import BLOCKS, ROLES, AttentionLayout, Role, attention_layouts, places
+from ffnkit.model.families.attentions import BLOCKS, ROLES, AttentionLayout, Role, places
 from ffnkit.model.families.keys import HEAD_DIM_ATTRIBUTES, INCOMING
-from ffnkit.model.finding import ffns, has_ffns, middle_layout, place
-from ffnkit.model.linear import descend, features, is_linear, linears, obstacle, own_weight, stored_weight
+from ffnkit.model.finding import attention_layout, ffns, has_ffns, middle_layout, place
+from ffnkit.model.linear import descend, features, linears, obstacle, own_weight, stored_weight
 from ffnkit.nn.pruned_attention import KeptHeads, kept_heads, plain_class
 
 _NAMED = re.compile(r"att(ention|n)", re.IGNORECASE)  # of a class, or of what holds the module
@@ -195,11 +195,11 @@ def attentions(model: nn.Module) -> list[Attention]:
     for name, module in model.named_modules(remove_duplicate=False):
         if id(module) in found:
             found[id(module)].tied.append(name)
-        elif (layout := _match(module)) is not None:
+        elif (layout := attention_layout(module)) is not None:
             found[id(module)] = Attention(name, module, layout)
     every = list(found.values())
     if every:
-        place(every)
+        place(every, model)
     for attention in every:
         attention.why = _obstacle(attention)
     return every
@@ -242,17 +242,6 @@ def _ffn_linears(model: nn.Module) -> set[int]:
     owners = [(module, middle_layout(module)) for module in model.modules()]
     paths = [(m, path) for m, row in owners if row is not None for path in (row.up, row.gate or row.up, row.down)]
     return taken | {id(descend(module, path)) for module, path in paths}
-
-
-def _match(module: nn.Module) -> AttentionLayout | None:
-    for layout in attention_layouts():
-        paths = (layout.q, layout.k, layout.v, layout.o)
-        if not all(is_linear(descend(module, path)) for path in paths):
-            continue
-        inner = descend(module, layout.inner) if layout.inner else module
-        if all(getattr(inner, name, None) is value for name, value in layout.where):
-            return layout
-    return None
 
 
 def _obstacle(attention: Attention) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -11,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ffnkit.model.families.keys import OPTIONAL_WIDTH_KEYS, WIDTH_KEYS, WIDTH_KEYS_OF_PARTS
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.model.fresh import built, shapes
+from ffnkit.model.fresh import built, read, shapes
 
 Key = tuple[str, str]  # path of a sub-config, key
 
@@ -63,8 +64,8 @@ def candidates(
 def width_keys(model: PreTrainedModel, found: list[FFN]) -> dict[str, Key | None]:
     """The key that holds each FFN's width, by the FFN's name; None where the family fixes it otherwise.
 
-    Names and values tell it. Where the value stands in several places, or in one of another name, models are built
-    with another value in each (without weights), to see which FFNs follow.
+    Names and values propose one, which settles it where two would do. Models are built with another value of each key
+    that holds that number (without weights), to see which FFNs follow, and that nothing else does.
     """
     tree = list(config_tree(model.config))
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -77,32 +78,45 @@ def width_keys(model: PreTrainedModel, found: list[FFN]) -> dict[str, Key | None
         for key, value in vars(config).items():
             if type(value) is int and value in by_width:
                 by_width[value].append((path, key))
-    unsure = [ffn for ffn in found if (held := by_width[ffn.width]) and held != [keys[ffn.name]]]
-    if unsure:
-        tried = {key: _following(model, key) for ffn in unsure for key in by_width[ffn.width]}
-        if any(names is not None for names in tried.values()):  # else its class is not built from a config alone
-            for ffn in unsure:
-                right = [key for key in by_width[ffn.width] if ffn.name in (tried[key] or ())]
-                keys[ffn.name] = keys[ffn.name] if keys[ffn.name] in right else next(iter(right), None)
+    asked = tuple(dict.fromkeys(key for ffn in found for key in by_width[ffn.width]))
+    kind: Any
+    kind, read_as = type(model), cast(Any, type(model.config))
+    tried = _followers(kind, read_as, model.config.to_json_string(), asked) if asked else None
+    for ffn in found if tried is not None else ():
+        right = [key for key in by_width[ffn.width] if ffn.name in tried[key]]  # type: ignore[index]
+        if by_width[ffn.width] and keys[ffn.name] not in right:
+            keys[ffn.name] = next(iter(right), None)
     return keys
 
 
-def _following(model: PreTrainedModel, key: Key) -> set[str] | None:
-    """The FFNs that are twice as wide with twice the value of a key, where nothing else changes; None: not to be had."""
-    config = copy.deepcopy(model.config)
-    value = getattr(subconfig(config, key[0]), key[1])
+@lru_cache(maxsize=64)
+def _followers(kind: Any, config_class: Any, text: str, asked: tuple[Key, ...]) -> dict[Key, set[str]] | None:
+    """By key, the FFNs that are twice as wide with twice its value, where nothing else changes.
+
+    None where the class is not built from a config alone.
+    """
     try:
-        before = built(model, config)
-        setattr(subconfig(config, key[0]), key[1], 2 * value)
-        after = built(model, config)
-    except Exception:  # whatever the classes raise: they do not bear that value
+        before = built(kind, read(config_class, text))
+    except Exception:  # whatever a class of somebody's own raises
         return None
-    widths = {ffn.name: (ffn.width, ffn) for ffn in ffns(before)}
-    follow = {f.name for f in ffns(after) if f.name in widths and f.width == 2 * widths[f.name][0] == 2 * value}
-    inside = {id(p) for name in follow for p in widths[name][1].parameters()}
-    own = {name for name, p in before.named_parameters(remove_duplicate=False) if id(p) in inside}
-    one, two = shapes(before), shapes(after)
-    return follow if all(two.get(name) == shape or name in own for name, shape in one.items()) else set()
+    known = {ffn.name: ffn for ffn in ffns(before)}
+    old, found = shapes(before), dict[Key, set[str]]()
+    for path, key in asked:
+        found[path, key] = set()
+        config = read(config_class, text)
+        value = getattr(subconfig(config, path), key)
+        try:
+            setattr(subconfig(config, path), key, 2 * value)
+            after = built(kind, config)
+        except Exception:  # whatever the classes raise: they do not bear that value
+            continue
+        wider = {f.name for f in ffns(after) if f.name in known and f.width == 2 * known[f.name].width == 2 * value}
+        inside = {id(p) for name in wider for p in known[name].parameters()}
+        own = {name for name, p in before.named_parameters(remove_duplicate=False) if id(p) in inside}
+        new = shapes(after)
+        if all(new.get(name) == shape or name in own for name, shape in old.items()):
+            found[path, key] = wider
+    return found
 
 
 def set_width(config: PreTrainedConfig, key: tuple[str, str], width: int) -> None:

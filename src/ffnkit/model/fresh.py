@@ -7,28 +7,36 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+_FLOAT = "__float__"  # how transformers writes infinity
 
 
-def written(config: PreTrainedConfig) -> Any:
-    """The config as it is read back from its file, without what quantizers or ffnkit wrote there.
+def read(kind: type[PreTrainedConfig], text: str) -> Any:
+    """A config from the text of its file, without what quantizers or ffnkit wrote there.
 
     Raises:
         Exception: whatever its class raises where it does not bear the values.
     """
-    data = json.loads(config.to_json_string())
+    data = json.loads(text, object_hook=lambda row: float(row[_FLOAT]) if set(row) == {_FLOAT} else row)
     data.pop("quantization_config", None)
-    return type(config).from_dict(data)
+    return kind.from_dict(data)
 
 
-def built(model: nn.Module, config: PreTrainedConfig | None = None) -> Any:
-    """A model of the same class, built from a config (None: its own) on the meta device.
+def written(config: PreTrainedConfig) -> Any:
+    """A config as it is read back from its file; raises as :func:`read`."""
+    return read(type(config), config.to_json_string())
+
+
+def built(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
+    """A model of a class, built on the meta device.
 
     Raises:
         Exception: whatever the class raises where it does not bear the config.
     """
-    with torch.device("meta"):
-        return type(model)(written(config if config is not None else model.config))  # type: ignore[arg-type]
+    with torch.device("meta"), no_init_weights():
+        return kind(config)
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -66,9 +66,9 @@ def compare(first: nn.Module, second: nn.Module) -> float | None:
 def outputs(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
     """The float outputs for a batch in evaluation mode, caches left out; what is drawn is drawn alike each time."""
     parameter = next(p for p in model.parameters() if p.is_floating_point())
-    kind = {"device": parameter.device, "dtype": parameter.dtype}
+    device, dtype = parameter.device, parameter.dtype
     batch = {
-        k: v.to(parameter.device, kind["dtype"] if v.is_floating_point() else v.dtype) if isinstance(v, Tensor) else v
+        k: v.to(device, dtype if v.is_floating_point() else v.dtype) if isinstance(v, Tensor) else v
         for k, v in batch.items()
     }
     modes = [(module, module.training) for module in model.modules()]

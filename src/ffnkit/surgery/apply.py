@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from ffnkit.edits import Edit
 from ffnkit.edits.order import check_normal
 from ffnkit.errors import FfnkitError
-from ffnkit.io.loading import run_uneven_experts
 from ffnkit.model import trainable
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import check_untouched

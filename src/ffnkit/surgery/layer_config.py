@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ffnkit.errors import FfnkitError
 from ffnkit.model.config_keys import candidates, config_tree
 from ffnkit.model.families.keys import DEPTH_KEYS, HIDDEN_STATE_KEYS, SPECIAL_TOKEN
-from ffnkit.model.fresh import built
+from ffnkit.model.fresh import built, written
 from ffnkit.model.layer_reads import Reads, reads
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -72,7 +72,7 @@ def shorten(model: PreTrainedModel, stacks: list[Shorter]) -> None:
     """
     asked = f"dropping {', '.join(f'{s.holder}.{n}'.strip('.') for s in stacks for n in s.gone)}"
     try:
-        old = built(model)
+        old = built(type(model), written(model.config))
     except Exception as error:  # whatever a class of others raises
         what = f"{type(model).__name__} cannot be built from its config ({_first_line(error)})"
         raise FfnkitError(asked, what, "Keep the layers of this model") from error
@@ -233,9 +233,9 @@ def _settled(
     return best
 
 
-def _compare(model: PreTrainedModel, old: nn.Module, stacks: list[Shorter]) -> _Found:
+def _compare(model: PreTrainedModel, old: Any, stacks: list[Shorter]) -> _Found:
     try:
-        new = built(model)
+        new = built(type(model), written(model.config))
     except Exception as error:  # whatever the classes raise: this is no config of theirs
         return _Found([_first_line(error)], [])
     odd: list[str] = []

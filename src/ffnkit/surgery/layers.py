@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ffnkit.errors import FfnkitError
 from ffnkit.model.finding import ffns
+from ffnkit.model.generation_numbers import set_numbers
 from ffnkit.surgery.layer_config import Shorter, shorten
 
 
@@ -41,8 +43,22 @@ def without_layers(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, s
         stay = [held[number] for number in stack.kept]  # type: ignore[index]
         held._modules.clear()
         held._modules.update({str(new): layer for new, layer in enumerate(stay)})
+        set_numbers(
+            model, partial(_moved_pair, stack), **({"first": stack.upto} if not _coder(stack, "encoder") else {})
+        )
         renamed |= {f"{stack.holder}.{old}": f"{stack.holder}.{new}" for new, old in enumerate(stack.kept)}
     return renamed
+
+
+def _moved_pair(stack: Shorter, layer: int, head: int) -> tuple[int, int] | None:
+    """The new [layer, head] of a decoder's cross-attention."""
+    if not _coder(stack, "decoder"):
+        return layer, head
+    return (stack.kept.index(layer), head) if layer in stack.kept else None
+
+
+def _coder(stack: Shorter, word: str) -> bool:
+    return word in stack.holder.split(".")
 
 
 def moved(by_name: dict[str, Any], renamed: dict[str, str], gone: Iterable[str]) -> dict[str, Any]:

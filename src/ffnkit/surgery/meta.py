@@ -15,7 +15,8 @@ from ffnkit.edits import Edit
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import run_uneven_experts
 from ffnkit.model import probe
-from ffnkit.model.fresh import built
+from ffnkit.model.fresh import built, written
+from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.surgery import description
 from ffnkit.surgery.journal import reachable
 from ffnkit.surgery.writer import ModelWriter
@@ -63,7 +64,7 @@ def _check_opens(model: PreTrainedModel, twin: PreTrainedModel) -> None:
 def _otherwise(model: PreTrainedModel) -> tuple[dict[str, tuple[int, ...]], str]:
     """The tensors of another shape in what is built from the model's config; {"": ()} and why where nothing is."""
     try:
-        fresh = built(model)
+        fresh = built(type(model), written(model.config))
         if (described := description.description(model)) is not None:
             rebuild(fresh, described)
     except Exception as error:  # whatever the classes raise
@@ -74,8 +75,8 @@ def _otherwise(model: PreTrainedModel) -> tuple[dict[str, tuple[int, ...]], str]
 
 
 def _check_runs(model: PreTrainedModel, twin: PreTrainedModel) -> None:
-    """Raises FfnkitError where the family's forward does not bear the new shapes; known where it runs without numbers."""
-    batch = probe.inputs(model)
+    """Raises FfnkitError where the family's forward does not bear the shapes; known where it runs without numbers."""
+    batch = None if adapter_layers(twin) else probe.inputs(model)  # updates ask for autocast, which meta has not
     why = "" if batch is None else _stopped(twin, batch)
     if batch is not None and why and not _stopped(skeleton(model), batch):
         what = f"its forward does not bear these shapes ({why})"
