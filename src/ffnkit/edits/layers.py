@@ -29,6 +29,10 @@ class DropLayer(Edit):
     renumbers: ClassVar[bool] = True
     joins: ClassVar[bool] = True
 
+    @property
+    def asked(self) -> str:
+        return f"dropping {self.layer}"
+
     def saved(self, shape: Shape) -> int:
         return shape.parameters + self.parameters
 

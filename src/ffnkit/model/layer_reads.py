@@ -14,8 +14,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from torch import nn
-
 _NUMBER = re.compile(r"^i$|layer|block|stage|idx|index|num|depth")  # what a layer's number is called
 _CACHE = re.compile(r"past|cache|warn", re.IGNORECASE)  # where a layer keeps what it saw: the number is a place there
 
@@ -38,9 +36,9 @@ class Reads:
     computed: frozenset[str] = frozenset()
 
 
-def reads(modules: Iterable[nn.Module]) -> Reads:
-    """What the classes of these modules read by layer."""
-    found = [_of_class(kind) for kind in dict.fromkeys(base for m in modules for base in type(m).__mro__)]
+def reads(kinds: Iterable[type]) -> Reads:
+    """What these classes, and those that they are made of, read by layer."""
+    found = [_of_class(base) for base in dict.fromkeys(base for kind in kinds for base in kind.__mro__)]
     return Reads(*(frozenset().union(*(getattr(each, key) for each in found)) for key in Reads.__dataclass_fields__))
 
 

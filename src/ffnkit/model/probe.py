@@ -51,6 +51,46 @@ def inputs(model: nn.Module, seed: int = 0) -> dict[str, Tensor] | None:
     return batch or None
 
 
+def running(model: nn.Module) -> dict[str, Any] | None:
+    """Made-up inputs that the model runs on, None where none are known: images where they go into a text, or text."""
+    batch = inputs(model)
+    if batch is None or _runs(model, batch):
+        return batch
+    text = {name: value for name, value in batch.items() if name != "pixel_values"}
+    if "pixel_values" in batch and "input_ids" in batch:
+        try:
+            with_images = batch | _image_tokens(model, batch)
+        except Exception:  # whatever a family raises: it wants more than pixels
+            with_images = {}
+        for tried in (with_images, text):
+            if tried and _runs(model, tried):
+                return tried
+    return None
+
+
+def _runs(model: nn.Module, batch: dict[str, Any]) -> bool:
+    try:
+        outputs(model, batch)
+    except Exception:  # whatever a family raises for inputs that it does not take
+        return False
+    return True
+
+
+@torch.no_grad()
+def _image_tokens(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Text that begins with as many image tokens as there are features of each image."""
+    parameter = next(model.parameters())
+    given = model.get_image_features(pixel_values=batch["pixel_values"].to(parameter.device, parameter.dtype))
+    given = getattr(given, "pooler_output", given)
+    features = torch.cat(tuple(each.flatten(0, -2) for each in given)) if isinstance(given, list | tuple) else given
+    ids = batch["input_ids"]
+    count = features.numel() // features.shape[-1] // len(ids)
+    token = next(
+        v for k in ("image_token_id", "image_token_index") if (v := getattr(model.config, k, None)) is not None
+    )
+    return {"input_ids": torch.cat((torch.full((len(ids), count), token), ids), 1)}
+
+
 def _without(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in batch.items() if k != "decoder_input_ids"}
 
@@ -58,7 +98,7 @@ def _without(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def compare(first: nn.Module, second: nn.Module) -> float | None:
     """The largest relative difference of two models' float outputs on probe inputs; None where none are known."""
-    batch = inputs(first)
+    batch = running(first)
     return None if batch is None else difference(outputs(first, batch), outputs(second, batch))
 
 

@@ -65,10 +65,10 @@ def _otherwise(model: PreTrainedModel) -> tuple[dict[str, tuple[int, ...]], str]
     """The tensors of another shape in what is built from the model's config; {"": ()} and why where nothing is."""
     try:
         fresh = built(type(model), written(model.config))
-        if (described := description.description(model)) is not None:
-            rebuild(fresh, described)
     except Exception as error:  # whatever the classes raise
         return {"": ()}, f"{type(error).__name__}: {error}"[:200]
+    if (described := description.description(model)) is not None:
+        rebuild(fresh, described)
     own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     there = {name: tuple(value.shape) for name, value in fresh.state_dict().items()}
     return {name: shape for name, shape in there.items() if name in own and own[name] != shape}, ""

@@ -43,9 +43,9 @@ def try_out(model: nn.Module, edits: Iterable[Edit], batch: Mapping[str, Any] | 
     if not tried or not isinstance(model, PreTrainedModel) or not _at_hand(model):
         return
     asked = tried[0].asked + (f" and {len(tried) - 1} more" if len(tried) > 1 else "")
-    batch = dict(batch) if batch is not None else probe.inputs(model)
-    whole = _run(model, batch)
-    if isinstance(whole, str):
+    given_batch = {name: value for name, value in (batch or {}).items() if not name.startswith("label")}
+    batch = given_batch if given_batch and not isinstance(_run(model, given_batch), str) else probe.running(model)
+    if batch is None:
         _check_read(model, tried, asked)
         return
     wanted = _silenced(model, writer, tried, batch)
@@ -74,19 +74,15 @@ def _at_hand(model: PreTrainedModel) -> bool:
     return plain and len({value.device for value in held}) == 1 and not getattr(model, "is_quantized", False)
 
 
-def _run(model: nn.Module, batch: dict[str, Any] | None) -> list[Tensor] | str:
+def _run(model: nn.Module, batch: dict[str, Any]) -> list[Tensor] | str:
     """The outputs, or why there are none."""
-    if batch is None:
-        return "its inputs are not known"
     try:
         return probe.outputs(model, batch)
     except Exception as error:  # whatever a family raises for inputs that it does not take
         return _line(error)
 
 
-def _silenced(
-    model: nn.Module, writer: ModelWriter, tried: list[Edit], batch: dict[str, Any] | None
-) -> list[Tensor] | str:
+def _silenced(model: nn.Module, writer: ModelWriter, tried: list[Edit], batch: dict[str, Any]) -> list[Tensor] | str:
     handles: list[Any] = []
     try:
         for edit in tried:
@@ -128,7 +124,7 @@ def _check_read(model: nn.Module, tried: list[Edit], asked: str) -> None:
         block = block_name(edit.target)
         inside = list(model.get_submodule(block).modules())
         number = int(block.rpartition(".")[2]) if block else -1
-        known = reads(inside).computed
+        known = reads(map(type, inside)).computed
         for module in inside:
             for key, value in vars(module).items():
                 if key in known and type(value) is int and value == number and "layer" in key:
