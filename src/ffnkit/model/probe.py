@@ -88,7 +88,8 @@ def _image_tokens(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     token = next(
         v for k in ("image_token_id", "image_token_index") if (v := getattr(model.config, k, None)) is not None
     )
-    return {"input_ids": torch.cat((torch.full((len(ids), count), token), ids), 1)}
+    text = ids.masked_fill(ids == token, token - 1)
+    return {"input_ids": torch.cat((torch.full((len(ids), count), token), text), 1)}
 
 
 def _without(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -26,9 +26,9 @@ def without_layers(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, s
         the new path of every layer that stays in a stack that changed, by its old one.
 
     Raises:
-        FfnkitError: a stack whose depth stands in no config key, its last layer, a first layer that holds what all
-            use, layers that share FFNs, layers that would be others in their new places; what was changed until then
-            is the caller's to undo (``journal``).
+        FfnkitError: a stack whose depth stands in no config key, its last layer, layers that share FFNs, layers that
+            would be others in their new places (or would hold what the first one holds for all); what was changed
+            until then is the caller's to undo (``journal``).
     """
     by_holder: dict[str, list[str]] = defaultdict(list)
     for layer in dict.fromkeys(layers):
@@ -82,8 +82,4 @@ def _shorter(model: PreTrainedModel, holder: str, gone: list[str]) -> Shorter:
     kept = [name for name in before if f"{holder}.{name}" not in gone]
     if not kept:
         raise FfnkitError(asked, "no layer of the stack is left", "Keep at least one")
-    owned = [{name for name, _ in stack[n].named_parameters()} for n in (0, int(kept[0]))]
-    if owned[0] - owned[1]:
-        what = f"the first layer holds {sorted(owned[0] - owned[1])[0]}, which all of them use"
-        raise FfnkitError(asked, what, "Keep the first layer")
     return Shorter(holder, len(before), tuple(int(name) for name in kept))

@@ -48,7 +48,8 @@ def try_out(model: nn.Module, edits: Iterable[Edit], batch: Mapping[str, Any] | 
     if batch is None:
         _check_read(model, tried, asked)
         return
-    wanted = _silenced(model, writer, tried, batch)
+    wanted, idle = _silenced(model, writer, tried, batch)
+    _check_read(model, idle, asked)
     try:
         with TemporaryPlan(model, tried):
             given = _run(model, batch)
@@ -82,15 +83,22 @@ def _run(model: nn.Module, batch: dict[str, Any]) -> list[Tensor] | str:
         return _line(error)
 
 
-def _silenced(model: nn.Module, writer: ModelWriter, tried: list[Edit], batch: dict[str, Any]) -> list[Tensor] | str:
+def _silenced(
+    model: nn.Module, writer: ModelWriter, tried: list[Edit], batch: dict[str, Any]
+) -> tuple[list[Tensor] | str, list[Edit]]:
+    """The outputs with what goes silenced, and the edits of layers that these inputs do not reach."""
+    reached: set[Edit] = set()
     handles: list[Any] = []
     try:
         for edit in tried:
+            block = model.get_submodule(block_name(edit.target))
+            handles.append(block.register_forward_hook(lambda *_, edit=edit: reached.add(edit)))
             handles += edit.silenced(writer)
-        return _run(model, batch)
+        outputs = _run(model, batch)
     finally:
         for handle in handles:
             handle.remove()
+    return outputs, [edit for edit in tried if edit not in reached]
 
 
 def _opened(model: PreTrainedModel) -> nn.Module:
@@ -117,7 +125,7 @@ def _check_same(model: PreTrainedModel, first: Any, second: Any, asked: str, fou
 
 
 def _check_read(model: nn.Module, tried: list[Edit], asked: str) -> None:
-    """Without inputs: raises FfnkitError where layers go and those behind compute with their number."""
+    """For layers that no inputs reach: raises FfnkitError where they compute with their number."""
     for edit in tried:
         if edit.stage is not Stage.LAYERS:
             continue
