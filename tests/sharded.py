@@ -34,7 +34,7 @@ def made(name: str, what: str) -> Any:
     model = FAMILIES[name].model()
     inputs = FAMILIES[name].inputs(model)
     data = [inputs | {"labels": torch.arange(len(inputs["input_ids"])) % 2}]
-    settings = {"share": 0.1, "core": 1.0, "every": 2, "also": ("head", "norms"), "selection": what}
+    settings = {"density": 0.1, "core": 1.0, "every": 2, "modules_to_train": ("head", "norms"), "selection": what}
     return fk.apply(model, fk.plan(model, fk.SparseGrad(**settings), data=data))
 
 

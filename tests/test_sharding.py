@@ -20,12 +20,13 @@ from ffnkit.tune.sharding import wrap_classes
 
 SLOW = pytest.mark.slow
 CASES: list[Any] = [
-    ("ddp", "bert", "tied"),
+    pytest.param("ddp", "bert", "tied", marks=SLOW),
     pytest.param("fsdp", "bert", "tied", marks=SLOW),
     ("fsdp", "llama", "tied"),
 ]
-CASES += [("ddp", "bert", "refresh"), ("fsdp", "bert", "step")]
-CASES += [pytest.param(*case, marks=SLOW) for case in (("ddp", "bert", "step"), ("fsdp", "bert", "refresh"))]
+CASES += [("fsdp", "bert", "step")]
+CASES += [pytest.param("ddp", "bert", what, marks=SLOW) for what in ("step", "refresh")]
+CASES += [pytest.param("fsdp", "bert", "refresh", marks=SLOW)]
 
 
 @pytest.fixture(scope="module")

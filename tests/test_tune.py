@@ -502,13 +502,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "cosine, stopping early": {"eval_every": 2, "schedule": "cosine", "early_stopping": 3},
     "ffn": {"eval_every": 4, "tuner": "ffn"},
     "lora": {"eval_every": 4, "tuner": "lora"},
-    "sparsegrad": {"tuner": {"name": "sparsegrad", "share": 0.1, "batches": 3}, "eval_every": 4},
+    "sparsegrad": {"tuner": {"name": "sparsegrad", "density": 0.1, "batches": 3}, "eval_every": 4},
     "sparsegrad-refresh": {
-        "tuner": {"name": "sparsegrad", "selection": "refresh", "every": 5, "share": 0.1},
+        "tuner": {"name": "sparsegrad", "selection": "refresh", "every": 5, "density": 0.1},
         "eval_every": 4,
         "accumulation": 2,
     },
-    "sparsegrad-step": {"tuner": {"name": "sparsegrad", "selection": "step", "also": ["norms"]}, "eval_every": 4},
+    "sparsegrad-step": {
+        "tuner": {"name": "sparsegrad", "selection": "step", "modules_to_train": ["norms"]},
+        "eval_every": 4,
+    },
     "dsee": {"tuner": {"name": "dsee", "rank": 2, "nonzeros": 5, "support": "gradient", "batches": 3}, "eval_every": 4},
     "dsee-coefficients": {
         "tuner": {"name": "dsee", "rank": 2, "nonzeros": 5, "coefficients": 0.3},
@@ -516,7 +519,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "accumulation": 2,
         "batch_size": 4,
     },
-    "meprop-outputs": {"tuner": {"name": "meprop", "of": "outputs", "share": 0.2}, "eval_every": 4},
+    "meprop-outputs": {"tuner": {"name": "meprop", "of": "outputs", "density": 0.2}, "eval_every": 4},
 }
 
 

@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,7 +38,6 @@ class Attention:
     Attributes:
         name: the owner's path. module: the owner. layout: the row of ``ATTENTION_LAYOUTS`` that it matches.
         stack, layer: as of an FFN. twins: further paths of the very same module.
-        why: why heads cannot go alone, "" where they can.
     """
 
     name: str
@@ -46,7 +46,11 @@ class Attention:
     stack: str = ""
     layer: int = 0
     tied: list[str] = field(default_factory=list)
-    why: str = ""
+
+    @cached_property
+    def why(self) -> str:
+        """Why heads cannot go alone, "" where they can."""
+        return _obstacle(self)
 
     # --- shape
 
@@ -192,16 +196,15 @@ class Attention:
 def attentions(model: nn.Module) -> list[Attention]:
     """Every attention block of a known layout in the order of the modules; one that several layers share is one."""
     found: dict[int, Attention] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    rows = attention_layouts()
+    for name, module in walk(model):
         if id(module) in found:
             found[id(module)].tied.append(name)
-        elif (layout := attention_layout(module)) is not None:
+        elif (layout := attention_layout(module, rows)) is not None:
             found[id(module)] = Attention(name, module, layout)
     every = list(found.values())
     if every:
         place(every, model)
-    for attention in every:
-        attention.why = _obstacle(attention)
     return every
 
 

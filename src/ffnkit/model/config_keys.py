@@ -84,7 +84,7 @@ def width_keys(model: PreTrainedModel, found: list[FFN]) -> dict[str, Key | None
     tried = _followers(kind, read_as, model.config.to_json_string(), asked) if asked else None
     for ffn in found if tried is not None else ():
         right = [key for key in by_width[ffn.width] if ffn.name in tried[key]]  # type: ignore[index]
-        if by_width[ffn.width] and keys[ffn.name] not in right:
+        if keys[ffn.name] not in right and (keys[ffn.name] is None or keys[ffn.name] in asked):
             keys[ffn.name] = next(iter(right), None)
     return keys
 

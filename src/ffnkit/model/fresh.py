@@ -19,9 +19,12 @@ def read(kind: type[PreTrainedConfig], text: str) -> Any:
     Raises:
         Exception: whatever its class raises where it does not bear the values.
     """
-    data = json.loads(text, object_hook=lambda row: float(row[_FLOAT]) if set(row) == {_FLOAT} else row)
-    data.pop("quantization_config", None)
-    return kind.from_dict(data)
+    return kind.from_dict(json.loads(text, object_hook=_row))
+
+
+def _row(data: dict[str, Any]) -> Any:
+    data.pop("quantization_config", None)  # of the config, and of its parts
+    return float(data[_FLOAT]) if set(data) == {_FLOAT} else data
 
 
 def written(config: PreTrainedConfig) -> Any:

@@ -14,7 +14,7 @@ from ffnkit.edits.order import check_normal
 from ffnkit.errors import FfnkitError
 from ffnkit.model import trainable
 from ffnkit.model.finding import ffns
-from ffnkit.model.linear import check_untouched
+from ffnkit.model.linear import check_untouched, walk
 from ffnkit.nn.adapter_layer import AdapterLayer, adapter_layers
 from ffnkit.nn.expert_weights import folded, parametrized_weights, remove_parametrizations
 from ffnkit.nn.reparametrized import ReparametrizedLinear
@@ -109,7 +109,7 @@ def fold_layers(model: nn.Module, *within: nn.Module) -> None:
                     weights[id(old)] = put(old, value, ())
             remove_parametrizations(owner)
     places: dict[ReparametrizedLinear, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in walk(model):
         if module in inside and isinstance(module, ReparametrizedLinear) and not isinstance(module, AdapterLayer):
             places.setdefault(module, []).append(name)
     for special, names in places.items():
@@ -157,7 +157,7 @@ def without_updates(model: nn.Module, *, fold: bool, masked: bool = False) -> No
         ModelWriter(model).write_values(before)
     trainable.forget(model)
     places: dict[AdapterLayer, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in walk(model):
         if isinstance(module, AdapterLayer):
             places.setdefault(module, []).append(name)
     for layer in found.values():

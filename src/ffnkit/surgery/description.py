@@ -23,6 +23,7 @@ from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.config_keys import set_width
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
+from ffnkit.model.linear import walk
 from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.surgery.ties import declare_shared, declare_tied
@@ -89,7 +90,7 @@ def standing_apart(model: nn.Module, found: list[FFN]) -> dict[str, Reparametriz
         for owner in ffn.owners
         for site in ffn.sites
     }
-    modules = model.named_modules(remove_duplicate=False)
+    modules = walk(model)
     return {
         n: m
         for n, m in modules
@@ -192,7 +193,7 @@ def renamed(model: PreTrainedModel, described: dict[str, Any]) -> dict[str, Any]
 def linears_for(model: PreTrainedModel, described: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The described linears under the names that they have in ``model``, which may have another head or none."""
     prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(walk(model))
     rows = {}
     for name, row in described.get("linears", {}).items():
         own = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)

@@ -63,9 +63,7 @@ class TrainSettings(_Settings):
     ] = False
     precision: Annotated[Precision, Field(description="bf16 and fp16: mixed precision; fp16 needs a GPU")] = "fp32"
     gradient_checkpointing: Annotated[bool, Field(description="less memory for about a third more time")] = False
-    eval_every: Annotated[Count | None, Field(description="evaluate on dev every so many steps; null: each epoch")] = (
-        None
-    )
+    eval_every: Annotated[Count | None, Field(description="steps between evaluations on dev; null: each epoch")] = None
     save_every: Annotated[Count | None, Field(description="further checkpoints, besides one at each evaluation")] = None
     save_total_limit: Annotated[
         Count | None, Field(description="checkpoints kept on disk; best and last always are")
@@ -75,7 +73,7 @@ class TrainSettings(_Settings):
     best_metric: Annotated[
         str | None, Field(description="picks the best checkpoint: a metric of the task, or loss")
     ] = None
-    early_stopping: Annotated[Count | None, Field(description="stop after so many evaluations without a gain")] = None
+    early_stopping: Annotated[Count | None, Field(description="evaluations without a gain after which it stops")] = None
     logging_every: Annotated[Count, Field(description="steps between entries of the loss log")] = 10
     report_to: Annotated[
         str | list[str], Field(description="trackers of transformers: none, tensorboard, wandb, ...")

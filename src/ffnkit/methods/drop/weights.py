@@ -133,7 +133,7 @@ def prunable(model: nn.Module, asked: str, layers: str = "all") -> list[Prunable
         ]
     if not found:
         do = "Name ffn, attention, qv, all, or an expression that matches linears of the body"
-        raise FfnkitError(f"sites {asked!r}", "no linear that can be pruned matches", do)
+        raise FfnkitError(f"targets {asked!r}", "no linear that can be pruned matches", do)
     return found
 
 
@@ -144,7 +144,7 @@ def _wanted(model: nn.Module, asked: str, layers: str) -> Any:
             pattern = re.compile(asked)
         except re.error as error:
             do = "Name ffn, attention, qv, all, or a regular expression over module names"
-            raise FfnkitError(f"sites {asked!r}", f"not a regular expression ({error})", do) from None
+            raise FfnkitError(f"targets {asked!r}", f"not a regular expression ({error})", do) from None
         return lambda name, _: pattern.fullmatch(name) is not None
     if asked == "qv":
         names = query_value(model, layers)

@@ -45,7 +45,7 @@ class Mmd(Narrowing):
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
         quantities: dict[str, dict[str, float]] = {}
-        for number, (ffn, width, neurons) in enumerate(each(self.targets(model), progress, "matching")):
+        for number, (ffn, width, neurons) in enumerate(each(self.chosen(model), progress, "matching")):
             canonical = balance(lifted(neurons)) if ffn.linear_in_up else lifted(neurons)
             parts = [
                 self._moved(single, width, generator(self.seed, number, e))
