@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICK = ("opt", "clip_vision_model", "dinov2")
 CHOSEN = (
     "afmoe", "bamba", "beam", "big_bird", "clip", "cohere2_moe", "deberta-v2", "diffllama", "esm", "falcon_h1",
-    "gemma3n_text", "glmasr", "gpt2", "jamba", "led", "llava", "minimax", "olmoe", "pegasus_x", "qwen3_next", "sapiens2",
-    "sam_vision_model", "t5", "vitdet", "voxtral", "wav2vec2", "whisper", "yolos",
+    "gemma3n_text", "glmasr", "gpt2", "jamba", "led", "llava", "minimax", "olmoe", "pegasus_x", "qwen3_next",
+    "sam_vision_model", "sapiens2", "t5", "vitdet", "voxtral", "wav2vec2", "whisper", "yolos",
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ import ffnkit as fk
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.layers import LayerDrop
 from ffnkit.methods.narrow.selection import Magnitude
-from ffnkit.model import probe
+from ffnkit.model import running
 from ffnkit.model.attention import attentions
 from ffnkit.model.config_keys import width_keys
 from ffnkit.model.finding import ffns
@@ -93,7 +93,7 @@ def skipped(model: Any, layers: list[str], batch: dict[str, Any]) -> list[torch.
         return entered if isinstance(output, torch.Tensor) else (entered, *output[1:])
 
     handles = [model.get_submodule(n).register_forward_hook(passed_by, with_kwargs=True) for n in layers]
-    outputs = probe.outputs(model, batch)
+    outputs = running.outputs(model, batch)
     for handle in handles:
         handle.remove()
     return outputs
@@ -160,19 +160,19 @@ RIGHT: dict[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
 def test_what_moves_up_does_what_it_did(case: str, tmp_path: Path) -> None:
     make, layers, keys = RIGHT[case]
     model = make()
-    batch: Any = qwen_pixels(model) if "full attention" in case else probe.running(model)
+    batch: Any = qwen_pixels(model) if "full attention" in case else running.inputs(model)
     plan = fk.plan(model, LayerDrop(layers=layers), data=[batch])
     wanted = skipped(model, [edit.settings()["layer"] for edit in plan.edits], batch)
-    whole = probe.outputs(model, batch)
+    whole = running.outputs(model, batch)
     fk.apply(model, plan)
     fk.save(model, tmp_path / "shorter")
     opened = type(model).from_pretrained(tmp_path / "shorter")
     for each in (model, opened):
-        off = probe.difference(wanted, probe.outputs(each, batch))
+        off = running.difference(wanted, running.outputs(each, batch))
         assert off is not None and off < 1e-6
         assert {key: getattr(each.config, key) for key in keys} == keys
     if case != "a state from the end":  # which that layer has no part in
-        assert (probe.difference(whole, wanted) or 0) > 1e-3, "nothing was seen"
+        assert (running.difference(whole, wanted) or 0) > 1e-3, "nothing was seen"
 
 
 WRONG: dict[str, tuple[Callable[[], Any], str, str]] = {
@@ -239,7 +239,7 @@ def test_a_number_that_the_forward_computes_with_is_seen(known: bool, monkeypatc
 
     model = made(NumberedBert, T.BertConfig(**{k: v for k, v in TEXT.items() if k != "num_key_value_heads"}))
     if not known:
-        monkeypatch.setattr(trial.probe, "running", lambda _: None)
+        monkeypatch.setattr(trial.running, "inputs", lambda _: None)
     numbered = [f"encoder.layer.{n}.output.inner" for n in range(4)]
     assert all(isinstance(model.get_submodule(name), nn.Module) for name in numbered)
     plain = fk.LAYOUTS + [fk.Layout("numbered", up="intermediate.dense", down="output.inner.dense")]
@@ -254,7 +254,7 @@ def test_a_number_that_the_forward_computes_with_is_seen(known: bool, monkeypatc
 def test_heads_that_a_forward_does_not_bear_are_refused_by_the_plan() -> None:
     for model in (RIGHT["windows of the encoder alone"][0](), gemma3n(2), WRONG["staggered blocks"][0]()):
         with pytest.raises(FfnkitError, match="does not run|does not bear") as caught:
-            fk.plan(model, fk.RemoveHeads(share=0.5))
+            fk.plan(model, fk.RemoveHeads(remove=0.5))
         assert "\n" not in str(caught.value)
 
 
@@ -266,12 +266,12 @@ def test_the_key_of_a_width_is_the_one_that_its_ffns_follow(tmp_path: Path) -> N
         "encoder": ("vision_config", "intermediate_size"),
         "language": ("text_config", "intermediate_size"),
     }
-    batch = probe.running(model)
+    batch = running.inputs(model)
     assert batch is not None
     fk.apply(model, fk.plan(model, Magnitude(width=8, layers="language:all")))
     fk.save(model, tmp_path / "narrow")
     opened = type(model).from_pretrained(tmp_path / "narrow")
-    assert probe.difference(probe.outputs(model, batch), probe.outputs(opened, batch)) == 0
+    assert running.difference(running.outputs(model, batch), running.outputs(opened, batch)) == 0
     assert (opened.config.text_config.intermediate_size, opened.config.vision_config.intermediate_size) == (8, 40)
 
 
@@ -305,7 +305,7 @@ def test_the_generation_config_follows_layers_and_heads(tmp_path: Path) -> None:
     assert alignment(tmp_path / "shorter") == [[0, 1], [1, 1]]
     model = whisper()
     cross = next(a for a in attentions(model) if a.cross and a.layer == 0)
-    fk.apply(model, fk.plan(model, fk.RemoveHeads(share={cross.name: 1})))
+    fk.apply(model, fk.plan(model, fk.RemoveHeads(remove={cross.name: 1})))
     stays = cross.kept.heads[0]  # type: ignore[union-attr]
     fk.save(model, tmp_path / "heads")
     fk.export(model, tmp_path / "standard")

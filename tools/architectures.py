@@ -3,7 +3,7 @@
     architectures.py [NAME ...] [--quick]
 
 Without names: every model type of CONFIG_MAPPING whose model can be built small and runs on made-up inputs
-(``ffnkit.model.probe``). For each of them
+(``ffnkit.model.running``). For each of them
 
     width   half of all neurons go; saved, opened by ffnkit, and exported, opened by plain transformers
     stack   the same in one stack alone, where there are several
@@ -42,7 +42,7 @@ import ffnkit as fk
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.layers import LayerDrop
 from ffnkit.methods.narrow.selection import Magnitude
-from ffnkit.model import probe
+from ffnkit.model import running
 from ffnkit.model.attention import attentions
 from ffnkit.model.finding import block_name, ffns
 
@@ -178,6 +178,8 @@ def redraw(model: nn.Module) -> None:
                 parameter.add_((0.2 if "Norm" in type(module).__name__ else 0.1) * noise)
             elif isinstance(module, nn.Embedding):
                 parameter.copy_(0.5 * noise)
+                if module.padding_idx is not None:  # some families make it zeros again when they are opened
+                    parameter[module.padding_idx] = 0
             else:
                 fan = parameter.shape[-1] if parameter.ndim == 3 else parameter[0].numel()
                 parameter.copy_(noise / fan**0.5)
@@ -203,7 +205,7 @@ def trials(model: nn.Module, quick: bool) -> Iterator[Trial]:
     if len(stacks) > 1 and not quick:
         yield Trial(f"stack {stacks[-1]}", Magnitude(width=0.5, layers=f"{stacks[-1]}:all"), without_neurons)
     if attentions(model) and not quick:
-        yield Trial("heads", fk.RemoveHeads(share=0.5), without_heads)
+        yield Trial("heads", fk.RemoveHeads(remove=0.5), without_heads)
     lists: dict[str, dict[str, Any]] = {}
     for ffn in found:
         block = block_name(ffn.name)
@@ -267,10 +269,10 @@ def check(name: str, quick: bool = False) -> list[Row]:
         return [Row(name, "", "no FFNs", _line(error))]
     except Exception as error:
         return [Row(name, "", "not built", _line(error))]
-    batch = probe.running(model)
+    batch = running.inputs(model)
     if batch is None:
         return [Row(name, f"{len(found)} FFNs", "not compared", "it does not run on the inputs that can be made up")]
-    if _off(probe.outputs(model, batch), probe.outputs(model, batch)) != 0:
+    if _off(running.outputs(model, batch), running.outputs(model, batch)) != 0:
         return [Row(name, f"{len(found)} FFNs", "not compared", "it gives something else each time")]
     return [Row(name, trial.name, *_try(model, trial, batch)) for trial in trials(model, quick)]
 
@@ -286,19 +288,19 @@ def _try(model: Any, trial: Trial, batch: dict[str, Any]) -> tuple[str, str]:
     step = "hooks"
     try:
         handles = trial.silence(edited, plan)
-        wanted = None if handles is None else probe.outputs(edited, batch)
+        wanted = None if handles is None else running.outputs(edited, batch)
         for handle in handles or ():
             handle.remove()
         step = "the edited model"
-        given = probe.outputs(fk.apply(edited, plan), batch)
+        given = running.outputs(fk.apply(edited, plan), batch)
         found = {} if wanted is None else {step: _off(wanted, given)}
         with tempfile.TemporaryDirectory() as folder:
             step = "saved and opened by ffnkit"
             fk.save(edited, f"{folder}/compact")
-            found[step] = _off(given, probe.outputs(fk.load(f"{folder}/compact"), batch))
+            found[step] = _off(given, running.outputs(fk.load(f"{folder}/compact"), batch))
             step = "exported and opened by transformers"
             fk.export(edited, f"{folder}/standard")
-            found[step] = _off(given, probe.outputs(type(model).from_pretrained(f"{folder}/standard"), batch))
+            found[step] = _off(given, running.outputs(type(model).from_pretrained(f"{folder}/standard"), batch))
     except Exception as error:
         return "WRONG", f"{step}: {type(error).__name__} {_line(error)}"
     wrong = [f"{step} differs by {off:.2g}" for step, off in found.items() if not off <= EQUAL]
@@ -306,7 +308,7 @@ def _try(model: Any, trial: Trial, batch: dict[str, Any]) -> tuple[str, str]:
 
 
 def _off(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
-    off = probe.difference(first, second)
+    off = running.difference(first, second)
     return float("nan") if off is None else off
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.model.families.attentions import BLOCKS, ROLES, AttentionLayout, Role, places
+from ffnkit.model.families.attentions import BLOCKS, ROLES, AttentionLayout, Role, attention_layouts, places
 from ffnkit.model.families.keys import HEAD_DIM_ATTRIBUTES, INCOMING
 from ffnkit.model.finding import attention_layout, ffns, has_ffns, middle_layout, place
-from ffnkit.model.linear import descend, features, linears, obstacle, own_weight, stored_weight
+from ffnkit.model.linear import descend, features, linears, obstacle, own_weight, stored_weight, walk
 from ffnkit.nn.pruned_attention import KeptHeads, kept_heads, plain_class
 
 _NAMED = re.compile(r"att(ention|n)", re.IGNORECASE)  # of a class, or of what holds the module

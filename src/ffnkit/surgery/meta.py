@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ffnkit.edits import Edit
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import run_uneven_experts
-from ffnkit.model import probe
+from ffnkit.model import probe, running
 from ffnkit.model.fresh import built, written
 from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.surgery import description
@@ -85,7 +85,7 @@ def _check_runs(model: PreTrainedModel, twin: PreTrainedModel) -> None:
 
 def _stopped(model: nn.Module, batch: dict[str, Tensor]) -> str:
     try:
-        probe.outputs(model, batch)
+        running.outputs(model, batch)
     except Exception as error:  # whatever a family raises, or torch where numbers are needed
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return ""

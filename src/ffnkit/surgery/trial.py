@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ffnkit.edits import Edit
 from ffnkit.edits.base import Stage
 from ffnkit.errors import FfnkitError
-from ffnkit.model import probe
+from ffnkit.model import running
 from ffnkit.model.finding import block_name
 from ffnkit.model.fresh import written
 from ffnkit.model.layer_reads import reads
@@ -44,7 +44,7 @@ def try_out(model: nn.Module, edits: Iterable[Edit], batch: Mapping[str, Any] | 
         return
     asked = tried[0].asked + (f" and {len(tried) - 1} more" if len(tried) > 1 else "")
     given_batch = {name: value for name, value in (batch or {}).items() if not name.startswith("label")}
-    batch = given_batch if given_batch and not isinstance(_run(model, given_batch), str) else probe.running(model)
+    batch = given_batch if given_batch and not isinstance(_run(model, given_batch), str) else running.inputs(model)
     if batch is None:
         _check_read(model, tried, asked)
         return
@@ -78,7 +78,7 @@ def _at_hand(model: PreTrainedModel) -> bool:
 def _run(model: nn.Module, batch: dict[str, Any]) -> list[Tensor] | str:
     """The outputs, or why there are none."""
     try:
-        return probe.outputs(model, batch)
+        return running.outputs(model, batch)
     except Exception as error:  # whatever a family raises for inputs that it does not take
         return _line(error)
 
@@ -117,7 +117,7 @@ def _opened(model: PreTrainedModel) -> nn.Module:
 def _check_same(model: PreTrainedModel, first: Any, second: Any, asked: str, found: str) -> None:
     limit = torch.finfo(model.dtype).eps ** 0.5  # roundings lie far below, another function far above
     try:
-        off = probe.difference(first, second)
+        off = running.difference(first, second)
     except ValueError as error:
         raise FfnkitError(asked, f"{found} ({_line(error)})", _DO) from error
     if off is not None and not off <= limit:
