@@ -44,6 +44,7 @@ def _even_width(ffn: FFN) -> int:
 def standard_config(model: PreTrainedModel, found: list[FFN], keys: Keys, targets: dict[str, int]) -> Any:
     """The config with the widths that each key is to say, and without what ffnkit wrote there."""
     config = copy.deepcopy(model.config)
+    config.dtype = model.dtype  # where save_pretrained was called its name is there, which not every class takes
     described = description(model)
     if described is not None:
         del config.quantization_config
