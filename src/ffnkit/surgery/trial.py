@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ffnkit.edits import Edit
 from ffnkit.edits.base import Stage
 from ffnkit.errors import FfnkitError
+from ffnkit.io.loading import no_bars
 from ffnkit.model import running
 from ffnkit.model.finding import block_name
 from ffnkit.model.fresh import written
@@ -110,7 +111,10 @@ def _opened(model: PreTrainedModel) -> nn.Module:
     place: dict[str, Any] = {} if model.device.type == "cpu" else {"device_map": model.device}
     how = {"attn_implementation": model.config._attn_implementation} if model.config._attn_implementation else {}
     kind: Any = type(model)
-    opened: nn.Module = kind.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype, **place, **how)
+    with no_bars():
+        opened: nn.Module = kind.from_pretrained(
+            None, config=config, state_dict=state, dtype=model.dtype, **place, **how
+        )
     return opened
 
 
