@@ -73,7 +73,7 @@ def test_a_uniform_folded_model_needs_no_hook(tmp_path: Path) -> None:
 def test_an_unfolded_model_writes_an_impossible_width(tmp_path: Path) -> None:
     fk.save(narrow("all"), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["intermediate_size"] == 1 and config["quantization_config"]["quant_method"] == "ffnkit"
+    assert config["intermediate_size"] == 1 and config["quantization_config"]["compact"] == "ffnkit"
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -9,6 +9,7 @@ can be nested under ``base`` in the same config slot and is delegated to.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from transformers.quantizers.auto import (
@@ -21,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ffnkit.errors import FfnkitError
-from ffnkit.io.formats import FORMAT, QUANT_METHOD
+from ffnkit.io.formats import FORMAT, MARK, QUANT_METHOD, is_compact
 
 # ``surgery`` is imported when first used: this module may be loaded in the middle of transformers'
 # own import, when the modules that they need are not there yet.
@@ -49,10 +50,10 @@ class FfnkitConfig(QuantizationConfigMixin):
         attention: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        if format != FORMAT:
+        if format not in range(1, FORMAT + 1):
             raise FfnkitError(
                 "opening a compact checkpoint",
-                f"format {format}, this ffnkit reads {FORMAT}",
+                f"format {format}, this ffnkit reads up to {FORMAT}",
                 "Install the ffnkit version that wrote it",
             )
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
@@ -64,7 +65,8 @@ class FfnkitConfig(QuantizationConfigMixin):
         self.base_done = base_done
 
     def to_dict(self) -> dict[str, Any]:
-        data = copy.deepcopy(self.__dict__)
+        data = MARK | copy.deepcopy(self.__dict__)
+        del data["quant_method"]
         if data["base"] is None:
             del data["base"], data["base_done"]
         if not data["linears"]:
@@ -106,7 +108,7 @@ class FfnkitQuantizer(HfQuantizer):
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         from ffnkit.checkpoint import placement
         from ffnkit.surgery.apply import share
-        from ffnkit.surgery.description import renamed
+        from ffnkit.surgery.description import renamed, tell
         from ffnkit.surgery.ties import declare_shared
 
         share(model, self.quantization_config.to_dict())
@@ -116,7 +118,7 @@ class FfnkitQuantizer(HfQuantizer):
         self.quantization_config.linears = described.get("linears", {})
         self.quantization_config.attention = described.get("attention", {})
         del model.hf_quantizer
-        model.config.quantization_config = described
+        tell(model.config, described)
         if self.inner is None:
             model.is_quantized = False
             if hasattr(model, "quantization_method"):
@@ -130,7 +132,7 @@ class FfnkitQuantizer(HfQuantizer):
         described["base_done"] = True
         described["base"] = self.inner.quantization_config.to_dict()
         self.quantization_config.base, self.quantization_config.base_done = described["base"], True
-        model.config.quantization_config = described
+        tell(model.config, described)
         return model
 
     # --- what the nested quantizer decides, where there is one
@@ -159,6 +161,20 @@ class FfnkitQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         return self.inner is None or bool(self.inner.is_qat_trainable)
+
+
+def _named(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """transformers' look at the method of a config, to which ours is named: the file leaves it out (``io.formats``)."""
+
+    def supports(stored: Any) -> bool:
+        if is_compact(stored):
+            stored["quant_method"] = QUANT_METHOD
+        return check(stored)
+
+    return supports
+
+
+AutoHfQuantizer.supports_quant_method = staticmethod(_named(AutoHfQuantizer.supports_quant_method))
 
 
 def _leave_packing(model: Any) -> None:

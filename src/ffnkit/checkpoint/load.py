@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ffnkit.io import files
 from ffnkit.io.architectures import architecture_class, read_config
-from ffnkit.io.formats import QUANT_METHOD
+from ffnkit.io.formats import is_compact
 from ffnkit.io.loading import load_pretrained
 
 # Settings of from_pretrained that find the config as well as the weights.
@@ -30,7 +30,7 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
     files.recover(directory)
     config = kwargs.pop("config", None) or read_config(str(directory), **{k: kwargs[k] for k in _HUB if k in kwargs})
     described = getattr(config, "quantization_config", None)
-    if isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD:
+    if is_compact(described):
         quantization = kwargs.pop("quantization_config", None)
         if quantization is not None:
             data = quantization if isinstance(quantization, dict) else quantization.to_dict()

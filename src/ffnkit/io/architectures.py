@@ -57,10 +57,9 @@ def _registered(config: PretrainedConfig, name: str) -> Any:
 
 def is_ffnkit_config(config: PretrainedConfig) -> bool:
     """Whether ``config`` is of a compact checkpoint, whose true widths only ffnkit's hook knows."""
-    quantization = getattr(config, "quantization_config", None)
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    method = getattr(method, "quant_method", method)
-    return str(getattr(method, "value", method)) == "ffnkit"
+    from ffnkit.io.formats import is_compact
+
+    return is_compact(getattr(config, "quantization_config", None))
 
 
 def load_any(name_or_dir: str, **kwargs: Any) -> PreTrainedModel:
