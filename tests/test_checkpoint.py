@@ -384,7 +384,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
 def test_an_export_that_gives_other_outputs_is_not_put_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ffnkit.model.probe.compare", lambda *_: 0.5)
+    monkeypatch.setattr("ffnkit.model.probe.compare", lambda *_: (0.5, ""))
     with pytest.raises(FfnkitError, match="outputs differ"):
         fk.export(bert(), tmp_path / "out")
     assert not (tmp_path / "out").exists()

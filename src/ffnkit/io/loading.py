@@ -59,12 +59,12 @@ def grouped_step(weight: Any) -> int:
 
 
 def run_uneven_experts(model: Any) -> bool:
-    """Have experts run by their own loop where one is of a width that the grouped product refuses.
+    """Have experts run by their own loop where one is of a width, or in float64, that the grouped product refuses.
 
     True where the model's ``experts_implementation`` was changed for it, from ``grouped_mm`` to ``eager``.
     """
     weights = [p for name, p in model.named_parameters() if name.endswith(".down_proj") and p.ndim == 3]
-    if not any(size % grouped_step(p) for p in weights for size in p.shape[1:]):
+    if not any(p.element_size() > 4 or any(size % grouped_step(p) for size in p.shape[1:]) for p in weights):
         return False
     known: dict[str, str | None] = getattr(model, "get_experts_implementation", dict)()
     if "grouped_mm" in known.values():

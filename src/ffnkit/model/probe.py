@@ -54,27 +54,70 @@ def _without(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in batch.items() if k != "decoder_input_ids"}
 
 
+def candidates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Inputs of more and more forms, of which the first that runs will do: classes differ in what they take."""
+    given = inputs(model)
+    if given is None:
+        return
+    yield given
+    yield {name: value[:1] for name, value in given.items()}  # classifiers without a padding token
+    words = {name: value for name, value in given.items() if name != "pixel_values"}
+    if words and words != given:
+        yield words  # pictures want their own tokens among the words
+    yield {name: value[:, None] for name, value in given.items()}  # choices, or one picture of several
+    frames = getattr(model.config, "num_frames", None)
+    if "pixel_values" in given and isinstance(frames, int):
+        yield {"pixel_values": given["pixel_values"][:, None].repeat_interleave(frames, 1)}
+
+
 @torch.no_grad()
-def compare(first: nn.Module, second: nn.Module) -> float | None:
-    """The largest relative difference of two models' float outputs on probe inputs; None where none are known."""
-    batch = inputs(first)
-    if batch is None:
-        return None
+def compare(first: nn.Module, second: nn.Module, limit: float) -> tuple[float | None, str]:
+    """The largest relative difference of two models' float outputs on probe inputs.
+
+    None, and why, where they could not be compared: no inputs are known that the first one takes, or it differs from
+    itself by more than ``limit``. Infinity where the second one does not run, or gives outputs of other shapes.
+    """
     parameter = next(first.parameters())
-    batch = {k: v.to(parameter.device, parameter.dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
-    outputs = []
-    for model in (first, second):
-        training = model.training
-        model.eval()
+    why = "its inputs are not known"
+    for given in candidates(first):
+        batch = {
+            k: v.to(parameter.device, parameter.dtype if v.is_floating_point() else v.dtype) for k, v in given.items()
+        }
         try:
-            outputs.append(list(_floats(model(**batch))))
-        finally:
-            model.train(training)
-    differences = [
-        ((a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-30)).item()
-        for a, b in zip(*outputs, strict=True)
-    ]
-    return max(differences) if differences else None
+            wanted = _outputs(first, batch)
+        except Exception as error:  # whatever a class raises on inputs that are not its own
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            why = f"it does not run on probe inputs: {lines[0][:200]}"
+            continue
+        if not wanted:
+            return None, "it gives no numbers on probe inputs"
+        try:
+            gap = _gap(wanted, _outputs(second, batch))
+        except Exception:  # the first one did run
+            gap = float("inf")
+        if not gap <= limit and not _gap(wanted, _outputs(first, batch)) <= limit:
+            return None, "it gives other outputs each time"
+        return gap, ""
+    return None, why
+
+
+def _outputs(model: nn.Module, batch: dict[str, Tensor]) -> list[Tensor]:
+    """Float outputs in evaluation mode; what is drawn all the same is drawn alike."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return list(_floats(model(**batch)))
+    finally:
+        model.train(training)
+
+
+def _gap(wanted: list[Tensor], found: list[Tensor]) -> float:
+    if [value.shape for value in wanted] != [value.shape for value in found]:
+        return float("inf")
+    pairs = zip(wanted, found, strict=True)
+    return max(((a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-30)).item() for a, b in pairs)
 
 
 def _floats(output: Any) -> Iterator[Tensor]:
