@@ -77,10 +77,15 @@ def read_lora(folder: str | Path) -> Lora:
         name, mark, rest = key.partition(".lora_")
         if not mark:
             beside[key] = value
-        elif rest == "A.weight" and f"{name}.lora_B.weight" in state and not name.endswith(".base_layer"):
-            layers[name] = (value.float(), state[f"{name}.lora_B.weight"].float(), _scale(config, name, len(value)))
-        elif rest != "B.weight":
+        elif name.endswith(".base_layer") or rest not in ("A.weight", "B.weight"):
             raise FfnkitError(asked, f"it adapts {key}", "Only adapters of linears can be read")
+        elif not {f"{name}.lora_A.weight", f"{name}.lora_B.weight"} <= state.keys():
+            raise FfnkitError(asked, f"of the pair on {name} it holds {key} alone", "Save it anew")
+        elif rest == "A.weight":
+            layers[name] = (value.float(), state[f"{name}.lora_B.weight"].float(), _scale(config, name, len(value)))
+    if config.get("modules_to_save") and not beside:  # peft names more than there are
+        parts = " or ".join(config["modules_to_save"])
+        raise FfnkitError(asked, f"its files lack {parts}, which trained beside it", "Save it anew")
     if not layers:
         raise FfnkitError(asked, "it adapts no linear", "Name a LoRA adapter")
     return Lora(layers, beside)
