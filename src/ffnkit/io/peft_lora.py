@@ -16,6 +16,7 @@ from ffnkit.nn.quantized import quantized_features
 
 PREFIX = "base_model.model."
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_HEADS = {"classifier", "score"}  # peft names both for a classifier, which has one of them
 _BEYOND = {"use_dora": "DoRA", "lora_bias": "biases in B", "layer_replication": "replicated layers"}
 
 
@@ -83,9 +84,10 @@ def read_lora(folder: str | Path) -> Lora:
             raise FfnkitError(asked, f"of the pair on {name} it holds {key} alone", "Save it anew")
         elif rest == "A.weight":
             layers[name] = (value.float(), state[f"{name}.lora_B.weight"].float(), _scale(config, name, len(value)))
-    if config.get("modules_to_save") and not beside:  # peft names more than there are
-        parts = " or ".join(config["modules_to_save"])
-        raise FfnkitError(asked, f"its files lack {parts}, which trained beside it", "Save it anew")
+    parts = config.get("modules_to_save") or ()
+    lacking = {part for part in parts if not any(f".{part}." in f".{key}" for key in beside)}
+    if lacking - _HEADS or (lacking and lacking >= _HEADS):
+        raise FfnkitError(asked, f"its file lacks {', '.join(sorted(lacking))}, which trained beside it", "Save it anew")
     if not layers:
         raise FfnkitError(asked, "it adapts no linear", "Name a LoRA adapter")
     return Lora(layers, beside)

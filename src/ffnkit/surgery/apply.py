@@ -49,6 +49,7 @@ def carry_out(model: nn.Module, edits: Iterable[Edit], plan: Plan | None = None)
     check_untouched(model, f"applying a plan to {type(model).__name__}")
     if plan is not None:
         plan.check_fits({ffn.name: ffn for ffn in ffns(model)}, type(model).__name__)
+        plan.check_weights(model)
     check_normal(edits)
     writer = ModelWriter(model)
     writer.check(edits)
