@@ -322,7 +322,7 @@ def plan(
     except FfnkitError as error:
         asked = f"{method.name} on {type(model).__name__}"
         raise error.within(asked) from error
-    places = [name for edit in draft.edits for name in (*edit.touched, *edit.claimed)]
+    places = [name for e in draft.edits for name in (*e.touched, *e.claimed) or (e.target,) if name]
     return Plan(
         method=method.name,
         settings=method.settings(),

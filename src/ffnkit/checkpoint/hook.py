@@ -36,6 +36,7 @@ class FfnkitConfig(QuantizationConfigMixin):
         ffns: the true shape of each FFN, by name.
         linears: what stands in the place of plain linears outside of FFNs, by name.
         attention: which heads those attentions kept that lost some, by name.
+        read: the format of the file. format: the one in which the model will be saved.
         base: config of a real quantization to be done by its own quantizer, or None.
         base_done: whether the file's weights are already quantized by ``base``.
     """
@@ -57,7 +58,8 @@ class FfnkitConfig(QuantizationConfigMixin):
                 "Install the ffnkit version that wrote it",
             )
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.format = format
+        self.read = format
+        self.format = FORMAT
         self.ffns = ffns or {}
         self.linears = linears or {}
         self.attention = attention or {}
@@ -66,7 +68,7 @@ class FfnkitConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         data = MARK | copy.deepcopy(self.__dict__)
-        del data["quant_method"]
+        del data["quant_method"], data["read"]
         if data["base"] is None:
             del data["base"], data["base_done"]
         if not data["linears"]:
@@ -112,6 +114,7 @@ class FfnkitQuantizer(HfQuantizer):
         from ffnkit.surgery.ties import declare_shared
 
         share(model, self.quantization_config.to_dict())
+        _leave_renaming(model)
         placement.bridge(model)
         described = renamed(model, self.quantization_config.to_dict())
         self.quantization_config.ffns = described["ffns"]
@@ -134,6 +137,14 @@ class FfnkitQuantizer(HfQuantizer):
         self.quantization_config.base, self.quantization_config.base_done = described["base"], True
         tell(model.config, described)
         return model
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Format 1 held a thin pair as two parameters, later ones as two linears."""
+        from transformers.core_model_loading import WeightRenaming
+
+        inner = getattr(self.inner, "get_weight_conversions", list)()
+        old = [WeightRenaming(rf"\.{name}$", rf".{name}.weight") for name in ("first", "second")]
+        return [*(old if self.quantization_config.read == 1 else ()), *inner]
 
     # --- what the nested quantizer decides, where there is one
 
@@ -188,6 +199,18 @@ def _leave_packing(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def _leave_renaming(model: Any) -> None:
+    """Forget the names of an old format: a model is saved in the present one."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [
+        each for each in conversions if not any(p.endswith("first$") or p.endswith("second$") for p in _patterns(each))
+    ]
+
+
+def _patterns(conversion: Any) -> list[str]:
+    return list(getattr(conversion, "source_patterns", ()))
+
+
 def _leave_deserializing(model: Any) -> None:
     """Forget how quantized tensors were put together on opening: there is no way back that saving could take.
 
@@ -228,7 +251,6 @@ for _name in (
     "update_attn_implementation",
     "get_quantize_ops",
     "get_load_operations",
-    "get_weight_conversions",
     "update_weight_conversions",
     "_dequantize",
 ):

@@ -62,6 +62,7 @@ class TuneJob:
         """Tune, report, save; returns what metrics.json holds."""
         import ffnkit
         from ffnkit import tune
+        from ffnkit.surgery.apply import SAVING
 
         start = time.perf_counter()
         tokenizer = load_tokenizer(self.task, self.model, self.tokenizer)
@@ -88,7 +89,7 @@ class TuneJob:
             result.model, tokenizer, self.task, splits, self.train_settings.max_length, generation=self.generation
         )
         if self.fold:
-            ffnkit.fold(result.model)
+            ffnkit.fold(result.model, keep=SAVING)
         report = self.report(result, found.to_dict(), splits, time.perf_counter() - start)
         self.save(result.model, tokenizer, report, found)
         return report

@@ -105,7 +105,10 @@ def output_width(linear: nn.Module) -> int:
 
 def flops(linear: nn.Module) -> float:
     """Multiplications and additions of the weight for one token."""
-    out, inner = features(linear)
+    bare = unwrapped(linear)
+    if isinstance(bare, ReparametrizedLinear) and bare.thin:
+        return sum(flops(bare.get_submodule(name)) for name in bare.thin)
+    out, inner = features(bare)
     return 2.0 * (out * inner)
 
 
@@ -120,7 +123,7 @@ def stored_weight(linear: Any) -> nn.Parameter:
     """
     bare = unwrapped(linear)
     if isinstance(bare, ReparametrizedLinear):
-        return bare.base if isinstance(bare, AdapterLayer) else bare.stored
+        return bare.stored
     own = next((bare._parameters[name] for name in _STORED if bare._parameters.get(name) is not None), None)
     found: nn.Parameter = own if own is not None else next(bare.parametrizations["weight"].parameters())
     return found
@@ -129,6 +132,8 @@ def stored_weight(linear: Any) -> nn.Parameter:
 def parameters(linear: nn.Module) -> list[nn.Parameter]:
     """Every parameter of a linear, those of its parametrizations included, adapters left out."""
     bare = unwrapped(linear)
+    if isinstance(bare, ReparametrizedLinear):
+        return list(bare.parameters())
     computed = bare._modules.get("parametrizations")
     return [*bare.parameters(recurse=False), *(computed.parameters() if computed is not None else ())]
 

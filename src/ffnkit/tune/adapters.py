@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import open_errors
 from ffnkit.surgery.untie import UntiedFfn, untie
-from ffnkit.tune import lora, zeros
+from ffnkit.tune import lora, masks, zeros
 from ffnkit.tune.lifecycle import preparing, undone
 
 
@@ -38,10 +38,10 @@ def load_adapter(
     state = _state(folder, asked)
     model = undone(model)
     with preparing(model) as preparation:
-        lora.fold_special(model)
+        masks.set_aside(model, preparation)
         parted = _parted_where_needed(cast(PreTrainedModel, model), state)
         preparation.from_here()
-        preparation.last = partial(lora.settled, parted=parted, flags=None)
+        preparation.afterwards(partial(lora.settled, parted=parted, flags=None))
         _check_places(model, state, asked)
         names = list(dict.fromkeys(_module(key) for key in state))
         ties = lora.tied_places(model, [name for name in names if _has(model, name)])
