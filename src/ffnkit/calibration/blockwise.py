@@ -110,7 +110,8 @@ class Blockwise:
         done = passed[: passed.index(name) + 1]
         first = holder not in self._done
         self._done[holder] = done
-        if first and not self._faithful(passed[len(done) :]):
+        later = passed[len(done) :]
+        if not (self._faithful(later) and self._skippable(passed) if first else self._runs(later)):
             self._whole = True
             self._done.clear()
             self._outputs.clear()
@@ -191,16 +192,42 @@ class Blockwise:
         """Whether the next block gives the same with the earlier ones skipped as with all of them run."""
         if not later:
             return True
-        try:
-            short = self._run(0, later[0])
-        except (RuntimeError, ValueError, TypeError, IndexError):  # shapes that do not fit
-            return False
+        short = self._tried(later[0])
         held, self._done = self._done, {}
         try:
             full = self._run(0, later[0])
         finally:
             self._done = held
-        return _same(short, full)
+        return short is not None and _same(short, full)
+
+    def _skippable(self, passed: list[str]) -> bool:
+        """Whether the last block gives the same with all others skipped: none takes more from an earlier one (keys and
+        values that layers share) than what its neighbour gives."""
+        if len(passed) < 3:
+            return True
+        *_, before, last = passed
+        holder = last.rpartition(".")[0]
+        done, outputs = self._done, self._outputs
+        try:
+            self._done = {}
+            given, full = self._run(0, before), self._run(0, last)
+            self._done = done | {holder: passed[:-1]}
+            self._outputs = outputs | {holder: [given]}
+            short = self._tried(last)
+        finally:
+            self._done, self._outputs = done, outputs
+        return short is not None and _same(short, full)
+
+    def _runs(self, later: list[str]) -> bool:
+        """Whether the next block runs with the earlier ones skipped."""
+        return not later or self._tried(later[0]) is not None
+
+    def _tried(self, until: str) -> Any:
+        """The first batch up to a block; None where it does not run with the earlier ones skipped."""
+        try:
+            return self._run(0, until)
+        except Exception:  # shapes that do not fit, values that an earlier block would have left: by family
+            return None
 
 
 def _returning(output: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,14 @@ from ffnkit.io import files
 from ffnkit.io.loading import check_weights, open_errors, run_uneven_experts
 from ffnkit.model import probe
 from ffnkit.model.attention import attentions
+from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import check_untouched
+from ffnkit.nn.lowrank import LowRank
+from ffnkit.nn.masked import Masked
 from ffnkit.surgery.description import width_keys
 
+logger = logging.getLogger(__name__)
 MOST = 0.25  # that outputs may differ in half precision, relative; a wrong neuron or head shows in more
 
 
@@ -86,6 +91,8 @@ def export(
     targets = padded_widths(model, found, keys)
     config = standard_config(model, found, keys, targets)
     state = standard_state(model, found, targets)
+    own = {id(t): t for t in [*model.parameters(), *_persistent_buffers(model)]}
+    _say_growth(model, found, targets, sum(p.numel() for p in model.parameters()), state)
     with files.staging(directory, keep_others=True) as temporary:
         with torch.device("meta"):
             skeleton = type(model)(config)
@@ -100,10 +107,23 @@ def export(
         write_companions(model, temporary, tokenizer)
         (temporary / "README.md").write_text(card or short_card(model, compact=False), encoding="utf-8")
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
-    own = {id(t): t.numel() * t.element_size() for t in [*model.parameters(), *_persistent_buffers(model)]}
     padded = tuple(ffn.name for ffn in found if targets[ffn.name] > ffn.width)
     filled = tuple(attention.name for attention in attentions(model) if attention.kept)
-    return ExportReport(str(directory), size, sum(own.values()), padded, padded_heads=filled, **checked)
+    return ExportReport(str(directory), size, sum(t.numel() * t.element_size() for t in own.values()), padded, padded_heads=filled, **checked)
+
+
+def _say_growth(model: PreTrainedModel, found: list[FFN], targets: dict[str, int], now: int, state: Any) -> None:
+    """Say, before anything is written, what of the model's savings the standard form does not hold."""
+    thin = sum(row["kind"] == LowRank.kind for ffn in found for row in ffn.special.values())
+    masks = sum(isinstance(module, Masked) for module in model.modules())
+    shared, padded = sum(len(f.tied) for f in found), sum(targets[f.name] > f.width for f in found)
+    counts = {"thin pairs are multiplied out": thin, "shared FFNs are written out": shared, "FFNs are padded": padded}
+    counts["masks become zeros that training would fill"] = masks
+    told = [f"{count} {what}" for what, count in counts.items() if count]
+    if told:
+        then = sum(value.numel() for value in {v.data_ptr(): v for v in state.values()}.values())
+        growth = f" ({now:,} parameters become {then:,})" if then > now else ""
+        logger.warning("exporting %s: %s%s", type(model).__name__, ", ".join(told), growth)
 
 
 def _verify(model: PreTrainedModel, directory: Path, state: dict[str, Tensor]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def compare(first: nn.Module, second: nn.Module, limit: float) -> tuple[float | 
     """
     parameter = next(first.parameters())
     why = "its inputs are not known"
-    for given in candidates(first):
+    for tried, given in enumerate(candidates(first)):
         batch = {
             k: v.to(parameter.device, parameter.dtype if v.is_floating_point() else v.dtype) for k, v in given.items()
         }
@@ -87,7 +87,7 @@ def compare(first: nn.Module, second: nn.Module, limit: float) -> tuple[float | 
             wanted = _outputs(first, batch)
         except Exception as error:  # whatever a class raises on inputs that are not its own
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            why = f"it does not run on probe inputs: {lines[0][:200]}"
+            why = why if tried else f"it does not run on probe inputs: {lines[0][:200]}"
             continue
         if not wanted:
             return None, "it gives no numbers on probe inputs"

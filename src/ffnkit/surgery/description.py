@@ -22,7 +22,7 @@ from ffnkit.edits import Edit, Mask, SelectHeads, SetWidth, Tie, of_layer
 from ffnkit.errors import FfnkitError
 from ffnkit.io.formats import FORMAT, MARK, is_compact
 from ffnkit.model.attention import Attention, attentions
-from ffnkit.model.config_keys import candidates, config_tree, set_width, width_key
+from ffnkit.model.config_keys import at_layer, candidates, config_tree, set_width, width_key
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.nn.adapter_layer import AdapterLayer
@@ -170,6 +170,7 @@ def update_config(model: PreTrainedModel, keys: Keys, original: dict[str, int]) 
     """
     found = ffns(model)
     config = model.config
+    keys = {ffn.name: (key := keys[ffn.name]) and at_layer(key, ffn.layer) for ffn in found}
     base = (description(model) or {}).get("base")
     if is_plain_model(model, found, keys, original):
         for ffn in found:
