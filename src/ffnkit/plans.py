@@ -179,7 +179,8 @@ class Plan:
         place = other_weights(model, self.weights)
         if place is not None:
             what = f"{place} has other weights than the plan was made for"
-            raise FfnkitError(f"applying a plan for {self.model} to {type(model).__name__}", what, "Make it anew")
+            asked = f"applying a plan for {self.model} to {type(model).__name__}"
+            raise FfnkitError(asked, what, "Make the plan for this model")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan) or self.description() != other.description():

@@ -27,7 +27,7 @@ def check_fits(model: Any, info: dict[str, Any], name: str, architectures: list[
         redraw: whether a head of another shape may be drawn anew.
     """
     asked = f"model {name}"
-    mismatched = [row for row in info.get("mismatched_keys", ()) if not (redraw and is_head(model, row[0]))]
+    mismatched = [row for row in sorted(info.get("mismatched_keys", ())) if not (redraw and is_head(model, row[0]))]
     if mismatched:
         (key, stored, wanted), more = mismatched[0], len(mismatched) - 1
         found = f"{key} is {tuple(stored)} in the file and {tuple(wanted)} by its config{_and(more)}"
@@ -45,7 +45,7 @@ def check_fits(model: Any, info: dict[str, Any], name: str, architectures: list[
 
 
 def _and(more: int) -> str:
-    return f" and {more} more" if more > 0 else ""
+    return f" (and {more} more)" if more > 0 else ""
 
 
 def _newness(model: Any, architectures: list[str]) -> Callable[[str], bool]:

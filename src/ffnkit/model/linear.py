@@ -217,7 +217,8 @@ def foreign(module: nn.Module) -> tuple[str, str] | None:
     kind = type(module)
     if "_orig_mod" in module._modules:
         return "is compiled (torch.compile)", "Give the module inside (model._orig_mod) and compile after"
-    if "base_layer" in module._modules or kind.__module__.partition(".")[0] == "peft":
+    marked = vars(module).get("_hf_peft_config_loaded", False)  # transformers would save the adapter alone
+    if "base_layer" in module._modules or kind.__module__.partition(".")[0] == "peft" or marked:
         return "carries an adapter of peft", "Merge the adapter first (merge_and_unload)"
     if kind.__name__ in _PARALLEL:
         return f"is wrapped by {kind.__name__}", "Give the module inside (model.module) and wrap after"
