@@ -92,14 +92,21 @@ def _are_experts(module: nn.Module, layout: Layout, paths: tuple[str, str, str])
 def _has_middle(owner: nn.Module, found: list[Any], ff: int, d: int) -> bool:
     """Whether something with weights of its own works on the hidden neurons, such as a norm or a convolution.
 
-    Then neurons are no independent paths from up to down, and narrowing them changes it.
+    Then neurons are no independent paths from up to down, and narrowing them changes it. It stands between the two, or
+    beside both; what is elsewhere in a layer and happens to be as wide is something else.
     """
     if ff == d:
         return False
     own = {id(linear) for linear in found}
     inside = {id(module) for linear in found for module in linear.modules()}
-    for module in owner.modules():
+    names = {id(module): name for name, module in owner.named_modules()}
+    parents = {names[id(linear)].rpartition(".")[0] for linear in found}
+    order = list(names)
+    between = range(*sorted((order.index(id(found[0])), order.index(id(found[-1])))))
+    for number, module in enumerate(owner.modules()):
         if id(module) in inside or is_linear(module):
+            continue
+        if number not in between and {names[id(module)].rpartition(".")[0]} != parents:
             continue
         if any(len(p.shape) in (1, 3, 4) and p.shape[0] == ff for p in module.parameters(recurse=False)):
             return not any(id(child) in own for child in module.children())
