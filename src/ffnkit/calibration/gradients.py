@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import Batch, backward
+from ffnkit.calibration.batches import Batch, backward, check_finite
 from ffnkit.model.linear import is_transposed
 
 Receive = Callable[[str, Tensor], None]
@@ -31,7 +31,7 @@ def weight_gradients(
         The number of batches.
 
     Raises:
-        FfnkitError: no batches, or no loss.
+        FfnkitError: no batches, no loss, or a gradient that is not finite.
     """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     by_weight: dict[nn.Parameter, list[str]] = {}
@@ -45,6 +45,7 @@ def weight_gradients(
         grad = parameter.grad
         parameter.grad = None
         assert grad is not None
+        check_finite(f"the gradient of {names[0]}", grad)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(grad)
             grad /= torch.distributed.get_world_size()
