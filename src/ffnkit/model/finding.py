@@ -14,6 +14,7 @@ from ffnkit.model.families.ffns import Layout, layouts
 from ffnkit.model.families.keys import TOP_K_KEYS
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import descend, features, is_linear, linears, stored_weight
+from ffnkit.model.proposing import proposed, written
 
 
 def ffns(model: nn.Module) -> list[FFN]:
@@ -187,11 +188,12 @@ def _unknown(model: nn.Module) -> FfnkitError:
         return FfnkitError(f"the FFNs of {name}", "it has no pair of linears d -> ff -> d", "Name a transformer model")
     owner, up, down = pairs[0]
     (ff, d) = features(model.get_submodule(f"{owner}.{up}" if owner else up))
+    row = proposed(name, model.get_submodule(owner), up, down)
     return FfnkitError(
         f"the FFNs of {name}",
         f"no layout is known, but {len(pairs)} pairs of mirrored linears, the first in "
         f"'{owner or 'the model itself'}': {up} ({d} -> {ff}) and {down} ({ff} -> {d})",
-        f'If they are its FFNs, add the row: ffnkit.LAYOUTS.append(ffnkit.Layout("{name}", up="{up}", down="{down}"))',
+        f"If they are its FFNs, add the row: ffnkit.LAYOUTS.append({written(row)})",
     )
 
 
