@@ -408,3 +408,45 @@ def test_outputs_are_the_same_in_every_form(tmp_path: Path) -> None:
         opened: Any = transformers.Gemma3nForCausalLM.from_pretrained(tmp_path / form)
         with torch.no_grad():
             assert distance({"logits": opened(**batch).logits}, wanted) < 1e-5
+
+
+# --- code of its own --------------------------------------------------------------------------------------------------
+
+_CODE = '''
+from transformers import BertConfig, BertForSequenceClassification
+
+class OwnConfig(BertConfig):
+    model_type = "own-bert"
+
+class OwnModel(BertForSequenceClassification):
+    config_class = OwnConfig
+'''
+
+
+def test_code_of_its_own_runs_only_where_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ffnkit.cli import compressing
+    from ffnkit.io import loading
+
+    monkeypatch.setattr(loading, "trust", loading.Trust())
+    folder = tmp_path / "own"
+    FAMILIES["bert"].model().save_pretrained(folder)
+    (folder / "own_model.py").write_text(_CODE)
+    written = config_of(folder) | {
+        "model_type": "own-bert",
+        "architectures": ["OwnModel"],
+        "auto_map": {"AutoConfig": "own_model.OwnConfig", "AutoModelForSequenceClassification": "own_model.OwnModel"},
+    }
+    (folder / "config.json").write_text(json.dumps(written))
+    with pytest.raises(FfnkitError, match="trust_remote_code=True, or ffnkit --trust-remote-code"):
+        fk.load(folder)
+    model: Any = fk.load(folder, trust_remote_code=True)
+    assert type(model).__name__ == "OwnModel"
+    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5)))
+    fk.save(model, tmp_path / "small")
+    again = fk.load(tmp_path / "small", trust_remote_code=True)
+    assert distance(FAMILIES["bert"].outputs(again), FAMILIES["bert"].outputs(model)) == 0
+    loading.trust.given = True  # what the option of the command line sets
+    method: Any = EVERY["magnitude"](width=0.25)
+    job = compressing.Compression(str(folder), method, None, "auto", "cpu")
+    assert job.run(None, tmp_path / "out", "standard", True)["after"]["ffn_parameters"] > 0
+    assert type(fk.load(tmp_path / "out")).__name__ == "OwnModel"
