@@ -1,4 +1,4 @@
-"""Nothing wrong in silence about checkpoints: dtypes, opening without ffnkit, missing tensors, plans of other weights."""
+"""Nothing wrong in silence about checkpoints: dtypes, opening without ffnkit, missing tensors, other weights."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_an_export_of_another_dtype_than_the_config_says_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ffnkit.checkpoint.export.write_dtypes", lambda *_: None)  # the control
-    with pytest.raises(FfnkitError, match="did not reload equal"):
+    with pytest.raises(FfnkitError, match="opens in torch.float32"):
         fk.export(FAMILIES["bert"].model().bfloat16(), tmp_path / "out")
 
 
@@ -138,8 +138,11 @@ BARRIER = ("svd", "merging", "heads", "prune", "unstructured", "fusion", "calibr
 
 @pytest.mark.parametrize(
     ("names", "methods"),
-    [(("llama", "gpt2", "clip", "switch"), BARRIER[:3]), pytest.param(NAMES, BARRIER, marks=pytest.mark.slow)],
-    ids=["some", "all"],
+    [
+        (("llama", "gpt2", "clip", "switch"), BARRIER[:3]),
+        *(pytest.param((*NAMES[part::8], "clip"), BARRIER, marks=pytest.mark.slow) for part in range(8)),
+    ],
+    ids=["some", *map(str, range(8))],
 )
 def test_no_compact_checkpoint_opens_without_ffnkit(
     names: tuple[str, ...], methods: tuple[str, ...], tmp_path: Path
@@ -155,7 +158,7 @@ def test_no_compact_checkpoint_opens_without_ffnkit(
             fk.save(model, folder)
             if hook.is_compact(config_of(folder).get("quantization_config")):
                 folders.append((str(folder), type(model).__name__))
-    assert len({Path(f).parent for f, _ in folders}) == len(names)
+    assert len({Path(f).parent for f, _ in folders}) == len(set(names))
     control = tmp_path / "control"  # the method named, as in format 1: transformers only warns
     fk.save(edited("llama", "svd"), control)
     written = config_of(control)
@@ -412,7 +415,7 @@ def test_outputs_are_the_same_in_every_form(tmp_path: Path) -> None:
 
 # --- code of its own --------------------------------------------------------------------------------------------------
 
-_CODE = '''
+_CODE = """
 from transformers import BertConfig, BertForSequenceClassification
 
 class OwnConfig(BertConfig):
@@ -420,7 +423,7 @@ class OwnConfig(BertConfig):
 
 class OwnModel(BertForSequenceClassification):
     config_class = OwnConfig
-'''
+"""
 
 
 def test_code_of_its_own_runs_only_where_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

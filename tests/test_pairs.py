@@ -91,7 +91,9 @@ def both(name: str, first: str, stage: str, folder: Path) -> None:
     try:
         model = second(model, stage, data)
     except FfnkitError as error:
-        assert any(word in str(error) for word in ("Fold", "fold", "edited already", "group of one", "no FFN")), error
+        assert any(
+            word in str(error) for word in ("Fold", "fold", "edited already", "group of one", "one has to stay")
+        ), error
         return
     after = saved(model)
     if stage in ("sparsegrad", "dsee"):  # what trains beside the weights is theirs

@@ -32,7 +32,11 @@ class Block(nn.Module):
         a = self.alpha(x)
         if self.kind == "plain":
             return self.omega(functional.gelu(a))
-        b = a.chunk(2, -1)[1] if "fused" in self.kind else getattr(self, "my_gate" if self.kind == "gate" else "beta")(x)
+        b = (
+            a.chunk(2, -1)[1]
+            if "fused" in self.kind
+            else getattr(self, "my_gate" if self.kind == "gate" else "beta")(x)
+        )
         a = a.chunk(2, -1)[0] if "fused" in self.kind else a
         gate, up = (a, b) if self.kind in ("first", "fused") else (b, a)
         return self.omega(functional.silu(gate) * up)

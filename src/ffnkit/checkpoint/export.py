@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ffnkit.checkpoint.dtypes import kept_in_float32, main_dtype, write_dtypes
+from ffnkit.checkpoint.dtypes import main_dtype, write_dtypes
 from ffnkit.checkpoint.save import short_card, write_companions
 from ffnkit.checkpoint.standard import padded_widths, standard_config, standard_state
 from ffnkit.errors import FfnkitError
@@ -76,8 +76,8 @@ def export(
     """Write the standard form, opened by plain ``from_pretrained`` without ffnkit; the model is left untouched.
 
     Factors kept apart are folded, shared FFNs written out, and widths that differ under one config key are padded
-    with zero neurons to the widest, which changes no output. Tensors keep their dtypes, and the config says the one that
-    most have. The result is opened as a user would and compared, weights and outputs, before it is put in place.
+    with zero neurons to the widest, which changes no output. Tensors keep their dtypes; the config says that of most.
+    The result is opened as a user would and compared, weights and outputs, before it is put in place.
 
     Memory beyond the model: a second model while it is compared.
 
@@ -109,7 +109,14 @@ def export(
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
     padded = tuple(ffn.name for ffn in found if targets[ffn.name] > ffn.width)
     filled = tuple(attention.name for attention in attentions(model) if attention.kept)
-    return ExportReport(str(directory), size, sum(t.numel() * t.element_size() for t in own.values()), padded, padded_heads=filled, **checked)
+    return ExportReport(
+        str(directory),
+        size,
+        sum(t.numel() * t.element_size() for t in own.values()),
+        padded,
+        padded_heads=filled,
+        **checked,
+    )
 
 
 def _say_growth(model: PreTrainedModel, found: list[FFN], targets: dict[str, int], now: int, state: Any) -> None:
@@ -137,7 +144,8 @@ def _verify(model: PreTrainedModel, directory: Path, state: dict[str, Tensor]) -
     again = {name: (value.cpu(), state[name].cpu()) for name, value in fresh.state_dict().items() if name in state}
     wrong += [name for name, (now, stored) in again.items() if not torch.equal(now, stored.to(now.dtype))]
     recast = [name for name, (now, stored) in again.items() if now.dtype != stored.dtype]
-    wrong += [name for name in recast if again[name][1].dtype == dtype and not kept_in_float32(fresh, name)]
+    if (opens := main_dtype(fresh)) != dtype:
+        raise FfnkitError(asked, f"it opens in {opens}, the model is in {dtype}", do)
     if wrong:
         raise FfnkitError(asked, f"{len(wrong)} tensors did not reload equal, e.g. {wrong[0]}", do)
     run_uneven_experts(fresh)

@@ -142,7 +142,7 @@ class FfnkitQuantizer(HfQuantizer):
         """Format 1 held a thin pair as two parameters, later ones as two linears."""
         from transformers.core_model_loading import WeightRenaming
 
-        inner = getattr(self.inner, "get_weight_conversions", list)()
+        inner: list[Any] = getattr(self.inner, "get_weight_conversions", list)()
         old = [WeightRenaming(rf"\.{name}$", rf".{name}.weight") for name in ("first", "second")]
         return [*(old if self.quantization_config.read == 1 else ()), *inner]
 
@@ -185,7 +185,9 @@ def _named(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return supports
 
 
-AutoHfQuantizer.supports_quant_method = staticmethod(_named(AutoHfQuantizer.supports_quant_method))
+AutoHfQuantizer.supports_quant_method = staticmethod(  # type: ignore[method-assign]
+    _named(AutoHfQuantizer.supports_quant_method)
+)
 
 
 def _leave_packing(model: Any) -> None:

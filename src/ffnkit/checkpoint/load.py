@@ -31,7 +31,7 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
         config, rest = kwargs.get("config"), others
         if config is None:
             config, rest = read_config(str(directory), return_unused_kwargs=True, **others)
-        described = getattr(config, "quantization_config", None)
+        described: Any = getattr(config, "quantization_config", None)
         if is_compact(described):
             data = quantization if isinstance(quantization, dict) else quantization.to_dict()
             config.quantization_config = {**described, "base": data, "base_done": False}

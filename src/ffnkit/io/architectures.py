@@ -31,7 +31,7 @@ def architecture_class(config: PretrainedConfig, name: str, **kwargs: Any) -> An
     """The class that ``config.architectures`` names.
 
     Args:
-        kwargs: as for ``from_pretrained``: with ``trust_remote_code`` the class may be one of the checkpoint's own code.
+        kwargs: as for ``from_pretrained``: with ``trust_remote_code`` it may be a class of the checkpoint's own code.
 
     Raises:
         FfnkitError: no class is named, or transformers has none of that name.
@@ -62,8 +62,12 @@ def _of_type(config: PretrainedConfig) -> str:
     """The class that models of this type mostly are."""
     from transformers.models.auto import modeling_auto as auto
 
-    tables = (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
-    tables += (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, auto.MODEL_MAPPING_NAMES)
+    tables: tuple[Any, ...] = (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        auto.MODEL_MAPPING_NAMES,
+    )
     return str(next((table[config.model_type] for table in tables if config.model_type in table), "..."))
 
 
@@ -120,7 +124,7 @@ def empty_model(name_or_dir: str) -> PreTrainedModel:
         return load_any(name_or_dir)
     cls = architecture_class(config, name_or_dir)
     with open_errors(f"model {name_or_dir}"), torch.device("meta"):
-        return cls(config)  # type: ignore[no-any-return]
+        return cls(config)
 
 
 def load_companion(name_or_dir: str) -> Any | None:

@@ -288,7 +288,10 @@ def _reason(error: Exception) -> tuple[str, str]:
         do = "Choose another model or another task; one that writes text classifies by label words (--head words)"
         return "transformers has no model of this kind for its architecture", do
     if "trust_remote_code" in text:
-        return "it needs code of its own", "If you trust its authors, pass trust_remote_code=True, or ffnkit --trust-remote-code"
+        return (
+            "it needs code of its own",
+            "If you trust its authors, pass trust_remote_code=True, or ffnkit --trust-remote-code",
+        )
     if "size mismatch" in text:
         line = next((part.strip() for part in text.splitlines() if "size mismatch" in part), "sizes do not match")
         return line.rstrip("."), "Use a checkpoint whose config.json fits its weights and the task"

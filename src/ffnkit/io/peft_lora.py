@@ -87,7 +87,9 @@ def read_lora(folder: str | Path) -> Lora:
     parts = config.get("modules_to_save") or ()
     lacking = {part for part in parts if not any(f".{part}." in f".{key}" for key in beside)}
     if lacking - _HEADS or (lacking and lacking >= _HEADS):
-        raise FfnkitError(asked, f"its file lacks {', '.join(sorted(lacking))}, which trained beside it", "Save it anew")
+        raise FfnkitError(
+            asked, f"its file lacks {', '.join(sorted(lacking))}, which trained beside it", "Save it anew"
+        )
     if not layers:
         raise FfnkitError(asked, "it adapts no linear", "Name a LoRA adapter")
     return Lora(layers, beside)

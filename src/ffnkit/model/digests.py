@@ -78,7 +78,7 @@ def _digest(tensors: list[Tensor], dtype: torch.dtype) -> str:
             if part.is_floating_point() and part.dtype != dtype:
                 part = part.to(dtype)
             if not part.is_meta:
-                total.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+                total.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()[:16]
 
 

@@ -134,8 +134,9 @@ def fold_layers(model: nn.Module, *within: nn.Module, keep: Collection[str] = ()
             remove_parametrizations(owner, keep)
     places: dict[ReparametrizedLinear, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        special = isinstance(module, ReparametrizedLinear) and not isinstance(module, AdapterLayer)
-        if special and module in inside and module.kind not in keep:
+        if module not in inside or not isinstance(module, ReparametrizedLinear) or isinstance(module, AdapterLayer):
+            continue
+        if module.kind not in keep:
             places.setdefault(module, []).append(name)
     for special, names in places.items():
         stored = special.stored

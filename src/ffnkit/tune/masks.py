@@ -61,7 +61,9 @@ def say_lost(model: nn.Module) -> None:
     count = len(list(masks_of(model)))
     if count:
         what = f"{count} masks go, for updates stay on the model; their zeros stay below these"
-        logger.warning("tuning %s: %s, and keep_zeros keeps them when the updates are merged", type(model).__name__, what)
+        logger.warning(
+            "tuning %s: %s, and keep_zeros keeps them when the updates are merged", type(model).__name__, what
+        )
 
 
 def masks_of(model: nn.Module) -> Iterator[Edit]:
