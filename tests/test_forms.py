@@ -58,7 +58,7 @@ def test_config_and_tensors_keep_the_dtype(name: str, dtype: torch.dtype, tmp_pa
         opened = type(model).from_pretrained(tmp_path / form)
         assert opened.dtype == dtype == next(opened.parameters()).dtype
         if form == "standard":
-            assert report.dtype == told and report.output_error is not None
+            assert report.dtype == told and (report.output_error is not None or report.recast)
 
 
 def bfloat16_but(model: Any, kind: str) -> Any:

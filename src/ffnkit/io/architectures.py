@@ -58,6 +58,16 @@ def architecture_class(config: PretrainedConfig, name: str, **kwargs: Any) -> An
     return found
 
 
+def widened(name_or_dir: str) -> str | None:
+    """In words, that a model which is stored in less than float32 trains, and is saved, in float32; else None."""
+    import torch
+
+    dtype = getattr(read_config(name_or_dir), "dtype", None)
+    if not isinstance(dtype, torch.dtype) or dtype.itemsize >= torch.float32.itemsize:
+        return None
+    return f"{name_or_dir} is stored in {str(dtype).removeprefix('torch.')}; it trains and is saved in float32"
+
+
 def _of_type(config: PretrainedConfig) -> str:
     """The class that models of this type mostly are."""
     from transformers.models.auto import modeling_auto as auto
