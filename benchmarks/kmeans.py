@@ -173,7 +173,7 @@ def measure_case(name: str, points: Tensor, k: int, rounds: int) -> dict[str, An
         "inertia_ratio_worst_round": max(a / b for a, b in zip(lost["one"], lost["sklearn"], strict=True)),
         "product_gflops": 2 * n * n * points.shape[1] / min(product) / 1e9,
         "floor_seconds": min(product) / 2,
-        "share": shares[wall["one"].index(least["one"])],
+        "density": shares[wall["one"].index(least["one"])],
     }
 
 

@@ -36,13 +36,13 @@ OTHERS: dict[str, Callable[..., Any]] = {
 # What does other things than leave each FFN a width.
 FURTHER: dict[str, Callable[..., Any]] = {
     "merging": lambda **more: fk.Merging(**{"layers": "0-1"} | more),
-    "prune": lambda **more: fk.Prune(**{"ratio": 0.5} | more),
-    "heads": lambda **more: fk.RemoveHeads(**{"share": 1} | more),
-    "structured": lambda **more: fk.StructuredPruning(**{"heads": 1, "neurons": 0.5} | more),
+    "prune": lambda **more: fk.Prune(**{"sparsity": 0.5} | more),
+    "heads": lambda **more: fk.RemoveHeads(**{"remove": 1} | more),
+    "structured": lambda **more: fk.StructuredPruning(**{"remove_heads": 1, "remove_neurons": 0.5} | more),
     "layer-drop": lambda **more: methods.build("layer-drop", **{"layers": "last:1"} | more),
     "ffn-drop": lambda **more: methods.build("ffn-drop", **{"layers": "last:1"} | more),
-    "combined": lambda **more: fk.Combined([fk.Fusion(width=0.5, restarts=1), fk.RemoveHeads(share=1)]),
-    "sparsegrad": lambda **more: fk.SparseGrad(**{"share": 0.1, "batches": 1} | more),
+    "combined": lambda **more: fk.Combined([fk.Fusion(width=0.5, restarts=1), fk.RemoveHeads(remove=1)]),
+    "sparsegrad": lambda **more: fk.SparseGrad(**{"density": 0.1, "batches": 1} | more),
     "dsee": lambda **more: fk.DSEE(**{"rank": 2, "nonzeros": 4} | more),
 }
 EVERY = METHODS | OTHERS | FURTHER
@@ -65,15 +65,15 @@ REFUSED = {
 TUNERS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
     "ffn": {"name": "ffn"},
-    "head": {"name": "head", "also": ["norms"]},  # some of the models have no head
+    "head": {"name": "head", "modules_to_train": ["norms"]},  # some of the models have no head
     "lora": {"name": "lora", "rank": 2},
-    "sparsegrad": {"name": "sparsegrad", "basis": "none", "selection": "step", "share": 0.1},
-    "sparsegrad on data": {"name": "sparsegrad", "share": 0.1, "batches": 1},
+    "sparsegrad": {"name": "sparsegrad", "basis": "none", "selection": "step", "density": 0.1},
+    "sparsegrad on data": {"name": "sparsegrad", "density": 0.1, "batches": 1},
     "dsee": {"name": "dsee", "rank": 2, "nonzeros": 4},
-    "mask": {"name": "mask", "share": 0.1},
-    "meprop": {"name": "meprop", "share": 0.1},
-    "meprop of outputs": {"name": "meprop", "of": "outputs", "share": 0.3},
-    "combined updates": {"name": "combined", "parts": [{"name": "mask", "share": 0.1}, {"name": "dsee", "rank": 2}]},
+    "mask": {"name": "mask", "density": 0.1},
+    "meprop": {"name": "meprop", "density": 0.1},
+    "meprop of outputs": {"name": "meprop", "of": "outputs", "density": 0.3},
+    "combined updates": {"name": "combined", "parts": [{"name": "mask", "density": 0.1}, {"name": "dsee", "rank": 2}]},
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from families import FAMILIES
+from methods import crossed
 from tolerance import relative_error
 from torch import nn
 
@@ -38,19 +39,19 @@ PLANS: dict[str, Callable[[], Any]] = {
     "importance": lambda: methods.build("importance", width=0.5),
     "reinit": lambda: methods.build("reinit", width=0.5),
     "unstructured": lambda: methods.build("unstructured", width=0.5),
-    "prune": lambda: fk.Prune(ratio=0.5),
-    "heads": lambda: fk.RemoveHeads(share=1),
-    "structured": lambda: fk.StructuredPruning(heads=1, neurons=0.5),
+    "prune": lambda: fk.Prune(sparsity=0.5),
+    "heads": lambda: fk.RemoveHeads(remove=1),
+    "structured": lambda: fk.StructuredPruning(remove_heads=1, remove_neurons=0.5),
     "merging": lambda: fk.Merging(layers="0-1"),
     "layer-drop": lambda: methods.build("layer-drop", layers="last:1"),
     "ffn-drop": lambda: methods.build("ffn-drop", layers="last:1"),
-    "sparsegrad": lambda: fk.SparseGrad(share=0.1, batches=1),
-    "sparsegrad-magnitude": lambda: fk.SparseGrad(share=0.1, basis="none", choose="magnitude"),
-    "sparsegrad-core": lambda: fk.SparseGrad(share=0.1, choose="magnitude", batches=1),
+    "sparsegrad": lambda: fk.SparseGrad(density=0.1, batches=1),
+    "sparsegrad-magnitude": lambda: fk.SparseGrad(density=0.1, basis="none", choose="magnitude"),
+    "sparsegrad-core": lambda: fk.SparseGrad(density=0.1, choose="magnitude", batches=1),
     "dsee": lambda: fk.DSEE(rank=2, nonzeros=4),
-    "dsee-magnitude": lambda: fk.DSEE(rank=2, nonzeros=4, support="magnitude", sites="ffn"),
+    "dsee-magnitude": lambda: fk.DSEE(rank=2, nonzeros=4, support="magnitude", targets="ffn"),
     "dsee-gradient": lambda: fk.DSEE(rank=2, nonzeros=4, support="gradient", batches=1),
-    "combined": lambda: fk.Combined([fk.Fusion(width=0.5, restarts=1), fk.RemoveHeads(share=1)]),
+    "combined": lambda: fk.Combined([fk.Fusion(width=0.5, restarts=1), fk.RemoveHeads(remove=1)]),
 }
 KINDS = ("bert", "gpt2", "llama")
 
@@ -144,8 +145,9 @@ def breaking(patch: pytest.MonkeyPatch, at: int, error: type[BaseException]) -> 
     return calls
 
 
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("method", [m for m in PLANS if m not in ("fusion-last", "sketch", "reinit", "mmd")])
+@pytest.mark.parametrize(
+    ("method", "name"), crossed([m for m in PLANS if m not in ("fusion-last", "sketch", "reinit", "mmd")], KINDS)
+)
 def test_what_fails_half_way_leaves_the_model_as_it_was(name: str, method: str) -> None:
     original = FAMILIES[name].model()
     plan = made(name, original, method)
@@ -284,11 +286,11 @@ def test_edits_out_of_order_are_refused() -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_a_plan_and_its_successor_are_one_plan(name: str, tmp_path: Path) -> None:
     base = FAMILIES[name].model()
-    heads = fk.plan(base, fk.RemoveHeads(share=1))
+    heads = fk.plan(base, fk.RemoveHeads(remove=1))
     step = fk.apply(copy.deepcopy(base), heads)
     neurons = fk.plan(step, methods.build("magnitude", width=0.5))
     expected = fk.apply(step, neurons)
-    masks = fk.plan(expected, fk.Prune(ratio=0.5))
+    masks = fk.plan(expected, fk.Prune(sparsity=0.5))
     fk.apply(expected, masks)
     whole = heads.then(neurons).then(masks)
     whole.save(tmp_path / "plan")
@@ -357,7 +359,9 @@ def test_ffns_tied_by_parameter_are_tuned_as_one(name: str, tuner: str, tmp_path
     settings: dict[str, Any] = {"name": tuner, "targets": "ffn", "head": False}
     tuned: Any
     if tuner == "sparsegrad":
-        tuned = fk.apply(model, fk.plan(model, fk.SparseGrad(share=0.1, basis="none", choose="random", also=())))
+        tuned = fk.apply(
+            model, fk.plan(model, fk.SparseGrad(density=0.1, basis="none", choose="random", modules_to_train=()))
+        )
     else:
         tuned = tuners.prepare(model, settings)
     expected = logits(trained(tuned))
@@ -378,8 +382,8 @@ def test_updates_of_a_head_tied_to_the_embeddings_are_refused(name: str) -> None
     model = cls(config)
     head = next(n for n, m in model.named_modules() if m is model.get_output_embeddings())
     for refuse in (
-        lambda: fk.apply(model, fk.plan(model, fk.DSEE(rank=1, nonzeros=2, sites=head.replace(".", r"\.")))),
-        lambda: fk.apply(model, fk.plan(model, fk.Prune(ratio=0.5, sites=head.replace(".", r"\.")))),
+        lambda: fk.apply(model, fk.plan(model, fk.DSEE(rank=1, nonzeros=2, targets=head.replace(".", r"\.")))),
+        lambda: fk.apply(model, fk.plan(model, fk.Prune(sparsity=0.5, targets=head.replace(".", r"\.")))),
         lambda: tuners.prepare(model, {"name": "lora", "targets": head.replace(".", r"\."), "head": False}),
     ):
         before = bits(model)
@@ -388,7 +392,7 @@ def test_updates_of_a_head_tied_to_the_embeddings_are_refused(name: str) -> None
         check_same(bits(model), before)
     config = copy.deepcopy(config)  # the control: with weights of its own it goes
     config.tie_word_embeddings = False
-    fk.apply(other := cls(config), fk.plan(other, fk.DSEE(rank=1, nonzeros=2, sites=head.replace(".", r"\."))))
+    fk.apply(other := cls(config), fk.plan(other, fk.DSEE(rank=1, nonzeros=2, targets=head.replace(".", r"\."))))
 
 
 @pytest.mark.parametrize("tuner", ["lora", "sparsegrad", "dsee", "full", "ffn", "head"])
@@ -396,7 +400,7 @@ def test_masked_language_models_reopen_as_they_were_tuned(tuner: str, tmp_path: 
     torch.manual_seed(0)
     model = transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)).eval()
     if tuner == "sparsegrad":
-        tuned: Any = fk.apply(model, fk.plan(model, fk.SparseGrad(share=0.1, basis="none", choose="random")))
+        tuned: Any = fk.apply(model, fk.plan(model, fk.SparseGrad(density=0.1, basis="none", choose="random")))
     else:
         tuned = tuners.prepare(model, tuner)
     expected = logits(trained(tuned))

@@ -119,7 +119,7 @@ def test_all_that_name_attention_mean_the_same(name: str) -> None:
 
 def test_pruning_attention_leaves_ffns_alone() -> None:
     model: Any = FAMILIES["siglip"].model()
-    plan = fk.plan(model, fk.Prune(ratio=0.5, sites="attention"))
+    plan = fk.plan(model, fk.Prune(sparsity=0.5, targets="attention"))
     assert {edit.target for edit in plan.edits} <= set(attention_linears(model))
     with pytest.raises(FfnkitError, match="no linear"):
         targets(nn.Sequential(nn.Linear(3, 4)), "attention")

@@ -30,7 +30,7 @@ METHODS: dict[str, Any] = {
     "ffn-drop": FfnDrop(window=1),
     "wanda": fk.Prune(by="wanda"),
     "heads": fk.RemoveHeads(0.5, by="activation"),
-    "structured": fk.StructuredPruning(heads=0.5, neurons=0.25, by="activation"),
+    "structured": fk.StructuredPruning(remove_heads=0.5, remove_neurons=0.25, by="activation"),
     "sparsegrad": fk.SparseGrad(batches=4),
     "dsee": fk.DSEE(support="gradient"),
     "combined": fk.Combined([Importance(0.5, layers="0"), fk.CalibratedFusion(0.5, layers="1", refine=0)]),

@@ -28,9 +28,9 @@ from ffnkit.recipe.settings import check_tuner
 from ffnkit.tune import quantizing, tuners
 
 SMALL: dict[str, Any] = {"rank": 2, "nonzeros": 5}
-ENTRIES: dict[str, Any] = {"share": 0.05, "basis": "none"}
+ENTRIES: dict[str, Any] = {"density": 0.05, "basis": "none"}
 PARTS = [{"name": "sparsegrad", **ENTRIES}, {"name": "dsee", "targets": "qv", **SMALL}]
-HEADS = fk.RemoveHeads(share=1)
+HEADS = fk.RemoveHeads(remove=1)
 NAMES = ("bert", "gpt2", "llama", "t5")
 
 
@@ -126,10 +126,10 @@ def test_what_trains_beside_adds_up_and_goes_back_to_the_bit() -> None:
     model = FAMILIES["bert"].model()
     data = batches("bert", model)
     untouched = {n: p.detach().clone() for n, p in model.named_parameters()}
-    apply(model, on_ffns(also=["head", "norms"]), data=data)
+    apply(model, on_ffns(modules_to_train=["head", "norms"]), data=data)
     trained(model, data)
     tuned = {n: p.detach().clone() for n, p in model.named_parameters()}
-    apply(model, on_attention(also=["biases"]))
+    apply(model, on_attention(modules_to_train=["biases"]))
     claimed = {id(p) for p in [*own(model), *parts_of(model, ["head", "norms", "biases"])]}
     assert {id(p) for p in fk.trainable_parameters(model)} == claimed
     trained(model, data)
@@ -147,7 +147,7 @@ def test_a_head_that_trained_and_is_adapted_then_goes_back_too() -> None:
     apply(model, on_ffns(), data=data)
     trained(model, data)
     assert_differs(model.classifier.weight, before)
-    apply(model, on_attention(sites="classifier"))
+    apply(model, on_attention(targets="classifier"))
     trained(model, data)
     fk.remove_adapter(model)
     assert torch.equal(model.classifier.weight, before)
@@ -158,7 +158,7 @@ def test_what_trained_beside_goes_back_after_heads_and_neurons_went(name: str) -
     family = FAMILIES[name]
     model, bare = family.model(), family.model()
     data = batches(name, model)
-    apply(model, on_attention(also=["attention", "biases"]), data=data)
+    apply(model, on_attention(modules_to_train=["attention", "biases"]), data=data)
     trained(model, data)
     for method in (HEADS, fk.methods.build("magnitude", width=0.5)):
         plan = fk.plan(model, method)
@@ -175,7 +175,7 @@ def test_what_trained_beside_goes_back_after_heads_and_neurons_went(name: str) -
 def test_what_trained_beside_and_was_rewritten_does_not_go_back() -> None:
     model = FAMILIES["bert"].model()
     data = batches("bert", model)
-    apply(model, on_attention(also=["biases"]), data=data)
+    apply(model, on_attention(modules_to_train=["biases"]), data=data)
     apply(model, fk.Fusion(width=0.5))
     count = len(adapter_layers(model))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -191,8 +191,10 @@ def test_the_tuner_of_two_parts(tmp_path: Path) -> None:
     family = FAMILIES["bert"]
     model = family.model()
     data = batches("bert", model)
-    parts = [{"name": "mask", "share": 0.1}, {"name": "dsee", **SMALL}]
-    tuner = tuners.get({"name": "combined", "parts": parts, "adapter_dir": tmp_path / "adapter", "also": ["norms"]})
+    parts = [{"name": "mask", "density": 0.1}, {"name": "dsee", **SMALL}]
+    tuner = tuners.get(
+        {"name": "combined", "parts": parts, "adapter_dir": tmp_path / "adapter", "modules_to_train": ["norms"]}
+    )
     tuned = trained(tuners.prepare(model, tuner), data)
     assert {id(p) for p in fk.trainable_parameters(tuned)} == {
         id(p) for p in [*own(tuned), *parts_of(tuned, ["head", "norms"])]
@@ -239,7 +241,7 @@ COMPRESSED: dict[str, Callable[[], list[Any]]] = {
     "merged": lambda: [fk.Merging(layers="all", match=False)],
     "heads removed": lambda: [HEADS],
     "fused, heads removed": lambda: [fk.Fusion(width=0.5, restarts=1), HEADS],
-    "masked FFNs": lambda: [fk.Prune(ratio=0.5, sites="ffn")],
+    "masked FFNs": lambda: [fk.Prune(sparsity=0.5, targets="ffn")],
 }
 
 
@@ -294,7 +296,7 @@ def test_lora_on_a_pruned_model(name: str, kind: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     model = family.model()
     data = batches(name, model)
-    masked = [fk.Prune(ratio=0.5)]
+    masked = [fk.Prune(sparsity=0.5)]
     methods = {"masked": masked, "all of it": [fk.methods.build("magnitude", width=0.5), HEADS, *masked]}.get(kind)
     apply(model, *(COMPRESSED[kind]() if methods is None else methods))
     before = family.outputs(model)
@@ -328,7 +330,7 @@ def test_heads_go_from_a_model_with_both_updates(name: str, tmp_path: Path) -> N
     trained(model, data)
     heads = [attention.heads for attention in attentions(model)]
     count = len(adapter_layers(model))
-    apply(model, fk.RemoveHeads(share=1, by="update"))
+    apply(model, fk.RemoveHeads(remove=1, by="update"))
     assert [attention.heads for attention in attentions(model)] < heads
     assert len(adapter_layers(model)) == count
     check(name, model, data, tmp_path)
@@ -349,7 +351,7 @@ def test_weights_go_below_both_updates_and_stay_zero(tmp_path: Path) -> None:
     data = batches("bert", model)
     apply(model, fk.Combined([on_ffns(), on_attention()]), data=data)
     trained(model, data)
-    apply(model, fk.Prune(ratio=0.5))
+    apply(model, fk.Prune(sparsity=0.5))
     gone = {name: layer.base == 0 for name, layer in adapter_layers(model).items()}
     masks = {each.label: each.stored == 0 for each in prunable(model, "all")}
     assert sum(int(mask.sum()) for mask in masks.values()) == pytest.approx(
@@ -366,11 +368,11 @@ def test_weights_go_below_both_updates_and_stay_zero(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[str, list[Any], Any, str]] = {
     "update on an updated linear": ("bert", [on_attention()], on_attention(), r"an update \(dsee\) is on .*query"),
-    "update on an updated linear of more": ("bert", [on_attention()], on_attention(sites="all"), "dsee.*is on"),
+    "update on an updated linear of more": ("bert", [on_attention()], on_attention(targets="all"), "dsee.*is on"),
     "two updates of one linear in one plan": (
         "bert",
         [],
-        fk.Combined([on_attention(), on_ffns(sites=".*query")]),
+        fk.Combined([on_attention(), on_ffns(targets=".*query")]),
         "changed by dsee too",
     ),
     "fusing updated FFNs": ("bert", [on_ffns()], fk.Fusion(width=0.5), "an update trains beside"),
@@ -392,7 +394,7 @@ REFUSED: dict[str, tuple[str, list[Any], Any, str]] = {
         on_ffns(),
         r"edited already \(scaled\). Fold",
     ),
-    "updating masked linears": ("bert", [fk.Prune(sites="attention")], on_attention(), r"edited already \(masked\)"),
+    "updating masked linears": ("bert", [fk.Prune(targets="attention")], on_attention(), r"edited already \(masked\)"),
     "heads that share a norm": ("olmo2", [], HEADS, "norm"),
     "a share of no heads": ("bert", [HEADS], HEADS, "one has to stay"),
     "updates of experts in one tensor": ("mixtral", [], on_ffns(), "several experts in one 3-D parameter"),
@@ -423,14 +425,14 @@ def test_weights_in_few_bits_take_updates_but_no_pruning(method: Any) -> None:
     quantizing.quantize(model, "nf4", keep=["classifier", "bert.pooler"])
     with pytest.raises(FfnkitError, match="quantized"):
         fk.plan(model, method)
-    apply(model, fk.Combined([on_attention(), on_attention(sites=r".*attention\.output\.dense")]))
+    apply(model, fk.Combined([on_attention(), on_attention(targets=r".*attention\.output\.dense")]))
     assert len(adapter_layers(model)) == 9
     trained(model, data)
     with pytest.raises(FfnkitError, match="quantized"):
         fk.plan(model, method)
 
 
-@pytest.mark.parametrize("method", [fk.Prune(), HEADS, on_attention(), on_ffns(), on_ffns(sites="attention")])
+@pytest.mark.parametrize("method", [fk.Prune(), HEADS, on_attention(), on_ffns(), on_ffns(targets="attention")])
 def test_an_adapter_of_peft_is_merged_before_what_needs_its_linears(method: Any) -> None:
     model = FAMILIES["bert"].model()
     data = batches("bert", model)
@@ -456,7 +458,7 @@ def test_sparsegrad_wants_weights_that_have_gradients() -> None:
     model = FAMILIES["bert"].model()
     model.bert.encoder.layer[0].intermediate.dense.__class__ = type("Linear4bit", (nn.Linear,), {})
     with pytest.raises(FfnkitError, match="quantized"):
-        on_ffns(sites=r".*layer\.0\.intermediate\.dense").targets(model)
+        on_ffns(targets=r".*layer\.0\.intermediate\.dense").chosen(model)
 
 
 @pytest.mark.parametrize(
@@ -466,7 +468,7 @@ def test_sparsegrad_wants_weights_that_have_gradients() -> None:
         [HEADS, fk.Fusion(width=0.5, restarts=1)],
         [fk.Merging(layers="all", match=False), fk.Prune()],
         [fk.Merging(layers="all", match=False), HEADS],
-        [fk.Fusion(width=0.5, restarts=1), HEADS, fk.Prune(sites="attention")],
+        [fk.Fusion(width=0.5, restarts=1), HEADS, fk.Prune(targets="attention")],
     ],
     ids=lambda methods: "+".join(method.name for method in methods),
 )

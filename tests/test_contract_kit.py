@@ -97,6 +97,7 @@ def test_fresh_processes_open_both_forms(shelf: Path) -> None:
     check_reopened(shelf)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_that_opens_something_else_is_seen(shelf: Path, tmp_path: Path) -> None:
     """The control: other outputs are expected than the checkpoint has."""
     import shutil

@@ -101,6 +101,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 def test_mistakes_in_the_package_of_the_page_are_found_by_name(tmp_path: Path) -> None:
     text = (DOCS / "adding.md").read_text(encoding="utf-8")
     for right, wrong in MISTAKES.items():

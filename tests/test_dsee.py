@@ -343,24 +343,24 @@ def test_every_support_has_exactly_so_many_entries(name: str, support: str) -> N
 def test_draws_do_not_depend_on_what_else_is_planned() -> None:
     model = FAMILIES["bert"].model()
     both = {e.target: e for e in fk.plan(model, fk.DSEE(**SMALL, support="random")).edits if e.kind == "UpdateLinear"}
-    one = fk.plan(model, fk.DSEE(**SMALL, support="random", sites=r".*layer\.1.*value")).edits[0]
+    one = fk.plan(model, fk.DSEE(**SMALL, support="random", targets=r".*layer\.1.*value")).edits[0]
     assert one.given == both[one.target].given and torch.equal(one.parts["index"], both[one.target].parts["index"])
     assert len({e.given["seed"] for e in both.values()}) == len(both)
     other = fk.plan(model, fk.DSEE(**SMALL, support="random", seed=1)).edits[0]
     assert other.given["seed"] != both[other.target].given["seed"]
 
 
-def test_sites_and_shares() -> None:
+def test_targets_and_densities() -> None:
     model = FAMILIES["bert"].model()
 
     def names(**more: Any) -> set[str]:
         plan = fk.plan(model, fk.DSEE(**{**SMALL, **more}))
         return {e.target for e in plan.edits if e.kind == "UpdateLinear"}
 
-    assert len(names()) == 6 and len(names(sites="ffn")) == 6 and len(names(sites="attention")) == 12
-    assert len(names(sites="all")) == 18 and len(names(layers="last:1")) == 2
-    assert names(sites=r".*layer\.0.*key") == {"bert.encoder.layer.0.attention.self.key"}
-    plan = fk.plan(model, fk.DSEE(rank=0, share=0.1))
+    assert len(names()) == 6 and len(names(targets="ffn")) == 6 and len(names(targets="attention")) == 12
+    assert len(names(targets="all")) == 18 and len(names(layers="last:1")) == 2
+    assert names(targets=r".*layer\.0.*key") == {"bert.encoder.layer.0.attention.self.key"}
+    plan = fk.plan(model, fk.DSEE(rank=0, density=0.1))
     assert all(e.trained == 26 for e in plan.edits if e.kind == "UpdateLinear")  # of 256
     assert "26 numbers train" in str(plan)
     low = fk.plan(model, fk.DSEE(rank=2, nonzeros=0))
@@ -373,17 +373,17 @@ def test_what_does_not_fit_is_refused() -> None:
         ({"rank": 0, "nonzeros": 0}, "nothing would train"),
         ({"rank": -1}, "rank -1"),
         ({"alpha": 0}, "alpha"),
-        ({"share": 2.0}, "share"),
+        ({"density": 2.0}, "density"),
         ({"support": "largest"}, "Choose one of svd"),
-        ({"also": "head"}, "also"),
+        ({"modules_to_train": "head"}, "modules_to_train"),
         ({"support": "gradient"}, "data|gradients"),
-        ({"sites": "nothing"}, "no linear of the model matches"),
+        ({"targets": "nothing"}, "no linear of the model matches"),
         ({"lora": "/nowhere"}, "adapter_config.json"),
     ):
         with pytest.raises(FfnkitError, match=said):
             fk.plan(model, fk.DSEE(**settings))
     with pytest.raises(FfnkitError, match="3-D parameter"):
-        fk.plan(FAMILIES["mixtral"].model(), fk.DSEE(sites="ffn"))
+        fk.plan(FAMILIES["mixtral"].model(), fk.DSEE(targets="ffn"))
     fk.apply(model, fk.plan(model, fk.DSEE(**SMALL)))
     with pytest.raises(FfnkitError, match="is on .* already"):
         fk.plan(model, fk.DSEE(**SMALL))
@@ -430,7 +430,7 @@ def test_a_plain_loop_trains_what_is_claimed(name: str, sites: str, tmp_path: Pa
     family = FAMILIES[name]
     model = family.model()
     data = batches(name, model)
-    plan = fk.plan(model, fk.DSEE(**SMALL, sites=sites))
+    plan = fk.plan(model, fk.DSEE(**SMALL, targets=sites))
     untouched = {n: p.detach().clone() for n, p in model.named_parameters()}
     plan.save(tmp_path / "plan")
     assert fk.Plan.load(tmp_path / "plan") == plan
@@ -497,7 +497,7 @@ def test_tied_ffns_have_one_update() -> None:
     model = family.model()
     data = batches("llama", model)
     fk.apply(model, fk.plan(model, fk.Merging(layers="all", match=False)))
-    fk.apply(model, fk.plan(model, fk.DSEE(**SMALL, sites="ffn")))
+    fk.apply(model, fk.plan(model, fk.DSEE(**SMALL, targets="ffn")))
     assert len(adapter_layers(model)) == 3  # up, gate and down of the one FFN
     after = family.outputs(trained(model, data))
     fk.fold(model)
@@ -510,7 +510,7 @@ def test_tied_ffns_have_one_update() -> None:
 def test_what_trainers_do_works(kind: str) -> None:
     model = FAMILIES["bert"].model()
     data = batches("bert", model)
-    fk.apply(model, fk.plan(model, fk.DSEE(**SMALL, sites="qv" if kind == "autocast" else "all"))).train()
+    fk.apply(model, fk.plan(model, fk.DSEE(**SMALL, targets="qv" if kind == "autocast" else "all"))).train()
     disturbed(model)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -601,7 +601,7 @@ def test_an_adapter_of_pefts_own_is_the_start(tmp_path: Path) -> None:
     for key, value in family.outputs(model).items():
         assert_close(value, wanted[key], rel=1e-5, what=key)
     with pytest.raises(FfnkitError, match="gets no update"):
-        fk.plan(family.model(), fk.DSEE(lora=str(tmp_path), sites="ffn"))
+        fk.plan(family.model(), fk.DSEE(lora=str(tmp_path), targets="ffn"))
     about = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(about | {"use_dora": True}))
     with pytest.raises(FfnkitError, match="DoRA"):
@@ -612,7 +612,7 @@ def test_what_pefts_form_does_not_hold_is_refused(tmp_path: Path) -> None:
     model = FAMILIES["bert"].model()
     with pytest.raises(FfnkitError, match="no low-rank update"):
         fk.save_lora(model, tmp_path / "x")
-    fk.apply(model, fk.plan(model, fk.DSEE(**SMALL, also=("head", "norms"))))
+    fk.apply(model, fk.plan(model, fk.DSEE(**SMALL, modules_to_train=("head", "norms"))))
     with pytest.raises(FfnkitError, match="norms trained too"):
         fk.save_lora(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()

@@ -115,7 +115,7 @@ def test_a_body_below_a_task_head_is_read_by_the_bases_own_head(folder: Path, ki
     found = forgetting(base, tuned, tokenizer, TEXTS)
     assert found["before"] == neutral_loss(opened(folder, kind), tokenizer, TEXTS)
     assert found["after"] == pytest.approx(found["before"], rel=1e-6)  # an untuned body forgot nothing
-    fk.apply(tuned, fk.plan(tuned, fk.RemoveHeads(share=1)))
+    fk.apply(tuned, fk.plan(tuned, fk.RemoveHeads(remove=1)))
     fk.apply(tuned, fk.plan(tuned, fk.Fusion(width=0.5, restarts=1)))
     pruned = forgetting(base, tuned, tokenizer, TEXTS)
     assert pruned["before"] == found["before"] and pruned["after"] != found["after"]
@@ -204,7 +204,7 @@ TRAIN_CONFIG = {
 @pytest.fixture(scope="module")
 def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("peft") / "out"
-    prune = {"prune": {"method": "prune", "ratio": 0.5}}
+    prune = {"prune": {"method": "prune", "sparsity": 0.5}}
     arms = {
         "full": {"tuner": "full"},
         "lora": {"tuner": {"name": "lora", "rank": 2}, "tune": {"steps": 2}},

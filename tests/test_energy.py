@@ -223,15 +223,15 @@ def test_advice_by_its_rules() -> None:
 
     advice = given(0.3, 0.5, 0.54)
     assert advice.basis == "shared" and advice.layers == "0" and advice.linears == tuple(names[:2])
-    assert advice.count[names[1]] == 11 and advice.share == _rounded((1 + 11) / (2 * 640))
+    assert advice.count[names[1]] == 11 and advice.density == _rounded((1 + 11) / (2 * 640))
     assert given(0.3, 0.5, 0.56).basis == "layer" and given(0.5, 0.5, 0.54).basis == "none"
     assert given(0.5, 0.5, 0.54).count[names[1]] == 10
-    assert given(0.3, 0.5, 0.54, least=0.05).share == 0.05  # no less than what was measured
+    assert given(0.3, 0.5, 0.54, least=0.05).density == 0.05  # no less than what was measured
     after = given(0.3, 0.5, 0.54, later=40)
-    assert after.count[names[0]] == 40 and after.share == _rounded(80 / (2 * 640))
+    assert after.count[names[0]] == 40 and after.density == _rounded(80 / (2 * 640))
     assert given(0.3, 0.5, 0.54, later=None).count[names[0]] is None
     assert 'layers="0"' in advice.lines()[-1]
-    found = gradient_energy(*_three(labelled("gpt2", 3)), sites=r".*c_proj")
+    found = gradient_energy(*_three(labelled("gpt2", 3)), targets=r".*c_proj")
     assert found.advice.layers == "" and all(name.endswith("c_proj") for name in found.advice.linears)
 
 

@@ -316,7 +316,7 @@ def test_an_adapter_that_lacks_tensors_is_refused(lost: str, tmp_path: Path) -> 
         load_adapter(family.model(), folder)
     if "lora" in lost:
         with pytest.raises(FfnkitError, match=r"alone|adapts"):
-            fk.plan(family.model(), fk.DSEE(lora=str(folder), nonzeros=0, sites="ffn"))
+            fk.plan(family.model(), fk.DSEE(lora=str(folder), nonzeros=0, targets="ffn"))
 
 
 # --- plans and the weights that they were made for --------------------------------------------------------------------
@@ -345,7 +345,7 @@ def test_a_plan_that_no_weights_decided_fits_every_model_of_the_shape(method: st
 
 def test_a_plan_of_two_knows_the_weights_before_the_first() -> None:
     model: Any = FAMILIES["bert"].model()
-    first = fk.plan(model, fk.RemoveHeads(share=1))
+    first = fk.plan(model, fk.RemoveHeads(remove=1))
     fk.apply(model, first)
     both = first.then(fk.plan(model, fk.Fusion(width=0.5)))
     fk.apply(FAMILIES["bert"].model(), both)

@@ -87,7 +87,7 @@ def test_heads_by_activation_lose_what_is_written_down() -> None:
         model(**inputs)
     for hook in hooks:
         hook.remove()
-    plan = fk.plan(model, fk.RemoveHeads(share=1, by="activation"), data=[inputs])
+    plan = fk.plan(model, fk.RemoveHeads(remove=1, by="activation"), data=[inputs])
     mask = inputs["attention_mask"].flatten().bool()
     for linear, x, lost in zip(outputs, seen, plan.quantities.values(), strict=True):
         tokens = x.reshape(-1, x.shape[-1])[mask].double()
@@ -122,7 +122,7 @@ def test_planning_leaves_gradients_as_they_were() -> None:
     batch = {**family.inputs(model), "labels": torch.tensor([0, 1])}
     model(**batch).loss.backward()
     kept = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    fk.plan(model, fk.SparseGrad(share=0.05, batches=1), data=[batch])
+    fk.plan(model, fk.SparseGrad(density=0.05, batches=1), data=[batch])
     now = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert now.keys() == kept.keys() and all(torch.equal(now[name], value) for name, value in kept.items())
 

@@ -407,7 +407,9 @@ def test_transformers_own_classes_open_compact_checkpoints_and_what_they_open_is
     assert_equal(family, eager(fk.load(tmp_path / "again"), family), model)
 
 
-@pytest.mark.parametrize("name", [name for name in [*SEPARABLE, *WIDE] if name not in BLOCKS])
+@pytest.mark.parametrize(
+    "name", slow_but(set(LAYINGS) - set(BLOCKS), [name for name in [*SEPARABLE, *WIDE] if name not in BLOCKS])
+)
 def test_one_number_of_heads_in_all_layers_where_the_config_can_say_it(name: str, tmp_path: Path) -> None:
     family = ALL[name]
     model = family.model()
@@ -519,6 +521,7 @@ def reopened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ffnkit", "plain"])
 def test_fresh_processes(kind: str, reopened: dict[str, Any]) -> None:
     """With ffnkit imported both forms open; without it the standard one does, and the compact one raises."""
@@ -563,7 +566,7 @@ def facts(model: nn.Module) -> list[Any]:
 def test_a_plan_says_what_goes(tmp_path: Path) -> None:
     family = WIDE["llama-8"]
     model = family.model()
-    plan = fk.plan(model, RemoveHeads(share=0.25))
+    plan = fk.plan(model, RemoveHeads(remove=0.25))
     text = str(plan)
     assert "model.layers.0.self_attn  8 heads  ->  6 (4 -> 3 groups)" in text
     assert plan.saved_parameters == sum(edit.parameters for edit in plan.edits)
@@ -593,7 +596,7 @@ def test_inspect_shows_heads() -> None:
 def test_heads_and_fused_ffns_in_one_plan(tmp_path: Path) -> None:
     family = WIDE["bert-4"]
     model = family.model()
-    given = [{"method": "heads", "share": 0.25}, {"method": "fusion", "width": 0.5}]
+    given = [{"method": "heads", "remove": 0.25}, {"method": "fusion", "width": 0.5}]
     fk.apply(model, fk.plan(model, methods.build("combined", methods=given)))
     assert [a.heads for a in attentions(model)] == [3, 3, 3]
     fk.save(model, tmp_path / "compact")
@@ -622,7 +625,7 @@ def test_the_heads_with_the_smallest_weights_go() -> None:
         for role in ("q", "v"):
             linear = attention.linear(role)
             linear.weight[attention.rows(role)[2]] *= 0.01
-    edit = fk.plan(model, RemoveHeads(share=1, layers="0")).edits[0]
+    edit = fk.plan(model, RemoveHeads(remove=1, layers="0")).edits[0]
     assert edit.index.tolist() == [0, 1, 3]
     expected = [
         sum(attention.linear(r).weight[4 * h : 4 * h + 4].abs().sum().item() for r in ("q", "v")) for h in range(4)
@@ -637,7 +640,7 @@ def test_the_score_of_the_update_is_that_of_query_and_value() -> None:
     own = [UpdateLinear(p, layer="dsee", given=given, parts=drawn(model.get_submodule(p))) for p in paths]
     fk.apply(model, plan_of(model, own))
     for score in ("update", "both"):
-        plan = fk.plan(model, RemoveHeads(share=0.25, by=score))
+        plan = fk.plan(model, RemoveHeads(remove=0.25, by=score))
         for attention, edit in zip(attentions(model), plan.edits, strict=True):
             sizes = torch.zeros(4).double()
             for role in ("q", "v"):
@@ -646,7 +649,7 @@ def test_the_score_of_the_update_is_that_of_query_and_value() -> None:
                 sizes += size.view(4, -1).sum(1)
             gone = sorted(set(range(4)) - set(edit.index.tolist()))
             assert gone == [int(sizes.argmin())]
-    weight = [e.index.tolist() for e in fk.plan(model, RemoveHeads(share=0.25)).edits]
+    weight = [e.index.tolist() for e in fk.plan(model, RemoveHeads(remove=0.25)).edits]
     fk.fold(model)
     both = [e.index.tolist() for e in plan.edits]
     assert [e.index.tolist() for e in fk.plan(model, RemoveHeads()).edits] == both
@@ -656,21 +659,21 @@ def test_the_score_of_the_update_is_that_of_query_and_value() -> None:
 def test_by_name_and_by_number() -> None:
     model = WIDE["llama-8"].model()
     names = [a.name for a in attentions(model)]
-    plan = fk.plan(model, RemoveHeads(share={names[0]: 2, names[2]: 0.25}, by="random", seed=3))
+    plan = fk.plan(model, RemoveHeads(remove={names[0]: 2, names[2]: 0.25}, by="random", seed=3))
     assert {e.target: len(e.index) for e in plan.edits} == {names[0]: 2, names[2]: 3}
-    again = fk.plan(model, RemoveHeads(share={names[0]: 2, names[2]: 0.25}, by="random", seed=3))
+    again = fk.plan(model, RemoveHeads(remove={names[0]: 2, names[2]: 0.25}, by="random", seed=3))
     assert again == plan
-    assert fk.plan(model, RemoveHeads(share={names[0]: 2, names[2]: 0.25}, by="random", seed=4)) != plan
+    assert fk.plan(model, RemoveHeads(remove={names[0]: 2, names[2]: 0.25}, by="random", seed=4)) != plan
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"share": 1.0}, "below 1"),
-        ({"share": 4}, "0 to 3"),
-        ({"share": 0.05}, "none would go"),
-        ({"share": True}, "a bool"),
-        ({"share": {"nowhere": 1}}, "no attention of that name"),
+        ({"remove": 1.0}, "below 1"),
+        ({"remove": 4}, "0 to 3"),
+        ({"remove": 0.05}, "none would go"),
+        ({"remove": True}, "a bool"),
+        ({"remove": {"nowhere": 1}}, "no attention of that name"),
         ({"by": "size"}, "no such choice"),
         ({"by": "update"}, "carries an update"),
         ({"layers": "9"}, "layer 9"),
@@ -700,7 +703,7 @@ def test_what_cannot_go_is_refused_and_nothing_changed() -> None:
             fk.apply(model, plan_of(model, [good, edit]))
         assert {n: id(p) for n, p in model.named_parameters()} == before
     with pytest.raises(FfnkitError, match="all heads together"):
-        fk.plan(FAMILIES["olmo2"].model(), RemoveHeads(share=0.5))
+        fk.plan(FAMILIES["olmo2"].model(), RemoveHeads(remove=0.5))
     with pytest.raises(FfnkitError, match="multiple of 4"):
         codegen = WIDE["codegen-8"].model()
         fk.apply(codegen, plan_of(codegen, [removal(attentions(codegen)[0], torch.arange(6))]))
@@ -708,14 +711,14 @@ def test_what_cannot_go_is_refused_and_nothing_changed() -> None:
 
 def test_a_share_leaves_whole_blocks() -> None:
     model = WIDE["codegen-8"].model()
-    assert [len(e.index) for e in fk.plan(model, RemoveHeads(share=0.5)).edits] == [4, 4, 4]
+    assert [len(e.index) for e in fk.plan(model, RemoveHeads(remove=0.5)).edits] == [4, 4, 4]
     with pytest.raises(FfnkitError, match="none would go"):
-        fk.plan(model, RemoveHeads(share=0.25))
+        fk.plan(model, RemoveHeads(remove=0.25))
 
 
 def test_an_update_of_the_real_small_models(models_dir: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(models_dir / "stories260K")
-    plan = fk.plan(model, RemoveHeads(share=0.25))
+    plan = fk.plan(model, RemoveHeads(remove=0.25))
     expected = zeroed(model, plan)
     given = probe.inputs(model)
     assert given is not None

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from methods import TUNERS, case_of
+from methods import TUNERS, case_of, crossed
 from test_tune import TASK, TOKENIZER, assert_same, bert, fit, settings, splits
 from torch import nn
 
@@ -23,7 +23,7 @@ from ffnkit.tune import lifecycle, load_adapter, train, tuners
 from ffnkit.tune.loop import Loop
 
 MORE: dict[str, dict[str, Any]] = {
-    "lora with norms": {"name": "lora", "rank": 2, "also": ["norms"], "keep_zeros": True, "targets": "all"},
+    "lora with norms": {"name": "lora", "rank": 2, "modules_to_train": ["norms"], "keep_zeros": True, "targets": "all"},
     "dsee with coefficients": {"name": "dsee", "rank": 2, "nonzeros": 4, "coefficients": 0.1, "keep_zeros": True},
     "meprop of outputs": {"name": "meprop", "of": "outputs"},
     "refreshed": {"name": "sparsegrad", "basis": "none", "selection": "refresh"},
@@ -73,8 +73,10 @@ def test_what_is_abandoned_is_undone_exactly(tuner: str, family: str) -> None:
     assert shape_of(model) == shape
 
 
-@pytest.mark.parametrize("second", list(TUNERS))
-@pytest.mark.parametrize("first", list(EVERY))
+@pytest.mark.parametrize(
+    ("first", "second"),
+    crossed(EVERY, TUNERS, always=[(name, after) for name in EVERY for after in ("full", "head") if after in TUNERS]),
+)
 def test_the_next_tuner_finds_the_model_as_it_was(first: str, second: str) -> None:
     case = case_of("bert")
     fresh, model = case.model(), case.model()

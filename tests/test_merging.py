@@ -204,8 +204,8 @@ def test_every_window_is_searched_the_last_one_too() -> None:
 def test_windows_by_what_is_left_or_saved_and_groups_by_similarity() -> None:
     model = copies("bert")
     batches = data("bert", model)
-    assert len(Merging(keep=2).targets(model)) == 2
-    assert len(Merging(remove=0.6).targets(model)) == 1  # all three: two thirds go
+    assert len(Merging(keep=2).chosen(model)) == 2
+    assert len(Merging(remove=0.6).chosen(model)) == 1  # all three: two thirds go
     plan = fk.plan(model, Merging(groups="similar", keep=2), data=batches)
     assert len(plan.edits) == 1 and len(plan.edits[0].touched) == 2
     both = fk.plan(model, Merging(groups=[[0, 2]], anchor="last"), data=batches)

@@ -110,6 +110,7 @@ def test_a_fixed_choice_needs_none() -> None:
     assert not is_registered(), layer
 
 
+@pytest.mark.slow
 def test_importing_registers_nothing() -> None:
     code = (
         "import ffnkit.nn.sparsegrad, ffnkit.nn.dsee, ffnkit.nn.coefficients, ffnkit.tune.kinds\n"

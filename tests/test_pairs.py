@@ -28,8 +28,8 @@ FIRST: dict[str, Any] = {
     "narrowed": lambda: EVERY["magnitude"](),
     "merged": lambda: EVERY["merging"](),
     "factored": lambda: EVERY["svd"](),
-    "heads": lambda: fk.RemoveHeads(share=1),
-    "pruned": lambda: fk.Prune(ratio=0.5),
+    "heads": lambda: fk.RemoveHeads(remove=1),
+    "pruned": lambda: fk.Prune(sparsity=0.5),
     "pruned FFNs": lambda: EVERY["unstructured"](),
 }
 SECOND = ("magnitude", "fusion", "svd", "merging", "heads", "prune", "unstructured", "sparsegrad", "dsee")

@@ -30,6 +30,7 @@ def test_texts_are_many_distinct_and_of_four_classes(collected) -> None:
     assert all(f"{name} " in " ".join(notes) for name in docstrings.LIBRARIES)
 
 
+@pytest.mark.slow
 def test_collecting_again_gives_the_same_texts(collected) -> None:
     assert docstrings.collect() == collected
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
+from methods import crossed
 from tolerance import assert_close, assert_differs
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -129,10 +130,10 @@ KINDS: dict[str, tuple[Change, Undo, str]] = {
 METHODS: dict[str, Callable[[], Any]] = {
     "fusion": lambda: fk.Fusion(width=0.5),
     "magnitude": lambda: methods.Magnitude(width=0.5),
-    "prune": lambda: fk.Prune(ratio=0.5, sites="all"),
-    "heads": lambda: fk.RemoveHeads(share=1),
-    "sparsegrad": lambda: fk.SparseGrad(share=0.1, basis="none", choose="random", also=()),
-    "dsee": lambda: fk.DSEE(rank=2, nonzeros=4, also=()),
+    "prune": lambda: fk.Prune(sparsity=0.5, targets="all"),
+    "heads": lambda: fk.RemoveHeads(remove=1),
+    "sparsegrad": lambda: fk.SparseGrad(density=0.1, basis="none", choose="random", modules_to_train=()),
+    "dsee": lambda: fk.DSEE(rank=2, nonzeros=4, modules_to_train=()),
 }
 
 
@@ -164,8 +165,7 @@ def _collected() -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "name"), crossed(KINDS, NAMES))
 def test_it_is_refused_in_one_line_by_all_that_edits_and_saves(kind: str, name: str, tmp_path: Path) -> None:
     change, undo, way = KINDS[kind]
     model: Any = FAMILIES[name].model()

@@ -34,7 +34,7 @@ from ffnkit.ops.bases import Grams, core_of, eigenbasis, top_share, turned
 from ffnkit.ops.routes import route
 from ffnkit.tune import tuners
 
-SMALL = {"share": 0.1, "batches": 2, "core": 1.0}
+SMALL = {"density": 0.1, "batches": 2, "core": 1.0}
 PLAIN = ("bert", "gpt2", "llama", "t5", "vit", "albert")
 
 
@@ -392,7 +392,7 @@ def test_gradients_are_the_models_own() -> None:
 @pytest.mark.parametrize("choose", ["random", "magnitude"])
 def test_masks_of_the_weights_own_entries(choose: str) -> None:
     model = FAMILIES["bert"].model()
-    plan = fk.plan(model, fk.SparseGrad(share=0.05, basis="none", choose=choose))
+    plan = fk.plan(model, fk.SparseGrad(density=0.05, basis="none", choose=choose))
     for edit in plan.edits:
         if edit.kind == "UpdateLinear":
             weight = model.get_submodule(edit.target).weight.detach()
@@ -553,10 +553,10 @@ def test_tied_ffns_train_once() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     model, plan, data = planned("bert")
-    with pytest.raises(FfnkitError, match="share"):
-        fk.plan(model, fk.SparseGrad(share=0.0), data=data)
-    with pytest.raises(FfnkitError, match="also"):
-        fk.plan(model, fk.SparseGrad(also=["heads"]), data=data)
+    with pytest.raises(FfnkitError, match="density"):
+        fk.plan(model, fk.SparseGrad(density=0.0), data=data)
+    with pytest.raises(FfnkitError, match="modules_to_train"):
+        fk.plan(model, fk.SparseGrad(modules_to_train=["heads"]), data=data)
     with pytest.raises(FfnkitError, match="gradients|data"):
         fk.plan(model, fk.SparseGrad())
     with pytest.raises(FfnkitError, match="3-D parameter"):
@@ -612,11 +612,11 @@ def test_what_trainers_do_works(kind: str) -> None:
 @pytest.mark.parametrize(
     "tuner",
     [
-        {"name": "mask", "share": 0.1},
-        {"name": "mask", "choose": "magnitude", "also": ("norms",)},
-        {"name": "meprop", "share": 0.1},
-        {"name": "meprop", "of": "outputs", "share": 0.2},
-        {"name": "head", "also": ("biases",)},
+        {"name": "mask", "density": 0.1},
+        {"name": "mask", "choose": "magnitude", "modules_to_train": ("norms",)},
+        {"name": "meprop", "density": 0.1},
+        {"name": "meprop", "of": "outputs", "density": 0.2},
+        {"name": "head", "modules_to_train": ("biases",)},
     ],
     ids=lambda tuner: "-".join(str(v) for v in tuner.values()),
 )
@@ -637,8 +637,8 @@ def test_tuners_without_data(tuner: dict[str, Any]) -> None:
     norms, biases = {n for n in names if "LayerNorm" in n}, {n for n in names if n.endswith("bias")}
     weights = {n for n in names if n.endswith(("intermediate.dense.weight", "output.dense.weight"))}
     weights -= {n for n in weights if "attention" in n}
-    wanted = head | (norms if "norms" in tuner.get("also", ()) else set())
-    wanted |= biases if "biases" in tuner.get("also", ()) else set()
+    wanted = head | (norms if "norms" in tuner.get("modules_to_train", ()) else set())
+    wanted |= biases if "biases" in tuner.get("modules_to_train", ()) else set()
     wanted |= weights if tuner["name"] != "head" else set()
     assert moved <= wanted and moved & head and (tuner["name"] == "head" or moved & weights)
 
@@ -657,7 +657,7 @@ def test_meprop_cuts_each_tokens_gradient() -> None:
 
 def test_lora_lets_further_parts_train() -> None:
     model = FAMILIES["bert"].model()
-    tuned = tuners.prepare(model, {"name": "lora", "also": ["norms"]})
+    tuned = tuners.prepare(model, {"name": "lora", "modules_to_train": ["norms"]})
     free = {n for n, p in tuned.named_parameters() if p.requires_grad}
     assert any("LayerNorm" in n for n in free) and not any(n.endswith("base_layer.weight") for n in free)
 

@@ -27,9 +27,9 @@ from ffnkit.tune import train
 
 STAGES = ["tune", "prune", "recover", "evaluate", "export"]
 DSEE = {"name": "dsee", "rank": 2, "nonzeros": 4}
-ENTRIES = {"name": "sparsegrad", "share": 0.05, "basis": "none", "batches": 2}
-HALF = {"method": "prune", "ratio": 0.5}
-HEADS = {"method": "heads", "share": 1}
+ENTRIES = {"name": "sparsegrad", "density": 0.05, "basis": "none", "batches": 2}
+HALF = {"method": "prune", "sparsity": 0.5}
+HEADS = {"method": "heads", "remove": 1}
 ARMS: dict[str, Any] = {
     "whole": {},
     "half": {"prune": HALF},
@@ -259,9 +259,9 @@ def test_sigkill_in_a_process_of_its_own(folder: Path, finished: Path, tmp_path:
         ({"stages": ["prune", "evaluate"]}, ["prune needs tune"]),
         ({"stages": ["prune", "tune"]}, ["out of order"]),
         ({"arms": {"half": {"prune": {"method": "prun"}}}}, ["arms.half.prune", "unknown method 'prun'", "prune"]),
-        ({"arms": {"half": {"prune": {"ratio": 0.5}}}}, ["arms.half.prune", "method", "missing"]),
+        ({"arms": {"half": {"prune": {"sparsity": 0.5}}}}, ["arms.half.prune", "method", "missing"]),
         ({"arms": {"half": {"prune": {**HALF, "ration": 1}}}}, ["ration", "unknown"]),
-        ({"arms": {"half": {"prune": {"method": "prune", "ratio": "much"}}}}, ["ratio"]),
+        ({"arms": {"half": {"prune": {"method": "prune", "sparsity": "much"}}}}, ["sparsity"]),
         ({"arms": {"half": {"prune": [HALF, {"method": "importance", "width": 1.5}]}}}, ["width", "1.5"]),
         ({"arms": {"half": {"prune": HALF, "recover": {"step": 3}}}}, ["arms.half.recover.step"]),
         ({"recover": {"learning_rate": -1}}, ["recover.learning_rate"]),
@@ -279,10 +279,10 @@ def test_wrong_recipes_are_one_line(folder: Path, changes: dict[str, Any], words
 @pytest.mark.parametrize(
     ("prune", "words"),
     [
-        ({**HALF, "sites": "nowhere"}, ["nowhere"]),
-        ({**HALF, "ratio": 1.0}, ["ratio"]),
+        ({**HALF, "targets": "nowhere"}, ["nowhere"]),
+        ({**HALF, "sparsity": 1.0}, ["sparsity"]),
         ({**HALF, "layers": "last:3"}, ["last:3"]),
-        ({"method": "heads", "share": 2}, ["one has to stay"]),
+        ({"method": "heads", "remove": 2}, ["one has to stay"]),
         ({"method": "heads", "by": "size"}, ["size"]),
         ({"method": "importance", "width": 25}, ["25", "24"]),
     ],
@@ -301,7 +301,7 @@ def test_what_does_not_fit_the_model_is_said_before_anything_starts(
     ("changes", "field"),
     [
         ({"recover": {"learning_rate": 5e-4}}, "recover.learning_rate was 0.001, is 0.0005"),
-        ({"arms": {"half": {"prune": {**HALF, "ratio": 0.25}}}}, "arm.prune"),
+        ({"arms": {"half": {"prune": {**HALF, "sparsity": 0.25}}}}, "arm.prune"),
         ({"arms": {"half": {"prune": HALF, "recover": {"steps": 3}}}}, "recover"),
         ({"arms": {"half": {}}}, "arm.prune"),
         ({"tuner": {**DSEE, "keep_zeros": True}}, "tuner.keep_zeros"),
@@ -346,7 +346,10 @@ def test_coefficients_are_drawn_until_they_have_chosen(
 
     monkeypatch.setattr("ffnkit.tune.train", watched)
     tuner = {**DSEE, "coefficients": 0.3}
-    arm = {"tuner": tuner, "prune": {"method": "structured", "by": "coefficients", "neurons": 0, "heads": 1}}
+    arm = {
+        "tuner": tuner,
+        "prune": {"method": "structured", "by": "coefficients", "remove_neurons": 0, "remove_heads": 1},
+    }
     recipe = staged(folder, arms={"drawn": arm}, measure={"latency": False})
     results = run(recipe, tmp_path / "out")
     assert results.ok, [row.get("error") for row in results.rows]
@@ -354,7 +357,7 @@ def test_coefficients_are_drawn_until_they_have_chosen(
 
 
 def test_zeros_from_before_tuning_are_told_too(folder: Path, tmp_path: Path) -> None:
-    arms = {"early": {"method": "prune", "ratio": 0.5}, "whole": {}}
+    arms = {"early": {"method": "prune", "sparsity": 0.5}, "whole": {}}
     recipe = staged(
         folder, stages=["compress", "tune", "evaluate"], arms=arms, export="none", measure={"latency": False}
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "ffnkit"
@@ -16,12 +17,18 @@ KINDS = {
 }  # fmt: skip
 
 
+@cache
 def tree(name: str) -> ast.Module:
     return ast.parse(MODULES[name].read_text(encoding="utf-8"))
 
 
-def imported(source: ast.AST, package: str, *, lazy: bool = True) -> Iterator[tuple[str, str]]:
+@cache
+def imported(source: ast.AST, package: str, *, lazy: bool = True) -> tuple[tuple[str, str], ...]:
     """(module, name) of everything that is imported from ffnkit; the name is "" where a module is."""
+    return tuple(_imported(source, package, lazy))
+
+
+def _imported(source: ast.AST, package: str, lazy: bool) -> Iterator[tuple[str, str]]:
     typing = {id(n) for node in ast.walk(source) if _for_types(node) for n in ast.walk(node)}
     inner = {
         id(n) for node in ast.walk(source) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
@@ -43,7 +50,9 @@ def imported(source: ast.AST, package: str, *, lazy: bool = True) -> Iterator[tu
 
 
 def _for_types(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    return isinstance(node, ast.If) and any(
+        "TYPE_CHECKING" in (getattr(each, "id", ""), getattr(each, "attr", "")) for each in ast.walk(node.test)
+    )
 
 
 def package_of(name: str) -> str:
@@ -115,12 +124,8 @@ def asks_for_kinds(source: ast.Module) -> list[int]:
     """Lines where a module asks of what kind an edit is."""
     lines = []
     for node in ast.walk(source):
-        if (
-            isinstance(node, ast.Call)
-            and ast.unparse(node.func) in ("isinstance", "issubclass")
-            and len(node.args) == 2
-        ):
-            if {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)} & KINDS:
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+            if {n.id for kind in node.args[1:] for n in ast.walk(kind) if isinstance(n, ast.Name)} & KINDS:
                 lines.append(node.lineno)
         elif isinstance(node, ast.MatchClass) and ast.unparse(node.cls) in KINDS:
             lines.append(node.lineno)

@@ -35,9 +35,9 @@ from ffnkit.tune import tuners
 NAMES = ("bert", "gpt2", "llama", "t5", "phi3")
 MORE = ("albert", "mixtral", "gpt-neox", "deberta", "bart", "gpt-bigcode")
 WAYS: dict[str, Any] = {
-    "dsee": lambda sites: fk.DSEE(rank=2, nonzeros=9, sites=sites, support="magnitude"),
-    "sparsegrad": lambda sites: fk.SparseGrad(count=20, basis="none", sites=sites),
-    "sparsegrad-bases": lambda sites: fk.SparseGrad(count=20, sites=sites, batches=1),
+    "dsee": lambda sites: fk.DSEE(rank=2, nonzeros=9, targets=sites, support="magnitude"),
+    "sparsegrad": lambda sites: fk.SparseGrad(count=20, basis="none", targets=sites),
+    "sparsegrad-bases": lambda sites: fk.SparseGrad(count=20, targets=sites, batches=1),
 }
 
 
@@ -117,7 +117,7 @@ def differ(family: Family, first: nn.Module, second: nn.Module) -> None:
 def test_removing_equals_zeroing(name: str) -> None:
     family = wide(name) if name in NAMES else FAMILIES[name]
     model = family.model().double()
-    plan = fk.plan(model, fk.StructuredPruning(heads=0.5, neurons=0.3))
+    plan = fk.plan(model, fk.StructuredPruning(remove_heads=0.5, remove_neurons=0.3))
     assert {type(edit) for edit in plan.edits} == {SelectHeads, SelectNeurons}
     expected = zeroed(model, plan)
     before = copy.deepcopy(model)
@@ -132,9 +132,9 @@ def test_pretrained_decoders_lose_heads_and_neurons_with_their_updates(
 ) -> None:
     model = fk.load(models_dir / name)
     ids = torch.arange(6).repeat(2, 1) % 3
-    fk.apply(model, fk.plan(model, fk.DSEE(sites="all", rank=2, nonzeros=9)))
+    fk.apply(model, fk.plan(model, fk.DSEE(targets="all", rank=2, nonzeros=9)))
     shake(model)
-    plan = fk.plan(model, fk.StructuredPruning(heads=0.3, neurons=0.25, by="both"))
+    plan = fk.plan(model, fk.StructuredPruning(remove_heads=0.3, remove_neurons=0.25, by="both"))
     assert {type(edit) for edit in plan.edits} == {SelectHeads, SelectNeurons}
     expected, before = zeroed(model, plan)(ids).logits, model(ids).logits
     fk.apply(model, plan)
@@ -150,7 +150,7 @@ def test_pretrained_decoders_lose_heads_and_neurons_with_their_updates(
 def test_updates_lose_what_their_weights_lose(name: str, way: str, sites: str) -> None:
     family = wide(name)
     model = updated(name, way, sites)
-    plan = fk.plan(model, fk.StructuredPruning(heads=0.5, neurons=0.3, by="both"))
+    plan = fk.plan(model, fk.StructuredPruning(remove_heads=0.5, remove_neurons=0.3, by="both"))
     expected, whole = zeroed(model, plan), copy.deepcopy(model)
     count = len(adapter_layers(model))
     fk.apply(model, plan)
@@ -190,11 +190,11 @@ def test_an_adapter_fits_the_model_without_its_neurons(tmp_path: Path) -> None:
 def test_biases_that_trained_come_back_without_the_neurons_that_went() -> None:
     model = wide("bert").model()
     before = copy.deepcopy(model)
-    fk.apply(model, fk.plan(model, fk.DSEE(rank=2, nonzeros=4, sites="ffn", also=("head", "biases"))))
+    fk.apply(model, fk.plan(model, fk.DSEE(rank=2, nonzeros=4, targets="ffn", modules_to_train=("head", "biases"))))
     with torch.no_grad():
         for p in fk.trainable_parameters(model):
             p += 0.1
-    plan = fk.plan(model, fk.StructuredPruning(heads=0, by="weight"))
+    plan = fk.plan(model, fk.StructuredPruning(remove_heads=0, by="weight"))
     fk.apply(model, plan)
     fk.remove_adapter(model)
     fk.apply(before, plan)
@@ -221,7 +221,7 @@ def test_edits_on_trial_leave_updates_as_they_were() -> None:
 def test_plans_and_checkpoints_come_back_equal(name: str, spread: str, tmp_path: Path) -> None:
     family = wide(name)
     model = family.model()
-    plan = fk.plan(model, fk.StructuredPruning(heads=0.5, neurons=0.3, spread=spread, multiple=1))  # type: ignore[arg-type]
+    plan = fk.plan(model, fk.StructuredPruning(remove_heads=0.5, remove_neurons=0.3, spread=spread, multiple=1))  # type: ignore[arg-type]
     assert plan == fk.plan(family.model(), StructuredPruning(**plan.settings))
     plan.save(tmp_path / "plan.safetensors")
     again = fk.apply(family.model(), Plan.load(tmp_path / "plan.safetensors"))
@@ -333,10 +333,10 @@ def test_a_budget_takes_more_where_scores_are_uneven() -> None:
     with torch.no_grad():  # half of its neurons are all but idle
         first.raw().up[:20] *= 1e-3
         first.raw().down[:, :20] *= 1e-3
-    plan = fk.plan(model, fk.StructuredPruning(heads=0, neurons=0.25, spread="budget", multiple=1))
+    plan = fk.plan(model, fk.StructuredPruning(remove_heads=0, remove_neurons=0.25, spread="budget", multiple=1))
     kept = {edit.target: edit.width for edit in plan.edits if isinstance(edit, SelectNeurons)}
     assert kept[first.name] <= 20 < min(width for name, width in kept.items() if name != first.name)
-    equal = fk.plan(model, fk.StructuredPruning(heads=0, neurons=0.25))
+    equal = fk.plan(model, fk.StructuredPruning(remove_heads=0, remove_neurons=0.25))
     assert plan.report["flops"]["after"] == equal.report["flops"]["after"]
 
 
@@ -374,7 +374,7 @@ def test_scores_against_loops() -> None:
 
     reads: dict[str, Any] = {"weight": lambda m: m.base, "update": lambda m: m.update(), "both": lambda m: m.weight}
     for by, read in reads.items():
-        plan = fk.plan(model, fk.StructuredPruning(heads=0.5, neurons=0.3, by=by, layers="0"))  # type: ignore[arg-type]
+        plan = fk.plan(model, fk.StructuredPruning(remove_heads=0.5, remove_neurons=0.3, by=by, layers="0"))  # type: ignore[arg-type]
         expected = torch.tensor([neuron(i, read) for i in range(ffn.width)])
         assert index_of(plan, SelectNeurons) == lowest(expected, 17)
         assert index_of(plan, SelectHeads) == lowest(torch.tensor([head(u, read) for u in range(attention.units)]), 1)
@@ -382,11 +382,13 @@ def test_scores_against_loops() -> None:
     neurons = hidden.square().mean(0).sqrt() * down.weight.norm(dim=0)
     columns = out.weight.view(out.weight.shape[0], attention.units, -1).permute(1, 0, 2).flatten(1).norm(dim=1)
     heads = given.square().sum(-1).mean(0).sqrt() * columns
-    plan = fk.plan(model, fk.StructuredPruning(heads=0.5, neurons=0.3, by="activation", layers="0"), data=data)
+    plan = fk.plan(
+        model, fk.StructuredPruning(remove_heads=0.5, remove_neurons=0.3, by="activation", layers="0"), data=data
+    )
     assert index_of(plan, SelectNeurons) == lowest(neurons, 17) and index_of(plan, SelectHeads) == lowest(heads, 1)
     with pytest.raises(FfnkitError, match="no data are given"):
         fk.plan(model, fk.StructuredPruning(by="activation"))
-    one = fk.plan(model, fk.RemoveHeads(share=0.5, by="activation", layers="0"), data=iter(data))
+    one = fk.plan(model, fk.RemoveHeads(remove=0.5, by="activation", layers="0"), data=iter(data))
     assert index_of(one, SelectHeads) == index_of(plan, SelectHeads)
 
 
@@ -398,7 +400,7 @@ def index_of(plan: Plan, kind: type) -> list[int]:
 def test_experts_keep_neurons_of_their_own(by: Any) -> None:
     family = FAMILIES["mixtral"]
     model = family.model()
-    plan = fk.plan(model, fk.StructuredPruning(heads=0, by=by), data=[family.inputs(model)])
+    plan = fk.plan(model, fk.StructuredPruning(remove_heads=0, by=by), data=[family.inputs(model)])
     index = next(edit.index for edit in plan.edits if isinstance(edit, SelectNeurons))
     assert index.shape[0] == ffns(model)[0].experts and len({tuple(row.tolist()) for row in index}) > 1
     fk.apply(model, plan)
@@ -410,17 +412,27 @@ def test_what_cannot_be_scored_is_said() -> None:
     with pytest.raises(FfnkitError, match="none of its linears carries an update"):
         fk.plan(model, fk.StructuredPruning(by="update"))
     fk.plan(model, fk.StructuredPruning(by="update", neurons_by="both"))
-    fk.plan(model, fk.StructuredPruning(by="update", neurons=0))
+    fk.plan(model, fk.StructuredPruning(by="update", remove_neurons=0))
     with pytest.raises(FfnkitError, match="no coefficients"):
         fk.plan(model, fk.StructuredPruning(by="coefficients"))
     fresh = wide("bert").model()
-    fk.apply(fresh, fk.plan(fresh, fk.DSEE(sites="all", rank=2)))
+    fk.apply(fresh, fk.plan(fresh, fk.DSEE(targets="all", rank=2)))
     with pytest.raises(FfnkitError, match="all zero"):
         fk.plan(fresh, fk.StructuredPruning(by="update"))
-    for wrong in ({"by": "size"}, {"spread": "even"}, {"heads": 1.0}, {"flops": 1.5}, {"heads": 0, "neurons": 0},
-                  {"heads": 1, "flops": 0.5}, {"multiple": 0}, {"flops": 0.01}, {"heads": 4}):  # fmt: skip
+    wrongs: list[dict[str, Any]] = [
+        {"by": "size"},
+        {"spread": "even"},
+        {"remove_heads": 1.0},
+        {"flops": 1.5},
+        {"remove_heads": 0, "remove_neurons": 0},
+        {"remove_heads": 1, "flops": 0.5},
+        {"multiple": 0},
+        {"flops": 0.01},
+        {"remove_heads": 4},
+    ]
+    for wrong in wrongs:
         with pytest.raises(FfnkitError):
-            fk.plan(wide("bert").model(), StructuredPruning(**wrong))  # type: ignore[arg-type]
+            fk.plan(wide("bert").model(), StructuredPruning(**wrong))
     with pytest.raises(FfnkitError, match="norm"):
         fk.plan(FAMILIES["olmo2"].model(), fk.StructuredPruning())
 
@@ -444,7 +456,7 @@ def coefficients(model: nn.Module) -> dict[str, nn.Parameter]:
 @pytest.mark.parametrize("name", [*NAMES, "albert"])
 def test_coefficients_stand_before_every_output(name: str, sites: str) -> None:
     family = wide(name)
-    model = learning(name, sites=sites)
+    model = learning(name, targets=sites)
     compare(family, model, family.model().double(), 1e-12)  # all are 1
     found = coefficients(model)
     expected = {attention.name: attention.units for attention in attentions(model)}
@@ -540,10 +552,10 @@ def test_coefficients_shrink_once_a_step_and_only_where_they_should() -> None:
 @pytest.mark.parametrize("sites", ["qv", "all"])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_smallest_coefficients_go(name: str, sites: str, tmp_path: Path) -> None:
-    family, model = wide(name), learning(name, sites=sites)
+    family, model = wide(name), learning(name, targets=sites)
     shake(model)
     ffn, attention = ffns(model)[0], attentions(model)[0]
-    plan = fk.plan(model, fk.StructuredPruning(heads=0.5, neurons=0.3, by="coefficients"))
+    plan = fk.plan(model, fk.StructuredPruning(remove_heads=0.5, remove_neurons=0.3, by="coefficients"))
     value = ffn.linear("down").coefficients.detach().abs()  # type: ignore[union-attr,operator]
     edits = {edit.target: edit for edit in plan.edits}
     assert edits[ffn.name].index.tolist() == lowest(value, edits[ffn.name].width)  # type: ignore[attr-defined]
@@ -578,7 +590,7 @@ def test_a_budget_by_coefficients_takes_them_as_they_are() -> None:
 def test_pruning_of_weights_sees_no_update_in_coefficients() -> None:
     model = learning("bert")
     shake(model)
-    plan = fk.plan(model, fk.Prune(ratio=0.5, mode="ABS"))
+    plan = fk.plan(model, fk.Prune(sparsity=0.5, mode="ABS"))
     masks = {edit.target: edit for edit in plan.edits}
     down = next(name for name, count in places(wide("bert").model()) if count == 40)
     assert 0.2 < masks[down].kept / 640 < 0.8  # type: ignore[attr-defined]
@@ -587,7 +599,7 @@ def test_pruning_of_weights_sees_no_update_in_coefficients() -> None:
 def test_where_coefficients_cannot_be() -> None:
     model = wide("bert").model()
     plan = fk.plan(model, fk.DSEE(rank=2, nonzeros=0))
-    fk.apply(model, fk.plan(model, fk.Prune(ratio=0.5)))
+    fk.apply(model, fk.plan(model, fk.Prune(sparsity=0.5)))
     with pytest.raises(FfnkitError, match="edited already"):
         with_coefficients(model, plan, 0.1)
     model = FAMILIES["mixtral"].model()  # experts in one parameter have none; heads have
@@ -621,9 +633,9 @@ def test_the_tuners_setting(name: str, tmp_path: Path) -> None:
 
 
 def test_a_state_dict_holds_them() -> None:
-    model = learning("gpt2", sites="all")
+    model = learning("gpt2", targets="all")
     shake(model)
-    other = learning("gpt2", sites="all")
+    other = learning("gpt2", targets="all")
     differ(wide("gpt2"), other, model)
     other.load_state_dict(model.state_dict())
     compare(wide("gpt2"), other, model, 1e-12)

@@ -112,9 +112,9 @@ BERT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def bert(num_labels: int = 2, **more: Any) -> nn.Module:
+def bert(num_labels: int = 2, problem: str = "", **more: Any) -> nn.Module:
     seed_everything(5)
-    problem = "regression" if num_labels == 1 else "single_label_classification"
+    problem = problem or ("regression" if num_labels == 1 else "single_label_classification")
     return BertForSequenceClassification(BertConfig(**BERT, num_labels=num_labels, problem_type=problem, **more))
 
 
@@ -415,16 +415,6 @@ def test_gradient_checkpointing_changes_nothing(tuner: str, tmp_path: Path) -> N
         assert_close(q, p, rel=1e-4, what=name)
 
 
-def test_accumulation_is_a_larger_batch(tmp_path: Path) -> None:
-    """Two batches of 4 give the gradients of one of 8 (norms are logged before they are clipped)."""
-    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    common = {"steps": 5, "logging_every": 1, "warmup": 0.0}
-    one = fit(bert(**quiet), tmp_path / "a", batch_size=8, **common)
-    two = fit(bert(**quiet), tmp_path / "b", batch_size=4, accumulation=2, **common)
-    norms = [torch.tensor([entry["grad_norm"] for entry in result.losses]) for result in (one, two)]
-    assert_close(norms[1], norms[0], rel=1e-3)
-
-
 # Order of the data ---------------------------------------------------------------------------------------------------
 
 
@@ -502,13 +492,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "cosine, stopping early": {"eval_every": 2, "schedule": "cosine", "early_stopping": 3},
     "ffn": {"eval_every": 4, "tuner": "ffn"},
     "lora": {"eval_every": 4, "tuner": "lora"},
-    "sparsegrad": {"tuner": {"name": "sparsegrad", "share": 0.1, "batches": 3}, "eval_every": 4},
+    "sparsegrad": {"tuner": {"name": "sparsegrad", "density": 0.1, "batches": 3}, "eval_every": 4},
     "sparsegrad-refresh": {
-        "tuner": {"name": "sparsegrad", "selection": "refresh", "every": 5, "share": 0.1},
+        "tuner": {"name": "sparsegrad", "selection": "refresh", "every": 5, "density": 0.1},
         "eval_every": 4,
         "accumulation": 2,
     },
-    "sparsegrad-step": {"tuner": {"name": "sparsegrad", "selection": "step", "also": ["norms"]}, "eval_every": 4},
+    "sparsegrad-step": {
+        "tuner": {"name": "sparsegrad", "selection": "step", "modules_to_train": ["norms"]},
+        "eval_every": 4,
+    },
     "dsee": {"tuner": {"name": "dsee", "rank": 2, "nonzeros": 5, "support": "gradient", "batches": 3}, "eval_every": 4},
     "dsee-coefficients": {
         "tuner": {"name": "dsee", "rank": 2, "nonzeros": 5, "coefficients": 0.3},
@@ -516,7 +509,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "accumulation": 2,
         "batch_size": 4,
     },
-    "meprop-outputs": {"tuner": {"name": "meprop", "of": "outputs", "share": 0.2}, "eval_every": 4},
+    "meprop-outputs": {"tuner": {"name": "meprop", "of": "outputs", "density": 0.2}, "eval_every": 4},
 }
 
 

@@ -17,7 +17,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from ffnkit.errors import FfnkitError
+from ffnkit.errors import FfnkitError, FfnkitWarning
 
 
 def _anything(value: Any) -> str:
@@ -40,7 +40,7 @@ def added(group: str, wrong: Callable[[Any], str] = _anything) -> tuple[tuple[st
                 raise TypeError(fault)
         except Exception as error:  # whatever another package's import raises must not stop ours
             line = f"{group} '{entry.name}' of {_package(entry)} cannot be used ({type(error).__name__}: {error})"
-            warnings.warn(f"{line}. It is left out: mend or uninstall {_package(entry)}", stacklevel=3)
+            warnings.warn(f"{line}. It is left out: mend or uninstall {_package(entry)}", FfnkitWarning, stacklevel=3)
             continue
         found += [(_package(entry), each) for each in every]
     return tuple(found)

@@ -1,4 +1,4 @@
-"""The one exception of ffnkit."""
+"""The one exception of ffnkit, and its warnings."""
 
 from __future__ import annotations
 
@@ -19,3 +19,11 @@ class FfnkitError(ValueError):
     def within(self, context: str) -> FfnkitError:
         """The same error with ``context`` (model, method, shape) put before it."""
         return FfnkitError(f"{context}: {self.asked}", self.found, self.do)
+
+
+class FfnkitWarning(UserWarning):
+    """Something that the user should know and that stops nothing, in one line."""
+
+
+class RenamedWarning(FfnkitWarning, FutureWarning):
+    """A setting was given under the name that it had before."""

@@ -104,7 +104,7 @@ def gradient_energy(
     batches: Sequence[Batch],
     fresh: Sequence[Batch],
     *,
-    sites: str = "ffn",
+    targets: str = "ffn",
     layers: str = "all",
     shares: Sequence[float] = SHARES,
     reach: float = 1.0,
@@ -128,7 +128,7 @@ def gradient_energy(
 
     Args:
         batches, fresh, training: with labels, so that the model gives its loss; training is ``batches`` by default.
-        sites, layers: which linears, as in :class:`ffnkit.SparseGrad`.
+        targets, layers: which linears, as in :class:`ffnkit.SparseGrad`.
         shares: of each weight's entries.
         reach: so many leading rows of a basis are used as hold this share of the energy they were made from, which
             is faster. Entries beyond them count as nothing, and "beyond" says how much energy they hold.
@@ -145,7 +145,7 @@ def gradient_energy(
     if not batches or not fresh:
         found = "there are no batches" if not batches else "there are no fresh batches"
         raise FfnkitError("the energy of gradients", found, "Give batches with labels for both")
-    linears = SparseGrad(sites=sites, layers=layers, core=core).targets(model)
+    linears = SparseGrad(targets=targets, layers=layers, core=core).chosen(model)
     settings = Settings(shares, reach, core, layer_bases, memory, seed)
     start = time.perf_counter()
     if steps == (0,):
@@ -161,7 +161,7 @@ def gradient_energy(
         "batches": len(batches),
         "fresh": len(fresh),
         "rows": _rows([*batches, *fresh]),
-        "sites": sites,
+        "targets": targets,
         "layers": layers,
         "reach": reach,
         "core": core,
@@ -169,7 +169,7 @@ def gradient_energy(
     }
     if steps != (0,):
         conditions["learning_rate"] = learning_rate
-    advice = advise(model, measured, sites, shares, at)
+    advice = advise(model, measured, targets, shares, at)
     return Energy(type(model).__name__, shares, steps, tuple(measured), advice, conditions, seconds)
 
 

@@ -24,7 +24,7 @@ class Advice:
             where the weight's own basis holds no less than the shared one, else "shared". choice: its kind.
         layers: the fewest FFNs whose gradients hold 80% of the energy of all, as ``layers`` of SparseGrad takes them;
             empty where other linears than those of FFNs were measured.
-        linears: their linears. share: what they need, of all of their entries; not below the smallest share measured.
+        linears: their linears. density: what they need, of all of their entries; not below the smallest share measured.
         count: by linear, the fewest entries chosen before that hold half of a fresh gradient's energy in that basis
             after every step that was measured; None where not even all of them do.
         energy: by linear, its part of the energy of all gradients, a step.
@@ -35,7 +35,7 @@ class Advice:
     choice: str
     layers: str
     linears: tuple[str, ...]
-    share: float
+    density: float
     count: dict[str, int | None]
     energy: dict[str, list[float]]
     held: dict[str, float]
@@ -52,13 +52,13 @@ class Advice:
             "holds no less)",
             f"layers: {self.layers or ', '.join(self.linears)} (the fewest with {HELD:.0%} of all energy; they hold "
             f"{total:.0%})",
-            f"entries: {self.share:.2%} of theirs (the fewest that hold half of a fresh gradient's energy after every "
-            "step measured, weight by weight, and no less than the smallest share measured)",
-            f'fk.SparseGrad({where}share={self.share:g}, basis="{self.basis}")',
+            f"entries: {self.density:.2%} of theirs (the fewest that hold half of a fresh gradient's energy after "
+            "every step measured, weight by weight, and no less than the smallest share measured)",
+            f'fk.SparseGrad({where}density={self.density:g}, basis="{self.basis}")',
         ]
 
 
-def advise(model: nn.Module, measured: list[Measured], sites: str, shares: Sequence[float], at: int) -> Advice:
+def advise(model: nn.Module, measured: list[Measured], targets: str, shares: Sequence[float], at: int) -> Advice:
     """The rules of :class:`Advice`.
 
     Args:
@@ -74,7 +74,7 @@ def advise(model: nn.Module, measured: list[Measured], sites: str, shares: Seque
     choice = "fixed raw" if basis == "none" else f"fixed {basis}"
     totals = [max(sum(norms), 1e-300) for norms in zip(*(row.norm for row in measured), strict=True)]
     energy = {row.name: [a / b for a, b in zip(row.norm, totals, strict=True)] for row in measured}
-    groups, layers = _ffns(model, measured) if sites == "ffn" else ({row.name: [row.name] for row in measured}, {})
+    groups, layers = _ffns(model, measured) if targets == "ffn" else ({row.name: [row.name] for row in measured}, {})
     chosen = _fewest({key: sum(_mean(energy[name]) for name in names) for key, names in groups.items()}, HELD)
     names = tuple(name for key, own in groups.items() if key in chosen for name in own)
     count = {row.name: _most([half.get(choice) for half in row.half]) for row in measured}
@@ -86,7 +86,7 @@ def advise(model: nn.Module, measured: list[Measured], sites: str, shares: Seque
         choice=choice,
         layers=_expression(places, len(chosen) == len(groups)) if layers else "",
         linears=names,
-        share=max(shares[0], _rounded(part)),
+        density=max(shares[0], _rounded(part)),
         count=count,
         energy=energy,
         held=held,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, evaluating, forward, kept, prepared
 from ffnkit.calibration.hooks import Receive, hooked
-from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.padding import TokenMasks
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import run_uneven_experts
 from ffnkit.model.ffn import FFN

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, check_finite, run
-from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.padding import TokenMasks
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 

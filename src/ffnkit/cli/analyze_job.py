@@ -29,7 +29,7 @@ def chosen_methods(
     if names is None:
         return {}
     words = [word.strip() for word in names.split(",") if word.strip()]
-    narrowing = [name for name in methods.names() if "width" in describe.fields(methods.get(name))]
+    narrowing = [name for name in methods.compressing() if "width" in describe.fields(methods.get(name))]
     words = [each for word in words for each in (narrowing if word == "all" else [word])]
     given = describe.parse_settings(pairs)
     for key, value in (("width", width), ("layers", layers)):
@@ -45,14 +45,16 @@ def chosen_methods(
     for word in words:
         name, _, mark = word.partition(":")
         if mark not in ("", FOLDED) or name not in methods.names():
-            do = f"Choose among {', '.join(methods.names())}, or all; NAME:{FOLDED} multiplies factors in"
+            do = f"Choose among {', '.join(methods.compressing())}, or all; NAME:{FOLDED} multiplies factors in"
             raise FfnkitError(f"--methods {word}", "no such method", do)
-        known = describe.fields(methods.get(name))
-        own = {key: value for key, value in given.items() if key in known}
+        methods.check_compresses(name)
+        kind = methods.get(name)
+        known, old = describe.fields(kind), getattr(kind, "old_names", {})
+        own = {key: value for key, value in given.items() if old.get(key, key) in known}
         used |= own.keys()
         if "width" in known and "width" not in own:
             raise FfnkitError(f"--methods {name}", "no width is given", "Add --width 0.25")
-        made.append(Candidate(describe.build(methods.get(name), own, f"method {name}"), bool(mark)))
+        made.append(Candidate(describe.build(kind, own, f"method {name}"), bool(mark)))
     describe.check_known(given, used, "no method that is named")
     return dict(zip(labels(made), made, strict=True))
 

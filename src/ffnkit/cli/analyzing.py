@@ -45,7 +45,7 @@ def analyze(
         typer.Option("--text", help="Text: its first half calibrates, its second measures.", rich_help_panel=DATA),
     ] = None,
     rows: Annotated[
-        int, typer.Option("--rows", min=1, help="At most so many rows are measured on.", rich_help_panel=DATA)
+        int, typer.Option("--rows", min=1, help="Most rows that are measured on.", rich_help_panel=DATA)
     ] = 512,
     tokens: Annotated[
         int, typer.Option("--calibration-tokens", min=1, help="For methods that use data.", rich_help_panel=DATA)
@@ -77,9 +77,9 @@ def analyze(
     memory: Annotated[
         int, typer.Option("--memory", min=1, help="MiB of gradients or sums held at a time.", rich_help_panel=NTK)
     ] = 512,
-    sites: Annotated[
+    targets: Annotated[
         str,
-        typer.Option("--sites", help="ffn, attention, all, or a pattern over names.", rich_help_panel=ENERGY),
+        typer.Option("--targets", help="ffn, attention, all, or a pattern over names.", rich_help_panel=ENERGY),
     ] = "ffn",
     shares: Annotated[
         str, typer.Option("--shares", help="Of the entries, parted by commas.", rich_help_panel=ENERGY)
@@ -151,7 +151,7 @@ def analyze(
         EnergyJob(
             model=model,
             texts=Texts(*texts),
-            sites=sites,
+            targets=targets,
             layers=layers or "all",
             shares=shares,
             steps=steps,

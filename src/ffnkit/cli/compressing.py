@@ -146,11 +146,12 @@ def choose_method(
         return None
     from ffnkit import methods
 
-    names = ", ".join(methods.names())
+    names = ", ".join(methods.compressing())
     if name is None:
         raise FfnkitError("ffnkit compress", "no --method is given", f"Choose among {names}")
     if name not in methods.names():
         raise FfnkitError(f"--method {name}", "no such method", f"Choose among {names}")
+    methods.check_compresses(name)
     settings = describe.parse_settings(pairs)
     for key, value in (("layers", layers), ("seed", seed)):
         if value is not None and key in settings:
@@ -194,7 +195,7 @@ class Compression:
         place = options.pick_device(self.device)
         if self.method is not None:
             empty = empty_model(self.source)
-            self.method.targets(empty)  # layers and widths that do not fit, before weights are read
+            self.method.chosen(empty)  # layers and widths that do not fit, before weights are read
             if self.budget is not None:
                 self.budget.check(empty, self.method)
         console.say(f"loading {self.source}")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ffnkit.errors import FfnkitWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,6 +42,17 @@ def error(line: str) -> None:
 def warn(line: str) -> None:
     """One line that the user should see even with --quiet."""
     write_error(f"ffnkit: warning: {line}")
+
+
+def show_warnings() -> None:
+    """Show ffnkit's own warnings as one line each, once; what others warn of as before."""
+    others = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        warn(str(message)) if issubclass(category, FfnkitWarning) else others(message, category, *where, **more)
+
+    warnings.showwarning = show
+    warnings.filterwarnings("once", category=FfnkitWarning)
 
 
 def say(line: str) -> None:
@@ -125,8 +139,6 @@ def escape(text: str) -> str:
 
 def quieten() -> None:
     """Set the libraries' own logs and progress bars by --quiet and --verbose. Imports transformers."""
-    import warnings
-
     import datasets
     import transformers
 
@@ -136,6 +148,7 @@ def quieten() -> None:
     transformers.logging.set_verbosity_error()
     datasets.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("once", category=FfnkitWarning)
     if state.quiet or not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
         datasets.disable_progress_bars()

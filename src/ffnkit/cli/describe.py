@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ffnkit.errors import FfnkitError
+from ffnkit.settings import settings_of, today, type_name
 
 WORDS = {None: "null", True: "true", False: "false"}  # as YAML has them
 
@@ -23,8 +24,6 @@ def summary(thing: Any) -> str:
 
 def fields(cls: Any) -> dict[str, dict[str, Any]]:
     """Settings of a method or a pydantic model: name -> type, default (absent when it must be given), help."""
-    from ffnkit.settings import settings_of, type_name
-
     found: dict[str, dict[str, Any]] = {}
     if dataclasses.is_dataclass(cls):
         for each in settings_of(cls):
@@ -52,6 +51,8 @@ def default(info: Mapping[str, Any]) -> str:
     if "default" not in info:
         return "required"
     value = info["default"]
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(str, value))}]"
     return WORDS[value] if is_scalar(value) else str(value)
 
 
@@ -108,7 +109,7 @@ def build(cls: Any, settings: Mapping[str, Any], owner: str) -> Any:
     Raises:
         FfnkitError: unknown or missing settings, or a value of the wrong type or range.
     """
-    known = fields(cls)
+    known, settings = fields(cls), today(cls, settings)
     check_known(settings, known, owner)
     missing = [name for name, info in known.items() if "default" not in info and name not in settings]
     if missing:

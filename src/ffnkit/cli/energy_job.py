@@ -17,7 +17,7 @@ class EnergyJob:
 
     model: str
     texts: Texts
-    sites: str
+    targets: str
     layers: str
     shares: str
     steps: str
@@ -44,7 +44,7 @@ class EnergyJob:
                 model,
                 drawn[: self.batches],
                 drawn[self.batches : self.batches + self.fresh],
-                sites=self.sites,
+                targets=self.targets,
                 layers=self.layers,
                 shares=shares,
                 reach=self.reach,

@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from typer.core import TyperGroup
 
 from ffnkit.cli import console
-from ffnkit.errors import FfnkitError
+from ffnkit.errors import FfnkitError, RenamedWarning
 
 GLOBAL_FLAGS = ("--debug", "--quiet", "--verbose")
+OLD_OPTIONS = {"--sites": "--targets"}  # work still, with one line
 NO_SPACE = "writing the output: no space left on the disk. Free some space or choose another --out"
 BAD_INPUT, INTERNAL, INTERRUPTED = 2, 1, 130
 
@@ -38,10 +40,12 @@ class Group(TyperGroup):
         if not standalone_mode:
             return super().main(words, prog_name, complete_var, False, windows_expand_args, **extra)
         debug = words[: len(GLOBAL_FLAGS)].count("--debug") > 0
-        try:
-            code = super().main(words, prog_name, complete_var, False, windows_expand_args, **extra)
-        except BaseException as error:
-            code = report(error, debug)
+        with warnings.catch_warnings():
+            console.show_warnings()
+            try:
+                code = super().main(renamed(words), prog_name, complete_var, False, windows_expand_args, **extra)
+            except BaseException as error:
+                code = report(error, debug)
         sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -50,6 +54,15 @@ def hoist(words: list[str]) -> list[str]:
     end = words.index("--") if "--" in words else len(words)
     flags = [word for word in GLOBAL_FLAGS if word in words[:end]]
     return flags + [word for i, word in enumerate(words) if i >= end or word not in GLOBAL_FLAGS]
+
+
+def renamed(words: list[str]) -> list[str]:
+    """``words`` with the options of today in the place of old ones, each of which is told."""
+    for old, new in OLD_OPTIONS.items():
+        if any(word.partition("=")[0] == old for word in words):
+            warnings.warn(f"option {old} is called {new} now; the old name will go", RenamedWarning, stacklevel=2)
+            words = [word.replace(old, new, 1) if word.partition("=")[0] == old else word for word in words]
+    return words
 
 
 def report(error: BaseException, debug: bool) -> int:

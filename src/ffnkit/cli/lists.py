@@ -74,7 +74,11 @@ def method_rows() -> list[dict[str, Any]]:
     """Name, description and settings of each method."""
     from ffnkit.methods import known
 
-    return [described(method.name, method) for method in known()]
+    rows = [described(method.name, method) for method in known()]
+    for row, method in zip(rows, known(), strict=True):
+        if getattr(method, "trains", False):
+            row["description"] += f" (as the tuner {method.name})"
+    return rows
 
 
 def tuner_rows() -> list[dict[str, Any]]:

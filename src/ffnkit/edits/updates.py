@@ -146,7 +146,7 @@ class Train(Edit):
     """Beside updated linears only these modules of the model train, until it is folded.
 
     Attributes:
-        target: empty: it is about the whole model. parts: names of ``model.trainable.PARTS``.
+        target: empty: it is about the whole model. parts: names of ``settings.updates.PARTS``.
         values: what those parameters become, by name; of an adapter that was trained.
     """
 

@@ -21,6 +21,8 @@ from ffnkit.methods.narrow.selection import Importance, Magnitude, Random
 from ffnkit.methods.narrow.sketch import Sketch
 from ffnkit.methods.narrow.svd import Svd
 from ffnkit.methods.share.merging import Merging
+from ffnkit.methods.update.dsee import DSEE
+from ffnkit.methods.update.sparsegrad import SparseGrad
 from ffnkit.settings import build as build_from
 
 METHODS: tuple[Any, ...] = (
@@ -41,6 +43,8 @@ METHODS: tuple[Any, ...] = (
     StructuredPruning,
     LayerDrop,
     FfnDrop,
+    SparseGrad,
+    DSEE,
     Combined,
 )
 
@@ -64,6 +68,20 @@ def get(name: str) -> Any:
         if method.name == name:
             return method
     raise FfnkitError(f"method '{name}'", f"there are {', '.join(names())}", "Name one of them")
+
+
+def compressing() -> list[str]:
+    """The names of those that are done once they are applied; what the others add has to be trained first."""
+    return [method.name for method in known() if not getattr(method, "trains", False)]
+
+
+def check_compresses(name: str) -> None:
+    """Raises FfnkitError where no method has that name, or what it plans has to be trained."""
+    if getattr(get(name), "trains", False):
+        what = "it changes nothing by itself: what it adds has to be trained"
+        raise FfnkitError(
+            f"method '{name}'", what, f"Tune with it as the tuner {name}, or choose among {', '.join(compressing())}"
+        )
 
 
 def build(name: str, **settings: Any) -> Any:

@@ -61,11 +61,11 @@ class Combined:
     def settings(self) -> dict[str, Any]:
         return {"methods": [{"method": method.name, **method.settings()} for method in self.methods]}
 
-    def targets(self, model: nn.Module) -> None:
+    def chosen(self, model: nn.Module) -> None:
         """Raises FfnkitError where the settings of one do not fit the model, or two name one FFN."""
         by: dict[str, Method] = {}
         for method in self.methods:
-            found = method.targets(model)
+            found = method.chosen(model)
             searched = isinstance(found, list) and len(found) > 1 and isinstance(found[0], list)
             for ffn in () if searched else _ffns(found):
                 _claim(by, ffn.name, method)
@@ -76,7 +76,7 @@ class Combined:
         quantities: dict[str, dict[str, float]] = {}
         report: dict[str, Any] = {}
         by: dict[str, Method] = {}
-        self.targets(model)
+        self.chosen(model)
         with ExitStack() as stack:
             for number, method in enumerate(self.methods):
                 draft = method.draft(model, batches, progress)

@@ -43,7 +43,7 @@ class Narrowing:
         """The settings by name."""
         return dataclasses.asdict(self)
 
-    def targets(self, model: nn.Module) -> list[tuple[FFN, int]]:
+    def chosen(self, model: nn.Module) -> list[tuple[FFN, int]]:
         """The FFNs to narrow and their new widths. Raises FfnkitError where layers or settings do not fit."""
         check(self)
         return targets(model, self.layers, self.width)
@@ -69,17 +69,17 @@ def targets(model: nn.Module, layers: str, width: Width) -> list[tuple[FFN, int]
     return [(ffn, resolve_width(width[ffn.name], ffn.width, ffn.name)) for ffn in chosen if ffn.name in width]
 
 
-def plain_linears(model: nn.Module, method: str, sites: str, layers: str) -> dict[str, nn.Module]:
+def plain_linears(model: nn.Module, method: str, targets: str, layers: str) -> dict[str, nn.Module]:
     """The linears that updates of a method may stand beside, by name.
 
     Raises:
         FfnkitError: nothing matches; experts in one 3-D parameter, a linear that is edited already, an embedding.
     """
-    names, experts = sited(model, sites, layers)
+    names, experts = sited(model, targets, layers)
     asked = f"{method} on {type(model).__name__}"
     if experts:
         what = f"{experts[0]} holds the weights of several experts in one 3-D parameter"
-        raise FfnkitError(asked, what, "Name linears with sites, or use lora, which adapts such parameters")
+        raise FfnkitError(asked, what, "Name linears with targets, or use lora, which adapts such parameters")
     found = {name: model.get_submodule(name) for name in one_a_weight(model, names)}
     for name, linear in found.items():
         if isinstance(linear, ReparametrizedLinear):

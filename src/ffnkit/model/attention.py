@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.model.families.attentions import BLOCKS, ROLES, AttentionLayout, Role, attention_layouts, places
 from ffnkit.model.families.keys import HEAD_DIM_ATTRIBUTES, INCOMING
 from ffnkit.model.finding import ffns, has_ffns, middle_layout, place
-from ffnkit.model.linear import descend, features, is_linear, linears, obstacle, own_weight, stored_weight
+from ffnkit.model.linear import descend, features, is_linear, linears, obstacle, own_weight, stored_weight, walk
 from ffnkit.nn.pruned_attention import KeptHeads, kept_heads, plain_class
 
 _NAMED = re.compile(r"att(ention|n)", re.IGNORECASE)  # of a class, or of what holds the module
@@ -37,7 +38,6 @@ class Attention:
     Attributes:
         name: the owner's path. module: the owner. layout: the row of ``ATTENTION_LAYOUTS`` that it matches.
         stack, layer: as of an FFN. twins: further paths of the very same module.
-        why: why heads cannot go alone, "" where they can.
     """
 
     name: str
@@ -46,7 +46,11 @@ class Attention:
     stack: str = ""
     layer: int = 0
     tied: list[str] = field(default_factory=list)
-    why: str = ""
+
+    @cached_property
+    def why(self) -> str:
+        """Why heads cannot go alone, "" where they can."""
+        return _obstacle(self)
 
     # --- shape
 
@@ -192,16 +196,15 @@ class Attention:
 def attentions(model: nn.Module) -> list[Attention]:
     """Every attention block of a known layout in the order of the modules; one that several layers share is one."""
     found: dict[int, Attention] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    rows = attention_layouts()
+    for name, module in walk(model):
         if id(module) in found:
             found[id(module)].tied.append(name)
-        elif (layout := _match(module)) is not None:
+        elif (layout := _match(module, rows)) is not None:
             found[id(module)] = Attention(name, module, layout)
     every = list(found.values())
     if every:
         place(every)
-    for attention in every:
-        attention.why = _obstacle(attention)
     return every
 
 
@@ -244,8 +247,10 @@ def _ffn_linears(model: nn.Module) -> set[int]:
     return taken | {id(descend(module, path)) for module, path in paths}
 
 
-def _match(module: nn.Module) -> AttentionLayout | None:
-    for layout in attention_layouts():
+def _match(module: nn.Module, rows: Sequence[AttentionLayout]) -> AttentionLayout | None:
+    for layout in rows:
+        if not layout.roots <= module._modules.keys():
+            continue
         paths = (layout.q, layout.k, layout.v, layout.o)
         if not all(is_linear(descend(module, path)) for path in paths):
             continue

@@ -13,7 +13,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.model.families.ffns import Layout, layouts
 from ffnkit.model.families.keys import TOP_K_KEYS
 from ffnkit.model.ffn import FFN
-from ffnkit.model.linear import descend, features, is_linear, linears, stored_weight
+from ffnkit.model.linear import descend, features, is_linear, linears, stored_weight, walk
 from ffnkit.model.proposing import proposed, written
 
 
@@ -24,8 +24,9 @@ def ffns(model: nn.Module) -> list[FFN]:
     """
     found: list[FFN] = []
     by_weights: dict[tuple[int, ...], FFN] = {}
-    for name, module in _named_modules(model):
-        layout = _match(module)
+    rows = layouts()
+    for name, module in walk(model):
+        layout = _match(module, rows)
         if layout is None:
             continue
         ffn = FFN(name, module, layout)
@@ -43,19 +44,17 @@ def ffns(model: nn.Module) -> list[FFN]:
 
 
 def has_ffns(model: nn.Module) -> bool:
-    return any(_match(module) is not None for module in model.modules())
+    rows = layouts()
+    return any(_match(module, rows) is not None for module in model.modules())
 
 
-def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules with repeats: a module that hangs in two places is named twice."""
-    yield from model.named_modules(remove_duplicate=False)
-
-
-def _match(module: nn.Module, *, middle: bool = False) -> Layout | None:
+def _match(module: nn.Module, rows: Sequence[Layout], *, middle: bool = False) -> Layout | None:
     """The row that a module fits; with ``middle`` also where something works on the hidden neurons in between."""
     if not module._modules and not any(p is not None and p.ndim == 3 for p in module._parameters.values()):
         return None  # most modules; it holds neither linears nor experts
-    for layout in layouts():
+    for layout in rows:
+        if not layout.experts and not layout.roots <= module._modules.keys():
+            continue  # of all rows nearly all end here
         if layout.owner not in ("", type(module).__name__):
             continue
         paths = (layout.up, layout.gate or layout.up, layout.down)
@@ -175,7 +174,8 @@ def _top_k(model: nn.Module, owner: nn.Module) -> int:
 def _unknown(model: nn.Module) -> FfnkitError:
     """The error for a model without a known FFN, with the mirrored linears that it has."""
     name = type(model).__name__
-    between = next((path for path, module in model.named_modules() if _match(module, middle=True)), None)
+    rows = layouts()
+    between = next((path for path, module in model.named_modules() if _match(module, rows, middle=True)), None)
     if between is not None:
         found = f"in '{between}' a norm or a convolution works on the hidden neurons, so none can go alone"
         return FfnkitError(f"the FFNs of {name}", found, "Use a model without one")
@@ -199,7 +199,8 @@ def _unknown(model: nn.Module) -> FfnkitError:
 
 def middle_layout(module: nn.Module) -> Layout | None:
     """The row that a module would fit, were there not something that works on its hidden neurons; else None."""
-    return _match(module, middle=True) if _match(module) is None else None
+    rows = layouts()
+    return _match(module, rows, middle=True) if _match(module, rows) is None else None
 
 
 def mirrored(model: nn.Module, *, without: Container[int] = ()) -> Iterator[tuple[str, str, str]]:

@@ -14,7 +14,7 @@ from torch import nn
 from ffnkit.model.attention import ROLES, Attention, attention_linears, attention_modules, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns, middle_layout, mirrored
-from ffnkit.model.linear import features, flops, is_linear, stored_weight, unwrapped
+from ffnkit.model.linear import features, flops, is_linear, stored_weight, unwrapped, walk
 from ffnkit.model.targets import ranges
 from ffnkit.model.trainable import body, head_modules
 from ffnkit.nn.lowrank import LowRank
@@ -272,7 +272,7 @@ def body_flops(model: nn.Module) -> float:
     inside = {id(module) for module in base.modules()} if base is not model else {id(m) for m in model.modules()}
     output = getattr(model, "get_output_embeddings", lambda: None)()
     ends = tuple(f"{name}." for name in head_modules(model))
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in walk(model):
         outside = id(module) not in inside or module is output or f"{name}.".startswith(ends)
         if outside:
             total -= _flops(module)
@@ -323,7 +323,7 @@ def _other_flops(model: nn.Module, found: list[FFN]) -> float:
     runs = max(_runs(model, ffn) for ffn in found)
     layers = {name for ffn in found for name in ffn.owners} if runs > 1 else set()
     total = 0.0
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in walk(model):
         if id(module) not in inside:
             repeated = runs if any(name.startswith(layer + ".") for layer in layers) else 1
             total += _flops(module) * repeated

@@ -12,8 +12,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import attention_linears
 from ffnkit.model.linear import PLAIN, unwrapped
+from ffnkit.settings.updates import PARTS
 
-PARTS = ("head", "biases", "norms", "attention", "embeddings", "rest")
 _FLAGS = "_ffnkit_requires_grad"  # on a model: what trained before, by parameter; forgets those that are gone
 _BEFORE = "_ffnkit_before"  # on a model with updates: the parts that train beside them, and their values from before
 

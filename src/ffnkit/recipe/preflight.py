@@ -31,11 +31,11 @@ def preflight(recipe: Recipe) -> tuple[str, str]:
             try:
                 if arm.compressed:
                     method = method_of(arm, recipe.seeds[0])
-                    method.targets(empty)
+                    method.chosen(empty)
                     if arm.budget is not None:
                         room(empty, arm.budget, method.layers, arm.multiple)
                 for spec in arm.prune:
-                    methods.build(spec.method, **spec.settings).targets(empty)
+                    methods.build(spec.method, **spec.settings).chosen(empty)
             except FfnkitError as error:
                 raise error.within(f"arms.{name}") from None
     _ = source.tokenizer

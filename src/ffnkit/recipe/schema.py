@@ -11,7 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, 
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ffnkit.errors import FfnkitError
-from ffnkit.recipe.settings import check_budget, check_method, check_task, check_tuner, widened
+from ffnkit.recipe.settings import (
+    check_budget,
+    check_method,
+    check_task,
+    check_tuner,
+    method_today,
+    tuner_today,
+    widened,
+)
 from ffnkit.settings import settings_of
 from ffnkit.tasks.fields import Head, Kind, TaskFields
 from ffnkit.tasks.settings import GenerationSettings
@@ -28,6 +36,13 @@ def fail(path: tuple[str | int, ...], message: str, value: Any) -> NoReturn:
     """Raise pydantic's error at ``path`` below the value that is being checked."""
     kind = PydanticCustomError("recipe", "{message}", {"message": message})
     raise ValidationError.from_exception_data("recipe", [InitErrorDetails(type=kind, loc=path, input=value)])
+
+
+def _today(read: Callable[..., dict[str, Any]], name: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return read(name, settings)
+    except FfnkitError as error:
+        fail((), f"{error.asked}: {error.found}; {error.do}", name)
 
 
 class Part(BaseModel):
@@ -116,7 +131,9 @@ class TunerSpec(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:
-        return value if isinstance(value, dict | TunerSpec) else {"name": value}
+        if isinstance(value, TunerSpec):
+            return value
+        return _today(tuner_today, value.get("name"), value) if isinstance(value, dict) else {"name": value}
 
     @model_validator(mode="after")
     def _known(self) -> TunerSpec:
@@ -136,6 +153,11 @@ class Pruning(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     method: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_today(cls, value: Any) -> Any:
+        return _today(method_today, value.get("method"), value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _known(self) -> Pruning:
@@ -180,6 +202,7 @@ class Arm(Part):
         settings = {key: item for key, item in value.items() if key not in own}
         method = own.get("method", NONE)
         if isinstance(method, str):
+            settings = _today(method_today, method, settings)
             complaint = check_budget(method, settings, own) or check_method(method, widened(settings, own))
             if complaint:
                 fail((complaint[0],), complaint[1], settings.get(complaint[0], method))
@@ -333,6 +356,14 @@ def arm_dict(arm: Arm) -> dict[str, Any]:
     if not arm.prune:
         del data["prune"]
     return {**data, **arm.settings}
+
+
+def facts_today(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a run stored of a unit, with its settings under the names of today."""
+    tuner, arm = facts.get("tuner") or {}, facts.get("arm") or {}
+    prune = [method_today(each.get("method"), each, quiet=True) for each in arm.get("prune", ())]
+    arm = method_today(arm.get("method"), arm, quiet=True) | ({"prune": prune} if prune else {})
+    return {**facts, "arm": arm, "tuner": tuner_today(tuner.get("name"), tuner, quiet=True)}
 
 
 def recipe_from(data: Any, where: str = "recipe") -> Recipe:

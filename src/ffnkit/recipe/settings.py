@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, create_model
 
 from ffnkit.errors import FfnkitError
+from ffnkit.settings import settings_of, today
 
 
 def check_task(name: str) -> str | None:
@@ -27,8 +28,6 @@ def check_task(name: str) -> str | None:
 
 def method_fields(name: str) -> list[str]:
     """The settings of a method; none where it is not known."""
-    from ffnkit.settings import settings_of
-
     kind = _methods().get(name)
     return [each.name for each in settings_of(kind)] if kind else []
 
@@ -51,10 +50,22 @@ def check_method(name: str, settings: dict[str, Any]) -> tuple[str, str] | None:
         )
     if name not in _methods():
         return "method", f"unknown method {name!r}; {near(name, [*_methods(), 'none'])}"
+    if getattr(_methods()[name], "trains", False):
+        return "method", f"{name} changes nothing by itself, it has to be trained; write `tuner: {{name: {name}}}`"
     if complaint := _wrong_width(settings.get("width", 1)):
         return "width", complaint
     _schema(name).model_validate(settings)
     return _built(name, settings)
+
+
+def method_today(name: Any, settings: Mapping[str, Any], *, quiet: bool = False) -> dict[str, Any]:
+    """A method's settings under the names of today; as they are where the method is not known."""
+    return today(_methods().get(name), settings, quiet=quiet)
+
+
+def tuner_today(name: Any, settings: Mapping[str, Any], *, quiet: bool = False) -> dict[str, Any]:
+    """A tuner's settings under the names of today; as they are where the tuner is not known."""
+    return today(_tuners().get(name), settings, quiet=quiet)
 
 
 def widened(settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,8 +154,6 @@ def _methods() -> dict[str, type]:
 @cache
 def _schema(name: str) -> type[BaseModel]:
     """A pydantic model of a method's settings."""
-    from ffnkit.settings import settings_of
-
     fields: dict[str, Any] = {s.name: (s.type, ... if s.required else None) for s in settings_of(_methods()[name])}
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
     return create_model(f"{name} settings", __config__=config, **fields)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import check_target, write_text
-from ffnkit.recipe.schema import Arm, Recipe, arm_dict
+from ffnkit.recipe.schema import Arm, Recipe, arm_dict, facts_today
 from ffnkit.tune.settings import HARMLESS
 
 FORMAT = 1  # of the folder; raised when an older one can no longer be continued
@@ -214,10 +214,11 @@ def check_same(out: Path, wanted: Iterable[tuple[Unit, dict[str, Any]]]) -> None
         FfnkitError: a unit that was begun has other settings now; the line names the field.
     """
     for unit, facts in wanted:
-        found = unit.marker("unit")
-        if found is None or found.get("facts") == json.loads(json.dumps(facts, default=str)):
+        found, now = unit.marker("unit"), json.loads(json.dumps(facts, default=str))
+        then = None if found is None else facts_today(found.get("facts", {}))
+        if then is None or then == now:
             continue
-        field, old, new = _difference(found.get("facts", {}), json.loads(json.dumps(facts, default=str)))
+        field, old, new = _difference(then, now)
         raise FfnkitError(
             f"running this recipe into {out}",
             f"it holds {unit.name} of another recipe ({field} was {old}, is {new})",

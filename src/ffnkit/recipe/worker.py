@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-from ffnkit.recipe.schema import Recipe, recipe_from
+from ffnkit.recipe.schema import Recipe, facts_today, recipe_from
 from ffnkit.recipe.state import Unit, digest, read_json, unit_of
 
 FAILED, STOPPED = 1, 130
@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
     unit = unit_of(out, arm, seed)
     facts = stored["units"][f"{arm}/{seed}"]
     found = unit.marker("unit")
-    if found is not None and found["fingerprint"] != digest(facts):
+    if found is not None and digest(facts_today(found["facts"])) != digest(facts):
         shown = FfnkitError(unit.name, "is of another recipe", "Give another --out, or --restart")
         record(unit, str(shown))
         return FAILED

@@ -157,6 +157,8 @@ OF_METHOD: dict[str, tuple[str, ...]] = {
     "ffn-drop": (MERGING,),
     "layer-drop": (MERGING,),
     "combined": (),
+    "sparsegrad": (SPARSEGRAD,),
+    "dsee": (DSEE,),
 }
 """What a method builds on, by its name."""
 OF_TUNER: dict[str, tuple[str, ...]] = {
@@ -164,8 +166,8 @@ OF_TUNER: dict[str, tuple[str, ...]] = {
     "ffn": (),
     "head": (),
     "lora": (LORA,),
-    "sparsegrad": (SPARSEGRAD,),
-    "dsee": (DSEE,),
+    "sparsegrad": OF_METHOD["sparsegrad"],
+    "dsee": OF_METHOD["dsee"],
     "mask": (SHIRA, SPARSEGRAD),
     "meprop": (MEPROP, SPARSEGRAD),
     "combined": (),

@@ -66,18 +66,18 @@ class Sparsity:
 
 
 @torch.no_grad()
-def sparsity(model: PreTrainedModel, sites: str = "all") -> Sparsity:
+def sparsity(model: PreTrainedModel, targets: str = "all") -> Sparsity:
     """The zeros of a model's linears, each counted as they are and as both ways of merging would leave them.
 
     Memory beyond the model: one weight with its update.
 
     Args:
-        sites: which linears: "ffn", "attention", "qv", "all", or a regular expression over module names.
+        targets: which linears: "ffn", "attention", "qv", "all", or a regular expression over module names.
 
     Raises:
         FfnkitError: no linear matches.
     """
-    return Sparsity(tuple(_zeros(each) for each in prunable(model, sites)))
+    return Sparsity(tuple(_zeros(each) for each in prunable(model, targets)))
 
 
 def _zeros(each: Prunable) -> Zeros:

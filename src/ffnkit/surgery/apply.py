@@ -16,7 +16,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import run_uneven_experts
 from ffnkit.model import trainable
 from ffnkit.model.finding import ffns
-from ffnkit.model.linear import check_untouched
+from ffnkit.model.linear import check_untouched, walk
 from ffnkit.nn.adapter_layer import AdapterLayer, adapter_layers
 from ffnkit.nn.expert_weights import folded, parametrized_weights, remove_parametrizations
 from ffnkit.nn.lowrank import LowRank
@@ -133,7 +133,7 @@ def fold_layers(model: nn.Module, *within: nn.Module, keep: Collection[str] = ()
                     weights[id(old)] = put(old, value, ())
             remove_parametrizations(owner, keep)
     places: dict[ReparametrizedLinear, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in walk(model):
         if module not in inside or not isinstance(module, ReparametrizedLinear) or isinstance(module, AdapterLayer):
             continue
         if module.kind not in keep:
@@ -183,7 +183,7 @@ def without_updates(model: nn.Module, *, fold: bool, masked: bool = False) -> No
         ModelWriter(model).write_values(before)
     trainable.forget(model)
     places: dict[AdapterLayer, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in walk(model):
         if isinstance(module, AdapterLayer):
             places.setdefault(module, []).append(name)
     for layer in found.values():

@@ -25,6 +25,7 @@ from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.config_keys import at_layer, candidates, config_tree, set_width, width_key
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
+from ffnkit.model.linear import walk
 from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.surgery.ties import declare_shared, declare_tied
@@ -40,7 +41,7 @@ def width_keys(model: PreTrainedModel, found: list[FFN]) -> Keys:
     if rows:
         return {ffn.name: None if (key := rows[ffn.name]["key"]) is None else (key[0], key[1]) for ffn in found}
     tree = list(config_tree(config))
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(walk(model))
     keys: Keys = {}
     for ffn in found:
         keys[ffn.name] = None
@@ -128,7 +129,7 @@ def standing_apart(model: nn.Module, found: list[FFN]) -> dict[str, Reparametriz
         for owner in ffn.owners
         for site in ffn.sites
     }
-    modules = model.named_modules(remove_duplicate=False)
+    modules = walk(model)
     return {
         n: m
         for n, m in modules
@@ -248,7 +249,7 @@ def _key_within(paths: set[str], key: list[str] | None) -> list[str] | None:
 def linears_for(model: PreTrainedModel, described: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The described linears under the names that they have in ``model``, which may have another head or none."""
     prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(walk(model))
     rows = {}
     for name, row in described.get("linears", {}).items():
         own = _near(name, prefix, modules)

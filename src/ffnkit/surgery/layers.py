@@ -15,6 +15,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.model.config_keys import candidates, config_tree
 from ffnkit.model.families.keys import DEPTH_KEYS, LAYER_NUMBER_ATTRIBUTES
 from ffnkit.model.finding import ffns
+from ffnkit.model.linear import walk
 
 
 def without_layers(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, str]:
@@ -109,7 +110,7 @@ def _depth(model: PreTrainedModel, holder: str, layers: int) -> list[tuple[PreTr
 def _configs(model: PreTrainedModel, holder: str) -> list[PreTrainedConfig]:
     """The configs of the model's tree that may speak of a module, nearest first."""
     tree = list(config_tree(model.config))
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(walk(model))
     return [config for _, config in candidates(tree, modules, holder)]
 
 

@@ -19,7 +19,7 @@ from ffnkit.model import trainable
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.model.linear import is_maskable, is_transposed, stored_weight
+from ffnkit.model.linear import is_maskable, is_transposed, stored_weight, walk
 from ffnkit.nn.adapter_layer import AdapterLayer, adapter_layers
 from ffnkit.nn.expert_weights import parametrize_weight, parametrized_weights, remove_parametrizations
 from ffnkit.nn.masked import Masked
@@ -249,7 +249,7 @@ class ModelWriter:
         """Every path of each module."""
         if self._places is None:
             self._places = {}
-            for name, module in self.model.named_modules(remove_duplicate=False):
+            for name, module in walk(self.model):
                 self._places.setdefault(module, []).append(name)
         return self._places
 

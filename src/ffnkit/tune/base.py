@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    create_model,
+    model_serializer,
+    model_validator,
+)
 
 from ffnkit.errors import FfnkitError
+from ffnkit.settings import Setting, settings_of, today
+from ffnkit.settings.updates import Part
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,7 +29,6 @@ if TYPE_CHECKING:
     from ffnkit.tune.lifecycle import Preparation
 
 Routers = Literal["trained", "frozen"]
-Part = Literal["biases", "norms", "attention", "embeddings", "rest"]
 KEEP_ZEROS = "weights that are zero before (pruned) are zero after it; without it merging fills them"
 ROUTERS = "routers of a mixture of experts: trained or frozen"
 _COEFFICIENTS = "l1 weight of coefficients learnt on heads and neurons, which structured pruning reads; 0: none"
@@ -28,8 +40,14 @@ class Tuner(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: ClassVar[str] = ""
     description: ClassVar[str] = ""
+    old_names: ClassVar[Mapping[str, str]] = {"also": "modules_to_train", "share": "density"}
 
     routers: Routers = Field("trained", description=ROUTERS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_today(cls, given: Any) -> Any:
+        return today(cls, given) if isinstance(given, dict) else given
 
     def prepare(
         self, model: nn.Module, data: Iterable[Mapping[str, Any]] | None = None, keep: Path | None = None
@@ -89,12 +107,14 @@ class Beside(Tuner):
 
     routers: Routers = Field("frozen", description=ROUTERS)
     head: bool = Field(True, description="train the task head too")
-    also: tuple[Part, ...] = Field((), description="further parts that train: biases, norms, attention, ...")
+    modules_to_train: tuple[Part, ...] = Field(
+        (), description="further parts that train: biases, norms, attention, ..."
+    )
 
     @property
     def with_head(self) -> list[str]:
-        """``also``, and the head where it trains."""
-        return list(dict.fromkeys([*(["head"] if self.head else []), *self.also]))
+        """``modules_to_train``, and the head where it trains."""
+        return list(dict.fromkeys([*(["head"] if self.head else []), *self.modules_to_train]))
 
     def beside(self, model: nn.Module) -> set[int]:
         """The ids of the parameters of those parts, routers included where they train."""
@@ -136,7 +156,39 @@ class Updating(Beside):
 
 
 class Adapting(Updating):
-    """What tuners have in common that put updates of one kind on linears that they name."""
+    """What tuners have in common whose updates a method plans: its settings, but for what trains beside."""
 
-    targets: str = Field("ffn", description="ffn, attention, qv, all, or a regular expression over module names")
-    layers: str = Field("all", description="of which layers the FFNs are taken: all, last:8, 4-11, 4,5,9")
+    plans: ClassVar[str] = ""
+    fixed: ClassVar[Mapping[str, Any]] = {}
+
+    @property
+    def method(self) -> Any | None:
+        from ffnkit import methods
+
+        kind = methods.get(self.plans)
+        names = {each.name for each in settings_of(kind)} & set(type(self).model_fields) - {"modules_to_train"}
+        own = {name: getattr(self, name) for name in names}
+        return kind(**own, **self.fixed, modules_to_train=self.with_head)
+
+
+def declared(settings: type, *names: str, **others: Any) -> type[Adapting]:
+    """A base for tuners that has settings of a method as they are declared there: types, defaults, bounds, meaning.
+
+    Args:
+        settings: the declaration. names: of the settings; all but ``modules_to_train`` where none is given.
+        others: settings whose type or default is another here: (type, default).
+    """
+    chosen = [each for each in settings_of(settings) if each.name in names or not names]
+    fields: dict[str, Any] = {each.name: _field(each) for each in chosen if each.name != "modules_to_train"}
+    for name, (kind, default) in others.items():
+        fields[name] = (kind, Field(default, description=fields[name][1].description))
+    return create_model(f"Of{settings.__name__}", __base__=Adapting, **fields)
+
+
+def _field(setting: Setting) -> tuple[Any, Any]:
+    doc, bounds = setting.doc, []
+    for kind, value in ((Ge, doc.at_least), (Gt, doc.above), (Le, doc.at_most), (Lt, doc.below)):
+        bounds += [] if value is None else [kind(value)]
+    kinds: list[Any] = [Annotated[each, *bounds] if bounds and each in (int, float) else each for each in setting.kinds]
+    union = reduce(or_, kinds)
+    return union | None if setting.optional else union, Field(setting.default, description=doc.text.rstrip("."))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
@@ -9,7 +10,8 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 from pydantic_core import PydanticCustomError
 
 from ffnkit.errors import FfnkitError
-from ffnkit.tune.base import KEEP_ZEROS, ROUTERS, Adapting, Beside, Part, Routers, Tuner, Updating
+from ffnkit.settings.updates import DseeSettings, Part, SparseGradSettings
+from ffnkit.tune.base import KEEP_ZEROS, ROUTERS, Adapting, Beside, Routers, Tuner, Updating, declared
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,7 +84,9 @@ class Lora(Tuner):
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="on the adapters' input")
     targets: str = Field("ffn", description="ffn, attention, qv, all, or a regular expression over module names")
     head: bool = Field(True, description="train the task head too")
-    also: tuple[Part, ...] = Field((), description="further parts that train: biases, norms, attention, ...")
+    modules_to_train: tuple[Part, ...] = Field(
+        (), description="further parts that train: biases, norms, attention, ..."
+    )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="biases that train, as in peft")
     adapter_dir: Path | None = Field(None, description="also save the adapter there, in peft's form")
     tied: Literal["shared", "each"] = Field(
@@ -97,8 +101,10 @@ class Lora(Tuner):
     def _told(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Later settings are told where they are not the default, so that facts about runs without them stay so."""
         told: dict[str, Any] = handler(self)
-        plain: dict[str, Any] = {"tied": "shared", "quantize": "none", "also": (), "keep_zeros": False}
-        return {k: v for k, v in told.items() if k not in plain or plain[k] != (tuple(v) if k == "also" else v)}
+        plain: dict[str, Any] = {"tied": "shared", "quantize": "none", "modules_to_train": (), "keep_zeros": False}
+        return {
+            k: v for k, v in told.items() if k not in plain or plain[k] != (tuple(v) if k == "modules_to_train" else v)
+        }
 
     def put_on(self, model: nn.Module, preparation: Preparation) -> nn.Module:
         from ffnkit.tune import lora
@@ -111,89 +117,47 @@ class Lora(Tuner):
         return lora.take_off(model, self)
 
 
-class SparseGrad(Adapting):
+class SparseGrad(declared(SparseGradSettings)):  # type: ignore[misc]  # mypy reads no class made by a call
     """Train about one percent of the entries of each FFN weight's update, in a basis where gradients are sparse.
 
     Source: SparseGrad (arXiv 2410.07383).
     """
 
     name: ClassVar[str] = "sparsegrad"
+    plans: ClassVar[str] = "sparsegrad"
     description: ClassVar[str] = "few entries of each update, in a basis where gradients are sparse"
 
-    share: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="of each weight's entries that train")
-    count: Annotated[int, Field(gt=0)] | None = Field(None, description="so many a weight instead")
-    selection: Literal["fixed", "refresh", "step"] = Field("fixed", description="when entries are chosen")
-    basis: Literal["shared", "layer", "none"] = Field("shared", description="one a layer type, one a weight, or none")
-    core: Annotated[float, Field(gt=0, le=1)] = Field(0.97, description="energy that a leading core has to keep")
-    by: Literal["layer", "all"] = Field("layer", description="the count is one of each layer, or of all together")
-    every: Annotated[int, Field(gt=0)] = Field(100, description="steps between refreshes")
-    batches: Annotated[int, Field(gt=0)] = Field(30, description="batches of gradients that the choice is made from")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of random choices")
 
-    @property
-    def method(self) -> Any:
-        from ffnkit.methods.update.sparsegrad import SparseGrad as Method
-
-        own = {key: getattr(self, key) for key in ("share", "count", "selection", "basis", "core", "by", "every")}
-        return Method(
-            **own, batches=self.batches, seed=self.seed, sites=self.targets, layers=self.layers, also=self.with_head
-        )
-
-
-class Dsee(Adapting):
+class Dsee(declared(DseeSettings)):  # type: ignore[misc]
     """Train a low-rank update and single entries of each weight, of query and value by default.
 
     Source: DSEE (arXiv 2111.00160).
     """
 
     name: ClassVar[str] = "dsee"
+    plans: ClassVar[str] = "dsee"
     description: ClassVar[str] = "a low-rank update and single entries of each weight"
 
-    targets: str = Field("qv", description="qv, ffn, attention, all, or a regular expression over module names")
-    layers: str = Field("all", description="of which layers query and value, and FFNs, are taken: all, last:8, 4-11")
-    rank: Annotated[int, Field(ge=0)] = Field(16, description="of the low-rank update; 0: entries alone")
-    alpha: Annotated[float, Field(gt=0)] = Field(32, description="the update is scaled by alpha / rank")
-    nonzeros: Annotated[int, Field(ge=0)] = Field(64, description="entries of each weight that train; 0: none")
-    share: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="of each weight's entries instead")
-    support: Literal["svd", "grebsmo", "gradient", "magnitude", "random"] = Field(
-        "svd", description="how entries are chosen: svd, grebsmo, gradient, magnitude or random"
+
+class SparseMask(
+    declared(  # type: ignore[misc]
+        SparseGradSettings,
+        *("targets", "layers", "choose", "density", "count", "seed"),
+        choose=(Literal["random", "magnitude"], "random"),
     )
-    lora: Path | None = Field(None, description="folder of a peft LoRA adapter that the low-rank update starts from")
-    batches: Annotated[int, Field(gt=0)] = Field(30, description="batches that support gradient reads")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of the start and of random choices")
-
-    @property
-    def method(self) -> Any:
-        from ffnkit.methods.update.dsee import DSEE as Method
-
-        keys = ("rank", "alpha", "nonzeros", "share", "support", "layers", "batches", "seed")
-        lora = None if self.lora is None else str(self.lora)
-        return Method(**{key: getattr(self, key) for key in keys}, lora=lora, sites=self.targets, also=self.with_head)
-
-
-class SparseMask(Adapting):
+):
     """Train single entries of each FFN weight: drawn at random, or the largest ones.
 
     Source: the sparse masks of SHiRA (arXiv 2406.13175); baselines of SparseGrad.
     """
 
     name: ClassVar[str] = "mask"
+    plans: ClassVar[str] = "sparsegrad"
+    fixed: ClassVar[Mapping[str, Any]] = {"basis": "none"}
     description: ClassVar[str] = "single entries of each FFN weight: random ones, or the largest"
 
-    choose: Literal["random", "magnitude"] = Field("random", description="how entries are chosen")
-    share: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="of each weight's entries that train")
-    count: Annotated[int, Field(gt=0)] | None = Field(None, description="so many a weight instead")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="of the draw")
 
-    @property
-    def method(self) -> Any:
-        from ffnkit.methods.update.sparsegrad import SparseGrad as Method
-
-        own = {key: getattr(self, key) for key in ("share", "count", "choose", "seed", "layers")}
-        return Method(**own, basis="none", sites=self.targets, also=self.with_head)
-
-
-class MeProp(Adapting):
+class MeProp(declared(SparseGradSettings, "targets", "layers", "density")):  # type: ignore[misc]
     """Train FFN weights by the largest part of their gradients only, chosen at every step.
 
     Source: "weights": the baseline of SparseGrad (arXiv 2410.07383), the largest entries of each weight's gradient.
@@ -201,25 +165,15 @@ class MeProp(Adapting):
     """
 
     name: ClassVar[str] = "meprop"
+    plans: ClassVar[str] = "sparsegrad"
+    fixed: ClassVar[Mapping[str, Any]] = {"basis": "none", "selection": "step"}
     description: ClassVar[str] = "FFN weights, by the largest part of their gradients at every step"
 
     of: Literal["weights", "outputs"] = Field("weights", description="what is cut to its largest entries")
-    share: Annotated[float, Field(gt=0, le=1)] = Field(0.01, description="of the entries that are kept")
 
     @property
     def method(self) -> Any | None:
-        from ffnkit.methods.update.sparsegrad import SparseGrad as Method
-
-        if self.of == "outputs":
-            return None
-        return Method(
-            share=self.share,
-            basis="none",
-            selection="step",
-            sites=self.targets,
-            layers=self.layers,
-            also=self.with_head,
-        )
+        return super().method if self.of == "weights" else None
 
     def put_on(self, model: nn.Module, preparation: Preparation) -> nn.Module:
         from ffnkit.tune import meprop
@@ -265,7 +219,10 @@ class Combined(Updating):
         from ffnkit.methods.combined import Combined as Method
         from ffnkit.tune.tuners import get
 
-        tuners = [cast(Adapting, get({**part, "head": self.head, "also": self.also})) for part in self.parts]
+        tuners = [
+            cast(Adapting, get({**part, "head": self.head, "modules_to_train": self.modules_to_train}))
+            for part in self.parts
+        ]
         return Method([tuner.method for tuner in tuners])
 
 

@@ -50,7 +50,7 @@ def put_on(model: nn.Module, tuner: MeProp, preparation: Preparation) -> nn.Modu
     for name in names:
         linear: Any = model.get_submodule(name)
         chosen |= {id(linear.weight)}
-        handles.append(linear.register_forward_hook(_cutting(tuner.share)))
+        handles.append(linear.register_forward_hook(_cutting(tuner.density)))
     train_only(model, lambda parameter: id(parameter) in chosen)
     model.__dict__[_HOOKS] = handles
     return model

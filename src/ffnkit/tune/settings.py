@@ -41,7 +41,9 @@ class TrainSettings(_Settings):
     schedule: Annotated[Schedule, Field(description="a learning-rate schedule of transformers, by its name")] = "linear"
     schedule_options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the schedule")
     warmup: Annotated[NotNegative, Field(description="below 1: share of the steps; from 1: number of steps")] = 0.06
-    weight_decay: Annotated[NotNegative, Field(description="decoupled (AdamW); biases and norms are left out")] = 0.0
+    weight_decay: Annotated[NotNegative, Field(description="decoupled (AdamW); not on biases, norms, coefficients")] = (
+        0.0
+    )
     betas: Annotated[tuple[Beta, Beta], Field(description="Adam's averaging factors")] = (0.9, 0.999)
     eps: Annotated[Positive, Field(description="Adam's epsilon")] = 1e-8
     optimizer: Annotated[str, Field(description="an optimizer of transformers, by its name")] = "adamw_torch_fused"
@@ -63,9 +65,7 @@ class TrainSettings(_Settings):
     ] = False
     precision: Annotated[Precision, Field(description="bf16 and fp16: mixed precision; fp16 needs a GPU")] = "fp32"
     gradient_checkpointing: Annotated[bool, Field(description="less memory for about a third more time")] = False
-    eval_every: Annotated[Count | None, Field(description="evaluate on dev every so many steps; null: each epoch")] = (
-        None
-    )
+    eval_every: Annotated[Count | None, Field(description="steps between evaluations on dev; null: each epoch")] = None
     save_every: Annotated[Count | None, Field(description="further checkpoints, besides one at each evaluation")] = None
     save_total_limit: Annotated[
         Count | None, Field(description="checkpoints kept on disk; best and last always are")
@@ -75,7 +75,7 @@ class TrainSettings(_Settings):
     best_metric: Annotated[
         str | None, Field(description="picks the best checkpoint: a metric of the task, or loss")
     ] = None
-    early_stopping: Annotated[Count | None, Field(description="stop after so many evaluations without a gain")] = None
+    early_stopping: Annotated[Count | None, Field(description="evaluations without a gain after which it stops")] = None
     logging_every: Annotated[Count, Field(description="steps between entries of the loss log")] = 10
     report_to: Annotated[
         str | list[str], Field(description="trackers of transformers: none, tensorboard, wandb, ...")

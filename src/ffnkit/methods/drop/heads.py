@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.padding import TokenMasks
 from ffnkit.edits import Edit, SelectHeads
 from ffnkit.edits.heads import check_separable
 from ffnkit.errors import FfnkitError
@@ -21,22 +21,23 @@ from ffnkit.model.linear import bare_weight, features
 from ffnkit.model.targets import select
 from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.plans import Draft, Progress
-from ffnkit.settings import Doc, check
+from ffnkit.settings import Doc, check, renamed
 
 Amount = int | float | Mapping[str, int | float]
 By = Literal["weight", "update", "both", "activation", "coefficients", "random"]
 
 
+@renamed(share="remove")
 @dataclass(frozen=True)
 class RemoveHeads:
     """Remove the attention heads with the lowest scores, physically.
 
     Where several heads share a key and a value, whole groups go; with one key and value for all heads, queries go.
 
-    Source: DSEE (arXiv 2111.00160), structured pruning: by "update", share 0.25.
+    Source: DSEE (arXiv 2111.00160), structured pruning: by "update", remove 0.25.
     """
 
-    share: Annotated[
+    remove: Annotated[
         Amount,
         Doc(
             "what goes of each attention: a float is a share of its heads, an int counts heads (or "
@@ -73,7 +74,7 @@ class RemoveHeads:
         """The settings by name."""
         return dataclasses.asdict(self)
 
-    def targets(self, model: nn.Module) -> list[tuple[Attention, int]]:
+    def chosen(self, model: nn.Module) -> list[tuple[Attention, int]]:
         """The attentions and how many units each keeps. Raises FfnkitError where the settings do not fit the model."""
         check(self)
         found = attentions(model)
@@ -83,28 +84,28 @@ class RemoveHeads:
         return self._left(select(found, self.layers))
 
     def _left(self, chosen: list[Attention]) -> list[tuple[Attention, int]]:
-        if isinstance(self.share, Mapping):
+        if isinstance(self.remove, Mapping):
             known = {attention.name for attention in chosen}
-            unknown = [name for name in self.share if name not in known]
+            unknown = [name for name in self.remove if name not in known]
             if unknown:
                 do = f"There are {', '.join(known)}"
                 raise FfnkitError(f"heads of {unknown[0]}", "no attention of that name is chosen", do)
-            chosen = [attention for attention in chosen if attention.name in self.share]
+            chosen = [attention for attention in chosen if attention.name in self.remove]
         left = []
         for attention in chosen:
             check_separable(attention)
-            share = self.share[attention.name] if isinstance(self.share, Mapping) else self.share
+            share = self.remove[attention.name] if isinstance(self.remove, Mapping) else self.remove
             left.append((attention, units_left(share, attention)))
         if not any(keep < attention.units for attention, keep in left):
             most = max((attention.units for attention, _ in left), default=0)
             what = f"the attentions have at most {most} heads or groups, so none would go"
-            raise FfnkitError(f"share={self.share}", what, "Ask for a larger share, or a number of heads")
+            raise FfnkitError(f"remove={self.remove}", what, "Ask for more, or a number of heads")
         return left
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
         quantities: dict[str, dict[str, float]] = {}
-        targets = self.targets(model)
+        targets = self.chosen(model)
         found = [attention for attention, keep in targets if keep < attention.units]
         rms = head_activity(model, need_data(data, self.name), found) if self.needs_data else None
         for number, (attention, keep) in enumerate(targets):
@@ -127,16 +128,16 @@ def removal(attention: Attention, index: Tensor) -> SelectHeads:
     return SelectHeads(attention.name, index=index.to(torch.int32), heads=attention.heads, units=units, parameters=gone)
 
 
-def units_left(share: int | float, attention: Attention) -> int:
+def units_left(remove: int | float, attention: Attention) -> int:
     """How many units stay when this share or number of them goes; at least one, and a number that the family bears."""
-    units, asked = attention.units, f"share {share!r} of the heads of {attention.name}"
-    if isinstance(share, bool) or not isinstance(share, int | float):
-        raise FfnkitError(asked, f"a {type(share).__name__}", "Give a number of heads (int) or a share (float)")
-    if isinstance(share, float) and not 0 <= share < 1:
+    units, asked = attention.units, f"remove {remove!r} of the heads of {attention.name}"
+    if isinstance(remove, bool) or not isinstance(remove, int | float):
+        raise FfnkitError(asked, f"a {type(remove).__name__}", "Give a number of heads (int) or a share (float)")
+    if isinstance(remove, float) and not 0 <= remove < 1:
         raise FfnkitError(asked, "a share that goes lies from 0 to below 1", "Give a share such as 0.25")
-    if isinstance(share, int) and not 0 <= share < units:
+    if isinstance(remove, int) and not 0 <= remove < units:
         raise FfnkitError(asked, f"it has {units} heads or groups", f"Give 0 to {units - 1}: one has to stay")
-    left = max(1, units - (round(share * units) if isinstance(share, float) else share))
+    left = max(1, units - (round(remove * units) if isinstance(remove, float) else remove))
     return -(-left // attention.multiple) * attention.multiple
 
 

@@ -29,7 +29,7 @@ class _Drop:
     """What both have in common: one of ``layers`` and ``window`` says what goes."""
 
     layers: Annotated[str | None, Doc("which go")] = None
-    window: Annotated[int | None, Doc("so many adjacent ones go", at_least=1)] = None
+    window: Annotated[int | None, Doc("number of adjacent ones that go", at_least=1)] = None
     score: Annotated[Score | None, Doc("what tells the best window")] = None
 
     name: ClassVar[str]
@@ -55,7 +55,7 @@ class _Drop:
     def settings(self) -> dict[str, Any]:
         return dataclasses.asdict(dataclasses.replace(self, score=None)) | {"score": score_name(self.score)}
 
-    def targets(self, model: nn.Module) -> list[Groups]:
+    def chosen(self, model: nn.Module) -> list[Groups]:
         """The groups of FFNs to choose among. Raises FfnkitError where the settings do not fit the model."""
         check(self)
         if (self.layers is None) == (self.window is None):
@@ -69,7 +69,7 @@ class _Drop:
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         started = time.perf_counter()
-        choices = self.targets(model)
+        choices = self.chosen(model)
         scores: list[float] = []
         if len(choices) > 1 and self.score is None:
             scores = _proxies(model, need_data(data, self.name), choices, self.worth)
@@ -95,9 +95,9 @@ class LayerDrop(_Drop):
     """
 
     layers: Annotated[str | None, Doc('which layers go, e.g. "last:2", "4-7", "4,5,9", "encoder:last:2".')] = None
-    window: Annotated[int | None, Doc("so many adjacent layers go; the best window is searched for.", at_least=1)] = (
-        None
-    )
+    window: Annotated[
+        int | None, Doc("number of adjacent layers that go; the best window is searched for.", at_least=1)
+    ] = None
     score: Annotated[
         Score | None,
         Doc(
@@ -130,7 +130,7 @@ class FfnDrop(_Drop):
 
     layers: Annotated[str | None, Doc('which FFNs go, e.g. "last:2", "4-7", "4,5,9", "encoder:last:2".')] = None
     window: Annotated[
-        int | None, Doc("those of so many adjacent layers go; the best window is searched for.", at_least=1)
+        int | None, Doc("number of adjacent layers whose FFNs go; the best window is searched for.", at_least=1)
     ] = None
     score: Annotated[
         Score | None,

@@ -17,18 +17,19 @@ from ffnkit.methods.common import Batch, generator, need_data
 from ffnkit.methods.drop.weights import Prunable, column_norms, prunable
 from ffnkit.ops.masks import lowest, lowest_of_groups, lowest_of_rows, read_pattern
 from ffnkit.plans import Draft, Progress
-from ffnkit.settings import Doc, check
+from ffnkit.settings import Doc, check, renamed
 
 Mode = Literal["ABS", "AB", "WABS", "WAB", "NABS", "NAB", "W", "random"]
 OF_UPDATE = ("ABS", "AB", "NABS", "NAB")  # modes that see the update alone
 Pool = list[tuple[int, Prunable]]
 
 
+@renamed(sites="targets", ratio="sparsity", adapted_ratio="adapted_sparsity")
 @dataclass(frozen=True)
 class Prune:
     """Set the least weights of linears to zero, by a mask that stays through any tuning.
 
-    Linears without an update and linears that carry one (DSEE, SparseGrad) are two pools, each with a ratio of its
+    Linears without an update and linears that carry one (DSEE, SparseGrad) are two pools, each with a sparsity of its
     own. Below an update the frozen weight W is pruned and the update D stays whole. Zeros that are there already count.
     Task heads, embeddings and routers are never pruned. Nothing gets smaller or faster by it: zeros are stored, and
     dense hardware multiplies them.
@@ -40,10 +41,10 @@ class Prune:
         earlier layers are pruned. With wanda the modes' scores are multiplied by the input's norm too.
     """
 
-    ratio: Annotated[float, Doc("share of zeros among weights without an update.", at_least=0, below=1)] = 0.5
-    adapted_ratio: Annotated[
+    sparsity: Annotated[float, Doc("share of zeros among weights without an update.", at_least=0, below=1)] = 0.5
+    adapted_sparsity: Annotated[
         float | None,
-        Doc("share of zeros among weights that carry an update; none: as ratio.", at_least=0, below=1, example=0.5),
+        Doc("share of zeros among weights that carry an update; none: as sparsity.", at_least=0, below=1, example=0.5),
     ] = None
     by: Annotated[
         Literal["magnitude", "wanda", "random"],
@@ -68,9 +69,9 @@ class Prune:
     ] = "auto"
     pattern: Annotated[
         str | None,
-        Doc('"2:4", "4:8", ...: of each M weights that follow each other along the input N stay; sets the ratios.'),
+        Doc('"2:4", "4:8", ...: of each M weights that follow each other along the input N stay; sets the sparsities.'),
     ] = None
-    sites: Annotated[str, Doc('"ffn", "attention", "qv", "all", or a regular expression over module names.')] = "all"
+    targets: Annotated[str, Doc('"ffn", "attention", "qv", "all", or a regular expression over module names.')] = "all"
     layers: Annotated[str, Doc("of which layers FFNs are taken.")] = "all"
     seed: Annotated[int, Doc("of random choices.", at_least=0)] = 0
 
@@ -95,43 +96,43 @@ class Prune:
         check(self)
         if self.pattern is not None:
             kept, size = read_pattern(self.pattern)
-            given = {self.ratio, self.ratio if self.adapted_ratio is None else self.adapted_ratio}
+            given = {self.sparsity, self.sparsity if self.adapted_sparsity is None else self.adapted_sparsity}
             if not given <= {0.5, 1 - kept / size}:
-                found = f"it leaves {kept / size:.0%} of the weights, and ratios are given too"
-                raise FfnkitError(f"pattern {self.pattern}", found, "Leave the ratios out")
+                found = f"it leaves {kept / size:.0%} of the weights, and sparsities are given too"
+                raise FfnkitError(f"pattern {self.pattern}", found, "Leave the sparsities out")
             if self.scope != "auto":
                 raise FfnkitError(f"pattern {self.pattern}", "a scope is given too", "Leave the scope out")
 
-    def targets(self, model: nn.Module) -> list[Prunable]:
+    def chosen(self, model: nn.Module) -> list[Prunable]:
         """The weights to prune. Raises FfnkitError where the settings do not fit the model."""
         self.check()
-        found = prunable(model, self.sites, self.layers)
+        found = prunable(model, self.targets, self.layers)
         if self.pattern is not None:
             _, size = read_pattern(self.pattern)
             for each in found:
                 if each.shape[-1] % size:
                     what = f"{each.label} has {each.shape[-1]} inputs, no multiple of {size}"
-                    raise FfnkitError(f"pattern {self.pattern}", what, "Name other sites, or another pattern")
+                    raise FfnkitError(f"pattern {self.pattern}", what, "Name other targets, or another pattern")
         return found
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
-        found = self.targets(model)
+        found = self.chosen(model)
         for each in found:
             each.check()
             if each.site:
                 each.module.check_plain(f"pruning {each.name}")
         self._check_updates(found)
         norms = column_norms(model, need_data(data, self.name), found) if self.needs_data else {}
-        adapted = self.ratio if self.adapted_ratio is None else self.adapted_ratio
+        adapted = self.sparsity if self.adapted_sparsity is None else self.adapted_sparsity
         pools: list[tuple[float, Pool]] = [
-            (self.ratio, [(i, each) for i, each in enumerate(found) if not each.adapted]),
+            (self.sparsity, [(i, each) for i, each in enumerate(found) if not each.adapted]),
             (adapted, [(i, each) for i, each in enumerate(found) if each.adapted]),
         ]
         made: dict[int, Edit] = {}
-        for ratio, pool in pools:
-            if not pool or (not ratio and self.pattern is None):
+        for sparsity, pool in pools:
+            if not pool or (not sparsity and self.pattern is None):
                 continue
-            masks = self._masks(pool, ratio, partial(self._scores, norms=norms))
+            masks = self._masks(pool, sparsity, partial(self._scores, norms=norms))
             for (number, each), mask in zip(pool, masks, strict=True):
                 made[number] = Mask.of(each.name, each.site, mask)
                 if progress is not None:
@@ -142,7 +143,7 @@ class Prune:
     def _check_updates(self, found: list[Prunable]) -> None:
         """Raises FfnkitError where weights would go by updates that are all zero."""
         updated = [each for each in found if each.adapted]
-        needed = bool(updated) and self.mode in OF_UPDATE and self.adapted_ratio != 0
+        needed = bool(updated) and self.mode in OF_UPDATE and self.adapted_sparsity != 0
         if needed and not any(bool(each.update().any()) for each in updated):
             what = "the updates are all zero, so they tell no weights apart"
             raise FfnkitError(f"mode {self.mode}", what, "Tune first, or choose mode W")
@@ -156,27 +157,27 @@ class Prune:
             score = score * norms[each.label].to(score)[..., None, :]
         return score.masked_fill_(each.gone(weight), -torch.inf)
 
-    def _masks(self, pool: Pool, ratio: float, scores: Callable[[int, Prunable], Tensor]) -> Iterator[Tensor]:
+    def _masks(self, pool: Pool, sparsity: float, scores: Callable[[int, Prunable], Tensor]) -> Iterator[Tensor]:
         scope = ("row" if self.by == "wanda" else "global") if self.scope == "auto" else self.scope
         if self.pattern is None and scope == "global":
             total = sum(each.numel for _, each in pool)
             kind = max((each.dtype for _, each in pool), key=lambda dtype: dtype.itemsize)
-            yield from lowest(lambda: (scores(*given).to(kind) for given in pool), round(ratio * total))
+            yield from lowest(lambda: (scores(*given).to(kind) for given in pool), round(sparsity * total))
             return
         for given in pool:
             score = scores(*given)
             if self.pattern is not None:
                 yield lowest_of_groups(score, *read_pattern(self.pattern))
             elif scope == "row":
-                yield lowest_of_rows(score, round(ratio * score.shape[-1]))
+                yield lowest_of_rows(score, round(sparsity * score.shape[-1]))
             else:
-                yield _by_matrix(score, ratio)
+                yield _by_matrix(score, sparsity)
 
 
-def _by_matrix(score: Tensor, ratio: float) -> Tensor:
+def _by_matrix(score: Tensor, sparsity: float) -> Tensor:
     """The mask of one weight, or of each expert's, by its own scores."""
     parts = list(score) if score.ndim == 3 else [score]
-    masks = [next(lowest(partial(list, [part]), round(ratio * part.numel()))) for part in parts]
+    masks = [next(lowest(partial(list, [part]), round(sparsity * part.numel()))) for part in parts]
     return torch.stack(masks) if score.ndim == 3 else masks[0]
 
 

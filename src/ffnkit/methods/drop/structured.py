@@ -22,11 +22,12 @@ from ffnkit.model.finding import ffns as find_ffns
 from ffnkit.model.inspect import body_flops, neuron_flops, unit_flops
 from ffnkit.model.targets import select
 from ffnkit.plans import Draft, Progress, check_weights
-from ffnkit.settings import Doc, check
+from ffnkit.settings import Doc, check, renamed
 
 WIDE, COARSE, FINE = 1024, 64, 8  # from how many neurons on a budget takes them by how many
 
 
+@renamed(heads="remove_heads", neurons="remove_neurons")
 @dataclass(frozen=True)
 class StructuredPruning:
     """Remove the attention heads and the hidden neurons with the lowest scores, physically.
@@ -40,10 +41,10 @@ class StructuredPruning:
         head and a neuron of average score cost the same a FLOP. Coefficients all start at 1, and stay as they are.
     """
 
-    heads: Annotated[
+    remove_heads: Annotated[
         int | float, Doc("what goes of each attention: a float is a share, an int counts; 0 leaves heads whole.")
     ] = 0.25
-    neurons: Annotated[
+    remove_neurons: Annotated[
         int | float, Doc("what goes of each FFN: a float is a share, an int counts; 0 leaves neurons whole.")
     ] = 0.25
     by: Annotated[
@@ -92,7 +93,9 @@ class StructuredPruning:
     @property
     def needs_data(self) -> bool:
         """Whether activations are measured."""
-        return (bool(self.heads) and self.by == "activation") or (bool(self.neurons) and self._by == "activation")
+        return (bool(self.remove_heads) and self.by == "activation") or (
+            bool(self.remove_neurons) and self._by == "activation"
+        )
 
     @property
     def _by(self) -> str:
@@ -104,31 +107,31 @@ class StructuredPruning:
     def check(self) -> None:
         """Raises FfnkitError on settings out of range."""
         check(self)
-        for key in ("heads", "neurons"):
+        for key in ("remove_heads", "remove_neurons"):
             _check_amount(key, getattr(self, key), whole=self.flops is None)
-        if not self.heads and not self.neurons:
-            raise FfnkitError("heads 0 and neurons 0", "nothing would go", "Give a share of one of them")
+        if not self.remove_heads and not self.remove_neurons:
+            raise FfnkitError("remove_heads 0 and remove_neurons 0", "nothing would go", "Give a share of one of them")
 
-    def targets(self, model: nn.Module) -> list[Attention | FFN]:
+    def chosen(self, model: nn.Module) -> list[Attention | FFN]:
         """The attentions and FFNs that lose something. Raises FfnkitError where the settings do not fit the model."""
         self.check()
         found: list[Attention | FFN] = []
-        if self.heads:
+        if self.remove_heads:
             every = attentions(model)
             if not every:
-                do = "Give heads=0, or a model with attention of a known layout"
+                do = "Give remove_heads=0, or a model with attention of a known layout"
                 raise FfnkitError(f"the heads of {type(model).__name__}", "no attention of it is known", do)
             for attention in select(every, self.layers):
                 check_separable(attention)
                 found.append(attention)
-        if self.neurons:
+        if self.remove_neurons:
             for ffn in select(find_ffns(model), self.layers):
                 check_cuttable(ffn, f"removing neurons of {ffn.name}")
                 found.append(ffn)
         return found
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
-        targets = self.targets(model)
+        targets = self.chosen(model)
         units = self._units(model, targets, data, progress)
         before = body_flops(model)
         counts = self._counts(units, before)
@@ -207,12 +210,12 @@ class StructuredPruning:
         return "a budget of equal shares" if self.flops is None else f"flops {self.flops}"
 
     def _shares(self, units: list[Units]) -> Callable[[float], list[int]]:
-        """How many stay where this multiple of the shares ``heads`` and ``neurons`` goes."""
+        """How many stay where this multiple of ``remove_heads`` and ``remove_neurons`` goes."""
 
         def left(times: float) -> list[int]:
             kept = []
             for each in units:
-                amount = self.neurons if each.neurons else self.heads
+                amount = self.remove_neurons if each.neurons else self.remove_heads
                 if isinstance(amount, float) and self.flops is not None:
                     amount = min(times * amount, 1.0)
                 kept.append(each.left(amount))

@@ -40,7 +40,7 @@ class Unstructured(Narrowing):
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
-        for ffn, width, neurons in each(self.targets(model), progress, "pruning"):
+        for ffn, width, neurons in each(self.chosen(model), progress, "pruning"):
             if width == neurons.ff:
                 continue
             for site in ffn.sites:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, run
 from ffnkit.calibration.hooks import Activations, hooked
-from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.padding import TokenMasks
 from ffnkit.calibration.statistics import ColumnSquares
 from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import attention_linears
@@ -133,7 +133,7 @@ def prunable(model: nn.Module, asked: str, layers: str = "all") -> list[Prunable
         ]
     if not found:
         do = "Name ffn, attention, qv, all, or an expression that matches linears of the body"
-        raise FfnkitError(f"sites {asked!r}", "no linear that can be pruned matches", do)
+        raise FfnkitError(f"targets {asked!r}", "no linear that can be pruned matches", do)
     return found
 
 
@@ -144,7 +144,7 @@ def _wanted(model: nn.Module, asked: str, layers: str) -> Any:
             pattern = re.compile(asked)
         except re.error as error:
             do = "Name ffn, attention, qv, all, or a regular expression over module names"
-            raise FfnkitError(f"sites {asked!r}", f"not a regular expression ({error})", do) from None
+            raise FfnkitError(f"targets {asked!r}", f"not a regular expression ({error})", do) from None
         return lambda name, _: pattern.fullmatch(name) is not None
     if asked == "qv":
         names = query_value(model, layers)

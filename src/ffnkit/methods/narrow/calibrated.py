@@ -56,7 +56,7 @@ class CalibratedFusion(Narrowing):
         float, Doc("of selection and refit, relative to the mean square of the activations.", at_least=0)
     ] = 1e-2
     tokens: Annotated[
-        int, Doc("at most so many tokens a layer are held for the regression; the statistics use all.", at_least=1)
+        int, Doc("most tokens a layer that are held for the regression; the statistics use all.", at_least=1)
     ] = 16384
     seed: Annotated[int, Doc("of the regression's batches.", at_least=0)] = 0
 
@@ -67,7 +67,7 @@ class CalibratedFusion(Narrowing):
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         batches = need_data(data, self.name)
-        found = self.targets(model)
+        found = self.chosen(model)
         widths = {ffn.name: width for ffn, width in found}
         for ffn, _ in found:
             ffn.check_plain(f"calibrating {ffn.name}")

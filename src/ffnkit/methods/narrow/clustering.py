@@ -33,7 +33,7 @@ class Clustering(Narrowing):
     paper: ClassVar[str] = "arXiv 2307.08941"
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
-        found = self.targets(model)
+        found = self.chosen(model)
         made = list(clusterings(found, progress, "clustering", self.seed, self.restarts, root=True))
         quantities = {edit.target: {"within-cluster variance": loss} for edit, loss in made}
         return Draft(tuple(edit for edit, _ in made), quantities)

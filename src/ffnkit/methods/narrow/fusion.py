@@ -41,7 +41,7 @@ class Fusion(Narrowing):
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
         quantities: dict[str, dict[str, float]] = {}
-        found = self.targets(model)
+        found = self.chosen(model)
         for edit, loss in clusterings(found, progress, "fusing", self.seed, self.restarts):
             edits.append(edit)
             if edit.width < edit.labels.shape[-1]:

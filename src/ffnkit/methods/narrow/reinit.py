@@ -47,7 +47,7 @@ class Reinit(Narrowing):
         text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
         std = self.std or getattr(text, "initializer_range", None) or 0.02
         edits: list[Edit] = []
-        for number, (ffn, width, neurons) in enumerate(each(self.targets(model), progress, "replacing")):
+        for number, (ffn, width, neurons) in enumerate(each(self.chosen(model), progress, "replacing")):
             index = torch.zeros(width, dtype=torch.long, device=neurons.up.device)
             draw = generator(self.seed, number)
             edits.append(ReplaceNeurons.of(ffn.name, _drawn(neurons.take(index), std, draw)))

@@ -32,7 +32,7 @@ class Random(Narrowing):
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
-        for number, (ffn, width, neurons) in enumerate(each(self.targets(model), progress, "pruning")):
+        for number, (ffn, width, neurons) in enumerate(each(self.chosen(model), progress, "pruning")):
             lead = range(max(neurons.experts, 1))
             draws = [torch.randperm(neurons.ff, generator=generator(self.seed, number, e))[:width] for e in lead]
             index = torch.stack([draw.sort().values for draw in draws]).to(torch.int32)
@@ -58,7 +58,7 @@ class Magnitude(Narrowing):
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
         quantities: dict[str, dict[str, float]] = {}
-        for ffn, width, neurons in each(self.targets(model), progress, "pruning"):
+        for ffn, width, neurons in each(self.chosen(model), progress, "pruning"):
             edits.append(_kept(ffn, width, norms(lifted(neurons)), quantities))
         return Draft(tuple(edits), quantities)
 
@@ -79,7 +79,7 @@ class Importance(Narrowing):
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         batches = need_data(data, self.name)
-        found = self.targets(model)
+        found = self.chosen(model)
         for ffn, _ in found:
             ffn.check_plain(f"pruning {ffn.name}")
         rms = activity(model, batches, [ffn for ffn, _ in found])

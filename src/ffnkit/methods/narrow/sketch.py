@@ -43,9 +43,9 @@ class Sketch(Narrowing):
     summary: ClassVar[str] = "random combinations of neurons, the largest ones kept if wanted (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
 
-    def targets(self, model: nn.Module) -> list[tuple[FFN, int]]:
+    def chosen(self, model: nn.Module) -> list[tuple[FFN, int]]:
         """The FFNs to narrow and their new widths. Raises FfnkitError where layers, width or keep do not fit."""
-        found = super().targets(model)
+        found = super().chosen(model)
         for ffn, width in found:
             self._kept(width, ffn.name)
         return found
@@ -61,7 +61,7 @@ class Sketch(Narrowing):
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
-        for number, (ffn, width, neurons) in enumerate(each(self.targets(model), progress, "sketching")):
+        for number, (ffn, width, neurons) in enumerate(each(self.chosen(model), progress, "sketching")):
             kept = self._kept(width, ffn.name)
             parts = [
                 _sketched(single, kept, width, generator(self.seed, number, e))

@@ -40,13 +40,13 @@ class Svd(Narrowing):
     summary: ClassVar[str] = "each matrix as a product of two thin ones, rank from the budget (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
 
-    def targets(self, model: nn.Module) -> list[tuple[FFN, int]]:
+    def chosen(self, model: nn.Module) -> list[tuple[FFN, int]]:
         """The FFNs and the widths whose parameters they may have.
 
         Raises:
             FfnkitError: layers or width do not fit, or experts share one 3-D parameter.
         """
-        found = super().targets(model)
+        found = super().chosen(model)
         for ffn, width in found:
             for site in ffn.sites:
                 ffn.linear(site)  # says why experts in one 3-D parameter cannot be factored
@@ -58,7 +58,7 @@ class Svd(Narrowing):
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
         quantities: dict[str, dict[str, float]] = {}
-        for ffn, width, neurons in each(self.targets(model), progress, "factoring"):
+        for ffn, width, neurons in each(self.chosen(model), progress, "factoring"):
             if width == neurons.ff:
                 continue
             lost = total = 0.0

@@ -50,7 +50,7 @@ class Merging:
             "each stack."
         ),
     ] = None
-    window: Annotated[int | None, Doc("so many adjacent layers; the best window is searched for.", at_least=2)] = None
+    window: Annotated[int | None, Doc("number of adjacent layers; the best window is searched for.", at_least=2)] = None
     keep: Annotated[int | None, Doc("FFNs left in each stack, which says how long the window is.", at_least=1)] = None
     remove: Annotated[
         float | None,
@@ -128,7 +128,7 @@ class Merging:
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         self.check()
         started = time.perf_counter()
-        candidates = self.targets(model)
+        candidates = self.chosen(model)
         held = None
         if self.needs_data:
             held = self._features(model, candidates, need_data(data, self.name))
@@ -146,7 +146,7 @@ class Merging:
 
     # --- which layers
 
-    def targets(self, model: nn.Module) -> list[list[list[FFN]]]:
+    def chosen(self, model: nn.Module) -> list[list[list[FFN]]]:
         """The groups to choose among: a list of groups for each choice, one choice where nothing is searched.
 
         Raises:

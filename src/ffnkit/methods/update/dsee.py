@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,21 +19,22 @@ from ffnkit.calibration.statistics import GradientSquares
 from ffnkit.edits import Edit, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spool
-from ffnkit.io.peft_lora import Lora, read_lora
+from ffnkit.io.peft_files import Lora, read_lora
 from ffnkit.methods.common import Batch, generator, need_data, plain_linears
 from ffnkit.model.targets import query_value
-from ffnkit.model.trainable import PARTS
 from ffnkit.nn.dsee import index_dtype
 from ffnkit.nn.quantized import float_weight, is_quantized_linear, quantized_features
 from ffnkit.ops import support
 from ffnkit.plans import Draft, Progress
-from ffnkit.settings import Doc, check
+from ffnkit.settings import check, renamed, told
+from ffnkit.settings.updates import DseeSettings
 
 IN_MEMORY = 1 << 30  # bytes of summed squares while planning; more lie in files that are memory-mapped
 
 
+@renamed(sites="targets", also="modules_to_train", share="density")
 @dataclass(frozen=True)
-class DSEE:
+class DSEE(DseeSettings):
     """Train a low-rank update and single entries of each weight, beside the frozen weight.
 
     W x becomes (W + alpha / rank (U V + S2)) x; U, V and the chosen entries of S2 train. After ``fk.apply`` any
@@ -46,57 +45,29 @@ class DSEE:
         that each of the two would have alone.
     """
 
-    rank: Annotated[int, Doc("of U V; 0 trains the entries alone.", at_least=0)] = 16
-    alpha: Annotated[float, Doc("all of the update is scaled by alpha / rank (by alpha with rank 0).", above=0)] = 32
-    nonzeros: Annotated[int, Doc("entries of S2, exactly so many a weight; 0 trains U V alone.", at_least=0)] = 64
-    sites: Annotated[
-        str, Doc('"qv" (query and value), "ffn", "attention", "all", or a regular expression over module names.')
-    ] = "qv"
-    support: Annotated[
-        Literal["svd", "grebsmo", "gradient", "magnitude", "random"],
-        Doc(
-            "which entries: the largest of what a truncated SVD of this rank leaves of the weight "
-            '("svd"), of the sparse part of its decomposition by "grebsmo", of its own ("magnitude"),'
-            ' of summed squares of its "gradient" on batches with labels, or "random" ones.'
-        ),
-    ] = "svd"
-    share: Annotated[
-        float | None, Doc("so many of a weight's entries instead of nonzeros.", above=0, at_most=1, example=0.001)
-    ] = None
-    layers: Annotated[str, Doc("of which layers query and value, and FFNs, are taken.")] = "all"
-    lora: Annotated[
-        str | Path | None, Doc("a folder with a peft LoRA adapter that U and V start from, with its ranks and scales.")
-    ] = None
-    batches: Annotated[int, Doc("so many are read at most.", at_least=1)] = 30
-    also: Annotated[
-        Sequence[str],
-        Doc("parts of the model that train too: head, biases, norms, attention, embeddings, rest.", choices=PARTS),
-    ] = ("head",)
-    seed: Annotated[int, Doc("of V, random entries and randomized decompositions.", at_least=0)] = 0
-
     name: ClassVar[str] = "dsee"
     summary: ClassVar[str] = "train a low-rank update and single entries of each weight"
+    trains: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2111.00160"
 
     @property
     def needs_data(self) -> bool:
         """Whether gradients are needed to choose entries by."""
-        return self.support == "gradient" and (self.nonzeros > 0 or self.share is not None)
+        return self.support == "gradient" and (self.nonzeros > 0 or self.density is not None)
 
     def settings(self) -> dict[str, Any]:
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return own | {"also": list(self.also), "lora": None if self.lora is None else str(self.lora)}
+        return told(self)
 
     def check(self) -> None:
         """Raises FfnkitError on settings out of range."""
         check(self)
-        if self.rank == 0 and self.nonzeros == 0 and self.share is None:
+        if self.rank == 0 and self.nonzeros == 0 and self.density is None:
             raise FfnkitError("rank 0 and nonzeros 0", "nothing would train", "Give a rank or nonzeros")
 
-    def targets(self, model: nn.Module) -> dict[str, nn.Module]:
+    def chosen(self, model: nn.Module) -> dict[str, nn.Module]:
         """The linears by name. Raises FfnkitError where the settings do not fit the model."""
         self.check()
-        found, asked = plain_linears(model, self.name, self.sites, self.layers), f"dsee on {type(model).__name__}"
+        found, asked = plain_linears(model, self.name, self.targets, self.layers), f"dsee on {type(model).__name__}"
         for name, linear in found.items():
             if any(p.is_meta for p in linear.parameters()):
                 raise FfnkitError(asked, "the model is empty (meta device)", "Load the weights first")
@@ -107,17 +78,17 @@ class DSEE:
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         started = time.perf_counter()
-        linears = self.targets(model)
+        linears = self.chosen(model)
         lora = Lora() if self.lora is None else read_lora(self.lora).placed(model, linears)
         batches = kept(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
         squares = self._squares(model, linears, batches) if batches else {}
-        roles = query_value(model, self.layers) if self.sites == "qv" else {}
+        roles = query_value(model, self.layers) if self.targets == "qv" else {}
         edits: list[Edit] = []
         for number, (name, linear) in enumerate(linears.items()):
             edits.append(self._edit(name, linear, roles.get(name, []), lora, squares.pop(name, None)))
             if progress is not None:
                 progress(number + 1, len(linears), name)
-        edits.append(Train("", parts=list(self.also), values=lora.beside))
+        edits.append(Train("", parts=list(self.modules_to_train), values=lora.beside))
         return Draft(tuple(edits), {}, {"batches": len(batches), "seconds": time.perf_counter() - started})
 
     def _edit(self, name: str, linear: Any, roles: list[Tensor], lora: Lora, squares: Tensor | None) -> UpdateLinear:
@@ -150,7 +121,7 @@ class DSEE:
         """The flat places of the entries, of these rows alone."""
         out, inner = quantized_features(linear)
         tall = out if rows is None else len(rows)
-        count = self.nonzeros if self.share is None else max(1, round(self.share * tall * inner))
+        count = self.nonzeros if self.density is None else max(1, round(self.density * tall * inner))
         count = min(count, tall * inner)
         if count == 0:
             return torch.zeros(0, dtype=torch.int64)

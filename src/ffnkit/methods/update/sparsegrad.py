@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +20,20 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spool
 from ffnkit.methods.common import Batch, generator, need_data, plain_linears
 from ffnkit.model.linear import features, own_weight
-from ffnkit.model.trainable import PARTS
 from ffnkit.nn.quantized import is_quantized_linear
 from ffnkit.ops.bases import Grams, Zeros, core_of, top_share, turned
 from ffnkit.plans import Draft, Progress
-from ffnkit.settings import Doc, check
+from ffnkit.settings import check, renamed, told
+from ffnkit.settings.updates import SparseGradSettings
 
 IN_MEMORY = 1 << 30  # bytes of sums while planning; more lie in files that are memory-mapped
 ROOM = 4  # times as many entries has a core in which the choice may change
 REACH = 0.995  # of the gradients' energy: what the leading rows of a basis hold from which the core is taken
 
 
+@renamed(sites="targets", also="modules_to_train", share="density")
 @dataclass(frozen=True)
-class SparseGrad:
+class SparseGrad(SparseGradSettings):
     """Train few entries of each weight's update, in a basis in which the gradients of that weight are sparse.
 
     Batches with labels give gradients: first the basis (the factors of their higher-order SVD), then which of its
@@ -45,49 +45,9 @@ class SparseGrad:
         squares.
     """
 
-    share: Annotated[float, Doc("of each weight's entries that train.", above=0, at_most=1)] = 0.01
-    count: Annotated[int | None, Doc("so many entries of each weight instead.", at_least=1)] = None
-    selection: Annotated[
-        Literal["fixed", "refresh", "step"],
-        Doc(
-            '"fixed" chooses once; "refresh" anew after each ``every`` steps, the optimizer\'s state '
-            'goes along; "step" at each step, as in the paper, with numbers and moments for the whole'
-            " core."
-        ),
-    ] = "fixed"
-    basis: Annotated[
-        Literal["shared", "layer", "none"],
-        Doc('one for all layers of a type ("shared"), one for each weight ("layer"), or "none": the weight\'s own.'),
-    ] = "shared"
-    core: Annotated[
-        float,
-        Doc(
-            "entries of a weight are taken from a leading rectangle of the basis, the cheapest that "
-            "keeps this share of the energy that a free choice of as many entries has on the last "
-            "quarter of the batches; 1.0 confines nothing.",
-            above=0,
-            at_most=1,
-        ),
-    ] = 0.97
-    choose: Annotated[
-        Literal["gradient", "magnitude", "random"],
-        Doc('entries by the energy of their gradient, by the "magnitude" of the weight, or at "random".'),
-    ] = "gradient"
-    by: Annotated[Literal["layer", "all"], Doc('the count is one of each layer, or of "all" layers together.')] = (
-        "layer"
-    )
-    sites: Annotated[str, Doc('"ffn", "attention", "all", or a regular expression over module names.')] = "ffn"
-    layers: Annotated[str, Doc("of which layers FFNs are taken.")] = "all"
-    batches: Annotated[int, Doc("so many are read at most.", at_least=1)] = 30
-    every: Annotated[int, Doc("steps between refreshes.", at_least=1)] = 100
-    also: Annotated[
-        Sequence[str],
-        Doc("parts of the model that train too: head, biases, norms, attention, embeddings, rest.", choices=PARTS),
-    ] = ("head",)
-    seed: Annotated[int, Doc("of random choices.", at_least=0)] = 0
-
     name: ClassVar[str] = "sparsegrad"
     summary: ClassVar[str] = "train about 1% of the entries of each update, in a basis in which gradients are sparse"
+    trains: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2410.07383"
 
     @property
@@ -96,16 +56,17 @@ class SparseGrad:
         return self.basis != "none" or (self.choose == "gradient" and self.selection != "step")
 
     def settings(self) -> dict[str, Any]:
-        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "also": list(self.also)}
+        return told(self)
 
     def check(self) -> None:
         """Raises FfnkitError on settings out of range."""
         check(self)
 
-    def targets(self, model: nn.Module) -> dict[str, nn.Module]:
+    def chosen(self, model: nn.Module) -> dict[str, nn.Module]:
         """The linears by name. Raises FfnkitError where the settings do not fit the model."""
         self.check()
-        found, asked = plain_linears(model, self.name, self.sites, self.layers), f"sparsegrad on {type(model).__name__}"
+        found = plain_linears(model, self.name, self.targets, self.layers)
+        asked = f"sparsegrad on {type(model).__name__}"
         for name, linear in found.items():
             if is_quantized_linear(linear):
                 raise FfnkitError(asked, f"{name} is quantized, and has no gradient of its own", "Take dsee or lora")
@@ -113,7 +74,7 @@ class SparseGrad:
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         started = time.perf_counter()
-        linears = self.targets(model)
+        linears = self.chosen(model)
         batches = kept(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
         work = _Work(self, model, linears, progress)
         if self.basis != "none":
@@ -125,7 +86,7 @@ class SparseGrad:
         edits = work.edits()
         report = {"cores": {name: list(core) for name, core in work.cores.items()}, "batches": len(batches)}
         return Draft(
-            (*edits, Train("", parts=list(self.also))),
+            (*edits, Train("", parts=list(self.modules_to_train))),
             work.quantities,
             report | {"seconds": time.perf_counter() - started},
         )
@@ -189,6 +150,9 @@ class _Work:
         if judges:
             last = batches[len(first) :]
             weight_gradients(self.model, self._told(last, "energies"), self.linears, into(self.fresh))
+        for name in self.linears.keys() - self.energies.keys():  # no batch reached it: all of its entries are alike
+            zeros = _zeros(own_weight(self.linears[name]).device, large)
+            self.energies[name] = zeros(self._size(name), dtype=torch.float32)
 
     def _size(self, name: str) -> tuple[int, int]:
         """Rows and columns of the entries that are looked at."""
@@ -230,12 +194,12 @@ class _Work:
             shape = list(features(self.linears[name]))
             edits.append(UpdateLinear(name, layer="sparsegrad", given=given, parts=parts, shape=shape))
         if not edits:
-            raise FfnkitError("sparsegrad", "no entry was chosen", "Give a larger share")
+            raise FfnkitError("sparsegrad", "no entry was chosen", "Give a larger density")
         return edits
 
     def _count(self, name: str) -> int:
         rows, columns = self.shapes[name]
-        return min(self.method.count or max(1, round(self.method.share * rows * columns)), rows * columns)
+        return min(self.method.count or max(1, round(self.method.density * rows * columns)), rows * columns)
 
     def _confine(self, name: str, count: int) -> None:
         """The core of one weight, where it has bases; its energies are cut to it."""
@@ -273,12 +237,18 @@ class _Work:
         method = self.method
         if method.selection == "step":
             return {}
+        draw = generator(method.seed, 0)
+
+        def drawn(name: str) -> Tensor:
+            rows, columns = self.cores.get(name, self.shapes[name])
+            return torch.randperm(rows * columns, generator=draw)[: counts[name]]
+
+        def largest(name: str) -> Tensor:
+            flat = self.energies[name].flatten()
+            return torch.topk(flat, min(counts[name], len(flat)), sorted=False).indices if flat.any() else drawn(name)
+
         if method.choose == "random":
-            draw = generator(method.seed, 0)
-            found = {}
-            for name, shape in self.shapes.items():
-                rows, columns = self.cores.get(name, shape)
-                found[name] = torch.randperm(rows * columns, generator=draw)[: counts[name]]
+            found = {name: drawn(name) for name in self.shapes}
         elif method.by == "all":
             flat = torch.cat([self.energies[name].flatten() for name in self.linears])
             places = torch.topk(flat, min(sum(counts.values()), len(flat)), sorted=False).indices
@@ -287,10 +257,7 @@ class _Work:
             sizes = [self.energies[name].numel() for name in self.linears]
             found = {name: part.nonzero()[:, 0] for name, part in zip(self.linears, mask.split(sizes), strict=True)}
         else:
-            found = {
-                name: torch.topk(energy.flatten(), min(counts[name], energy.numel()), sorted=False).indices
-                for name, energy in self.energies.items()
-            }
+            found = {name: largest(name) for name in self.linears}
         return {name: places.sort().values.to("cpu", torch.int32) for name, places in found.items()}
 
     def _told(self, batches: list[Batch], what: str) -> Iterable[Batch]:

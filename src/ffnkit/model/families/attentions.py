@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,11 @@ class AttentionLayout:
     follow: tuple[tuple[str, Role], ...] = ()
     per_head: tuple[tuple[str, int], ...] = ()
     reads: bool = False
+
+    @cached_property
+    def roots(self) -> frozenset[str]:
+        """Where the paths of its linears begin: an owner has children of these names."""
+        return frozenset(path.partition(".")[0] for path in (self.q, self.k, self.v, self.o))
 
     def path(self, role: Role) -> str:
         """The linear that holds a role."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from ffnkit._registry import added, not_of
 
@@ -32,6 +33,11 @@ class Layout:
     up_first: bool = False
     owner: str = ""
     runs: tuple[str, ...] = ()
+
+    @cached_property
+    def roots(self) -> frozenset[str]:
+        """Where its paths begin: an owner has children of these names."""
+        return frozenset(path.partition(".")[0] for path in (self.up, self.gate or self.up, self.down))
 
     @property
     def fused(self) -> bool:

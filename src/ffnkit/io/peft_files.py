@@ -43,7 +43,7 @@ class Lora:
         for name, (down, up, scale) in self.layers.items():
             asked, linear = f"the LoRA adapter's update of {name}", every.get(name)
             if linear is None or id(linear) not in names:
-                raise FfnkitError(asked, "that linear gets no update", "Name with sites all that the adapter adapts")
+                raise FfnkitError(asked, "that linear gets no update", "Name with targets all that the adapter adapts")
             if (len(up), down.shape[1]) != quantized_features(linear):
                 raise FfnkitError(
                     asked, f"it is for {len(up)} x {down.shape[1]}", f"Here it is {quantized_features(linear)}"

@@ -7,12 +7,14 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from ffnkit.errors import FfnkitError
+from ffnkit.errors import FfnkitError, RenamedWarning
 
 MISSING = dataclasses.MISSING
 T = TypeVar("T")
@@ -193,6 +195,54 @@ def check(method: Any) -> None:
         each.check(getattr(method, each.name))
 
 
+def told(method: Any) -> dict[str, Any]:
+    """A method's settings as plain data: lists for tuples, text for paths."""
+    found = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    return {
+        name: list(value) if isinstance(value, list | tuple) else str(value) if isinstance(value, Path) else value
+        for name, value in found.items()
+    }
+
+
+def renamed(**names: str) -> Callable[[type[T]], type[T]]:
+    """Class decorator: settings go on working under the names that they had: ``@renamed(old="new")``."""
+
+    def keep(cls: type[T]) -> type[T]:
+        init = cls.__init__
+
+        @wraps(init)
+        def with_old_names(self: Any, *args: Any, **given: Any) -> None:
+            init(self, *args, **today(cls, given))
+
+        cls.old_names = names  # type: ignore[attr-defined]
+        cls.__init__ = with_old_names  # type: ignore[method-assign]
+        return cls
+
+    return keep
+
+
+def today(cls: Any, given: Mapping[str, Any], *, quiet: bool = False) -> dict[str, Any]:
+    """Settings of a method or tuner under the names of today, in the order in which they were given.
+
+    Args:
+        quiet: without a warning (:class:`RenamedWarning`) for each old name; for records that a user did not write.
+
+    Raises:
+        FfnkitError: one was given under both names.
+    """
+    old: Mapping[str, str] = getattr(cls, "old_names", {})
+    found: dict[str, Any] = {}
+    for key, value in given.items():
+        new = old.get(key, key)
+        if new in found or (new != key and new in given):
+            raise FfnkitError(f"settings {key} and {new} of {cls.name}", "they are one setting", f"Give {new} alone")
+        if new != key and not quiet:
+            line = f"setting '{key}' of {cls.name} is called '{new}' now; the old name will go"
+            warnings.warn(line, RenamedWarning, stacklevel=3)
+        found[new] = value
+    return found
+
+
 def build(cls: type[T], given: Mapping[str, Any], name: str) -> T:
     """A method from its settings by name.
 
@@ -200,6 +250,7 @@ def build(cls: type[T], given: Mapping[str, Any], name: str) -> T:
         FfnkitError: a setting that it does not have, or one that is missing.
     """
     known = {each.name: each for each in settings_of(cls)}
+    given = today(cls, given)
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, decoder_given, has_decoder
-from ffnkit.errors import FfnkitError
+from ffnkit.errors import FfnkitError, FfnkitWarning
 from ffnkit.model.finding import block_name
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ class TokenMasks:
         if what not in self._told:
             self._told.add(what)
             name = f"{type(self.model).__name__} {what}".strip()
-            warnings.warn(f"{name}: {found}; padding counts as data there", stacklevel=2)
+            warnings.warn(f"{name}: {found}; padding counts as data there", FfnkitWarning, stacklevel=2)
 
     # --- hooks
 
