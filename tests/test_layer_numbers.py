@@ -23,7 +23,7 @@ import ffnkit as fk
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.layers import LayerDrop
 from ffnkit.methods.narrow.selection import Magnitude
-from ffnkit.model import running
+from ffnkit.model import probe, running
 from ffnkit.model.attention import attentions
 from ffnkit.model.config_keys import width_keys
 from ffnkit.model.finding import ffns
@@ -160,7 +160,7 @@ RIGHT: dict[str, tuple[Callable[[], Any], str, dict[str, Any]]] = {
 def test_what_moves_up_does_what_it_did(case: str, tmp_path: Path) -> None:
     make, layers, keys = RIGHT[case]
     model = make()
-    batch: Any = qwen_pixels(model) if "full attention" in case else running.inputs(model)
+    batch: Any = qwen_pixels(model) if "full attention" in case else probe.runnable(model)
     plan = fk.plan(model, LayerDrop(layers=layers), data=[batch])
     wanted = skipped(model, [edit.settings()["layer"] for edit in plan.edits], batch)
     whole = running.outputs(model, batch)
@@ -266,7 +266,7 @@ def test_the_key_of_a_width_is_the_one_that_its_ffns_follow(tmp_path: Path) -> N
         "encoder": ("vision_config", "intermediate_size"),
         "language": ("text_config", "intermediate_size"),
     }
-    batch = running.inputs(model)
+    batch = probe.runnable(model)
     assert batch is not None
     fk.apply(model, fk.plan(model, Magnitude(width=8, layers="language:all")))
     fk.save(model, tmp_path / "narrow")

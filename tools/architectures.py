@@ -42,7 +42,7 @@ import ffnkit as fk
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.layers import LayerDrop
 from ffnkit.methods.narrow.selection import Magnitude
-from ffnkit.model import running
+from ffnkit.model import probe, running
 from ffnkit.model.attention import attentions
 from ffnkit.model.finding import block_name, ffns
 
@@ -269,7 +269,7 @@ def check(name: str, quick: bool = False) -> list[Row]:
         return [Row(name, "", "no FFNs", _line(error))]
     except Exception as error:
         return [Row(name, "", "not built", _line(error))]
-    batch = running.inputs(model)
+    batch = probe.runnable(model)
     if batch is None:
         return [Row(name, f"{len(found)} FFNs", "not compared", "it does not run on the inputs that can be made up")]
     if _off(running.outputs(model, batch), running.outputs(model, batch)) != 0:

@@ -22,7 +22,7 @@ from ffnkit.model.linear import is_transposed
 from ffnkit.nn.adapter_layer import plain_state
 from ffnkit.nn.expert_weights import PREFIX
 from ffnkit.ops.neurons import Neurons
-from ffnkit.surgery.description import Keys, description, original_widths, standing_apart
+from ffnkit.surgery.description import Keys, description, original_widths, standing_apart, tell
 
 
 def padded_widths(model: PreTrainedModel, found: list[FFN], keys: Keys) -> dict[str, int]:
@@ -47,7 +47,7 @@ def standard_config(model: PreTrainedModel, found: list[FFN], keys: Keys, target
     config.dtype = model.dtype  # where save_pretrained was called its name is there, which not every class takes
     described = description(model)
     if described is not None:
-        del config.quantization_config
+        tell(config, None)
         if described.get("base") is not None:
             config.quantization_config = described["base"]
     for ffn in found:

@@ -35,13 +35,15 @@ def subconfig(config: PreTrainedConfig, path: str) -> PreTrainedConfig:
 
 
 def width_key(config: PreTrainedConfig, ffn: FFN) -> str | None:
-    """The key of a config that holds an FFN's width, None where none does."""
+    """The key of a config that holds an FFN's width, None where none does; "key[3]" for layer 3 of a list by layer."""
     parts = ffn.name.split(".")
     if "shared_expert" in ffn.name:  # also as a beginning: shared_experts
         parts = ["shared_expert", *(part for part in parts if part != "experts")]
     preferred = [key for part, key in WIDTH_KEYS_OF_PARTS.items() if part in parts]
     for key in dict.fromkeys([*preferred, *WIDTH_KEYS]):
         value = getattr(config, key, "absent")
+        if isinstance(value, list | tuple) and ffn.layer < len(value) and value[ffn.layer] == ffn.width:
+            return f"{key}[{ffn.layer}]"
         if value == ffn.width or (key in OPTIONAL_WIDTH_KEYS and value is None):
             return key
     return None
@@ -119,6 +121,18 @@ def _followers(kind: Any, config_class: Any, text: str, asked: tuple[Key, ...]) 
     return found
 
 
+def at_layer(key: tuple[str, str], layer: int) -> tuple[str, str]:
+    """The key of a width once its layer has this number."""
+    path, name = key
+    return (path, f"{name.partition('[')[0]}[{layer}]") if name.endswith("]") else key
+
+
 def set_width(config: PreTrainedConfig, key: tuple[str, str], width: int) -> None:
     """Write a width under (path of the sub-config, key)."""
-    setattr(subconfig(config, key[0]), key[1], width)
+    place, (name, _, layer) = subconfig(config, key[0]), key[1].partition("[")
+    if layer:
+        values = list(getattr(place, name))
+        values[int(layer.rstrip("]"))] = width
+        setattr(place, name, type(getattr(place, name))(values))
+    else:
+        setattr(place, name, width)

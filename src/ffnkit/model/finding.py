@@ -15,6 +15,7 @@ from ffnkit.model.families.ffns import Layout, layouts
 from ffnkit.model.families.keys import TOP_K_KEYS
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import descend, features, is_linear, linears, stored_weight, walk
+from ffnkit.model.proposing import proposed, written
 
 
 def ffns(model: nn.Module) -> list[FFN]:
@@ -92,14 +93,21 @@ def _are_experts(module: nn.Module, layout: Layout, paths: tuple[str, str, str])
 def _has_middle(owner: nn.Module, found: list[Any], ff: int, d: int) -> bool:
     """Whether something with weights of its own works on the hidden neurons, such as a norm or a convolution.
 
-    Then neurons are no independent paths from up to down, and narrowing them changes it.
+    Then neurons are no independent paths from up to down, and narrowing them changes it. It stands between the two, or
+    beside both; what is elsewhere in a layer and happens to be as wide is something else.
     """
     if ff == d:
         return False
     own = {id(linear) for linear in found}
     inside = {id(module) for linear in found for module in linear.modules()}
-    for module in owner.modules():
+    names = {id(module): name for name, module in owner.named_modules()}
+    parents = {names[id(linear)].rpartition(".")[0] for linear in found}
+    order = list(names)
+    between = range(*sorted((order.index(id(found[0])), order.index(id(found[-1])))))
+    for number, module in enumerate(owner.modules()):
         if id(module) in inside or is_linear(module):
+            continue
+        if number not in between and {names[id(module)].rpartition(".")[0]} != parents:
             continue
         if any(len(p.shape) in (1, 3, 4) and p.shape[0] == ff for p in module.parameters(recurse=False)):
             return not any(id(child) in own for child in module.children())
@@ -201,11 +209,12 @@ def _unknown(model: nn.Module) -> FfnkitError:
         return FfnkitError(f"the FFNs of {name}", "it has no pair of linears d -> ff -> d", "Name a transformer model")
     owner, up, down = pairs[0]
     (ff, d) = features(model.get_submodule(f"{owner}.{up}" if owner else up))
+    row = proposed(name, model.get_submodule(owner), up, down)
     return FfnkitError(
         f"the FFNs of {name}",
         f"no layout is known, but {len(pairs)} pairs of mirrored linears, the first in "
         f"'{owner or 'the model itself'}': {up} ({d} -> {ff}) and {down} ({ff} -> {d})",
-        f'If they are its FFNs, add the row: ffnkit.LAYOUTS.append(ffnkit.Layout("{name}", up="{up}", down="{down}"))',
+        f"If they are its FFNs, add the row: ffnkit.LAYOUTS.append({written(row)})",
     )
 
 

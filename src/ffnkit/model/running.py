@@ -8,50 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.model import probe
-
 _STATES = ("past_key_values", "cache_params", "mems", "state", "hidden_states", "attentions")  # one entry a layer
-
-
-def inputs(model: nn.Module) -> dict[str, Any] | None:
-    """Made-up inputs that the model runs on, None where none are known: images where they go into a text, or text."""
-    batch = probe.inputs(model)
-    if batch is None or _runs(model, batch):
-        return batch
-    text = {name: value for name, value in batch.items() if name != "pixel_values"}
-    if "pixel_values" in batch and "input_ids" in batch:
-        try:
-            with_images = batch | _image_tokens(model, batch)
-        except Exception:  # whatever a family raises: it wants more than pixels
-            with_images = {}
-        for tried in (with_images, text):
-            if tried and _runs(model, tried):
-                return tried
-    return None
-
-
-def _runs(model: nn.Module, batch: dict[str, Any]) -> bool:
-    try:
-        outputs(model, batch)
-    except Exception:  # whatever a family raises for inputs that it does not take
-        return False
-    return True
-
-
-@torch.no_grad()
-def _image_tokens(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """Text that begins with as many image tokens as there are features of each image."""
-    parameter = next(model.parameters())
-    given = model.get_image_features(pixel_values=batch["pixel_values"].to(parameter.device, parameter.dtype))
-    given = getattr(given, "pooler_output", given)
-    features = torch.cat(tuple(each.flatten(0, -2) for each in given)) if isinstance(given, list | tuple) else given
-    ids = batch["input_ids"]
-    count = features.numel() // features.shape[-1] // len(ids)
-    token = next(
-        v for k in ("image_token_id", "image_token_index") if (v := getattr(model.config, k, None)) is not None
-    )
-    text = ids.masked_fill(ids == token, token - 1)
-    return {"input_ids": torch.cat((torch.full((len(ids), count), token), text), 1)}
 
 
 @torch.no_grad()
@@ -74,8 +31,8 @@ def outputs(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
             module.training = mode
 
 
-def difference(first: list[Tensor], second: list[Tensor]) -> float | None:
-    """The largest relative difference of two lists of outputs; None where there are none.
+def difference(first: list[Tensor], second: list[Tensor]) -> float:
+    """The largest relative difference of two lists of outputs; 0 where there are none.
 
     Raises:
         ValueError: they are not of the same number and shapes.
@@ -84,7 +41,7 @@ def difference(first: list[Tensor], second: list[Tensor]) -> float | None:
     if any(a.shape != b.shape for a, b in pairs):
         raise ValueError("the outputs are of other shapes")
     found = [((a - b).norm() / a.norm().clamp_min(1e-30)).item() for a, b in pairs]
-    return max(found) if found else None
+    return max(found, default=0.0)
 
 
 def _floats(output: Any) -> Iterator[Tensor]:

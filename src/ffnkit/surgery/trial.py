@@ -18,7 +18,7 @@ from ffnkit.edits import Edit
 from ffnkit.edits.base import Stage
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import no_bars
-from ffnkit.model import running
+from ffnkit.model import probe, running
 from ffnkit.model.finding import block_name
 from ffnkit.model.fresh import written
 from ffnkit.model.layer_reads import reads
@@ -45,7 +45,7 @@ def try_out(model: nn.Module, edits: Iterable[Edit], batch: Mapping[str, Any] | 
         return
     asked = tried[0].asked + (f" and {len(tried) - 1} more" if len(tried) > 1 else "")
     given_batch = {name: value for name, value in (batch or {}).items() if not name.startswith("label")}
-    batch = given_batch if given_batch and not isinstance(_run(model, given_batch), str) else running.inputs(model)
+    batch = given_batch if given_batch and not isinstance(_run(model, given_batch), str) else probe.runnable(model)
     if batch is None:
         _check_read(model, tried, asked)
         return
@@ -124,7 +124,7 @@ def _check_same(model: PreTrainedModel, first: Any, second: Any, asked: str, fou
         off = running.difference(first, second)
     except ValueError as error:
         raise FfnkitError(asked, f"{found} ({_line(error)})", _DO) from error
-    if off is not None and not off <= limit:
+    if not off <= limit:
         raise FfnkitError(asked, f"{found} (they differ by {off:.2g})", _DO)
 
 

@@ -65,6 +65,11 @@ class RemoveHeads:
         """Whether activations are measured."""
         return self.by == "activation"
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether scores come from the model."""
+        return self.by != "random"
+
     def settings(self) -> dict[str, Any]:
         """The settings by name."""
         return dataclasses.asdict(self)
