@@ -272,7 +272,7 @@ def check(name: str, quick: bool = False) -> list[Row]:
     batch = probe.runnable(model)
     if batch is None:
         return [Row(name, f"{len(found)} FFNs", "not compared", "it does not run on the inputs that can be made up")]
-    if _off(running.outputs(model, batch), running.outputs(model, batch)) != 0:
+    if running.difference(running.outputs(model, batch), running.outputs(model, batch)) != 0:
         return [Row(name, f"{len(found)} FFNs", "not compared", "it gives something else each time")]
     return [Row(name, trial.name, *_try(model, trial, batch)) for trial in trials(model, quick)]
 
@@ -293,23 +293,20 @@ def _try(model: Any, trial: Trial, batch: dict[str, Any]) -> tuple[str, str]:
             handle.remove()
         step = "the edited model"
         given = running.outputs(fk.apply(edited, plan), batch)
-        found = {} if wanted is None else {step: _off(wanted, given)}
+        found = {} if wanted is None else {step: running.difference(wanted, given)}
         with tempfile.TemporaryDirectory() as folder:
             step = "saved and opened by ffnkit"
             fk.save(edited, f"{folder}/compact")
-            found[step] = _off(given, running.outputs(fk.load(f"{folder}/compact"), batch))
+            found[step] = running.difference(given, running.outputs(fk.load(f"{folder}/compact"), batch))
             step = "exported and opened by transformers"
             fk.export(edited, f"{folder}/standard")
-            found[step] = _off(given, running.outputs(type(model).from_pretrained(f"{folder}/standard"), batch))
+            found[step] = running.difference(
+                given, running.outputs(type(model).from_pretrained(f"{folder}/standard"), batch)
+            )
     except Exception as error:
         return "WRONG", f"{step}: {type(error).__name__} {_line(error)}"
     wrong = [f"{step} differs by {off:.2g}" for step, off in found.items() if not off <= EQUAL]
     return ("WRONG", "; ".join(wrong)) if wrong else ("equal", f"to {max(found.values()):.0e}")
-
-
-def _off(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
-    off = running.difference(first, second)
-    return float("nan") if off is None else off
 
 
 def _line(error: Exception) -> str:
