@@ -6,10 +6,10 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ffnkit.edits.order import check_normal
 from ffnkit.edits.slicing import check_cuttable
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import replacing
+from ffnkit.model.digests import Digests, digests, other_weights
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import check_untouched
@@ -40,6 +41,8 @@ class Plan:
         edits: what to do, in order. shapes: the FFNs that it was made for, by name.
         parameters: of the whole model before.
         quantities: measured while planning, by FFN: e.g. the relative clustering error.
+        weights: digests of what it holds weights of or was measured on, by place (``model.digests``); empty where any
+            model of this shape will do, as in plans of older files.
         report: how the method came to its edits, as plain data: e.g. what a search tried, and the seconds. Neither
             saved nor compared.
     """
@@ -52,6 +55,7 @@ class Plan:
     parameters: int
     quantities: dict[str, dict[str, float]] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    weights: Digests = field(default_factory=dict)
 
     # --- what changes
 
@@ -146,8 +150,14 @@ class Plan:
             shapes={**later.shapes, **self.shapes},
             parameters=self.parameters,
             quantities={**self.quantities, **later.quantities},
+            weights={p: d for p, d in later.weights.items() if not self._changes(p)} | self.weights,
             report={p.method: p.report for p in (self, later) if p.report},
         )
+
+    def _changes(self, place: str) -> bool:
+        """Whether it edits a place, or something in it or around it."""
+        mine = (f"{name}." for edit in self.edits for name in (*edit.touched, *edit.claimed))
+        return any(name.startswith(f"{place}.") or f"{place}.".startswith(name) for name in mine)
 
     # --- whether it fits
 
@@ -165,6 +175,14 @@ class Plan:
                 check_cuttable(found[name], f"applying a plan to {model}")
             else:
                 found[name].check_plain(f"applying a plan to {model}")
+
+    def check_weights(self, model: nn.Module) -> None:
+        """Raises FfnkitError where a model of the right shape has other weights than the plan was made for."""
+        place = other_weights(model, self.weights)
+        if place is not None:
+            what = f"{place} has other weights than the plan was made for"
+            asked = f"applying a plan for {self.model} to {type(model).__name__}"
+            raise FfnkitError(asked, what, "Make the plan for this model")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan) or self.description() != other.description():
@@ -186,6 +204,7 @@ class Plan:
             "parameters": self.parameters,
             "shapes": [shape.__dict__ for shape in self.shapes.values()],
             "quantities": self.quantities,
+            **({"weights": self.weights} if self.weights else {}),
             "edits": [
                 {"kind": e.kind, "version": e.version, "settings": e.settings(), "tensors": sorted(e.tensors())}
                 for e in self.edits
@@ -234,7 +253,13 @@ class Plan:
         if odd := sorted(touched ^ set(shapes)):
             what = f"it edits {odd[0]}, whose shape it does not tell, or the other way round"
             raise FfnkitError(asked, what, "Make the plan again")
-        return cls(told.method, told.settings, told.model, found, shapes, told.parameters, told.quantities)
+        own = {
+            key: getattr(told, key) for key in ("method", "settings", "model", "parameters", "quantities", "weights")
+        }
+        return cls(**own, edits=found, shapes=shapes)
+
+
+_Dtype = Annotated[str, Field(pattern="^(float64|float32|bfloat16|float16)$")]
 
 
 class _ToldEdit(BaseModel):
@@ -257,6 +282,7 @@ class _Told(BaseModel):
     parameters: fields.Count
     shapes: list[dict[str, Any]]
     quantities: dict[str, dict[str, float]]
+    weights: dict[str, Annotated[dict[_Dtype, str], Field(min_length=1)]] = {}
     edits: list[_ToldEdit]
 
 
@@ -289,7 +315,11 @@ class Draft:
 
 
 class Method(Protocol):
-    """A method: a frozen dataclass of settings that drafts edits and changes nothing."""
+    """A method: a frozen dataclass of settings that drafts edits and changes nothing.
+
+    One whose edits have nothing to do with the numbers in the model says ``reads_weights = False``: its plans fit every
+    model of the shape.
+    """
 
     name: ClassVar[str]
 
@@ -323,6 +353,7 @@ def plan(
     except FfnkitError as error:
         asked = f"{method.name} on {type(model).__name__}"
         raise error.within(asked) from error
+    places = [name for e in draft.edits for name in (*e.touched, *e.claimed) or (e.target,) if name]
     return Plan(
         method=method.name,
         settings=method.settings(),
@@ -332,6 +363,7 @@ def plan(
         parameters=sum(p.numel() for p in model.parameters()),
         quantities=draft.quantities,
         report=draft.report,
+        weights=digests(model, places) if getattr(method, "reads_weights", True) else {},
     )
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io import formats
 from ffnkit.io.folders import check_target
 from ffnkit.io.manifest import FILE, has_card
 
@@ -61,4 +62,4 @@ def is_compact(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "ffnkit"
+    return formats.is_compact(quantization)
