@@ -92,7 +92,8 @@ def both(name: str, first: str, stage: str, folder: Path) -> None:
         model = second(model, stage, data)
     except FfnkitError as error:
         assert any(
-            word in str(error) for word in ("Fold", "fold", "edited already", "group of one", "one has to stay", "has no FFN")
+            word in str(error)
+            for word in ("Fold", "fold", "edited already", "group of one", "one has to stay", "has no FFN")
         ), error
         return
     after = saved(model)
