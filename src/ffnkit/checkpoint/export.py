@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ffnkit.checkpoint.dtypes import main_dtype, write_dtypes
 from ffnkit.checkpoint.save import short_card, write_companions
-from ffnkit.checkpoint.standard import padded_widths, standard_config, standard_state
+from ffnkit.checkpoint.standard import padded_widths, standard_config, standard_generation_config, standard_state
 from ffnkit.errors import FfnkitError
 from ffnkit.io import files
 from ffnkit.io.loading import check_weights, open_errors, run_uneven_experts
@@ -96,8 +96,8 @@ def export(
     with files.staging(directory, keep_others=True) as temporary:
         with torch.device("meta"):
             skeleton = type(model)(config)
-        if getattr(model, "generation_config", None) is not None:
-            skeleton.generation_config = model.generation_config
+        if (generation := standard_generation_config(model)) is not None:
+            skeleton.generation_config = generation
         tied = skeleton.all_tied_weights_keys if hasattr(skeleton, "all_tied_weights_keys") else {}
         skeleton.save_pretrained(
             temporary, state_dict={k: v for k, v in state.items() if k not in tied}, **save_pretrained_kwargs

@@ -95,8 +95,8 @@ class FfnkitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from ffnkit.checkpoint import placement
-        from ffnkit.surgery.apply import rebuild
         from ffnkit.surgery.description import declare
+        from ffnkit.surgery.meta import rebuild
 
         described = self.quantization_config.to_dict()
         rebuild(model, described)

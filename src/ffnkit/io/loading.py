@@ -145,6 +145,20 @@ def open_errors(asked: str, do: str | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Without transformers' bars for files that are read and written."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
 def hub_or_cache() -> Iterator[None]:
     """Has the hub's libraries look in their caches only while the hub is out of reach, instead of retrying a minute."""
     if hub_reachable():

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, cast
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ffnkit.model.families.keys import OPTIONAL_WIDTH_KEYS, WIDTH_KEYS, WIDTH_KEYS_OF_PARTS
 from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import ffns
+from ffnkit.model.fresh import built, read, shapes
+
+Key = tuple[str, str]  # path of a sub-config, key
 
 
 def config_tree(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
@@ -55,6 +61,64 @@ def candidates(
             same = [(path, c) for path, c in tree if c is near] or [(p, c) for p, c in tree if type(c) is type(near)]
             yield from same
     yield from tree
+
+
+def width_keys(model: PreTrainedModel, found: list[FFN]) -> dict[str, Key | None]:
+    """The key that holds each FFN's width, by the FFN's name; None where the family fixes it otherwise.
+
+    Names and values propose one, which settles it where two would do. Models are built with another value of each key
+    that holds that number (without weights), to see which FFNs follow, and that nothing else does.
+    """
+    tree = list(config_tree(model.config))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    keys: dict[str, Key | None] = {}
+    for ffn in found:
+        near = ((path, width_key(config, ffn)) for path, config in candidates(tree, modules, ffn.name))
+        keys[ffn.name] = next(((path, key) for path, key in near if key is not None), None)
+    by_width: dict[int, list[Key]] = {ffn.width: [] for ffn in found}
+    for path, config in tree:
+        for key, value in vars(config).items():
+            if type(value) is int and value in by_width:
+                by_width[value].append((path, key))
+    asked = tuple(dict.fromkeys(key for ffn in found for key in by_width[ffn.width]))
+    kind: Any
+    kind, read_as = type(model), cast(Any, type(model.config))
+    tried = _followers(kind, read_as, model.config.to_json_string(), asked) if asked else None
+    for ffn in found if tried is not None else ():
+        right = [key for key in by_width[ffn.width] if ffn.name in tried[key]]  # type: ignore[index]
+        if keys[ffn.name] not in right and (keys[ffn.name] is None or keys[ffn.name] in asked):
+            keys[ffn.name] = next(iter(right), None)
+    return keys
+
+
+@lru_cache(maxsize=64)
+def _followers(kind: Any, config_class: Any, text: str, asked: tuple[Key, ...]) -> dict[Key, set[str]] | None:
+    """By key, the FFNs that are twice as wide with twice its value, where nothing else changes.
+
+    None where the class is not built from a config alone.
+    """
+    try:
+        before = built(kind, read(config_class, text))
+    except Exception:  # whatever a class of somebody's own raises
+        return None
+    known = {ffn.name: ffn for ffn in ffns(before)}
+    old, found = shapes(before), dict[Key, set[str]]()
+    for path, key in asked:
+        found[path, key] = set()
+        config = read(config_class, text)
+        value = getattr(subconfig(config, path), key)
+        try:
+            setattr(subconfig(config, path), key, 2 * value)
+            after = built(kind, config)
+        except Exception:  # whatever the classes raise: they do not bear that value
+            continue
+        wider = {f.name for f in ffns(after) if f.name in known and f.width == 2 * known[f.name].width == 2 * value}
+        inside = {id(p) for name in wider for p in known[name].parameters()}
+        own = {name for name, p in before.named_parameters(remove_duplicate=False) if id(p) in inside}
+        new = shapes(after)
+        if all(new.get(name) == shape or name in own for name, shape in old.items()):
+            found[path, key] = wider
+    return found
 
 
 def at_layer(key: tuple[str, str], layer: int) -> tuple[str, str]:

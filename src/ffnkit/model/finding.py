@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from ffnkit.errors import FfnkitError
+from ffnkit.model.families.attentions import AttentionLayout, attention_layouts
 from ffnkit.model.families.ffns import Layout, layouts
 from ffnkit.model.families.keys import TOP_K_KEYS
 from ffnkit.model.ffn import FFN
@@ -38,7 +39,7 @@ def ffns(model: nn.Module) -> list[FFN]:
             found.append(ffn)
     if not found:
         raise _unknown(model)
-    place(found)
+    place(found, model)
     _share(model, found)
     return found
 
@@ -121,25 +122,45 @@ class Placed(Protocol):
     layer: int
 
 
-def place(found: Sequence[Placed]) -> None:
-    """Set stack and layer from the path: what stands before the first number is the stack, the number the layer."""
-    prefixes: list[tuple[str, ...]] = []
+def place(found: Sequence[Placed], model: nn.Module) -> None:
+    """Set stack and layer from the path: what stands before the first number is the stack, the number the layer.
+
+    A stack has one name for all that hangs in it: it is told from every other one that holds FFNs or attention.
+    """
     counters: dict[tuple[str, ...], int] = defaultdict(int)
-    for ffn in found:
-        parts = ffn.name.split(".")
-        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        prefix = tuple(parts[:number]) if number is not None else ()
-        ffn.layer = int(parts[number]) if number is not None else counters[prefix]
+    rows, attention = layouts(), attention_layouts()
+    holding = (n for n, m in walk(model) if _match(m, rows) or attention_layout(m, attention))
+    distinct = list(dict.fromkeys(_stack(name)[0] for name in (*(each.name for each in found), *holding)))
+    for each in found:
+        prefix, number = _stack(each.name)
+        each.layer = counters[prefix] if number is None else number
         counters[prefix] += 1
-        prefixes.append(prefix)
-    distinct = list(dict.fromkeys(prefixes))
-    if len(distinct) == 1:
-        return
-    for ffn, prefix in zip(found, prefixes, strict=True):
         others = [other for other in distinct if other != prefix]
-        own = [part for part in prefix if all(part not in other for other in others)]
-        word = next((p for p in own if p in ("encoder", "decoder")), own[0] if own else ".".join(prefix))
-        ffn.stack = re.sub(r"_(model|tower|transformer|module)$", "", word)
+        if others:
+            own = [part for part in prefix if all(part not in other for other in others)]
+            word = next((p for p in own if p in ("encoder", "decoder")), own[0] if own else ".".join(prefix))
+            each.stack = re.sub(r"_(model|tower|transformer|module)$", "", word)
+
+
+def _stack(name: str) -> tuple[tuple[str, ...], int | None]:
+    """The parts of a path before its first number, and that number; (), None where there is none."""
+    parts = name.split(".")
+    place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return ((), None) if place is None else (tuple(parts[:place]), int(parts[place]))
+
+
+def attention_layout(module: nn.Module, rows: Sequence[AttentionLayout]) -> AttentionLayout | None:
+    """The row of an attention that a module fits."""
+    for layout in rows:
+        if not layout.roots <= module._modules.keys():
+            continue
+        paths = (layout.q, layout.k, layout.v, layout.o)
+        if not all(is_linear(descend(module, path)) for path in paths):
+            continue
+        inner = descend(module, layout.inner) if layout.inner else module
+        if all(getattr(inner, name, None) is value for name, value in layout.where):
+            return layout
+    return None
 
 
 def block_name(ffn: str) -> str:

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from ffnkit.edits import Edit
 from ffnkit.edits.order import check_normal
 from ffnkit.errors import FfnkitError
-from ffnkit.io.loading import run_uneven_experts
 from ffnkit.model import trainable
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import check_untouched, walk
@@ -55,21 +54,18 @@ def carry_out(model: nn.Module, edits: Iterable[Edit], plan: Plan | None = None)
     if plan is not None:
         plan.check_fits({ffn.name: ffn for ffn in ffns(model)}, type(model).__name__)
         plan.check_weights(model)
-    check_normal(edits)
-    writer = ModelWriter(model)
-    writer.check(edits)
-    rehearse(model, edits)
+    writer = check_edits(model, edits)
     with journal(model):
         writer.carry_out(edits)
 
 
-def rebuild(model: PreTrainedModel, described: dict[str, object]) -> None:
-    """Give a freshly built, empty model the structure that a compact checkpoint describes."""
-    writer = ModelWriter(model, empty=True)
-    with torch.no_grad():
-        for edit in description.edits_of(model, described):
-            edit.perform(writer)
-    run_uneven_experts(model)
+def check_edits(model: nn.Module, edits: tuple[Edit, ...]) -> ModelWriter:
+    """The writer that can carry these edits out. Raises FfnkitError where the model does not bear them; reads only."""
+    check_normal(edits)
+    writer = ModelWriter(model)
+    writer.check(edits)
+    rehearse(model, edits)
+    return writer
 
 
 def share(model: PreTrainedModel, described: dict[str, object]) -> None:

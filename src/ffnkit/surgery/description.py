@@ -21,8 +21,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ffnkit.edits import Edit, Mask, SelectHeads, SetWidth, Tie, of_layer
 from ffnkit.errors import FfnkitError
 from ffnkit.io.formats import FORMAT, MARK, is_compact
+from ffnkit.model import config_keys
 from ffnkit.model.attention import Attention, attentions
-from ffnkit.model.config_keys import at_layer, candidates, config_tree, set_width, width_key
+from ffnkit.model.config_keys import at_layer, config_tree, set_width
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import walk
@@ -36,21 +37,10 @@ IMPOSSIBLE_WIDTH = 1
 
 def width_keys(model: PreTrainedModel, found: list[FFN]) -> Keys:
     """(path of the sub-config, key) that holds each FFN's width; None where the family fixes it otherwise."""
-    config = model.config
     rows = _rows(model)
     if rows:
         return {ffn.name: None if (key := rows[ffn.name]["key"]) is None else (key[0], key[1]) for ffn in found}
-    tree = list(config_tree(config))
-    modules = dict(walk(model))
-    keys: Keys = {}
-    for ffn in found:
-        keys[ffn.name] = None
-        for path, candidate in candidates(tree, modules, ffn.name):
-            key = width_key(candidate, ffn)
-            if key is not None:
-                keys[ffn.name] = (path, key)
-                break
-    return keys
+    return config_keys.width_keys(model, found)
 
 
 def _rows(model: PreTrainedModel) -> dict[str, Any]:

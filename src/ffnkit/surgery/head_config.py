@@ -39,7 +39,7 @@ def settle(model: PreTrainedModel) -> None:
             fresh = type(model)(copy.deepcopy(read))
         if not _alike(model, fresh):
             return
-    except Exception:  # whatever a family raises, asserts included, where it does not bear that number
+    except Exception:  # whatever the config's class raises: it does not bear it
         return
     for each in _speaking(model.config, found[0]):
         _say(each, heads, kv_heads, width)

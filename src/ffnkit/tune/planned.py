@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from ffnkit.checkpoint.adapters import save_adapter
 from ffnkit.methods.update.coefficients import with_coefficients
 from ffnkit.model.trainable import remember
-from ffnkit.plans import Plan, plan
+from ffnkit.plans import Plan
 from ffnkit.surgery.apply import SAVING, apply, fold
+from ffnkit.surgery.planning import plan
 from ffnkit.tune import masks, zeros
 
 if TYPE_CHECKING:
