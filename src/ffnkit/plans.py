@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -253,8 +253,13 @@ class Plan:
         if odd := sorted(touched ^ set(shapes)):
             what = f"it edits {odd[0]}, whose shape it does not tell, or the other way round"
             raise FfnkitError(asked, what, "Make the plan again")
-        own = {"method": told.method, "settings": told.settings, "model": told.model, "weights": told.weights}
-        return cls(**own, edits=found, shapes=shapes, parameters=told.parameters, quantities=told.quantities)
+        own = {
+            key: getattr(told, key) for key in ("method", "settings", "model", "parameters", "quantities", "weights")
+        }
+        return cls(**own, edits=found, shapes=shapes)
+
+
+_Dtype = Annotated[str, Field(pattern="^(float64|float32|bfloat16|float16)$")]
 
 
 class _ToldEdit(BaseModel):
@@ -277,8 +282,8 @@ class _Told(BaseModel):
     parameters: fields.Count
     shapes: list[dict[str, Any]]
     quantities: dict[str, dict[str, float]]
+    weights: dict[str, Annotated[dict[_Dtype, str], Field(min_length=1)]] = {}
     edits: list[_ToldEdit]
-    weights: Digests = Field(default_factory=dict)
 
 
 class _Reader:

@@ -52,7 +52,7 @@ class FfnkitConfig(QuantizationConfigMixin):
         attention: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        if format not in range(1, FORMAT + 1):
+        if isinstance(format, bool) or format not in range(1, FORMAT + 1):
             raise FfnkitError(
                 "opening a compact checkpoint",
                 f"format {str(format)[:50]}, this ffnkit reads up to {FORMAT}",
