@@ -209,8 +209,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     M(
         "lowrank-without-bias",
-        "return y if self.bias is None else y + self.bias",
-        "return y",
+        "self.first(x))\n        return y if self.bias is None else y + self.bias",
+        "self.first(x))\n        return y",
         "test_methods.py",
         "svd",
     ),
@@ -397,7 +397,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     M(
         "mode-not-restored",
-        "            config.problem_type = problem\n        for module, mode in modes:\n            module.training = mode\n",
+        "            config.problem_type = problem\n"
+        "        for module, mode in modes:\n            module.training = mode\n",
         "            config.problem_type = problem\n",
         "test_batches.py test_methods.py test_analysis.py test_sparsegrad.py test_budget.py",
         "mode or train or eval or unchanged or dropout",
