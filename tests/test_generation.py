@@ -23,7 +23,8 @@ from ffnkit import tasks, tune
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe.schema import recipe_from
 from ffnkit.tasks import GenerationSettings, GenerationTask, LanguageTask, WordsTask, language, nlg
-from ffnkit.tasks.base import Source, Task
+from ffnkit.tasks.base import Task
+from ffnkit.tasks.splitting import Source
 from ffnkit.tasks.choosing import Choice
 from ffnkit.tasks.decoding import decode
 from ffnkit.tasks.modelling import windows
@@ -181,7 +182,7 @@ def generation(typed: bool = False, **more: Any) -> GenerationTask:
 def texts_task(count: int = 60, **more: Any) -> LanguageTask:
     draw = np.random.default_rng(0)
     texts = [" ".join(TEXTS[i] for i in draw.integers(0, len(TEXTS), 3)) for _ in range(count)]
-    source = language.TextSource(texts, None, "here")
+    source = language.source_of({"train": texts}, "here")
     return LanguageTask(language.LanguageData("meals-text", load=lambda _: source), **more)
 
 
