@@ -36,9 +36,9 @@ OTHERS: dict[str, Callable[..., Any]] = {
 # What does other things than leave each FFN a width.
 FURTHER: dict[str, Callable[..., Any]] = {
     "merging": lambda **more: fk.Merging(**{"layers": "0-1"} | more),
-    "prune": lambda **more: fk.Prune(**{"ratio": 0.5} | more),
-    "heads": lambda **more: fk.RemoveHeads(**{"density": 1} | more),
-    "structured": lambda **more: fk.StructuredPruning(**{"heads": 1, "neurons": 0.5} | more),
+    "prune": lambda **more: fk.Prune(**{"sparsity": 0.5} | more),
+    "heads": lambda **more: fk.RemoveHeads(**{"remove": 1} | more),
+    "structured": lambda **more: fk.StructuredPruning(**{"remove_heads": 1, "remove_neurons": 0.5} | more),
     "layer-drop": lambda **more: methods.build("layer-drop", **{"layers": "last:1"} | more),
     "ffn-drop": lambda **more: methods.build("ffn-drop", **{"layers": "last:1"} | more),
     "combined": lambda **more: fk.Combined([fk.Fusion(width=0.5, restarts=1), fk.RemoveHeads(remove=1)]),

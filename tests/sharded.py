@@ -17,6 +17,7 @@ from torch import nn
 
 import ffnkit as fk
 from ffnkit.methods.share.merging import Merging
+from ffnkit.methods.update.coefficients import with_coefficients
 
 STEPS = 3
 
@@ -28,10 +29,17 @@ def tied(name: str) -> Any:
 
 
 def made(name: str, what: str) -> Any:
-    """A tied model, or one with SparseGrad's updates of that selection."""
+    """A tied model, one with reparametrized linears, or one with updates: DSEE's, or SparseGrad's of that selection."""
     if what == "tied":
         return tied(name)
     model = FAMILIES[name].model()
+    if what in ("scaled", "lowrank", "masked"):
+        method = {"scaled": "fusion", "lowrank": "svd", "masked": "prune"}[what]
+        more = {"sparsity": 0.5} if what == "masked" else {"width": 0.5}
+        return fk.apply(model, fk.plan(model, fk.methods.build(method, **more)))
+    if what == "dsee":
+        plan = fk.plan(model, fk.DSEE(targets="all", rank=2, nonzeros=40, modules_to_train=("head", "norms")))
+        return fk.apply(model, with_coefficients(model, plan, l1=0.01))
     inputs = FAMILIES[name].inputs(model)
     data = [inputs | {"labels": torch.arange(len(inputs["input_ids"])) % 2}]
     settings = {"density": 0.1, "core": 1.0, "every": 2, "modules_to_train": ("head", "norms"), "selection": what}
@@ -39,18 +47,19 @@ def made(name: str, what: str) -> Any:
 
 
 def train(model: nn.Module, inputs: dict[str, torch.Tensor], rank: int, world: int) -> None:
-    """A few steps of SGD on this process's rows."""
+    """A few steps of SGD on this process's rows, the gradient of each in two parts."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(STEPS):
-        output = model(**{key: value[rank::world] for key, value in inputs.items()})
-        output[0].float().square().mean().backward()
+        for part in (0.25, 0.75):
+            output = model(**{key: value[rank::world] for key, value in inputs.items()})
+            (part * output[0].float().square().mean()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
 def sharded(kind: str, name: str, what: str, rank: int, world: int) -> dict[str, torch.Tensor]:
-    """The state of the whole model after the steps."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    """The state of the whole model after the steps, once it was loaded again."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
 
     model = made(name, what)
@@ -73,7 +82,10 @@ def sharded(kind: str, name: str, what: str, rank: int, world: int) -> dict[str,
     )
     model = fsdp2_prepare_model(accelerator, model)
     train(model, inputs, rank, world)
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    whole = StateDictOptions(full_state_dict=True)
+    if what != "tied":  # torch distributes a parameter under one of its names only
+        set_model_state_dict(model, get_model_state_dict(model, options=whole), options=whole)
+    return get_model_state_dict(model, options=whole)
 
 
 def main() -> None:

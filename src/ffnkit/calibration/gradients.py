@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ def weight_gradients(
     """Hand the gradient of each linear's weight on each batch to ``receive``, as soon as it is whole, and forget it.
 
     The model is in eval mode (no dropout, so equal data give equal gradients) and unchanged afterwards. Memory beyond
-    a training step without weight gradients: one weight's gradient. In several processes each sees its own batches and
-    receives the mean over all of them.
+    a training step without weight gradients: one weight's gradient. In several processes each sees its own batches, as
+    many as the others, and receives the mean over all of them; there all gradients of a batch are held, since a weight
+    that one process reaches (an expert) may be left out by another. A weight that no batch reaches is not received.
 
     Args:
         batches: with labels, so that the model gives its loss. linears: by name.
@@ -40,24 +41,32 @@ def weight_gradients(
     kept = {parameter: parameter.grad for parameter in by_weight}
     handles: list[Any] = []
 
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+
     def note(parameter: Tensor) -> None:
-        names = by_weight[parameter]  # type: ignore[index]
-        grad = parameter.grad
-        parameter.grad = None
+        grad, parameter.grad = parameter.grad, None
         assert grad is not None
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(grad)
-            grad /= torch.distributed.get_world_size()
-        for name in names:
+        for name in by_weight[parameter]:  # type: ignore[index]
             receive(name, grad.mT if is_transposed(linears[name]) else grad)
+
+    def reduced() -> Iterator[Batch]:
+        """The batches; behind each, the gradients in one order for all processes."""
+        for batch in batches:
+            yield batch
+            for parameter in by_weight if several else ():
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= torch.distributed.get_world_size()
+                note(parameter)
 
     try:
         for parameter in flags:
             parameter.requires_grad_(parameter in by_weight)
         for parameter in by_weight:
             parameter.grad = None
-            handles.append(parameter.register_post_accumulate_grad_hook(note))
-        return backward(model, batches, asked=f"gradients of {type(model).__name__}")
+            if not several:
+                handles.append(parameter.register_post_accumulate_grad_hook(note))
+        return backward(model, reduced() if several else batches, asked=f"gradients of {type(model).__name__}")
     finally:
         for handle in handles:
             handle.remove()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ffnkit.nn.reparametrized import ReparametrizedLinear, oriented
 from ffnkit.nn.shrinking import shrinking
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class AdapterLayer(ReparametrizedLinear):
@@ -164,7 +169,7 @@ class AdapterLayer(ReparametrizedLinear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if prefix + "base" in destination:
             del destination[prefix + "base"]
-            destination[prefix + "weight"] = self.weight if not self.base.is_meta else self.base
+            destination[prefix + "weight"] = self.base if self.base.is_meta else sharded_as(self.weight, self.base)
             destination[prefix + "fingerprint"] = fingerprint(full_tensor(self.base))
 
     def _load_from_state_dict(
@@ -182,9 +187,37 @@ class AdapterLayer(ReparametrizedLinear):
             unexpected.remove(prefix + "weight")
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a linear computes in with these inputs: autocast's where it is on, else theirs."""
+    kind = x.device.type
+    cast = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if cast else x.dtype
+
+
+def own_dtypes(function: F) -> F:
+    """A pass of an autograd function without autocast, which would change single products of those it holds."""
+
+    @functools.wraps(function)
+    def without(ctx: Any, *given: Any) -> Any:
+        kind = given[0].device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            return function(ctx, *given)
+
+    return cast(F, without)
+
+
 def full_tensor(tensor: Tensor) -> Tensor:
     """What lies in shards over several processes, as a whole."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def sharded_as(whole: Tensor, tensor: Any) -> Tensor:
+    """A whole in the shards of another tensor, where that lies in shards."""
+    if not hasattr(tensor, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, tensor.device_mesh, tensor.placements)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:

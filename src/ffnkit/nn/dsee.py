@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
-from ffnkit.nn.adapter_layer import AdapterLayer, full_tensor
+from ffnkit.nn.adapter_layer import AdapterLayer, full_tensor, own_dtypes, product_dtype
 from ffnkit.nn.quantized import float_weight, is_quantized_linear, plain_of, quantized_features, was_transposed
 from ffnkit.nn.reparametrized import oriented
 from ffnkit.ops.entries import Entries
@@ -99,7 +99,7 @@ class SparseLowRank(AdapterLayer):
         out, inner = self.features
         like = self.values if self.values is not None else self.up
         assert like is not None
-        total = like.new_zeros(out, inner)
+        total = torch.zeros(out, inner, dtype=like.dtype, device=like.device)
         if self.up is not None and self.down is not None:
             product = full_tensor(self.up) @ full_tensor(self.down)
             if self.rows is None:
@@ -141,7 +141,7 @@ class SparseLowRank(AdapterLayer):
     @torch.compiler.disable  # a compiled model is cut here
     def forward(self, x: Tensor) -> Tensor:
         x = self.weighed(x)
-        return _Apply.apply(x, self.up, self.down, self.values, self.bias, self, _dtype_of(x))
+        return _Apply.apply(x, self.up, self.down, self.values, self.bias, self, product_dtype(x))
 
     def extra_repr(self) -> str:
         entries = 0 if self.values is None else len(self.values)
@@ -198,7 +198,7 @@ class QuantizedSparseLowRank(SparseLowRank):
     def forward(self, x: Tensor) -> Tensor:
         x = self.weighed(x)
         y = self.shell(x)
-        y = y + _Apply.apply(x, self.up, self.down, self.values, None, self, _dtype_of(x)).to(y.dtype)
+        y = y + _Apply.apply(x, self.up, self.down, self.values, None, self, product_dtype(x)).to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -219,6 +219,7 @@ class _Apply(torch.autograd.Function):
     """The product, and the gradients of inputs, U, V, values and bias. Over a quantized weight: of the update alone."""
 
     @staticmethod
+    @own_dtypes
     def forward(
         ctx: Any, x: Tensor, up: Any, down: Any, values: Any, bias: Tensor | None, layer: SparseLowRank, dtype: Any
     ) -> Tensor:
@@ -237,6 +238,7 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @own_dtypes
     def backward(ctx: Any, grad: Tensor) -> Any:
         tokens, reduced, up, down, values = ctx.saved_tensors
         layer: SparseLowRank = ctx.layer
@@ -262,11 +264,6 @@ class _Apply(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             bias_grad = rows.sum(0)
         return x_grad, up_grad, down_grad, value_grad, bias_grad, None, None
-
-
-def _dtype_of(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _frozen(layer: SparseLowRank, tokens: Tensor, values: Tensor | None, bias: Tensor | None) -> Tensor:

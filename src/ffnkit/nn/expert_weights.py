@@ -24,16 +24,18 @@ def buffer_name(kind: str, site: str) -> str:
 
 @functools.cache
 def _serving(base: Any, pairs: tuple[tuple[str, str], ...]) -> type[nn.Module]:
-    members: dict[str, Any] = {name: _product(name, buffer) for name, buffer in pairs}
+    members: dict[str, Any] = {name: _product(name, [b for n, b in pairs if n == name]) for name, _ in pairs}
     return type(base.__name__, (base,), {**members, "ffnkit_served": pairs})
 
 
-def _product(name: str, buffer: str) -> property:
+def _product(name: str, buffers: list[str]) -> property:
     def product(self: nn.Module) -> Tensor:
         parameter: Any = self._parameters[name]
-        factor: Tensor = getattr(self, buffer)
-        # While a checkpoint is read, one of the two may be there and the other still empty.
-        return parameter if parameter.is_meta or factor.is_meta else parameter * broadcast(factor)
+        factors: list[Tensor] = [getattr(self, buffer) for buffer in buffers]
+        # While a checkpoint is read, some of them may be there and others still empty.
+        if any(each.is_meta for each in (parameter, *factors)):
+            return parameter
+        return functools.reduce(torch.mul, map(broadcast, factors), parameter)
 
     def setter(self: nn.Module, value: Tensor) -> None:  # reached only for values that are no nn.Parameter
         raise TypeError(f"{name} must be an nn.Parameter")

@@ -38,7 +38,7 @@ def watch(layer: nn.Module, *, before: Around | None = None, after: Around | Non
     if before is not None:
         _before.add(before)
     if not _handles:
-        _handles.append(register_optimizer_step_pre_hook(lambda optimizer, *_: _around(optimizer, True)))
+        _handles.append(register_optimizer_step_pre_hook(_first))
         _handles.append(register_optimizer_step_post_hook(lambda optimizer, *_: _around(optimizer, False)))
 
 
@@ -47,7 +47,25 @@ def is_registered() -> bool:
     return bool(_handles)
 
 
+def _first(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Before the step, or behind the closure where that is what gives the gradients (as Lightning has it)."""
+    own, *others = args  # an optimizer hands itself on as well
+    closure = others[0] if others else kwargs.get("closure")
+    if closure is None:
+        _around(optimizer, True)
+        return None
+
+    def behind() -> Any:
+        loss = closure()
+        _around(optimizer, True)
+        return loss
+
+    return ((own, behind, *others[1:]), kwargs) if others else (args, {**kwargs, "closure": behind})
+
+
 def _around(optimizer: Optimizer, first: bool) -> None:
+    if bool(getattr(optimizer, "found_inf", None)):  # a fused optimizer leaves the step out by itself
+        return
     _running.append(optimizer)
     try:
         layers: dict[Around, list[Any]] = {}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from ffnkit.nn.adapter_layer import full_tensor as whole_of
+from ffnkit.nn.adapter_layer import sharded_as
 from ffnkit.nn.optimizer_hooks import watch
 
 if TYPE_CHECKING:
@@ -30,19 +31,43 @@ def _of(optimizer: Optimizer, living: list[SparseGradLinear]) -> list[SparseGrad
 
 
 def _before(optimizer: Optimizer, living: list[SparseGradLinear]) -> None:
+    reached = [layer for layer in _of(optimizer, living) if layer.values.grad is not None]
+    refreshed = [layer for layer in reached if layer.selection == "refresh"]
+    if refreshed:
+        _note(refreshed, getattr(optimizer, "grad_scale", None))
     groups: dict[str, list[SparseGradLinear]] = defaultdict(list)
-    for layer in _of(optimizer, living):
-        if layer.selection == "step" and layer.values.grad is not None:
+    for layer in reached:
+        if layer.selection == "step":
             groups[layer.together].append(layer)
-        elif layer.selection == "refresh" and layer._pending is not None:
-            gathered = _reduced(layer._pending)
-            assert layer.energy is not None
-            layer.energy.mul_(DECAY).add_(gathered.square().nan_to_num_(0.0, 0.0, 0.0), alpha=1 - DECAY)
-            layer._pending = None
     for layers in groups.values():
         grads = [whole_of(layer.values.grad) for layer in layers]  # type: ignore[arg-type]
         for layer, mask in zip(layers, largest(grads, sum(layer.count for layer in layers)), strict=True):
-            layer.values.grad.mul_(_like(mask, layer.values.grad))  # type: ignore[union-attr]
+            layer.values.grad.mul_(sharded_as(mask, layer.values.grad))  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def _note(layers: list[SparseGradLinear], scale: Tensor | None) -> None:
+    """Add the squares of whole gradients as the optimizer sees them: unscaled, clipped, reduced over the processes.
+
+    The chosen entries are in both, and tell by which factor the optimizer's differ from what backward gave; where all
+    of them are zero, those of all layers do.
+
+    Args:
+        scale: what a fused optimizer divides gradients by itself.
+    """
+    found = []
+    for layer in layers:
+        assert layer.index is not None
+        whole = _reduced(layer)
+        raw = whole.flatten()[layer.index.long()].double()
+        seen = whole_of(layer.values.grad).double()  # type: ignore[arg-type]
+        found.append((layer, whole, torch.stack([seen @ raw, raw @ raw])))
+    total = sum(both.to(found[0][2].device) for _, _, both in found)
+    for layer, whole, both in found:
+        seen, raw = torch.where(both[1] > 0, both, torch.as_tensor(total, device=both.device))
+        factor = (seen / raw if scale is None else seen / raw / scale.to(raw)).to(whole)
+        assert layer.energy is not None
+        layer.energy.mul_(DECAY).add_((whole * factor).square().nan_to_num_(0.0, 0.0, 0.0), alpha=1 - DECAY)
 
 
 def _after(optimizer: Optimizer, living: list[SparseGradLinear]) -> None:
@@ -80,22 +105,15 @@ def largest(tensors: list[Tensor], count: int) -> list[Tensor]:
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def _reduced(tensor: Tensor) -> Tensor:
-    """The mean over the processes, where there are several."""
+def _reduced(layer: SparseGradLinear) -> Tensor:
+    """The layer's whole gradient (r, c), from now on the mean over the processes where there are several."""
+    if layer._pending is None:  # no token of this process reached it
+        layer._pending = torch.zeros(layer.core, device=layer.index.device, dtype=layer.values.dtype)  # type: ignore
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tensor)
-        tensor /= torch.distributed.get_world_size()
-    return tensor
-
-
-def _like(whole: Tensor, tensor: Any) -> Tensor:
-    """A whole, in shards where the tensor lies so."""
-    if not hasattr(tensor, "full_tensor"):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole, tensor.device_mesh, tensor.placements)
+        torch.distributed.all_reduce(layer._pending)
+        layer._pending /= torch.distributed.get_world_size()
+    return layer._pending
 
 
 def _put(tensor: Tensor, whole: Tensor) -> None:
-    tensor.copy_(_like(whole.to(tensor.dtype), tensor))
+    tensor.copy_(sharded_as(whole.to(tensor.dtype), tensor))

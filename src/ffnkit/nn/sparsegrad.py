@@ -7,10 +7,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from ffnkit.nn.adapter_layer import AdapterLayer, full_tensor
+from ffnkit.nn.adapter_layer import AdapterLayer, full_tensor, own_dtypes, product_dtype
 from ffnkit.nn.reparametrized import oriented
 from ffnkit.nn.selecting import watched
 from ffnkit.ops.entries import Entries
@@ -58,6 +59,7 @@ class SparseGradLinear(AdapterLayer):
     settled: Tensor | None
     energy: Tensor | None
     steps: Tensor | None
+    _shards: Tensor | None = None
 
     def __init__(
         self,
@@ -93,7 +95,13 @@ class SparseGradLinear(AdapterLayer):
         self.register_buffer("energy", None if blank is None else blank.clone())
         self.register_buffer("steps", None if blank is None else torch.zeros((), dtype=torch.int64, device=device))
         self._pending: Tensor | None = None
+        self._backward = -1  # the number of the backward pass that it was added to last
         watched(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "values" and hasattr(value, "full_tensor"):  # FSDP2 exchanges them for the whole while it computes
+            self.__dict__["_shards"] = value
+        super().__setattr__(name, value)
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # a copy is seen to as well
@@ -103,16 +111,16 @@ class SparseGradLinear(AdapterLayer):
 
     def entries(self, values: Tensor | None = None) -> Tensor:
         """S as a whole, (r, c), float32."""
-        given = self.values if values is None else values
+        given = full_tensor(self.values if values is None else values)
         if self.index is None:
             return given.detach()
         rows, columns = self.core
-        base = self.values.new_zeros(rows * columns) if self.settled is None else self.settled.flatten().clone()
+        base = given.new_zeros(rows * columns) if self.settled is None else self.settled.flatten().clone()
         return base.index_put_((self.index.long(),), given.detach()).view(rows, columns)
 
     def update(self) -> Tensor:
         with torch.no_grad():
-            entries = self.entries(full_tensor(self.values))
+            entries = self.entries()
             pair = self.pair(entries.dtype)
             return entries.clone() if pair is None else _formed(entries, *pair)
 
@@ -177,16 +185,24 @@ class SparseGradLinear(AdapterLayer):
     @torch.compiler.disable  # a compiled model is cut here
     def forward(self, x: Tensor) -> Tensor:
         x = self.weighed(x)
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         trains = torch.is_grad_enabled() and self.values.requires_grad
-        return _Apply.apply(x, self.values, self.bias, self, dtype, trains)
+        return _Apply.apply(x, self.values, self.bias, self, product_dtype(x), trains)
 
     def received(self, core: Tensor) -> Tensor:
-        """What the gradient (r, c) of S gives to ``values``."""
+        """What the gradient (r, c) of S gives to ``values``; "refresh" keeps the whole as long as that is kept."""
         if self.selection == "refresh":
-            self._pending = core if self._pending is None else self._pending.add_(core)
+            this = torch._C._current_graph_task_id()
+            if self._pending is None or (this != self._backward and self._has_no_gradient()):
+                self._pending = core.clone()
+            else:
+                self._pending += core
+            self._backward = this
         return core if self.index is None else core.flatten()[self.index.long()]
+
+    def _has_no_gradient(self) -> bool:
+        """Whether the optimizer's gradient was zeroed: what a backward pass gives is all of it."""
+        held = (self.values.grad, None if self._shards is None else self._shards.grad)
+        return not any(grad is not None and (hasattr(grad, "full_tensor") or bool(grad.any())) for grad in held)
 
     def extra_repr(self) -> str:
         rows, columns = self.core
@@ -205,6 +221,7 @@ class _Apply(torch.autograd.Function):
     """The product, and the gradients of inputs, values and bias."""
 
     @staticmethod
+    @own_dtypes
     def forward(
         ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseGradLinear, dtype: Any, trains: bool
     ) -> Tensor:
@@ -226,6 +243,8 @@ class _Apply(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
+    @once_differentiable
+    @own_dtypes
     def backward(ctx: Any, grad: Tensor) -> Any:
         kept, values, thin = ctx.saved_tensors
         layer: SparseGradLinear = ctx.layer

@@ -17,13 +17,16 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from transformers.utils import logging
 
 from ffnkit.errors import FfnkitError
+from ffnkit.model.trainable import parts_of
+from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.tasks.running import target_counts
 
 
 class Loop(Trainer):
     """The Trainer; the task evaluates, checkpoints hold the names that the model in memory has.
 
-    The loss of a step is the mean over its micro-batches; where labels are tokens, the mean over all of its tokens.
+    The loss of a step is the mean over its texts; where labels are tokens, over its target tokens: however many of them
+    a micro-batch or a process has.
 
     Args:
         scores: metrics and loss of the model on dev, by name; None: as the Trainer evaluates.
@@ -61,22 +64,36 @@ class Loop(Trainer):
         )
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Target tokens of a step's micro-batches on this device; None where labels are of whole texts."""
-        if len(batch_samples) < 2 or batch_samples[0]["labels"].ndim < 2:
+        """What a step's loss is the mean over, for each process; None where that is what the model gives anyway."""
+        processes = self.args.world_size
+        if not batch_samples or len(batch_samples) * processes < 2 or any("labels" not in b for b in batch_samples):
             return None
-        counts = [target_counts(batch["labels"], self.model).sum() for batch in batch_samples]
-        return torch.stack(counts).sum().to(device)
+        total = torch.stack([self._items(batch["labels"]) for batch in batch_samples]).sum().to(device)
+        return total if processes == 1 else self.accelerator.gather(total).sum() / processes
+
+    def _items(self, labels: torch.Tensor) -> torch.Tensor:
+        """How many texts, or target tokens where these are the labels."""
+        if labels.ndim < 2 or labels.is_floating_point():
+            return torch.tensor(len(labels), device=labels.device)
+        return target_counts(labels, self.model).sum()
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         share = None
         if num_items_in_batch is not None:  # divided by the number of micro-batches afterwards
-            own = target_counts(inputs["labels"], self.model).sum().to(num_items_in_batch.device)
+            own = self._items(inputs["labels"]).to(num_items_in_batch.device)
             share = own * self.current_gradient_accumulation_steps / num_items_in_batch.clamp(min=1)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         loss = loss if share is None else loss * share
         return (loss, outputs) if return_outputs else loss
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Without biases, norms and factors, which mean nothing at zero."""
+        spared = {id(p) for p in parts_of(model, ("biases", "norms"))}
+        spared |= {id(layer.coefficients) for layer in adapter_layers(model).values()}
+        names = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in spared}
+        return [name for name in super().get_decay_parameter_names(model) if name not in names]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self._group_lengths is None:

@@ -41,7 +41,9 @@ class TrainSettings(_Settings):
     schedule: Annotated[Schedule, Field(description="a learning-rate schedule of transformers, by its name")] = "linear"
     schedule_options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the schedule")
     warmup: Annotated[NotNegative, Field(description="below 1: share of the steps; from 1: number of steps")] = 0.06
-    weight_decay: Annotated[NotNegative, Field(description="decoupled (AdamW); biases and norms are left out")] = 0.0
+    weight_decay: Annotated[NotNegative, Field(description="decoupled (AdamW); not on biases, norms, coefficients")] = (
+        0.0
+    )
     betas: Annotated[tuple[Beta, Beta], Field(description="Adam's averaging factors")] = (0.9, 0.999)
     eps: Annotated[Positive, Field(description="Adam's epsilon")] = 1e-8
     optimizer: Annotated[str, Field(description="an optimizer of transformers, by its name")] = "adamw_torch_fused"

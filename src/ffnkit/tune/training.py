@@ -93,6 +93,8 @@ def train(
     go_on = go_on and is_adapted(model)
     model = model if go_on else undone(model)
     facts = _run(model, task, data, dev, settings, tuner, seed) | ({"go_on": True} if go_on else {})
+    if (copies := arguments.world_size * max(arguments.n_gpu, 1)) > 1:
+        facts["processes and GPUs"] = copies  # each has batches of its own: others, by another number
     if metric in task.metrics and generation is not None:
         facts["generation"] = generation.model_dump(mode="json")
     checkpoints.claim(out_dir, facts)

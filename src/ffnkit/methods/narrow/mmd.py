@@ -83,6 +83,8 @@ def step(points: Tensor, rows: Tensor, optimizer: torch.optim.Optimizer) -> None
 def mmd(points: Tensor, rows: Tensor) -> float:
     """The biased MMD^2 of points (c, m) and rows (n, m)."""
     width = bandwidth(points, rows)
+    if not width:
+        return 0.0
 
     def mean(first: Tensor, second: Tensor) -> float:
         total = sum(
@@ -103,6 +105,8 @@ def gradient(points: Tensor, rows: Tensor) -> Tensor:
     - 4 / (c n) sum_j k'(p_i, r_j) (p_i - r_j).
     """
     width, result = bandwidth(points, rows), torch.zeros_like(points)
+    if not width:
+        return result
     for others, share in ((points, 4 / len(points) ** 2), (rows, -4 / (len(points) * len(rows)))):
         for part in others.split(AT_ONCE):
             squares = _squared(points, part)
@@ -114,11 +118,15 @@ def gradient(points: Tensor, rows: Tensor) -> Tensor:
 
 
 def bandwidth(points: Tensor, rows: Tensor) -> Tensor:
-    """The mean squared distance over all pairs of both sets: 2 (sum ||a||^2 / n - ||mean||^2) n / (n - 1)."""
+    """The mean squared distance over all pairs of both sets: 2 (sum ||a||^2 / n - ||mean||^2) n / (n - 1).
+
+    Zero where they differ by no more than rounding, as the neurons of a dead FFN do.
+    """
     count = len(points) + len(rows)
     square = torch.linalg.vector_norm(points).square() + torch.linalg.vector_norm(rows).square()
     mean = (points.sum(0) + rows.sum(0)) / count
-    return (2 * count * square - 2 * count**2 * mean.square().sum()) / (count**2 - count)
+    found = (2 * count * square - 2 * count**2 * mean.square().sum()) / (count**2 - count)
+    return torch.where(found > 16 * torch.finfo(found.dtype).eps * square / count, found, 0.0)
 
 
 def _squared(first: Tensor, second: Tensor) -> Tensor:

@@ -150,6 +150,9 @@ class _Work:
         if judges:
             last = batches[len(first) :]
             weight_gradients(self.model, self._told(last, "energies"), self.linears, into(self.fresh))
+        for name in self.linears.keys() - self.energies.keys():  # no batch reached it: all of its entries are alike
+            zeros = _zeros(own_weight(self.linears[name]).device, large)
+            self.energies[name] = zeros(self._size(name), dtype=torch.float32)
 
     def _size(self, name: str) -> tuple[int, int]:
         """Rows and columns of the entries that are looked at."""
@@ -234,12 +237,18 @@ class _Work:
         method = self.method
         if method.selection == "step":
             return {}
+        draw = generator(method.seed, 0)
+
+        def drawn(name: str) -> Tensor:
+            rows, columns = self.cores.get(name, self.shapes[name])
+            return torch.randperm(rows * columns, generator=draw)[: counts[name]]
+
+        def largest(name: str) -> Tensor:
+            flat = self.energies[name].flatten()
+            return torch.topk(flat, min(counts[name], len(flat)), sorted=False).indices if flat.any() else drawn(name)
+
         if method.choose == "random":
-            draw = generator(method.seed, 0)
-            found = {}
-            for name, shape in self.shapes.items():
-                rows, columns = self.cores.get(name, shape)
-                found[name] = torch.randperm(rows * columns, generator=draw)[: counts[name]]
+            found = {name: drawn(name) for name in self.shapes}
         elif method.by == "all":
             flat = torch.cat([self.energies[name].flatten() for name in self.linears])
             places = torch.topk(flat, min(sum(counts.values()), len(flat)), sorted=False).indices
@@ -248,10 +257,7 @@ class _Work:
             sizes = [self.energies[name].numel() for name in self.linears]
             found = {name: part.nonzero()[:, 0] for name, part in zip(self.linears, mask.split(sizes), strict=True)}
         else:
-            found = {
-                name: torch.topk(energy.flatten(), min(counts[name], energy.numel()), sorted=False).indices
-                for name, energy in self.energies.items()
-            }
+            found = {name: largest(name) for name in self.linears}
         return {name: places.sort().values.to("cpu", torch.int32) for name, places in found.items()}
 
     def _told(self, batches: list[Batch], what: str) -> Iterable[Batch]:
