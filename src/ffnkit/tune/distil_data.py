@@ -19,17 +19,15 @@ class Data:
     """Examples batched in a seeded order, or ready batches in their own.
 
     Args:
-        data: examples by index, where ``collate`` is given; else an iterable of batches that can be iterated again.
+        data: examples by index, where ``collate`` is given; else an iterable of batches. What a generator gives is held.
         collate: makes a batch of a list of examples.
         batch_size: examples a batch.
         seed: order of the examples; with ready batches, of a DataLoader that shuffles.
     """
 
     def __init__(self, data: Any, collate: Collate | None, batch_size: int, seed: int) -> None:
-        self.data, self.collate, self.batch_size, self.seed = data, collate, batch_size, seed
-        if isinstance(data, Iterator):
-            do = "Give a list of batches or a DataLoader"
-            raise FfnkitError("distillation data", "an iterator, which can be gone through once only", do)
+        self.data = list(data) if isinstance(data, Iterator) else data
+        self.collate, self.batch_size, self.seed = collate, batch_size, seed
 
     def steps(self, epochs: float) -> int:
         """Steps of so many passes. Raises FfnkitError where the data have no length, or a length of zero."""
