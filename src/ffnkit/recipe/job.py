@@ -51,7 +51,7 @@ def run(
     out, say = Path(out), _sayer(progress)
     check_out(out)
     say(f"{recipe.name}: {len(recipe.arms)} arms x {len(recipe.seeds)} seeds in {out}")
-    model, data = preflight(recipe)
+    model, data = preflight(recipe, say)
     base = base_facts(recipe, model, data)
     units = {unit_of(out, *pair): unit_facts(recipe, base, *pair) for pair in recipe.units()}
     with _alone(out):
