@@ -415,7 +415,6 @@ def test_a_tie_that_an_edit_does_not_reach_is_refused() -> None:
     first, second = ffns(model)[:2]
     second.linear("up").weight = first.linear("up").weight  # type: ignore[assignment]
     before = bits(model)
-    plan = fk.plan(model, methods.build("magnitude", width=0.5))
     with pytest.raises(FfnkitError, match="tied to"):
-        fk.apply(model, plan)
+        fk.plan(model, methods.build("magnitude", width=0.5))
     check_same(bits(model), before)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import FAMILIES
 from test_contract import same, snapshot
+from test_layer_numbers import gemma3n, llava
 from tolerance import assert_close, relative_error
 
 from ffnkit.calibration.blockwise import Blockwise
@@ -101,3 +102,53 @@ def test_a_block_that_stays_runs_once_and_gives_the_same() -> None:
     for name, output in runs[False][0].items():
         assert_close(runs[True][0][name], output, rel=1e-6, what=name)
     assert runs[True][1] == runs[False][1] - len(batches)
+
+
+# States of the middle -------------------------------------------------------------------------------------------------
+
+LAYERED = ("llava", "gemma3n")  # the language takes the last state but one; the last layers take keys of earlier ones
+
+
+def layered(name: str) -> tuple[Any, list[dict[str, torch.Tensor]]]:
+    model = llava(vision_feature_layer=-2) if name == "llava" else gemma3n(2)
+    ids = torch.randint(5, 80, (3, 2, 7), generator=torch.Generator().manual_seed(0))
+    if name == "gemma3n":
+        return model, [{"input_ids": each} for each in ids]
+    images = torch.full((2, 16), 90)
+    pixels = torch.randn(3, 2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return model, [
+        {"input_ids": torch.cat((images, each), 1), "pixel_values": own} for each, own in zip(ids, pixels, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_states_of_the_middle_are_there_for_who_takes_them(name: str) -> None:
+    model, batches = layered(name)
+    expected = Outputs()
+    watch(model, batches, ffns(model), expected.add)
+    got = replayed(model, batches, ffns(model))
+    for key, wanted in expected.all().items():
+        assert_close(got[key], wanted, rel=1e-5, what=key)
+
+
+def test_a_stack_behind_is_not_run_again_where_its_last_output_is_all() -> None:
+    family = FAMILIES["bart"]
+    model = family.model()
+    runs = [0]
+    model.model.encoder.layers[0].fc1.register_forward_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
+    batches = [family.inputs(model, seed=seed) for seed in range(20)]
+    with Blockwise(model, batches, ffns(model)) as blocks:
+        for group in blocks.groups:
+            blocks.watch(group, lambda *_: None, last=True)
+            blocks.advance(group)
+    assert runs[0] < 30  # once a batch, and what walking through the first one costs
+
+
+def test_without_the_walk_the_wrong_states_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: what the last vision block gave would pass for what each of them gave."""
+    monkeypatch.setattr(Blockwise, "_walk", lambda _: None)
+    model, batches = layered("llava")
+    expected = Outputs()
+    watch(model, batches, ffns(model), expected.add)
+    got, wanted = replayed(model, batches, ffns(model)), expected.all()
+    assert max(relative_error(got[key], wanted[key]) for key in wanted) > 0.01

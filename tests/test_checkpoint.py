@@ -73,7 +73,7 @@ def test_a_uniform_folded_model_needs_no_hook(tmp_path: Path) -> None:
 def test_an_unfolded_model_writes_an_impossible_width(tmp_path: Path) -> None:
     fk.save(narrow("all"), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["intermediate_size"] == 1 and config["quantization_config"]["quant_method"] == "ffnkit"
+    assert config["intermediate_size"] == 1 and config["quantization_config"]["compact"] == "ffnkit"
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -384,7 +384,7 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
 def test_an_export_that_gives_other_outputs_is_not_put_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ffnkit.model.probe.compare", lambda *_: 0.5)
+    monkeypatch.setattr("ffnkit.model.probe.compare", lambda *_: (0.5, ""))
     with pytest.raises(FfnkitError, match="outputs differ"):
         fk.export(bert(), tmp_path / "out")
     assert not (tmp_path / "out").exists()

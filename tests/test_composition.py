@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def test_what_trained_beside_goes_back_after_heads_and_neurons_went(name: str) -
     for method in (HEADS, fk.methods.build("magnitude", width=0.5)):
         plan = fk.plan(model, method)
         fk.apply(model, plan)
-        fk.apply(bare, plan)  # the same heads and neurons, of a model that never trained
+        fk.apply(bare, replace(plan, weights={}))  # the same heads and neurons, of a model that never trained
     tuned = {n: p.detach().clone() for n, p in model.named_parameters()}
     wanted = dict(bare.named_parameters())
     changed = [n for n, p in tuned.items() if n in wanted and not torch.equal(p, wanted[n])]

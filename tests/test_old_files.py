@@ -111,8 +111,8 @@ def test_adapters(case: Case) -> None:
 @of("loras")
 def test_loras(case: Case) -> None:
     model: Any = FAMILIES[case.family].model()
-    sites = "all" if case.name == "conv1d" else "qv"
-    check(case, fk.apply(model, fk.plan(model, fk.DSEE(lora=str(case.path), nonzeros=0, sites=sites))))
+    targets = "all" if case.name == "conv1d" else "qv"
+    check(case, fk.apply(model, fk.plan(model, fk.DSEE(lora=str(case.path), nonzeros=0, targets=targets))))
 
 
 @of("compact")

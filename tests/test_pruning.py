@@ -523,10 +523,13 @@ def test_an_adapter_of_a_pruned_model_is_refused_on_the_unpruned_one(tmp_path: P
     ],
     ids=["lora", "lora-also", "sparse", "sparse-also"],
 )
-def test_tuners_keep_zeros_when_asked(tuner: dict[str, Any], keep: bool) -> None:
+@pytest.mark.parametrize("masked", [False, True], ids=["folded", "masked"])
+def test_tuners_keep_zeros_when_asked_or_masked(tuner: dict[str, Any], keep: bool, masked: bool) -> None:
     family = FAMILIES["bert"]
     model = family.model()
     fk.apply(model, fk.plan(model, fk.Prune(sparsity=0.5)))
+    if not masked:
+        fk.fold(model)
     before = weights(model)
     count = zeros(before)
     chosen = tuners.get({**tuner, **({"keep_zeros": True} if keep else {})})
@@ -539,9 +542,9 @@ def test_tuners_keep_zeros_when_asked(tuner: dict[str, Any], keep: bool) -> None
         optimizer.zero_grad()
     plain = chosen.finish(tuned)
     after = weights(plain)
-    assert not any(isinstance(module, Masked) for module in plain.modules())
+    assert any(isinstance(module, Masked) for module in plain.modules()) == masked
     assert any(relative_error(after[key], before[key]) > 1e-4 for key in before)
-    if keep:
+    if keep or masked:
         assert all(torch.equal(before[key] == 0, after[key] == 0) for key in before)
     else:
         assert zeros(after) < 0.9 * count, "the control: merging fills them"

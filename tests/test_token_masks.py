@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.calibration.features import passages
 from ffnkit.calibration.hooks import Activations, watch
-from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.padding import TokenMasks
 from ffnkit.methods.drop.heads import head_activity
 from ffnkit.methods.drop.weights import column_norms, prunable
 from ffnkit.model.attention import attentions

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from ffnkit.methods.update.sparsegrad import SparseGrad
     from ffnkit.model.families.ffns import LAYOUTS, Layout
     from ffnkit.model.inspect import inspect
-    from ffnkit.plans import Plan, plan
+    from ffnkit.plans import Plan
     from ffnkit.surgery.apply import apply, fold
+    from ffnkit.surgery.planning import plan
     from ffnkit.tune import trainable_parameters
 
 
@@ -66,7 +67,7 @@ __all__ = [
 
 _HOMES = {
     "inspect": "model.inspect",
-    "plan": "plans",
+    "plan": "surgery.planning",
     "Plan": "plans",
     "Fusion": "methods.narrow.fusion",
     "CalibratedFusion": "methods.narrow.calibrated",

@@ -19,6 +19,7 @@ from ffnkit.edits.order import check_normal
 from ffnkit.edits.slicing import check_cuttable
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import disk_errors
+from ffnkit.model.digests import Digests, digests, other_weights
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import check_untouched
@@ -38,6 +39,8 @@ class Plan:
         edits: what to do, in order. shapes: the FFNs that it was made for, by name.
         parameters: of the whole model before.
         quantities: measured while planning, by FFN: e.g. the relative clustering error.
+        weights: digests of what it holds weights of or was measured on, by place (``model.digests``); empty where any
+            model of this shape will do, as in plans of older files.
         report: how the method came to its edits, as plain data: e.g. what a search tried, and the seconds. Neither
             saved nor compared.
     """
@@ -50,6 +53,7 @@ class Plan:
     parameters: int
     quantities: dict[str, dict[str, float]] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
+    weights: Digests = field(default_factory=dict)
 
     # --- what changes
 
@@ -144,8 +148,14 @@ class Plan:
             shapes={**later.shapes, **self.shapes},
             parameters=self.parameters,
             quantities={**self.quantities, **later.quantities},
+            weights={p: d for p, d in later.weights.items() if not self._changes(p)} | self.weights,
             report={p.method: p.report for p in (self, later) if p.report},
         )
+
+    def _changes(self, place: str) -> bool:
+        """Whether it edits a place, or something in it or around it."""
+        mine = (f"{name}." for edit in self.edits for name in (*edit.touched, *edit.claimed))
+        return any(name.startswith(f"{place}.") or f"{place}.".startswith(name) for name in mine)
 
     # --- whether it fits
 
@@ -163,6 +173,14 @@ class Plan:
                 check_cuttable(found[name], f"applying a plan to {model}")
             else:
                 found[name].check_plain(f"applying a plan to {model}")
+
+    def check_weights(self, model: nn.Module) -> None:
+        """Raises FfnkitError where a model of the right shape has other weights than the plan was made for."""
+        place = other_weights(model, self.weights)
+        if place is not None:
+            what = f"{place} has other weights than the plan was made for"
+            asked = f"applying a plan for {self.model} to {type(model).__name__}"
+            raise FfnkitError(asked, what, "Make the plan for this model")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Plan) or self.description() != other.description():
@@ -184,6 +202,7 @@ class Plan:
             "parameters": self.parameters,
             "shapes": [shape.__dict__ for shape in self.shapes.values()],
             "quantities": self.quantities,
+            **({"weights": self.weights} if self.weights else {}),
             "edits": [
                 {"kind": e.kind, "version": e.version, "settings": e.settings(), "tensors": sorted(e.tensors())}
                 for e in self.edits
@@ -235,9 +254,8 @@ class Plan:
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise FfnkitError(f"plan '{path}'", f"it cannot be read ({error})", "Make the plan again") from error
         shapes = {s["name"]: Shape(**s) for s in data["shapes"]}
-        return cls(
-            data["method"], data["settings"], data["model"], found, shapes, data["parameters"], data["quantities"]
-        )
+        own = {key: data[key] for key in ("method", "settings", "model", "parameters", "quantities")}
+        return cls(**own, edits=found, shapes=shapes, weights=data.get("weights", {}))
 
 
 class _Reader:
@@ -267,7 +285,11 @@ class Draft:
 
 
 class Method(Protocol):
-    """A method: a frozen dataclass of settings that drafts edits and changes nothing."""
+    """A method: a frozen dataclass of settings that drafts edits and changes nothing.
+
+    One whose edits have nothing to do with the numbers in the model says ``reads_weights = False``: its plans fit every
+    model of the shape.
+    """
 
     name: ClassVar[str]
 
@@ -301,6 +323,7 @@ def plan(
     except FfnkitError as error:
         asked = f"{method.name} on {type(model).__name__}"
         raise error.within(asked) from error
+    places = [name for e in draft.edits for name in (*e.touched, *e.claimed) or (e.target,) if name]
     return Plan(
         method=method.name,
         settings=method.settings(),
@@ -310,6 +333,7 @@ def plan(
         parameters=sum(p.numel() for p in model.parameters()),
         quantities=draft.quantities,
         report=draft.report,
+        weights=digests(model, places) if getattr(method, "reads_weights", True) else {},
     )
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ffnkit.analysis.reference import Other
 from ffnkit.calibration.batches import Batch, evaluating, forward, kept, prepared
 from ffnkit.calibration.hooks import Activations, expert_forward, hooked
-from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.padding import TokenMasks
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.model.finding import block_name, ffns

@@ -21,7 +21,8 @@ from ffnkit.io.loading import newly_initialized
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.targets import select
-from ffnkit.plans import Method, Plan, Progress, plan
+from ffnkit.plans import Method, Plan, Progress
+from ffnkit.surgery.planning import plan
 
 DRAWN = "the head was drawn at random, so f of the kernel is a random function of the last hidden state"
 FOLDED = "folded"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.blockwise import Blockwise
-from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.padding import TokenMasks
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name
 from ffnkit.ops.neurons import Neurons

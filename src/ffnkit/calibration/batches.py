@@ -135,6 +135,20 @@ def has_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def check_finite(what: str, values: Tensor, counted: Callable[[], Tensor] | None = None) -> None:
+    """Raises FfnkitError where numbers overflowed or are none: nothing can be measured on them.
+
+    Args:
+        counted: gives those that count, where not all do.
+    """
+    wide = torch.promote_types(values.dtype, torch.float32)
+    if bool(torch.isfinite(values.sum(dtype=wide))):  # then all are
+        return
+    if not bool(torch.isfinite(values if counted is None else counted()).all()):
+        found = f"it is NaN or infinite in {str(values.dtype).removeprefix('torch.')}"
+        raise FfnkitError(what, found, "Load the model with dtype float32 or bfloat16, or repair its weights")
+
+
 def forward(model: nn.Module, batch: Batch, *, labels: bool = False) -> Any:
     """The model's output for a prepared batch.
 

@@ -2,8 +2,10 @@
 
 A block is the layer that holds an FFN. While block l is watched, the blocks before it are not computed again: they
 return the output that the last of them gave for this batch. Embeddings, masks and position encodings are computed by
-the model itself, so no family needs code here. Where a family does not bear that (outputs that change shape between
-stages, blocks that run several times), the whole model runs instead; the first batch is compared to tell.
+the model itself, so no family needs code here. Where a family does not bear that, blocks run again: those of a stack
+of which others take more than the last output (LLaVA's language model takes what the last vision layer but one gave),
+or whose own later blocks do (keys of earlier layers, sums over layers), and where shapes change between stages. The
+first batch is walked through beforehand to tell, at every block.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, evaluating, forward, kept, prepared
 from ffnkit.calibration.hooks import Receive, hooked
-from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.padding import TokenMasks
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import run_uneven_experts
 from ffnkit.model.ffn import FFN
@@ -62,9 +64,11 @@ class Blockwise:
         self.groups = [by_block[name] for name in order]
         self._done: dict[str, list[str]] = {}  # blocks behind us, by the list that holds them
         self._outputs: dict[str, list[Any]] = {}  # what the last of them gave, a batch each
-        self._whole = False
+        self._alone: set[str] = set()  # lists whose blocks are skipped for blocks of the same list only
+        self._whole: set[str] = set()  # and those whose blocks always run
         self._passed: str | None = None  # the block whose outputs are there since it was watched
         self._lent = ExitStack()
+        self._walk()
 
     def __enter__(self) -> Blockwise:
         return self
@@ -87,11 +91,11 @@ class Blockwise:
         """
         name = block_name(group[0].name)
         self._passed = None
-        keep = last and not self._whole and self._stops(group)
+        keep = last and self._stops(group) and self._skips(name)
         with self.masks.watching(), hooked(group, receive, self.masks):
             for number, batch in enumerate(self.batches):
                 self.masks.start(batch)
-                output = self._run(number, name if self._stops(group) else None)
+                output = self._run(number, name if self._stops(group) else None, _holder(name))
                 if keep:
                     self._room(name)[number] = output
         self._passed = name if keep else None
@@ -99,34 +103,87 @@ class Blockwise:
     def advance(self, group: list[FFN]) -> None:
         """Keep what this block, as it is now, gives for every batch; blocks that come later start from there."""
         name = block_name(group[0].name)
-        holder = name.rpartition(".")[0]
-        if self._whole or not self._stops(group) or not name:
+        if not self._stops(group) or not self._skips(name):
             return
         outputs = self._room(name)
         if self._passed != name:
             for number in range(len(self.batches)):
-                outputs[number] = self._run(number, name)
-        passed = [n for n in self.calls if n.rpartition(".")[0] == holder]
-        done = passed[: passed.index(name) + 1]
-        first = holder not in self._done
-        self._done[holder] = done
-        if first and not self._faithful(passed[len(done) :]):
-            self._whole = True
-            self._done.clear()
-            self._outputs.clear()
+                outputs[number] = self._run(number, name, _holder(name))
+        self._pass(name)
 
     def finish(self, number: int) -> None:
         """Run one batch to the model's end, for hooks to see; blocks behind us are not run again."""
         self._run(number, None)
 
+    def _skips(self, block: str) -> bool:
+        """Whether this block, once it is behind us, returns what was kept."""
+        return bool(block) and self.calls.get(block) == 1 and _holder(block) not in self._whole
+
+    def _pass(self, block: str) -> None:
+        """The block, and those before it in its list, are behind us."""
+        passed = [name for name in self.calls if _holder(name) == _holder(block)]
+        self._done[_holder(block)] = passed[: passed.index(block) + 1]
+
     def _room(self, name: str) -> list[Any]:
         """Where a block's outputs go, a batch each: each takes the place of the one that it was computed from."""
-        return self._outputs.setdefault(name.rpartition(".")[0], [None] * len(self.batches))
+        return self._outputs.setdefault(_holder(name), [None] * len(self.batches))
+
+    # --- whether skipping is seen
+
+    def _walk(self) -> None:
+        """Walk through the first batch, and note the lists whose blocks cannot be skipped.
+
+        Every block, and the end, is to get what it gets where all blocks run. Costs two passes of that batch, one
+        block at a time, and a few numbers a token of each block.
+        """
+        blocks = [name for name in self.calls if self._skips(name)]
+        seen: dict[str | None, Any] = {}
+        handles = [
+            self.modules[name].register_forward_hook(lambda _, __, output, n=name: seen.update({n: _sketch(output)}))
+            for name in blocks
+        ]
+        try:
+            seen[None] = _sketch(self._run(0, None))
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name in [*blocks, None]:
+            if name is not None and not self._skips(name):
+                continue
+            self._find_seen(name, seen[name])
+            if name is not None and self._skips(name):
+                self._room(name)[0] = self._run(0, name, _holder(name))
+                self._pass(name)
+        self._done.clear()
+        self._outputs.clear()
+
+    def _find_seen(self, name: str | None, wanted: Any) -> None:
+        """Note which lists are to run, for this block (None: the model's end) to give what it gives otherwise."""
+        own = _holder(name or "")
+        if self._gives(name, wanted):
+            return
+        done = dict(self._done)
+        for holder in done:  # each alone
+            self._done = {holder: done[holder]}
+            if not self._gives(name, wanted):
+                (self._whole if name is not None and holder == own else self._alone).add(holder)
+        self._done = done
+        if not self._gives(name, wanted):
+            self._whole.update(done)
+
+    def _gives(self, name: str | None, wanted: Any) -> bool:
+        try:
+            return _same(_sketch(self._run(0, name, _holder(name or ""))), wanted)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError):  # shapes, states that are not there
+            return False
 
     # --- one pass
 
-    def _run(self, number: int, until: str | None) -> Any:
-        """One batch through the model, up to the block ``until``; gives that block's output."""
+    def _run(self, number: int, until: str | None, within: str = "") -> Any:
+        """One batch through the model, up to the block ``until``, for a block of the list ``within``; gives its output.
+
+        Without ``until`` the model's own output.
+        """
         caught: list[Any] = []
 
         def stop(_: nn.Module, __: Any, output: Any) -> None:
@@ -135,22 +192,24 @@ class Blockwise:
 
         block = self.modules[until] if until is not None else None
         handle = block.register_forward_hook(stop) if block is not None else None
-        with torch.no_grad(), evaluating(self.model), self._skipping(number):
+        with torch.no_grad(), evaluating(self.model), self._skipping(number, within):
             try:
-                forward(self.model, self.batches[number])
+                whole = forward(self.model, self.batches[number])
             except _Enough:
                 pass
             finally:
                 if handle is not None:
                     handle.remove()
-        return caught[0] if caught else None
+        return caught[0] if caught else whole
 
     @contextmanager
-    def _skipping(self, number: int) -> Iterator[None]:
-        """Blocks behind us return what the last of them gave for this batch."""
+    def _skipping(self, number: int, within: str) -> Iterator[None]:
+        """Blocks behind us return what the last of their list gave for this batch, where nobody sees it."""
         replaced: list[nn.Module] = []
         try:
             for holder, names in self._done.items():
+                if holder in self._whole or (holder in self._alone and holder != within):
+                    continue
                 output = self._outputs[holder][number]
                 for name in names:
                     module = self.modules[name]
@@ -187,20 +246,10 @@ class Blockwise:
         """Whether all calls of these FFNs happen in one call of their block."""
         return all(self.calls.get(block_name(ffn.name)) == 1 and not ffn.tied for ffn in group)
 
-    def _faithful(self, later: list[str]) -> bool:
-        """Whether the next block gives the same with the earlier ones skipped as with all of them run."""
-        if not later:
-            return True
-        try:
-            short = self._run(0, later[0])
-        except (RuntimeError, ValueError, TypeError, IndexError):  # shapes that do not fit
-            return False
-        held, self._done = self._done, {}
-        try:
-            full = self._run(0, later[0])
-        finally:
-            self._done = held
-        return _same(short, full)
+
+def _holder(block: str) -> str:
+    """The list that holds a block."""
+    return block.rpartition(".")[0]
 
 
 def _returning(output: Any) -> Any:
@@ -227,8 +276,18 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for each in value.values() for tensor in _tensors(each)] if isinstance(value, Mapping) else []
 
 
-def _same(first: Any, second: Any) -> bool:
-    one, two = _tensors(first), _tensors(second)
-    if len(one) != len(two) or any(a.shape != b.shape for a, b in zip(one, two, strict=True)):
+def _sketch(value: Any) -> list[Tensor]:
+    """A few sums of every row of what a block gives: enough to tell whether it is the same."""
+    sketched = []
+    for tensor in _tensors(value):
+        draw = torch.Generator().manual_seed(tensor.shape[-1]) if tensor.ndim else None
+        rows = tensor.detach().float().reshape(-1, tensor.shape[-1] if tensor.ndim else 1)
+        mix = torch.randn(rows.shape[-1], 4, generator=draw).to(rows.device)
+        sketched.append(torch.cat((rows @ mix, rows.norm(dim=1, keepdim=True)), 1).cpu())
+    return sketched
+
+
+def _same(first: list[Tensor], second: list[Tensor]) -> bool:
+    if len(first) != len(second) or any(a.shape != b.shape for a, b in zip(first, second, strict=True)):
         return False
-    return all(bool((a - b).norm() <= SAME * b.norm() + 1e-12) for a, b in zip(one, two, strict=True))
+    return all(bool((a - b).norm() <= SAME * b.norm() + 1e-12) for a, b in zip(first, second, strict=True))

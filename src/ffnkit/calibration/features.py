@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, checked, kept, run
 from ffnkit.calibration.hooks import Activations, hooked, watch
-from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.padding import TokenMasks
 from ffnkit.calibration.statistics import Rows
 from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import attention_linears

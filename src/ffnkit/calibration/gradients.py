@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import Batch, backward
+from ffnkit.calibration.batches import Batch, backward, check_finite
 from ffnkit.model.linear import is_transposed
 
 Receive = Callable[[str, Tensor], None]
@@ -32,7 +32,7 @@ def weight_gradients(
         The number of batches.
 
     Raises:
-        FfnkitError: no batches, or no loss.
+        FfnkitError: no batches, no loss, or a gradient that is not finite.
     """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     by_weight: dict[nn.Parameter, list[str]] = {}
@@ -46,7 +46,9 @@ def weight_gradients(
     def note(parameter: Tensor) -> None:
         grad, parameter.grad = parameter.grad, None
         assert grad is not None
-        for name in by_weight[parameter]:  # type: ignore[index]
+        names = by_weight[parameter]  # type: ignore[index]
+        check_finite(f"the gradient of {names[0]}", grad)
+        for name in names:
             receive(name, grad.mT if is_transposed(linears[name]) else grad)
 
     def reduced() -> Iterator[Batch]:

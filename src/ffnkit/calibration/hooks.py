@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import Batch, run
-from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.batches import Batch, check_finite, run
+from ffnkit.calibration.padding import TokenMasks
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 
@@ -97,17 +97,25 @@ def hooked(found: list[FFN], receive: Receive, masks: TokenMasks) -> Iterator[No
 
     Args:
         masks: says which tokens count; it knows the FFNs by their names.
+
+    Raises:
+        FfnkitError: inside the block, where a token that counts gets no finite numbers.
     """
     handles: list[Any] = []
+
+    def checked(ffn: FFN, acts: Activations) -> None:
+        check_finite(f"what {ffn.name} gives", acts.hidden, lambda: acts.kept().hidden)
+        receive(ffn, acts)
+
     try:
         for ffn in found:
             if ffn.layout.experts:
                 for owner in dict.fromkeys(ffn.owners.values()):
-                    handles += _hook_experts(ffn, owner, receive, masks)
+                    handles += _hook_experts(ffn, owner, checked, masks)
                 continue
             # owners that share their weights share these very modules, or hold others with the same parameters
             for owner in {ffn.linear("down", owner): owner for owner in ffn.owners.values()}.values():
-                handles += _hook_linears(ffn, owner, receive, masks)
+                handles += _hook_linears(ffn, owner, checked, masks)
         yield
     finally:
         for handle in handles:

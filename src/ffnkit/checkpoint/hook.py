@@ -9,6 +9,7 @@ can be nested under ``base`` in the same config slot and is delegated to.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from transformers.quantizers.auto import (
@@ -21,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ffnkit.errors import FfnkitError
-from ffnkit.io.formats import FORMAT, QUANT_METHOD
+from ffnkit.io.formats import FORMAT, MARK, QUANT_METHOD, is_compact
 
 # ``surgery`` is imported when first used: this module may be loaded in the middle of transformers'
 # own import, when the modules that they need are not there yet.
@@ -35,6 +36,7 @@ class FfnkitConfig(QuantizationConfigMixin):
         ffns: the true shape of each FFN, by name.
         linears: what stands in the place of plain linears outside of FFNs, by name.
         attention: which heads those attentions kept that lost some, by name.
+        read: the format of the file. format: the one in which the model will be saved.
         base: config of a real quantization to be done by its own quantizer, or None.
         base_done: whether the file's weights are already quantized by ``base``.
     """
@@ -49,14 +51,15 @@ class FfnkitConfig(QuantizationConfigMixin):
         attention: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        if format != FORMAT:
+        if format not in range(1, FORMAT + 1):
             raise FfnkitError(
                 "opening a compact checkpoint",
-                f"format {format}, this ffnkit reads {FORMAT}",
+                f"format {format}, this ffnkit reads up to {FORMAT}",
                 "Install the ffnkit version that wrote it",
             )
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.format = format
+        self.read = format
+        self.format = FORMAT
         self.ffns = ffns or {}
         self.linears = linears or {}
         self.attention = attention or {}
@@ -64,7 +67,8 @@ class FfnkitConfig(QuantizationConfigMixin):
         self.base_done = base_done
 
     def to_dict(self) -> dict[str, Any]:
-        data = copy.deepcopy(self.__dict__)
+        data = MARK | copy.deepcopy(self.__dict__)
+        del data["quant_method"], data["read"]
         if data["base"] is None:
             del data["base"], data["base_done"]
         if not data["linears"]:
@@ -91,8 +95,8 @@ class FfnkitQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from ffnkit.checkpoint import placement
-        from ffnkit.surgery.apply import rebuild
         from ffnkit.surgery.description import declare
+        from ffnkit.surgery.meta import rebuild
 
         described = self.quantization_config.to_dict()
         rebuild(model, described)
@@ -106,17 +110,18 @@ class FfnkitQuantizer(HfQuantizer):
     def postprocess_model(self, model: Any, **kwargs: Any) -> Any:
         from ffnkit.checkpoint import placement
         from ffnkit.surgery.apply import share
-        from ffnkit.surgery.description import renamed
+        from ffnkit.surgery.description import renamed, tell
         from ffnkit.surgery.ties import declare_shared
 
         share(model, self.quantization_config.to_dict())
+        _leave_renaming(model)
         placement.bridge(model)
         described = renamed(model, self.quantization_config.to_dict())
         self.quantization_config.ffns = described["ffns"]
         self.quantization_config.linears = described.get("linears", {})
         self.quantization_config.attention = described.get("attention", {})
         del model.hf_quantizer
-        model.config.quantization_config = described
+        tell(model.config, described)
         if self.inner is None:
             model.is_quantized = False
             if hasattr(model, "quantization_method"):
@@ -130,8 +135,16 @@ class FfnkitQuantizer(HfQuantizer):
         described["base_done"] = True
         described["base"] = self.inner.quantization_config.to_dict()
         self.quantization_config.base, self.quantization_config.base_done = described["base"], True
-        model.config.quantization_config = described
+        tell(model.config, described)
         return model
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Format 1 held a thin pair as two parameters, later ones as two linears."""
+        from transformers.core_model_loading import WeightRenaming
+
+        inner: list[Any] = getattr(self.inner, "get_weight_conversions", list)()
+        old = [WeightRenaming(rf"\.{name}$", rf".{name}.weight") for name in ("first", "second")]
+        return [*(old if self.quantization_config.read == 1 else ()), *inner]
 
     # --- what the nested quantizer decides, where there is one
 
@@ -161,6 +174,22 @@ class FfnkitQuantizer(HfQuantizer):
         return self.inner is None or bool(self.inner.is_qat_trainable)
 
 
+def _named(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """transformers' look at the method of a config, to which ours is named: the file leaves it out (``io.formats``)."""
+
+    def supports(stored: Any) -> bool:
+        if is_compact(stored):
+            stored["quant_method"] = QUANT_METHOD
+        return check(stored)
+
+    return supports
+
+
+AutoHfQuantizer.supports_quant_method = staticmethod(  # type: ignore[method-assign]
+    _named(AutoHfQuantizer.supports_quant_method)
+)
+
+
 def _leave_packing(model: Any) -> None:
     """Have 4-bit layers use their weights as they lie on every CPU.
 
@@ -170,6 +199,18 @@ def _leave_packing(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _leave_renaming(model: Any) -> None:
+    """Forget the names of an old format: a model is saved in the present one."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [
+        each for each in conversions if not any(p.endswith("first$") or p.endswith("second$") for p in _patterns(each))
+    ]
+
+
+def _patterns(conversion: Any) -> list[str]:
+    return list(getattr(conversion, "source_patterns", ()))
 
 
 def _leave_deserializing(model: Any) -> None:
@@ -212,7 +253,6 @@ for _name in (
     "update_attn_implementation",
     "get_quantize_ops",
     "get_load_operations",
-    "get_weight_conversions",
     "update_weight_conversions",
     "_dequantize",
 ):

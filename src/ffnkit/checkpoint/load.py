@@ -8,12 +8,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ffnkit.io import files
-from ffnkit.io.architectures import architecture_class, read_config
-from ffnkit.io.formats import QUANT_METHOD
-from ffnkit.io.loading import load_pretrained
-
-# Settings of from_pretrained that find the config as well as the weights.
-_HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "force_download")
+from ffnkit.io.architectures import load_any, read_config
+from ffnkit.io.formats import is_compact
+from ffnkit.io.loading import HUB
 
 
 def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -21,18 +18,22 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Args:
         directory: a folder or hub name.
-        kwargs: passed to ``from_pretrained``. A ``quantization_config`` for a compact checkpoint is nested: its own
-            quantizer works on the narrow model.
+        kwargs: passed to ``from_pretrained``, as it takes them (dtype, device_map, num_labels, trust_remote_code, ...).
+            A ``quantization_config`` for a compact checkpoint is nested: its own quantizer works on the narrow model.
 
     Raises:
         FfnkitError: where it is missing, damaged or holds NaN.
     """
     files.recover(directory)
-    config = kwargs.pop("config", None) or read_config(str(directory), **{k: kwargs[k] for k in _HUB if k in kwargs})
-    described = getattr(config, "quantization_config", None)
-    if isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD:
-        quantization = kwargs.pop("quantization_config", None)
-        if quantization is not None:
+    quantization = kwargs.get("quantization_config")
+    if quantization is not None:
+        others = {key: value for key, value in kwargs.items() if key not in ("quantization_config", "config")}
+        config, rest = kwargs.get("config"), others
+        if config is None:
+            config, rest = read_config(str(directory), return_unused_kwargs=True, **others)
+        described: Any = getattr(config, "quantization_config", None)
+        if is_compact(described):
             data = quantization if isinstance(quantization, dict) else quantization.to_dict()
             config.quantization_config = {**described, "base": data, "base_done": False}
-    return load_pretrained(architecture_class(config, str(directory)), directory, config=config, **kwargs)
+            kwargs = {**rest, **{key: others[key] for key in HUB if key in others}, "config": config}
+    return load_any(str(directory), **kwargs)

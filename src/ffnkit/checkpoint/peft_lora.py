@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import staging
-from ffnkit.io.peft_lora import PREFIX, TENSORS
+from ffnkit.io.peft_files import PREFIX, TENSORS
 from ffnkit.model.trainable import head_modules
 from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.nn.dsee import SparseLowRank

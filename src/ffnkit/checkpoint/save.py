@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ffnkit.checkpoint.dtypes import tell_recast, write_dtypes
 from ffnkit.io import files
 from ffnkit.io.loading import check_weights
 from ffnkit.model.finding import ffns, has_ffns
@@ -64,10 +65,12 @@ def save(
     check_untouched(model, f"saving {type(model).__name__}")
     check_weights(model, type(model).__name__)
     _sync_config(model)
+    tell_recast(model)
     if adapter_layers(model):  # weights are saved with the updates in them
         save_pretrained_kwargs = {"state_dict": plain_state(model), **save_pretrained_kwargs}
     with files.staging(directory, keep_others=True) as temporary:
         model.save_pretrained(temporary, **save_pretrained_kwargs)
+        write_dtypes(model, temporary)
         write_companions(model, temporary, tokenizer)
         (temporary / "README.md").write_text(card or short_card(model, compact=True), encoding="utf-8")
     return Path(directory)

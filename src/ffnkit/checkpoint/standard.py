@@ -17,11 +17,12 @@ from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.config_keys import set_width
 from ffnkit.model.families.attentions import Role, places
 from ffnkit.model.ffn import FFN
+from ffnkit.model.generation_numbers import renumber
 from ffnkit.model.linear import is_transposed
 from ffnkit.nn.adapter_layer import plain_state
 from ffnkit.nn.expert_weights import PREFIX
 from ffnkit.ops.neurons import Neurons
-from ffnkit.surgery.description import Keys, description, original_widths, standing_apart
+from ffnkit.surgery.description import Keys, description, original_widths, standing_apart, tell
 
 
 def padded_widths(model: PreTrainedModel, found: list[FFN], keys: Keys) -> dict[str, int]:
@@ -43,9 +44,10 @@ def _even_width(ffn: FFN) -> int:
 def standard_config(model: PreTrainedModel, found: list[FFN], keys: Keys, targets: dict[str, int]) -> Any:
     """The config with the widths that each key is to say, and without what ffnkit wrote there."""
     config = copy.deepcopy(model.config)
+    config.dtype = model.dtype  # where save_pretrained was called its name is there, which not every class takes
     described = description(model)
     if described is not None:
-        del config.quantization_config
+        tell(config, None)
         if described.get("base") is not None:
             config.quantization_config = described["base"]
     for ffn in found:
@@ -110,6 +112,15 @@ def _named_values(ffn: FFN, neurons: Neurons) -> dict[str, Tensor]:
         if bias is not None:
             named[f"{path}.bias"] = bias
     return named
+
+
+def standard_generation_config(model: nn.Module) -> Any:
+    """The generation config with the numbers that heads have once zeros stand in for those that went, or None."""
+    config = getattr(model, "generation_config", None)
+    kept = {each.layer: each.kept.heads for each in attentions(model) if each.cross and each.kept is not None}
+    if config is None or not kept:
+        return config
+    return renumber(config, lambda layer, head: (layer, kept[layer][head] if layer in kept else head))
 
 
 def pad_heads(model: nn.Module, state: dict[str, Tensor]) -> list[str]:

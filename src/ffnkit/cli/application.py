@@ -42,8 +42,15 @@ def ffnkit(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr; results and errors only.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="The libraries' own logs too.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with a model: trust its authors.")
+    ] = False,
 ) -> None:
     console.state.debug, console.state.quiet, console.state.verbose = debug, quiet and not verbose, verbose
+    if trust_remote_code:
+        from ffnkit.io.loading import trust
+
+        trust.given = True
     if version:
         from importlib.metadata import version as installed
 

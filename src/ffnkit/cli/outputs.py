@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io import formats
 
 MARKERS = (
     "ffnkit.json",
@@ -63,7 +64,7 @@ def is_compact(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(quantization, dict) and quantization.get("quant_method") == "ffnkit"
+    return formats.is_compact(quantization)
 
 
 def has_card(folder: Path) -> bool:

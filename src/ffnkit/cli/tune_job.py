@@ -62,11 +62,15 @@ class TuneJob:
         """Tune, report, save; returns what metrics.json holds."""
         import ffnkit
         from ffnkit import tune
+        from ffnkit.io.architectures import widened
+        from ffnkit.surgery.apply import SAVING
 
         start = time.perf_counter()
         tokenizer = load_tokenizer(self.task, self.model, self.tokenizer)
         splits = self.task.splits(self.data_dir, seed=self.seed, train_limit=self.limit)
         tell(self.task, splits)
+        if (told := widened(self.model)) is not None:
+            console.say(told)
         self.open_work()
         tune.seed_everything(self.seed)  # the new head is drawn at random
         model = self.task.load_model(self.model, tokenizer=tokenizer)
@@ -88,7 +92,7 @@ class TuneJob:
             result.model, tokenizer, self.task, splits, self.train_settings.max_length, generation=self.generation
         )
         if self.fold:
-            ffnkit.fold(result.model)
+            ffnkit.fold(result.model, keep=SAVING)
         report = self.report(result, found.to_dict(), splits, time.perf_counter() - start)
         self.save(result.model, tokenizer, report, found)
         return report

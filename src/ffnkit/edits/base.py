@@ -201,6 +201,10 @@ class Edit:
         """Carry it out through a writer."""
         raise NotImplementedError
 
+    def silenced(self, writer: Writer) -> list[Any]:
+        """Hooks under which the model, as it is, gives what it gives by the edit; [] where the edit brings numbers."""
+        return []
+
     # --- as data
 
     def tensors(self) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from ffnkit.model.families.keys import (
     KV_HEADS_ATTRIBUTES,
     KV_WIDTH_ATTRIBUTE,
 )
+from ffnkit.model.generation_numbers import set_numbers
 from ffnkit.model.linear import stored_weight
 from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.masked import Masked
@@ -122,6 +123,17 @@ class SelectHeads(Edit):
             self._check_index(attention, self.asked)
             keep_heads(writer, attention, attention.members(self.index))
 
+    def silenced(self, writer: Writer) -> list[Any]:
+        """The other heads hand zeros to the output linear."""
+        attention = writer.attention(self.target)
+        stay = attention.columns()[attention.members(self.index)["q"]].flatten()
+
+        def zeroed(_: nn.Module, args: tuple[Any, ...]) -> Any:
+            mask = torch.zeros(args[0].shape[-1], dtype=args[0].dtype).index_fill_(0, stay, 1.0)
+            return (args[0] * mask.to(args[0].device), *args[1:])
+
+        return [attention.linear("o").register_forward_pre_hook(zeroed)]
+
 
 def check_separable(attention: Attention) -> None:
     """Raises FfnkitError where no head of this attention can go alone."""
@@ -164,6 +176,12 @@ def keep_heads(writer: Writer, attention: Attention, stay: dict[Role, Tensor]) -
     now = {role: len(stay[role]) for role in ROLES}
     for module in dict.fromkeys((attention.module, attention.inner)):
         _remember(module, before, now, width)
+    if attention.cross:
+        kept = stay["q"].tolist()
+        set_numbers(
+            writer.model,
+            lambda n, head: (n, head) if n != attention.layer else (n, kept.index(head)) if head in kept else None,
+        )
     old = record or KeptHeads(tuple(range(before["q"])), tuple(range(before["k"])), (before["q"], before["k"]))
     heads = tuple(old.heads[i] for i in stay["q"].tolist())
     kv = tuple(old.kv[i] for i in stay["k"].tolist())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
+
+from torch import Tensor
 
 from ffnkit.edits.base import Edit, Own, Shape, Stage, Writer
 
@@ -27,6 +29,10 @@ class DropLayer(Edit):
     renumbers: ClassVar[bool] = True
     joins: ClassVar[bool] = True
 
+    @property
+    def asked(self) -> str:
+        return f"dropping {self.layer}"
+
     def saved(self, shape: Shape) -> int:
         return shape.parameters + self.parameters
 
@@ -36,3 +42,16 @@ class DropLayer(Edit):
 
     def perform(self, writer: Writer) -> None:
         writer.drop_layer(self.layer)
+
+    def silenced(self, writer: Writer) -> list[Any]:
+        """The layer runs, and gives on what it got."""
+        return [writer.module(self.layer).register_forward_hook(_passed_by, with_kwargs=True)]
+
+
+def _passed_by(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    first = output if isinstance(output, Tensor) else output[0]
+    given = (value for value in (kwargs.get("hidden_states"), *args, *kwargs.values()) if isinstance(value, Tensor))
+    entered = next((value for value in given if value.shape == first.shape and value.dtype == first.dtype), None)
+    if entered is None:
+        raise ValueError("what enters a layer is of another shape than what leaves it")
+    return entered if isinstance(output, Tensor) else type(output)((entered, *output[1:]))

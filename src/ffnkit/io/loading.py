@@ -9,16 +9,30 @@ import socket
 import sys
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.fitting import check_fits, is_head
 
 logger = logging.getLogger(__name__)
 _REPORTERS = ("transformers.modeling_utils", "transformers.utils.loading_report")
+# Settings of from_pretrained that find the config as well as the weights.
+HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "force_download")
 _FLOATS = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
+
+
+@dataclass
+class Trust:
+    """Whether models may run code of their own where the caller does not say it."""
+
+    given: bool = False
+
+
+trust = Trust()
 
 
 def load_pretrained(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> Any:
@@ -28,7 +42,8 @@ def load_pretrained(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> 
 
     Raises:
         FfnkitError: no such model, files that cannot be read, a network that cannot be reached, weights of another
-            shape than the config's, or a weight that is NaN or infinite.
+            shape than the config's, weights that are not there (those of a new task head may be), or a weight that is
+            NaN or infinite.
     """
     return load_with_info(auto_class, name_or_dir, **kwargs)[0]
 
@@ -39,13 +54,14 @@ def load_with_info(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> t
     The load report of transformers is printed unless the task head alone is new.
     """
     name = check_name(name_or_dir)
-    kwargs = {"trust_remote_code": False, **kwargs}
+    redraw = kwargs.pop("ignore_mismatched_sizes", False)
+    kwargs = {"trust_remote_code": trust.given, **kwargs}
     with open_errors(f"model {name}"), hub_or_cache(), _held_reports() as held:
-        model, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+        model, info = auto_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    check_fits(model, info, name, _architectures(name, **kwargs) if info["missing_keys"] else [], redraw=redraw)
     if not _only_head(model, info):
         for record in held:
             logging.getLogger(record.name).handle(record)
-    _check_body(model, info, name)
     check_weights(model, name)
     _note_drawn(model, info)
     if "experts_implementation" not in kwargs:
@@ -59,12 +75,12 @@ def grouped_step(weight: Any) -> int:
 
 
 def run_uneven_experts(model: Any) -> bool:
-    """Have experts run by their own loop where one is of a width that the grouped product refuses.
+    """Have experts run by their own loop where one is of a width, or in float64, that the grouped product refuses.
 
     True where the model's ``experts_implementation`` was changed for it, from ``grouped_mm`` to ``eager``.
     """
     weights = [p for name, p in model.named_parameters() if name.endswith(".down_proj") and p.ndim == 3]
-    if not any(size % grouped_step(p) for p in weights for size in p.shape[1:]):
+    if not any(p.element_size() > 4 or any(size % grouped_step(p) for size in p.shape[1:]) for p in weights):
         return False
     known: dict[str, str | None] = getattr(model, "get_experts_implementation", dict)()
     if "grouped_mm" in known.values():
@@ -81,7 +97,7 @@ def load_tokenizer(name_or_dir: str | Path, **kwargs: Any) -> Any:
     from transformers import AutoTokenizer
 
     name = check_name(name_or_dir)
-    kwargs = {"trust_remote_code": False, **kwargs}
+    kwargs = {"trust_remote_code": trust.given, **kwargs}
     do = "Name a model or folder that has tokenizer files with --tokenizer (tokenizer= in Python)"
     with open_errors(f"tokenizer of {name}", do), hub_or_cache():
         tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
@@ -126,6 +142,20 @@ def open_errors(asked: str, do: str | None = None) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         found, usual = _reason(error)
         raise FfnkitError(asked, found, do or usual) from error
+
+
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Without transformers' bars for files that are read and written."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager
@@ -188,12 +218,6 @@ def check_weights(model: Any, name: str) -> None:
             raise FfnkitError(f"model {name}", found, "Use another checkpoint, or one from before training diverged")
 
 
-def is_head(model: Any, key: str) -> bool:
-    """Whether the tensor ``key`` lies outside the body of ``model``, or is of a pooler inside it."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return bool(prefix) and hasattr(model, prefix) and not key.startswith(f"{prefix}.")
-
-
 def newly_initialized(model: Any) -> tuple[str, ...]:
     """Parameters of the head that were in no file when ffnkit opened the model; none once any of them has changed."""
     drawn = getattr(model, "_ffnkit_newly_initialized", {})
@@ -232,17 +256,13 @@ def _only_head(model: Any, info: dict[str, Any]) -> bool:
     return not unexpected and not strange and all(is_head(model, key) for key in info.get("missing_keys", ()))
 
 
-def _check_body(model: Any, info: dict[str, Any], name: str) -> None:
-    asked = f"model {name}"
-    for key, stored, wanted in info.get("mismatched_keys", ()):
-        if not is_head(model, key):
-            found = f"{key} is {tuple(stored)} in the file and {tuple(wanted)} by its config"
-            raise FfnkitError(asked, found, "Use a checkpoint whose config.json fits its weights")
-    body = [key for key in model.state_dict() if not is_head(model, key)]
-    missing = [key for key in info.get("missing_keys", ()) if not is_head(model, key)]
-    if 2 * len(missing) > len(body):
-        found = f"its files lack {len(missing)} of the {len(body)} tensors of a {type(model).__name__}"
-        raise FfnkitError(asked, found, "Use a checkpoint whose config.json fits its weights")
+def _architectures(name: str, **kwargs: Any) -> list[str]:
+    """The classes that the files of a checkpoint name, whatever config it was opened with."""
+    from transformers import PreTrainedConfig
+
+    hub = {key: kwargs[key] for key in HUB if key in kwargs}
+    with open_errors(f"model {name}"), hub_or_cache():
+        return PreTrainedConfig.get_config_dict(name, **hub)[0].get("architectures") or []
 
 
 @contextlib.contextmanager
@@ -282,7 +302,10 @@ def _reason(error: Exception) -> tuple[str, str]:
         do = "Choose another model or another task; one that writes text classifies by label words (--head words)"
         return "transformers has no model of this kind for its architecture", do
     if "trust_remote_code" in text:
-        return "it needs code of its own", "Pass trust_remote_code=True if you trust its authors"
+        return (
+            "it needs code of its own",
+            "If you trust its authors, pass trust_remote_code=True, or ffnkit --trust-remote-code",
+        )
     if "size mismatch" in text:
         line = next((part.strip() for part in text.splitlines() if "size mismatch" in part), "sizes do not match")
         return line.rstrip("."), "Use a checkpoint whose config.json fits its weights and the task"

@@ -49,6 +49,11 @@ class Combined:
         return any(getattr(method, "needs_data", False) for method in self.methods)
 
     @property
+    def reads_weights(self) -> bool:
+        """Whether one of them does."""
+        return any(getattr(method, "reads_weights", True) for method in self.methods)
+
+    @property
     def batches(self) -> int:
         """How many batches the one that reads most of them reads, of those that say so."""
         return max((getattr(method, "batches", 0) for method in self.methods), default=0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ffnkit.errors import FfnkitError
 from ffnkit.model.families.attentions import BLOCKS, ROLES, AttentionLayout, Role, attention_layouts, places
 from ffnkit.model.families.keys import HEAD_DIM_ATTRIBUTES, INCOMING
-from ffnkit.model.finding import ffns, has_ffns, middle_layout, place
-from ffnkit.model.linear import descend, features, is_linear, linears, obstacle, own_weight, stored_weight, walk
+from ffnkit.model.finding import attention_layout, ffns, has_ffns, middle_layout, place
+from ffnkit.model.linear import descend, features, linears, obstacle, own_weight, stored_weight, walk
 from ffnkit.nn.pruned_attention import KeptHeads, kept_heads, plain_class
 
 _NAMED = re.compile(r"att(ention|n)", re.IGNORECASE)  # of a class, or of what holds the module
@@ -200,11 +200,11 @@ def attentions(model: nn.Module) -> list[Attention]:
     for name, module in walk(model):
         if id(module) in found:
             found[id(module)].tied.append(name)
-        elif (layout := _match(module, rows)) is not None:
+        elif (layout := attention_layout(module, rows)) is not None:
             found[id(module)] = Attention(name, module, layout)
     every = list(found.values())
     if every:
-        place(every)
+        place(every, model)
     return every
 
 
@@ -245,19 +245,6 @@ def _ffn_linears(model: nn.Module) -> set[int]:
     owners = [(module, middle_layout(module)) for module in model.modules()]
     paths = [(m, path) for m, row in owners if row is not None for path in (row.up, row.gate or row.up, row.down)]
     return taken | {id(descend(module, path)) for module, path in paths}
-
-
-def _match(module: nn.Module, rows: Sequence[AttentionLayout]) -> AttentionLayout | None:
-    for layout in rows:
-        if not layout.roots <= module._modules.keys():
-            continue
-        paths = (layout.q, layout.k, layout.v, layout.o)
-        if not all(is_linear(descend(module, path)) for path in paths):
-            continue
-        inner = descend(module, layout.inner) if layout.inner else module
-        if all(getattr(inner, name, None) is value for name, value in layout.where):
-            return layout
-    return None
 
 
 def _obstacle(attention: Attention) -> str:

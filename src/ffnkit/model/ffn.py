@@ -16,6 +16,7 @@ from ffnkit.model.linear import (
     bare_weight,
     check_editable,
     features,
+    flops,
     is_linear,
     parameters,
     stored_weight,
@@ -89,15 +90,16 @@ class FFN:
     @property
     def own_parameters(self) -> int:
         """Numbers in its weights and biases, without those that train beside them."""
-        linears = [] if self.layout.experts else [self.linear(site) for site in self.sites]
-        beside = [p for m in linears if isinstance(m, AdapterLayer) for p in m.named_parameters(recurse=False)]
+        beside = [p for m in self._updates() for p in m.named_parameters(recurse=False)]
         return self.num_parameters - sum(p.numel() for name, p in beside if name not in ("base", "bias"))
 
     @property
     def flops_per_token(self) -> float:
         """Multiplications and additions of the linears for one token, routed experts by their share of tokens."""
+        if not self.layout.experts:
+            return sum(flops(self.linear(site)) for site in self.sites) * self.active
         matrices = 3 if self.gated else 2
-        return 2.0 * matrices * self.width * self.d * (max(self.experts, 1) * self.active)
+        return 2.0 * matrices * self.width * self.d * self.experts * self.active
 
     # --- parts
 
@@ -227,7 +229,11 @@ class FFN:
     @property
     def updated(self) -> bool:
         """Whether an update, or coefficients, train beside a weight of the FFN."""
-        return not self.layout.experts and any(isinstance(self.linear(site), AdapterLayer) for site in self.sites)
+        return bool(self._updates())
+
+    def _updates(self) -> list[AdapterLayer]:
+        linears = [] if self.layout.experts else [self.linear(site) for site in self.sites]
+        return [m for linear in linears for m in linear.modules() if isinstance(m, AdapterLayer)]
 
     def check_unedited(self, asked: str) -> None:
         """Raises FfnkitError where a factor, a thin pair or a mask stands in the place of plain weights."""

@@ -10,10 +10,12 @@ from typing import Any, Protocol
 from torch import nn
 
 from ffnkit.errors import FfnkitError
+from ffnkit.model.families.attentions import AttentionLayout, attention_layouts
 from ffnkit.model.families.ffns import Layout, layouts
 from ffnkit.model.families.keys import TOP_K_KEYS
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import descend, features, is_linear, linears, stored_weight, walk
+from ffnkit.model.proposing import proposed, written
 
 
 def ffns(model: nn.Module) -> list[FFN]:
@@ -37,7 +39,7 @@ def ffns(model: nn.Module) -> list[FFN]:
             found.append(ffn)
     if not found:
         raise _unknown(model)
-    place(found)
+    place(found, model)
     _share(model, found)
     return found
 
@@ -91,14 +93,21 @@ def _are_experts(module: nn.Module, layout: Layout, paths: tuple[str, str, str])
 def _has_middle(owner: nn.Module, found: list[Any], ff: int, d: int) -> bool:
     """Whether something with weights of its own works on the hidden neurons, such as a norm or a convolution.
 
-    Then neurons are no independent paths from up to down, and narrowing them changes it.
+    Then neurons are no independent paths from up to down, and narrowing them changes it. It stands between the two, or
+    beside both; what is elsewhere in a layer and happens to be as wide is something else.
     """
     if ff == d:
         return False
     own = {id(linear) for linear in found}
     inside = {id(module) for linear in found for module in linear.modules()}
-    for module in owner.modules():
+    names = {id(module): name for name, module in owner.named_modules()}
+    parents = {names[id(linear)].rpartition(".")[0] for linear in found}
+    order = list(names)
+    between = range(*sorted((order.index(id(found[0])), order.index(id(found[-1])))))
+    for number, module in enumerate(owner.modules()):
         if id(module) in inside or is_linear(module):
+            continue
+        if number not in between and {names[id(module)].rpartition(".")[0]} != parents:
             continue
         if any(len(p.shape) in (1, 3, 4) and p.shape[0] == ff for p in module.parameters(recurse=False)):
             return not any(id(child) in own for child in module.children())
@@ -113,25 +122,45 @@ class Placed(Protocol):
     layer: int
 
 
-def place(found: Sequence[Placed]) -> None:
-    """Set stack and layer from the path: what stands before the first number is the stack, the number the layer."""
-    prefixes: list[tuple[str, ...]] = []
+def place(found: Sequence[Placed], model: nn.Module) -> None:
+    """Set stack and layer from the path: what stands before the first number is the stack, the number the layer.
+
+    A stack has one name for all that hangs in it: it is told from every other one that holds FFNs or attention.
+    """
     counters: dict[tuple[str, ...], int] = defaultdict(int)
-    for ffn in found:
-        parts = ffn.name.split(".")
-        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        prefix = tuple(parts[:number]) if number is not None else ()
-        ffn.layer = int(parts[number]) if number is not None else counters[prefix]
+    rows, attention = layouts(), attention_layouts()
+    holding = (n for n, m in walk(model) if _match(m, rows) or attention_layout(m, attention))
+    distinct = list(dict.fromkeys(_stack(name)[0] for name in (*(each.name for each in found), *holding)))
+    for each in found:
+        prefix, number = _stack(each.name)
+        each.layer = counters[prefix] if number is None else number
         counters[prefix] += 1
-        prefixes.append(prefix)
-    distinct = list(dict.fromkeys(prefixes))
-    if len(distinct) == 1:
-        return
-    for ffn, prefix in zip(found, prefixes, strict=True):
         others = [other for other in distinct if other != prefix]
-        own = [part for part in prefix if all(part not in other for other in others)]
-        word = next((p for p in own if p in ("encoder", "decoder")), own[0] if own else ".".join(prefix))
-        ffn.stack = re.sub(r"_(model|tower|transformer|module)$", "", word)
+        if others:
+            own = [part for part in prefix if all(part not in other for other in others)]
+            word = next((p for p in own if p in ("encoder", "decoder")), own[0] if own else ".".join(prefix))
+            each.stack = re.sub(r"_(model|tower|transformer|module)$", "", word)
+
+
+def _stack(name: str) -> tuple[tuple[str, ...], int | None]:
+    """The parts of a path before its first number, and that number; (), None where there is none."""
+    parts = name.split(".")
+    place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return ((), None) if place is None else (tuple(parts[:place]), int(parts[place]))
+
+
+def attention_layout(module: nn.Module, rows: Sequence[AttentionLayout]) -> AttentionLayout | None:
+    """The row of an attention that a module fits."""
+    for layout in rows:
+        if not layout.roots <= module._modules.keys():
+            continue
+        paths = (layout.q, layout.k, layout.v, layout.o)
+        if not all(is_linear(descend(module, path)) for path in paths):
+            continue
+        inner = descend(module, layout.inner) if layout.inner else module
+        if all(getattr(inner, name, None) is value for name, value in layout.where):
+            return layout
+    return None
 
 
 def block_name(ffn: str) -> str:
@@ -180,11 +209,12 @@ def _unknown(model: nn.Module) -> FfnkitError:
         return FfnkitError(f"the FFNs of {name}", "it has no pair of linears d -> ff -> d", "Name a transformer model")
     owner, up, down = pairs[0]
     (ff, d) = features(model.get_submodule(f"{owner}.{up}" if owner else up))
+    row = proposed(name, model.get_submodule(owner), up, down)
     return FfnkitError(
         f"the FFNs of {name}",
         f"no layout is known, but {len(pairs)} pairs of mirrored linears, the first in "
         f"'{owner or 'the model itself'}': {up} ({d} -> {ff}) and {down} ({ff} -> {d})",
-        f'If they are its FFNs, add the row: ffnkit.LAYOUTS.append(ffnkit.Layout("{name}", up="{up}", down="{down}"))',
+        f"If they are its FFNs, add the row: ffnkit.LAYOUTS.append({written(row)})",
     )
 
 

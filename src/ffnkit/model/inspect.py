@@ -317,7 +317,8 @@ def _other_flops(model: nn.Module, found: list[FFN]) -> float:
         for ffn in found
         if not ffn.layout.experts
         for owner in ffn.owners.values()
-        for module in (unwrapped(owner.get_submodule(ffn.path(site))) for site in ffn.sites)
+        for site in ffn.sites
+        for module in unwrapped(owner.get_submodule(ffn.path(site))).modules()
     }
     runs = max(_runs(model, ffn) for ffn in found)
     layers = {name for ffn in found for name in ffn.owners} if runs > 1 else set()

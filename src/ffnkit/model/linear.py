@@ -117,7 +117,10 @@ def output_width(linear: nn.Module) -> int:
 
 def flops(linear: nn.Module) -> float:
     """Multiplications and additions of the weight for one token."""
-    out, inner = features(linear)
+    bare = unwrapped(linear)
+    if isinstance(bare, ReparametrizedLinear) and bare.thin:
+        return sum(flops(bare.get_submodule(name)) for name in bare.thin)
+    out, inner = features(bare)
     return 2.0 * (out * inner)
 
 
@@ -132,7 +135,7 @@ def stored_weight(linear: Any) -> nn.Parameter:
     """
     bare = unwrapped(linear)
     if isinstance(bare, ReparametrizedLinear):
-        return bare.base if isinstance(bare, AdapterLayer) else bare.stored
+        return bare.stored
     own = next((bare._parameters[name] for name in _STORED if bare._parameters.get(name) is not None), None)
     found: nn.Parameter = own if own is not None else next(bare.parametrizations["weight"].parameters())
     return found
@@ -141,6 +144,8 @@ def stored_weight(linear: Any) -> nn.Parameter:
 def parameters(linear: nn.Module) -> list[nn.Parameter]:
     """Every parameter of a linear, those of its parametrizations included, adapters left out."""
     bare = unwrapped(linear)
+    if isinstance(bare, ReparametrizedLinear):
+        return list(bare.parameters())
     computed = bare._modules.get("parametrizations")
     return [*bare.parameters(recurse=False), *(computed.parameters() if computed is not None else ())]
 
@@ -224,7 +229,8 @@ def foreign(module: nn.Module) -> tuple[str, str] | None:
     kind = type(module)
     if "_orig_mod" in module._modules:
         return "is compiled (torch.compile)", "Give the module inside (model._orig_mod) and compile after"
-    if "base_layer" in module._modules or kind.__module__.partition(".")[0] == "peft":
+    marked = vars(module).get("_hf_peft_config_loaded", False)  # transformers would save the adapter alone
+    if "base_layer" in module._modules or kind.__module__.partition(".")[0] == "peft" or marked:
         return "carries an adapter of peft", "Merge the adapter first (merge_and_unload)"
     if kind.__name__ in _PARALLEL:
         return f"is wrapped by {kind.__name__}", "Give the module inside (model.module) and wrap after"

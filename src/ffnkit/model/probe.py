@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ffnkit.model.running import difference, outputs
 
 _LENGTH = 12
 
@@ -54,36 +57,71 @@ def _without(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in batch.items() if k != "decoder_input_ids"}
 
 
+def candidates(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Inputs of more and more forms, of which the first that runs will do: classes differ in what they take."""
+    given = inputs(model)
+    if given is None:
+        return
+    yield given
+    yield {name: value[:1] for name, value in given.items()}  # classifiers without a padding token
+    words = {name: value for name, value in given.items() if name != "pixel_values"}
+    if words and words != given:
+        with contextlib.suppress(Exception):  # whatever a family raises: it wants more than pixels
+            yield given | _image_tokens(model, given)
+        yield words
+    yield {name: value[:, None] for name, value in given.items()}  # choices, or one picture of several
+    frames = getattr(model.config, "num_frames", None)
+    if "pixel_values" in given and isinstance(frames, int):
+        yield {"pixel_values": given["pixel_values"][:, None].repeat_interleave(frames, 1)}
+
+
+def runnable(model: nn.Module) -> dict[str, Tensor] | None:
+    """Inputs that the model runs on; None where none are known."""
+    for batch in candidates(model):
+        with contextlib.suppress(Exception):  # whatever a class raises on inputs that are not its own
+            outputs(model, batch)
+            return batch
+    return None
+
+
 @torch.no_grad()
-def compare(first: nn.Module, second: nn.Module) -> float | None:
-    """The largest relative difference of two models' float outputs on probe inputs; None where none are known."""
-    batch = inputs(first)
-    if batch is None:
-        return None
-    parameter = next(first.parameters())
-    batch = {k: v.to(parameter.device, parameter.dtype if v.is_floating_point() else v.dtype) for k, v in batch.items()}
-    outputs = []
-    for model in (first, second):
-        training = model.training
-        model.eval()
+def _image_tokens(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Text that begins with as many image tokens as there are features of each image."""
+    parameter = next(model.parameters())
+    given = model.get_image_features(pixel_values=batch["pixel_values"].to(parameter.device, parameter.dtype))
+    given = getattr(given, "pooler_output", given)
+    features = torch.cat(tuple(each.flatten(0, -2) for each in given)) if isinstance(given, list | tuple) else given
+    ids = batch["input_ids"]
+    count = features.numel() // features.shape[-1] // len(ids)
+    token = next(
+        v for k in ("image_token_id", "image_token_index") if (v := getattr(model.config, k, None)) is not None
+    )
+    text = ids.masked_fill(ids == token, token - 1)
+    return {"input_ids": torch.cat((torch.full((len(ids), count), token), text), 1)}
+
+
+@torch.no_grad()
+def compare(first: nn.Module, second: nn.Module, limit: float) -> tuple[float | None, str]:
+    """The largest relative difference of two models' float outputs on probe inputs.
+
+    None, and why, where they could not be compared: no inputs are known that the first one takes, or it differs from
+    itself by more than ``limit``. Infinity where the second one does not run, or gives outputs of other shapes.
+    """
+    why = "its inputs are not known"
+    for tried, given in enumerate(candidates(first)):
         try:
-            outputs.append(list(_floats(model(**batch))))
-        finally:
-            model.train(training)
-    differences = [
-        ((a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-30)).item()
-        for a, b in zip(*outputs, strict=True)
-    ]
-    return max(differences) if differences else None
-
-
-def _floats(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, dict) or hasattr(output, "to_tuple"):
-        for value in output.values() if hasattr(output, "values") else output.to_tuple():
-            yield from _floats(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _floats(value)
+            wanted = outputs(first, given)
+        except Exception as error:  # whatever a class raises on inputs that are not its own
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            why = why if tried else f"it does not run on probe inputs: {lines[0][:200]}"
+            continue
+        if not wanted:
+            return None, "it gives no numbers on probe inputs"
+        try:
+            gap = difference(wanted, outputs(second, given))
+        except Exception:  # the first one did run
+            gap = float("inf")
+        if not gap <= limit and not difference(wanted, outputs(first, given)) <= limit:
+            return None, "it gives other outputs each time"
+        return gap, ""
+    return None, why

@@ -135,6 +135,7 @@ def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str
             modules += [name for name in attention_linears(model) if name not in modules]
     else:
         modules = _matching(model, asked)
+    modules = [inner for name in modules for inner in _thin(model, name)]
     for name in modules:
         module = model.get_submodule(name)
         if is_linear(module):
@@ -148,6 +149,13 @@ def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str
     if not modules and not bare:
         raise FfnkitError(f"targets {asked!r}", "no linear of the model matches", "Name ffn, attention, qv or all")
     return modules, bare
+
+
+def _thin(model: nn.Module, name: str) -> list[str]:
+    """The two linears that a thin pair is made of, in its place; else the module itself."""
+    module = model.get_submodule(name)
+    thin = module.thin if isinstance(module, ReparametrizedLinear) else ()
+    return [f"{name}.{inner}" for inner in thin] or [name]
 
 
 def one_a_weight(model: nn.Module, names: list[str]) -> list[str]:

@@ -115,6 +115,10 @@ class AdapterLayer(ReparametrizedLinear):
         return given, parts
 
     @property
+    def stored(self) -> nn.Parameter:
+        return self.base
+
+    @property
     def features(self) -> tuple[int, int]:
         rows, columns = self.base.shape
         return (columns, rows) if self.transposed else (rows, columns)

@@ -8,6 +8,7 @@ experts' forward (a loop, grouped products) sees the product.
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -65,19 +66,27 @@ def parametrized_weights(owner: nn.Module) -> tuple[tuple[str, str], ...]:
     return getattr(type(owner), "ffnkit_served", ())
 
 
-def folded(owner: nn.Module) -> dict[str, nn.Parameter]:
-    """By name, new parameters with every factor in them."""
+def _leaving(owner: nn.Module, keep: Collection[str]) -> tuple[tuple[str, str], ...]:
+    """The factors that are not of these kinds."""
+    return tuple(pair for pair in parametrized_weights(owner) if pair[1].split("_")[1] not in keep)
+
+
+def folded(owner: nn.Module, keep: Collection[str] = ()) -> dict[str, nn.Parameter]:
+    """By name, new parameters with every factor in them, but for those of the kinds ``keep``."""
     values: dict[str, nn.Parameter] = {}
     with torch.no_grad():
-        for name, buffer in parametrized_weights(owner):
+        for name, buffer in _leaving(owner, keep):
             held: Any = values.get(name, owner._parameters[name])
             values[name] = nn.Parameter(held * broadcast(getattr(owner, buffer)), held.requires_grad)
     return values
 
 
-def remove_parametrizations(owner: nn.Module) -> None:
-    """Undo every :func:`serve`; the parameters stay as they are."""
-    for _, buffer in parametrized_weights(owner):
+def remove_parametrizations(owner: nn.Module, keep: Collection[str] = ()) -> None:
+    """Undo every :func:`serve` but of the kinds ``keep``; the parameters stay as they are."""
+    leaving = _leaving(owner, keep)
+    staying = tuple(pair for pair in parametrized_weights(owner) if pair not in leaving)
+    for _, buffer in leaving:
         delattr(owner, buffer)
-    if hasattr(type(owner), "ffnkit_served"):
-        owner.__class__ = type(owner).__bases__[0]
+    if leaving:
+        base = type(owner).__bases__[0]
+        owner.__class__ = _serving(base, staying) if staying else base

@@ -53,6 +53,11 @@ class ReparametrizedLinear(nn.Module, ABC):
     def features(self) -> tuple[int, int]:
         """(out, in)."""
 
+    @property
+    def thin(self) -> tuple[str, ...]:
+        """The names of the linears that it is made of, below it."""
+        return ()
+
     @abstractmethod
     def folded(self) -> nn.Parameter:
         """The weight of the plain layer with equal outputs, as it is stored: a new one, or the very one here."""

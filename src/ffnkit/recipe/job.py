@@ -46,12 +46,16 @@ def run(
         FfnkitError: something is wrong with the recipe, its model, its data or ``out``; nothing was trained then.
         KeyboardInterrupt: after Ctrl-C; what is finished is kept.
     """
+    from ffnkit.io.architectures import widened
     from ffnkit.recipe.preflight import preflight
+    from ffnkit.recipe.sources import model_name
 
     out, say = Path(out), _sayer(progress)
     check_out(out)
     say(f"{recipe.name}: {len(recipe.arms)} arms x {len(recipe.seeds)} seeds in {out}")
     model, data = preflight(recipe, say)
+    if (told := widened(model_name(recipe))) is not None:
+        say(told)
     base = base_facts(recipe, model, data)
     units = {unit_of(out, *pair): unit_facts(recipe, base, *pair) for pair in recipe.units()}
     with _alone(out):

@@ -18,6 +18,7 @@ from ffnkit.recipe.schema import Recipe
 from ffnkit.recipe.state import Unit, digest, measures, stages_of
 from ffnkit.report import environment, measure
 from ffnkit.report.sparsity import merge_costs, sparsity
+from ffnkit.surgery.apply import SAVING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,7 +98,7 @@ class _Job:
             ffnkit.apply(model, ffnkit.Plan.load(self.unit.work / PLAN))
         work = self.unit.work
         if self.unit.marker("tune"):
-            ffnkit.fold(model)
+            ffnkit.fold(model, keep=SAVING)
             _read(model, work / TUNED)
             if (work / ADAPTER).exists():
                 ffnkit.apply(model, ffnkit.Plan.load(work / ADAPTER))
@@ -172,7 +173,7 @@ class _Job:
         """Fine-tune, going on from the Trainer's newest checkpoint, then fold."""
         if not self.arm.prune:
             figures, model = self._trained("tune", self.training)
-            self._model = ffnkit.fold(model)
+            self._model = ffnkit.fold(model, keep=SAVING)
             _write(self.model, self.unit.work / TUNED)
             left = sparsity(self.model).share() if "zeros" in (self.unit.marker("compress") or {}) else None
             return figures | ({} if left is None else {"zeros": left})
@@ -181,7 +182,7 @@ class _Job:
         if updates is not None:  # they stay apart from the weights: pruning tells the two from each other
             updates.save(self.unit.work / ADAPTER)
             ffnkit.remove_adapter(model)
-        self._model = ffnkit.fold(model)
+        self._model = ffnkit.fold(model, keep=SAVING)
         _write(self.model, self.unit.work / TUNED)
         if updates is not None:
             ffnkit.apply(self.model, updates)
@@ -220,7 +221,7 @@ class _Job:
     def _merged(self, model: PreTrainedModel) -> PreTrainedModel:
         """Plain linears, updates and masks in their weights."""
         tuner = sources.tuner_of(self.recipe, self.unit.arm)
-        return ffnkit.fold(model, masked=getattr(tuner, "keep_zeros", False))
+        return ffnkit.fold(model, masked=getattr(tuner, "keep_zeros", False), keep=SAVING)
 
     def _trained(self, stage: str, settings: TrainSettings, **how: bool) -> tuple[dict[str, Any], PreTrainedModel]:
         """The figures of a training, taken up where it was killed, and its model."""

@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -123,16 +123,15 @@ def _batch(
 
 def language_model(name: str, device: torch.device | str = "cpu") -> PreTrainedModel | str:
     """The checkpoint as the language model that it is; else, in words, why it is none."""
-    from ffnkit.io.loading import open_errors
+    from ffnkit.io.architectures import read_config
+    from ffnkit.io.loading import load_with_info
 
-    with open_errors(f"model {name}"):
-        config = AutoConfig.from_pretrained(name)
+    config = read_config(name)
     masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if not masked and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return f"there is no language model of type {config.model_type} that reads text"
     auto: Any = AutoModelForMaskedLM if masked else AutoModelForCausalLM
-    with open_errors(f"model {name}"):
-        model, info = auto.from_pretrained(name, output_loading_info=True)
+    model, info = load_with_info(auto, name)
     if info["missing_keys"]:
         return f"the base checkpoint has no language-model head ({sorted(info['missing_keys'])[0]} is not in it)"
     return cast(PreTrainedModel, model.to(device).eval())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -12,12 +13,13 @@ from transformers import PreTrainedModel
 from ffnkit.edits import Edit
 from ffnkit.edits.order import check_normal
 from ffnkit.errors import FfnkitError
-from ffnkit.io.loading import run_uneven_experts
 from ffnkit.model import trainable
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import check_untouched, walk
 from ffnkit.nn.adapter_layer import AdapterLayer, adapter_layers
 from ffnkit.nn.expert_weights import folded, parametrized_weights, remove_parametrizations
+from ffnkit.nn.lowrank import LowRank
+from ffnkit.nn.masked import Masked
 from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.plans import Plan
 from ffnkit.surgery import description
@@ -25,6 +27,8 @@ from ffnkit.surgery.journal import journal
 from ffnkit.surgery.meta import rehearse
 from ffnkit.surgery.writer import ModelWriter, put
 
+SAVING = (LowRank.kind, Masked.kind)  # layers with which something is lost that a method saved
+logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -49,21 +53,19 @@ def carry_out(model: nn.Module, edits: Iterable[Edit], plan: Plan | None = None)
     check_untouched(model, f"applying a plan to {type(model).__name__}")
     if plan is not None:
         plan.check_fits({ffn.name: ffn for ffn in ffns(model)}, type(model).__name__)
-    check_normal(edits)
-    writer = ModelWriter(model)
-    writer.check(edits)
-    rehearse(model, edits)
+        plan.check_weights(model)
+    writer = check_edits(model, edits)
     with journal(model):
         writer.carry_out(edits)
 
 
-def rebuild(model: PreTrainedModel, described: dict[str, object]) -> None:
-    """Give a freshly built, empty model the structure that a compact checkpoint describes."""
-    writer = ModelWriter(model, empty=True)
-    with torch.no_grad():
-        for edit in description.edits_of(model, described):
-            edit.perform(writer)
-    run_uneven_experts(model)
+def check_edits(model: nn.Module, edits: tuple[Edit, ...]) -> ModelWriter:
+    """The writer that can carry these edits out. Raises FfnkitError where the model does not bear them; reads only."""
+    check_normal(edits)
+    writer = ModelWriter(model)
+    writer.check(edits)
+    rehearse(model, edits)
+    return writer
 
 
 def share(model: PreTrainedModel, described: dict[str, object]) -> None:
@@ -77,12 +79,14 @@ def share(model: PreTrainedModel, described: dict[str, object]) -> None:
 
 
 @torch.no_grad()
-def fold(model: Model, *, masked: bool = False) -> Model:
+def fold(model: Model, *, masked: bool = False, keep: Collection[str] = ()) -> Model:
     """Turn every reparametrized linear into a plain layer with the same outputs, in place.
 
-    Where it fails, the model is as it was.
+    Where it fails, the model is as it was. Where thin pairs are multiplied out it says so, for the model grows.
 
     Args:
+        keep: kinds of layers that stay: "lowrank" (thin pairs, whose product has more parameters) and "masked" (masks,
+            whose zeros later training would fill). ``SAVING`` is both.
         masked: where an update goes into a weight that holds zeros (it was pruned), these stay zero; what the update
             did there is lost, so outputs change. Without it the update fills them.
     """
@@ -91,15 +95,27 @@ def fold(model: Model, *, masked: bool = False) -> Model:
         found = ffns(model)
         keys, original = description.width_keys(model, found), description.original_widths(model, found)
         named = trainable.flags_by_name(model)
-        fold_layers(model, model)
+        _say_growth(model, keep)
+        fold_layers(model, model, keep=keep)
         trainable.renew(model, named)
         without_updates(model, fold=True, masked=masked)
         description.update_config(model, keys, original)
     return model
 
 
-def fold_layers(model: nn.Module, *within: nn.Module) -> None:
+def _say_growth(model: nn.Module, keep: Collection[str]) -> None:
+    pairs = [m for m in model.modules() if isinstance(m, LowRank) and LowRank.kind not in keep]
+    now = sum(p.numel() for pair in pairs for p in (*pair.first.parameters(), *pair.second.parameters()))
+    then = sum(pair.features[0] * pair.features[1] for pair in pairs)
+    if then > now:
+        what = f"{len(pairs)} thin pairs of {now:,} parameters are multiplied out to {then:,}"
+        logger.warning("folding %s: %s", type(model).__name__, what)
+
+
+def fold_layers(model: nn.Module, *within: nn.Module, keep: Collection[str] = ()) -> None:
     """Plain layers again in the place of the reparametrized ones that stand in these modules; updates stay.
+
+    So do layers of the kinds ``keep``.
 
     What layers share they share afterwards: the weight of each is computed once.
     """
@@ -107,14 +123,16 @@ def fold_layers(model: nn.Module, *within: nn.Module) -> None:
     weights: dict[int, nn.Parameter] = {}
     for owner in inside:
         if parametrized_weights(owner):
-            for name, value in folded(owner).items():
+            for name, value in folded(owner, keep).items():
                 old: Any = owner._parameters[name]
                 if id(old) not in weights:
                     weights[id(old)] = put(old, value, ())
-            remove_parametrizations(owner)
+            remove_parametrizations(owner, keep)
     places: dict[ReparametrizedLinear, list[str]] = {}
     for name, module in walk(model):
-        if module in inside and isinstance(module, ReparametrizedLinear) and not isinstance(module, AdapterLayer):
+        if module not in inside or not isinstance(module, ReparametrizedLinear) or isinstance(module, AdapterLayer):
+            continue
+        if module.kind not in keep:
             places.setdefault(module, []).append(name)
     for special, names in places.items():
         stored = special.stored

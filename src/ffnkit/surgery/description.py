@@ -1,25 +1,29 @@
 """How the true shape of an edited model is written into its config, and which config key holds each FFN's width.
 
 A model whose FFNs all have the width that its config says needs nothing of this. Any other model (widths that differ,
-shared FFNs, factors kept apart) carries ``config.quantization_config`` with ``quant_method: ffnkit``: transformers'
-one hook that may rebuild modules before the weights are read. The plain width keys then hold 1, an impossible width:
-opened without ffnkit, such a checkpoint raises instead of filling weights at random.
+shared FFNs, factors kept apart) carries ``config.quantization_config``: transformers' one hook that may rebuild modules
+before the weights are read. It names no method (``io.formats``), so that without ffnkit every class refuses the config
+instead of filling weights at random; sub-configs say the same, for classes that are opened by one of them. The plain
+width keys then hold 1, an impossible width.
 """
 
 from __future__ import annotations
 
+import copy
+import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ffnkit.edits import Edit, Mask, SelectHeads, SetWidth, Tie, of_layer
 from ffnkit.errors import FfnkitError
-from ffnkit.io.formats import FORMAT, QUANT_METHOD
+from ffnkit.io.formats import FORMAT, MARK, is_compact
+from ffnkit.model import config_keys
 from ffnkit.model.attention import Attention, attentions
-from ffnkit.model.config_keys import candidates, config_tree, set_width, width_key
+from ffnkit.model.config_keys import at_layer, config_tree, set_width
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import walk
@@ -33,26 +37,18 @@ IMPOSSIBLE_WIDTH = 1
 
 def width_keys(model: PreTrainedModel, found: list[FFN]) -> Keys:
     """(path of the sub-config, key) that holds each FFN's width; None where the family fixes it otherwise."""
-    config = model.config
-    described = description(model)
-    if described is not None:
-        return {ffn.name: _stored_key(described, ffn) for ffn in found}
-    tree = list(config_tree(config))
-    modules = dict(walk(model))
-    keys: Keys = {}
-    for ffn in found:
-        keys[ffn.name] = None
-        for path, candidate in candidates(tree, modules, ffn.name):
-            key = width_key(candidate, ffn)
-            if key is not None:
-                keys[ffn.name] = (path, key)
-                break
-    return keys
+    rows = _rows(model)
+    if rows:
+        return {ffn.name: None if (key := rows[ffn.name]["key"]) is None else (key[0], key[1]) for ffn in found}
+    return config_keys.width_keys(model, found)
 
 
-def _stored_key(described: dict[str, Any], ffn: FFN) -> tuple[str, str] | None:
-    stored = described["ffns"][ffn.name]["key"]
-    return None if stored is None else (stored[0], stored[1])
+def _rows(model: PreTrainedModel) -> dict[str, Any]:
+    """What the config says of each FFN, by the names in ``model``, which may be a part of what the config is of."""
+    described = description(model) or {}
+    rows: dict[str, Any] = described.get("ffns", {})
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return rows if all(name in modules for name in rows) else renamed(model, described)["ffns"]
 
 
 # --- describing ---------------------------------------------------------------------------------------------------
@@ -65,7 +61,30 @@ def description(model: PreTrainedModel) -> dict[str, Any] | None:
     if stored is None:
         return None
     data = stored if isinstance(stored, dict) else stored.to_dict()
-    return data if data.get("quant_method") == QUANT_METHOD else None
+    return data if is_compact(data) else None
+
+
+def tell(config: PreTrainedConfig, described: dict[str, Any] | None) -> None:
+    """Have a config say what a model is, and each sub-config its part; with None they say nothing any more."""
+    for path, each in config_tree(config):
+        if described is not None:
+            each.quantization_config = copy.deepcopy(_part(described, path))
+        elif is_compact(getattr(each, "quantization_config", None)):
+            del each.quantization_config
+
+
+def _part(described: dict[str, Any], path: str) -> dict[str, Any]:
+    """What is described of the FFNs whose width stands in a sub-config or below it, and of what is nearest to them."""
+    if not path:
+        return described
+    homes = {name: (row["key"] or [path])[0] for name, row in described["ffns"].items()}
+
+    def inside(name: str) -> bool:
+        nearest = max(homes, key=lambda ffn: len(os.path.commonprefix([ffn.split("."), name.split(".")])), default="")
+        return f"{homes.get(nearest, path)}.".startswith(f"{path}.")
+
+    kinds = ("ffns", "linears", "attention")
+    return {k: {n: r for n, r in v.items() if inside(n)} if k in kinds else v for k, v in described.items()}
 
 
 def describe(model: PreTrainedModel, found: list[FFN], keys: Keys, original: dict[str, int]) -> dict[str, Any]:
@@ -87,7 +106,7 @@ def describe(model: PreTrainedModel, found: list[FFN], keys: Keys, original: dic
             rows[ffn.name]["original"] = original.get(ffn.name, ffn.width)
     linears = {name: layer.row() for name, layer in standing_apart(model, found).items()}
     heads = attention_rows(model)
-    data = {"quant_method": QUANT_METHOD, "format": FORMAT, "ffns": rows}
+    data = MARK | {"format": FORMAT, "ffns": rows}
     return data | ({"linears": linears} if linears else {}) | ({"attention": heads} if heads else {})
 
 
@@ -142,19 +161,19 @@ def update_config(model: PreTrainedModel, keys: Keys, original: dict[str, int]) 
     """
     found = ffns(model)
     config = model.config
+    keys = {ffn.name: (key := keys[ffn.name]) and at_layer(key, ffn.layer) for ffn in found}
     base = (description(model) or {}).get("base")
     if is_plain_model(model, found, keys, original):
         for ffn in found:
             if (key := keys[ffn.name]) is not None:
                 set_width(config, key, ffn.width)
-        if description(model) is not None:
-            del config.quantization_config
+        tell(config, None)
         return
     data = describe(model, found, keys, original)
     if base is not None:
         data["base"] = base
     declare_shared(model)
-    config.quantization_config = data
+    tell(config, data)
     for key in keys.values():
         if key is not None:
             set_width(config, key, IMPOSSIBLE_WIDTH)
@@ -162,7 +181,7 @@ def update_config(model: PreTrainedModel, keys: Keys, original: dict[str, int]) 
 
 def original_widths(model: PreTrainedModel, found: list[FFN]) -> dict[str, int]:
     """The width that the plain class builds, for FFNs whose width no config key holds."""
-    rows = (description(model) or {}).get("ffns", {})
+    rows = _rows(model)
     return {ffn.name: rows.get(ffn.name, {}).get("original", ffn.width) for ffn in found}
 
 
@@ -176,28 +195,45 @@ def rows_for(model: PreTrainedModel, described: dict[str, Any]) -> list[tuple[di
     places: dict[str, list[str]] = defaultdict(list)
     for ffn in ffns(model):
         for name in ffn.owners:
-            source = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in primary), None)
+            source = _near(name, prefix, primary)
             if source is None:
-                suffixes = {n for n in primary if n.endswith("." + name) or name.endswith("." + n)}
-                if len(suffixes) != 1:
-                    raise FfnkitError(
-                        f"opening a compact checkpoint as {type(model).__name__}",
-                        f"it does not describe the FFN {name}",
-                        "Open it with the class that it was saved from",
-                    )
-                source = suffixes.pop()
+                raise FfnkitError(
+                    f"opening a compact checkpoint as {type(model).__name__}",
+                    f"it does not describe the FFN {name}",
+                    "Open it with the class that it was saved from",
+                )
             places[primary[source]].append(name)
     return [(described["ffns"][first], names) for first, names in places.items()]
 
 
+def _near(name: str, prefix: str, there: Collection[str]) -> str | None:
+    """The one of these names that means the same place, with another head or none, or in a part of the model."""
+    near = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in there), None)
+    ends = [n for n in there if n.endswith(f".{name}") or name.endswith(f".{n}")] if near is None else []
+    return ends[0] if len(ends) == 1 else near
+
+
 def renamed(model: PreTrainedModel, described: dict[str, Any]) -> dict[str, Any]:
     """The description with the names that the FFNs have in ``model``: a body may have been given a head or lost it."""
-    rows = {names[0]: {**row, "twins": names[1:]} for row, names in rows_for(model, described)}
+    paths = {path for path, _ in config_tree(model.config)}
+    rows = {
+        names[0]: {**row, "key": _key_within(paths, row["key"]), "twins": names[1:]}
+        for row, names in rows_for(model, described)
+    }
     linears = linears_for(model, described)
     heads = attention_rows(model)
     data = {key: value for key, value in described.items() if key != "attention"} | {"ffns": rows}
     data |= {"linears": linears} if linears else {}
     return data | ({"attention": heads} if heads else {})
+
+
+def _key_within(paths: set[str], key: list[str] | None) -> list[str] | None:
+    """(path, key) of a width as a config with these paths has it: a sub-config of the one that it was written for."""
+    if key is None:
+        return None
+    parts = key[0].split(".")
+    ends = (".".join(parts[start:]) for start in range(len(parts) + 1))
+    return [next((end for end in ends if end in paths), ""), key[1]]
 
 
 def linears_for(model: PreTrainedModel, described: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -206,7 +242,7 @@ def linears_for(model: PreTrainedModel, described: dict[str, Any]) -> dict[str, 
     modules = dict(walk(model))
     rows = {}
     for name, row in described.get("linears", {}).items():
-        own = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
+        own = _near(name, prefix, modules)
         if own is not None:
             rows[own] = row
     return rows
@@ -221,13 +257,9 @@ def attentions_for(model: PreTrainedModel, described: dict[str, Any]) -> list[tu
     by_name = {name: each for each in attentions(model) for name in (each.name, *each.tied)}
     found = []
     for name, row in rows.items():
-        near = (name, name.removeprefix(prefix), prefix + name)
-        own = next((by_name[n] for n in near if n in by_name), None)
-        if own is None:
-            ends = {id(a): a for n, a in by_name.items() if n.endswith("." + name) or name.endswith("." + n)}
-            own = next(iter(ends.values())) if len(ends) == 1 else None
+        own = _near(name, prefix, by_name)
         if own is not None:
-            found.append((own, row))
+            found.append((by_name[own], row))
     return found
 
 

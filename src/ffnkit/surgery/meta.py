@@ -9,9 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ffnkit.edits import Edit
+from ffnkit.errors import FfnkitError
+from ffnkit.io.loading import run_uneven_experts
+from ffnkit.model import probe, running
+from ffnkit.model.fresh import built, written
+from ffnkit.nn.adapter_layer import adapter_layers
+from ffnkit.surgery import description
 from ffnkit.surgery.journal import reachable
 from ffnkit.surgery.writer import ModelWriter
 
@@ -26,7 +32,72 @@ def rehearse(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:
     """
     twin = skeleton(model)
     ModelWriter(twin, empty=True).carry_out(edits)
+    if isinstance(model, PreTrainedModel) and (structure := _structure(twin)) not in _passed:
+        _check_opens(model, twin)
+        _check_runs(model, twin)
+        _passed.add(structure)
     return twin
+
+
+_passed: set[int] = set()  # structures that opened and ran: a plan is rehearsed when it is made and when it is applied
+
+
+def _structure(model: PreTrainedModel) -> int:
+    shapes = tuple((name, tuple(value.shape)) for name, value in model.state_dict().items())
+    return hash((type(model), model.config.to_json_string(), shapes))
+
+
+def rebuild(model: PreTrainedModel, described: dict[str, object]) -> None:
+    """Give a freshly built, empty model the structure that a compact checkpoint describes."""
+    writer = ModelWriter(model, empty=True)
+    with torch.no_grad():
+        for edit in description.edits_of(model, described):
+            edit.perform(writer)
+    run_uneven_experts(model)
+
+
+def _check_opens(model: PreTrainedModel, twin: PreTrainedModel) -> None:
+    """Raises FfnkitError where what is built from the config that would be written has other shapes than the model."""
+    odd, why = _otherwise(twin)
+    if not odd:
+        return
+    before = _otherwise(model)[0]  # a class of somebody's own, or weights that were changed by hand
+    new = {name: shape for name, shape in odd.items() if name not in before and "" not in before}
+    if new:
+        name, shape = next(iter(new.items()))
+        built_as = why or f"{name} would be {shape}, not {tuple(twin.state_dict()[name].shape)}"
+        what = f"a model that is opened from the config would be another one ({built_as})"
+        raise FfnkitError(f"editing {type(model).__name__}", what, "Edit other layers, or all of them alike")
+
+
+def _otherwise(model: PreTrainedModel) -> tuple[dict[str, tuple[int, ...]], str]:
+    """The tensors of another shape in what is built from the model's config; {"": ()} and why where nothing is."""
+    try:
+        fresh = built(type(model), written(model.config))
+    except Exception as error:  # whatever the classes raise
+        return {"": ()}, f"{type(error).__name__}: {error}"[:200]
+    if (described := description.description(model)) is not None:
+        rebuild(fresh, described)
+    own = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    there = {name: tuple(value.shape) for name, value in fresh.state_dict().items()}
+    return {name: shape for name, shape in there.items() if name in own and own[name] != shape}, ""
+
+
+def _check_runs(model: PreTrainedModel, twin: PreTrainedModel) -> None:
+    """Raises FfnkitError where the family's forward does not bear the shapes; known where it runs without numbers."""
+    batch = None if adapter_layers(twin) else probe.inputs(model)  # updates ask for autocast, which meta has not
+    why = "" if batch is None else _stopped(twin, batch)
+    if batch is not None and why and not _stopped(skeleton(model), batch):
+        what = f"its forward does not bear these shapes ({why})"
+        raise FfnkitError(f"editing {type(model).__name__}", what, "Leave these places out for this family")
+
+
+def _stopped(model: nn.Module, batch: dict[str, Tensor]) -> str:
+    try:
+        running.outputs(model, batch)
+    except Exception as error:  # whatever a family raises, or torch where numbers are needed
+        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return ""
 
 
 def skeleton(model: nn.Module) -> Any:

@@ -105,11 +105,12 @@ class Task(Classifier):
         Args:
             dataset: rows of one of the splits.
             max_length: longer texts are cut, in tokens; of a pair the longer text first.
-            model: plays no part here.
+            model: its positions bound the length too.
         """
         from ffnkit.tasks.encoding import encode
+        from ffnkit.tasks.sequences import positions
 
-        return encode(dataset, self.text, self.label, self.kind, tokenizer, max_length)
+        return encode(dataset, self.text, self.label, self.kind, tokenizer, min(max_length, positions(model)))
 
     def compute_metrics(self, predictions: Any, labels: Any) -> dict[str, float]:
         """Every metric of the task; see :func:`ffnkit.tasks.metrics.compute`."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io import loading
+from ffnkit.io.fitting import is_head
 
 if TYPE_CHECKING:
     from ffnkit.tasks.base import Task
@@ -49,7 +50,7 @@ def load_classifier(task: Task, name_or_dir: str | Path, *, trained_head: bool, 
     # A body of another shape is refused by load_with_info; a head of another shape is judged here.
     model, info = loading.load_with_info(auto, name_or_dir, ignore_mismatched_sizes=True, **kwargs)
     redrawn = [key for key, *_ in info.get("mismatched_keys", ())]
-    absent = [key for key in info.get("missing_keys", ()) if loading.is_head(model, key)]
+    absent = [key for key in info.get("missing_keys", ()) if is_head(model, key)]
     if trained_head:
         _check_head(task, str(name_or_dir), redrawn, absent, stored)
     elif redrawn:

@@ -34,7 +34,11 @@ def positions(model: Any) -> int:
     config: Any = getattr(model, "config", None)
     inner = config.get_text_config() if hasattr(config, "get_text_config") else config
     known = getattr(inner, "max_position_embeddings", None)
-    return known if isinstance(known, int) and known > 0 else 1 << 30
+    if not isinstance(known, int) or known <= 0:
+        return 1 << 30
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    padding = [int(m.padding_idx) + 1 for m in tables if getattr(m, "padding_idx", None) is not None]
+    return known - max(padding, default=0)  # RoBERTa counts from behind the padding token
 
 
 def affixes(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io import loading
+from ffnkit.io.fitting import is_head
 from ffnkit.tasks.collate import Padded
 from ffnkit.tasks.models import load_tokenizer, set_padding
 from ffnkit.tasks.protocol import Collate
@@ -106,7 +107,7 @@ class Writer:
         known = {key: kwargs[key] for key in ("trust_remote_code", "revision", "token", "cache_dir") if key in kwargs}
         auto = self.auto_class(read_config(str(name_or_dir), **known))
         model, info = loading.load_with_info(auto, name_or_dir, **{"dtype": torch.float32, **kwargs})
-        absent = [key for key in info.get("missing_keys", ()) if loading.is_head(model, key)]
+        absent = [key for key in info.get("missing_keys", ()) if is_head(model, key)]
         if trained_head and absent:
             found = f"it has no trained head: {absent[0]} is missing from its files"
             raise FfnkitError(f"model {name_or_dir} on task {self.name}", found, "Tune it on this task first")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ffnkit as fk
-from ffnkit.io.formats import QUANT_METHOD
+from ffnkit.io.formats import is_compact
 from ffnkit.nn.pruned_attention import plain_class
 from ffnkit.plans import Plan
 from ffnkit.testing.contract import (
@@ -96,8 +96,7 @@ def _note(case: Case, model: nn.Module, expected: dict[str, Tensor], folder: Pat
     inputs = {name: value for name, value in case.inputs(model).items() if isinstance(value, Tensor)}
     for name, tensors in (("inputs", inputs), ("outputs", expected)):
         save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors")
-    described = getattr(model.config, "quantization_config", None)
-    ours = isinstance(described, dict) and described.get("quant_method") == QUANT_METHOD
+    ours = is_compact(getattr(model.config, "quantization_config", None))
     told = {"module": type(model).__module__, "class": type(model).__name__, "ours": ours}
     (folder / "case.json").write_text(json.dumps(told), encoding="utf-8")
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import open_errors
 from ffnkit.surgery.untie import UntiedFfn, untie
-from ffnkit.tune import lora, zeros
+from ffnkit.tune import lora, masks, zeros
 from ffnkit.tune.lifecycle import preparing, undone
 
 
@@ -38,16 +38,17 @@ def load_adapter(
     state = _state(folder, asked)
     model = undone(model)
     with preparing(model) as preparation:
-        lora.fold_special(model)
+        masks.set_aside(model, preparation)
         parted = _parted_where_needed(cast(PreTrainedModel, model), state)
         preparation.from_here()
-        preparation.last = partial(lora.settled, parted=parted, flags=None)
+        preparation.afterwards(partial(lora.settled, parted=parted, flags=None))
         _check_places(model, state, asked)
         names = list(dict.fromkeys(_module(key) for key in state))
         ties = lora.tied_places(model, [name for name in names if _has(model, name)])
         with open_errors(asked):
             noted = zeros.note(model) if keep_zeros else {}
             tuned = lora.adapted(model, lambda base: _opened(base, folder, trainable), ties, parted)
+            _check_whole(tuned, state, asked)
             zeros.hold(tuned, noted)
             return tuned
 
@@ -95,6 +96,16 @@ def _check_places(model: nn.Module, state: dict[str, Tensor], asked: str) -> Non
     if lost:
         found = f"{type(model).__name__} has no {_module(lost[0])}"
         raise FfnkitError(asked, found, "Give the model that was tuned")
+
+
+def _check_whole(tuned: Any, state: dict[str, Tensor], asked: str) -> None:
+    """Raises FfnkitError where the file lacks a tensor: peft warns, and leaves it as it was drawn."""
+    from peft import get_peft_model_state_dict
+
+    lost = sorted(get_peft_model_state_dict(tuned, save_embedding_layers=False).keys() - state.keys())
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise FfnkitError(asked, f"its file lacks {lost[0]}{more}", "Save it anew")
 
 
 def _module(key: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration import batches, masks
+from ffnkit.calibration import batches, padding
 from ffnkit.errors import FfnkitError
 from ffnkit.tasks.running import IGNORED, is_seq2seq
 
@@ -76,7 +76,7 @@ def stack_mask(stack: str, model: nn.Module, batch: Mapping[str, Any], states: T
         FfnkitError: a mask of another length than the hidden states.
     """
     try:
-        mask = masks.token_mask(model, batch, "", stack, tuple(states.shape[:2]))
+        mask = padding.token_mask(model, batch, "", stack, tuple(states.shape[:2]))
     except FfnkitError as error:
         asked = f"layer-wise distillation of {type(model).__name__}"
         raise FfnkitError(asked, error.found, "Leave the mask out of the data") from error

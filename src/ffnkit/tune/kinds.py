@@ -178,7 +178,7 @@ class MeProp(declared(SparseGradSettings, "targets", "layers", "density")):  # t
     def put_on(self, model: nn.Module, preparation: Preparation) -> nn.Module:
         from ffnkit.tune import meprop
 
-        return super().put_on(model, preparation) if self.of == "weights" else meprop.put_on(model, self)
+        return super().put_on(model, preparation) if self.of == "weights" else meprop.put_on(model, self, preparation)
 
     def take_off(self, model: nn.Module) -> nn.Module:
         from ffnkit.tune import meprop

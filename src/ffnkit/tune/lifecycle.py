@@ -109,8 +109,8 @@ def _values(owner: Any) -> dict[Place, Any]:
 class _Note:
     """What a tuner changed in a model, as it was and as it became. References only; no weight is held by it."""
 
-    def __init__(self, changes: Iterable[_Change], flags: WeakTensorKeyDictionary, last: Undo) -> None:
-        self.changes, self.flags, self.last = list(changes), flags, last
+    def __init__(self, changes: Iterable[_Change], flags: WeakTensorKeyDictionary, last: Iterable[Undo]) -> None:
+        self.changes, self.flags, self.last = list(changes), flags, list(last)
 
     def undo(self, model: nn.Module) -> None:
         for change in self.changes:
@@ -118,7 +118,8 @@ class _Note:
         for parameter, (was, became) in self.flags.items():
             if parameter.requires_grad is became:
                 parameter.requires_grad_(was)
-        self.last(model)
+        for undo in self.last:
+            undo(model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Note:
         flags = WeakTensorKeyDictionary()
@@ -128,11 +129,7 @@ class _Note:
         return _Note(kept, flags, copy.deepcopy(self.last, memo))
 
     def __reduce__(self) -> Any:  # a model from a file has forgotten
-        return _Note, ((), WeakTensorKeyDictionary(), _nothing)
-
-
-def _nothing(model: nn.Module) -> None:
-    """No more is to be done."""
+        return _Note, ((), WeakTensorKeyDictionary(), ())
 
 
 class Preparation:
@@ -140,13 +137,16 @@ class Preparation:
 
     Attributes:
         data: batches with labels, or None. keep: a file for the tuner's plan, or None.
-        last: what is done to the model at the end, where the tuner is undone.
     """
 
     def __init__(self, model: nn.Module, data: Iterable[Mapping[str, Any]] | None = None, keep: Path | None = None):
         self.model, self.data, self.keep = model, data, keep
-        self.last: Undo = _nothing
+        self._last: list[Undo] = []
         self.from_here()
+
+    def afterwards(self, undo: Undo) -> None:
+        """Have this done to the model at the end, where the tuner is undone; what was asked for last comes first."""
+        self._last.insert(0, undo)
 
     def from_here(self) -> None:
         """What was done so far stays when the tuner is undone: other forms of weights, of which one is enough."""
@@ -168,7 +168,7 @@ class Preparation:
         for parameter, was in self._flags:
             if parameter.requires_grad is not was:
                 flags[parameter] = (was, parameter.requires_grad)
-        return _Note(changes, flags, self.last)
+        return _Note(changes, flags, self._last)
 
 
 # --- prepare, finish, undo ------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
-from transformers.utils import logging
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.loading import no_bars
 from ffnkit.model.trainable import parts_of
 from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.tasks.running import target_counts
@@ -109,7 +108,7 @@ class Loop(Trainer):
             # Names of older layouts, which save_pretrained prefers for some families, could not be loaded in place.
             more["save_original_format"] = False
         model: Any = self.model
-        with _no_bars():
+        with no_bars():
             model.save_pretrained(output_dir or self.args.output_dir, **more)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -121,18 +120,6 @@ class Loop(Trainer):
         if lost or load_result.unexpected_keys:
             found = f"the names of its weights do not match ({(lost or load_result.unexpected_keys)[0]})"
             raise FfnkitError("resuming from a checkpoint", found, "Give the model that was trained, or another folder")
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without the library's bars for files that are written."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 class GroupedSampler(Sampler[int]):

@@ -15,9 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from ffnkit.errors import FfnkitError
 from ffnkit.model.targets import GROUPS, targets
 from ffnkit.model.trainable import head_modules, parts_of
-from ffnkit.nn.reparametrized import is_reparametrized
 from ffnkit.surgery.untie import UntiedFfn, own_weights, plain_layer, retie, settle, untie
-from ffnkit.tune import quantizing, zeros
+from ffnkit.tune import masks, quantizing, zeros
 from ffnkit.tune.ties import check_untied, own_modules, share_modules
 
 if TYPE_CHECKING:
@@ -40,10 +39,7 @@ _PARTED = "_ffnkit_parted"  # on a peft model: shared FFNs whose layers have ada
 
 
 def put_on(model: nn.Module, tuner: Lora, preparation: Preparation) -> nn.Module:
-    """A peft model around ``model``, reparametrized linears folded first.
-
-    Folding comes first because an adapter merged into a linear that keeps a factor apart would be multiplied by it;
-    and since the weights under the adapters are frozen, it does not matter to them where the factor stands.
+    """A peft model around ``model``, its factors and masks set aside first (``masks``); thin pairs stay.
 
     Raises:
         FfnkitError: targets that match nothing, or that have no linear to adapt; adapters for each layer asked of a
@@ -51,7 +47,7 @@ def put_on(model: nn.Module, tuner: Lora, preparation: Preparation) -> nn.Module
     """
     from peft import LoraConfig
 
-    fold_special(model)
+    masks.set_aside(model, preparation)
     share_modules(model)
     found = list(tuner.routers_of(model))
     heads = own_modules(model, head_modules(model)) if tuner.head else []
@@ -68,7 +64,7 @@ def put_on(model: nn.Module, tuner: Lora, preparation: Preparation) -> nn.Module
     if tuner.quantize != "none":
         quantizing.quantize(model, tuner.quantize, keep=[*heads, *head_modules(model), *found])
     preparation.from_here()  # to undo the rest from the start would take the weights in both forms
-    preparation.last = partial(settled, parted=parted, flags=flags if tuner.quantize != "none" else None)
+    preparation.afterwards(partial(settled, parted=parted, flags=flags if tuner.quantize != "none" else None))
     quantizing.in_float(model, heads)
     modules = _without(modules, heads)
     ties = tied_places(model, modules)
@@ -176,7 +172,7 @@ def take_off(model: nn.Module, tuner: Lora) -> nn.Module:
     for name, parameter in plain.named_parameters(remove_duplicate=False):
         if name in frozen:
             parameter.requires_grad_(False)
-    return cast(nn.Module, plain)
+    return masks.put_back(plain)
 
 
 def _is_adapted(base: nn.Module, parted: UntiedFfn) -> bool:
@@ -220,15 +216,6 @@ def _exactly(names: Iterable[str]) -> str:
 
 def _task_type(model: nn.Module) -> str | None:
     return next((kind for ending, kind in _TASK_TYPES if type(model).__name__.endswith(ending)), None)
-
-
-def fold_special(model: nn.Module) -> None:
-    """Fold reparametrized linears, where the model has some, in place."""
-    special = any(is_reparametrized(module) for module in model.modules())
-    if special:
-        from ffnkit.surgery.apply import fold
-
-        fold(cast(PreTrainedModel, model))
 
 
 def tied_places(model: nn.Module, modules: list[str]) -> list[list[str]]:

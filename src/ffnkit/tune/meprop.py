@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from ffnkit.errors import FfnkitError
 from ffnkit.model.targets import targets
 from ffnkit.model.trainable import train_as_before, train_only
+from ffnkit.tune import masks
 
 if TYPE_CHECKING:
     from ffnkit.tune.kinds import MeProp
+    from ffnkit.tune.lifecycle import Preparation
 
 _HOOKS = "_ffnkit_meprop"  # on a prepared model: what takes the cuts away
 
@@ -34,8 +36,9 @@ class _Cut(torch.autograd.Function):
         return torch.zeros_like(grad).scatter_(-1, places, grad.gather(-1, places)), None
 
 
-def put_on(model: nn.Module, tuner: MeProp) -> nn.Module:
+def put_on(model: nn.Module, tuner: MeProp, preparation: Preparation) -> nn.Module:
     """Let the linears' weights train, by the cut gradients; the cuts are taken away by :func:`take_off`."""
+    masks.set_aside(model, preparation)
     names, experts = targets(model, tuner.targets, tuner.layers)
     if experts or tuner.adapter_dir is not None:
         what = f"{experts[0]} is one 3-D parameter" if experts else "it trains whole weights, and adapter_dir is given"
@@ -64,4 +67,4 @@ def take_off(model: nn.Module, tuner: MeProp) -> nn.Module:
     """The plain model."""
     for handle in model.__dict__.pop(_HOOKS, ()):
         handle.remove()
-    return train_as_before(model)
+    return masks.put_back(train_as_before(model))

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 from ffnkit.checkpoint.adapters import save_adapter
 from ffnkit.methods.update.coefficients import with_coefficients
 from ffnkit.model.trainable import remember
-from ffnkit.nn.reparametrized import is_reparametrized
-from ffnkit.plans import Plan, plan
-from ffnkit.surgery.apply import apply, fold
-from ffnkit.tune import zeros
+from ffnkit.plans import Plan
+from ffnkit.surgery.apply import SAVING, apply, fold
+from ffnkit.surgery.planning import plan
+from ffnkit.tune import masks, zeros
 
 if TYPE_CHECKING:
     from ffnkit.tune.base import Updating
@@ -21,13 +21,11 @@ if TYPE_CHECKING:
 
 
 def put_on(model: nn.Module, tuner: Updating, preparation: Preparation) -> nn.Module:
-    """The model with updates beside its weights, reparametrized linears folded first; changed in place."""
+    """The model with updates beside its weights, factors and masks set aside first (``masks``); changed in place."""
     keep = preparation.keep
     found = tuner.routers_of(model)
     whole = cast(PreTrainedModel, model)
-    if any(is_reparametrized(module) for module in model.modules()):
-        fold(whole)
-        preparation.from_here()
+    masks.set_aside(model, preparation)
     noted = zeros.note(model) if tuner.keep_zeros else None
     if keep is not None and keep.is_file():
         made = Plan.load(keep)
@@ -52,6 +50,6 @@ def take_off(model: nn.Module, tuner: Updating) -> nn.Module:
     if tuner.adapter_dir is not None:
         save_adapter(whole, tuner.adapter_dir)
     noted = zeros.held(model)
-    plain = fold(whole, masked=tuner.keep_zeros)
+    plain = fold(whole, masked=tuner.keep_zeros, keep=SAVING)
     zeros.restore(plain, noted)
-    return plain
+    return masks.put_back(plain)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ffnkit.errors import FfnkitError
 from ffnkit.nn.quantized import dequantized as in_float_form
 from ffnkit.nn.quantized import is_quantized_linear
-from ffnkit.surgery.description import description
+from ffnkit.surgery.description import description, tell
 from ffnkit.tune.sharding import SharedLinear
 
 _FLAGS = ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -162,6 +162,6 @@ def _forget(model: Any) -> None:
         model.is_quantized = False
     described = description(model)
     if described is not None:
-        model.config.quantization_config = {k: v for k, v in described.items() if k not in ("base", "base_done")}
+        tell(model.config, {k: v for k, v in described.items() if k not in ("base", "base_done")})
     elif getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config

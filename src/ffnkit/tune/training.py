@@ -20,7 +20,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.tasks.packing import pack
 from ffnkit.tasks.running import encoded_rows, lengths
 from ffnkit.tasks.settings import GenerationSettings
-from ffnkit.tune import checkpoints
+from ffnkit.tune import checkpoints, masks
 from ffnkit.tune.arguments import chosen_metric, training_arguments
 from ffnkit.tune.lifecycle import training_run, undone
 from ffnkit.tune.loop import Clock, Epochs, Loop, QuietProgress, Saving
@@ -100,6 +100,8 @@ def train(
     checkpoints.claim(out_dir, facts)
     checkpoints.remove_broken(out_dir)
 
+    if not merge and tuner.method is not None:
+        masks.say_lost(model)
     with training_run(model, undo=not go_on):
         seed_everything(seed)
         tuned = model if go_on else _prepared(model, tuner, task, tokenizer, data, settings, seed, Path(out_dir))

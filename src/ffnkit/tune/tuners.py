@@ -83,8 +83,10 @@ def finish(model: nn.Module, tuner: str | Mapping[str, Any] | Tuner | None = Non
             from ffnkit.checkpoint.adapters import save_adapter
 
             save_adapter(cast("PreTrainedModel", model), folder)
+        from ffnkit.tune import masks
         from ffnkit.tune.lifecycle import forget
 
+        masks.taken(model)
         forget(model)
         return model
     if tuner is None:

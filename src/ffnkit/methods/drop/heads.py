@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.padding import TokenMasks
 from ffnkit.edits import Edit, SelectHeads
 from ffnkit.edits.heads import check_separable
 from ffnkit.errors import FfnkitError
@@ -64,6 +64,11 @@ class RemoveHeads:
     def needs_data(self) -> bool:
         """Whether activations are measured."""
         return self.by == "activation"
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether scores come from the model."""
+        return self.by != "random"
 
     def settings(self) -> dict[str, Any]:
         """The settings by name."""

@@ -47,6 +47,11 @@ class _Drop:
         """Whether what a window does is measured."""
         return self.window is not None and self.score is None
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the window is searched for."""
+        return self.window is not None
+
     def settings(self) -> dict[str, Any]:
         return dataclasses.asdict(dataclasses.replace(self, score=None)) | {"score": score_name(self.score)}
 

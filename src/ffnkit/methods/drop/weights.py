@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, run
 from ffnkit.calibration.hooks import Activations, hooked
-from ffnkit.calibration.masks import TokenMasks
+from ffnkit.calibration.padding import TokenMasks
 from ffnkit.calibration.statistics import ColumnSquares
 from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import attention_linears

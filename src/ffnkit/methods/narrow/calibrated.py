@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -14,7 +15,6 @@ from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.calibration.hooks import Activations
 from ffnkit.calibration.statistics import HeldInputs, HiddenMoments, Statistics
 from ffnkit.edits import Edit, ReplaceNeurons, ScaleInputs
-from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, generator, lifted, need_data, norms
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.ops import local
@@ -23,6 +23,8 @@ from ffnkit.ops.neurons import Neurons, concatenate
 from ffnkit.ops.subset import choose, refit
 from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc
+
+logger = logging.getLogger(__name__)
 
 ROWS = 1024  # tokens that pass through an FFN at a time
 
@@ -145,8 +147,8 @@ class CalibratedFusion(Narrowing):
         probe = seen.probe
         activation = local.activation_of(old, probe[0], probe[1], activations(ffn))
         if activation is None:
-            do = "Set refine=0, which needs to know the weights only"
-            raise FfnkitError(f"refining {ffn.name}", "its activation is none that is known", do)
+            logger.warning("%s is not refined: its activation is none that is known", ffn.name)
+            return start, error
         weights = torch.cat(seen.weights) if seen.weights else None
         with torch.no_grad():
             target = torch.cat([local.forward(old, rows, activation) for rows in x.split(ROWS)])

@@ -40,6 +40,7 @@ class Reinit(Narrowing):
     name: ClassVar[str] = "reinit"
     summary: ClassVar[str] = "narrow FFNs with random weights (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
+    reads_weights: ClassVar[bool] = False
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         config = getattr(model, "config", None)

@@ -28,6 +28,7 @@ class Random(Narrowing):
     name: ClassVar[str] = "random"
     summary: ClassVar[str] = "keep random neurons (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
+    reads_weights: ClassVar[bool] = False
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []

@@ -19,7 +19,7 @@ from ffnkit.calibration.statistics import GradientSquares
 from ffnkit.edits import Edit, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spool
-from ffnkit.io.peft_lora import Lora, read_lora
+from ffnkit.io.peft_files import Lora, read_lora
 from ffnkit.methods.common import Batch, generator, need_data, plain_linears
 from ffnkit.model.targets import query_value
 from ffnkit.nn.dsee import index_dtype

@@ -46,6 +46,11 @@ DEPTH_KEYS = (
     "depth",
 )
 
+# Lists that no layer has a part in, however long they are.
+SPECIAL_TOKEN = re.compile(r"token|label")
+# Hidden states of a part of the model, by number; the input of its first layer is number 0.
+HIDDEN_STATE_KEYS = ("vision_feature_layer", "vision_feature_layers", "vision_select_layer", "feature_layer")
+
 # Experts that a token reaches.
 TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "num_selected_experts")
 
@@ -68,8 +73,6 @@ GROUPS_ATTRIBUTE = "num_key_value_groups"
 HEAD_DIM_ATTRIBUTES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 INNER_WIDTH_ATTRIBUTES = ("all_head_size", "inner_dim", "split_size", "embed_dim")
 KV_WIDTH_ATTRIBUTE = "kv_dim"
-# The number of the layer, on modules in it.
-LAYER_NUMBER_ATTRIBUTES = ("layer_idx", "layer_id", "layer_index", "layer_number")
 
 # --- names of modules and arguments
 

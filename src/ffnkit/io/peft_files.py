@@ -16,6 +16,7 @@ from ffnkit.nn.quantized import quantized_features
 
 PREFIX = "base_model.model."
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_HEADS = {"classifier", "score"}  # peft names both for a classifier, which has one of them
 _BEYOND = {"use_dora": "DoRA", "lora_bias": "biases in B", "layer_replication": "replicated layers"}
 
 
@@ -77,10 +78,18 @@ def read_lora(folder: str | Path) -> Lora:
         name, mark, rest = key.partition(".lora_")
         if not mark:
             beside[key] = value
-        elif rest == "A.weight" and f"{name}.lora_B.weight" in state and not name.endswith(".base_layer"):
-            layers[name] = (value.float(), state[f"{name}.lora_B.weight"].float(), _scale(config, name, len(value)))
-        elif rest != "B.weight":
+        elif name.endswith(".base_layer") or rest not in ("A.weight", "B.weight"):
             raise FfnkitError(asked, f"it adapts {key}", "Only adapters of linears can be read")
+        elif not {f"{name}.lora_A.weight", f"{name}.lora_B.weight"} <= state.keys():
+            raise FfnkitError(asked, f"of the pair on {name} it holds {key} alone", "Save it anew")
+        elif rest == "A.weight":
+            layers[name] = (value.float(), state[f"{name}.lora_B.weight"].float(), _scale(config, name, len(value)))
+    parts = config.get("modules_to_save") or ()
+    lacking = {part for part in parts if not any(f".{part}." in f".{key}" for key in beside)}
+    if lacking - _HEADS or (lacking and lacking >= _HEADS):
+        raise FfnkitError(
+            asked, f"its file lacks {', '.join(sorted(lacking))}, which trained beside it", "Save it anew"
+        )
     if not layers:
         raise FfnkitError(asked, "it adapts no linear", "Name a LoRA adapter")
     return Lora(layers, beside)

@@ -1,0 +1,48 @@
+"""What plain transformers builds from a model's config as it is written to a file: the structure, without weights."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+_FLOAT = "__float__"  # how transformers writes infinity
+
+
+def read(kind: type[PreTrainedConfig], text: str) -> Any:
+    """A config from the text of its file, without what quantizers or ffnkit wrote there.
+
+    Raises:
+        Exception: whatever its class raises where it does not bear the values.
+    """
+    return kind.from_dict(json.loads(text, object_hook=_row))
+
+
+def _row(data: dict[str, Any]) -> Any:
+    data.pop("quantization_config", None)  # of the config, and of its parts
+    return float(data[_FLOAT]) if set(data) == {_FLOAT} else data
+
+
+def written(config: PreTrainedConfig) -> Any:
+    """A config as it is read back from its file; raises as :func:`read`."""
+    return read(type(config), config.to_json_string())
+
+
+def built(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
+    """A model of a class, built on the meta device.
+
+    Raises:
+        Exception: whatever the class raises where it does not bear the config.
+    """
+    with torch.device("meta"), no_init_weights():
+        return kind(config)
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter and buffer by name, tied ones under each of theirs."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tuple(value.shape) for name, value in named}

@@ -1,0 +1,58 @@
+"""A model run on a few tokens, to compare what it gives with what it gives otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_STATES = ("past_key_values", "cache_params", "mems", "state", "hidden_states", "attentions")  # one entry a layer
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
+    """The float outputs for a batch in evaluation mode, caches left out; what is drawn is drawn alike each time."""
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    device, dtype = parameter.device, parameter.dtype
+    batch = {
+        k: v.to(device, dtype if v.is_floating_point() else v.dtype) if isinstance(v, Tensor) else v
+        for k, v in batch.items()
+    }
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return list(_floats(model(**batch)))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def difference(first: list[Tensor], second: list[Tensor]) -> float:
+    """The largest relative difference of two lists of outputs; 0 where there are none.
+
+    Raises:
+        ValueError: they are not of the same number and shapes.
+    """
+    pairs = [(a.double(), b.double().to(a.device)) for a, b in zip(first, second, strict=True)]
+    if any(a.shape != b.shape for a, b in pairs):
+        raise ValueError("the outputs are of other shapes")
+    found = [((a - b).norm() / a.norm().clamp_min(1e-30)).item() for a, b in pairs]
+    return max(found, default=0.0)
+
+
+def _floats(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict) or hasattr(output, "to_tuple"):
+        named = output.items() if hasattr(output, "items") else enumerate(output.to_tuple())
+        for key, value in named:
+            if key not in _STATES:
+                yield from _floats(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _floats(value)
