@@ -201,7 +201,9 @@ def test_names_in_the_docs_are_there() -> None:
     roots = {"fk": fk, "ffnkit": fk, "tune": tune, "tasks": tasks, "methods": methods}
     found: set[str] = set()
     for page in sorted(DOCS.glob("*.md")):
-        for name in re.findall(r"(?<![\w./])((?:fk|tune|tasks|methods)(?:\.[A-Za-z_]\w*)+)(?=[(`,) ])", page.read_text()):
+        for name in re.findall(
+            r"(?<![\w./])((?:fk|tune|tasks|methods)(?:\.[A-Za-z_]\w*)+)(?=[(`,) ])", page.read_text()
+        ):
             if name.endswith(".md"):
                 continue
             found.add(f"{page.name}: {name}")

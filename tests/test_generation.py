@@ -24,12 +24,12 @@ from ffnkit.errors import FfnkitError
 from ffnkit.recipe.schema import recipe_from
 from ffnkit.tasks import GenerationSettings, GenerationTask, LanguageTask, WordsTask, language, nlg
 from ffnkit.tasks.base import Task
-from ffnkit.tasks.splitting import Source
 from ffnkit.tasks.choosing import Choice
 from ffnkit.tasks.decoding import decode
 from ffnkit.tasks.modelling import windows
 from ffnkit.tasks.running import row_losses
 from ffnkit.tasks.sequences import Sequences, affixes
+from ffnkit.tasks.splitting import Source
 
 NAMES = ["Aromi", "Fitzbillies", "Wildwood", "Clowns", "Strada"]
 FOODS = ["Chinese", "Italian", "French", "Indian"]

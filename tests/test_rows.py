@@ -1,4 +1,4 @@
-"""Labels are decided once, a lone file is evaluated whole, what scores a search calibrates nothing, files of all kinds."""
+"""Labels are decided once, a lone file is evaluated whole, what scores a search calibrates nothing."""
 
 from __future__ import annotations
 
@@ -133,7 +133,9 @@ def test_the_decision_holds_for_further_files(tmp_path: Path) -> None:
     with pytest.raises(FfnkitError, match="rows have a label that .*t.csv lacks, such as '07'"):
         tasks.file_task(train, write(tmp_path / "o.csv", ["07"], ["a", "b"]), text=("text",), label="label")
     scores = write(tmp_path / "s.csv", [0.5, 1.5])
-    whole = tasks.file_task(scores, write(tmp_path / "w.csv", ["1", "2"], ["a", "b"]), text=("text",), label="label").splits()
+    whole = tasks.file_task(
+        scores, write(tmp_path / "w.csv", ["1", "2"], ["a", "b"]), text=("text",), label="label"
+    ).splits()
     assert whole.report["label"][:2] == [1.0, 2.0]
 
 
@@ -363,4 +365,3 @@ def _seed() -> Iterator[None]:
     torch.manual_seed(0)
     transformers.logging.set_verbosity_error()
     yield
-

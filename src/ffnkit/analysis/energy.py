@@ -151,7 +151,9 @@ def gradient_energy(
     if steps == (0,):
         states: Any = nullcontext([lambda: None])
     else:
-        states = training_states(model, batches if training is None else list(training), steps, learning_rate, seed, progress)
+        states = training_states(
+            model, batches if training is None else list(training), steps, learning_rate, seed, progress
+        )
     with states as restored:
         trained = time.perf_counter()
         measured = measure(model, linears, batches, fresh, settings, restored, progress)

@@ -23,4 +23,3 @@ def open_streams() -> None:
         if getattr(sys, name) is None:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
             setattr(sys, name, open(number, "r" if number == 0 else "w"))  # noqa: SIM115
-

@@ -17,7 +17,6 @@ from ffnkit.model.linear import (
     check_editable,
     features,
     flops,
-    is_linear,
     parameters,
     stored_weight,
     true_weight,

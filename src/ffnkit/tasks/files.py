@@ -95,7 +95,7 @@ def _csv(path: Path) -> Table:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv_rows(file, path)
         try:
-            header = next(reader, [])
+            header: list[str] = next(reader, [])
             if len(set(header)) < len(header):
                 raise FfnkitError(f"data file {path}, line 1", "two columns have one name", "Rename one of them")
             rows = []

@@ -47,9 +47,9 @@ class ImageTask(Task):
         asked = f"data of task {self.name}"
         read = self.load(Path(data_dir) if data_dir is not None else None)
         read = once(read, _SAME, "label", "images")
-        return divide(
-            read, same=_SAME, asked=asked, what="images", label="label", stratify=True, **limits
-        ).map(_dataset)
+        return divide(read, same=_SAME, asked=asked, what="images", label="label", stratify=True, **limits).map(
+            _dataset
+        )
 
     def encode(self, dataset: Dataset, tokenizer: Any, max_length: int = 128, *, model: Any = None) -> Dataset:
         """``pixel_values``: where each image is, until a batch is made; and ``labels``.
@@ -162,17 +162,17 @@ def image_task(
         tables[key], passed = listed(path)
         notes += [f"{key}: {passed} files passed over that are no images"] if passed else []
     first = next(iter(files))  # the training images, where there are some
-    found = decide(tables[first]["label"], f"images {files[first]}", "the folders", "class", label_names)
+    labels = decide(tables[first]["label"], f"images {files[first]}", "the folders", "class", label_names)
     for key, table in tables.items():
-        table["label"] = found.read(table["label"], f"images {files[key]}")
+        table["label"] = labels.read(table["label"], f"images {files[key]}")
     source = Source(
         train=tables.get("train"),
         report=tables.get("report"),
         extra={"test": tables["test"]} if "test" in tables else {},
         where=in_words(files),
-        notes=(f"labels: {found.told}", *notes),
+        notes=(f"labels: {labels.told}", *notes),
     )
-    return task_of(name, found.names, source.where, lambda _: source, notes=found.told)
+    return task_of(name, labels.names, source.where, lambda _: source, notes=labels.told)
 
 
 def _dataset(table: Table) -> Dataset:

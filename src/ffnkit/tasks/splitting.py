@@ -221,7 +221,10 @@ def divide(
         said.append(f"dev: {size(carved)} {what} carved out of train with seed {seed}")
         parts = {"train": (rest, train_limit), "dev": (carved, dev_limit), "report": (report, report_limit)}
     cut: dict[str, Table] = {}
-    for name, (table, limit) in {**parts, **{name: (table, report_limit) for name, table in read.extra.items()}}.items():
+    for name, (table, limit) in {
+        **parts,
+        **{name: (table, report_limit) for name, table in read.extra.items()},
+    }.items():
         cut[name] = subsample(table, limit, seed, f"{asked}: limit of {name}")
         if size(cut[name]) < size(table):
             said.append(f"{name}: {size(cut[name])} of {size(table)} {what} drawn with seed {seed}")
@@ -234,7 +237,7 @@ def divide(
 def _apart(
     read: Source, same: Sequence[str], said: list[str], asked: str, what: str, label: str, stratify: bool
 ) -> tuple[Table, Table]:
-    """Train without what is reported; the report is carved out of train, the same for every seed, where there is none."""
+    """Train without what is reported; without a report it is carved out of train, the same for every seed."""
     assert read.train is not None
     train = read.train
     for name, table in {"report": read.report, **read.extra}.items():

@@ -20,14 +20,14 @@ class Data:
     """Examples batched in a seeded order, or ready batches in their own.
 
     Args:
-        data: examples by index, where ``collate`` is given; else an iterable of batches. What a generator gives is held.
+        data: examples by index, where ``collate`` is given; else an iterable of batches; of a generator they are held.
         collate: makes a batch of a list of examples.
         batch_size: examples a batch.
         seed: order of the examples; with ready batches, of a DataLoader that shuffles.
     """
 
     def __init__(self, data: Any, collate: Collate | None, batch_size: int, seed: int) -> None:
-        self.data = data if not isinstance(data, Iterator) else list(data) if collate else _Replayed(data)
+        self.data: Any = data if not isinstance(data, Iterator) else list(data) if collate else _Replayed(data)
         self.collate, self.batch_size, self.seed = collate, batch_size, seed
 
     def steps(self, epochs: float) -> int:
