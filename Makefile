@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FL
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow architectures lint bench clean
+.PHONY: help demo test test-slow architectures lint fuzz kill bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,6 +41,12 @@ lint: $(READY) ## ruff check, ruff format --check, mypy
 
 architectures: $(READY) ## edit, reopen and compare every architecture that can be built tiny (about 15 minutes)
 	$(ONE_THREAD) $(BIN)/python tools/architectures.py
+
+fuzz: $(READY) ## 3,600 damaged weights, configs, plans, recipes, tables and options: one line each, or right
+	$(ONE_THREAD) $(BIN)/python tools/fuzz.py --inputs 3600
+
+kill: $(READY) ## 300 kills at random moments of saving, exporting, plans, adapters and runs
+	$(ONE_THREAD) $(BIN)/python tools/kill.py --kills 300
 
 bench: $(READY) ## run the benchmarks, one after the other
 	@set -e; for file in $(filter-out %/common.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done

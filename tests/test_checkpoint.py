@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +25,6 @@ from transformers import (
 
 import ffnkit as fk
 from ffnkit.errors import FfnkitError
-from ffnkit.io import files
 from ffnkit.model.finding import ffns
 
 
@@ -247,86 +243,6 @@ def test_nan_weights_are_not_saved(tmp_path: Path) -> None:
         with pytest.raises(FfnkitError, match=r"classifier\.weight"):
             write(model, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
-
-
-def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("mine")
-    for write in (fk.save, fk.export):
-        with pytest.raises(FfnkitError, match="it is a file"):
-            write(narrow(), tmp_path / "out")
-    assert (tmp_path / "out").read_text() == "mine"
-
-
-def test_a_full_disk_leaves_the_old_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fk.save(narrow(), tmp_path / "out")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    model = narrow(seed=1)
-
-    def full(directory: Path, **_: Any) -> None:
-        (Path(directory) / "model.safetensors").write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(model, "save_pretrained", full)
-    with pytest.raises(FfnkitError, match="no space left"):
-        fk.save(model, tmp_path / "out")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
-    assert os.listdir(tmp_path) == ["out"]
-
-
-def test_other_files_of_the_folder_stay_and_old_weights_go(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    fk.save(narrow(), out, max_shard_size="5KB")
-    (out / "notes.txt").write_text("mine")
-    (out / "logs").mkdir()
-    (out / "logs" / "a.txt").write_text("mine too")
-    assert (out / "model.safetensors.index.json").exists()
-    model = narrow(seed=1)
-    fk.save(model, out)
-    assert (out / "notes.txt").read_text() == "mine" and (out / "logs" / "a.txt").read_text() == "mine too"
-    assert [p.name for p in out.glob("*.safetensors*")] == ["model.safetensors"]
-    assert_close(logits(fk.load(out)), logits(model), rel=0)
-
-
-_WRITER = """
-import sys, time
-from pathlib import Path
-from ffnkit.io import files
-target, number = Path(sys.argv[1]), 0
-while True:
-    number += 1
-    with files.staging(target) as temporary:
-        for name in ("a", "b", "c"):
-            (temporary / name).write_text(str(number) * 1000)
-    print(number, flush=True)
-"""
-
-
-def test_a_kill_leaves_the_old_or_the_new_output(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    for delay in (0.0, 0.004, 0.009, 0.017):
-        writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(target)], stdout=subprocess.PIPE)
-        with writer:
-            assert writer.stdout is not None
-            writer.stdout.readline()
-            time.sleep(delay)
-            writer.send_signal(signal.SIGKILL)
-        contents = {(target / name).read_text() for name in ("a", "b", "c")}
-        assert len(contents) == 1, "a mixture of two outputs"
-    with files.staging(target) as temporary:
-        (temporary / "a").write_text("last")
-    assert os.listdir(tmp_path) == ["out"], "leftovers of the killed were not swept"
-
-
-def test_without_an_atomic_exchange_the_old_output_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_exchange", lambda *_: False)
-    target = tmp_path / "out"
-    for text in ("old", "new"):
-        with files.staging(target) as temporary:
-            (temporary / "a").write_text(text)
-    assert (target / "a").read_text() == "new" and os.listdir(tmp_path) == ["out"]
-    os.rename(target, files._aside(target))  # as a kill between the two renames leaves it
-    files.recover(target)
-    assert (target / "a").read_text() == "new"
 
 
 def test_plans_reject_files_that_are_none(tmp_path: Path) -> None:

@@ -464,7 +464,7 @@ def test_adapters_come_and_go_to_the_bit(name: str, tmp_path: Path) -> None:
     fk.save_adapter(model, tmp_path / "one")
     two = family.outputs(trained(model, data))
     fk.save_adapter(model, tmp_path / "two")
-    about = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    about = json.loads((tmp_path / "one" / "adapter.json").read_text())
     assert about["adapter"] == "dsee" and about["trained_beside"] == ["head"]
     for folder, wanted in (("one", one), ("two", two), ("one", one)):
         fk.load_adapter(model, tmp_path / folder)

@@ -805,7 +805,7 @@ def test_tune_and_eval_of_files(files: Path, saved: Any, tmp_path: Path) -> None
     written = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     assert len(written) == report["rows"]
     more = ("--predictions", tmp_path / "again.jsonl")
-    again = ffnkit_command("eval", tmp_path / "out", *data, *short, *more)
+    again = ffnkit_command("eval", tmp_path / "out", *data, "--split", "report", *short, *more)
     assert again["metrics"] == pytest.approx(report["metrics"], rel=1e-4)
     assert (tmp_path / "again.jsonl").read_text().splitlines() == written
 

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+_SHOWN = 600  # of each part of a line, which may repeat what a file or the user said
+
+
+def short(text: str) -> str:
+    """``text``, its middle left out where it is long."""
+    return text if len(text) <= _SHOWN else f"{text[: 2 * _SHOWN // 3]} ... {text[-_SHOWN // 4 :]}"
+
 
 class FfnkitError(ValueError):
     """Bad input or an operation that cannot be done, said in one line of three parts.
@@ -14,7 +21,7 @@ class FfnkitError(ValueError):
 
     def __init__(self, asked: str, found: str, do: str) -> None:
         self.asked, self.found, self.do = asked, found, do
-        super().__init__(" ".join(f"{asked}: {found}. {do}".split()))
+        super().__init__(" ".join(f"{short(asked)}: {short(found)}. {short(do)}".split()))
 
     def within(self, context: str) -> FfnkitError:
         """The same error with ``context`` (model, method, shape) put before it."""

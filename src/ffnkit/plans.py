@@ -6,19 +6,21 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ffnkit.edits import Edit, Shape, build, known
+from ffnkit.edits import Edit, Shape, build, fields, known
 from ffnkit.edits.base import notes
+from ffnkit.edits.fields import adapter, checked
 from ffnkit.edits.order import check_normal
 from ffnkit.edits.slicing import check_cuttable
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import disk_errors
+from ffnkit.io.files import replacing
 from ffnkit.model.digests import Digests, digests, other_weights
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
@@ -210,8 +212,7 @@ class Plan:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the plan to one safetensors file (tensors, and the rest as JSON in its metadata)."""
-        path = Path(path)
+        """Write the plan to one safetensors file (tensors, and the rest as JSON in its metadata), in one step."""
         tensors: dict[str, Tensor] = {}
         stored: dict[tuple[Any, ...], str] = {}  # what several edits share is written once
         same: dict[str, str] = {}
@@ -223,51 +224,80 @@ class Plan:
                 else:
                     stored[key] = f"{number}.{name}"
                     tensors[f"{number}.{name}"] = value.detach().contiguous()
-        temporary = path.with_name(f".{path.name}.tmp")
-        with disk_errors(path):
-            path.absolute().parent.mkdir(parents=True, exist_ok=True)
-            try:
-                metadata = {"ffnkit_plan": json.dumps(self.description())}
-                save_file(tensors, temporary, metadata=metadata | ({"same": json.dumps(same)} if same else {}))
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+        metadata = {"ffnkit_plan": json.dumps(self.description())} | ({"same": json.dumps(same)} if same else {})
+        with replacing(path) as new:
+            save_file(tensors, new, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Read a plan file. Raises FfnkitError where it is missing, damaged or of another format."""
+        asked = f"plan '{path}'"
         try:
             with safe_open(path, framework="pt") as file:
-                text = (file.metadata() or {}).get("ffnkit_plan")
-                if text is None:
-                    raise FfnkitError(f"plan '{path}'", "a safetensors file without a plan", "Name a saved plan")
-                data = json.loads(text)
-                if data["format"] != FORMAT:
-                    raise FfnkitError(f"plan '{path}'", f"format {data['format']}", "Make the plan again")
-                read = _Reader(file, json.loads((file.metadata() or {}).get("same", "{}")))
+                metadata = file.metadata() or {}
+                if "ffnkit_plan" not in metadata:
+                    raise FfnkitError(asked, "a safetensors file without a plan", "Name a saved plan")
+                data = json.loads(metadata["ffnkit_plan"])
+                if isinstance(data, dict) and data.get("format") != FORMAT:
+                    raise FfnkitError(asked, f"format {str(data.get('format'))[:50]}", "Make the plan again")
+                told = checked(adapter(_Told), data, asked)
+                read = _Reader(file, checked(adapter(dict[str, str]), json.loads(metadata.get("same", "{}")), asked))
                 found = tuple(
-                    build(
-                        e["kind"], e["settings"], {n: read(f"{number}.{n}") for n in e["tensors"]}, e.get("version", 1)
-                    )
-                    for number, e in enumerate(data["edits"])
+                    build(e.kind, e.settings, {n: read(f"{number}.{n}") for n in e.tensors}, e.version)
+                    for number, e in enumerate(told.edits)
                 )
-        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise FfnkitError(f"plan '{path}'", f"it cannot be read ({error})", "Make the plan again") from error
-        shapes = {s["name"]: Shape(**s) for s in data["shapes"]}
-        own = {key: data[key] for key in ("method", "settings", "model", "parameters", "quantities")}
-        return cls(**own, edits=found, shapes=shapes, weights=data.get("weights", {}))
+        except (OSError, SafetensorError, json.JSONDecodeError, RecursionError) as error:
+            raise FfnkitError(asked, f"it cannot be read ({str(error)[:300]})", "Make the plan again") from error
+        shapes = {shape.name: shape for shape in (fields.read(Shape, each, asked) for each in told.shapes)}
+        touched = {name for edit in found for name in edit.touched}
+        if odd := sorted(touched ^ set(shapes)):
+            what = f"it edits {odd[0]}, whose shape it does not tell, or the other way round"
+            raise FfnkitError(asked, what, "Make the plan again")
+        own = {
+            key: getattr(told, key) for key in ("method", "settings", "model", "parameters", "quantities", "weights")
+        }
+        return cls(**own, edits=found, shapes=shapes)
+
+
+_Dtype = Annotated[str, Field(pattern="^(float64|float32|bfloat16|float16)$")]
+
+
+class _ToldEdit(BaseModel):
+    """An edit as it lies in a file."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+    kind: fields.Name
+    version: fields.Count = 1
+    settings: dict[str, Any]
+    tensors: list[fields.Name]
+
+
+class _Told(BaseModel):
+    """A plan as it lies in a file, without its tensors."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    method: str
+    settings: dict[str, Any]
+    model: str
+    parameters: fields.Count
+    shapes: list[dict[str, Any]]
+    quantities: dict[str, dict[str, float]]
+    weights: dict[str, Annotated[dict[_Dtype, str], Field(min_length=1)]] = {}
+    edits: list[_ToldEdit]
 
 
 class _Reader:
     """Tensors of a file by name; those under several names are one object again."""
 
     def __init__(self, file: Any, same: dict[str, str]) -> None:
-        self.file, self.same = file, same
+        self.file, self.same, self.there = file, same, set(file.keys())
         self.held: dict[str, Tensor] = {}
         self.several = set(same.values())
 
     def __call__(self, name: str) -> Tensor:
         name = self.same.get(name, name)
+        if name not in self.there:
+            raise FfnkitError("reading a plan", f"its tensor {name[:100]} is missing", "Make the plan again")
         if name not in self.several:
             return self.file.get_tensor(name)
         if name not in self.held:

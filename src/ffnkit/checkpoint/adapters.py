@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,14 +14,15 @@ from transformers import PreTrainedModel
 from ffnkit import __version__
 from ffnkit.edits import Edit, Stage, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
-from ffnkit.io import files
+from ffnkit.io.folders import staging
 from ffnkit.nn.adapter_layer import adapter_layers, fingerprint
 from ffnkit.plans import Plan
 from ffnkit.surgery.apply import apply, remove_updates
 from ffnkit.surgery.journal import journal
 from ffnkit.surgery.writer import beside, parts_beside
 
-TENSORS, CONFIG = "adapter.safetensors", "adapter_config.json"
+# The description is not called as peft calls its own, so that an adapter may lie beside a model that peft looks at.
+TENSORS, CONFIG = "adapter.safetensors", "adapter.json"
 
 
 @torch.no_grad()
@@ -70,7 +72,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
         "trained_beside": [part for edit in train for part in edit.parts],
         "layers": {edit.target: {**edit.given, "fingerprint": edit.fingerprint} for edit in layers},
     }
-    with files.staging(folder, keep_others=True) as temporary:
+    with staging(folder, "adapter") as temporary:
         plan.save(temporary / TENSORS)
         (temporary / CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
@@ -82,9 +84,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     Raises:
         FfnkitError: no adapter is there, it is damaged, or the base model is another one; the model is as before then.
     """
-    files.recover(folder)
     path = Path(folder) / TENSORS
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FfnkitError(f"adapter {folder}", f"there is no {TENSORS}", "Name a folder that save_adapter wrote")
     wanted = Plan.load(path)
     with journal(model):

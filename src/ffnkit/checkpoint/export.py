@@ -15,7 +15,7 @@ from ffnkit.checkpoint.dtypes import main_dtype, write_dtypes
 from ffnkit.checkpoint.save import short_card, write_companions
 from ffnkit.checkpoint.standard import padded_widths, standard_config, standard_generation_config, standard_state
 from ffnkit.errors import FfnkitError
-from ffnkit.io import files
+from ffnkit.io.folders import staging
 from ffnkit.io.loading import check_weights, open_errors, run_uneven_experts
 from ffnkit.model import probe
 from ffnkit.model.attention import attentions
@@ -93,7 +93,7 @@ def export(
     state = standard_state(model, found, targets)
     own = {id(t): t for t in [*model.parameters(), *_persistent_buffers(model)]}
     _say_growth(model, found, targets, sum(p.numel() for p in model.parameters()), state)
-    with files.staging(directory, keep_others=True) as temporary:
+    with staging(directory) as temporary:
         with torch.device("meta"):
             skeleton = type(model)(config)
         if (generation := standard_generation_config(model)) is not None:

@@ -22,6 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.compact import check_described
 from ffnkit.io.formats import FORMAT, MARK, QUANT_METHOD, is_compact
 
 # ``surgery`` is imported when first used: this module may be loaded in the middle of transformers'
@@ -51,12 +52,14 @@ class FfnkitConfig(QuantizationConfigMixin):
         attention: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        if format not in range(1, FORMAT + 1):
+        if isinstance(format, bool) or format not in range(1, FORMAT + 1):
             raise FfnkitError(
                 "opening a compact checkpoint",
-                f"format {format}, this ffnkit reads up to {FORMAT}",
+                f"format {str(format)[:50]}, this ffnkit reads up to {FORMAT}",
                 "Install the ffnkit version that wrote it",
             )
+        given = {"ffns": ffns, "linears": linears, "attention": attention, "base": base}
+        check_described({k: v for k, v in given.items() if v is not None} | {"base_done": base_done})
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.read = format
         self.format = FORMAT
@@ -94,12 +97,21 @@ class FfnkitQuantizer(HfQuantizer):
             self.pre_quantized = self.inner.pre_quantized
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from ffnkit.checkpoint import placement
+        from ffnkit.checkpoint import contents, placement
+        from ffnkit.io.sizes import stored_shapes
         from ffnkit.surgery.description import declare
         from ffnkit.surgery.meta import rebuild
 
         described = self.quantization_config.to_dict()
+        plain = self.inner is None or not self.pre_quantized  # what is quantized lies packed
+        stored = stored_shapes(kwargs.get("checkpoint_files")) if plain else {}
+        if self.quantization_config.read == 1:
+            stored = {_renamed(name): shape for name, shape in stored.items()}
+        contents.check_sizes(model, described, stored)
+        self.quantization_config.ffns = described["ffns"]
         rebuild(model, described)
+        if stored:
+            contents.check_contents(model, described, stored)
         placement.check_map(model, described, kwargs.get("device_map"))
         if self.inner is not None:  # before the declaration: quantizers leave out what is tied
             self.inner.preprocess_model(model, **kwargs)
@@ -143,7 +155,7 @@ class FfnkitQuantizer(HfQuantizer):
         from transformers.core_model_loading import WeightRenaming
 
         inner: list[Any] = getattr(self.inner, "get_weight_conversions", list)()
-        old = [WeightRenaming(rf"\.{name}$", rf".{name}.weight") for name in ("first", "second")]
+        old = [WeightRenaming(rf"\.{name}$", rf".{name}.weight") for name in _THIN]
         return [*(old if self.quantization_config.read == 1 else ()), *inner]
 
     # --- what the nested quantizer decides, where there is one
@@ -188,6 +200,14 @@ def _named(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 AutoHfQuantizer.supports_quant_method = staticmethod(  # type: ignore[method-assign]
     _named(AutoHfQuantizer.supports_quant_method)
 )
+
+
+_THIN = ("first", "second")  # the parameters of a thin pair in format 1
+
+
+def _renamed(name: str) -> str:
+    """A tensor's name in format 1 as it is today."""
+    return f"{name}.weight" if name.rpartition(".")[2] in _THIN else name
 
 
 def _leave_packing(model: Any) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ffnkit.io import files
 from ffnkit.io.architectures import load_any, read_config
 from ffnkit.io.formats import is_compact
 from ffnkit.io.loading import HUB
@@ -24,7 +23,6 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         FfnkitError: where it is missing, damaged or holds NaN.
     """
-    files.recover(directory)
     quantization = kwargs.get("quantization_config")
     if quantization is not None:
         others = {key: value for key, value in kwargs.items() if key not in ("quantization_config", "config")}

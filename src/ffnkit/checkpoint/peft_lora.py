@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import staging
+from ffnkit.io.folders import staging
 from ffnkit.io.peft_files import PREFIX, TENSORS
 from ffnkit.model.trainable import head_modules
 from ffnkit.nn.adapter_layer import adapter_layers
@@ -67,7 +67,7 @@ def save_lora(model: PreTrainedModel, folder: str | Path) -> Path:
     for head in heads:
         for name, value in modules[head].state_dict(prefix=f"{PREFIX}{head}.").items():
             state[name] = value.detach().cpu().clone()
-    with staging(folder) as temporary:
+    with staging(folder, "lora") as temporary:
         config.save_pretrained(str(temporary))
         save_file(state, temporary / TENSORS, metadata={"format": "pt"})
     return Path(folder)

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ffnkit.checkpoint.dtypes import tell_recast, write_dtypes
-from ffnkit.io import files
+from ffnkit.io.folders import staging
 from ffnkit.io.loading import check_weights
 from ffnkit.model.finding import ffns, has_ffns
 from ffnkit.model.inspect import inspect
@@ -50,8 +50,8 @@ def save(
     """Write the compact form: the smallest file, with whatever ``apply`` left apart still apart.
 
     ``ffnkit.load`` opens it, and plain ``from_pretrained`` once ffnkit is imported. A model whose FFNs all have the
-    width that its config names needs neither. The folder is put in place in one step; weights that it held before
-    are replaced, other files in it stay.
+    width that its config names needs neither. The folder is put in place in one step: what an earlier save wrote there
+    goes, other files stay, a README.md of the user's own too.
 
     Args:
         model: a transformers model, edited or not.
@@ -60,7 +60,8 @@ def save(
         card: text of README.md; None writes a short one about the shape.
 
     Raises:
-        FfnkitError: no space, not writable, a file in the way, NaN weights, a shape that the form cannot hold.
+        FfnkitError: no space, not writable, a file in the way, NaN weights, a shape that the form cannot hold, or what
+            is there would be read together with the model (an adapter of peft, weights of other names).
     """
     check_untouched(model, f"saving {type(model).__name__}")
     check_weights(model, type(model).__name__)
@@ -68,7 +69,7 @@ def save(
     tell_recast(model)
     if adapter_layers(model):  # weights are saved with the updates in them
         save_pretrained_kwargs = {"state_dict": plain_state(model), **save_pretrained_kwargs}
-    with files.staging(directory, keep_others=True) as temporary:
+    with staging(directory) as temporary:
         model.save_pretrained(temporary, **save_pretrained_kwargs)
         write_dtypes(model, temporary)
         write_companions(model, temporary, tokenizer)

@@ -11,7 +11,8 @@ from ffnkit.analysis.ntk import NtkSettings
 from ffnkit.analysis.study import FOLDED, Candidate, analyze, labels
 from ffnkit.cli import console, describe
 from ffnkit.errors import FfnkitError
-from ffnkit.io import files
+from ffnkit.io.files import write_text
+from ffnkit.io.folders import staging
 
 EVERYTHING = 1 << 62  # tokens: no limit but the rows
 
@@ -188,9 +189,9 @@ def hand_over(
     """
     written = {"json": json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"} | (texts or {})
     if out is not None:
-        with files.staging(out, keep_others=True) as temporary:
+        with staging(out, stem) as temporary:
             for ending, text in written.items():
-                files.write_text(temporary / f"{stem}.{ending}", text)
+                write_text(temporary / f"{stem}.{ending}", text)
             found.plot(temporary / f"{stem}.png")
     if as_json:
         console.print_json(report)

@@ -122,7 +122,8 @@ def analyze(
     on the validation split or the second half. Of a model without a trained head one is drawn with --seed.
     """
     if out is not None:
-        check_output(out, overwrite=overwrite, source=model)
+        kind = "similarity" if similarity else "energy" if energy else "analysis"
+        check_output(out, overwrite=overwrite, source=model, kind=kind)
     if similarity and energy:
         raise FfnkitError("ffnkit analyze --energy", "--similarity is given too", "Leave one of them out")
     if (similarity or energy) and (methods is not None or against):

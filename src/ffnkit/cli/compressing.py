@@ -16,7 +16,8 @@ from ffnkit.cli.data_options import DATA, DataDir, TaskName, Tokenizer
 from ffnkit.cli.history import History
 from ffnkit.cli.outputs import check_output
 from ffnkit.errors import FfnkitError
-from ffnkit.io import files
+from ffnkit.io.files import check_file
+from ffnkit.io.folders import check_target, staging
 
 PANEL = "Models"
 Form = Literal["compact", "standard", "both"]
@@ -111,8 +112,10 @@ def compress(
     options.check_dtype(dtype)
     if out is not None:
         check_output(out, overwrite=overwrite, source=model)
-    if plan_out is not None and plan_out.is_dir():
-        raise FfnkitError(f"--plan-out {plan_out}", "this is a folder", "Name a file")
+        for part in ("compact", "standard") if form == "both" else ():
+            check_target(out / part)
+    if plan_out is not None:
+        check_file(plan_out)
     if method is None and plan_in is None and (task is not None or text is not None):
         method = "calibrated-fusion"
     limit = Budget.read(budget, multiple, form, settings or [])
@@ -249,7 +252,7 @@ class Compression:
 
         companion = load_companion(self.source)
         parts = {form: "."} if form != "both" else {"compact": "compact", "standard": "standard"}
-        with files.staging(out, keep_others=True) as temporary:
+        with staging(out) as temporary:
             for name, part in parts.items():
                 write = ffnkit.save if name == "compact" else ffnkit.export
                 write(model, temporary / part, tokenizer=companion, card=history.card(model, name))  # type: ignore[arg-type]
@@ -280,7 +283,7 @@ def export(
 
     loaded = load_any(model)
     history = History.of(model)
-    with files.staging(out, keep_others=True) as temporary:
+    with staging(out) as temporary:
         result = ffnkit.export(
             loaded, temporary, tokenizer=load_companion(model), card=history.card(loaded, "standard")
         )

@@ -12,11 +12,12 @@ from typing import Any
 from typer.core import TyperGroup
 
 from ffnkit.cli import console
-from ffnkit.errors import FfnkitError, RenamedWarning
+from ffnkit.errors import FfnkitError, RenamedWarning, short
 
 GLOBAL_FLAGS = ("--debug", "--quiet", "--verbose")
 OLD_OPTIONS = {"--sites": "--targets"}  # work still, with one line
 NO_SPACE = "writing the output: no space left on the disk. Free some space or choose another --out"
+_PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 BAD_INPUT, INTERNAL, INTERRUPTED = 2, 1, 130
 
 
@@ -44,6 +45,8 @@ class Group(TyperGroup):
             console.show_warnings()
             try:
                 code = super().main(renamed(words), prog_name, complete_var, False, windows_expand_args, **extra)
+                if code == INTERRUPTED:  # typer makes an exit code of Ctrl-C
+                    raise KeyboardInterrupt
             except BaseException as error:
                 code = report(error, debug)
         sys.exit(code if isinstance(code, int) else 0)
@@ -78,7 +81,7 @@ def report(error: BaseException, debug: bool) -> int:
 
         console.write_error("".join(traceback.format_exception(error)).rstrip())
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
-        console.error("interrupted. Run the same command again: what can be resumed is resumed")
+        console.error("interrupted. Run the same command again: it goes on where it can")
         return INTERRUPTED
     line = expected(error)
     if line is not None:
@@ -96,8 +99,9 @@ def expected(error: BaseException) -> str | None:
         return usage_line(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NO_SPACE
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"open {error.filename or 'a file'}: {error.strerror}. Check the permissions or choose another path"
+    if isinstance(error, OSError) and error.errno in _PATHS:
+        named = short(str(error.filename or "a file"))
+        return f"open {named}: {error.strerror}. Check the permissions or choose another path"
     if "No space left on device" in str(error):  # writers in other languages raise their own exception types
         return NO_SPACE
     return None
@@ -105,7 +109,7 @@ def expected(error: BaseException) -> str | None:
 
 def usage_line(error: Any) -> str:
     """One line for a usage error, naming the command whose help explains more."""
-    message = " ".join(error.format_message().split()).rstrip(".").replace("?.", "?")
+    message = short(" ".join(error.format_message().split())).rstrip(".").replace("?.", "?")
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "ffnkit"
     return f"{message}. See '{path} --help'"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io import formats
+from ffnkit.io.folders import check_target
+from ffnkit.io.manifest import FILE, has_card
 
 MARKERS = (
     "ffnkit.json",
@@ -17,15 +18,19 @@ MARKERS = (
     "similarity.json",
     "energy.json",
     "recipe.yaml",
+    FILE,
 )
 
 
-def check_output(out: Path, *, overwrite: bool = False, source: str | None = None) -> Path:
+def check_output(out: Path, *, overwrite: bool = False, source: str | None = None, kind: str = "model") -> Path:
     """Return ``out`` when a result may be put there.
+
+    Args:
+        kind: of the result, as for ``io.folders.check_target``.
 
     Raises:
         FfnkitError: ``out`` is a file, a folder of something else (without ``overwrite``), the model that is being
-            read, or in a place that cannot be written.
+            read, in a place that cannot be written, or what it holds can neither be replaced nor stay.
     """
     asked = f"--out {out}"
     if out.exists() and not out.is_dir():
@@ -38,14 +43,7 @@ def check_output(out: Path, *, overwrite: bool = False, source: str | None = Non
     if out.is_dir() and any(out.iterdir()) and not overwrite and not is_ffnkit_output(out):
         found = "the folder is not empty and was not written by ffnkit"
         raise FfnkitError(asked, found, "Choose another folder, or add --overwrite to replace it")
-    parent = target.parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise FfnkitError(asked, f"{parent} is a file", "Name a folder that can be made")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise FfnkitError(asked, f"no permission to write in {parent}", "Choose another folder")
-    return out
+    return check_target(out, kind)
 
 
 def is_ffnkit_output(folder: Path) -> bool:
@@ -65,12 +63,3 @@ def is_compact(folder: Path) -> bool:
         return False
     quantization = config.get("quantization_config") if isinstance(config, dict) else None
     return formats.is_compact(quantization)
-
-
-def has_card(folder: Path) -> bool:
-    """Whether ``folder`` holds a model card of ffnkit."""
-    try:
-        head = (folder / "README.md").read_text(encoding="utf-8")[:2000]
-    except (OSError, UnicodeDecodeError):
-        return False
-    return head.startswith("---") and "ffnkit" in head.split("---")[1]

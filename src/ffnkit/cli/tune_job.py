@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +18,11 @@ from ffnkit.cli import console, describe, options
 from ffnkit.cli.eval_job import Measured, generation_built, load_tokenizer, tell
 from ffnkit.cli.history import History, public_name
 from ffnkit.errors import FfnkitError
-from ffnkit.io import files
+from ffnkit.io import workspace
+from ffnkit.io.files import write_text
+from ffnkit.io.folders import staging
 
+SETTINGS = "settings.json"
 HIDDEN = ("task", "files", "teacher_files", "distil_files")  # parts of the fingerprint that no reader wants
 
 
@@ -36,6 +44,7 @@ class TuneJob:
     fold: bool
     tokenizer: str | None = None
     generation_settings: dict[str, Any] = field(default_factory=dict)
+    restart: bool = False
 
     def __post_init__(self) -> None:
         from ffnkit.tune import tuners
@@ -52,14 +61,31 @@ class TuneJob:
             raise FfnkitError("--distil-set teacher", "it is a setting of recipes", "Use --distil-from MODEL")
         files_of_text(self.distil_built.text)
 
-    @property
-    def work(self) -> Path:
-        """Where checkpoints live until the result is whole."""
-        target = self.out.absolute()
+    @cached_property
+    def works(self) -> Path:
+        """Where checkpoints live until the result is whole: a folder for each set of settings."""
+        target = Path(os.path.realpath(self.out))
         return target.with_name(f".{target.name}.tuning")
+
+    @cached_property
+    def work(self) -> Path:
+        """The folder of this run in :attr:`works`."""
+        return self.works / digest(self.plain_facts)
+
+    @cached_property
+    def plain_facts(self) -> dict[str, Any]:
+        """:meth:`facts` as they lie in a file."""
+        return dict(json.loads(json.dumps(self.facts(), default=str)))
 
     def run(self) -> dict[str, Any]:
         """Tune, report, save; returns what metrics.json holds."""
+        self.check_others()
+        with workspace.made(self.work):
+            asked = f"--out {self.out}"
+            with workspace.held(self.work, asked, "the same command is at work there"), self.kept_checkpoints():
+                return self._run()
+
+    def _run(self) -> dict[str, Any]:
         import ffnkit
         from ffnkit import tune
         from ffnkit.io.architectures import widened
@@ -123,22 +149,42 @@ class TuneJob:
         told = "".join(f", {name} {first:.4g} -> {last:.4g}" for name, (first, last) in parts.items())
         console.say(f"  {result.steps} steps in {result.seconds:.0f} s{told}")
 
+    def check_others(self) -> None:
+        """Raises FfnkitError where a run with other settings was interrupted, whose checkpoints are not to be lost."""
+        if self.restart or not self.works.is_dir():
+            return
+        for other in sorted(self.works.iterdir()):
+            if other == self.work or not has_files(other):
+                continue
+            facts = read_json(other / SETTINGS)
+            differing = [name for name, own in self.plain_facts.items() if facts and facts.get(name) != own]
+            what = f"a run that differs in {', '.join(differing) or 'its settings'} was interrupted there"
+            do = "Run that command again to go on with it, give another --out, or add --restart to give it up"
+            raise FfnkitError(f"--out {self.out}", what, do)
+
+    @contextmanager
+    def kept_checkpoints(self) -> Iterator[None]:
+        """What a run that is stopped leaves: checkpoints to go on from, and nothing where there are none yet."""
+        try:
+            yield
+        except BaseException:
+            if not has_files(self.work):
+                shutil.rmtree(self.work, ignore_errors=True)
+            raise
+
     def open_work(self) -> None:
-        """Make the work folder, or take up one that a run with the same settings left."""
-        facts = json.loads(json.dumps(self.facts(), default=str))
-        marker = self.work / "settings.json"
-        if self.work.exists():
-            try:
-                known = json.loads(marker.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                known = None
-            if known == facts:
+        """Take up what a run with the same settings left; with ``restart``, begin anew."""
+        if self.parts():
+            if self.restart:
+                for part in self.parts():
+                    shutil.rmtree(part)
+            else:
                 console.say("resuming the run that was interrupted")
-                return
-            console.say("an interrupted run with other settings is discarded")
-            shutil.rmtree(self.work)
-        self.work.mkdir(parents=True)
-        files.write_text(marker, json.dumps(facts, indent=2))
+        write_text(self.work / SETTINGS, json.dumps(self.plain_facts, indent=2))
+
+    def parts(self) -> list[Path]:
+        """What earlier runs with these settings left: folders of checkpoints, and of a distillation."""
+        return [path for path in self.work.iterdir() if path.is_dir()]
 
     def facts(self) -> dict[str, Any]:
         """What the tuned weights depend on."""
@@ -178,19 +224,38 @@ class TuneJob:
         }
 
     def save(self, model: Any, tokenizer: Any, report: dict[str, Any], found: Measured) -> None:
-        """Build the whole result and put it in place in one step; then the checkpoints go."""
+        """Build the whole result and put it in place in one step; then the checkpoints go, those given up as well."""
         import ffnkit
 
         training = {"tuner": self.tuner, **self.tuner_settings, "seed": self.seed}
         training |= {"distilled from": public_name(self.teacher)} if self.teacher else {}
         training |= {key: value for key, value in self.train_settings.model_dump(mode="json").items()}
         history = History.of(self.model).tuned(training, self.task.name, report["metrics"], self.task.pipeline_tag)
-        with files.staging(self.out, keep_others=True) as temporary:
+        with staging(self.out) as temporary:
             ffnkit.save(model, temporary, tokenizer=tokenizer, card=history.card(model, "compact"))
             history.write(temporary)
             found.write(temporary, self.task)
-            files.write_text(temporary / "metrics.json", json.dumps(console.plain(report), indent=2) + "\n")
-        shutil.rmtree(self.work, ignore_errors=True)
+            write_text(temporary / "metrics.json", json.dumps(console.plain(report), indent=2) + "\n")
+        shutil.rmtree(self.works, ignore_errors=True)
+
+
+def has_files(work: Path) -> bool:
+    """Whether a run left something to go on from, a checkpoint or the state of a distillation."""
+    return any(path.is_file() for path in work.glob("*/*/*")) or any(work.glob("distil/*.safetensors"))
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def digest(facts: dict[str, Any]) -> str:
+    """A name for the folder of a run with these facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def files_of(model: str) -> list[list[Any]]:

@@ -13,6 +13,7 @@ from ffnkit.cli.application import app
 from ffnkit.cli.data_options import DATA, Data, with_data
 from ffnkit.cli.outputs import check_output
 from ffnkit.errors import FfnkitError
+from ffnkit.io.files import check_file
 
 TRAINING, RESULT = "Training", "Result"
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -74,6 +75,9 @@ def tune(
         bool, typer.Option("--fold/--no-fold", help="Fold what was kept apart for tuning.", rich_help_panel=RESULT)
     ] = True,
     overwrite: options.Overwrite = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew: give up runs that were interrupted.", rich_help_panel=RESULT)
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Tune a model on a task, report its metric, save it in the compact form.
@@ -140,6 +144,7 @@ def tune(
         fold=fold,
         tokenizer=data.tokenizer,
         generation_settings=describe.parse_settings(data.generation_set or []),
+        restart=restart,
     )
     console.quieten()
     report = job.run()
@@ -200,6 +205,8 @@ def evaluate(
     """
     from ffnkit.cli.eval_job import EvalJob, generation_built
 
+    if predictions is not None:
+        check_file(predictions)
     console.quieten()
     split = split or ("all" if data.lone else "report")
     chosen = data.evaluated(model, split)

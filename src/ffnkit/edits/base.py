@@ -12,7 +12,6 @@ weights, takes neurons 0 and 3 and puts new parameters in their place; the meta 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from ffnkit.edits import fields
 from ffnkit.errors import FfnkitError
 
 if TYPE_CHECKING:
@@ -50,13 +50,13 @@ class Stage(IntEnum):
 class Shape:
     """What a plan knows of one FFN that it edits; ``apply`` refuses a model where any of it differs."""
 
-    name: str
-    width: int
-    d: int
+    name: fields.Name
+    width: fields.Size
+    d: fields.Size
     gated: bool
-    experts: int
-    parameters: int
-    neuron_parameters: int  # of one neuron, over all experts
+    experts: fields.Count
+    parameters: fields.Count
+    neuron_parameters: fields.Count  # of one neuron, over all experts
 
     @classmethod
     def of(cls, ffn: FFN) -> Shape:
@@ -217,12 +217,16 @@ class Edit:
 
     @classmethod
     def build(cls: type[Own], settings: dict[str, Any], tensors: dict[str, Tensor]) -> Own:
-        """An edit from its saved parts. Raises FfnkitError where fields are missing or strange."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        given = set(settings) | set(tensors)
-        if names != given:
-            raise FfnkitError(f"edit '{cls.kind}'", f"fields {sorted(given)}", f"Expected {sorted(names)}")
-        return cls(**{**settings, **tensors})
+        """An edit from its saved parts. Raises FfnkitError where fields are missing or hold what they may not."""
+        asked = f"edit '{cls.kind}' of {str(settings.get('target'))[:200]}"
+        edit: Own = fields.read(cls, {**settings, **tensors}, asked)
+        if odd := edit.check_fields():
+            raise FfnkitError(asked, odd, "Make the plan again")
+        return edit
+
+    def check_fields(self) -> str:
+        """What of its fields does not go together, in words; "" where all do."""
+        return ""
 
 
 def notes(quantities: Quantities, name: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.edits.base import Edit, Own, Quantities, Stage, Writer, notes
+from ffnkit.edits.fields import Count, Places, Size
 from ffnkit.edits.slicing import slice_linears, slice_parameter
 from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import Attention
@@ -39,10 +40,10 @@ class SelectHeads(Edit):
         heads, units: how many there are before. parameters: those that go.
     """
 
-    index: Tensor
-    heads: int
-    units: int
-    parameters: int
+    index: Places
+    heads: Size
+    units: Size
+    parameters: Count
 
     kind: ClassVar[str] = "SelectHeads"
     formerly: ClassVar[tuple[str, ...]] = ("Heads",)
@@ -91,6 +92,11 @@ class SelectHeads(Edit):
                 f" {edit.parameters:,} parameters fewer{notes(quantities, edit.target)}"
             )
         return lines
+
+    def check_fields(self) -> str:
+        if self.index.ndim != 1 or self.heads % self.units:
+            return "the heads do not come in so many units"
+        return ""
 
     # --- what it does
 

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, cast
 from torch import Tensor
 
 from ffnkit.edits.base import Edit, Own, Shape, Stage, Writer
+from ffnkit.edits.fields import Count, Name
+from ffnkit.errors import FfnkitError
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,8 +21,8 @@ class DropLayer(Edit):
         target: its FFN. layer: its path. parameters: those that go with it, other than of this FFN.
     """
 
-    layer: str
-    parameters: int
+    layer: Name
+    parameters: Count
 
     kind: ClassVar[str] = "DropLayer"
     formerly: ClassVar[tuple[str, ...]] = ("Drop",)
@@ -39,6 +41,12 @@ class DropLayer(Edit):
     @classmethod
     def becomes(cls: type[Own], edits: Sequence[Own], name: str) -> str:
         return f"gone with {cast(DropLayer, edits[-1]).layer}"
+
+    def check(self, writer: Writer) -> None:
+        layer = writer.module(self.layer)
+        if layer is None or not f"{self.target}.".startswith(f"{self.layer}."):
+            what = f"{type(writer.model).__name__} has no layer {self.layer} around it"
+            raise FfnkitError(f"dropping the layer of {self.target}", what, "Make the plan for this model")
 
     def perform(self, writer: Writer) -> None:
         writer.drop_layer(self.layer)

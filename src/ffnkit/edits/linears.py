@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ffnkit.edits.base import Edit, Own, Shape, Stage, Writer
+from ffnkit.edits.fields import Site, Weights
 from ffnkit.edits.slicing import check_ffn_untied
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spooled
@@ -26,7 +27,7 @@ class LinearEdit(Edit):
         site: "up", "gate" or "down". layer: the class that takes the linear's place, made of it and of ``pieces``.
     """
 
-    site: str
+    site: Site
 
     layer: ClassVar[type[ReparametrizedLinear] | None] = None
 
@@ -46,9 +47,18 @@ class LinearEdit(Edit):
             raise FfnkitError(f"site '{self.site}' of {ffn.name}", f"it has {there}", "Make the plan for this model")
         check_ffn_untied(writer, ffn, self.asked)
 
+    def shapes(self, weight: tuple[int, ...]) -> tuple[tuple[int, ...], ...] | None:
+        """The shapes that :meth:`pieces` must have beside a weight of this one, (.., out, in); None: any will do."""
+        return None
+
     def perform(self, writer: Writer) -> None:
         assert self.layer is not None
-        writer.attach(writer.ffn(self.target), self.site, self.layer, *self.pieces())
+        ffn, pieces = writer.ffn(self.target), self.pieces()
+        here = tuple(tuple(piece.shape) for piece in pieces)
+        wanted = self.shapes(tuple(ffn.oriented(self.site).shape))
+        if wanted not in (None, here):
+            raise FfnkitError(self.asked, f"its tensors are {here} where {wanted} fit", "Make the plan for this model")
+        writer.attach(ffn, self.site, self.layer, *pieces)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +69,7 @@ class ScaleInputs(LinearEdit):
         scale: (in,), or (E, in) with experts: the fixed factor of the linear's inputs.
     """
 
-    scale: Tensor
+    scale: Weights
 
     kind: ClassVar[str] = "ScaleInputs"
     formerly: ClassVar[tuple[str, ...]] = ("Swap",)
@@ -79,13 +89,16 @@ class ScaleInputs(LinearEdit):
     def pieces(self) -> tuple[Tensor, ...]:
         return (self.scale,)
 
+    def shapes(self, weight: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        return ((*weight[:-2], weight[-1]),)
+
 
 @dataclass(frozen=True, eq=False)
 class FactorLinear(LinearEdit):
     """A linear becomes the product of two thin ones: first (r, in), second (out, r)."""
 
-    first: Tensor
-    second: Tensor
+    first: Weights
+    second: Weights
 
     kind: ClassVar[str] = "FactorLinear"
     formerly: ClassVar[tuple[str, ...]] = ("Factor",)
@@ -113,5 +126,14 @@ class FactorLinear(LinearEdit):
         ranks = [len(edit.tensors()["first"]) for edit in edits]
         return f"rank {', '.join(map(str, dict.fromkeys(ranks)))}"
 
+    def check_fields(self) -> str:
+        if self.first.ndim != 2 or self.second.ndim != 2 or not len(self.first):
+            return "its factors are no matrices"
+        return ""
+
     def pieces(self) -> tuple[Tensor, ...]:
         return self.first, self.second
+
+    def shapes(self, weight: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        *lead, out, inner = weight
+        return (*lead, len(self.first), inner), (*lead, out, len(self.first))

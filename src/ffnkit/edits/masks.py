@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ffnkit.edits.base import Edit, Own, Quantities, Stage, Writer, notes
+from ffnkit.edits.fields import Bits, Sizes
 from ffnkit.edits.slicing import check_ffn_untied
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spooled
@@ -33,9 +35,9 @@ class Mask(Edit):
         bits: uint8, the mask's bits packed row by row, the first one highest; ones stay.
     """
 
-    site: str
-    shape: list[int]
-    bits: Tensor
+    site: Annotated[str, Field(pattern="^(up|gate|down|)$")]
+    shape: Sizes
+    bits: Bits
 
     kind: ClassVar[str] = "Mask"
     layer: ClassVar[type[ReparametrizedLinear]] = Masked
@@ -84,6 +86,14 @@ class Mask(Edit):
     def zeros(self) -> tuple[int, int]:
         total = math.prod(self.shape)
         return total - self.kept, total
+
+    def check_fields(self) -> str:
+        total = math.prod(self.shape)
+        if len(self.bits) != -(-total // 8):
+            return f"{len(self.bits)} bytes are no mask of {' x '.join(map(str, self.shape))}"
+        if total % 8 and int(self.bits[-1]) & (0xFF >> total % 8):
+            return "its bits go on past its end"
+        return ""
 
     def mask(self) -> Tensor:
         """The mask, bool."""
@@ -137,9 +147,16 @@ class Mask(Edit):
 
     def perform(self, writer: Writer) -> None:
         if self.site:
-            writer.attach(writer.ffn(self.target), self.site, self.layer, self.mask())
+            ffn = writer.ffn(self.target)
+            self._check_shape(ffn.oriented(self.site))
+            writer.attach(ffn, self.site, self.layer, self.mask())
         else:
             self._mask_linear(writer)
+
+    def _check_shape(self, weight: Tensor) -> None:
+        if tuple(weight.shape) != tuple(self.shape):
+            what = f"it is {tuple(weight.shape)} where the mask is {tuple(self.shape)}"
+            raise FfnkitError(self.asked, what, "Make the plan for this model")
 
     def _mask_linear(self, writer: Writer) -> None:
         """Zeros wherever the linear's weight stands.
@@ -149,10 +166,7 @@ class Mask(Edit):
         """
         linear = writer.module(self.target)
         old = stored_weight(linear)
-        here = tuple(oriented(old, is_transposed(linear)).shape)
-        if here != tuple(self.shape):
-            what = f"it is {here} where the mask is {tuple(self.shape)}"
-            raise FfnkitError(self.asked, what, "Make the plan for this model")
+        self._check_shape(oriented(old, is_transposed(linear)))
         with torch.device("cpu"):
             mask = self.mask()
         places = writer.linears_of(old)

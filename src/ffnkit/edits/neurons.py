@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from ffnkit.edits.base import Edit, Own, Shape, Stage, Writer
+from ffnkit.edits.fields import Places, Size, Weights
 from ffnkit.edits.slicing import check_cuttable, check_ffn_untied, keep_neurons, rows_of
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spooled
@@ -26,7 +26,7 @@ class NeuronEdit(Edit):
         width: the new ff.
     """
 
-    width: int
+    width: Size
 
     stage: ClassVar[Stage] = Stage.NEURONS
     precedence: ClassVar[int] = 3
@@ -80,12 +80,17 @@ class ClusterNeurons(NeuronEdit):
         root: whether up, its bias and down are multiplied by the root of the cluster's size (gated: gate is not).
     """
 
-    labels: Tensor
+    labels: Places
     balance: bool = False
     root: bool = False
 
     kind: ClassVar[str] = "ClusterNeurons"
     formerly: ClassVar[tuple[str, ...]] = ("Resize",)
+
+    def check_fields(self) -> str:
+        if self.labels.ndim not in (1, 2) or not self.labels.numel() or int(self.labels.max()) >= self.width:
+            return f"its labels are none of {self.width} clusters"
+        return ""
 
     def check(self, writer: Writer) -> None:
         super().check(writer)
@@ -116,11 +121,17 @@ class SelectNeurons(NeuronEdit):
         width: the new ff. index: (width,) int32 numbers of the neurons that stay, or (E, width) with experts.
     """
 
-    index: Tensor
+    index: Places
 
     kind: ClassVar[str] = "SelectNeurons"
     formerly: ClassVar[tuple[str, ...]] = ("Keep",)
     bears_updates: ClassVar[bool] = True
+
+    def check_fields(self) -> str:
+        rows = self.index.sort(-1).values
+        if self.index.ndim not in (1, 2) or self.index.shape[-1] != self.width or bool((rows.diff() == 0).any()):
+            return f"its numbers are not {self.width} different neurons"
+        return ""
 
     def check(self, writer: Writer) -> None:
         super().check(writer)
@@ -153,12 +164,12 @@ class SelectNeurons(NeuronEdit):
 class ReplaceNeurons(NeuronEdit):
     """New neurons for one FFN, given as weights (shapes as in ``ops.neurons.Neurons``)."""
 
-    up: Tensor
-    down: Tensor
-    gate: Tensor | None = None
-    up_bias: Tensor | None = None
-    gate_bias: Tensor | None = None
-    down_bias: Tensor | None = None
+    up: Weights
+    down: Weights
+    gate: Weights | None = None
+    up_bias: Weights | None = None
+    gate_bias: Weights | None = None
+    down_bias: Weights | None = None
 
     kind: ClassVar[str] = "ReplaceNeurons"
     formerly: ClassVar[tuple[str, ...]] = ("Rewrite",)

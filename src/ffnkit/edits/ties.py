@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, cast
+from typing import Annotated, ClassVar, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ffnkit.edits.base import Edit, Own, Shape, Stage, Writer
+from ffnkit.edits.fields import Name, Places
 from ffnkit.edits.slicing import check_ffn_untied
+from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons
 
@@ -25,9 +28,9 @@ class Tie(Edit):
         orders: (members, ff) int32: neuron j of this FFN goes with neuron orders[i, j] of member i.
     """
 
-    members: list[str]
+    members: Annotated[list[Name], Field(min_length=1)]
     average: bool
-    orders: Tensor
+    orders: Places
 
     kind: ClassVar[str] = "Tie"
     stage: ClassVar[Stage] = Stage.TIE
@@ -58,13 +61,33 @@ class Tie(Edit):
             return f"shares {source}"
         return f"{'the mean of' if ties[0].average else 'shared by'} {1 + len(ties[0].members)} FFNs"
 
+    def check_fields(self) -> str:
+        if len({self.target, *self.members}) != 1 + len(self.members):
+            return "it names an FFN twice"
+        if self.orders.ndim != 2 or len(self.orders) != len(self.members):
+            return "it has no order for each of its members"
+        whole = torch.arange(self.orders.shape[1]).expand(*self.orders.shape)
+        if not torch.equal(self.orders.sort(-1).values.long(), whole):
+            return "its orders leave neurons out"
+        return ""
+
     def check(self, writer: Writer) -> None:
         for name in self.touched:
             check_ffn_untied(writer, writer.ffn(name), self.asked)
 
     def perform(self, writer: Writer) -> None:
         anchor, *members = (writer.ffn(name) for name in self.touched)
+        for member in members:
+            if any(getattr(member, name) != getattr(anchor, name) for name in ("width", "d", "gated", "experts")):
+                what = f"{member.name} is of other shapes than {anchor.name}"
+                raise FfnkitError(self.asked, what, "Make the plan for this model")
         if self.average:
+            biased = [set(each.raw().tensors()) for each in (anchor, *members)]
+            if any(each != biased[0] for each in biased):
+                raise FfnkitError(self.asked, "one of them has no biases", "Make the plan for this model")
+            if self.orders.shape[1] != anchor.width:
+                what = f"its orders are of {self.orders.shape[1]} neurons, and there are {anchor.width}"
+                raise FfnkitError(self.asked, what, "Make the plan for this model")
             old = anchor.raw()
             writer.resize(anchor, old if writer.empty else merged([anchor, *members], self.orders))
         for member in members:

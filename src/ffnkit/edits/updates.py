@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
+from pydantic import Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit.edits.base import Edit, Own, Quantities, Stage, Writer, notes
+from ffnkit.edits.fields import Name, Sizes, Weights
+from ffnkit.edits.parts import check_parts, unfit
 from ffnkit.errors import FfnkitError
 from ffnkit.model.linear import features, stored_weight
+from ffnkit.model.trainable import PARTS
 from ffnkit.nn.adapter_layer import AdapterLayer, fingerprint
 from ffnkit.nn.coefficients import Coefficients
 from ffnkit.nn.dsee import sparse_low_rank
@@ -27,6 +31,9 @@ LAYERS: dict[str, Callable[..., AdapterLayer]] = {
 }
 
 
+Part = Annotated[str, Field(pattern=f"^({'|'.join(PARTS)})$")]
+
+
 @dataclass(frozen=True, eq=False)
 class UpdateLinear(Edit):
     """A small update of a linear trains beside its frozen weight; the linear may be any of the model.
@@ -38,11 +45,11 @@ class UpdateLinear(Edit):
         fingerprint: of the weight (``nn.adapter_layer.fingerprint``), or None.
     """
 
-    layer: str
+    layer: Name
     given: dict[str, Any]
     parts: dict[str, Tensor]
     fingerprint: list[int] | None = None
-    shape: list[int] | None = None
+    shape: Sizes | None = None
 
     kind: ClassVar[str] = "UpdateLinear"
     formerly: ClassVar[tuple[str, ...]] = ("Adapt",)
@@ -113,6 +120,8 @@ class UpdateLinear(Edit):
             here, there = (" x ".join(map(str, sides)) for sides in (features(linear), self.shape))
             what = f"it is {here} where the plan was made for {there}"
             raise FfnkitError(self.asked, what, "Make the plan for this model")
+        if odd := unfit(self.layer, self.given, self.parts, features(linear)):
+            raise FfnkitError(self.asked, odd, "Make the plan again")
         everywhere = writer.linears_of(stored_weight(linear))
         given: dict[str, Any] = {key: value for key, value in self.given.items() if key != "trained"}
         parts = dict(self.parts)
@@ -138,7 +147,10 @@ class UpdateLinear(Edit):
 
     @classmethod
     def build(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> UpdateLinear:
-        return cls(**settings, parts=tensors)
+        return super().build({**settings, "parts": tensors}, {})
+
+    def check_fields(self) -> str:
+        return check_parts(self.layer, self.given, self.parts, self.asked)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,8 +162,8 @@ class Train(Edit):
         values: what those parameters become, by name; of an adapter that was trained.
     """
 
-    parts: list[str]
-    values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    parts: list[Part]
+    values: dict[str, Weights] = dataclasses.field(default_factory=dict)
 
     kind: ClassVar[str] = "Train"
     stage: ClassVar[Stage] = Stage.TRAIN
@@ -177,4 +189,4 @@ class Train(Edit):
 
     @classmethod
     def build(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Train:
-        return cls(**settings, values=tensors)
+        return super().build({**settings, "values": tensors}, {})

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+import traceback
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from urllib.parse import urlsplit
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.fitting import check_fits, is_head
+from ffnkit.io.sizes import check_config, checkpoint_files, stored_shapes
+from ffnkit.io.workspace import put_aside
 
 logger = logging.getLogger(__name__)
 _REPORTERS = ("transformers.modeling_utils", "transformers.utils.loading_report")
@@ -56,12 +59,19 @@ def load_with_info(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> t
     name = check_name(name_or_dir)
     redraw = kwargs.pop("ignore_mismatched_sizes", False)
     kwargs = {"trust_remote_code": trust.given, **kwargs}
+    with open_errors(f"model {name}"):
+        if os.path.isdir(name) and (stored := stored_shapes(checkpoint_files(name))):
+            from ffnkit.io.architectures import read_config
+
+            config = kwargs.get("config") or read_config(name, trust_remote_code=kwargs["trust_remote_code"])
+            check_config(auto_class, config, stored, f"model {name}")
     with open_errors(f"model {name}"), hub_or_cache(), _held_reports() as held:
         model, info = auto_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     check_fits(model, info, name, _architectures(name, **kwargs) if info["missing_keys"] else [], redraw=redraw)
     if not _only_head(model, info):
         for record in held:
             logging.getLogger(record.name).handle(record)
+    _check_numbers(model, name)
     check_weights(model, name)
     _note_drawn(model, info)
     if "experts_implementation" not in kwargs:
@@ -116,12 +126,15 @@ def check_name(name_or_dir: str | Path) -> str:
     if not text.strip():
         raise FfnkitError("model ''", "the name is empty", "Name a folder, or a model of the hub")
     path, asked = Path(text).expanduser(), f"model {text}"
-    if path.is_file():
+    if os.path.isfile(path):
         raise FfnkitError(asked, "this is a file", "Name the folder that holds config.json, or a model of the hub")
-    if path.is_dir():
+    if os.path.isdir(path):
         if not any((path / file).is_file() for file in ("config.json", "adapter_config.json", "tokenizer_config.json")):
             raise FfnkitError(asked, "the folder has no config.json", "Name a folder that save_pretrained wrote")
         return str(path)
+    if (aside := put_aside(path)) is not None:
+        found = f"a save was killed while it replaced it; its content is put aside in {aside}"
+        raise FfnkitError(asked, found, f"Rename that to {text}, or save something beside it, which brings it back")
     if text.startswith((".", "/", "~", "\\")) or text.count("/") > 1 or os.path.isabs(text):
         raise FfnkitError(asked, "there is no such folder", "Check the path, or name a model of the hub")
     return text
@@ -129,7 +142,10 @@ def check_name(name_or_dir: str | Path) -> str:
 
 @contextlib.contextmanager
 def open_errors(asked: str, do: str | None = None) -> Iterator[None]:
-    """Turns what from_pretrained raises into one FfnkitError about ``asked``; other errors pass."""
+    """Turns what others' code raises on files that it cannot use into one FfnkitError about ``asked``.
+
+    Faults of our own pass: errors that our code raises itself, other than of the kinds that files cause.
+    """
     from safetensors import SafetensorError
 
     try:
@@ -139,7 +155,10 @@ def open_errors(asked: str, do: str | None = None) -> Iterator[None]:
     except SafetensorError as error:
         found = f"its safetensors file is corrupted or cut short ({_first_line(error)})"
         raise FfnkitError(asked, found, "Save or download it again") from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:
+        usual_kinds = (OSError, ValueError, KeyError, RuntimeError, ImportError)
+        if not isinstance(error, usual_kinds) and _raised_here(error):
+            raise
         found, usual = _reason(error)
         raise FfnkitError(asked, found, do or usual) from error
 
@@ -218,6 +237,15 @@ def check_weights(model: Any, name: str) -> None:
             raise FfnkitError(f"model {name}", found, "Use another checkpoint, or one from before training diverged")
 
 
+def _check_numbers(model: Any, name: str) -> None:
+    """Raises FfnkitError for a weight of truth values or whole numbers, with which no model computes."""
+    for key, parameter in model.named_parameters():
+        plain = str(type(parameter.data)) == "<class 'torch.Tensor'>" and not getattr(model, "is_quantized", False)
+        if plain and not (parameter.is_floating_point() or parameter.is_complex()):
+            found = f"{key} holds {parameter.dtype} in the file"
+            raise FfnkitError(f"model {name}", found, "Use a checkpoint whose weights are floats")
+
+
 def newly_initialized(model: Any) -> tuple[str, ...]:
     """Parameters of the head that were in no file when ffnkit opened the model; none once any of them has changed."""
     drawn = getattr(model, "_ffnkit_newly_initialized", {})
@@ -286,8 +314,16 @@ def _held_reports() -> Iterator[list[logging.LogRecord]]:
             each.removeFilter(keep)
 
 
+def _raised_here(error: BaseException) -> bool:
+    """Whether the innermost code is ours."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and Path(frames[-1][0].f_code.co_filename).is_relative_to(Path(__file__).parents[1])
+
+
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        lines[0] += f" {lines[1]}"
     return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]
 
 

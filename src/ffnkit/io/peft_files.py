@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ def read_lora(folder: str | Path) -> Lora:
     from safetensors.torch import load_file
 
     asked, path = f"LoRA adapter {folder}", Path(folder)
-    if not (path / CONFIG).is_file() or not (path / TENSORS).is_file():
+    if not os.path.isfile(path / CONFIG) or not os.path.isfile(path / TENSORS):
         raise FfnkitError(asked, f"there is no {CONFIG} with {TENSORS}", "Name a folder that peft saved")
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ from typing import Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import disk_errors
+from ffnkit.io.workspace import held, made
 from ffnkit.recipe import results as written
 from ffnkit.recipe.results import Results
 from ffnkit.recipe.schema import Recipe
@@ -136,18 +137,11 @@ def _sayer(progress: bool) -> Say:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Hold the folder: two runs at once would write over each other. The system lets go when we end, however."""
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with (out / ".lock").open("w") as file:
+    """Hold the folder: two runs at once would write over each other. A run that never began leaves nothing."""
+    with disk_errors(out), made(out), held(out, f"running into {out}"):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            do = "Wait for it, or give another --out"
-            raise FfnkitError(f"running into {out}", "another run is at work there", do) from None
-        yield
+            yield
+        except BaseException:
+            if not (out / "run.json").exists():
+                (out / ".lock").unlink(missing_ok=True)
+            raise

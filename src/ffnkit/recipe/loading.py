@@ -78,7 +78,7 @@ def load_recipe(path: str | Path) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise FfnkitError(f"recipe {path}", "there is no such file", "Give the path of a YAML recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise FfnkitError(f"recipe {path}", f"cannot be read ({error})", "Give the path of a YAML recipe") from None
     return parse(text, str(path))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,14 +59,14 @@ def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
     if any(distilled(recipe, name) for name in recipe.arms):
         _distils(recipe, source)
     folder = Path(source.model_name)
-    return (folder_digest(folder) if folder.is_dir() else source.model_name), source.data_digest()
+    return (folder_digest(folder) if os.path.isdir(folder) else source.model_name), source.data_digest()
 
 
 def _distils(recipe: Recipe, source: Source) -> None:
     """Refuse a teacher without a trained head where its answers are wanted, and a text that is not there."""
     settings = recipe.distil
     try:
-        if settings.text is not None and not Path(expand(settings.text)).is_file():
+        if settings.text is not None and not os.path.isfile(Path(expand(settings.text))):
             raise FfnkitError(f"text {settings.text}", "there is no such file", "Check the path")
         if settings.teacher is not None or settings.objective != "layers":
             source.teacher(recipe.seeds[0])

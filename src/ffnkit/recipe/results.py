@@ -10,7 +10,7 @@ from typing import Any
 
 from ffnkit.io.files import write_text
 from ffnkit.recipe.schema import Arm, Recipe
-from ffnkit.recipe.state import Unit, arm_dict, read_json, stages_of, unit_of, write_json
+from ffnkit.recipe.state import Unit, arm_dict, check_there, read_json, stages_of, unit_of, write_json
 
 STAGE_MARKERS = ("compress", "distil", "before", "tune", "prune", "recover", "evaluate", "export")
 _PRUNING = {"kept", "sparsity", "merging"}  # figures of the stages prune and recover
@@ -134,6 +134,7 @@ def plain(value: Any) -> Any:
 
 def write(recipe: Recipe, results: Results, *, pages: bool) -> None:
     """results.json, in one piece; with ``pages`` the table and the report as well."""
+    check_there(results.out)
     latency = read_json(results.out / "latency.json") or {}
     content = {
         "name": recipe.name,

@@ -7,12 +7,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import check_target, write_text
+from ffnkit.io.files import write_text
+from ffnkit.io.folders import check_target
 from ffnkit.recipe.schema import Arm, Recipe, arm_dict, facts_today
 from ffnkit.tune.settings import HARMLESS
 
@@ -44,6 +46,7 @@ class Unit:
 
     def mark(self, stage: str, figures: dict[str, Any]) -> None:
         """Say that a stage is finished."""
+        check_there(self.folder.parents[2])
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / f"{stage}.json", figures)
 
@@ -193,11 +196,22 @@ def check_out(out: Path) -> None:
     Raises:
         FfnkitError: a file stands there, it cannot be written, or files of something else bear our names.
     """
-    check_target(out)
+    check_target(out, "run")
     taken = [name for name in OURS if (out / name).exists()]
     if taken and read_json(out / "run.json") is None:
         found = f"it holds {', '.join(taken)}, which no run of a recipe wrote"
         raise FfnkitError(f"output folder '{out}'", found, "Give another folder")
+
+
+def check_there(out: Path) -> None:
+    """Raises FfnkitError where the folder of a run that is at work was removed; what was written since goes as well."""
+    if (out / "run.json").is_file():
+        return
+    shutil.rmtree(out / "units", ignore_errors=True)
+    for path in (out / ".lock", out):
+        with suppress(OSError):  # it holds something else
+            path.rmdir() if path.is_dir() else path.unlink()
+    raise FfnkitError(f"running into {out}", "the folder of the run was removed meanwhile", "Run the same command anew")
 
 
 def clear_out(out: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ffnkit
 from ffnkit.checkpoint.adapters import is_adapted
+from ffnkit.io.files import replacing, write_text
 from ffnkit.nn.coefficients import set_l1
 from ffnkit.recipe import sources
 from ffnkit.recipe.cards import card_of
@@ -49,7 +50,7 @@ def run_unit(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Say, bars: 
             continue
         began = unit.work / f"began-{stage}"
         attempts = int(began.read_text() or 0) + 1 if began.exists() else 1
-        began.write_text(str(attempts))
+        write_text(began, str(attempts))
         say(f"  {stage} ..." + (" (taken up again)" if attempts > 1 else ""))
         start = time.perf_counter()
         figures = getattr(job, stage)()
@@ -323,12 +324,8 @@ def _count(value: Any) -> int:
 def _write(model: PreTrainedModel, path: Path) -> None:
     from safetensors.torch import save_model
 
-    from ffnkit.io.files import disk_errors
-
-    partial = path.with_suffix(".partial")
-    with disk_errors(path):
-        save_model(model, str(partial))
-        partial.replace(path)
+    with replacing(path) as new:
+        save_model(model, str(new))
 
 
 def _read(model: PreTrainedModel, path: Path) -> None:

@@ -82,7 +82,14 @@ def _watch(pipe: int) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """The child's side."""
+    """The child's side; where not even a failure can be recorded, the parent says why."""
+    try:
+        return _main(arguments)
+    except (FfnkitError, OSError):
+        return FAILED
+
+
+def _main(arguments: list[str]) -> int:
     out, arm, seed = Path(arguments[0]), arguments[1], int(arguments[2])
     threading.Thread(target=_watch, args=(sys.stdin.fileno(),), daemon=True).start()
     _hush()

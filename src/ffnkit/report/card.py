@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ def is_hub_id(name: str) -> bool:
 
 def _on_hub(model: str) -> bool:
     """Whether ``model`` is taken from the hub: a folder of that name would come first."""
-    return is_hub_id(model) and not Path(model).exists()
+    return is_hub_id(model) and not os.path.exists(Path(model))
 
 
 def model_card(info: CardInfo) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ def check_template(template: str | None) -> str | None:
     if template is None or template in TEMPLATES or "{%" in template or "{{" in template:
         return template
     path = Path(template).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):
         return path.read_text(encoding="utf-8")
     do = f"Use {' or '.join(TEMPLATES)}, a file with a chat template, or its Jinja text; or leave it out"
     raise FfnkitError(f"template {template!r}", "it is no chat template and no file", do)

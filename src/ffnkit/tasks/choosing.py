@@ -96,7 +96,8 @@ class Choice(TaskFields):
             return False
         path = Path(os.path.expandvars(str(self.train))).expanduser()
         plain = not self.inputs and not self.text and self.target is None and self.label is None
-        looks = path.is_dir() or path.suffix.lower() in ARCHIVES or not (path.suffix or path.exists())
+        there = os.path.exists(path)  # False, and no error, for names that no file can have
+        looks = os.path.isdir(path) or path.suffix.lower() in ARCHIVES or not (path.suffix or there)
         return self.kind == KIND or str(self.train).startswith(HUB) or (plain and self.kind is None and looks)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -33,8 +34,8 @@ def read(path: str | Path) -> Table:
         ".feather": _arrow,
     }
     asked = f"data file {path}"
-    if not path.is_file():
-        found = "this is a folder" if path.is_dir() else "there is no such file"
+    if not os.path.isfile(path):
+        found = "this is a folder" if os.path.isdir(path) else "there is no such file"
         raise FfnkitError(asked, found, _FORMATS)
     reader = readers.get(path.suffix.lower())
     if reader is None:

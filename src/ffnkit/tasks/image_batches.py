@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ def load_processor(name_or_dir: str | Path, **kwargs: Any) -> Any:
     name = loading.check_name(name_or_dir)
     kwargs = {"trust_remote_code": False, **kwargs}
     asked = f"image processor of {name}"
-    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _FILES):
+    if os.path.isdir(Path(name)) and not any((Path(name) / file).is_file() for file in _FILES):
         return processor_of(_config(name), asked)
     do = "Name a model or folder that has one with --tokenizer (tokenizer= in Python)"
     with loading.open_errors(asked, do), loading.hub_or_cache():

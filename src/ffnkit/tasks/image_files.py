@@ -102,7 +102,7 @@ def store(source: str) -> Any:
         if source.startswith(prefix):
             return opened(source)
     path = Path(source)
-    return Folder(path) if path.is_dir() else {".tar": Tar, ".zip": Zip}[path.suffix.lower()](path)
+    return Folder(path) if os.path.isdir(path) else {".tar": Tar, ".zip": Zip}[path.suffix.lower()](path)
 
 
 def open_image(reference: str, mode: str) -> Any:
@@ -147,9 +147,9 @@ def listed(path: str | Path) -> tuple[Table, int]:
     """
     path = Path(path).expanduser()
     asked = f"images {path}"
-    if not path.exists():
+    if not os.path.exists(path):
         raise FfnkitError(asked, "there is no such file or folder", _LAYOUT)
-    if path.is_file() and path.suffix.lower() not in ARCHIVES:
+    if os.path.isfile(path) and path.suffix.lower() not in ARCHIVES:
         raise FfnkitError(asked, f"unknown kind of file {''.join(path.suffixes)!r}", _LAYOUT)
     store.cache_clear()  # what was read before may have been replaced
     try:

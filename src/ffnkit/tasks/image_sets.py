@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gzip
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,7 +160,7 @@ def _opened(name: str, task: str = "images", files: tuple[str, ...] = ()) -> dic
     from datasets import Image
 
     parts = name.split("/")
-    whole = Path(name).is_dir() or len(parts) < 3
+    whole = os.path.isdir(Path(name)) or len(parts) < 3
     loaded = from_hub(task, (name,) if whole else ("/".join(parts[:2]), "/".join(parts[2:])), files)
     found = {}
     for split, rows in loaded.items():
@@ -176,7 +177,7 @@ def hub_task(name: str, *, title: str = "images", image: str | None = None, labe
         FfnkitError: it cannot be opened, has no train split, or no or several columns of images or of classes.
     """
     folder = Path(name).expanduser()
-    name = str(folder.resolve()) if folder.is_dir() else name
+    name = str(folder.resolve()) if os.path.isdir(folder) else name
     asked = f"images hub:{name}"
     try:
         splits = _opened(name)
@@ -189,7 +190,7 @@ def hub_task(name: str, *, title: str = "images", image: str | None = None, labe
     label = _column(asked, label, _of_kind(features, "ClassLabel"), "label", tuple(features))
     names = tuple(getattr(features[label], "names", None) or sorted({*splits["train"][label]}))
     source = _hub_source(name, splits, image, label, names)
-    hub = () if folder.is_dir() else (name,)
+    hub = () if os.path.isdir(folder) else (name,)
     told = tuple(str(each) for each in names)
     return task_of(title, told, source.where, lambda _: source, notes=f"{image} to {label}", hub=hub)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -102,7 +103,7 @@ def read_texts(path: str | Path, column: str = "text") -> list[str]:
     """
     path = Path(path).expanduser()
     asked = f"data file {path}"
-    if path.suffix.lower() in (".txt", ".text", ".tokens", ".md") and path.is_file():
+    if path.suffix.lower() in (".txt", ".text", ".tokens", ".md") and os.path.isfile(path):
         try:
             texts = documents(path.read_text(encoding="utf-8-sig"))
         except UnicodeDecodeError as error:

@@ -24,10 +24,12 @@ def data_folder(name: str, data_dir: Path | None, files: Sequence[str]) -> Path 
     if data_dir is None:
         found = os.environ.get(VARIABLE)
         folder = Path(found).expanduser() / name if found else None
-        return folder if folder is not None and folder.is_dir() else None
+        return folder if folder is not None and os.path.isdir(folder) else None
     folder = data_dir.expanduser() / name
-    if not folder.is_dir():
-        found = f"there is no folder {name} in it" if data_dir.expanduser().is_dir() else "there is no such folder"
+    if not os.path.isdir(folder):
+        found = (
+            f"there is no folder {name} in it" if os.path.isdir(data_dir.expanduser()) else "there is no such folder"
+        )
         raise FfnkitError(f"data of task {name}: data folder {data_dir}", found, f"Give {_wanted(name, files)}")
     return folder
 

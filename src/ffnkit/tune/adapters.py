@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -63,7 +64,7 @@ def _state(folder: str | Path, asked: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     path = Path(folder).expanduser() / "adapter_model.safetensors"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FfnkitError(asked, f"there is no {path.name}", "Name a folder that adapter_dir wrote")
     with open_errors(asked):
         return load_file(path)

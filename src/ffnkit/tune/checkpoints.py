@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +15,41 @@ import numpy as np
 from torch import nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import check_target, write_text
+from ffnkit.io.files import space_errors, write_text
+from ffnkit.io.folders import check_target
+from ffnkit.io.workspace import made
 
 FINGERPRINT = "run.json"
+PLAN = "tuner-plan.safetensors"  # what a method chose before training
 STATE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
-def claim(out_dir: str | Path, run: dict[str, Any]) -> None:
-    """Make ``out_dir`` the folder of this run, or see that it is already.
+@contextmanager
+def claimed(out_dir: str | Path, run: dict[str, Any]) -> Iterator[None]:
+    """``out_dir`` as the folder of this run; where the block fails before any checkpoint, nothing is left of it.
 
     Args:
         run: what decides the outcome, as JSON data; "weights" is compared up to rounding.
 
     Raises:
-        FfnkitError: the folder is a file, or holds checkpoints of a run that differs.
+        FfnkitError: the folder is a file, holds checkpoints of a run that differs, or cannot be written.
     """
-    folder = check_target(out_dir)
+    folder = check_target(out_dir, "training")
+    with space_errors(folder), made(folder):
+        _claim(folder, run)
+        remove_broken(folder)
+        try:
+            yield
+        except BaseException:
+            if not checkpoints(folder):
+                for name in (FINGERPRINT, PLAN):
+                    (folder / name).unlink(missing_ok=True)
+            raise
+
+
+def _claim(folder: Path, run: dict[str, Any]) -> None:
     path = folder / FINGERPRINT
     found = _read(path)
     if found is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import check_target, disk_errors
+from ffnkit.io.files import replacing
+from ffnkit.io.folders import check_target
 
 FILE = "distil.safetensors"
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
@@ -47,7 +47,7 @@ class State:
         """
         if out_dir is None:
             return cls(None, run)
-        folder = check_target(out_dir)
+        folder = check_target(out_dir, "training")
         path = folder / FILE
         if not path.exists():
             return cls(folder, run)
@@ -90,8 +90,5 @@ class State:
             for key, value in optimizer.state.get(parameter, {}).items():  # empty without a gradient so far
                 tensors[f"{key}/{name}"] = value.cpu().contiguous()
         tensors |= {f"part/{name}": torch.tensor(each, dtype=torch.float64) for name, each in self.parts.items()}
-        temporary = self.folder / f".{FILE}.tmp"
-        with disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata={"run": json.dumps(self.run), "seconds": repr(self.seconds)})
-            os.replace(temporary, self.folder / FILE)
+        with replacing(self.folder / FILE) as new:
+            save_file(tensors, new, metadata={"run": json.dumps(self.run), "seconds": repr(self.seconds)})

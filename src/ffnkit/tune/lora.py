@@ -47,6 +47,10 @@ def put_on(model: nn.Module, tuner: Lora, preparation: Preparation) -> nn.Module
     """
     from peft import LoraConfig
 
+    from ffnkit.io.folders import check_target
+
+    if tuner.adapter_dir is not None:
+        check_target(tuner.adapter_dir, "lora")
     masks.set_aside(model, preparation)
     share_modules(model)
     found = list(tuner.routers_of(model))
@@ -189,10 +193,10 @@ def save_adapter(model: nn.Module, folder: object) -> None:
     """
     from safetensors.torch import load_file, save_file
 
-    from ffnkit.io.files import staging
+    from ffnkit.io.folders import staging
 
     ties: list[list[str]] = getattr(model, _TIES, [])
-    with staging(str(folder)) as temporary:
+    with staging(str(folder), "lora") as temporary:
         model.save_pretrained(temporary)  # type: ignore[operator]
         path = temporary / "adapter_model.safetensors"
         if ties and path.is_file():

@@ -28,7 +28,6 @@ from ffnkit.tune.outcome import TrainResult, on_device, result_of
 from ffnkit.tune.settings import HARMLESS, TrainSettings
 from ffnkit.tune.tuners import Tuner, finish, get, prepare, trainable_parameters
 
-PLAN = "tuner-plan.safetensors"
 log = logging.getLogger(__name__)
 
 
@@ -97,12 +96,9 @@ def train(
         facts["processes and GPUs"] = copies  # each has batches of its own: others, by another number
     if metric in task.metrics and generation is not None:
         facts["generation"] = generation.model_dump(mode="json")
-    checkpoints.claim(out_dir, facts)
-    checkpoints.remove_broken(out_dir)
-
     if not merge and tuner.method is not None:
         masks.say_lost(model)
-    with training_run(model, undo=not go_on):
+    with checkpoints.claimed(out_dir, facts), training_run(model, undo=not go_on):
         seed_everything(seed)
         tuned = model if go_on else _prepared(model, tuner, task, tokenizer, data, settings, seed, Path(out_dir))
         trained = sum(p.numel() for p in trainable_parameters(tuned))
@@ -147,7 +143,7 @@ def _prepared(
     from ffnkit.tune.calibration import first_batches
 
     wanted = tuner.method
-    batches, kept = None, out / PLAN
+    batches, kept = None, out / checkpoints.PLAN
     if checkpoints.newest(out) is None:
         kept.unlink(missing_ok=True)
     if wanted.needs_data and not kept.is_file():
@@ -222,7 +218,13 @@ def _run_or_resume(loop: Loop, out_dir: str | Path, settings: TrainSettings) -> 
             _load_final(loop, Path(out_dir), last, state, settings)
             return state
         log.info("resuming from %s", last)
-    loop.train(resume_from_checkpoint=None if last is None else str(last))
+    try:
+        loop.train(resume_from_checkpoint=None if last is None else str(last))
+    except BaseException:
+        for callback in loop.callback_handler.callbacks:
+            if (bar := getattr(callback, "training_bar", None)) is not None:
+                bar.close()  # what is said next begins on a line of its own
+        raise
     clock = next(c for c in loop.callback_handler.callbacks if isinstance(c, Clock))
     return {**vars(loop.state), "stateful_callbacks": {"Clock": clock.state()}}
 
