@@ -227,6 +227,7 @@ def test_every_field_of_a_description_is_checked_before_weights_are_read(
         ("vocab_size", 10**7),
         ("num_hidden_layers", 10**6),
         ("num_hidden_layers", -3),
+        ("num_attention_heads", -4),
         ("hidden_dropout_prob", NAN),
         ("max_position_embeddings", 10**8),
         ("hidden_act", [1]),

@@ -13,6 +13,7 @@ from ffnkit.errors import FfnkitError
 
 Shapes = dict[str, tuple[int, ...]]
 _LAYERS = re.compile(r"(n|num|encoder|decoder)_(.*_)?layers?")
+_COUNTS = re.compile(r"(n|num)_(.*_)?(heads?|experts|blocks)|(.*_)?(hidden|intermediate|vocab)_size|head_dim")
 _DO = "Use the config.json that was saved with the weights"
 _ROOM = 1 << 24  # numbers that a model may hold beside 8 for each stored one: new heads, weights in few bits
 
@@ -53,6 +54,8 @@ def check_config(auto_class: Any, config: Any, stored: Shapes, asked: str) -> No
             raise FfnkitError(asked, f"{key} in its config.json is NaN", "Mend the config")
         if _LAYERS.fullmatch(key) and not 0 <= value <= len(stored):
             raise FfnkitError(asked, f"{key} is {value} in its config.json, of {len(stored)} tensors in its files", _DO)
+        if _COUNTS.fullmatch(key) and value < 0:
+            raise FfnkitError(asked, f"{key} is {value} in its config.json", _DO)
         strange |= isinstance(value, int) and value > largest and not key.endswith("_id")
     if not strange or getattr(config, "quantization_config", None) is not None:
         return
