@@ -39,14 +39,14 @@ lint: $(READY) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+architectures: $(READY) ## edit, reopen and compare every architecture that can be built tiny (about 15 minutes)
+	$(ONE_THREAD) $(BIN)/python tools/architectures.py
+
 fuzz: $(READY) ## 3,600 damaged weights, configs, plans, recipes, tables and options: one line each, or right
 	$(ONE_THREAD) $(BIN)/python tools/fuzz.py --inputs 3600
 
 kill: $(READY) ## 300 kills at random moments of saving, exporting, plans, adapters and runs
 	$(ONE_THREAD) $(BIN)/python tools/kill.py --kills 300
-
-architectures: $(READY) ## edit, reopen and compare every architecture that can be built tiny (about 15 minutes)
-	$(ONE_THREAD) $(BIN)/python tools/architectures.py
 
 bench: $(READY) ## run the benchmarks, one after the other
 	@set -e; for file in $(filter-out %/common.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done

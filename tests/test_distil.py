@@ -289,8 +289,6 @@ def test_a_shuffling_loader_comes_in_an_order_that_the_seed_fixes() -> None:
 
 
 def test_data_that_cannot_be_counted_or_repeated() -> None:
-    with pytest.raises(FfnkitError, match="once only"):
-        Data(iter([{}]), None, 1, 0)
     with pytest.raises(FfnkitError, match="empty"):
         Data([], None, 1, 0).steps(1)
     endless = Dying([], 0)

@@ -23,12 +23,13 @@ from ffnkit import tasks, tune
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe.schema import recipe_from
 from ffnkit.tasks import GenerationSettings, GenerationTask, LanguageTask, WordsTask, language, nlg
-from ffnkit.tasks.base import Source, Task
+from ffnkit.tasks.base import Task
 from ffnkit.tasks.choosing import Choice
 from ffnkit.tasks.decoding import decode
 from ffnkit.tasks.modelling import windows
 from ffnkit.tasks.running import row_losses
 from ffnkit.tasks.sequences import Sequences, affixes
+from ffnkit.tasks.splitting import Source
 
 NAMES = ["Aromi", "Fitzbillies", "Wildwood", "Clowns", "Strada"]
 FOODS = ["Chinese", "Italian", "French", "Indian"]
@@ -181,7 +182,7 @@ def generation(typed: bool = False, **more: Any) -> GenerationTask:
 def texts_task(count: int = 60, **more: Any) -> LanguageTask:
     draw = np.random.default_rng(0)
     texts = [" ".join(TEXTS[i] for i in draw.integers(0, len(TEXTS), 3)) for _ in range(count)]
-    source = language.TextSource(texts, None, "here")
+    source = language.source_of({"train": texts}, "here")
     return LanguageTask(language.LanguageData("meals-text", load=lambda _: source), **more)
 
 
@@ -804,7 +805,7 @@ def test_tune_and_eval_of_files(files: Path, saved: Any, tmp_path: Path) -> None
     written = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     assert len(written) == report["rows"]
     more = ("--predictions", tmp_path / "again.jsonl")
-    again = ffnkit_command("eval", tmp_path / "out", *data, *short, *more)
+    again = ffnkit_command("eval", tmp_path / "out", *data, "--split", "report", *short, *more)
     assert again["metrics"] == pytest.approx(report["metrics"], rel=1e-4)
     assert (tmp_path / "again.jsonl").read_text().splitlines() == written
 

@@ -149,7 +149,7 @@ def test_what_cannot_be_read_is_one_line(folder: Path, tmp_path: Path) -> None:
         "nothing": "there is no such file or folder",
         "loose": "a.png lies in no folder of a class",
         "empty": "there are no images",
-        "one": "all 1 images are of the class red",
+        "one": "all 1 rows have the label 'red'",
         "list.rar": "unknown kind of file '.rar'",
         "broken.zip": "it is no whole .zip",
         "squeezed.tar": "it is no whole .tar",
@@ -160,7 +160,7 @@ def test_what_cannot_be_read_is_one_line(folder: Path, tmp_path: Path) -> None:
         assert part in str(error.value) and "\n" not in str(error.value), name
     other = image_folder(tmp_path / "other", 4)
     (other / "red").rename(other / "green")
-    with pytest.raises(FfnkitError, match="2 of 4 images are of a class that .* lacks, such as green"):
+    with pytest.raises(FfnkitError, match="2 of 4 rows have a label that .* lacks, such as 'green'"):
         tasks.image_task(folder, other)
 
 
@@ -434,7 +434,7 @@ def test_the_command_line(folder: Path, vit: Path, tmp_path: Path) -> None:
     assert set(report["metrics"]) == {"accuracy", "loss"} and report["settings"]["augment"] == "crop-flip"
     assert "pipeline_tag: image-classification" in (tuned / "README.md").read_text()
     assert (tuned / "preprocessor_config.json").is_file()
-    found = json.loads(good("eval", tuned, "--train-file", folder, "--json").stdout)
+    found = json.loads(good("eval", tuned, "--train-file", folder, "--split", "report", "--json").stdout)
     assert found["metrics"] == pytest.approx(report["metrics"])
     final = tmp_path / "final"
     good("export", tuned, "--out", final)

@@ -142,8 +142,8 @@ def test_splits_share_no_prompt(tmp_path: Path) -> None:
     parts = [set(part["prompt"]) for part in (splits.train, splits.dev, splits.report)]
     assert [len(part) for part in parts] == [12, 3, 5] and len(set.union(*parts)) == 20
     assert splits.notes[:2] == (
-        "train: 4 dialogues with repeated prompts dropped",
-        "train: 5 dialogues dropped whose prompt is in report",
+        "train: 4 repeated prompts dropped",
+        "train: 5 dialogues dropped that are in report",
     )
 
 
@@ -633,7 +633,9 @@ def test_tune_and_eval(files: Path, saved: Path, tmp_path: Path) -> None:
     assert set(report["metrics"]) == {"rougeL", "chrf", "perplexity", "loss"} and report["settings"]["packing"] is True
     assert "Assistant:" in (tmp_path / "out" / "chat_template.jinja").read_text()
     wrote = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
-    again = ffnkit_command("eval", tmp_path / "out", *data, *short, "--predictions", tmp_path / "again.jsonl")
+    again = ffnkit_command(
+        "eval", tmp_path / "out", *data, "--split", "report", *short, "--predictions", tmp_path / "again.jsonl"
+    )
     assert again["metrics"] == pytest.approx(report["metrics"], rel=1e-4) and len(wrote) == report["rows"]
     assert (tmp_path / "again.jsonl").read_text().splitlines() == wrote
     other = ffnkit_command("eval", tmp_path / "out", *data, *short, "--template", "alpaca")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1] / "src" / "ffnkit"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "ffnkit"
 FILES = {".".join(("ffnkit", *p.relative_to(PACKAGE).with_suffix("").parts)): p for p in sorted(PACKAGE.rglob("*.py"))}
 MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
 LONGEST, AT_ROOT = 400, 6
@@ -174,3 +177,17 @@ def test_what_is_forbidden_is_seen(tmp_path: Path) -> None:
     )
     assert list(imported(late, "ffnkit", lazy=False)) == []
     assert list(imported(late, "ffnkit")) == [("ffnkit.plans", "Plan")]
+
+
+def test_no_test_is_skipped_for_want_of_a_package() -> None:
+    """What tests ask for by ``importorskip`` is in the extra that ``make test`` installs."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    dev = {name for each in extras["dev"] for name in (extras["quantized"] if each == "ffnkit[quantized]" else [each])}
+    there = {re.split(r"[\[<>=]", each)[0] for each in dev} | {"fcntl"}  # of the standard library, not on Windows
+    found = {
+        name
+        for path in sorted((ROOT / "tests").glob("*.py"))
+        for call in re.findall(r"importorskip\(([^)]*)\)", path.read_text())
+        for name in re.findall(r'"(\w+)"', call)
+    } - {"int8", "nf4"}
+    assert found - {""} <= there, found - there

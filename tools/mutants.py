@@ -209,8 +209,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     M(
         "lowrank-without-bias",
-        "functional.linear(functional.linear(x, self.first), self.second, self.bias)",
-        "functional.linear(functional.linear(x, self.first), self.second)",
+        "self.first(x))\n        return y if self.bias is None else y + self.bias",
+        "self.first(x))\n        return y",
         "test_methods.py",
         "svd",
     ),
@@ -397,8 +397,9 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     M(
         "mode-not-restored",
+        "            config.problem_type = problem\n"
         "        for module, mode in modes:\n            module.training = mode\n",
-        "        pass\n",
+        "            config.problem_type = problem\n",
         "test_batches.py test_methods.py test_analysis.py test_sparsegrad.py test_budget.py",
         "mode or train or eval or unchanged or dropout",
     ),
@@ -429,9 +430,9 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     M(
         "layer-number-stays",
-        "                    setattr(module, key, new)\n",
-        "                    pass\n",
-        "test_dropping.py",
+        "        setattr(owner, key, copy.copy(after))",
+        "        pass",
+        "test_dropping.py test_layer_numbers.py",
     ),
     M(
         "journal-forgets",
@@ -480,7 +481,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "test_checkpoint.py",
         "other_outputs",
     ),
-    M("format-not-checked", "        if format != FORMAT:", "        if format == -1:", "test_checkpoint.py", "format"),
+    M(
+        "format-not-checked",
+        "or format not in range(1, FORMAT + 1):",
+        "or format == -1:",
+        "test_checkpoint.py",
+        "format",
+    ),
     M(
         "sharing-not-written",
         '"twins": list(ffn.tied),',
@@ -692,9 +699,9 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     M(
         "others-not-kept",
-        "if keep_others and target.is_dir():",
-        "if False:",
-        "test_checkpoint.py",
+        "            elif not os.path.lexists(new / name):\n                yield name",
+        "            elif False:\n                yield name",
+        "test_checkpoint.py test_folders.py",
         "keep or other or stay or folder",
     ),
     M(

@@ -101,8 +101,8 @@ class Energy:
 
 def gradient_energy(
     model: nn.Module,
-    batches: Sequence[Batch],
-    fresh: Sequence[Batch],
+    batches: Iterable[Batch],
+    fresh: Iterable[Batch],
     *,
     targets: str = "ffn",
     layers: str = "all",
@@ -111,7 +111,7 @@ def gradient_energy(
     core: float = 0.97,
     layer_bases: bool = True,
     steps: Sequence[int] = (0,),
-    training: Sequence[Batch] | None = None,
+    training: Iterable[Batch] | None = None,
     learning_rate: float = 5e-5,
     memory: int = 512 << 20,
     seed: int = 0,
@@ -151,7 +151,9 @@ def gradient_energy(
     if steps == (0,):
         states: Any = nullcontext([lambda: None])
     else:
-        states = training_states(model, training or batches, steps, learning_rate, seed, progress)
+        states = training_states(
+            model, batches if training is None else list(training), steps, learning_rate, seed, progress
+        )
     with states as restored:
         trained = time.perf_counter()
         measured = measure(model, linears, batches, fresh, settings, restored, progress)

@@ -15,7 +15,7 @@ from ffnkit.analysis.ntk import NtkSettings
 from ffnkit.analysis.reference import Other, Reference, temporary_plan
 from ffnkit.analysis.result import Analysis, Row
 from ffnkit.analysis.scalar import singles
-from ffnkit.calibration.batches import Batch, kept
+from ffnkit.calibration.batches import Batch, kept, prepared
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import newly_initialized
 from ffnkit.model.ffn import FFN
@@ -118,7 +118,8 @@ class _Study:
         self.waiting: list[tuple[Row, Other]] = []
         if ntk is not None:
             self.theta = [ffn.name for ffn in select(ffns(model), ntk.layers)]
-            self.examples = singles(data, ntk.examples, next(model.parameters()).device)
+            held = (prepared(model, batch) for batch in data)
+            self.examples = singles(held, ntk.examples, next(model.parameters()).device)
             self.before = self.kernels(model, {ffn.name: ffn for ffn in ffns(model)})
 
     def kernels(self, model: nn.Module, found: Mapping[str, FFN]) -> kernel.Kernels:

@@ -58,7 +58,8 @@ class Ending:
                     gap, norm = self._compare(value, wanted[name])
                     gaps[name] = gaps.get(name, 0.0) + gap
                     norms[name] = norms.get(name, 0.0) + norm
-        return sum(gaps[name] / max(norms[name], 1e-300) for name in gaps)
+        # a divergence is not below 0 but for rounding, and no narrowing gains by that
+        return max(0.0, sum(gaps[name] / max(norms[name], 1e-300) for name in gaps))
 
     def _compare(self, value: Tensor, wanted: Tensor) -> tuple[float, float]:
         """What differs, and what it is relative to."""

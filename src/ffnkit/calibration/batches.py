@@ -15,6 +15,7 @@ Batch = Mapping[str, Any]
 
 ASKED = "calibration data"
 GIVE = "Give a list or DataLoader of batches, each a dict of tensors for model(**batch)"
+MEDIA = ("pixel", "image", "video", "input_features")  # where these go in, tokens of theirs need no embedding
 IDS = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
 
 
@@ -72,7 +73,15 @@ def _fault(batch: Any) -> tuple[str, str] | None:
 
 
 def prepared(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """The batch with its tensors on the model's device, floating ones in the model's dtype."""
+    """The batch with its tensors on the model's device, floating ones in the model's dtype.
+
+    Padding may be a token that the model has no embedding for (a "[PAD]" that was added to the tokenizer): it becomes
+    token 0, which the mask hides as well.
+
+    Raises:
+        FfnkitError: a token that counts has no embedding.
+    """
+    batch = _embedded(model, batch)
     device = next(model.parameters()).device
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
@@ -82,6 +91,30 @@ def prepared(model: nn.Module, batch: Batch) -> dict[str, Any]:
         return value.to(device, dtype) if value.is_floating_point() and dtype is not None else value.to(device)
 
     return {name: moved(value) for name, value in batch.items()}
+
+
+def _embedded(model: nn.Module, batch: Batch) -> Batch:
+    ids, mask, table = batch.get("input_ids"), batch.get("attention_mask"), _embedding(model)
+    if not isinstance(ids, Tensor) or table is None or not bool((ids >= table.num_embeddings).any()):
+        return batch
+    beyond = ids >= table.num_embeddings
+    if isinstance(mask, Tensor) and mask.shape == ids.shape:
+        hidden = beyond & mask.eq(0).to(ids.device)
+        batch = {**batch, "input_ids": ids.masked_fill(hidden, 0)}
+        beyond = beyond & ~hidden
+    if bool(beyond.any()) and not any(name.startswith(MEDIA) for name in batch):
+        found = f"token {int(ids[beyond][0])}, and the model has embeddings for {table.num_embeddings} tokens"
+        do = "Use the model's own tokenizer, resize the model's embeddings, or mask padding"
+        raise FfnkitError(ASKED, found, do)
+    return batch
+
+
+def _embedding(model: nn.Module) -> nn.Embedding | None:
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return table if isinstance(table, nn.Embedding) else None
 
 
 def model_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:

@@ -62,9 +62,11 @@ class Features:
         self.tokens: dict[str, int] = {}
         for ffn in found:
             count = self.tokens.setdefault(ffn.stack, self._count[ffn.name])
-            if self._count[ffn.name] != count or count < 2:
+            if count < 2:
+                raise FfnkitError(f"features of {ffn.name}", f"{count} tokens, too few to compare", "Give more data")
+            if self._count[ffn.name] != count:
                 what = f"{self._count[ffn.name]} tokens where other layers of its stack have {count}"
-                do = "Give more data" if count < 2 else "Name layers that run once in a pass, on the same tokens"
+                do = "Name layers that run once in a pass, on the same tokens"
                 raise FfnkitError(f"features of {ffn.name}", what, do)
 
     def get(self, name: str, kind: str) -> Tensor:

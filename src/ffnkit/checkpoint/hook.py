@@ -9,7 +9,6 @@ can be nested under ``base`` in the same config slot and is delegated to.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -107,7 +106,7 @@ class FfnkitQuantizer(HfQuantizer):
         plain = self.inner is None or not self.pre_quantized  # what is quantized lies packed
         stored = stored_shapes(kwargs.get("checkpoint_files")) if plain else {}
         if self.quantization_config.read == 1:
-            stored = {re.sub(r"\.(first|second)$", r".\1.weight", name): shape for name, shape in stored.items()}
+            stored = {_renamed(name): shape for name, shape in stored.items()}
         contents.check_sizes(model, described, stored)
         self.quantization_config.ffns = described["ffns"]
         rebuild(model, described)
@@ -156,7 +155,7 @@ class FfnkitQuantizer(HfQuantizer):
         from transformers.core_model_loading import WeightRenaming
 
         inner: list[Any] = getattr(self.inner, "get_weight_conversions", list)()
-        old = [WeightRenaming(rf"\.{name}$", rf".{name}.weight") for name in ("first", "second")]
+        old = [WeightRenaming(rf"\.{name}$", rf".{name}.weight") for name in _THIN]
         return [*(old if self.quantization_config.read == 1 else ()), *inner]
 
     # --- what the nested quantizer decides, where there is one
@@ -201,6 +200,14 @@ def _named(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 AutoHfQuantizer.supports_quant_method = staticmethod(  # type: ignore[method-assign]
     _named(AutoHfQuantizer.supports_quant_method)
 )
+
+
+_THIN = ("first", "second")  # the parameters of a thin pair in format 1
+
+
+def _renamed(name: str) -> str:
+    """A tensor's name in format 1 as it is today."""
+    return f"{name}.weight" if name.rpartition(".")[2] in _THIN else name
 
 
 def _leave_packing(model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,7 @@ class Calibration:
 
         task = tasks.get(self.task) if self.task is not None else None
         tokenizer = task.load_tokenizer(self.tokenizer or source) if task is not None else None
-        rows = task.splits(self.data_dir, seed=self.seed).dev if task is not None else None
-        return with_score(method, task, tokenizer, rows)
+        return with_score(method, task, tokenizer, self._splits.dev if task is not None else None)
 
     def batches(self, model: Any, source: str) -> list[dict[str, Any]]:
         """Padded batches for the model."""
@@ -68,8 +68,14 @@ class Calibration:
             return calibration_batches(model, load_tokenizer(self.tokenizer or source), settings, seed=self.seed)
         task = tasks.get(self.task)
         tokenizer = task.load_tokenizer(self.tokenizer or source)
-        rows = task.splits(self.data_dir).train
-        return calibration_batches(model, tokenizer, settings, task=task, rows=rows, seed=self.seed)
+        return calibration_batches(model, tokenizer, settings, task=task, rows=self._splits.train, seed=self.seed)
+
+    @cached_property
+    def _splits(self) -> Any:
+        """The task's rows, split once: what scores a search is out of what calibrates, whatever the seed."""
+        from ffnkit import tasks
+
+        return tasks.get(str(self.task)).splits(self.data_dir, seed=self.seed)
 
 
 def _scored(method: Any) -> bool:

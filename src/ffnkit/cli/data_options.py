@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -13,7 +13,7 @@ import typer
 
 from ffnkit.errors import FfnkitError
 from ffnkit.settings import settings_of
-from ffnkit.tasks.fields import Head, Kind, TaskFields
+from ffnkit.tasks.fields import Head, Kind, LabelKind, TaskFields
 
 DATA = "Task and data"
 TEXTS = {each.name: each.doc.text for each in settings_of(TaskFields)}
@@ -47,6 +47,7 @@ class Data:
     validation: Annotated[Path | None, of("validation", "--validation-file")] = None
     text: Annotated[list[str] | None, of("text", "--text-column")] = None
     label: Annotated[str | None, of("label", "--label-column")] = None
+    label_kind: Annotated[LabelKind | None, of("label_kind", "--label-kind")] = None
     inputs: Annotated[list[str] | None, of("inputs", "--input-column")] = None
     target: Annotated[str | None, of("target", "--target-column")] = None
     template: Annotated[str | None, of("template", "--template")] = None
@@ -65,19 +66,53 @@ class Data:
     ] = None
     tokenizer: Tokenizer = None
 
+    @property
+    def lone(self) -> bool:
+        """Whether one file is named, which is not a set of the hub with splits of its own."""
+        files = [str(path) for path in (self.train, self.validation) if path is not None]
+        return self.name is None and len(files) == 1 and not files[0].startswith("hub:")
+
     def task(self) -> Any:
-        """The task that is meant.
+        """The task that is meant, to train on it.
 
         Raises:
             FfnkitError: neither or both are given, a file or column is missing, no such task.
         """
+        if self.name is None and self.train is None and self.validation is not None:
+            do = "Add --train-file with the rows to train on"
+            raise FfnkitError(f"--validation-file {self.validation}", "there is nothing to train on", do)
+        return self._chosen()
+
+    def evaluated(self, model: str, split: str) -> Any:
+        """The task that is meant, to evaluate ``model``. With the split "all" every row of a lone file is reported, and
+        its classes are the model's.
+
+        Raises:
+            FfnkitError: as :meth:`task`, or a split that the data do not have.
+        """
+        from ffnkit.io.architectures import read_config
+
+        if split == "all" and not self.lone:
+            raise FfnkitError("--split all", "it is for one file of your own", "Use report or dev, or leave it out")
+        if split != "all" and self.name is None and self.train is None and self.validation is not None:
+            do = "Give the training file as --train-file, or leave --split out"
+            raise FfnkitError(f"--split {split}", "there is no training file that tells it", do)
+        if split != "all":
+            return self._chosen()
+        config = read_config(model)
+        numbers = self.label is not None and getattr(config, "problem_type", None) == "regression"
+        names = tuple(name for _, name in sorted((getattr(config, "id2label", None) or {}).items()))
+        kind = self.label_kind or ("number" if numbers else None)
+        return replace(self, label_kind=kind)._chosen(whole=True, label_names=names)
+
+    def _chosen(self, **how: Any) -> Any:
         from ffnkit import tasks
 
-        if self.name is None and self.train is None:
+        if self.name is None and self.train is None and self.validation is None:
             do = f"Choose a --task among {', '.join(tasks.names())}, or give --train-file with its columns"
             raise FfnkitError("the data", "neither --task nor --train-file is given", do)
         given = {name: getattr(self, name) for name in OPTIONS}
-        return tasks.choose(OPTIONS, **given | {name: tuple(given[name] or ()) for name in ("text", "inputs")})
+        return tasks.choose(OPTIONS, **how, **given | {name: tuple(given[name] or ()) for name in ("text", "inputs")})
 
 
 def with_data(command: Callable[..., None]) -> Callable[..., None]:

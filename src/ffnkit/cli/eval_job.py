@@ -101,6 +101,9 @@ class EvalJob:
         splits = self.task.splits(self.data_dir, seed=self.seed, dev_limit=self.limit, report_limit=self.limit)
         if self.split == "dev":
             splits = replace(splits, report=splits.dev, extra={})
+        console.say(f"{self.task.name}: {len(splits.report)} rows of {splits.source}, split {self.split}")
+        for note in splits.notes:
+            console.say(f"  {note}")
         model = self.task.load_model(self.model, tokenizer=tokenizer, trained_head=True).to(self.device)
         start = time.perf_counter()
         found = Measured.of(
@@ -113,6 +116,7 @@ class EvalJob:
             "task": self.task.name,
             "split": self.split,
             "rows": len(splits.report),
+            "notes": list(splits.notes),
             **found.to_dict(),
             "main_metric": self.task.main_metric,
             "seconds": time.perf_counter() - start,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from ffnkit.cli import analyzing, compressing, lists, running, tuning
 from ffnkit.cli.application import app
 
@@ -10,4 +13,13 @@ COMMANDS = (analyzing, compressing, lists, running, tuning)
 
 def main() -> None:
     """The ``ffnkit`` program."""
+    open_streams()
     app(prog_name="ffnkit")
+
+
+def open_streams() -> None:
+    """Nothing in the place of standard streams that are closed: the next file would get their number, and our lines."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            setattr(sys, name, open(number, "r" if number == 0 else "w"))  # noqa: SIM115

@@ -179,8 +179,9 @@ def evaluate(
     model: options.Model,
     data: Data,
     split: Annotated[
-        Literal["report", "dev"], typer.Option("--split", help="The validation split, or a part of train.")
-    ] = "report",
+        Literal["all", "report", "dev"] | None,
+        typer.Option("--split", help="report: what tune reports on; dev: a part of train; all: a lone file, whole."),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts at a time.")] = 64,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows; all by default.")] = None,
     device: options.Device = "auto",
@@ -190,7 +191,7 @@ def evaluate(
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the split --split dev.")] = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Measure a tuned model on a task.
+    """Measure a tuned model on a task: on its validation split, or on every row of a file of your own.
 
     [bold]Examples[/bold]
 
@@ -198,14 +199,17 @@ def evaluate(
 
       ffnkit eval tuned --task sst2 [cyan]--json[/cyan] | jq .metrics.accuracy
 
+      ffnkit eval tuned [cyan]--validation-file test.csv[/cyan] --text-column text --label-column stars
+
       ffnkit eval tuned --task webnlg [cyan]--generation-set num_beams=4 --predictions written.jsonl[/cyan]
     """
     from ffnkit.cli.eval_job import EvalJob, generation_built
 
-    chosen = data.task()
     if predictions is not None:
         check_file(predictions)
     console.quieten()
+    split = split or ("all" if data.lone else "report")
+    chosen = data.evaluated(model, split)
     place = options.pick_device(device)
     generation = generation_built(describe.parse_settings(data.generation_set or []))
     job = EvalJob(

@@ -24,13 +24,13 @@ def read_config(name_or_dir: str, **kwargs: Any) -> Any:
 
     name = check_name(name_or_dir)
     with open_errors(f"model {name}"), hub_or_cache():
-        found = AutoConfig.from_pretrained(name, **{"trust_remote_code": trust.given, **kwargs})
-    config = found[0] if isinstance(found, tuple) else found
-    names = getattr(config, "architectures", None)
+        config = AutoConfig.from_pretrained(name, **{"trust_remote_code": trust.given, **kwargs})
+    told = config[0] if isinstance(config, tuple) else config
+    names = getattr(told, "architectures", None)
     if names is not None and not (isinstance(names, list | tuple) and all(isinstance(each, str) for each in names)):
-        told = f"architectures in its config.json is {str(names)[:60]}"
-        raise FfnkitError(f"model {name}", told, "Write the name of its class there, in a list")
-    return found
+        found = f"architectures in its config.json is {str(names)[:60]}"
+        raise FfnkitError(f"model {name}", found, "Write the name of its class there, in a list")
+    return config
 
 
 def architecture_class(config: PretrainedConfig, name: str, **kwargs: Any) -> Any:

@@ -17,7 +17,6 @@ from ffnkit.model.linear import (
     check_editable,
     features,
     flops,
-    is_linear,
     parameters,
     stored_weight,
     true_weight,
@@ -290,11 +289,16 @@ class FFN:
         return None if self.layout.experts else unwrapped(self.linear(site)).bias
 
 
+def _mixes(value: Any) -> bool:
+    """Whether a module mixes features or tokens, as no activation does: it holds a matrix."""
+    return isinstance(value, nn.Module) and any(parameter.ndim > 1 for parameter in value.parameters())
+
+
 def activations(ffn: FFN) -> list[Callable[[Tensor], Tensor]]:
     """Functions that may be the FFN's activation, the likely ones first; who asks compares with what was observed."""
     from transformers.activations import ACT2FN
 
     near = [*vars(ffn.module).values(), *ffn.module.children()]
     near += [value for child in ffn.module.children() for value in (*vars(child).values(), *child.children())]
-    own = [value for value in near if callable(value) and not is_linear(value)]
+    own = [value for value in near if callable(value) and not _mixes(value)]
     return [*own, *(ACT2FN[name] for name in ("gelu", "relu", "silu", "gelu_new", "quick_gelu", "relu2", "tanh"))]

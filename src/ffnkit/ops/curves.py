@@ -59,7 +59,8 @@ def output_curve(gram: Tensor, down: Tensor, ridge: float) -> Curve:
         for number, neuron in enumerate(picked):
             if number:
                 columns[number] -= columns[:number, neuron] @ columns[:number]
-            columns[number] /= columns[number, neuron].clamp_min(tiny).sqrt()
+            pivot = columns[number, neuron]  # none is left where earlier neurons span it, up to rounding
+            columns[number] *= torch.where(pivot > tiny, pivot.clamp_min(tiny).rsqrt(), 0.0)
         factor[start:stop] = columns
         diagonal -= columns.square().sum(0)
         moved = columns @ weight.T

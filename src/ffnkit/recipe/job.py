@@ -54,7 +54,7 @@ def run(
     out, say = Path(out), _sayer(progress)
     check_out(out)
     say(f"{recipe.name}: {len(recipe.arms)} arms x {len(recipe.seeds)} seeds in {out}")
-    model, data = preflight(recipe)
+    model, data = preflight(recipe, say)
     if (told := widened(model_name(recipe))) is not None:
         say(told)
     base = base_facts(recipe, model, data)

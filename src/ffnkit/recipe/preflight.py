@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
     from ffnkit.recipe.schema import Recipe
 
 
-def preflight(recipe: Recipe) -> tuple[str, str]:
+def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> tuple[str, str]:
     """Digests of the model and of the data, after every check that is cheap.
+
+    Args:
+        say: takes lines on the rows: how many, what labels are, what was carved out.
 
     Raises:
         FfnkitError: no such model or tokenizer, layers or a width that do not fit an arm's model, data that lack
@@ -43,6 +47,10 @@ def preflight(recipe: Recipe) -> tuple[str, str]:
     for split in ("train", "dev", "report"):
         if len(getattr(source.splits, split)) == 0:
             raise FfnkitError(f"the {split} split of {source.task.name}", "has no rows", "Give more data")
+    sizes = ", ".join(f"{len(getattr(source.splits, split))} {split}" for split in ("train", "dev", "report"))
+    say(f"{source.task.name}: {sizes} rows")
+    for note in source.splits.notes:
+        say(f"  {note}")
     if recipe.forgetting is not None:
         try:
             neutral_texts(recipe.forgetting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, NoReturn, get_args
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from ffnkit.errors import FfnkitError
+from ffnkit.errors import FfnkitError, RenamedWarning
 from ffnkit.recipe.settings import (
     check_budget,
     check_method,
@@ -21,7 +22,7 @@ from ffnkit.recipe.settings import (
     widened,
 )
 from ffnkit.settings import settings_of
-from ffnkit.tasks.fields import Head, Kind, TaskFields
+from ffnkit.tasks.fields import Head, Kind, LabelKind, TaskFields
 from ffnkit.tasks.settings import GenerationSettings
 from ffnkit.tune.settings import CalibrationSettings, DistilSettings, TrainSettings
 
@@ -59,6 +60,18 @@ class Limits(Part):
     report: Count | None = None
 
 
+def task_today(task: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
+    """A task with ``label_kind`` in the place of ``regression``, its name before."""
+    if "regression" not in task:
+        return task
+    old = task["regression"]
+    if not quiet:
+        line = "task.regression is called task.label_kind now (class or number); the old name will go"
+        warnings.warn(line, RenamedWarning, stacklevel=2)
+    kind = {True: "number", False: "class"}.get(old, old)
+    return {**{name: value for name, value in task.items() if name != "regression"}, "label_kind": kind}
+
+
 class TaskSpec(Part):
     """A task known by name, or files of one's own with the names of their columns.
 
@@ -78,7 +91,7 @@ class TaskSpec(Part):
     target: str | None = None
     template: str | None = None
     metric: str | None = None
-    regression: StrictBool | None = None
+    label_kind: LabelKind | None = None
     kind: Kind | None = None
     stride: Count | None = None
     head: Head | None = None
@@ -88,7 +101,7 @@ class TaskSpec(Part):
     def _by_name(cls, value: Any) -> Any:
         if isinstance(value, dict):
             single = {name: [value[name]] for name in ("text", "input") if isinstance(value.get(name), str)}
-            return {**value, **single}
+            return task_today({**value, **single})
         return {"name": value}
 
     @model_validator(mode="after")
@@ -363,7 +376,8 @@ def facts_today(facts: dict[str, Any]) -> dict[str, Any]:
     tuner, arm = facts.get("tuner") or {}, facts.get("arm") or {}
     prune = [method_today(each.get("method"), each, quiet=True) for each in arm.get("prune", ())]
     arm = method_today(arm.get("method"), arm, quiet=True) | ({"prune": prune} if prune else {})
-    return {**facts, "arm": arm, "tuner": tuner_today(tuner.get("name"), tuner, quiet=True)}
+    found = {**facts, "arm": arm, "tuner": tuner_today(tuner.get("name"), tuner, quiet=True)}
+    return found | ({"task": task_today(facts["task"], quiet=True)} if isinstance(facts.get("task"), dict) else {})
 
 
 def recipe_from(data: Any, where: str = "recipe") -> Recipe:

@@ -116,28 +116,25 @@ class _Job:
     # ----------------------------------------------------------------------------------------- the stages
     def compress(self) -> dict[str, Any]:
         """Plan and apply the arm's method; the plan stays on disk until the unit is finished."""
-        from ffnkit.tune import with_score
-
         model = self.source.model(self.unit.seed)
         data = self.source.calibration(model, self.unit.seed) if measures(self.arm) else None
         model.to(self.source.device)  # type: ignore[arg-type]
         widths = sources.widths_of(self.arm, model, data)
         method = sources.method_of(self.arm, self.unit.seed, widths)
-        method = with_score(
-            method,
-            self.source.task,
-            self.source.tokenizer,
-            self.source.splits.dev,
-            batch_size=self.training.eval_batch_size,
-            max_length=self.training.max_length,
-        )
-        plan = ffnkit.plan(model, method, data=data)
+        plan = ffnkit.plan(model, self._scored(method), data=data)
         plan.save(self.unit.work / PLAN)
         self._model = ffnkit.apply(model, plan)
         facts: dict[str, Any] = {"widths": dict(widths)} if widths is not None else {}
         masked = all(edit.zeros is not None for edit in plan.edits)  # beside other edits they cannot be counted yet
         zeros = sparsity(self.model).share() if masked and not plan.shapes else 0.0
         return facts | ({"plan": plan.report} if plan.report else {}) | ({"zeros": zeros} if zeros else {})
+
+    def _scored(self, method: Any) -> Any:
+        """The method with its score, where it has one, on dev: never on rows that calibrate."""
+        from ffnkit.tune import with_score
+
+        sizes = {"batch_size": self.training.eval_batch_size, "max_length": self.training.max_length}
+        return with_score(method, self.source.task, self.source.tokenizer, self.source.splits.dev, **sizes)
 
     def distil(self) -> dict[str, Any]:
         """Fit the narrow model to the uncompressed one, or to a tuned teacher, which is freed afterwards."""
@@ -203,7 +200,7 @@ class _Job:
             method = methods.build(spec.method, **sources.seeded(spec.method, spec.settings, self.unit.seed))
             wanted = bool(getattr(method, "needs_data", False))
             data = self.source.calibration(self.model, self.unit.seed) if wanted else None
-            plan = ffnkit.plan(self.model, method, data=data)
+            plan = ffnkit.plan(self.model, self._scored(method), data=data)
             plan.save(self.unit.work / PRUNED.format(number))
             ffnkit.apply(self.model, plan)
             plans.append(str(plan))

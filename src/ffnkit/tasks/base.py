@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.tasks.classifying import Classifier
-from ffnkit.tasks.splitting import Splits, Table, check_enough, distinct, divide, size, with_report, without
+from ffnkit.tasks.splitting import Source, Splits, Table, divide, once
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-@dataclass(frozen=True)
-class Source:
-    """Rows as read and checked: labels are class ids or floats.
-
-    Attributes:
-        train: rows to train on.
-        report: rows for the reported figure; None where they are to be carved out of train.
-        extra: further labelled rows by name ("mismatched", "test"), to be reported beside.
-        where: where the rows come from, in words.
-        notes: what a reader of the figures must know.
-        report_share: the share of train carved out where ``report`` is None.
-    """
-
-    train: Table
-    report: Table | None
-    where: str
-    extra: Mapping[str, Table] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    report_share: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -106,17 +85,13 @@ class Task(Classifier):
         """
         asked = f"data of task {self.name}"
         read = self.load(Path(data_dir) if data_dir is not None else None)
-        train, report, notes = self._disjoint(read)
         return divide(
-            train,
-            report,
-            read.extra,
+            once(read, self.text, self.label, "texts"),
+            same=self.text,
             asked=asked,
             what="rows",
             label=self.label,
             stratify=self.kind == "classification",
-            where=read.where,
-            notes=notes,
             seed=seed,
             dev=dev,
             train_limit=train_limit,
@@ -170,26 +145,6 @@ class Task(Classifier):
         from ffnkit.tasks.models import load_model
 
         return load_model(self, name_or_dir, tokenizer=tokenizer, trained_head=trained_head, **kwargs)
-
-    def _disjoint(self, read: Source) -> tuple[Table, Table, list[str]]:
-        """Train and report without a common text, with notes."""
-        notes = list(read.notes)
-        train, dropped, conflicts = distinct(read.train, self.text, self.label)
-        if dropped:
-            notes.append(f"train: {dropped} repeated texts dropped, {conflicts} of them with another label")
-        reported = {"report": read.report, **read.extra} if read.report else dict(read.extra)
-        for name, table in reported.items():
-            train, dropped = without(train, table, self.text)
-            if dropped:
-                notes.append(f"train: {dropped} rows dropped whose text is in {name}")
-        asked = f"data of task {self.name}"
-        check_enough(train, size(read.train), asked, "rows")
-        stratify = self.kind == "classification"
-        usual = read.report_share
-        parts = with_report(
-            train, read.report, notes, asked=asked, what="rows", label=self.label, usual=usual, stratify=stratify
-        )
-        return *parts, notes
 
     def _dataset(self, table: Table) -> Dataset:
         """The text columns and the label as a dataset in memory."""

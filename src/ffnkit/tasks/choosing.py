@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Choice(TaskFields):
 
     def problem(self) -> tuple[str, str, str] | None:
         """The first field that is wrong or missing whatever the files hold: its name, what was found, what to do."""
-        columns = ("text", "label", "inputs", "target", "template", "kind", "regression")
+        columns = ("text", "label", "inputs", "target", "template", "kind", "label_kind")
         given = [name for name in ("train", "validation", "test", *columns) if getattr(self, name) not in (None, ())]
         if self.name is not None:
             given = [name for name in given if name != "template" or not dialogues.known(self.name)]
@@ -44,23 +44,23 @@ class Choice(TaskFields):
             if self.kind not in (None, KIND):
                 return "kind", f"{self.train} holds images", f"Leave it out, or write {KIND}"
             own = () if str(self.train).startswith(HUB) else ("text", "label")
-            wrong = (*own, "inputs", "target", "template", "regression", "stride", "head")
+            wrong = (*own, "inputs", "target", "template", "label_kind", "stride", "head")
             other = next((name for name in wrong if getattr(self, name) not in (None, ())), None)
             return (other, "images have the class of their folder", "Leave it out") if other else None
         if self.is_instruction:
-            wrong = ("text", "label", "inputs", "target", "regression", "stride", "head")
+            wrong = ("text", "label", "inputs", "target", "label_kind", "stride", "head")
             other = next((name for name in wrong if getattr(self, name) not in (None, ())), None)
             return (other, f"dialogues have the columns {forms.FORMS}", "Leave it out") if other else None
         if self.inputs or self.target is not None:
             for name in ("inputs", "target"):
                 if not getattr(self, name):
                     return name, "is missing: a generation task of files needs inputs and target", "Name a column"
-            other = next((name for name in ("text", "label", "kind", "regression") if name in given), None)
+            other = next((name for name in ("text", "label", "kind", "label_kind") if name in given), None)
             return (other, "inputs and target make it a generation task", "Leave it out") if other else None
         if self.template is not None:
             return "template", "there are no inputs and no target", "Name their columns"
         if self.is_language:
-            other = next((name for name in ("label", "regression") if name in given), None)
+            other = next((name for name in ("label", "label_kind") if name in given), None)
             return (other, "plain text has no labels", "Leave it out") if other else None
         if not self.text:
             found = "is missing: a task of files with labels needs train, text and label"
@@ -84,7 +84,7 @@ class Choice(TaskFields):
         """Whether files hold dialogues: by ``kind``, or by their columns where none is named."""
         if self.train is None or self.name is not None or self.kind is not None:
             return self.kind == INSTRUCTION and self.name is None
-        named = (self.inputs, self.target, self.text, self.label, self.regression, self.stride, self.head)
+        named = (self.inputs, self.target, self.text, self.label, self.label_kind, self.stride, self.head)
         if any(each not in (None, ()) for each in named):
             return False
         return forms.form_of(forms.columns_at(self.train)) is not None
@@ -112,16 +112,24 @@ class Choice(TaskFields):
         return f"{self.train} ({reads}{f' -> {right}' if right else ''})"
 
 
-def choose(names: Mapping[str, str] | None = None, **fields: Any) -> AnyTask:
+def choose(
+    names: Mapping[str, str] | None = None, *, whole: bool = False, label_names: Sequence[str] = (), **fields: Any
+) -> AnyTask:
     """The task of a :class:`Choice`, its files read and checked.
 
     Args:
         names: what the user calls the fields, for the errors ({"label": "--label-column"}).
+        whole: to evaluate: where one file is named, as ``train`` or ``validation``, it is reported whole, and there is
+            nothing to train on.
+        label_names: the classes of the model that is evaluated; see :func:`ffnkit.tasks.labels.decide`.
         fields: of :class:`Choice`.
 
     Raises:
         FfnkitError: fields that do not go together, no such task, files that cannot be used.
     """
+    lone = whole and not (fields.get("train") and fields.get("validation"))
+    if lone and fields.get("name") is None:
+        fields |= {"train": fields.get("train") or fields.get("validation"), "validation": None}
     choice = Choice(**fields)
     if problem := choice.problem():
         field, found, do = problem
@@ -130,10 +138,12 @@ def choose(names: Mapping[str, str] | None = None, **fields: Any) -> AnyTask:
         return _adapted(get(choice.name), choice)
     assert choice.train is not None
     files: dict[str, Any] = {"train": choice.train, "validation": choice.validation, "test": choice.test}
+    if lone and not str(choice.train).startswith(HUB):  # a set of the hub brings its own splits
+        files |= {"train": None, "validation": choice.train}
     task: AnyTask
     if choice.is_images:
         more: dict[str, Any] = {"image": next(iter(choice.text), None), "label": choice.label}
-        task = image_task(**files, **more)
+        task = image_task(**files, **more, label_names=label_names)
     elif choice.is_instruction:
         task = instruction_task(**files, template=choice.template, metrics=_several(choice.metric or ""))
     elif choice.target is not None:
@@ -146,8 +156,8 @@ def choose(names: Mapping[str, str] | None = None, **fields: Any) -> AnyTask:
         task = text_task(**files, **more)
     else:
         assert choice.label is not None
-        regression, metric = choice.regression, choice.metric
-        task = file_task(**files, text=tuple(choice.text), label=choice.label, metric=metric, regression=regression)
+        more = {"metric": choice.metric, "label_kind": choice.label_kind, "label_names": label_names}
+        task = file_task(**files, text=tuple(choice.text), label=choice.label, **more)
     return _adapted(task, choice)
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.tasks import trees
-from ffnkit.tasks.base import Source
-from ffnkit.tasks.files import read
+from ffnkit.tasks.files import in_words, named, read
 from ffnkit.tasks.forms import dialogues, form_of, table_of
 from ffnkit.tasks.locate import data_folder, from_hub
-from ffnkit.tasks.splitting import Splits, Table, check_enough, distinct, divide, size, with_report, without
+from ffnkit.tasks.splitting import Source, Splits, Table, divide, once, size
 
+PROMPT = ("prompt",)
 _DEMO = "alpaca_en_demo.json"
 _DEMO_HUB = ("llamafactory/demo_data",)
 
@@ -46,19 +46,8 @@ class InstructionData:
         """
         asked = f"data of task {self.name}"
         source = self.load(Path(data_dir) if data_dir is not None else None)
-        train, report, notes = _disjoint(source, asked)
-        return divide(
-            train,
-            report,
-            source.extra,
-            asked=asked,
-            what="dialogues",
-            label="prompt",
-            stratify=False,
-            where=source.where,
-            notes=notes,
-            **limits,
-        )
+        source = once(source, PROMPT, "", "prompts")
+        return divide(source, same=PROMPT, asked=asked, what="dialogues", label="prompt", stratify=False, **limits)
 
 
 def names() -> list[str]:
@@ -95,7 +84,7 @@ def get(name: str) -> InstructionData:
 
 
 def file_data(
-    train: str | Path,
+    train: str | Path | None,
     validation: str | Path | None = None,
     *,
     name: str = "files",
@@ -105,7 +94,8 @@ def file_data(
     """Dialogues from JSON-lines, JSON, CSV or parquet files, which are read and checked at once.
 
     Args:
-        train: rows to train on; ``dev`` is carved out of them. Their columns tell the form.
+        train: rows to train on; ``dev`` is carved out of them. None: ``validation`` is reported whole. The columns
+            tell the form.
         validation: rows for the reported figure; by default a tenth of train is carved out, the same for every seed.
         name: the task's name.
         test: further rows to report on.
@@ -114,10 +104,10 @@ def file_data(
     Raises:
         FfnkitError: files that cannot be read, other columns, rows that are no dialogues.
     """
-    files = {"train": train, "validation": validation, "test": test}
-    paths = {key: Path(path) for key, path in files.items() if path is not None}
-    source = _source({key: read(path) for key, path in paths.items()}, ", ".join(f"{k} {p}" for k, p in paths.items()))
-    forms = form_of(list(read(paths["train"])))
+    files = named(train, validation, test, name)
+    tables = {split: read(path) for split, path in files.items()}
+    source = _source(tables, in_words(files))
+    forms = form_of(list(next(iter(tables.values()))))
     return InstructionData(name, source.where, f"{forms} rows", max_new_tokens=max_new_tokens, load=lambda _: source)
 
 
@@ -127,27 +117,8 @@ def _source(tables: dict[str, Table], where: str, notes: tuple[str, ...] = ()) -
     for name, table in tables.items():
         found[name], dropped = dialogues(table, f"{where}, {name}" if len(tables) > 1 else where)
         said += [f"{name}: {dropped} rows without an answer left out"] if dropped else []
-    train, report = found.pop("train"), found.pop("validation", None)
+    train, report = found.pop("train", None), found.pop("report", None)
     return Source(train, report, where, found, tuple(said))
-
-
-def _disjoint(source: Source, asked: str) -> tuple[Table, Table, list[str]]:
-    """Train (a prompt once) and report without a common prompt, with notes."""
-    notes = list(source.notes)
-    train, dropped, _ = distinct(source.train, ("prompt",), "prompt")
-    if dropped:
-        notes.append(f"train: {dropped} dialogues with repeated prompts dropped")
-    reported = {"report": source.report, **source.extra} if source.report else dict(source.extra)
-    for name, table in reported.items():
-        train, dropped = without(train, table, ("prompt",))
-        if dropped:
-            notes.append(f"train: {dropped} dialogues dropped whose prompt is in {name}")
-    check_enough(train, size(source.train), asked, "dialogues")
-    usual = source.report_share
-    parts = with_report(
-        train, source.report, notes, asked=asked, what="dialogues", label="prompt", usual=usual, stratify=False
-    )
-    return *parts, notes
 
 
 def _demo(data_dir: Path | None) -> Source:

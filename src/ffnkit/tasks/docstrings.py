@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ffnkit.errors import FfnkitError
-from ffnkit.tasks.base import Source, Task
-from ffnkit.tasks.splitting import Table, carve, size
+from ffnkit.tasks.base import Task
+from ffnkit.tasks.splitting import Source, Table, carve, size
 
 LIBRARIES = {"numpy": "numpy", "scipy": "scipy", "scikit-learn": "sklearn", "torch": "torch"}
 """Name of the library (the label) -> name of its package."""

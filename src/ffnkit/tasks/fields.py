@@ -11,6 +11,7 @@ from ffnkit.settings import Doc
 
 Kind = Literal["language-modelling", "image-classification", "instruction"]
 Head = Literal["class", "words"]
+LabelKind = Literal["class", "number"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class TaskFields:
     target: Annotated[str | None, Doc("The column of texts to generate.")] = None
     template: Annotated[str | None, Doc("The prompt, with input columns in braces; a chat template.")] = None
     metric: Annotated[str | None, Doc("The main metric; several of text parted by commas.")] = None
-    regression: Annotated[bool | None, Doc("Whether labels are numbers, where they do not say so.")] = None
+    label_kind: Annotated[LabelKind | None, Doc("What labels are, where they do not say so: class, number.")] = None
     kind: Annotated[Kind | None, Doc("For a column of plain text; images; dialogues.")] = None
     stride: Annotated[int | None, Doc("Of the perplexity; half of max_length by default.", at_least=1)] = None
     head: Annotated[Head | None, Doc("words: classify by label words, with a model that writes.")] = None

@@ -6,6 +6,7 @@ stands before that message, in words) and "references" (its text, in a list).
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from ffnkit.errors import FfnkitError
 from ffnkit.tasks import trees
 from ffnkit.tasks.chat import Messages, answered
-from ffnkit.tasks.files import check_columns
+from ffnkit.tasks.files import check_columns, csv_rows, open_arrow
 from ffnkit.tasks.splitting import Table, size
 
 ROLES = ("system", "user", "assistant")
@@ -40,15 +41,20 @@ def columns_at(path: str | Path) -> list[str]:
             import pyarrow.parquet
 
             return list(pyarrow.parquet.read_schema(path).names)
+        if kind in (".arrow", ".feather"):
+            import pyarrow
+
+            with pyarrow.memory_map(str(path)) as source:
+                return list(open_arrow(source).schema.names)
         with path.open(encoding="utf-8-sig") as file:
-            if kind == ".csv":
-                return file.readline().strip().split(",")
+            if kind in (".csv", ".tsv"):
+                return list(next(csv_rows(file, path), []))
             text = file.read() if kind == ".json" else next((line for line in file if line.strip()), "")
         row = (
             json.JSONDecoder().raw_decode(text.lstrip(" \t\r\n["))[0] if kind in (".json", ".jsonl", ".ndjson") else {}
         )
         return list(row) if isinstance(row, dict) else []
-    except (OSError, ValueError):
+    except (OSError, ValueError, csv.Error):
         return []
 
 

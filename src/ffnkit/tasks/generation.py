@@ -125,7 +125,7 @@ class GenerationTask(Writer):
 
 
 def generation_task(
-    train: str | Path,
+    train: str | Path | None,
     validation: str | Path | None = None,
     *,
     inputs: Sequence[str],

@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 from ffnkit.errors import FfnkitError
-from ffnkit.tasks.base import Source
 from ffnkit.tasks.image_files import ARCHIVES, SEPARATOR, STORES, digest, listed
 from ffnkit.tasks.images import ImageTask, task_of
 from ffnkit.tasks.locate import data_folder, from_hub
-from ffnkit.tasks.splitting import Table, size
+from ffnkit.tasks.splitting import Source, Table, size
 
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 NUMBERS = tuple(str(number) for number in range(10))

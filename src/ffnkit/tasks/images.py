@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ffnkit.errors import FfnkitError
-from ffnkit.tasks.base import Source, Task
+from ffnkit.tasks.base import Task
+from ffnkit.tasks.files import in_words, named
 from ffnkit.tasks.image_batches import ImageBatches, check_processor, load_processor, tokens_each
 from ffnkit.tasks.image_files import listed
-from ffnkit.tasks.splitting import Splits, Table, check_enough, distinct, divide, size, with_report, without
+from ffnkit.tasks.labels import decide
+from ffnkit.tasks.splitting import Source, Splits, Table, divide, once
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -43,19 +46,10 @@ class ImageTask(Task):
         """As of :meth:`ffnkit.tasks.base.Task.splits`; no image of ``report`` is in ``train``, or twice in it."""
         asked = f"data of task {self.name}"
         read = self.load(Path(data_dir) if data_dir is not None else None)
-        train, report, notes = _disjoint(read, asked)
-        return divide(
-            train,
-            report,
-            read.extra,
-            asked=asked,
-            what="images",
-            label="label",
-            stratify=True,
-            where=read.where,
-            notes=notes,
-            **limits,
-        ).map(_dataset)
+        read = once(read, _SAME, "label", "images")
+        return divide(read, same=_SAME, asked=asked, what="images", label="label", stratify=True, **limits).map(
+            _dataset
+        )
 
     def encode(self, dataset: Dataset, tokenizer: Any, max_length: int = 128, *, model: Any = None) -> Dataset:
         """``pixel_values``: where each image is, until a batch is made; and ``labels``.
@@ -129,23 +123,26 @@ def task_of(name: str, label_names: tuple[str, ...], source: str, load: Any, **m
 
 
 def image_task(
-    train: str | Path,
+    train: str | Path | None,
     validation: str | Path | None = None,
     *,
     name: str = "images",
     test: str | Path | None = None,
     image: str | None = None,
     label: str | None = None,
+    label_names: Sequence[str] = (),
 ) -> ImageTask:
     """A task from folders or archives with a folder of images for each class, or from an image set of the hub.
 
     Args:
         train: a folder, a .tar (not compressed) or a .zip to train on; "hub:NAME" or "hub:NAME/CONFIG" for a set of the
-            hub (or a folder that ``datasets.load_dataset`` opens), which brings its other splits.
+            hub (or a folder that ``datasets.load_dataset`` opens), which brings its other splits. None: there is
+            nothing to train on, and ``validation`` is reported whole.
         validation: images for the reported figure; by default a tenth of train is carved out, the same for every seed.
         name: the task's name.
         test: further images to report on, in ``Splits.extra``.
         image, label: columns of a set of the hub, where it has several of images or of classes.
+        label_names: the classes of a model that is evaluated; see :func:`ffnkit.tasks.labels.decide`.
 
     Raises:
         FfnkitError: files that cannot be read, no images, a single class, classes that training never shows.
@@ -159,67 +156,23 @@ def image_task(
     if image is not None or label is not None:
         found = f"column {image or label} is named, and images have the class of their folder"
         raise FfnkitError(f"images {train}", found, "Leave the column out")
-    files = {"train": Path(train)}
-    files |= {key: Path(path) for key, path in (("report", validation), ("test", test)) if path is not None}
+    files = named(train, validation, test, name)
     tables, notes = {}, []
     for key, path in files.items():
         tables[key], passed = listed(path)
         notes += [f"{key}: {passed} files passed over that are no images"] if passed else []
-    names = _ordered(tables["train"]["label"], files["train"])
+    first = next(iter(files))  # the training images, where there are some
+    labels = decide(tables[first]["label"], f"images {files[first]}", "the folders", "class", label_names)
     for key, table in tables.items():
-        table["label"] = _ids(table["label"], names, files[key], files["train"])
+        table["label"] = labels.read(table["label"], f"images {files[key]}")
     source = Source(
-        train=tables["train"],
+        train=tables.get("train"),
         report=tables.get("report"),
         extra={"test": tables["test"]} if "test" in tables else {},
-        where=", ".join(f"{key} {path}" for key, path in files.items()),
-        notes=tuple(notes),
+        where=in_words(files),
+        notes=(f"labels: {labels.told}", *notes),
     )
-    told = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-    return task_of(name, names, source.where, lambda _: source, notes=f"classes {told}")
-
-
-def _ordered(labels: list[str], path: Path) -> tuple[str, ...]:
-    """The classes, sorted: numbers by value, names by spelling."""
-    names = sorted(set(labels))
-    if len(names) < 2:
-        found = f"all {len(labels)} images are of the class {names[0]}"
-        raise FfnkitError(f"images {path}", found, "Give a folder for each of two classes or more")
-    return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else names)
-
-
-def _ids(labels: list[str], names: tuple[str, ...], path: Path, train: Path) -> list[int]:
-    ids = {name: index for index, name in enumerate(names)}
-    unknown = [label for label in labels if label not in ids]
-    if unknown:
-        found = f"{len(unknown)} of {len(labels)} images are of a class that {train} lacks, such as {unknown[0]}"
-        raise FfnkitError(f"images {path}", found, f"Use the classes {', '.join(names[:8])}")
-    return [ids[label] for label in labels]
-
-
-def _disjoint(read: Source, asked: str) -> tuple[Table, Table, list[str]]:
-    """Train and report without a common image, with notes."""
-    notes = list(read.notes)
-    train, dropped, conflicts = distinct(read.train, _SAME, "label")
-    if dropped:
-        notes.append(f"train: {dropped} repeated images dropped, {conflicts} of them with another label")
-    reported = {"report": read.report, **read.extra} if read.report else dict(read.extra)
-    for name, table in reported.items():
-        train, dropped = without(train, table, _SAME)
-        if dropped:
-            notes.append(f"train: {dropped} images dropped that are in {name}")
-    check_enough(train, size(read.train), asked, "images")
-    parts = with_report(
-        train,
-        read.report,
-        notes,
-        asked=asked,
-        what="images",
-        label="label",
-        usual=read.report_share,
-        stratify=True,
-    )
-    return *parts, notes
+    return task_of(name, labels.names, source.where, lambda _: source, notes=labels.told)
 
 
 def _dataset(table: Table) -> Dataset:

@@ -139,7 +139,7 @@ class InstructionTask(Writer):
 
 
 def instruction_task(
-    train: str | Path,
+    train: str | Path | None,
     validation: str | Path | None = None,
     *,
     template: str | None = None,

@@ -11,24 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-from ffnkit.tasks.files import check_columns, read
+from ffnkit.tasks.files import check_columns, in_words, named, read
 from ffnkit.tasks.locate import data_folder, from_hub
-from ffnkit.tasks.splitting import Splits, Table, check_enough, divide, size, with_report, without
+from ffnkit.tasks.splitting import Source, Splits, divide, once, size
 
+TEXT = ("text",)
 # A title stands between blank lines; formulas of the form "= ... =" do not.
 _TITLE = re.compile(r"(?:(?<=\n)|\A)(?:[ \t]*\n|\A)[ \t]*= (?!=)[^\n]*[^=\s][ \t]*=[ \t]*(?=\n[ \t]*(?:\n|\Z)|\Z)")
 _BLANK = re.compile(r"\n[ \t]*(?:\n[ \t]*)+")
-
-
-@dataclass(frozen=True)
-class TextSource:
-    """Texts as read: ``report`` is None where it is to be carved out of train."""
-
-    train: list[str]
-    report: list[str] | None
-    where: str
-    extra: Mapping[str, list[str]] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,25 +39,14 @@ class LanguageData:
     notes: str = ""
     hub: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ("perplexity",)
-    load: Callable[[Path | None], TextSource] = field(repr=False, compare=False, kw_only=True)
+    load: Callable[[Path | None], Source] = field(repr=False, compare=False, kw_only=True)
 
     def splits(self, data_dir: str | Path | None = None, **limits: Any) -> Splits[list[str]]:
         """Reads the texts and splits them; arguments and errors as of :meth:`ffnkit.tasks.base.Task.splits`."""
         asked = f"data of task {self.name}"
         source = self.load(Path(data_dir) if data_dir is not None else None)
-        train, report, notes = _disjoint(source, asked)
-        tables = divide(
-            train,
-            report,
-            {name: _table(several) for name, several in source.extra.items()},
-            asked=asked,
-            what="texts",
-            label="text",
-            stratify=False,
-            where=source.where,
-            notes=notes,
-            **limits,
-        )
+        source = once(source, TEXT, "", "texts")
+        tables = divide(source, same=TEXT, asked=asked, what="texts", label="text", stratify=False, **limits)
         return tables.map(lambda table: table["text"])
 
 
@@ -89,7 +68,7 @@ def get(name: str) -> LanguageData:
 
 
 def file_data(
-    train: str | Path,
+    train: str | Path | None,
     validation: str | Path | None = None,
     *,
     column: str = "text",
@@ -99,7 +78,7 @@ def file_data(
     """Texts from .txt, CSV, JSON-lines, JSON or parquet files, which are read and checked at once.
 
     Args:
-        train: texts to train on; ``dev`` is carved out of them.
+        train: texts to train on; ``dev`` is carved out of them. None: ``validation`` is reported whole.
         validation: texts for the reported figure; by default a tenth of train is carved out, the same for every seed.
         column: the column of the text; a .txt file has none.
         name: the task's name.
@@ -108,15 +87,8 @@ def file_data(
     Raises:
         FfnkitError: files that cannot be read, no such column, rows that are no text.
     """
-    files = {"train": Path(train)}
-    files |= {key: Path(path) for key, path in (("report", validation), ("test", test)) if path is not None}
-    texts = {key: read_texts(path, column) for key, path in files.items()}
-    source = TextSource(
-        train=texts["train"],
-        report=texts.get("report"),
-        where=", ".join(f"{key} {path}" for key, path in files.items()),
-        extra={"test": texts["test"]} if "test" in texts else {},
-    )
+    files = named(train, validation, test, name)
+    source = source_of({split: read_texts(path, column) for split, path in files.items()}, in_words(files))
     return LanguageData(name, source=source.where, notes="text files", load=lambda _: source)
 
 
@@ -162,29 +134,14 @@ def documents(text: str) -> list[str]:
     return [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
 
 
-def _table(texts: list[str]) -> Table:
-    return {"text": list(texts)}
+def source_of(texts: Mapping[str, list[str]], where: str, notes: tuple[str, ...] = ()) -> Source:
+    """Texts of the splits "train", "report" and "test", those that there are."""
+    tables = {split: {"text": list(each)} for split, each in texts.items()}
+    extra = {"test": tables["test"]} if "test" in tables else {}
+    return Source(tables.get("train"), tables.get("report"), where, extra, notes)
 
 
-def _disjoint(source: TextSource, asked: str) -> tuple[Table, Table, list[str]]:
-    """Train (a text once) and report without a common text, with notes."""
-    notes = list(source.notes)
-    once = {" ".join(text.split()): text for text in reversed(source.train)}
-    train = _table(list(reversed(once.values())))
-    if size(train) < len(source.train):
-        notes.append(f"train: {len(source.train) - size(train)} repeated texts dropped")
-    reported = {"report": source.report, **source.extra} if source.report else dict(source.extra)
-    for name, texts in reported.items():
-        train, dropped = without(train, _table(texts), ("text",))
-        if dropped:
-            notes.append(f"train: {dropped} texts dropped that are in {name}")
-    check_enough(train, len(source.train), asked, "texts")
-    report = _table(source.report) if source.report else None
-    parts = with_report(train, report, notes, asked=asked, what="texts", label="text", usual=0.1, stratify=False)
-    return *parts, notes
-
-
-def _load(name: str, hub: tuple[str, ...], end: str, data_dir: Path | None) -> TextSource:
+def _load(name: str, hub: tuple[str, ...], end: str, data_dir: Path | None) -> Source:
     """Train, validation and test of a data folder (``end`` is the kind of its files) or of the hub."""
     wanted = [f"{split}{end}" for split in (("validation", "test") if end == ".txt" else ("train", "validation"))]
     folder = data_folder(name, data_dir, wanted)
@@ -201,12 +158,12 @@ def _load(name: str, hub: tuple[str, ...], end: str, data_dir: Path | None) -> T
     if "validation" not in texts:
         raise FfnkitError(f"data of task {name}", f"{where} has no validation{end}", "Put the official one there")
     if "train" in texts:
-        extra = {"test": texts["test"]} if "test" in texts else {}
-        return TextSource(texts["train"], texts["validation"], where, extra)
+        named_so = {"train": texts["train"], "report": texts["validation"]}
+        return source_of({**named_so, **({"test": texts["test"]} if "test" in texts else {})}, where)
     note = "there is no train split: train and dev are carved out of validation"
     if "test" in texts:
-        return TextSource(texts["validation"], texts["test"], where, notes=(f"{note}, report is test",))
-    return TextSource(texts["validation"], None, where, notes=(f"{note}, report too",))
+        return source_of({"train": texts["validation"], "report": texts["test"]}, where, (f"{note}, report is test",))
+    return source_of({"train": texts["validation"]}, where, (f"{note}, report too",))
 
 
 def _data(name: str, hub: tuple[str, ...], end: str, notes: str) -> LanguageData:

@@ -112,7 +112,7 @@ class LanguageTask(Writer):
 
 
 def text_task(
-    train: str | Path,
+    train: str | Path | None,
     validation: str | Path | None = None,
     *,
     column: str = "text",

@@ -99,7 +99,8 @@ def set_padding(model: Any, tokenizer: Any, name: str) -> None:
     if tokenizer is not None:
         if len(tokenizer) > vocabulary:
             found = f"the tokenizer knows {len(tokenizer)} tokens and the model {vocabulary}"
-            raise FfnkitError(f"model {name}", found, "Use the model's own tokenizer")
+            do = "Use the model's own tokenizer; where tokens were added to it, resize the model's embeddings"
+            raise FfnkitError(f"model {name}", found, do)
         pad = tokenizer.pad_token_id
     else:
         pad = next((each for each in (config.pad_token_id, config.eos_token_id) if each is not None), None)

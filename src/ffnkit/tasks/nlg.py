@@ -12,13 +12,12 @@ DART: Open-Domain Structured Data Record to Text Generation, NAACL 2021.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-from ffnkit.tasks.base import Source
-from ffnkit.tasks.splitting import Splits, Table, check_enough, divide, size, take, texts, with_report, without
+from ffnkit.tasks.splitting import Source, Splits, Table, divide, size, take, texts
 
 PROMPT = ("prompt",)
 
@@ -61,19 +60,11 @@ class TextData:
         """
         asked = f"data of task {self.name}"
         read = self.load(Path(data_dir) if data_dir is not None else None)
-        train, report, notes = _disjoint(read, asked)
-        return divide(
-            train,
-            report,
-            read.extra,
-            asked=asked,
-            what="prompts",
-            label="prompt",
-            stratify=False,
-            where=read.where,
-            notes=notes,
-            **limits,
-        )
+        if read.train is not None:
+            train, joined = merged(read.train)
+            note = (f"train: {joined} rows joined to earlier ones with the same prompt",) if joined else ()
+            read = replace(read, train=train, notes=(*read.notes, *note))
+        return divide(read, same=PROMPT, asked=asked, what="prompts", label="prompt", stratify=False, **limits)
 
 
 def names() -> list[str]:
@@ -101,7 +92,7 @@ def _known() -> dict[str, TextData]:
 
 
 def file_data(
-    train: str | Path,
+    train: str | Path | None,
     validation: str | Path | None = None,
     *,
     inputs: Sequence[str],
@@ -115,7 +106,7 @@ def file_data(
     """Prompts and targets from CSV, JSON-lines, JSON or parquet files, which are read and checked at once.
 
     Args:
-        train: rows to train on; ``dev`` is carved out of them.
+        train: rows to train on; ``dev`` is carved out of them. None: ``validation`` is reported whole.
         validation: rows for the reported figure; by default a tenth of train is carved out, the same for every seed.
         inputs: the input columns; "a.b" is key b of the objects in column a.
         target: the target's column: a string, or a list of strings for many right answers.
@@ -182,22 +173,3 @@ def add_special_tokens(tokenizer: Any, tokens: Sequence[str]) -> int:
     known = tokenizer.get_vocab()
     new = [AddedToken(token, lstrip=True, special=True, normalized=False) for token in tokens if token not in known]
     return int(tokenizer.add_tokens(new, special_tokens=True)) if new else 0
-
-
-def _disjoint(read: Source, asked: str) -> tuple[Table, Table, list[str]]:
-    """Train (a prompt once) and report without a common prompt, with notes."""
-    notes = list(read.notes)
-    train, joined = merged(read.train)
-    if joined:
-        notes.append(f"train: {joined} rows joined to earlier ones with the same prompt")
-    reported = {"report": read.report, **read.extra} if read.report else dict(read.extra)
-    for name, table in reported.items():
-        train, dropped = without(train, table, PROMPT)
-        if dropped:
-            notes.append(f"train: {dropped} prompts dropped that are in {name}")
-    check_enough(train, size(read.train), asked, "prompts")
-    usual = read.report_share
-    parts = with_report(
-        train, read.report, notes, asked=asked, what="prompts", label="prompt", usual=usual, stratify=False
-    )
-    return *parts, notes

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-from ffnkit.tasks.base import Source
-from ffnkit.tasks.files import check_columns, read
-from ffnkit.tasks.splitting import Table
+from ffnkit.tasks.files import check_columns, in_words, named, read
+from ffnkit.tasks.splitting import Source, Table
 
 
 def read_own(
-    train: str | Path,
+    train: str | Path | None,
     validation: str | Path | None,
     test: str | Path | None,
     *,
@@ -29,14 +28,13 @@ def read_own(
         found = f"inputs {', '.join(inputs) or 'none'} and target {target}"
         raise FfnkitError(f"task {name}", found, "Name one or more input columns, and another for the target")
     parts = _parts(template, inputs) if template is not None else _default(inputs, target)
-    files = {"train": Path(train)}
-    files |= {key: Path(path) for key, path in (("report", validation), ("test", test)) if path is not None}
+    files = named(train, validation, test, name)
     tables = {key: _table(path, inputs, target, parts) for key, path in files.items()}
     source = Source(
-        train=tables["train"],
+        train=tables.get("train"),
         report=tables.get("report"),
         extra={"test": tables["test"]} if "test" in tables else {},
-        where=", ".join(f"{key} {path}" for key, path in files.items()),
+        where=in_words(files),
     )
     return source, "".join(text + (f"{{{column}}}" if column else "") for text, column in parts)
 

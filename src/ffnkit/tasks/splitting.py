@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -47,6 +47,27 @@ class Splits(Generic[Rows]):
         extra = {name: function(rows) for name, rows in self.extra.items()}
         train, dev, report = (function(rows) for rows in (self.train, self.dev, self.report))
         return Splits(train, dev, report, extra, self.source, self.notes)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows as read and checked: labels are class ids or floats.
+
+    Attributes:
+        train: rows to train on; None where there is nothing but rows to report on.
+        report: rows for the reported figure; None where they are to be carved out of train.
+        extra: further labelled rows by name ("mismatched", "test"), to be reported beside.
+        where: where the rows come from, in words.
+        notes: what a reader of the figures must know.
+        report_share: the share of train carved out where ``report`` is None.
+    """
+
+    train: Table | None
+    report: Table | None
+    where: str
+    extra: Mapping[str, Table] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    report_share: float = 0.1
 
 
 def size(table: Table) -> int:
@@ -145,71 +166,89 @@ def subsample(table: Table, limit: int | None, seed: int, asked: str) -> Table:
     return take(table, np.sort(np.random.default_rng(seed).permutation(size(table))[:limit]))
 
 
-def check_enough(train: Table, rows: int, asked: str, what: str) -> None:
-    """Raises FfnkitError where fewer than 4 of ``rows`` training rows are left once repeated ones are dropped."""
-    if size(train) < 4:
-        found = f"{size(train)} training {what} are left of {rows}"
-        raise FfnkitError(asked, found, f"Give more {what}, and a validation file that is not the training file")
+def once(read: Source, same: Sequence[str], label: str, what: str) -> Source:
+    """The rows with every text in train once, the first row of each; noted, with the rows whose label was another.
 
-
-def with_report(
-    train: Table,
-    report: Table | None,
-    notes: list[str],
-    *,
-    asked: str,
-    what: str,
-    label: str,
-    usual: float,
-    stratify: bool,
-) -> tuple[Table, Table]:
-    """Train and report; where there is none it is carved out of train, the same for every seed, and noted."""
-    if report:
-        return train, report
-    count = share(size(train), None, f"{asked}: report split", usual=usual, most=5000)
-    notes.append(f"report: {count} {what} carved out of train with seed 0")
-    return carve(train, label, count, 0, stratify)
+    Args:
+        same: the columns by which rows are the same. label: a column to compare; "" for none.
+    """
+    if read.train is None:
+        return read
+    train, dropped, conflicts = distinct(read.train, same, label or same[0])
+    other = f", {conflicts} of them with another label" if label else ""
+    note = (f"train: {dropped} repeated {what} dropped{other}",) if dropped else ()
+    return replace(read, train=train, notes=(*read.notes, *note))
 
 
 def divide(
-    train: Table,
-    report: Table,
-    extra: Mapping[str, Table],
+    read: Source,
     *,
+    same: Sequence[str],
     asked: str,
     what: str,
     label: str,
     stratify: bool,
-    where: str,
-    notes: Sequence[str],
     seed: int = 0,
     dev: int | float | None = None,
     train_limit: int | None = None,
     dev_limit: int | None = None,
     report_limit: int | None = None,
 ) -> Splits[Table]:
-    """``dev`` carved out of train, and every part cut to its limit; what was done is noted and logged.
+    """The splits of rows: none of the reported ones in train, ``dev`` carved out of it, and each cut to its limit.
+
+    Where there is nothing to train on, ``train`` and ``dev`` are empty and every row is reported. What was done is
+    noted and logged.
 
     Args:
+        read: every text in ``train`` once (:func:`once`).
+        same: the columns by which rows are the same.
         asked: for error messages. what: what the rows are called ("rows", "prompts", "texts").
         label: a column of the table, and whether its classes keep their proportions (``stratify``).
         seed, dev, train_limit, dev_limit, report_limit: as of :meth:`ffnkit.tasks.base.Task.splits`.
 
     Raises:
-        FfnkitError: a share or a limit that leaves nothing.
+        FfnkitError: too few rows, a share or a limit that leaves nothing.
     """
-    said = list(notes)
-    count = share(size(train), dev, f"{asked}: dev split")
-    rest, carved = carve(train, label, count, seed, stratify)
-    said.append(f"dev: {size(carved)} {what} carved out of train with seed {seed}")
-    limits = {"train": (rest, train_limit), "dev": (carved, dev_limit), "report": (report, report_limit)}
-    limits |= {name: (table, report_limit) for name, table in extra.items()}
-    parts: dict[str, Table] = {}
-    for name, (table, limit) in limits.items():
-        parts[name] = subsample(table, limit, seed, f"{asked}: limit of {name}")
-        if size(parts[name]) < size(table):
-            said.append(f"{name}: {size(parts[name])} of {size(table)} {what} drawn with seed {seed}")
+    said = list(read.notes)
+    if read.train is None:
+        assert read.report is not None
+        none = take(read.report, ())
+        parts = {"train": (none, None), "dev": (none, None), "report": (read.report, report_limit)}
+    else:
+        train, report = _apart(read, same, said, asked, what, label, stratify)
+        count = share(size(train), dev, f"{asked}: dev split")
+        rest, carved = carve(train, label, count, seed, stratify)
+        said.append(f"dev: {size(carved)} {what} carved out of train with seed {seed}")
+        parts = {"train": (rest, train_limit), "dev": (carved, dev_limit), "report": (report, report_limit)}
+    cut: dict[str, Table] = {}
+    for name, (table, limit) in {
+        **parts,
+        **{name: (table, report_limit) for name, table in read.extra.items()},
+    }.items():
+        cut[name] = subsample(table, limit, seed, f"{asked}: limit of {name}")
+        if size(cut[name]) < size(table):
+            said.append(f"{name}: {size(cut[name])} of {size(table)} {what} drawn with seed {seed}")
     for note in said:
         logger.info("%s: %s", asked, note)
-    first, second, third = (parts.pop(name) for name in ("train", "dev", "report"))
-    return Splits(first, second, third, parts, where, tuple(said))
+    first, second, third = (cut.pop(name) for name in ("train", "dev", "report"))
+    return Splits(first, second, third, cut, read.where, tuple(said))
+
+
+def _apart(
+    read: Source, same: Sequence[str], said: list[str], asked: str, what: str, label: str, stratify: bool
+) -> tuple[Table, Table]:
+    """Train without what is reported; without a report it is carved out of train, the same for every seed."""
+    assert read.train is not None
+    train = read.train
+    for name, table in {"report": read.report, **read.extra}.items():
+        train, dropped = without(train, table, same) if table else (train, 0)
+        if dropped:
+            said.append(f"train: {dropped} {what} dropped that are in {name}")
+    if size(train) < 4:
+        found = f"{size(train)} training {what} are left of {size(read.train)}"
+        raise FfnkitError(asked, found, f"Give more {what}, and a validation file that is not the training file")
+    if read.report:
+        return train, read.report
+    count = share(size(train), None, f"{asked}: report split", usual=read.report_share, most=5000)
+    said.append(f"report: {count} {what} carved out of train with seed 0")
+    return carve(train, label, count, 0, stratify)

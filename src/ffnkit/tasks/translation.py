@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-from ffnkit.tasks.base import Source
 from ffnkit.tasks.files import check_columns, read
 from ffnkit.tasks.locate import data_folder, from_hub
 from ffnkit.tasks.nlg import TextData
-from ffnkit.tasks.splitting import Table, size
+from ffnkit.tasks.splitting import Source, Table, size
 
 LANGUAGES = {"en": "English", "de": "German"}
 HUB = ("bentrevett/multi30k",)

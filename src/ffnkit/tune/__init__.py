@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ffnkit.tune import tuners as tuners
     from ffnkit.tune.adapters import load_adapter as load_adapter
     from ffnkit.tune.calibration import calibration_batches as calibration_batches
     from ffnkit.tune.calibration import drawn_batches as drawn_batches
@@ -61,12 +62,14 @@ _HOMES = {
     "get": "tuners",
     "trainable_parameters": "tuners",
 }
-__all__ = sorted(_HOMES)
+__all__ = sorted([*_HOMES, "tuners"])
 
 
 if not TYPE_CHECKING:  # a type checker would take any name for one of ours
 
     def __getattr__(name: str) -> Any:
+        if name == "tuners":  # a module of its own: prepare and finish are found there
+            return importlib.import_module(f"{__name__}.{name}")
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

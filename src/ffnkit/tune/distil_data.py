@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,17 +20,15 @@ class Data:
     """Examples batched in a seeded order, or ready batches in their own.
 
     Args:
-        data: examples by index, where ``collate`` is given; else an iterable of batches that can be iterated again.
+        data: examples by index, where ``collate`` is given; else an iterable of batches; of a generator they are held.
         collate: makes a batch of a list of examples.
         batch_size: examples a batch.
         seed: order of the examples; with ready batches, of a DataLoader that shuffles.
     """
 
     def __init__(self, data: Any, collate: Collate | None, batch_size: int, seed: int) -> None:
-        self.data, self.collate, self.batch_size, self.seed = data, collate, batch_size, seed
-        if isinstance(data, Iterator):
-            do = "Give a list of batches or a DataLoader"
-            raise FfnkitError("distillation data", "an iterator, which can be gone through once only", do)
+        self.data: Any = data if not isinstance(data, Iterator) else list(data) if collate else _Replayed(data)
+        self.collate, self.batch_size, self.seed = collate, batch_size, seed
 
     def steps(self, epochs: float) -> int:
         """Steps of so many passes. Raises FfnkitError where the data have no length, or a length of zero."""
@@ -80,6 +79,31 @@ class Data:
         yield partial(_same, first)
         for batch in iterator:
             yield partial(_same, batch)
+
+
+class _Replayed:
+    """What an iterator gives, held as it is asked for, so that it can be gone through again."""
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self.source = source
+        self.held: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        place = 0
+        while place < len(self.held) or self._more():
+            yield self.held[place]
+            place += 1
+
+    def __len__(self) -> int:
+        """All of them; the iterator must come to an end."""
+        while self._more():
+            pass
+        return len(self.held)
+
+    def _more(self) -> bool:
+        before = len(self.held)
+        self.held.extend(islice(self.source, 1))
+        return len(self.held) > before
 
 
 def _same(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

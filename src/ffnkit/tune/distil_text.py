@@ -76,9 +76,9 @@ def _blocks(texts: list[str], tokenizer: Any, model: nn.Module, max_length: int)
     from datasets import Dataset
 
     from ffnkit.tasks import LanguageTask
-    from ffnkit.tasks.language import LanguageData, TextSource
+    from ffnkit.tasks.language import LanguageData, source_of
 
-    task = LanguageTask(LanguageData("text", load=lambda _: TextSource(texts, None, "memory")))
+    task = LanguageTask(LanguageData("text", load=lambda _: source_of({"train": texts}, "memory")))
     blocks = task.encode(Dataset.from_dict({"text": texts}), tokenizer, max_length, model=model)
     return blocks, task.collator(tokenizer, model)
 

@@ -87,7 +87,7 @@ def distil(
         teacher: the uncompressed model, taken before compression or tuned since; unchanged. Where answers count, its
             head must be trained.
         data: with ``collate`` a dataset of encoded examples, batched here in an order drawn from ``seed``; without it
-            an iterable of ready batches that can be gone through again (a DataLoader, a list). Plain texts: see
+            an iterable of ready batches (a DataLoader, a list; what a generator gives is held). Plain texts: see
             :func:`ffnkit.tune.text_examples`.
         names: names of the FFNs to train; None: those whose width or weights differ from the teacher's.
 

@@ -115,7 +115,10 @@ class Loop(Trainer):
         absent = set(load_result.missing_keys)
         named = dict(self.model.named_parameters(remove_duplicate=False))  # type: ignore[union-attr]
         there = {id(p) for name, p in named.items() if name not in absent}
-        lost = sorted(name for name in absent if name in named and id(named[name]) not in there)
+        computed = set(
+            getattr(self.model, "_keys_to_ignore_on_save", None) or ()
+        )  # Marian's positions: no file has them
+        lost = sorted(name for name in absent - computed if name in named and id(named[name]) not in there)
         if lost or load_result.unexpected_keys:
             found = f"the names of its weights do not match ({(lost or load_result.unexpected_keys)[0]})"
             raise FfnkitError("resuming from a checkpoint", found, "Give the model that was trained, or another folder")

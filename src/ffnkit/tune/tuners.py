@@ -7,7 +7,7 @@ mixture of experts train (``ffnkit.model.experts`` finds them).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import ValidationError
@@ -50,13 +50,21 @@ def get(tuner: str | Mapping[str, Any] | Tuner) -> Tuner:
         raise FfnkitError(f"tuner {name}: {field}", first["msg"], f"Its settings: {known}") from None
 
 
-def prepare(model: nn.Module, tuner: str | Mapping[str, Any] | Tuner = "full") -> nn.Module:
+def prepare(
+    model: nn.Module,
+    tuner: str | Mapping[str, Any] | Tuner = "full",
+    data: Iterable[Mapping[str, Any]] | None = None,
+) -> nn.Module:
     """Set what trains; the model to train comes back (with "lora" a peft model around ``model``).
 
     A tuner that was prepared on the model and never finished is undone first; where preparing fails the model is as it
     was before (:class:`Tuner`).
+
+    Args:
+        data: batches with labels for ``model(**batch)``, for tuners that read gradients ("sparsegrad", "dsee" by some
+            of its supports, "combined" with them).
     """
-    return get(tuner).prepare(model)
+    return get(tuner).prepare(model, data)
 
 
 def finish(model: nn.Module, tuner: str | Mapping[str, Any] | Tuner | None = None, *, merge: bool = True) -> nn.Module:
