@@ -122,7 +122,8 @@ def load_any(name_or_dir: str, **kwargs: Any) -> PreTrainedModel:
     if config is None:
         told = {key: kwargs[key] for key in (*HUB, "architectures") if key in kwargs}
         config = read_config(name_or_dir, **told)
-    return load_pretrained(architecture_class(config, name_or_dir, **kwargs), name_or_dir, **kwargs)
+    cls = architecture_class(config, name_or_dir, **{key: kwargs[key] for key in HUB if key in kwargs})
+    return load_pretrained(cls, name_or_dir, **kwargs)
 
 
 def empty_model(name_or_dir: str) -> PreTrainedModel:
