@@ -247,6 +247,16 @@ def test_what_a_checkpoint_lacks_is_refused_by_name(change: str, compact: bool, 
     load_with_info(transformers.AutoModelForMaskedLM, tmp_path / "whole")  # the control: a new head is none
 
 
+def test_a_body_may_lack_its_pooler_and_a_classifier_may_not(tmp_path: Path) -> None:
+    config = FAMILIES["bert"].config()
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "body")
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "whole")
+    lost = damaged(tmp_path / "whole", tmp_path / "lost", lambda t: t.pop("bert.pooler.dense.weight"))
+    assert type(fk.load(tmp_path / "body")).__name__ == "BertModel"
+    with pytest.raises(FfnkitError, match=r"its files lack bert\.pooler\.dense\.weight"):
+        fk.load(lost)
+
+
 @pytest.mark.parametrize(
     ("saved", "opened", "new"),
     [

@@ -51,7 +51,8 @@ def _and(more: int) -> str:
 def _newness(model: Any, architectures: list[str]) -> Callable[[str], bool]:
     """Tells of a tensor of ``model`` whether the class that the checkpoint was saved from has nothing in its place."""
     if type(model).__name__ in architectures:
-        return lambda key: False
+        # a body may have been saved without its pooler, which no output before it hangs on
+        return lambda key: model.base_model is model and key.partition(".")[0] == "pooler"
     names = _tensors(model, architectures)
     if names is None:
         return lambda key: is_head(model, key) or "pooler" in key.split(".")
