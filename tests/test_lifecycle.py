@@ -254,9 +254,9 @@ def test_finishing_can_be_done_again(
 
 @pytest.mark.parametrize("tuner", ["lora", "sparsegrad", "dsee"])
 def test_finishing_where_nothing_can_be_written(tuner: str, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("no folder")
     given = EVERY[tuner] | {"adapter_dir": tmp_path / "file" / "adapter"}
     tuned = tuners.prepare(case_of("bert").model(), given)
+    (tmp_path / "file").write_text("no folder")
     with pytest.raises((FfnkitError, OSError)):
         tuners.finish(tuned, given)
     (tmp_path / "file").unlink()
