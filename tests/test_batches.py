@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from families import ENCODER, FAMILIES
+from methods import slow_but
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding
@@ -76,7 +77,9 @@ def _same(one: Plan, two: Plan) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", slow_but({"importance", "calibrated", "merging", "layer-drop", "heads", "sparsegrad"}, METHODS)
+)
 def test_every_form_of_data_gives_the_same_plan(name: str) -> None:
     model, method = _model(), METHODS[name]
     batches = _batches(model)

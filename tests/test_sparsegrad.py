@@ -568,7 +568,9 @@ def test_what_does_not_fit_is_refused() -> None:
         fk.plan(model, fk.Fusion(width=0.5))
 
 
-@pytest.mark.parametrize("kind", ["checkpointing", "autocast", "compile", "scaler"])
+@pytest.mark.parametrize(
+    "kind", ["checkpointing", "autocast", pytest.param("compile", marks=pytest.mark.slow), "scaler"]
+)
 def test_what_trainers_do_works(kind: str) -> None:
     family = FAMILIES["bert"]
     if kind == "compile":  # each layer takes seconds, and is compiled like the first
