@@ -147,7 +147,7 @@ def test_labels_of_a_regression_come_in_the_models_dtype(dtype: torch.dtype) -> 
 def test_each_modules_own_mode_comes_back_whatever_happens() -> None:
     model = _model().train()
     frozen = next(module for module in model.modules() if isinstance(module, nn.LayerNorm)).eval()
-    with pytest.raises(IndexError):
+    with pytest.raises(FfnkitError, match="token 10000"):
         run(model, [{"input_ids": torch.full((1, 3), 10_000)}])
     assert [module for module in model.modules() if not module.training] == [frozen]
     with pytest.raises(KeyError), evaluating(model):

@@ -315,8 +315,7 @@ def stopped(tuner: Any, stop: str, error: BaseException, out: Path, patch: pytes
     return model
 
 
-@pytest.mark.parametrize("stop", list(STOPS))
-@pytest.mark.parametrize("tuner", ["head", "lora", "sparsegrad", "meprop of outputs", "full"])
+@pytest.mark.parametrize(("tuner", "stop"), crossed(["head", "lora", "sparsegrad", "meprop of outputs", "full"], STOPS))
 def test_a_run_that_stops_leaves_a_plain_model(
     tuner: str, stop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
