@@ -67,7 +67,7 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
     Raises:
         FfnkitError: a pair without "=", a name given twice, or a value that is no YAML.
     """
-    import yaml
+    from ffnkit.io.yaml_text import read_yaml
 
     found: dict[str, Any] = {}
     for pair in pairs:
@@ -77,10 +77,7 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
             raise FfnkitError(f"--set {pair}", "no name=value", "Write it as --set width=0.25")
         if name in found:
             raise FfnkitError(f"--set {pair}", f"{name} is set twice", "Give each setting once")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise FfnkitError(f"--set {pair}", "the value cannot be read", "Quote it as in YAML") from None
+        value = read_yaml(text, f"--set {pair}")
         # YAML 1.1 reads 2e-4 as text, for want of a dot.
         found[name] = number(value) if isinstance(value, str) else value
     return found
