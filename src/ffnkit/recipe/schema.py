@@ -22,7 +22,7 @@ from ffnkit.recipe.settings import (
     widened,
 )
 from ffnkit.settings import settings_of
-from ffnkit.settings.checked import in_words
+from ffnkit.settings.words import in_words
 from ffnkit.tasks.fields import Head, Kind, LabelKind, TaskFields
 from ffnkit.tasks.settings import GenerationSettings
 from ffnkit.tune.settings import CalibrationSettings, DistilSettings, TrainSettings

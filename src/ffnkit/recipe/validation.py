@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe.settings import method_fields, tuner_fields
-from ffnkit.settings.checked import in_words
+from ffnkit.settings.words import in_words
 
 ROOM = 560  # characters for what is wrong beside the first; a part of a line has 600
 _MISSING = {"missing"}
@@ -28,13 +28,12 @@ def near(word: object, known: Iterable[str]) -> str:
 
 def explain(error: ValidationError, data: dict[str, Any], where: str) -> FfnkitError:
     """The errors as one line: the first in full, then the others, as many as fit."""
-    lines: list[tuple[str, str, str]] = []
+    lines: dict[str, tuple[str, str, str]] = {}  # one a field: unions report every branch
     # A misspelt field is also a missing one: the misspelling says more.
     for item in sorted(error.errors(include_url=False), key=lambda item: item["type"] in _MISSING):
         line = _line(item, data)
-        if not any(line[0] == other[0] for other in lines):  # one a field: unions report every branch
-            lines.append(line)
-    (path, found, do), *others = lines
+        lines.setdefault(line[0], line)
+    (path, found, do), *others = lines.values()
     for number, (other, what, _) in enumerate(others):
         more = f". Also {other}: {what}"
         if len(do) + len(more) > ROOM:

@@ -107,8 +107,9 @@ class Setting:
         if value is None and self.optional or Any in kinds:
             return
         if {int, float} <= set(kinds):
-            if isinstance(value, bool | str) or (isinstance(value, float) and not math.isfinite(value)):
-                raise FfnkitError(asked, "it is no finite number", f"Give a count, or a share such as {self.name}=0.5")
+            text = isinstance(value, str) and not self._of_type(value)
+            if text or isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+                raise FfnkitError(asked, "it is no number", f"Give a count, or a share such as {self.name}=0.5")
             return
         if self.doc.choices:
             listed = isinstance(value, Sequence) and not isinstance(value, str)

@@ -1,9 +1,8 @@
-"""Settings that pydantic checks, and what it finds in a user's words."""
+"""Settings that pydantic checks."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
@@ -36,12 +35,3 @@ def _leaves(annotation: Any) -> Iterator[Any]:
 def _scalars(value: Any) -> Iterator[Any]:
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else None
     yield from (value,) if parts is None else (each for part in parts for each in _scalars(part))
-
-
-def in_words(message: str) -> str:
-    """A message of pydantic in words that name no type of Python's: "should be a whole number"."""
-    message = message.removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")[0]
-    message = message.replace("a valid tuple", "a list").replace("a valid integer", "a whole number")
-    message = re.sub(r"a valid (dictionary|mapping)( or (an )?instance of \w+)?", "fields with values", message)
-    message = message.replace("a valid boolean", "true or false").replace("a valid string", "text")
-    return message.replace("a valid number", "a number").replace("Field required", "is missing")
