@@ -144,7 +144,7 @@ def _complaint(
 ) -> FfnkitError:
     """The line for the first setting that is wrong, as it was typed; the others after it."""
     errors = error.errors(include_url=False) if hasattr(error, "errors") else []
-    named = [(str(item["loc"][0]), in_words(item["msg"])) for item in errors if item["loc"]]
+    named = [(str(item["loc"][0]), _found(item)) for item in errors if item["loc"]]
     if not named:
         found = in_words(errors[0]["msg"] if errors else " ".join(str(error).split())).rstrip(".")
         return FfnkitError(owner, _in_options(found, flags), "Change one of them")
@@ -152,9 +152,16 @@ def _complaint(
     asked = {each: f"{flags[each]} " if each in flags else f"{option} {each}=" for each in first}
     (name, found), *others = first.items()
     info = known.get(name, {})
-    meaning = f"It is {info['help'].rstrip('.')}; {default(info)} by default" if info.get("help") else "Change it"
-    more = "".join(f". Also {asked[each]}{shown(settings[each])}: {what}" for each, what in others)
-    return FfnkitError(f"{asked[name]}{shown(settings[name])}", found, meaning + more)
+    about = str(info.get("help") or "change it").rstrip(".")
+    meaning = f"{about[:1].upper()}{about[1:]}; the default is {default(info)}"
+    more = "".join(f". Also {asked[each]}{shown(settings.get(each))}: {what}" for each, what in others)
+    return FfnkitError(f"{asked[name]}{shown(settings.get(name))}", found, meaning + more)
+
+
+def _found(item: Mapping[str, Any]) -> str:
+    """What is wrong with a setting, or with a part of it."""
+    inner = [f"number {part + 1}" if isinstance(part, int) else str(part) for part in item["loc"][1:]]
+    return " ".join(["of it", *inner, in_words(item["msg"])] if inner else [in_words(item["msg"])])
 
 
 @contextmanager
@@ -170,8 +177,10 @@ def typed(flags: Mapping[str, str]) -> Iterator[None]:
 
 
 def _in_options(text: str, flags: Mapping[str, str]) -> str:
+    """With options for the names that they stand for: where these begin it, or can be no word of English."""
     for name, flag in flags.items():
-        text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", flag, text)
+        start = "(?<![\\w-])" if "_" in name else "^"
+        text = re.sub(rf"{start}{re.escape(name)}(?![\w-])", flag, text)
     return text
 
 

@@ -70,7 +70,10 @@ def renamed(words: list[str]) -> list[str]:
 
 
 def report(error: BaseException, debug: bool) -> int:
-    """Print the one line for ``error`` on stderr and return the exit code; the traceback first of faults of our own, or ``debug``."""
+    """Print the one line for ``error`` on stderr and return the exit code.
+
+    The traceback stands before it with ``debug``, and where the fault is our own.
+    """
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else INTERNAL
     if isinstance(error, BrokenPipeError):

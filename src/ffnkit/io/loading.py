@@ -139,7 +139,11 @@ def check_name(name_or_dir: str | Path) -> str:
         found = f"a save was killed while it replaced it; its content is put aside in {aside}"
         raise FfnkitError(asked, found, f"Rename that to {text}, or save something beside it, which brings it back")
     if text.startswith((".", "/", "~", "\\")) or text.count("/") > 1 or os.path.isabs(text):
-        do = f"Did you mean the folder {near}?" if (near := _near(text)) else "Check the path, or name a model of the hub"
+        do = (
+            f"Did you mean the folder {near}?"
+            if (near := _near(text))
+            else "Check the path, or name a model of the hub"
+        )
         raise FfnkitError(asked, _NOT_HERE, do)
     return text
 

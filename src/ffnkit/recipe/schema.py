@@ -6,7 +6,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -21,6 +21,7 @@ from ffnkit.recipe.settings import (
     tuner_today,
     widened,
 )
+from ffnkit.recipe.validation import details, explain, fail
 from ffnkit.settings import settings_of
 from ffnkit.settings.words import in_words
 from ffnkit.tasks.fields import Head, Kind, LabelKind, TaskFields
@@ -32,16 +33,6 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 Count = Annotated[int, Field(strict=True, gt=0)]
 NAMES = {"inputs": "input"}  # fields of a task whose name in a recipe is another
 NONE = "none"  # the method of an arm that is left uncompressed
-
-
-def fail(path: tuple[str | int, ...], message: str, value: Any) -> NoReturn:
-    """Raise pydantic's error at ``path`` below the value that is being checked."""
-    raise ValidationError.from_exception_data("recipe", [_details(path, message, value)])
-
-
-def _details(path: tuple[str | int, ...], message: str, value: Any) -> InitErrorDetails:
-    kind = PydanticCustomError("recipe", "{message}", {"message": message})
-    return InitErrorDetails(type=kind, loc=path, input=value)
 
 
 def _today(read: Callable[..., dict[str, Any]], name: Any, settings: dict[str, Any]) -> dict[str, Any]:
@@ -329,9 +320,7 @@ class Recipe(Part):
             fail(("stages",), "distil needs compress before it", list(self.stages))
         return self
 
-    def _check_training(
-        self, name: str, stage: str, read: Callable[[str], TrainSettings]
-    ) -> list[InitErrorDetails]:
+    def _check_training(self, name: str, stage: str, read: Callable[[str], TrainSettings]) -> list[InitErrorDetails]:
         """What is wrong with the settings of an arm's stage."""
         given, wrong = getattr(self.arms[name], stage) or {}, []
         try:
@@ -340,7 +329,7 @@ class Recipe(Part):
             for each in error.errors(include_url=False):
                 path = [str(part) for part in each["loc"]] or [next(iter(given), "")]
                 where = ("arms", name, stage) if path[0] in given else (stage,)
-                wrong.append(_details((*where, *path), in_words(each["msg"]), each["input"]))
+                wrong.append(details((*where, *path), in_words(each["msg"]), each["input"]))
         return wrong
 
     def tune_of(self, arm: str) -> TrainSettings:
@@ -398,8 +387,6 @@ def recipe_from(data: Any, where: str = "recipe") -> Recipe:
     Raises:
         FfnkitError: one line that names the wrong fields.
     """
-    from ffnkit.recipe.validation import explain
-
     if not isinstance(data, dict):
         found = f"holds a {type(data).__name__}, not fields"
         raise FfnkitError(where, found, "Write `name:`, `model:`, `task:`, `arms:`")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe.settings import method_fields, tuner_fields
@@ -15,6 +16,17 @@ from ffnkit.settings.words import in_words
 ROOM = 560  # characters for what is wrong beside the first; a part of a line has 600
 _MISSING = {"missing"}
 _UNKNOWN = {"extra_forbidden", "unexpected_keyword_argument"}
+
+
+def fail(path: tuple[str | int, ...], message: str, value: Any) -> NoReturn:
+    """Raise pydantic's error at ``path`` below the value that is being checked."""
+    raise ValidationError.from_exception_data("recipe", [details(path, message, value)])
+
+
+def details(path: tuple[str | int, ...], message: str, value: Any) -> InitErrorDetails:
+    """One of pydantic's errors, in words of ours."""
+    kind = PydanticCustomError("recipe", "{message}", {"message": message})
+    return InitErrorDetails(type=kind, loc=path, input=value)
 
 
 def near(word: object, known: Iterable[str]) -> str:

@@ -69,7 +69,11 @@ class Choice(TaskFields):
             return "text", found, f"{do}; {self._columns}"
         if self.label is None:
             do = f"Name one; for {LANGUAGE} give a .txt file or the kind {LANGUAGE}"
-            return "label", "is missing: a task of files with labels needs train, text and label", f"{do}; {self._columns}"
+            return (
+                "label",
+                "is missing: a task of files with labels needs train, text and label",
+                f"{do}; {self._columns}",
+            )
         if len(self.text) > 2:
             return "text", f"names {len(self.text)} columns", "Give 1 or 2"
         return None
