@@ -149,7 +149,7 @@ def test_the_fields_of_a_task_are_told_once() -> None:
     assert set(spec) == set(declared)
     assert {name: info.description for name, info in spec.items()} == {n: d.doc.text for n, d in declared.items()}
     assert TaskSpec.model_json_schema()["properties"]["label"]["description"] == declared["label"].doc.text
-    assert set(declared) - set(OPTIONS) == {"test", "regression"}  # of recipes and Python alone
+    assert set(declared) - set(OPTIONS) == {"test"}  # of recipes and Python alone
     for command in ("tune", "eval"):
         helps = {p.name: p.help for p in get_command(app).commands[command].params if hasattr(p, "help")}
         assert {name: helps[name] for name in OPTIONS} == {name: declared[name].doc.text for name in OPTIONS}
