@@ -23,7 +23,7 @@ from ffnkit.plans import Plan
 from ffnkit.recipe.loading import load_recipe, parse
 from ffnkit.recipe.sources import expand, expand_model
 from ffnkit.report.formats import to_markdown
-from ffnkit.report.markdown import one_line, paragraphs
+from ffnkit.io.markdown import one_line, paragraphs
 from ffnkit.report.table import summarize
 from ffnkit.settings import settings_of
 from ffnkit.tasks import GenerationSettings

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ffnkit.errors import FfnkitError
 from ffnkit.report.citations import FFNKIT, OF_METHOD, OWN
-from ffnkit.report.markdown import inline
+from ffnkit.io.markdown import inline
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData

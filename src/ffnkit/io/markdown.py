@@ -8,7 +8,7 @@ from html import escape
 
 def inline(text: str) -> str:
     """``text`` as a cell of a table or a part of a line, all of it on one line."""
-    marked = re.sub(r"([\\`*\[\]|]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))
+    marked = re.sub(r"([\\`*~\[\]|]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))
     return escape(marked, quote=False)
 
 
