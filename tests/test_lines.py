@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 
 from ffnkit.cli import app, describe
 from ffnkit.errors import FfnkitError
+from ffnkit.io.markdown import one_line, paragraphs
 from ffnkit.methods import METHODS, build
 from ffnkit.plans import Plan
 from ffnkit.recipe.loading import load_recipe, parse
 from ffnkit.recipe.sources import expand, expand_model
 from ffnkit.report.formats import to_markdown
-from ffnkit.io.markdown import one_line, paragraphs
 from ffnkit.report.table import summarize
 from ffnkit.settings import settings_of
 from ffnkit.tasks import GenerationSettings

@@ -10,6 +10,7 @@ from typing import Any
 
 from ffnkit.analysis.errors import Errors
 from ffnkit.analysis.ntk import KINDS, Distance, Kind
+from ffnkit.io.markdown import inline, one_line
 
 
 @dataclass(frozen=True)

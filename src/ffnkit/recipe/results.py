@@ -156,8 +156,8 @@ def _said(arm: Arm) -> dict[str, Any]:
 
 
 def _pages(recipe: Recipe, results: Results) -> None:
-    from ffnkit.report import formats
     from ffnkit.io.markdown import one_line, paragraphs
+    from ffnkit.report import formats
     from ffnkit.report.page import PageInfo, write_page
 
     summary = results.summary()

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ffnkit.errors import FfnkitError
-from ffnkit.report.citations import FFNKIT, OF_METHOD, OWN
 from ffnkit.io.markdown import inline
+from ffnkit.report.citations import FFNKIT, OF_METHOD, OWN
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData

@@ -6,8 +6,8 @@ import csv
 import io
 from typing import TYPE_CHECKING, Any
 
-from ffnkit.report.columns import all_notes, blocks, cells
 from ffnkit.io.markdown import inline, one_line
+from ffnkit.report.columns import all_notes, blocks, cells
 from ffnkit.report.table import VALUES, Arm, Stat, Summary
 
 if TYPE_CHECKING:
