@@ -353,7 +353,7 @@ def _reason(error: Exception) -> tuple[str, str]:
     """What was found, and what to do, for an error of from_pretrained."""
     text = str(error)
     if "connect" in text.lower() or "LocalEntryNotFound" in text or "offline mode" in text:
-        found = f"{_NOT_HERE}; it is not in the cache, and the hub cannot be asked for it"
+        found = f"{_NOT_HERE}; it is not in the cache, and the hub cannot be reached"
         return found, "Check the path; for a model of the hub connect to the network"
     if "is not a local folder and is not a valid model identifier" in text or "Repo id must be" in text:
         return f"{_NOT_HERE}, and no such model on the hub", "Check the name"

@@ -66,7 +66,7 @@ class Choice(TaskFields):
         if not self.text:
             found = "is missing: a task of files with labels needs train, text and label"
             do = "Name a column of text, or inputs and a target for a generation task"
-            return "text", found, f"{do}; {self._columns}"
+            return "text", found, f"{do}; the columns of dialogues ({forms.FORMS}) were not found: {self._columns}"
         if self.label is None:
             do = f"Name one; for {LANGUAGE} give a .txt file or the kind {LANGUAGE}"
             return (
