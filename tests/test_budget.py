@@ -277,8 +277,8 @@ def test_it_prints_a_table() -> None:
     [
         ({"budget": 1.0}, "below 1"),
         ({"budget": 0.0}, "above 0"),
-        ({"budget": "half"}, "str"),
-        ({"budget": True}, "bool"),
+        ({"budget": "half"}, "no number"),
+        ({"budget": True}, "no number"),
         ({"budget": 10**6}, "parameters"),
         ({"budget": 0.05}, "smallest|multiple"),
         ({"budget": 0.5, "multiple": 0}, "multiple"),
@@ -325,7 +325,7 @@ def test_bad_budgets_on_the_command_line(bert: Path, tmp_path: Path) -> None:  #
     start = ("compress", bert, "-m", "fusion", "--dry-run")
     assert "--set width" in bad(*start, "--budget", "0.5", "--set", "width=0.5")
     assert "--budget" in bad(*start, "--multiple", "8", "--set", "width=0.5")
-    assert "below 1" in bad(*start, "--budget", "1.5")
+    assert "between 0 and 1" in bad(*start, "--budget", "1.5")
     assert "multiple" in bad(*start, "--budget", "0.5", "--multiple", "40")
     good(*start, "--set", "width=0.5", "--plan-out", tmp_path / "plan")
     assert "--budget" in bad("compress", bert, "--plan", tmp_path / "plan", "--budget", "0.5", "--dry-run")

@@ -672,7 +672,7 @@ def test_by_name_and_by_number() -> None:
         ({"remove": 1.0}, "below 1"),
         ({"remove": 4}, "0 to 3"),
         ({"remove": 0.05}, "none would go"),
-        ({"remove": True}, "a bool"),
+        ({"remove": True}, "no number"),
         ({"remove": {"nowhere": 1}}, "no attention of that name"),
         ({"by": "size"}, "no such choice"),
         ({"by": "update"}, "carries an update"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -234,6 +235,8 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """Read a plan file. Raises FfnkitError where it is missing, damaged or of another format."""
         asked = f"plan '{path}'"
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise FfnkitError(asked, "it cannot be read (it is no regular file)", "Name a saved plan")
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}

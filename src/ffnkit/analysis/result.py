@@ -10,6 +10,7 @@ from typing import Any
 
 from ffnkit.analysis.errors import Errors
 from ffnkit.analysis.ntk import KINDS, Distance, Kind
+from ffnkit.io.markdown import inline, one_line
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,9 @@ class Analysis:
         """The table in Markdown, and under it on what it was measured."""
         header, lines = self.cells()
         align = [":--", *["--:"] * (len(header) - 1)]
-        table = ["| " + " | ".join(line) + " |" for line in (header, align, *lines)]
-        return "\n".join([*table, "", *(f"- {each}" for each in self.about())]) + "\n"
+        head, *body = ([inline(cell) for cell in line] for line in (header, *lines))
+        table = ["| " + " | ".join(line) + " |" for line in (head, align, *body)]
+        return "\n".join([*table, "", *(f"- {one_line(each)}" for each in self.about())]) + "\n"
 
     def about(self) -> list[str]:
         """What the columns are and on what they were measured, in words."""

@@ -90,7 +90,7 @@ def room(model: nn.Module, budget: float | int, layers: str = "all", multiple: i
 def _parameters(budget: float | int, whole: int, fixed: int) -> int:
     """The neurons' parameters that a budget leaves. Raises FfnkitError where it is out of range."""
     if isinstance(budget, bool) or not isinstance(budget, int | float):
-        raise FfnkitError(f"budget {budget!r}", f"a {type(budget).__name__}", "Give a share such as 0.5, or a number")
+        raise FfnkitError(f"budget {budget!r}", "it is no number", "Give a share such as 0.5, or a number")
     if isinstance(budget, float):
         if not 0 < budget < 1:
             do = "Give a share between 0 and 1, or a whole number of parameters"

@@ -144,7 +144,7 @@ def choose_method(
         if name is not None or pairs or layers is not None or seed is not None:
             do = "Leave out --method, --set, --layers and --seed: the plan holds the decisions"
             raise FfnkitError(f"--plan {plan_in}", "a method or its settings are given too", do)
-        if not plan_in.exists():
+        if not plan_in.is_file():
             raise FfnkitError(f"--plan {plan_in}", "there is no such file", "Make one with --plan-out")
         return None
     from ffnkit import methods

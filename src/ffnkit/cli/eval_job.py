@@ -29,7 +29,7 @@ def generation_built(settings: dict[str, Any]) -> Any:
     """How text is decoded; FfnkitError for settings that there are not."""
     from ffnkit.tasks import GenerationSettings
 
-    return describe.build(GenerationSettings, settings, "the decoding")
+    return describe.build(GenerationSettings, settings, "the decoding", "--generation-set")
 
 
 @dataclass(frozen=True)

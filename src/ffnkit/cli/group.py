@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from ffnkit.cli import console
 from ffnkit.errors import FfnkitError, RenamedWarning, short
+from ffnkit.settings.words import in_words
 
 GLOBAL_FLAGS = ("--debug", "--quiet", "--verbose")
 OLD_OPTIONS = {"--sites": "--targets"}  # work still, with one line
@@ -69,25 +70,30 @@ def renamed(words: list[str]) -> list[str]:
 
 
 def report(error: BaseException, debug: bool) -> int:
-    """Print the one line for ``error`` on stderr and return the exit code; the traceback first when ``debug``."""
+    """Print the one line for ``error`` on stderr and return the exit code.
+
+    The traceback stands before it with ``debug``, and where the fault is our own.
+    """
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else INTERNAL
     if isinstance(error, BrokenPipeError):
         # Whoever read our output has gone; nothing more can be written, at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INTERNAL
-    if debug:
+    interrupted = isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort"
+    line = None if interrupted else expected(error)
+    if debug or (line is None and not interrupted):
         import traceback
 
         console.write_error("".join(traceback.format_exception(error)).rstrip())
-    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+    if interrupted:
         console.error("interrupted. Run the same command again: it goes on where it can")
         return INTERRUPTED
-    line = expected(error)
     if line is not None:
         console.error(line)
         return BAD_INPUT
-    console.error(f"{type(error).__name__}: {' '.join(str(error).split())}. Run again with --debug for the traceback")
+    told = short(" ".join(f"{type(error).__name__}: {error}".split())).rstrip(".")
+    console.error(f"{told}. This is a fault of ffnkit: please report it, with the lines above and the command")
     return INTERNAL
 
 
@@ -109,7 +115,8 @@ def expected(error: BaseException) -> str | None:
 
 def usage_line(error: Any) -> str:
     """One line for a usage error, naming the command whose help explains more."""
-    message = short(" ".join(error.format_message().split())).rstrip(".").replace("?.", "?")
+    start, colon, rest = " ".join(error.format_message().split()).partition(": ")
+    message = short(f"{start}{colon}{in_words(rest)}").rstrip(".").replace("?.", "?")
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "ffnkit"
     return f"{message}. See '{path} --help'"

@@ -21,6 +21,9 @@ def run(
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Delete an earlier run of that folder first.")] = False,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure the latency of every arm anew.")] = False,
+    any_template: Annotated[
+        bool, typer.Option("--any-template", help="Let the recipe name a chat template anywhere on this machine.")
+    ] = False,
     as_json: options.Json = False,
 ) -> None:
     """Compress, tune and compare: every arm and seed of a recipe, with one table at the end.
@@ -36,7 +39,7 @@ def run(
     """
     from ffnkit.recipe import load_recipe, quickstart
 
-    loaded = quickstart() if recipe is None else load_recipe(recipe)
+    loaded = quickstart() if recipe is None else load_recipe(recipe, any_template=any_template)
     folder = out if out is not None else Path("ffnkit-out") / loaded.name
     console.quieten()
     from ffnkit.recipe import run as run_recipe

@@ -45,15 +45,18 @@ class TuneJob:
     tokenizer: str | None = None
     generation_settings: dict[str, Any] = field(default_factory=dict)
     restart: bool = False
+    flags: dict[str, str] = field(default_factory=dict)  # the options that gave settings of the training
 
     def __post_init__(self) -> None:
         from ffnkit.tune import tuners
         from ffnkit.tune.settings import DistilSettings, TrainSettings
 
-        self.tuner_built = tuners.get({"name": self.tuner, **self.tuner_settings})
-        self.train_settings = describe.build(TrainSettings, self.settings, "the training")
+        kind, own = tuners.kind(self.tuner), ("routers", "tied", "quantize")
+        flags = {name: f"--{name}" for name in own if name in self.tuner_settings}
+        self.tuner_built = describe.build(kind, self.tuner_settings, f"tuner {self.tuner}", "--tuner-set", flags)
+        self.train_settings = describe.build(TrainSettings, self.settings, "the training", "--set", self.flags)
         self.generation = generation_built(self.generation_settings)
-        self.distil_built = describe.build(DistilSettings, self.distil_settings, "the distillation")
+        self.distil_built = describe.build(DistilSettings, self.distil_settings, "the distillation", "--distil-set")
         if self.distil_settings and self.teacher is None:
             asked = "--distil-text" if set(self.distil_settings) == {"text"} else "--distil-set"
             raise FfnkitError(asked, "there is no teacher", "Add --distil-from MODEL")
@@ -82,7 +85,8 @@ class TuneJob:
         self.check_others()
         with workspace.made(self.work):
             asked = f"--out {self.out}"
-            with workspace.held(self.work, asked, "the same command is at work there"), self.kept_checkpoints():
+            held = workspace.held(self.work, asked, "the same command is at work there")
+            with held, self.kept_checkpoints(), describe.typed(self.flags):
                 return self._run()
 
     def _run(self) -> dict[str, Any]:

@@ -19,6 +19,25 @@ TRAINING, RESULT = "Training", "Result"
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
+FLAGS = {  # fields of TrainSettings that have options of their own
+    "learning_rate": "--lr",
+    "epochs": "--epochs",
+    "steps": "--steps",
+    "batch_size": "--batch-size",
+    "accumulation": "--accumulation",
+    "packing": "--packing",
+    "schedule": "--schedule",
+    "warmup": "--warmup",
+    "weight_decay": "--weight-decay",
+    "precision": "--precision",
+    "eval_every": "--eval-every",
+    "early_stopping": "--early-stopping",
+    "best_metric": "--best-metric",
+    "report_to": "--report-to",
+    "max_length": "--max-length",
+}
+
+
 def setting(flag: str, text: str, **kwargs: Any) -> Any:
     """An option of the panel Training that stands for a field of TrainSettings; not given: the field's default."""
     return typer.Option(flag, help=text, rich_help_panel=TRAINING, show_default=False, **kwargs)
@@ -129,6 +148,7 @@ def tune(
         "report_to": report_to or None,
         "max_length": data.max_length,
     }
+    flags = {name: flag for name, flag in FLAGS.items() if given.get(name) is not None}
     job = TuneJob(
         model=model,
         out=out,
@@ -143,8 +163,9 @@ def tune(
         limit=limit,
         fold=fold,
         tokenizer=data.tokenizer,
-        generation_settings=describe.parse_settings(data.generation_set or []),
+        generation_settings=describe.parse_settings(data.generation_set or [], "--generation-set"),
         restart=restart,
+        flags=flags,
     )
     console.quieten()
     report = job.run()
@@ -158,7 +179,7 @@ def tune(
 def merged(given: dict[str, Any], pairs: list[str], option: str = "--set") -> dict[str, Any]:
     """The options that were given, with ``--set``; FfnkitError when a setting is given in both ways."""
     found = {name: value for name, value in given.items() if value is not None}
-    for name, value in describe.parse_settings(pairs).items():
+    for name, value in describe.parse_settings(pairs, option).items():
         if name in found:
             raise FfnkitError(f"{option} {name}={value}", "its own option is given too", "Give one of the two")
         found[name] = value
@@ -167,7 +188,7 @@ def merged(given: dict[str, Any], pairs: list[str], option: str = "--set") -> di
 
 def distil_given(text: Path | None, pairs: list[str]) -> dict[str, Any]:
     """Settings of the distillation: ``--distil-set`` with ``--distil-text``."""
-    found = describe.parse_settings(pairs)
+    found = describe.parse_settings(pairs, "--distil-set")
     if text is not None and "text" in found:
         raise FfnkitError(f"--distil-set text={found['text']}", "--distil-text is given too", "Give one of the two")
     return found if text is None else {**found, "text": str(text)}
@@ -211,7 +232,7 @@ def evaluate(
     split = split or ("all" if data.lone else "report")
     chosen = data.evaluated(model, split)
     place = options.pick_device(device)
-    generation = generation_built(describe.parse_settings(data.generation_set or []))
+    generation = generation_built(describe.parse_settings(data.generation_set or [], "--generation-set"))
     job = EvalJob(
         model, chosen, data.data_dir, split, batch_size, data.max_length or 128, limit, seed, place, data.tokenizer
     )

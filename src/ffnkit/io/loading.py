@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import itertools
 import logging
 import os
 import socket
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 _REPORTERS = ("transformers.modeling_utils", "transformers.utils.loading_report")
 # Settings of from_pretrained that find the config as well as the weights.
 HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "force_download")
+_NOT_HERE = "there is no such folder"
 _FLOATS = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
 
 
@@ -136,7 +139,12 @@ def check_name(name_or_dir: str | Path) -> str:
         found = f"a save was killed while it replaced it; its content is put aside in {aside}"
         raise FfnkitError(asked, found, f"Rename that to {text}, or save something beside it, which brings it back")
     if text.startswith((".", "/", "~", "\\")) or text.count("/") > 1 or os.path.isabs(text):
-        raise FfnkitError(asked, "there is no such folder", "Check the path, or name a model of the hub")
+        do = (
+            f"Did you mean the folder {near}?"
+            if (near := _near(text))
+            else "Check the path, or name a model of the hub"
+        )
+        raise FfnkitError(asked, _NOT_HERE, do)
     return text
 
 
@@ -160,6 +168,9 @@ def open_errors(asked: str, do: str | None = None) -> Iterator[None]:
         if not isinstance(error, usual_kinds) and _raised_here(error):
             raise
         found, usual = _reason(error)
+        if found.startswith(_NOT_HERE):  # what is wrong is the name, whatever was wanted of it
+            name = asked.rpartition(" ")[2]
+            do = f"Did you mean the folder {near}?" if (near := _near(name)) else usual
         raise FfnkitError(asked, found, do or usual) from error
 
 
@@ -327,13 +338,25 @@ def _first_line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]
 
 
+def _near(name: str) -> str | None:
+    """A folder beside where ``name`` would be whose name is much like it."""
+    path = Path(name).expanduser()
+    try:
+        folders = {each.name: each for each in itertools.islice(path.parent.iterdir(), 10_000) if each.is_dir()}
+    except (OSError, ValueError):
+        return None
+    close = difflib.get_close_matches(path.name, folders, n=1)
+    return str(folders[close[0]]) if close else None
+
+
 def _reason(error: Exception) -> tuple[str, str]:
     """What was found, and what to do, for an error of from_pretrained."""
     text = str(error)
     if "connect" in text.lower() or "LocalEntryNotFound" in text or "offline mode" in text:
-        return "it is not in the cache and the hub cannot be reached", "Connect to the network, or name a local folder"
+        found = f"{_NOT_HERE}; it is not in the cache, and the hub cannot be reached"
+        return found, "Check the path; for a model of the hub connect to the network"
     if "is not a local folder and is not a valid model identifier" in text or "Repo id must be" in text:
-        return "there is no such folder and no such model on the hub", "Check the name"
+        return f"{_NOT_HERE}, and no such model on the hub", "Check the name"
     if "Unrecognized configuration class" in text:
         do = "Choose another model or another task; one that writes text classifies by label words (--head words)"
         return "transformers has no model of this kind for its architecture", do

@@ -15,6 +15,7 @@ from ffnkit.model.linear import check_editable, is_linear, linears, parameters, 
 from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.reparametrized import ReparametrizedLinear
 
+_NUMBER = "[0-9]{1,18}"  # more digits no layer has, and Python reads 4,300 at most
 AnyPlaced = TypeVar("AnyPlaced", bound=Placed)
 
 
@@ -52,22 +53,22 @@ def _numbers(expression: str, present: list[int]) -> set[int]:
     count = max(present) + 1
     if expression == "all":
         return set(present)
-    if match := re.fullmatch(r"(last|first):(\d+)", expression):
+    if match := re.fullmatch(rf"(last|first):({_NUMBER})", expression):
         amount = int(match[2])
         wanted = range(count - amount, count) if match[1] == "last" else range(amount)
-    elif match := re.fullmatch(r"(\d+)(?:-(\d+))?", expression):
+    elif match := re.fullmatch(rf"({_NUMBER})(?:-({_NUMBER}))?", expression):
         wanted = range(int(match[1]), int(match[2] or match[1]) + 1)
     else:
         return set()
-    return set(wanted) & set(present)
+    return {number for number in present if number in wanted}
 
 
 def _missing(expression: str, stacks: list[list[int]]) -> str:
     """What an expression asks for that no stack has, or ""."""
     count = max(max(present) for present in stacks) + 1
-    if match := re.fullmatch(r"(?:last|first):(\d+)", expression):
+    if match := re.fullmatch(rf"(?:last|first):({_NUMBER})", expression):
         return f"'{expression}' asks for {match[1]} layers" if not 1 <= int(match[1]) <= count else ""
-    if match := re.fullmatch(r"(\d+)(?:-(\d+))?", expression):
+    if match := re.fullmatch(rf"({_NUMBER})(?:-({_NUMBER}))?", expression):
         low, high = int(match[1]), int(match[2] or match[1])
         if low > high:
             return f"the range '{expression}' runs backwards"
@@ -99,7 +100,8 @@ def resolve_width(width: int | float, ff: int, name: str) -> int:
     """
     asked = f"width {width} for {name}"
     if isinstance(width, bool) or not isinstance(width, (int, float)):
-        raise FfnkitError(asked, f"a {type(width).__name__}", "Give a number of neurons (int) or a share (float)")
+        do = "Give a number of neurons, such as 64, or a share of them, such as 0.5"
+        raise FfnkitError(asked, "it is no number", do)
     if isinstance(width, float):
         if not 0 < width <= 1:
             raise FfnkitError(asked, "a share must be above 0 and at most 1.0", f"Give a share, or an int up to {ff}")

@@ -2,44 +2,15 @@
 
 from __future__ import annotations
 
-import re
+import os
 from importlib import resources
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.yaml_text import read_yaml
 from ffnkit.recipe.schema import Recipe, recipe_from
 
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader that refuses a key given twice and reads 1e-4 as a number."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: dict[Any, int] = {}
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if isinstance(key, list | dict):
-            continue  # the parent's own error is clear
-        line = key_node.start_mark.line + 1
-        if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
-            raise _Twice(f"{key} is given twice, on lines {seen[key]} and {line}")
-        seen[key] = line
-    loader.flatten_mapping(node)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-class _Twice(Exception):
-    pass
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-# YAML 1.1 wants a dot in the mantissa and a sign in the exponent: 1e-4 would be text.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+LONGEST = 1 << 20  # bytes of a recipe
 
 
 def parse(text: str, where: str) -> Recipe:
@@ -48,15 +19,7 @@ def parse(text: str, where: str) -> Recipe:
     Raises:
         FfnkitError: text that is not YAML, a key given twice, or a field that is wrong.
     """
-    try:
-        data = yaml.load(text, Loader=_Loader)
-    except _Twice as error:
-        raise FfnkitError(where, str(error), "Keep one, or give the other another name") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" on line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "cannot be read"
-        raise FfnkitError(where, f"not valid YAML{place}: {problem}", "Mend the file") from None
+    data = read_yaml(text, where)
     if data is None:
         raise FfnkitError(where, "the file is empty", "Write `name:`, `model:`, `task:`, `arms:`")
     recipe = recipe_from(data, where)
@@ -67,20 +30,43 @@ def parse(text: str, where: str) -> Recipe:
     return recipe
 
 
-def load_recipe(path: str | Path) -> Recipe:
+def load_recipe(path: str | Path, *, any_template: bool = False) -> Recipe:
     """Read and check a YAML recipe.
+
+    Args:
+        any_template: let it name a chat template outside of its own folder and the working folder; what a template
+            says is saved with the models, so that a recipe of somebody else could carry a file away.
 
     Raises:
         FfnkitError: the file is missing or wrong; the line names the field.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(LONGEST + 1)
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise FfnkitError(f"recipe {path}", "there is no such file", "Give the path of a YAML recipe") from None
     except (OSError, ValueError) as error:
-        raise FfnkitError(f"recipe {path}", f"cannot be read ({error})", "Give the path of a YAML recipe") from None
-    return parse(text, str(path))
+        found = f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise FfnkitError(f"recipe {path}", found, "Give the path of a YAML recipe") from None
+    if len(content) > LONGEST:
+        raise FfnkitError(f"recipe {path}", "it is larger than 1 MiB", "Give the path of a YAML recipe")
+    recipe = parse(text, str(path))
+    if not any_template:
+        _check_template(recipe, path)
+    return recipe
+
+
+def _check_template(recipe: Recipe, path: Path) -> None:
+    from ffnkit.tasks.chat import template_file
+
+    if (file := template_file(recipe.task.template)) is None:
+        return
+    real = Path(os.path.realpath(file))
+    if not any(real.is_relative_to(os.path.realpath(folder)) for folder in (path.parent, ".")):
+        found = f"{recipe.task.template} is neither below the recipe's folder nor below the working folder"
+        raise FfnkitError(f"{path}: task.template", found, "Copy it there, or allow it: ffnkit run --any-template")
 
 
 def quickstart() -> Recipe:

@@ -156,12 +156,14 @@ def _said(arm: Arm) -> dict[str, Any]:
 
 
 def _pages(recipe: Recipe, results: Results) -> None:
+    from ffnkit.io.markdown import one_line, paragraphs
     from ffnkit.report import formats
     from ffnkit.report.page import PageInfo, write_page
 
     summary = results.summary()
     notes = [recipe.notes] if recipe.notes else []
-    table = f"# {recipe.name}\n\n" + "".join(f"{note}\n\n" for note in notes) + formats.to_markdown(summary)
+    opening = f"# {one_line(recipe.name)}\n\n" + "".join(map(paragraphs, notes))
+    table = opening + formats.to_markdown(summary)
     write_text(results.out / "table.md", table)
     write_text(results.out / "results.csv", formats.to_csv(summary))
     last: dict[str, Any] = next((row for row in reversed(results.rows) if row["status"] == "done"), {})

@@ -6,7 +6,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -21,7 +21,9 @@ from ffnkit.recipe.settings import (
     tuner_today,
     widened,
 )
+from ffnkit.recipe.validation import details, explain, fail
 from ffnkit.settings import settings_of
+from ffnkit.settings.words import in_words
 from ffnkit.tasks.fields import Head, Kind, LabelKind, TaskFields
 from ffnkit.tasks.settings import GenerationSettings
 from ffnkit.tune.settings import CalibrationSettings, DistilSettings, TrainSettings
@@ -31,12 +33,6 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 Count = Annotated[int, Field(strict=True, gt=0)]
 NAMES = {"inputs": "input"}  # fields of a task whose name in a recipe is another
 NONE = "none"  # the method of an arm that is left uncompressed
-
-
-def fail(path: tuple[str | int, ...], message: str, value: Any) -> NoReturn:
-    """Raise pydantic's error at ``path`` below the value that is being checked."""
-    kind = PydanticCustomError("recipe", "{message}", {"message": message})
-    raise ValidationError.from_exception_data("recipe", [InitErrorDetails(type=kind, loc=path, input=value)])
 
 
 def _today(read: Callable[..., dict[str, Any]], name: Any, settings: dict[str, Any]) -> dict[str, Any]:
@@ -304,14 +300,17 @@ class Recipe(Part):
 
     @model_validator(mode="after")
     def _together(self) -> Recipe:
+        wrong: list[InitErrorDetails] = []
         for name, arm in self.arms.items():
             if arm.compressed and "compress" not in self.stages:
                 fail(("stages",), f"arm {name} has a method, so the stage compress is needed", list(self.stages))
             if arm.prune and "prune" not in self.stages:
                 fail(("stages",), f"arm {name} has pruning, so the stage prune is needed", list(self.stages))
-            self._check_training(name, "tune", self.tune_of)
-            if self.recovers(name):
-                self._check_training(name, "recover", self.recover_of)
+            wrong += self._check_training(name, "tune", self.tune_of)
+            if self.recovers(name) or arm.recover is not None:
+                wrong += self._check_training(name, "recover", self.recover_of)
+        if wrong:
+            raise ValidationError.from_exception_data("recipe", wrong)
         for first, then in (("tune", "prune"), ("prune", "recover")):
             if then in self.stages and first not in self.stages:
                 fail(("stages",), f"{then} needs {first} before it", list(self.stages))
@@ -321,15 +320,17 @@ class Recipe(Part):
             fail(("stages",), "distil needs compress before it", list(self.stages))
         return self
 
-    def _check_training(self, name: str, stage: str, read: Callable[[str], TrainSettings]) -> None:
-        given = getattr(self.arms[name], stage) or {}
+    def _check_training(self, name: str, stage: str, read: Callable[[str], TrainSettings]) -> list[InitErrorDetails]:
+        """What is wrong with the settings of an arm's stage."""
+        given, wrong = getattr(self.arms[name], stage) or {}, []
         try:
             read(name)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            path = [str(part) for part in first["loc"]] or [next(iter(given), "")]
-            where = ("arms", name, stage) if path[0] in given else (stage,)
-            fail((*where, *path), first["msg"], first["input"])
+            for each in error.errors(include_url=False):
+                path = [str(part) for part in each["loc"]] or [next(iter(given), "")]
+                where = ("arms", name, stage) if path[0] in given else (stage,)
+                wrong.append(details((*where, *path), in_words(each["msg"]), each["input"]))
+        return wrong
 
     def tune_of(self, arm: str) -> TrainSettings:
         """The settings of an arm's tuning: the recipe's with the arm's own in their place."""
@@ -384,10 +385,8 @@ def recipe_from(data: Any, where: str = "recipe") -> Recipe:
     """Check plain data and return the recipe.
 
     Raises:
-        FfnkitError: one line that names the first wrong field, and how many more are wrong.
+        FfnkitError: one line that names the wrong fields.
     """
-    from ffnkit.recipe.validation import explain
-
     if not isinstance(data, dict):
         found = f"holds a {type(data).__name__}, not fields"
         raise FfnkitError(where, found, "Write `name:`, `model:`, `task:`, `arms:`")

@@ -8,6 +8,7 @@ import os
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ffnkit.errors import FfnkitError
 from ffnkit.recipe.schema import NAMES, Arm, Recipe
 from ffnkit.recipe.settings import has_setting
 
@@ -18,12 +19,26 @@ if TYPE_CHECKING:
     from ffnkit.tasks import AnyTask, Splits
     from ffnkit.tune import TrainSettings
 
+HUB_SET = "hub:"  # what the name of a data set of the hub begins with
 PACKAGED = "quickstart"  # the name of the model that comes with a package
 
 
 def expand(path: str) -> str:
-    """``~`` and ``$NAME`` put in."""
-    return os.path.expanduser(os.path.expandvars(path))
+    """A path with ``~`` and ``$NAME`` put in. What names something on the hub stays as it is."""
+    return path if path.startswith(HUB_SET) else os.path.expanduser(os.path.expandvars(path))
+
+
+def expand_model(name: str) -> str:
+    """The same of a model's name: what stands in the environment must not go over the network in a hub name.
+
+    Raises:
+        FfnkitError: with ``$NAME`` or ``~`` put in it is no path.
+    """
+    path = expand(name)
+    if path == name or os.path.isabs(path) or path.startswith(".") or os.path.isdir(path):
+        return path
+    found = "what stands for $NAME is put in in paths only, and there is no such folder"
+    raise FfnkitError(f"model {name}", found, "Write the name out, or give a path, such as $HOME/model or ./model")
 
 
 def model_name(recipe: Recipe) -> str:
@@ -38,7 +53,7 @@ def model_name(recipe: Recipe) -> str:
         from ffnkit.tasks.quickstart import model_path
 
         return str(model_path())
-    return check_name(expand(recipe.model))
+    return check_name(expand_model(recipe.model))
 
 
 def method_of(arm: Arm, seed: int, widths: Any = None) -> Any:
@@ -116,7 +131,7 @@ class Source:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's own tokenizer, or the one that the recipe names."""
         name = self.recipe.tokenizer
-        return self.task.load_tokenizer(expand(name) if name else self.model_name)
+        return self.task.load_tokenizer(expand_model(name) if name else self.model_name)
 
     @property
     def device(self) -> torch.device:
@@ -142,7 +157,7 @@ class Source:
         settings = self.recipe.distil
         if settings.teacher is None and settings.objective == "layers":
             return self.model(seed)
-        name = self.model_name if settings.teacher is None else expand(settings.teacher)
+        name = self.model_name if settings.teacher is None else expand_model(settings.teacher)
         trained = settings.objective != "layers"
         return self.task.load_model(name, tokenizer=self.tokenizer, trained_head=trained)
 

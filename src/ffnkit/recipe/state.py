@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from contextlib import suppress
@@ -16,6 +15,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.files import write_text
 from ffnkit.io.folders import check_target
 from ffnkit.recipe.schema import Arm, Recipe, arm_dict, facts_today
+from ffnkit.recipe.sources import expand
 from ffnkit.tune.settings import HARMLESS
 
 FORMAT = 1  # of the folder; raised when an older one can no longer be continued
@@ -128,7 +128,7 @@ def unit_facts(recipe: Recipe, base: dict[str, Any], arm: str, seed: int) -> dic
     facts["calibration"] = calibration_facts(recipe) if measures(chosen) or prunes_by_data(chosen) else None
     facts["distil"] = distil_facts(recipe) if distilled(recipe, arm) else None
     if recipe.forgetting is not None:
-        path = Path(os.path.expanduser(os.path.expandvars(recipe.forgetting)))
+        path = Path(expand(recipe.forgetting))
         facts["forgetting"] = [recipe.forgetting, hashlib.sha256(path.read_bytes()).hexdigest()[:16]]
     if recipe.recovers(arm):
         facts["recover"] = recipe.recover_of(arm).model_dump(mode="json", exclude=set(HARMLESS))
@@ -152,7 +152,7 @@ def prunes_by_data(arm: Arm) -> bool:
 def calibration_facts(recipe: Recipe) -> dict[str, Any]:
     """The settings of the calibration, with a digest of the file that they name."""
     facts: dict[str, Any] = recipe.to_dict()["calibration"]
-    path = Path(os.path.expanduser(os.path.expandvars(facts["text"]))) if facts["text"] else None
+    path = Path(expand(facts["text"])) if facts["text"] else None
     if path is not None and path.is_file():
         facts["text"] = [facts["text"], hashlib.sha256(path.read_bytes()).hexdigest()[:16]]
     return facts
@@ -162,7 +162,7 @@ def distil_facts(recipe: Recipe) -> dict[str, Any]:
     """The settings of the distillation, with digests of the files that they name."""
     facts: dict[str, Any] = recipe.to_dict()["distil"]
     for field in ("text", "teacher"):
-        path = Path(os.path.expanduser(os.path.expandvars(facts[field]))) if facts[field] else None
+        path = Path(expand(facts[field])) if facts[field] else None
         if path is not None and path.is_dir():
             facts[field] = [facts[field], folder_digest(path)]
         elif path is not None and path.is_file():

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe.settings import method_fields, tuner_fields
+from ffnkit.settings.words import in_words
 
+ROOM = 560  # characters for what is wrong beside the first; a part of a line has 600
 _MISSING = {"missing"}
 _UNKNOWN = {"extra_forbidden", "unexpected_keyword_argument"}
+
+
+def fail(path: tuple[str | int, ...], message: str, value: Any) -> NoReturn:
+    """Raise pydantic's error at ``path`` below the value that is being checked."""
+    raise ValidationError.from_exception_data("recipe", [details(path, message, value)])
+
+
+def details(path: tuple[str | int, ...], message: str, value: Any) -> InitErrorDetails:
+    """One of pydantic's errors, in words of ours."""
+    kind = PydanticCustomError("recipe", "{message}", {"message": message})
+    return InitErrorDetails(type=kind, loc=path, input=value)
 
 
 def near(word: object, known: Iterable[str]) -> str:
@@ -26,16 +39,20 @@ def near(word: object, known: Iterable[str]) -> str:
 
 
 def explain(error: ValidationError, data: dict[str, Any], where: str) -> FfnkitError:
-    """The first error as one line, and how many more there are."""
-    lines: list[tuple[str, str, str]] = []
+    """The errors as one line: the first in full, then the others, as many as fit."""
+    lines: dict[str, tuple[str, str, str]] = {}  # one a field: unions report every branch
     # A misspelt field is also a missing one: the misspelling says more.
     for item in sorted(error.errors(include_url=False), key=lambda item: item["type"] in _MISSING):
         line = _line(item, data)
-        if not any(line[0] == other[0] for other in lines):  # one a field: unions report every branch
-            lines.append(line)
-    path, found, do = lines[0]
-    more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-    return FfnkitError(f"{where}: {path}", found, do + more)
+        lines.setdefault(line[0], line)
+    (path, found, do), *others = lines.values()
+    for number, (other, what, _) in enumerate(others):
+        more = f". Also {other}: {what}"
+        if len(do) + len(more) > ROOM:
+            do += f". And {len(others) - number} more"
+            break
+        do += more
+    return FfnkitError(f"{where}: {path}", found, do)
 
 
 def _line(item: Any, data: dict[str, Any]) -> tuple[str, str, str]:
@@ -52,14 +69,7 @@ def _line(item: Any, data: dict[str, Any]) -> tuple[str, str, str]:
     if kind == "literal_error":
         known = [word.strip("' ") for word in item["ctx"]["expected"].replace(" or ", ", ").split(",")]
         return name, f"unknown value {value!r}", near(value, known).capitalize()
-    return name, f"{_short(value)} {_in_words(item['msg'])}", "Change this field"
-
-
-def _in_words(message: str) -> str:
-    message = message.removeprefix("Value error, ").removeprefix("Input ").partition(", unable to parse")[0]
-    message = message.replace("a valid tuple", "a list").replace("a valid integer", "a whole number")
-    message = re.sub(r"a valid (dictionary|mapping)( or (an )?instance of \w+)?", "fields with values", message)
-    return message.replace("a valid boolean", "true or false").replace("a valid string", "text")
+    return name, f"{_short(value)} {in_words(item['msg'])}", "Change this field"
 
 
 def _short(value: Any) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.markdown import inline
 from ffnkit.report.citations import FFNKIT, OF_METHOD, OWN
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def model_card(info: CardInfo) -> str:
     if info.form not in ("compact", "standard"):
         raise FfnkitError(f"a model card of form '{info.form}'", "there is no such form", "Use compact or standard")
     sections = [
-        f"# {_text(info.title)}",
+        f"# {inline(info.title)}",
         _what(info),
         "## How to open it\n\n" + _opening(info),
         "## Measured figures\n\n" + _figures(info),
@@ -184,10 +185,10 @@ def _result(metric: Metric) -> EvalResult:
 
 # ------------------------------------------------------------------------------------------------ sections
 def _what(info: CardInfo) -> str:
-    base = _text(info.base_name)
+    base = inline(info.base_name)
     origin = f"`{base}`"  # the hub links the base model from the front matter
     if info.method:
-        text = f"{origin} with its feed-forward blocks changed by the method **{_text(info.method)}** of ffnkit."
+        text = f"{origin} with its feed-forward blocks changed by the method **{inline(info.method)}** of ffnkit."
     else:
         text = f"{origin}; its feed-forward blocks were left as they were."
     given = {key: value for key, value in info.settings.items() if value is not None}
@@ -238,14 +239,14 @@ def _metric_line(metric: Metric) -> str:
     data = " ".join(part for part in (metric.dataset, metric.config, metric.split) if part)
     value = f"{metric.value:.4f}" + (f" ± {metric.std:.4f}" if metric.std is not None else "")
     baseline = NOT_MEASURED if metric.baseline is None else f"{metric.baseline:.4f}"
-    return f"| {_text(metric.name)} | {_text(data)} | {value} | {baseline} | {metric.seeds} |"
+    return f"| {inline(metric.name)} | {inline(data)} | {value} | {baseline} | {metric.seeds} |"
 
 
 def _limits(info: CardInfo) -> str:
-    notes = [_text(note) for note in info.notes]
+    notes = [inline(note) for note in info.notes]
     if info.method:
         notes.append("Narrower feed-forward blocks hold less: expect losses on what was not measured above.")
-    notes.append(f"The limitations, biases and licence terms of {_text(info.base_name)} apply to this model as well.")
+    notes.append(f"The limitations, biases and licence terms of {inline(info.base_name)} apply to this model as well.")
     if any(metric.seeds < 3 for metric in info.metrics):
         notes.append("Fewer than 3 seeds are behind some figures: small differences may be chance.")
     if info.license is None:
@@ -262,15 +263,10 @@ def _citation(info: CardInfo) -> str:
 
 def _pairs(values: Mapping[str, Any]) -> str:
     named = {str(name).replace("_", " "): _value(value) for name, value in values.items()}
-    return "\n".join(f"- {_text(name)}: {_text(value)}" for name, value in named.items())
+    return "\n".join(f"- {inline(name)}: {inline(value)}" for name, value in named.items())
 
 
 def _value(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_value(item)}" for key, item in value.items())
     return ", ".join(_value(item) for item in value) if isinstance(value, list | tuple) else str(value)
-
-
-def _text(text: str) -> str:
-    """One line that Markdown and HTML leave as it is in a list, a heading or a table."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

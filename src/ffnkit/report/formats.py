@@ -6,6 +6,7 @@ import csv
 import io
 from typing import TYPE_CHECKING, Any
 
+from ffnkit.io.markdown import inline, one_line
 from ffnkit.report.columns import all_notes, blocks, cells
 from ffnkit.report.table import VALUES, Arm, Stat, Summary
 
@@ -18,12 +19,13 @@ def to_markdown(summary: Summary) -> str:
     """A Markdown table, followed by the notes as a list."""
     header, lines = cells(summary)
     align = [":--", *["--:"] * (len(header) - 1)]
-    table = [_markdown_line(line) for line in (header, align, *lines)]
-    return "\n".join([*table, "", *(f"- {note}" for note in all_notes(summary))]) + "\n"
+    shown = [[inline(cell) for cell in line] for line in (header, *lines)]
+    table = [_markdown_line(line) for line in (shown[0], align, *shown[1:])]
+    return "\n".join([*table, "", *(f"- {one_line(note)}" for note in all_notes(summary))]) + "\n"
 
 
 def _markdown_line(line: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
+    return "| " + " | ".join(line) + " |"
 
 
 def to_rich(summary: Summary, title: str | None = None) -> RenderableType:

@@ -18,6 +18,8 @@ from ffnkit.errors import FfnkitError, RenamedWarning
 
 MISSING = dataclasses.MISSING
 T = TypeVar("T")
+_WORDS = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}
+_WORDS |= {type(None): "null", dict: "names with values", Mapping: "names with values"}
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,14 @@ class Setting:
 
         What counts or is a share (int | float) is left to whoever resolves it, who knows of what.
         """
-        if value is None and self.optional or Any in self.kinds or {int, float} <= set(self.kinds):
-            return
         asked, kinds = f"{self.name} {value!r}", self.kinds
+        if value is None and self.optional or Any in kinds:
+            return
+        if {int, float} <= set(kinds):
+            text = isinstance(value, str) and not self._of_type(value)
+            if text or isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+                raise FfnkitError(asked, "it is no number", f"Give a count, or a share such as {self.name}=0.5")
+            return
         if self.doc.choices:
             listed = isinstance(value, Sequence) and not isinstance(value, str)
             if not listed or any(each not in self.choices for each in value):
@@ -119,7 +126,7 @@ class Setting:
             if isinstance(value, bool) or not isinstance(value, int | float) or not self.doc.holds(value):
                 raise FfnkitError(asked, self._range, f"Give {self._kind} such as {self.name}={self._example}")
         elif not self._of_type(value):
-            raise FfnkitError(asked, f"of type {type(value).__name__}", f"Give {self.name} as {self.type_name}")
+            raise FfnkitError(asked, f"it is {_in_words(type(value))}", f"Give {self.name} as {_in_words(self.type)}")
 
     @property
     def _range(self) -> str:
@@ -165,6 +172,18 @@ def type_name(annotation: Any) -> str:
         return f"[{', '.join(type_name(arg) for arg in annotation)}]"
     name = getattr(origin or annotation, "__name__", str(annotation).replace("typing.", ""))
     return f"{name}[{', '.join(type_name(arg) for arg in args)}]" if args else name
+
+
+def _in_words(kind: Any) -> str:
+    """A type as somebody who knows no Python calls it."""
+    parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    plain = [get_origin(part) or part for part in parts]
+    words = (_WORDS.get(part) or ("a list" if _listed(part) else type_name(part)) for part in plain)
+    return " or ".join(dict.fromkeys(words))
+
+
+def _listed(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Sequence)
 
 
 def settings_of(cls: Any) -> tuple[Setting, ...]:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 Messages = list[dict[str, str]]
 """A dialogue: {"role": "system", "user" or "assistant", "content": text} in a row."""
 
+_LONGEST = 1 << 20  # bytes of a template that are read
 _PROBE = "ffnkit"  # an answer that no template holds
 
 ALPACA = (
@@ -58,11 +59,19 @@ def check_template(template: str | None) -> str | None:
     """
     if template is None or template in TEMPLATES or "{%" in template or "{{" in template:
         return template
-    path = Path(template).expanduser()
-    if os.path.isfile(path):
-        return path.read_text(encoding="utf-8")
+    if (path := template_file(template)) is not None:
+        text = path.read_bytes()[:_LONGEST].decode("utf-8", "replace")
+        if "{%" in text or "{{" in text:
+            return text
+        raise FfnkitError(f"template {template!r}", "the file holds no chat template", "Name one with Jinja text")
     do = f"Use {' or '.join(TEMPLATES)}, a file with a chat template, or its Jinja text; or leave it out"
     raise FfnkitError(f"template {template!r}", "it is no chat template and no file", do)
+
+
+def template_file(template: str | None) -> Path | None:
+    """The file that a template names, or None."""
+    path = Path(template or "").expanduser()
+    return path if template and template not in TEMPLATES and os.path.isfile(path) else None
 
 
 def template_of(template: str | None, tokenizer: Any) -> str:

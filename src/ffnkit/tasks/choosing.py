@@ -54,7 +54,8 @@ class Choice(TaskFields):
         if self.inputs or self.target is not None:
             for name in ("inputs", "target"):
                 if not getattr(self, name):
-                    return name, "is missing: a generation task of files needs inputs and target", "Name a column"
+                    found = "is missing: a generation task of files needs inputs and target"
+                    return name, found, f"Name a column; {self._columns}"
             other = next((name for name in ("text", "label", "kind", "label_kind") if name in given), None)
             return (other, "inputs and target make it a generation task", "Leave it out") if other else None
         if self.template is not None:
@@ -65,13 +66,23 @@ class Choice(TaskFields):
         if not self.text:
             found = "is missing: a task of files with labels needs train, text and label"
             do = "Name a column of text, or inputs and a target for a generation task"
-            return "text", found, f"{do}; the columns of dialogues ({forms.FORMS}) were not found"
+            return "text", found, f"{do}; the columns of dialogues ({forms.FORMS}) were not found: {self._columns}"
         if self.label is None:
             do = f"Name one; for {LANGUAGE} give a .txt file or the kind {LANGUAGE}"
-            return "label", "is missing: a task of files with labels needs train, text and label", do
+            return (
+                "label",
+                "is missing: a task of files with labels needs train, text and label",
+                f"{do}; {self._columns}",
+            )
         if len(self.text) > 2:
             return "text", f"names {len(self.text)} columns", "Give 1 or 2"
         return None
+
+    @property
+    def _columns(self) -> str:
+        """The columns of the file to train on, in words."""
+        there = forms.columns_at(str(self.train)) if self.train is not None else []
+        return f"the file has {', '.join(map(repr, there))}" if there else "the file has no columns that can be read"
 
     @property
     def is_language(self) -> bool:

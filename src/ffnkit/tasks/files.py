@@ -128,7 +128,7 @@ def _object(line: str, asked: str) -> dict[str, Any]:
     except ValueError as error:
         raise FfnkitError(asked, f"this is not JSON ({error})", "Repair or remove the line") from error
     if not isinstance(row, dict):
-        raise FfnkitError(asked, f"a JSON {type(row).__name__} where an object is wanted", "Write one object a line")
+        raise FfnkitError(asked, "it holds no object", "Write one object a line")
     return row
 
 

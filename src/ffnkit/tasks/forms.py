@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ def columns_at(path: str | Path) -> list[str]:
     """The columns of a file as its first row tells them; [] where it cannot be read."""
     path = Path(path).expanduser()
     kind = path.suffix.lower()
+    if not os.path.isfile(path):
+        return []
     try:
         if kind == ".parquet":
             import pyarrow.parquet

@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import lzma
 import os
 import tarfile
 import weakref
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -23,6 +25,7 @@ from ffnkit.tasks.splitting import Table
 SEPARATOR = "::"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 ARCHIVES = (".tar", ".zip")
+LARGEST = 1 << 28  # bytes of an image's file
 _SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test"}
 _END = 1 << 16  # bytes of either end of an image's file by which repeated images are known
 _LAYOUT = "Give a folder, a .tar or a .zip with a folder of images for each class"
@@ -42,13 +45,22 @@ class Folder:
         self.path = path
 
     def read(self, place: str) -> bytes:
-        """The file."""
-        return (self.path / place).read_bytes()
+        """The file; none that is a device or a pipe, which may never end."""
+        path = self.path / place
+        if os.path.exists(path) and not path.is_file():
+            raise OSError(f"{place} is no regular file")
+        _check_size(path.stat().st_size, place)
+        return path.read_bytes()
 
     def places(self) -> Iterator[tuple[str, str]]:
-        """(name, place) of every file."""
+        """(name, place) of every file; a folder that several links lead to is read once."""
+        seen = set()
         for folder, folders, files in os.walk(self.path, followlinks=True):
             folders.sort()
+            if (real := os.path.realpath(folder)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
             inner = Path(folder).relative_to(self.path)
             for file in sorted(files):
                 name = (inner / file).as_posix()
@@ -66,6 +78,7 @@ class Tar:
     def read(self, place: str) -> bytes:
         """The member."""
         offset, _, size = place.partition("+")
+        _check_size(int(size), place)
         return os.pread(self._file, int(size), int(offset))
 
     def places(self) -> Iterator[tuple[str, str]]:
@@ -83,12 +96,22 @@ class Zip:
         self._archive = zipfile.ZipFile(path)
 
     def read(self, place: str) -> bytes:
-        """The member."""
-        return self._archive.read(place)
+        """The member. Raises OSError where it cannot be unpacked, or would be too large."""
+        _check_size(self._archive.getinfo(place).file_size, place)
+        try:
+            return self._archive.read(place)
+        except (RuntimeError, NotImplementedError, zlib.error, lzma.LZMAError, EOFError) as error:
+            raise OSError(f"{place} cannot be unpacked ({error})") from error
 
     def places(self) -> Iterator[tuple[str, str]]:
         """(name, place) of every file in it."""
         return ((each.filename, each.filename) for each in self._archive.infolist() if not each.is_dir())
+
+
+def _check_size(size: int, place: str) -> None:
+    """Raises OSError for what is too large for an image."""
+    if size > LARGEST:
+        raise OSError(f"{place} has {size:,} bytes, more than the {LARGEST:,} of the largest image that is read")
 
 
 STORES: dict[str, Callable[[str], Store]] = {}
@@ -149,7 +172,7 @@ def listed(path: str | Path) -> tuple[Table, int]:
     asked = f"images {path}"
     if not os.path.exists(path):
         raise FfnkitError(asked, "there is no such file or folder", _LAYOUT)
-    if os.path.isfile(path) and path.suffix.lower() not in ARCHIVES:
+    if not os.path.isdir(path) and not (os.path.isfile(path) and path.suffix.lower() in ARCHIVES):
         raise FfnkitError(asked, f"unknown kind of file {''.join(path.suffixes)!r}", _LAYOUT)
     store.cache_clear()  # what was read before may have been replaced
     try:
@@ -163,18 +186,21 @@ def listed(path: str | Path) -> tuple[Table, int]:
             "digest": [digest(held.read(place)) for place in places],
             "label": classes,
         }
-    except (tarfile.ReadError, zipfile.BadZipFile) as error:
+    except FfnkitError:
+        raise
+    except (tarfile.TarError, zipfile.BadZipFile, ValueError, OverflowError) as error:
         do = "Unpack it, or pack it again as a .zip or as a .tar that is not compressed"
         raise FfnkitError(asked, f"it is no whole {path.suffix} that can be read at any place ({error})", do) from error
     except OSError as error:
-        raise FfnkitError(asked, f"it cannot be read ({error.strerror or error})", "Check the files") from error
+        reason = f"{error.filename}: {error.strerror}" if error.strerror else error
+        raise FfnkitError(asked, f"it cannot be read ({reason})", "Check the files") from error
     return table, len(found) - len(names)
 
 
 def _is_image(name: str) -> bool:
     path = PurePosixPath(name)
     hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-    return not hidden and path.suffix.lower() in SUFFIXES
+    return not hidden and not path.is_absolute() and path.suffix.lower() in SUFFIXES
 
 
 def _classes(names: list[str], path: Path) -> list[str]:

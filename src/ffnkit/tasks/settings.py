@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from ffnkit.settings.checked import Checked
 
 Count = Annotated[int, Field(gt=0)]
 
 
-class GenerationSettings(BaseModel):
+class GenerationSettings(Checked):
     """How text is generated when a generation task is evaluated: by beam search, greedily with one beam."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_new_tokens: Annotated[
         Count | None, Field(description="tokens of an answer at most; null: as the task says")

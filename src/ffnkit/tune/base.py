@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     create_model,
@@ -21,6 +19,7 @@ from pydantic import (
 
 from ffnkit.errors import FfnkitError
 from ffnkit.settings import Setting, settings_of, today
+from ffnkit.settings.checked import Checked
 from ffnkit.settings.updates import Part
 
 if TYPE_CHECKING:
@@ -34,10 +33,9 @@ ROUTERS = "routers of a mixture of experts: trained or frozen"
 _COEFFICIENTS = "l1 weight of coefficients learnt on heads and neurons, which structured pruning reads; 0: none"
 
 
-class Tuner(BaseModel):
+class Tuner(Checked):
     """Base of all tuners: fields are settings. A kind of tuner defines :meth:`put_on` and :meth:`take_off`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     name: ClassVar[str] = ""
     description: ClassVar[str] = ""
     old_names: ClassVar[Mapping[str, str]] = {"also": "modules_to_train", "share": "density"}

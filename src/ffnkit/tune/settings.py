@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from ffnkit.settings.checked import Checked
 
 Schedule = Literal[
     "linear",
@@ -30,11 +32,7 @@ HARMLESS = frozenset(
 )
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TrainSettings(_Settings):
+class TrainSettings(Checked):
     """How a model is fine-tuned. The seed is passed apart, so that arms share settings."""
 
     learning_rate: Annotated[Positive, Field(description="peak learning rate of Adam")] = 5e-5
@@ -99,7 +97,7 @@ class TrainSettings(_Settings):
         return told
 
 
-class DistilSettings(_Settings):
+class DistilSettings(Checked):
     """How a compressed model is fitted to the uncompressed one: what is compared, what trains, on which text."""
 
     objective: Annotated[Literal["layers", "logits", "both"], Field(description="hidden states, answers, or both")] = (
@@ -152,7 +150,7 @@ class DistilSettings(_Settings):
         return self
 
 
-class CalibrationSettings(_Settings):
+class CalibrationSettings(Checked):
     """Which data a method sees that measures activations."""
 
     tokens: Annotated[Count, Field(description="tokens in all, padding left out")] = 6400

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import ValidationError
 
 from ffnkit.errors import FfnkitError
+from ffnkit.settings.words import in_words
 from ffnkit.tune.base import Tuner
 from ffnkit.tune.kinds import Combined, Dsee, Ffn, Full, Head, Lora, MeProp, SparseGrad, SparseMask
 
@@ -38,16 +39,22 @@ def get(tuner: str | Mapping[str, Any] | Tuner) -> Tuner:
         return tuner
     settings = dict(tuner) if isinstance(tuner, Mapping) else {"name": tuner}
     name = settings.pop("name", None)
-    kind = next((kind for kind in TUNERS if kind.name == name), None)
-    if kind is None:
-        raise FfnkitError(f"tuner {name!r}", "it is not known", f"Choose one of {', '.join(names())}")
+    found = kind(name)
     try:
-        return kind(**settings)
+        return found(**settings)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
-        known = ", ".join(kind.model_fields) or "none"
-        raise FfnkitError(f"tuner {name}: {field}", first["msg"], f"Its settings: {known}") from None
+        known = ", ".join(found.model_fields) or "none"
+        raise FfnkitError(f"tuner {name}: {field}", in_words(first["msg"]), f"Its settings: {known}") from None
+
+
+def kind(name: Any) -> type[Tuner]:
+    """The class of a tuner. Raises FfnkitError, listing the known names, where there is none of this name."""
+    found = next((each for each in TUNERS if each.name == name), None)
+    if found is None:
+        raise FfnkitError(f"tuner {name!r}", "it is not known", f"Choose one of {', '.join(names())}")
+    return found
 
 
 def prepare(

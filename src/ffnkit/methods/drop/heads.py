@@ -132,7 +132,7 @@ def units_left(remove: int | float, attention: Attention) -> int:
     """How many units stay when this share or number of them goes; at least one, and a number that the family bears."""
     units, asked = attention.units, f"remove {remove!r} of the heads of {attention.name}"
     if isinstance(remove, bool) or not isinstance(remove, int | float):
-        raise FfnkitError(asked, f"a {type(remove).__name__}", "Give a number of heads (int) or a share (float)")
+        raise FfnkitError(asked, "it is no number", "Give a number of heads, such as 2, or a share, such as 0.25")
     if isinstance(remove, float) and not 0 <= remove < 1:
         raise FfnkitError(asked, "a share that goes lies from 0 to below 1", "Give a share such as 0.25")
     if isinstance(remove, int) and not 0 <= remove < units:

@@ -52,7 +52,11 @@ class Sketch(Narrowing):
 
     def _kept(self, width: int, name: str) -> int:
         keep = self.keep
-        if isinstance(keep, bool) or not isinstance(keep, int | float) or (isinstance(keep, float) and keep > 1):
+        if (
+            isinstance(keep, bool)
+            or not isinstance(keep, int | float)
+            or (isinstance(keep, float) and not 0 <= keep <= 1)
+        ):
             raise FfnkitError(f"keep {keep!r}", "not a count of neurons and not a share", "Give an int, or 0.0 to 1.0")
         count = round(keep * width) if isinstance(keep, float) else keep
         if not 0 <= count <= width:
