@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from methods import EVERY, slow_but
+from methods import EVERY, crossed, slow_but
 
 import ffnkit as fk
 from ffnkit import methods, tasks, tune
@@ -60,8 +60,7 @@ def finite(model: Any, plan: fk.Plan) -> bool:
         return bool(torch.isfinite(model(batch(model, 2, 5)["input_ids"]).logits).all())
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "size"), crossed(CONFIGS, SIZES))
 def test_sizes_that_are_constants_of_ours(name: str, size: tuple[int, int, int, int]) -> None:
     d, ff, rows, tokens = size
     model = model_of(name, d, ff)

@@ -87,8 +87,7 @@ def check_same(first: dict[str, Any], second: dict[str, Any]) -> None:
 # Planning ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("method", list(PLANS))
+@pytest.mark.parametrize(("method", "dtype"), crossed(PLANS, [torch.float32, torch.bfloat16, torch.float64]))
 def test_planning_changes_no_bit(method: str, dtype: torch.dtype) -> None:
     name = "llama" if method in ("sparsegrad-magnitude", "calibrated-fusion", "dsee") else "bert"
     model = FAMILIES[name].model().to(dtype).train()
@@ -352,8 +351,7 @@ def trained(model: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("tuner", ["lora", "sparsegrad", "dsee", "mask"])
-@pytest.mark.parametrize("name", list(TIED))
+@pytest.mark.parametrize(("name", "tuner"), crossed(TIED, ["lora", "sparsegrad", "dsee", "mask"]))
 def test_ffns_tied_by_parameter_are_tuned_as_one(name: str, tuner: str, tmp_path: Path) -> None:
     model = tied_by_parameter(*TIED[name]())
     settings: dict[str, Any] = {"name": tuner, "targets": "ffn", "head": False}

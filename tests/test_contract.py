@@ -30,8 +30,11 @@ from ffnkit.ops.neurons import Neurons
 
 EXACT, RELOADED = 1e-12, 1e-5
 Snapshot = dict[str, tuple[torch.Tensor, bool]]
-EACH = pytest.mark.parametrize(("method", "name"), [(m, n) for m in METHODS for n in NAMES])
-# What the method does whatever the family: each kind of FFN, the others with the slow tests.
+# Each kind of FFN, the other families with the slow tests: test_compact_checkpoints_reload has one whole pass of each.
+EACH = pytest.mark.parametrize(
+    ("method", "name"),
+    [(m, n) if n in KINDS else pytest.param(m, n, marks=pytest.mark.slow) for m in METHODS for n in NAMES],
+)
 EACH_KIND = pytest.mark.parametrize("name", slow_but(KINDS, NAMES))
 
 
@@ -128,7 +131,8 @@ def test_a_saved_plan_applies_identically(method: str, name: str, tmp_path: Path
     assert same(snapshot(fk.apply(copy.deepcopy(model), plan)), snapshot(second))
 
 
-@pytest.mark.parametrize(("method", "name"), [(m, n) for m in METHODS for n in RESIZABLE])
+@pytest.mark.parametrize("name", slow_but(set(KINDS) & set(RESIZABLE), RESIZABLE))
+@pytest.mark.parametrize("method", METHODS)
 def test_apply_refuses_a_plan_for_another_shape(method: str, name: str) -> None:
     family = FAMILIES[name]
     plan = planned(name, method)
@@ -344,11 +348,10 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     return Shelf(tmp_path_factory.mktemp("shelf"))
 
 
-def each_form(first: str) -> pytest.MarkDecorator:
-    """Every family in the form that asks more of the family, each kind of FFN in both, the others with the slow tests.
+def each_form(first: str | None) -> pytest.MarkDecorator:
+    """Each kind of FFN in both forms, every family in the first one where it is given, the others with the slow tests.
 
-    A compact checkpoint has more to say where layers differ. A standard one is narrower only where they are equal:
-    there the family's own keys of the configuration are written.
+    A compact checkpoint has more to say where layers differ.
     """
     cases = [(name, form) for name in NAMES for form in FORMS]
     fast = [name in KINDS or form == first for name, form in cases]
@@ -376,7 +379,7 @@ def test_transformers_own_classes_open_compact_checkpoints_too(name: str, form: 
     assert [type(m) for m in hooked.modules()] == [type(m) for m in loaded.modules()]
 
 
-@each_form("uniform")
+@each_form(None)
 def test_standard_exports_reload(name: str, form: str, shelf: Shelf) -> None:
     saved = shelf.saved(name, form)
     plain = eager(saved.plainly(saved.standard))

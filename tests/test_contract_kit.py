@@ -93,6 +93,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_fresh_processes_open_both_forms(shelf: Path) -> None:
     check_reopened(shelf)
 

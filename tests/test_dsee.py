@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
+from methods import KINDS, slow_but
 from test_sparsegrad import batches, trained
 from tolerance import assert_close, assert_differs
 from torch import Tensor, nn
@@ -408,7 +409,7 @@ def disturbed(model: Any, seed: int = 0) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+@pytest.mark.parametrize("name", slow_but(KINDS, sorted(FAMILIES)))
 def test_folded_equals_unfolded_in_every_family(name: str) -> None:
     family = FAMILIES[name]
     model = family.model()

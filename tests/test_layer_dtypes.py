@@ -111,7 +111,7 @@ def by_loop(layer: Any, x: Tensor, gradient: Tensor) -> tuple[Tensor, dict[str, 
     elif isinstance(layer, Coefficients):
         weight = base
     elif isinstance(layer, LowRank):
-        weight = named["second"] @ named["first"]
+        weight = named["second.weight"] @ named["first.weight"]
     else:
         weight = named["weight"] * (exact.mask if isinstance(layer, Masked) else exact.scale)
     if "coefficients" in named:

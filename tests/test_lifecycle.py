@@ -254,9 +254,9 @@ def test_finishing_can_be_done_again(
 
 @pytest.mark.parametrize("tuner", ["lora", "sparsegrad", "dsee"])
 def test_finishing_where_nothing_can_be_written(tuner: str, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("no folder")
     given = EVERY[tuner] | {"adapter_dir": tmp_path / "file" / "adapter"}
     tuned = tuners.prepare(case_of("bert").model(), given)
+    (tmp_path / "file").write_text("no folder")
     with pytest.raises((FfnkitError, OSError)):
         tuners.finish(tuned, given)
     (tmp_path / "file").unlink()
@@ -315,8 +315,7 @@ def stopped(tuner: Any, stop: str, error: BaseException, out: Path, patch: pytes
     return model
 
 
-@pytest.mark.parametrize("stop", list(STOPS))
-@pytest.mark.parametrize("tuner", ["head", "lora", "sparsegrad", "meprop of outputs", "full"])
+@pytest.mark.parametrize(("tuner", "stop"), crossed(["head", "lora", "sparsegrad", "meprop of outputs", "full"], STOPS))
 def test_a_run_that_stops_leaves_a_plain_model(
     tuner: str, stop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

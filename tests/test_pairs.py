@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from methods import EVERY, TUNERS, case_of
+from methods import EVERY, TUNERS, case_of, slow_but
 
 import ffnkit as fk
 from ffnkit.errors import FfnkitError
@@ -110,7 +110,7 @@ def both(name: str, first: str, stage: str, folder: Path) -> None:
     assert report.output_error is not None and report.output_error < 1e-4
 
 
-@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("first", slow_but({"factored", "pruned"}, FIRST))
 @pytest.mark.parametrize("name", ["bert", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "t5", "gpt2"))])
 def test_no_stage_loses_what_an_earlier_one_saved(name: str, first: str, tmp_path: Path) -> None:
     stages = STAGES if name != "bert" else STAGES[list(FIRST).index(first) % 3 :: 3]

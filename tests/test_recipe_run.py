@@ -146,6 +146,7 @@ def test_run_again_computes_nothing_and_writes_the_same(folder: Path, finished: 
     assert (out / "latency.json").stat().st_mtime_ns > measured
 
 
+@pytest.mark.slow
 def test_arms_and_seeds_may_be_added(folder: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
@@ -252,6 +253,7 @@ def test_killed_within_tuning(
     assert outcome(out) == outcome(finished)
 
 
+@pytest.mark.slow
 def test_another_seed_has_another_outcome(folder: Path, finished: Path, tmp_path: Path) -> None:
     """The control of the tests above: equal outcomes are no matter of course."""
     run(recipe_of(folder, seeds=[1]), tmp_path / "out")

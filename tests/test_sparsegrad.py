@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
+from methods import crossed
 from tolerance import assert_close, assert_differs
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -430,8 +431,7 @@ def trained(model: Any, data: list[dict[str, Any]], steps: int = 3) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", PLAIN)
-@pytest.mark.parametrize("selection", ["fixed", "refresh", "step"])
+@pytest.mark.parametrize(("name", "selection"), crossed(PLAIN, ["fixed", "refresh", "step"]))
 def test_a_plain_loop_trains_what_is_claimed(name: str, selection: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     model, plan, data = planned(name, selection=selection, every=2)
@@ -568,7 +568,9 @@ def test_what_does_not_fit_is_refused() -> None:
         fk.plan(model, fk.Fusion(width=0.5))
 
 
-@pytest.mark.parametrize("kind", ["checkpointing", "autocast", "compile", "scaler"])
+@pytest.mark.parametrize(
+    "kind", ["checkpointing", "autocast", pytest.param("compile", marks=pytest.mark.slow), "scaler"]
+)
 def test_what_trainers_do_works(kind: str) -> None:
     family = FAMILIES["bert"]
     if kind == "compile":  # each layer takes seconds, and is compiled like the first

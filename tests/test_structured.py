@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import FAMILIES
 from family import Family
-from methods import crossed
+from methods import crossed, slow_but
 from tolerance import assert_close, assert_differs, relative_error
 from torch import nn
 
@@ -452,8 +452,7 @@ def coefficients(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: layer.coefficients for name, layer in adapter_layers(model).items() if layer.coefficients is not None}
 
 
-@pytest.mark.parametrize("sites", ["qv", "ffn", "all"])
-@pytest.mark.parametrize("name", [*NAMES, "albert"])
+@pytest.mark.parametrize(("name", "sites"), crossed([*NAMES, "albert"], ["qv", "ffn", "all"]))
 def test_coefficients_stand_before_every_output(name: str, sites: str) -> None:
     family = wide(name)
     model = learning(name, targets=sites)
@@ -550,7 +549,7 @@ def test_coefficients_shrink_once_a_step_and_only_where_they_should() -> None:
 
 
 @pytest.mark.parametrize("sites", ["qv", "all"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(NAMES[:2], NAMES))
 def test_the_smallest_coefficients_go(name: str, sites: str, tmp_path: Path) -> None:
     family, model = wide(name), learning(name, targets=sites)
     shake(model)

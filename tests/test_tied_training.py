@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from families import FAMILIES
+from methods import crossed
 from safetensors import safe_open
 from test_tied_lora import tied
 from test_tune import assert_same, bert, fit, gpt2, killed_at, llama
@@ -95,8 +96,7 @@ def _expanded(folder: Path) -> Path:
     return folder / "expanded"
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora"])
-@pytest.mark.parametrize("build", [bert, gpt2, llama])
+@pytest.mark.parametrize(("build", "tuner"), crossed([bert, gpt2, llama], ["full", "lora"]))
 def test_tuning_of_a_tied_model_resumes(
     build: Any, tuner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

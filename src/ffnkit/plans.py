@@ -46,6 +46,7 @@ class Plan:
             model of this shape will do, as in plans of older files.
         report: how the method came to its edits, as plain data: e.g. what a search tried, and the seconds. Neither
             saved nor compared.
+        rehearsed: structures of models (``surgery.meta.structure``) that bear its edits; neither saved nor compared.
     """
 
     method: str
@@ -57,6 +58,7 @@ class Plan:
     quantities: dict[str, dict[str, float]] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
     weights: Digests = field(default_factory=dict)
+    rehearsed: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
 
     # --- what changes
 

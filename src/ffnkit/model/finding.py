@@ -129,8 +129,11 @@ def place(found: Sequence[Placed], model: nn.Module) -> None:
     """
     counters: dict[tuple[str, ...], int] = defaultdict(int)
     rows, attention = layouts(), attention_layouts()
-    holding = (n for n, m in walk(model) if _match(m, rows) or attention_layout(m, attention))
-    distinct = list(dict.fromkeys(_stack(name)[0] for name in (*(each.name for each in found), *holding)))
+    distinct = dict.fromkeys(_stack(each.name)[0] for each in found)
+    for name, module in walk(model):
+        stack = _stack(name)[0]
+        if stack not in distinct and (_match(module, rows) or attention_layout(module, attention)):
+            distinct[stack] = None
     for each in found:
         prefix, number = _stack(each.name)
         each.layer = counters[prefix] if number is None else number

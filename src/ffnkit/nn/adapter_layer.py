@@ -231,9 +231,14 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without what updates are made of: the entries of plain layers, the sums among them."""
-    places = [f"{name}." for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, AdapterLayer)]
+    every = model.named_modules(remove_duplicate=False)
+    places = {f"{name}.": module for name, module in every if isinstance(module, AdapterLayer)}
     kept = {place + key for place in places for key in ("weight", "bias")}
     state = model.state_dict()
+    first: dict[int, str] = {}
+    for place, module in places.items():  # one sum for all places of a layer, which are stored once
+        own = first.setdefault(id(module), place)
+        state |= {place + key: state[own + key] for key in ("weight", "bias") if own + key in state}
     return {name: value for name, value in state.items() if name in kept or not name.startswith(tuple(places))}
 
 

@@ -12,10 +12,11 @@ _LAYERS = ("Linear4bit", "Linear8bitLt")
 
 
 def is_quantized_linear(module: nn.Module) -> bool:
-    """Whether a linear holds its weight in another form than float."""
+    """Whether a linear holds its weight in another form than float; peft's layers of the same names hold none."""
     weight = module._parameters.get("weight")
-    kind = type(weight.data) if isinstance(weight, nn.Parameter) else None
-    return type(module).__name__ in _LAYERS or (kind is not None and kind.__module__.startswith("torchao."))
+    if weight is None:
+        return False
+    return type(module).__name__ in _LAYERS or type(weight.data).__module__.startswith("torchao.")
 
 
 @torch.no_grad()

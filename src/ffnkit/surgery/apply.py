@@ -24,7 +24,7 @@ from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.plans import Plan
 from ffnkit.surgery import description
 from ffnkit.surgery.journal import journal
-from ffnkit.surgery.meta import rehearse
+from ffnkit.surgery.meta import rehearse, structure
 from ffnkit.surgery.writer import ModelWriter, put
 
 SAVING = (LowRank.kind, Masked.kind)  # layers with which something is lost that a method saved
@@ -54,18 +54,19 @@ def carry_out(model: nn.Module, edits: Iterable[Edit], plan: Plan | None = None)
     if plan is not None:
         plan.check_fits({ffn.name: ffn for ffn in ffns(model)}, type(model).__name__)
         plan.check_weights(model)
-    writer = check_edits(model, edits)
+    if plan is None or structure(model) not in plan.rehearsed:
+        check_edits(model, edits)
+    writer = ModelWriter(model)
+    writer.check(edits)
     with journal(model):
         writer.carry_out(edits)
 
 
-def check_edits(model: nn.Module, edits: tuple[Edit, ...]) -> ModelWriter:
-    """The writer that can carry these edits out. Raises FfnkitError where the model does not bear them; reads only."""
+def check_edits(model: nn.Module, edits: tuple[Edit, ...]) -> None:
+    """Raises FfnkitError where the model does not bear these edits, alone or together; reads only."""
     check_normal(edits)
-    writer = ModelWriter(model)
-    writer.check(edits)
+    ModelWriter(model).check(edits)
     rehearse(model, edits)
-    return writer
 
 
 def share(model: PreTrainedModel, described: dict[str, object]) -> None:

@@ -16,6 +16,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import run_uneven_experts
 from ffnkit.model import probe, running
 from ffnkit.model.fresh import built, written
+from ffnkit.model.linear import walk
 from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.surgery import description
 from ffnkit.surgery.journal import reachable
@@ -32,19 +33,30 @@ def rehearse(model: nn.Module, edits: Iterable[Edit]) -> nn.Module:
     """
     twin = skeleton(model)
     ModelWriter(twin, empty=True).carry_out(edits)
-    if isinstance(model, PreTrainedModel) and (structure := _structure(twin)) not in _passed:
+    if isinstance(model, PreTrainedModel) and (found := structure(twin)) not in _passed:
         _check_opens(model, twin)
         _check_runs(model, twin)
-        _passed.add(structure)
+        _passed.add(found)
     return twin
 
 
-_passed: set[int] = set()  # structures that opened and ran: a plan is rehearsed when it is made and when it is applied
+_passed: set[int] = set()  # structures that opened and ran
 
 
-def _structure(model: PreTrainedModel) -> int:
-    shapes = tuple((name, tuple(value.shape)) for name, value in model.state_dict().items())
-    return hash((type(model), model.config.to_json_string(), shapes))
+def structure(model: nn.Module) -> int:
+    """What rehearsals hang on, as one number: config, modules, and shapes, dtypes and ties of their tensors."""
+    numbers: dict[int, int] = {}
+    rows = []
+    for name, module in walk(model):
+        held = (*module._parameters.items(), *module._buffers.items())
+        values = [
+            (key, tuple(value.shape), value.dtype, value.requires_grad, numbers.setdefault(id(value), len(numbers)))
+            for key, value in held
+            if value is not None
+        ]
+        rows.append((name, type(module), tuple(values)))
+    config = model.config.to_json_string() if isinstance(model, PreTrainedModel) else ""
+    return hash((config, tuple(rows)))
 
 
 def rebuild(model: PreTrainedModel, described: dict[str, object]) -> None:

@@ -10,6 +10,7 @@ from ffnkit import plans
 from ffnkit.errors import FfnkitError
 from ffnkit.plans import Method, Plan, Progress
 from ffnkit.surgery.apply import check_edits
+from ffnkit.surgery.meta import structure
 from ffnkit.surgery.trial import try_out
 
 
@@ -39,4 +40,5 @@ def plan(
         try_out(model, made.edits, data[0] if isinstance(data, Sequence) and data else None)
     except FfnkitError as error:
         raise error.within(f"{method.name} on {type(model).__name__}") from error
+    made.rehearsed.add(structure(model))
     return made

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ffnkit.edits import Edit
 from ffnkit.edits.base import Stage
 from ffnkit.errors import FfnkitError
-from ffnkit.io.loading import no_bars
+from ffnkit.io.loading import no_bars, run_uneven_experts
 from ffnkit.model import probe, running
 from ffnkit.model.finding import block_name
 from ffnkit.model.fresh import written
@@ -39,7 +39,6 @@ def try_out(model: nn.Module, edits: Iterable[Edit], batch: Mapping[str, Any] | 
     Raises:
         FfnkitError: the model with the edits cannot run or be opened anew, or gives something else.
     """
-    writer = ModelWriter(model)
     tried = [edit for edit in edits if type(edit).silenced is not Edit.silenced]
     if not tried or not isinstance(model, PreTrainedModel) or not _at_hand(model):
         return
@@ -49,7 +48,7 @@ def try_out(model: nn.Module, edits: Iterable[Edit], batch: Mapping[str, Any] | 
     if batch is None:
         _check_read(model, tried, asked)
         return
-    wanted, idle = _silenced(model, writer, tried, batch)
+    wanted, idle = _silenced(model, ModelWriter(model), tried, batch)
     _check_read(model, idle, asked)
     try:
         with TemporaryPlan(model, tried):
@@ -115,6 +114,7 @@ def _opened(model: PreTrainedModel) -> nn.Module:
         opened: nn.Module = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=model.dtype, **place, **how
         )
+    run_uneven_experts(opened)
     return opened
 
 

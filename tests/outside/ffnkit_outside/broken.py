@@ -186,7 +186,7 @@ METHODS: dict[str, tuple[Any, str]] = {
     "a config key forgotten": (lambda: Each("silent_drop", last=True), "the config says what there is"),
     "a structure that hangs on numbers": (
         lambda: Each("needs_numbers"),
-        "the rehearsal has the shapes of what comes",
+        "planning",  # which rehearses
     ),
     "a plan that writes": (Writes, "planning writes nothing"),
     "a plan of chance": (Random, "plans are deterministic"),
