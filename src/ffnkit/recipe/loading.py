@@ -10,7 +10,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.yaml_text import read_yaml
 from ffnkit.recipe.schema import Recipe, recipe_from
 
-LONGEST = 1 << 20  # bytes of a recipe
+LONGEST = 1 << 17  # bytes of a recipe: seconds of reading, and more than anybody writes
 
 
 def parse(text: str, where: str) -> Recipe:
@@ -51,7 +51,7 @@ def load_recipe(path: str | Path, *, any_template: bool = False) -> Recipe:
         found = f"cannot be read ({getattr(error, 'strerror', None) or error})"
         raise FfnkitError(f"recipe {path}", found, "Give the path of a YAML recipe") from None
     if len(content) > LONGEST:
-        raise FfnkitError(f"recipe {path}", "it is larger than 1 MiB", "Give the path of a YAML recipe")
+        raise FfnkitError(f"recipe {path}", f"it is larger than {LONGEST >> 10} KiB", "Give the path of a YAML recipe")
     recipe = parse(text, str(path))
     if not any_template:
         _check_template(recipe, path)
