@@ -69,7 +69,7 @@ def within(seconds: float) -> Iterator[None]:
 
 def line(*words: str) -> str:
     """The one line of a command that is wrong."""
-    with within(30):
+    with within(150):
         result = CliRunner().invoke(app, list(words))
     errors = [each for each in result.stderr.splitlines() if each.startswith("ffnkit: error: ")]
     assert (result.exit_code, len(errors)) == (2, 1), result.stderr
@@ -155,14 +155,14 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
 @pytest.mark.parametrize("case", RECIPES)
 def test_a_recipe_is_refused_with_all_that_is_wrong(case: str) -> None:
     text, parts = RECIPES[case]
-    with within(60), pytest.raises(FfnkitError) as error:
+    with within(150), pytest.raises(FfnkitError) as error:
         parse(text, "r.yaml")
     said = str(error.value)
     assert all(part in said for part in parts) and len(said) < 2000 and "\n" not in said, said
 
 
 def test_a_file_that_never_ends_is_no_recipe() -> None:
-    with within(30), pytest.raises(FfnkitError, match="larger than"):
+    with within(150), pytest.raises(FfnkitError, match="larger than"):
         load_recipe("/dev/zero")
 
 
@@ -278,7 +278,7 @@ def test_folders_of_images_may_hold_anything(case: str, tmp_path: Path) -> None:
     change, said = IN_FOLDERS[case]
     folder = images(tmp_path / "images")
     change(folder)
-    with within(30):
+    with within(150):
         if said:
             with pytest.raises(FfnkitError, match=said):
                 listed(folder)
@@ -315,7 +315,7 @@ def test_archives_of_images_may_hold_anything(tmp_path: Path) -> None:
 def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
     for name in ("a.plan", "a.csv", "a.jsonl"):
         os.mkfifo(tmp_path / name)
-    with within(30):
+    with within(150):
         with pytest.raises(FfnkitError, match="no regular file"):
             Plan.load(tmp_path / "a.plan")
         assert columns_at(tmp_path / "a.csv") == columns_at(tmp_path / "a.jsonl") == []
