@@ -1,7 +1,7 @@
 """Two golden records of what the code computes and says, to be compared before and after a change of its structure.
 
     golden.py record --numbers NUMBERS.json --texts TEXTS.json [--source PATH/src] [--jobs 2] [--families bert,gpt2]
-                     [--cases fusion,lora] [--no-texts]
+                     [--cases fusion,lora]
     golden.py compare OLD.json NEW.json [--renames FILE]
 
 *Numbers*: hashes (sha256 of bytes, dtype and shape) of a plan's tensors, of the state after apply, fold, three steps of
