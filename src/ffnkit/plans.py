@@ -339,17 +339,7 @@ def plan(
     data: Iterable[dict[str, Tensor]] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """What ``method`` would do to ``model``; changes nothing.
-
-    Args:
-        model: a transformers model.
-        method: settings such as ``Fusion(width=0.25, layers="last:8")``.
-        data: batches for ``model(**batch)``, for methods that ask for them.
-        progress: called with (done, total, FFN name) after each FFN.
-
-    Raises:
-        FfnkitError: naming model and method, where the settings do not fit the model.
-    """
+    """The plan of a method's draft, untried; arguments and errors as of ``surgery.planning.plan``, which tries it."""
     check_untouched(model, f"{method.name} on {type(model).__name__}")
     try:
         shapes = {ffn.name: Shape.of(ffn) for ffn in ffns(model)}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io import formats
+from ffnkit.io.files import read_json
 from ffnkit.io.folders import check_target
 from ffnkit.io.manifest import FILE, has_card
 
@@ -57,9 +57,4 @@ def is_ffnkit_output(folder: Path) -> bool:
 
 def is_compact(folder: Path) -> bool:
     """Whether ``folder`` holds a compact checkpoint of ffnkit."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    return formats.is_compact(quantization)
+    return formats.is_compact((read_json(folder / "config.json") or {}).get("quantization_config"))

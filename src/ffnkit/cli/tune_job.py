@@ -19,7 +19,7 @@ from ffnkit.cli.eval_job import Measured, generation_built, load_tokenizer, tell
 from ffnkit.cli.history import History, public_name
 from ffnkit.errors import FfnkitError
 from ffnkit.io import workspace
-from ffnkit.io.files import write_text
+from ffnkit.io.files import read_json, write_text
 from ffnkit.io.folders import staging
 
 SETTINGS = "settings.json"
@@ -246,15 +246,6 @@ class TuneJob:
 def has_files(work: Path) -> bool:
     """Whether a run left something to go on from, a checkpoint or the state of a distillation."""
     return any(path.is_file() for path in work.glob("*/*/*")) or any(work.glob("distil/*.safetensors"))
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def digest(facts: dict[str, Any]) -> str:

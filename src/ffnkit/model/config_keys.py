@@ -13,6 +13,7 @@ from ffnkit.model.families.keys import OPTIONAL_WIDTH_KEYS, WIDTH_KEYS, WIDTH_KE
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.fresh import built, read, shapes
+from ffnkit.model.linear import walk
 
 Key = tuple[str, str]  # path of a sub-config, key
 
@@ -70,7 +71,7 @@ def width_keys(model: PreTrainedModel, found: list[FFN]) -> dict[str, Key | None
     that holds that number (without weights), to see which FFNs follow, and that nothing else does.
     """
     tree = list(config_tree(model.config))
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(walk(model))
     keys: dict[str, Key | None] = {}
     for ffn in found:
         near = ((path, width_key(config, ffn)) for path, config in candidates(tree, modules, ffn.name))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.model.finding import ffns, has_ffns
+from ffnkit.model.linear import walk
 from ffnkit.nn.adapter_layer import AdapterLayer
 
 # The dtypes in which a model is known again: its own, and those that it may be rounded to.
@@ -44,7 +45,7 @@ def other_weights(model: nn.Module, known: Digests) -> str | None:
 def _held(model: nn.Module, places: Iterable[str]) -> Iterator[tuple[str, list[Tensor]]]:
     """The tensors of each place that is there."""
     named = {name: ffn for ffn in ffns(model) for name in ffn.owners} if has_ffns(model) else {}
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(walk(model))
     for place in dict.fromkeys(places):
         ffn = named.get(place)
         if ffn is None and place in modules:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ffnkit.io.files import write_text
+from ffnkit.io.files import read_json, write_text
 from ffnkit.recipe.schema import Arm, Recipe
-from ffnkit.recipe.state import Unit, arm_dict, check_there, read_json, stages_of, unit_of, write_json
+from ffnkit.recipe.state import Unit, arm_dict, check_there, stages_of, unit_of, write_json
 
 STAGE_MARKERS = ("compress", "distil", "before", "tune", "prune", "recover", "evaluate", "export")
 _PRUNING = {"kept", "sparsity", "merging"}  # figures of the stages prune and recover

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import write_text
+from ffnkit.io.files import read_json, write_text
 from ffnkit.io.folders import check_target
 from ffnkit.recipe.schema import Arm, Recipe, arm_dict, facts_today
 from ffnkit.recipe.sources import expand
@@ -63,15 +63,6 @@ class Unit:
 def unit_of(out: Path, arm: str, seed: int) -> Unit:
     """The unit of an arm and a seed in ``out``."""
     return Unit(arm, seed, out / "units" / arm / f"seed-{seed}")
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None when there is none or it is broken."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def write_json(path: Path, value: Any) -> None:

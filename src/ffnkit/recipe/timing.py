@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ffnkit.io.files import read_json
 from ffnkit.recipe.sources import Source
-from ffnkit.recipe.state import digest, read_json, unit_of, write_json
+from ffnkit.recipe.state import digest, unit_of, write_json
 
 if TYPE_CHECKING:
     import torch

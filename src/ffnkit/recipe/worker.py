@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.files import read_json
 from ffnkit.recipe.schema import Recipe, facts_today, recipe_from
-from ffnkit.recipe.state import Unit, digest, read_json, unit_of
+from ffnkit.recipe.state import Unit, digest, unit_of
 
 FAILED, STOPPED = 1, 130
 

@@ -54,19 +54,23 @@ def carry_out(model: nn.Module, edits: Iterable[Edit], plan: Plan | None = None)
     if plan is not None:
         plan.check_fits({ffn.name: ffn for ffn in ffns(model)}, type(model).__name__)
         plan.check_weights(model)
-    if plan is None or structure(model) not in plan.rehearsed:
-        check_edits(model, edits)
-    writer = ModelWriter(model)
-    writer.check(edits)
+    writer = check_edits(model, edits, rehearsed=plan is not None and structure(model) in plan.rehearsed)
     with journal(model):
         writer.carry_out(edits)
 
 
-def check_edits(model: nn.Module, edits: tuple[Edit, ...]) -> None:
-    """Raises FfnkitError where the model does not bear these edits, alone or together; reads only."""
+def check_edits(model: nn.Module, edits: tuple[Edit, ...], *, rehearsed: bool = False) -> ModelWriter:
+    """The writer that can carry these edits out; reads only.
+
+    Raises:
+        FfnkitError: the model does not bear them, alone or, unless that was ``rehearsed`` already, together.
+    """
     check_normal(edits)
-    ModelWriter(model).check(edits)
-    rehearse(model, edits)
+    writer = ModelWriter(model)
+    writer.check(edits)
+    if not rehearsed:
+        rehearse(model, edits)
+    return writer
 
 
 def share(model: PreTrainedModel, described: dict[str, object]) -> None:

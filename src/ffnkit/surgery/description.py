@@ -47,7 +47,7 @@ def _rows(model: PreTrainedModel) -> dict[str, Any]:
     """What the config says of each FFN, by the names in ``model``, which may be a part of what the config is of."""
     described = description(model) or {}
     rows: dict[str, Any] = described.get("ffns", {})
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(walk(model))
     return rows if all(name in modules for name in rows) else renamed(model, described)["ffns"]
 
 

@@ -20,6 +20,7 @@ from ffnkit.model.config_keys import candidates, config_tree
 from ffnkit.model.families.keys import DEPTH_KEYS, HIDDEN_STATE_KEYS, SPECIAL_TOKEN
 from ffnkit.model.fresh import built, written
 from ffnkit.model.layer_reads import Reads, reads
+from ffnkit.model.linear import walk
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -170,7 +171,7 @@ def _depth(model: PreTrainedModel, holder: str, layers: int) -> list[tuple[PreTr
     other = {"encoder": "decoder", "decoder": "encoder"}.get(word or "")
     two = other is not None and any(other in name.split(".") for name, _ in model.named_modules())
     tree = list(config_tree(model.config))
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(walk(model))
     for _, config in candidates(tree, modules, holder):
         keys = [key for key in DEPTH_KEYS if vars(config).get(key) == layers]
         if two:
@@ -241,9 +242,9 @@ def _compare(model: PreTrainedModel, old: Any, stacks: list[Shorter]) -> _Found:
         return _Found([_first_line(error)], [])
     odd: list[str] = []
     told: list[tuple[str, str, Any, Any]] = []
-    there = dict(new.named_modules(remove_duplicate=False))
+    there = dict(walk(new))
     values = _values(old.config), _values(new.config)
-    for name, module in old.named_modules(remove_duplicate=False):
+    for name, module in walk(old):
         place: str | None = name
         stack = None
         for each in stacks:
@@ -306,12 +307,12 @@ def _same(first: Any, second: Any) -> bool:
 
 def _tell(model: PreTrainedModel, old: nn.Module, found: _Found) -> None:
     """Modules hold what those of the new model hold; what somebody else set there stays."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(walk(model))
     for name, key, before, after in found.told:
         _renew(modules.get(name), key, before, after)
     inside = {id(config) for _, config in config_tree(model.config)}
-    there = dict(found.new.named_modules(remove_duplicate=False))
-    for name, module in old.named_modules(remove_duplicate=False):  # copies of the config, such as those of T5's stacks
+    there = dict(walk(found.new))
+    for name, module in walk(old):  # copies of the config, such as those of T5's stacks
         config = getattr(modules.get(name), "config", None)
         if name in there and isinstance(config, PreTrainedConfig) and id(config) not in inside:
             for key, before in vars(module.config).items():

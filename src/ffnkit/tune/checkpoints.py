@@ -15,7 +15,7 @@ import numpy as np
 from torch import nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import space_errors, write_text
+from ffnkit.io.files import read_json, space_errors, write_text
 from ffnkit.io.folders import check_target
 from ffnkit.io.workspace import made
 
@@ -51,7 +51,7 @@ def claimed(out_dir: str | Path, run: dict[str, Any]) -> Iterator[None]:
 
 def _claim(folder: Path, run: dict[str, Any]) -> None:
     path = folder / FINGERPRINT
-    found = _read(path)
+    found = read_json(path)
     if found is None:
         if checkpoints(folder):
             what = f"checkpoints without a readable {FINGERPRINT}"
@@ -83,7 +83,7 @@ def is_whole(path: Path) -> bool:
     """Whether nothing of a checkpoint is missing or cut short; its state file is what is written last."""
     from safetensors import SafetensorError, safe_open
 
-    if _read(path / STATE) is None:
+    if read_json(path / STATE) is None:
         return False
     if not all(zipfile.is_zipfile(path / name) for name in _ARCHIVES):
         return False
@@ -113,7 +113,7 @@ def clean(folder: str | Path) -> None:
 
 def state_of(path: Path) -> dict[str, Any]:
     """The Trainer state of a checkpoint."""
-    state = _read(path / STATE)
+    state = read_json(path / STATE)
     assert state is not None, f"{path} is not whole"
     return state
 
@@ -146,11 +146,3 @@ def _differing(run: dict[str, Any], found: dict[str, Any]) -> list[str]:
 def _close(ours: Any, theirs: Any) -> bool:
     first, second = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     return first.shape == second.shape and np.allclose(first, second, rtol=1e-3, atol=1e-5, equal_nan=True)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return data if isinstance(data, dict) else None
