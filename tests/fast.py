@@ -71,7 +71,7 @@ FAST = {
         "test_a_killed_run_ends": 1,
         "test_distillation_runs": 3,
     },
-    "test_outside.py": {"test_what": 0},  # test_docs.py has the package of the page on adding
+    "test_outside.py": {"test_what": 0, "test_names_of_other": 0},  # test_docs.py has the package of the page on adding
     "test_pairs.py": {"test_no_stage_loses": 1},
     "test_pruning.py": {
         "test_modes_are_those_of_a_slow_loop": 8,
