@@ -83,6 +83,10 @@ class TuneJob:
     def run(self) -> dict[str, Any]:
         """Tune, report, save; returns what metrics.json holds."""
         self.check_others()
+        if self.teacher is not None:
+            from ffnkit.io.architectures import read_config
+
+            read_config(self.teacher)  # a name that leads nowhere is told before the data are read
         with workspace.made(self.work):
             asked = f"--out {self.out}"
             held = workspace.held(self.work, asked, "the same command is at work there")
