@@ -53,6 +53,7 @@ class UpdateLinear(Edit):
 
     kind: ClassVar[str] = "UpdateLinear"
     formerly: ClassVar[tuple[str, ...]] = ("Adapt",)
+    version: ClassVar[int] = 2
     stage: ClassVar[Stage] = Stage.UPDATE
     trains: ClassVar[bool] = True
 
@@ -91,6 +92,13 @@ class UpdateLinear(Edit):
             f"{notes(quantities, edit.target)}"
             for edit in found
         ]
+
+    @classmethod
+    def settings_of_today(cls, settings: dict[str, Any], version: int) -> dict[str, Any]:
+        given = settings.get("given")
+        if version < 2 and isinstance(given, dict) and given.get("selection") == "step":
+            return settings | {"given": given | {"selection": "masked-gradient"}}  # what "step" was then
+        return settings
 
     # --- what it does
 
