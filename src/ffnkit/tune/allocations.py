@@ -58,7 +58,7 @@ class Allocations(TrainerCallback, ExportableState):
 def most(measured: profile) -> int:
     """The most bytes of tensors that were there at once, of those that came while a profile ran."""
     assert measured.profiler is not None and measured.profiler.kineto_results is not None
-    events = [e for e in measured.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events: list[Any] = [e for e in measured.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = largest = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
