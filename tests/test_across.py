@@ -84,7 +84,7 @@ def test_the_command_prints_and_writes(tmp_path: Path) -> None:
     assert result.exit_code == 0 and "average" in result.output
     table = (out / "table.md").read_text()
     assert "accuracy (rte)" in table and "1.23%" in table and "samples/s" in table and "a step" in table
-    lines = list(csv.DictReader((out / "results.csv").open()))
+    lines = list(csv.DictReader((out / "results.csv").read_text().splitlines()))
     assert float(lines[1]["updated_parameters"]) == 10 and float(lines[1]["average"]) == pytest.approx(0.8)
     assert "average" in (out / "report.html").read_text()
     told = CliRunner().invoke(app, ["report", *map(str, runs), "--json"], standalone_mode=False)
