@@ -12,6 +12,7 @@ from typing import Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.settings import settings_of, today, type_name
+from ffnkit.settings.presets import filled, presets_of
 from ffnkit.settings.words import in_words
 
 WORDS = {None: "null", True: "true", False: "false"}  # as YAML has them
@@ -42,6 +43,9 @@ def fields(cls: Any) -> dict[str, dict[str, Any]]:
                 found[name]["default"] = info.get_default(call_default_factory=True)
             if info.description:
                 found[name]["help"] = info.description
+    if "preset" in found and (presets := presets_of(cls)):
+        said = "; ".join(f"{name}, of {preset}" for name, preset in presets.items())
+        found["preset"]["help"] = f"{found['preset']['help'].rstrip('.')}: {said}"
     return found
 
 
@@ -119,7 +123,7 @@ def build(
     Raises:
         FfnkitError: unknown or missing settings, or a value of the wrong type or range.
     """
-    known, settings = fields(cls), today(cls, settings)
+    known, settings = fields(cls), filled(cls, today(cls, settings))
     check_known(settings, known, owner, option)
     missing = [name for name, info in known.items() if "default" not in info and name not in settings]
     if missing:

@@ -83,6 +83,10 @@ class TuneJob:
     def run(self) -> dict[str, Any]:
         """Tune, report, save; returns what metrics.json holds."""
         self.check_others()
+        if self.teacher is not None:
+            from ffnkit.io.architectures import read_config
+
+            read_config(self.teacher)  # a name that leads nowhere is told before the data are read
         with workspace.made(self.work):
             asked = f"--out {self.out}"
             held = workspace.held(self.work, asked, "the same command is at work there")
@@ -235,8 +239,9 @@ class TuneJob:
     def save(self, model: Any, tokenizer: Any, report: dict[str, Any], found: Measured) -> None:
         """Build the whole result and put it in place in one step; then the checkpoints go, those given up as well."""
         import ffnkit
+        from ffnkit.tune import tuners
 
-        training = {"tuner": self.tuner, **self.tuner_settings, "seed": self.seed}
+        training = {"tuner": self.tuner, **tuners.told(self.tuner, self.tuner_settings), "seed": self.seed}
         training |= {"distilled from": public_name(self.teacher)} if self.teacher else {}
         training |= {key: value for key, value in self.train_settings.model_dump(mode="json").items()}
         history = History.of(self.model).tuned(training, self.task.name, report["metrics"], self.task.pipeline_tag)

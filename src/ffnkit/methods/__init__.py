@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ffnkit._registry import lacking, with_added
@@ -24,6 +25,7 @@ from ffnkit.methods.share.merging import Merging
 from ffnkit.methods.update.dsee import DSEE
 from ffnkit.methods.update.sparsegrad import SparseGrad
 from ffnkit.settings import build as build_from
+from ffnkit.settings.presets import unlike
 
 METHODS: tuple[Any, ...] = (
     Fusion,
@@ -87,3 +89,18 @@ def check_compresses(name: str) -> None:
 def build(name: str, **settings: Any) -> Any:
     """A method from its name and settings. Raises FfnkitError on a setting that it does not have."""
     return build_from(get(name), settings, name)
+
+
+def unlike_papers(name: str, settings: Mapping[str, Any]) -> list[str]:
+    """In words, how a method's settings differ from those of its paper, where it has a preset of these."""
+    parts = settings.get("methods")
+    if isinstance(parts, list | tuple):
+        return [line for each in parts for line in unlike_papers(*_taken_apart(each))]
+    found = unlike(get(name), settings) if name in names() else None
+    return [] if found is None else [f"{name}: {found}"]
+
+
+def _taken_apart(part: Any) -> tuple[str, Mapping[str, Any]]:
+    if not isinstance(part, Mapping):
+        return part.name, part.settings()
+    return str(part.get("method")), {key: value for key, value in part.items() if key != "method"}

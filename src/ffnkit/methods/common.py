@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -23,7 +22,7 @@ from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.ops.clusters import cluster_neurons
 from ffnkit.ops.neurons import Neurons
 from ffnkit.plans import Progress, check_weights
-from ffnkit.settings import Doc, check
+from ffnkit.settings import Doc, check, told
 
 Width = int | float | Mapping[str, int]
 Layers = Annotated[str, Doc('which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".')]
@@ -41,7 +40,7 @@ class Narrowing:
 
     def settings(self) -> dict[str, Any]:
         """The settings by name."""
-        return dataclasses.asdict(self)
+        return told(self)
 
     def chosen(self, model: nn.Module) -> list[tuple[FFN, int]]:
         """The FFNs to narrow and their new widths. Raises FfnkitError where layers or settings do not fit."""

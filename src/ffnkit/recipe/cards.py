@@ -8,6 +8,7 @@ from ffnkit.recipe.sources import PACKAGED
 from ffnkit.recipe.state import Unit, unit_of
 from ffnkit.report import environment
 from ffnkit.report.card import CardInfo, LayerWidth, Metric, model_card
+from ffnkit.tune import tuners
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,6 +91,7 @@ def _training(recipe: Recipe, unit: Unit) -> dict[str, Any]:
     if "tune" not in recipe.stages:
         return {}
     tuner = recipe.tuner_of(unit.arm)
+    told = tuners.told(tuner.name, tuner.settings)
     fields = ("learning_rate", "schedule", "warmup", "weight_decay", "batch_size", "max_length", "precision")
     tune = recipe.tune_of(unit.arm)
     steps = (unit.marker("tune") or {}).get("steps")
@@ -98,7 +100,7 @@ def _training(recipe: Recipe, unit: Unit) -> dict[str, Any]:
     pruned = {"pruned afterwards by": [spec.model_dump() for spec in recipe.arms[unit.arm].prune]}
     recovered = {"steps of recovery": (unit.marker("recover") or {}).get("steps")}
     return {
-        "tuner": tuner.model_dump() if tuner.settings else tuner.name,
+        "tuner": {"name": tuner.name, **told} if told else tuner.name,
         "steps": steps,
         **{name: getattr(tune, name) for name in fields},
         **distilled,

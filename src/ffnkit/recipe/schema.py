@@ -23,6 +23,7 @@ from ffnkit.recipe.settings import (
 )
 from ffnkit.recipe.validation import details, explain, fail
 from ffnkit.settings import settings_of
+from ffnkit.settings.presets import filled
 from ffnkit.settings.words import in_words
 from ffnkit.tasks.fields import Head, Kind, LabelKind, TaskFields
 from ffnkit.tasks.settings import GenerationSettings
@@ -334,12 +335,12 @@ class Recipe(Part):
 
     def tune_of(self, arm: str) -> TrainSettings:
         """The settings of an arm's tuning: the recipe's with the arm's own in their place."""
-        own = self.arms[arm].tune
+        own = filled(TrainSettings, self.arms[arm].tune or {})
         return TrainSettings.model_validate({**self.tune.model_dump(), **own}) if own else self.tune
 
     def recover_of(self, arm: str) -> TrainSettings:
         """The settings of an arm's recovery: those of its tuning, with what ``recover`` says in their place."""
-        own = {**self.recover, **(self.arms[arm].recover or {})}
+        own = filled(TrainSettings, {**self.recover, **(self.arms[arm].recover or {})})
         return TrainSettings.model_validate({**self.tune_of(arm).model_dump(), **own})
 
     def recovers(self, arm: str) -> bool:

@@ -193,7 +193,14 @@ def _what(info: CardInfo) -> str:
         text = f"{origin}; its feed-forward blocks were left as they were."
     given = {key: value for key, value in info.settings.items() if value is not None}
     settings = f"\n\nSettings:\n\n{_pairs(given)}" if given else ""
-    return text + settings + _widths(info.layers)
+    return text + settings + _unlike_papers(info) + _widths(info.layers)
+
+
+def _unlike_papers(info: CardInfo) -> str:
+    from ffnkit import methods
+
+    found = methods.unlike_papers(info.method, info.settings) if info.method else []
+    return "\n\n" + "\n".join(f"- {inline(line)}" for line in found) if found else ""
 
 
 def _widths(layers: Sequence[LayerWidth]) -> str:

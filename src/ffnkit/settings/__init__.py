@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from ffnkit.errors import FfnkitError, RenamedWarning
+from ffnkit.settings.presets import filled
 
 MISSING = dataclasses.MISSING
 T = TypeVar("T")
@@ -215,8 +216,10 @@ def check(method: Any) -> None:
 
 
 def told(method: Any) -> dict[str, Any]:
-    """A method's settings as plain data: lists for tuples, text for paths."""
+    """A method's settings as plain data: lists for tuples, text for paths; a preset where there is one."""
     found = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    if found.get("preset") is None:
+        found.pop("preset", None)
     return {
         name: list(value) if isinstance(value, list | tuple) else str(value) if isinstance(value, Path) else value
         for name, value in found.items()
@@ -269,7 +272,7 @@ def build(cls: type[T], given: Mapping[str, Any], name: str) -> T:
         FfnkitError: a setting that it does not have, or one that is missing.
     """
     known = {each.name: each for each in settings_of(cls)}
-    given = today(cls, given)
+    given = filled(cls, today(cls, given))
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

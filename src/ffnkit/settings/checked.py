@@ -6,14 +6,22 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+from ffnkit.settings import today
+from ffnkit.settings.presets import filled
 
 
 class Checked(BaseModel):
     """Settings: none that is unknown, none that changes once made; a number is finite, and no truth value."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_and_filled(cls, given: Any) -> Any:
+        return filled(cls, today(cls, given)) if isinstance(given, dict) else given
 
     @field_validator("*", mode="before")
     @classmethod

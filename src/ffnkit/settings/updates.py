@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from ffnkit.settings import Doc
+from ffnkit.settings.presets import Preset
 
 Part = Literal["biases", "norms", "attention", "embeddings", "rest"]
 PARTS = ("head", *get_args(Part))
@@ -92,3 +93,19 @@ class DseeSettings:
         Doc("parts of the model that train too: head, biases, norms, attention, embeddings, rest.", choices=PARTS),
     ] = ("head",)
     seed: Annotated[int, Doc("of V, random entries and randomized decompositions.", at_least=0)] = 0
+    preset: Annotated[Literal["paper"] | None, Doc("values for what is not given.")] = None
+
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper": Preset(
+            "DSEE (arXiv 2111.00160), scripts of the released code",
+            {
+                "rank": 16,
+                "alpha": 32,
+                "nonzeros": 16,
+                "targets": "qv",
+                "support": "grebsmo",
+                "density": None,
+                "modules_to_train": ("head",),
+            },
+        )
+    }

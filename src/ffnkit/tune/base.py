@@ -14,12 +14,12 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     create_model,
     model_serializer,
-    model_validator,
 )
 
 from ffnkit.errors import FfnkitError
-from ffnkit.settings import Setting, settings_of, today
+from ffnkit.settings import Setting, settings_of
 from ffnkit.settings.checked import Checked
+from ffnkit.settings.presets import Preset, presets_of
 from ffnkit.settings.updates import Part
 
 if TYPE_CHECKING:
@@ -41,11 +41,6 @@ class Tuner(Checked):
     old_names: ClassVar[Mapping[str, str]] = {"also": "modules_to_train", "share": "density"}
 
     routers: Routers = Field("trained", description=ROUTERS)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _names_of_today(cls, given: Any) -> Any:
-        return today(cls, given) if isinstance(given, dict) else given
 
     def prepare(
         self, model: nn.Module, data: Iterable[Mapping[str, Any]] | None = None, keep: Path | None = None
@@ -140,7 +135,7 @@ class Updating(Beside):
     def _later_told(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Later settings are told where they are not the default, so that facts about runs without them stay so."""
         told: dict[str, Any] = handler(self)
-        return {k: v for k, v in told.items() if k not in ("keep_zeros", "coefficients") or v}
+        return {k: v for k, v in told.items() if k not in ("keep_zeros", "coefficients", "preset") or v}
 
     def put_on(self, model: nn.Module, preparation: Preparation) -> nn.Module:
         from ffnkit.tune import planned
@@ -180,7 +175,19 @@ def declared(settings: type, *names: str, **others: Any) -> type[Adapting]:
     fields: dict[str, Any] = {each.name: _field(each) for each in chosen if each.name != "modules_to_train"}
     for name, (kind, default) in others.items():
         fields[name] = (kind, Field(default, description=fields[name][1].description))
-    return create_model(f"Of{settings.__name__}", __base__=Adapting, **fields)
+    made = create_model(f"Of{settings.__name__}", __base__=Adapting, **fields)
+    if "preset" in fields:
+        made.presets = {name: _of_tuner(preset) for name, preset in presets_of(settings).items()}  # type: ignore[attr-defined]
+    return made
+
+
+def _of_tuner(preset: Preset) -> Preset:
+    """A preset of a method for its tuner, which has the task head apart."""
+    values = dict(preset.values)
+    if "modules_to_train" in values:
+        values["head"] = "head" in values["modules_to_train"]
+        values["modules_to_train"] = tuple(part for part in values["modules_to_train"] if part != "head")
+    return Preset(preset.source, values)
 
 
 def _field(setting: Setting) -> tuple[Any, Any]:

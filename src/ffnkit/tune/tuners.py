@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pydantic import ValidationError
 
 from ffnkit.errors import FfnkitError
+from ffnkit.settings.presets import filled, unlike
 from ffnkit.settings.words import in_words
 from ffnkit.tune.base import Tuner
 from ffnkit.tune.kinds import Combined, Dsee, Ffn, Full, Head, Lora, MeProp, SparseGrad, SparseMask
@@ -55,6 +56,27 @@ def kind(name: Any) -> type[Tuner]:
     if found is None:
         raise FfnkitError(f"tuner {name!r}", "it is not known", f"Choose one of {', '.join(names())}")
     return found
+
+
+def told(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card tells of a tuner: the settings that were given, what their preset says, and what is not the paper's.
+
+    Args:
+        name: of the tuner. settings: as a user gave them.
+    """
+    found = filled(kind(name), settings)
+    if other := unlike_papers(name, settings):
+        found["differs"] = "; ".join(other)
+    return found
+
+
+def unlike_papers(name: str, settings: Mapping[str, Any]) -> list[str]:
+    """In words, how a tuner's settings differ from those of its paper, where it has a preset of these."""
+    if "parts" in settings:
+        parts = ({**each} for each in settings["parts"])
+        return [line for each in parts for line in unlike_papers(each.pop("name"), each)]
+    found = unlike(kind(name), settings)
+    return [] if found is None else [f"{name}: {found}"]
 
 
 def prepare(

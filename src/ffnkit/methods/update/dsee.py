@@ -27,12 +27,14 @@ from ffnkit.nn.quantized import float_weight, is_quantized_linear, quantized_fea
 from ffnkit.ops import support
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import check, renamed, told
+from ffnkit.settings.presets import with_presets
 from ffnkit.settings.updates import DseeSettings
 
 IN_MEMORY = 1 << 30  # bytes of summed squares while planning; more lie in files that are memory-mapped
 
 
 @renamed(sites="targets", also="modules_to_train", share="density")
+@with_presets
 @dataclass(frozen=True)
 class DSEE(DseeSettings):
     """Train a low-rank update and single entries of each weight, beside the frozen weight.
