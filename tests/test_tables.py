@@ -136,3 +136,17 @@ def test_a_cell_that_cannot_run_leaves_the_others_alone(tmp_path: Path) -> None:
     assert [row["status"] for row in results["rows"]] == ["done"]
     again = run_table(table(text), tmp_path / "out", progress=False, isolate=False)
     assert again["tiny"].rows[0]["metrics"] == results["rows"][0]["metrics"]  # type: ignore[union-attr]
+
+
+PAPERS = sorted((Path(__file__).parents[1] / "recipes" / "papers").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["whole", "small"])
+@pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
+def test_every_recipe_of_the_papers_resolves(path: Path, small: bool) -> None:
+    found = load_any(path, small=small)
+    assert isinstance(found, Table) and found.cells
+    for recipe in found.cells.values():
+        assert len(recipe.arms) > 1
+        for arm in recipe.arms:
+            recipe.tune_of(arm), recipe.recover_of(arm), recipe.tuner_of(arm)
