@@ -61,10 +61,12 @@ REFUSED = {
     for name in ("sparsegrad", "sparsegrad on data", "mask", "meprop", "meprop of outputs", "combined updates")
     for family in ("mixtral", "llama4")
 }
+REFUSED |= {("bitfit", family): "has no bias outside" for family in ("llama", "phi3", "t5", "switch", "mixtral", "llama4")}
 
 TUNERS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
     "ffn": {"name": "ffn"},
+    "bitfit": {"name": "bitfit"},
     "head": {"name": "head", "modules_to_train": ["norms"]},  # some of the models have no head
     "lora": {"name": "lora", "rank": 2},
     "sparsegrad": {"name": "sparsegrad", "basis": "none", "selection": "step", "density": 0.1},

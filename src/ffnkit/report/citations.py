@@ -134,6 +134,13 @@ MEPROP = """@inproceedings{sun2017meprop,
   year      = {2017},
   note      = {arXiv:1706.06197}
 }"""
+BITFIT = """@inproceedings{benzaken2022bitfit,
+  title     = {{BitFit}: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models},
+  author    = {Ben Zaken, Elad and Ravfogel, Shauli and Goldberg, Yoav},
+  booktitle = {Proceedings of the 60th Annual Meeting of the Association for Computational Linguistics},
+  year      = {2022},
+  note      = {arXiv:2106.10199}
+}"""
 FFNKIT = """@software{ffnkit,
   title  = {ffnkit: narrower, shared and cheaply tuned feed-forward blocks for {Hugging Face} models},
   author = {{The ffnkit maintainers}}
@@ -165,6 +172,7 @@ OF_TUNER: dict[str, tuple[str, ...]] = {
     "full": (),
     "ffn": (),
     "head": (),
+    "bitfit": (BITFIT,),
     "lora": (LORA,),
     "sparsegrad": OF_METHOD["sparsegrad"],
     "dsee": OF_METHOD["dsee"],

@@ -69,6 +69,29 @@ class Ffn(Beside):
         return model
 
 
+class BitFit(Head):
+    """Train every bias and the task head; nothing is added, and all the rest stays as it is.
+
+    Source: Ben Zaken et al., BitFit (arXiv 2106.10199): the biases of linears and norms, query and key included.
+    """
+
+    name: ClassVar[str] = "bitfit"
+    description: ClassVar[str] = "every bias and the task head"
+
+    @property
+    def with_head(self) -> list[str]:
+        return [*super().with_head, "biases"]
+
+    def put_on(self, model: nn.Module, preparation: Preparation) -> nn.Module:
+        from ffnkit.model.trainable import parts_of
+
+        head = {id(p) for p in parts_of(model, ["head"])}
+        if not any(id(p) not in head for p in parts_of(model, ["biases"])):
+            what = f"{type(model).__name__} has no bias outside its task head"
+            raise FfnkitError("tuner bitfit", what, "Choose a tuner that adds something, such as lora")
+        return super().put_on(model, preparation)
+
+
 class Lora(Tuner):
     """Train low-rank adapters (peft's LoRA) and the task head; the adapters are merged at the end.
 

@@ -16,13 +16,16 @@ from ffnkit.errors import FfnkitError
 from ffnkit.settings.presets import filled, unlike
 from ffnkit.settings.words import in_words
 from ffnkit.tune.base import Tuner
-from ffnkit.tune.kinds import Combined, Dsee, Ffn, Full, Head, Lora, MeProp, SparseGrad, SparseMask
+from ffnkit.tune.kinds import BitFit, Combined, Dsee, Ffn, Full, Head, Lora, MeProp, SparseGrad, SparseMask
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-TUNERS: tuple[type[Tuner], ...] = (Full, Ffn, Lora, SparseGrad, Dsee, SparseMask, MeProp, Combined, Head)
+TUNERS: tuple[type[Tuner], ...] = (
+    *(Full, Ffn, Lora, SparseGrad, Dsee, SparseMask, MeProp, Combined),
+    *(BitFit, Head),
+)
 
 
 def names() -> list[str]:
