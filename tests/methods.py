@@ -61,7 +61,8 @@ REFUSED = {
     for name in ("sparsegrad", "sparsegrad on data", "mask", "meprop", "meprop of outputs", "combined updates")
     for family in ("mixtral", "llama4")
 }
-REFUSED |= {("bitfit", family): "has no bias outside" for family in ("llama", "phi3", "t5", "switch", "mixtral", "llama4")}
+WITHOUT_BIASES = ("llama", "phi3", "t5", "switch", "mixtral", "llama4")
+REFUSED |= {("bitfit", family): "has no bias outside" for family in WITHOUT_BIASES}
 
 TUNERS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},

@@ -22,8 +22,9 @@ def parts_of(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
     """The parameters of the named parts, each once.
 
     Args:
-        names: "head" (:func:`head_parameters`), "biases" (of linears, norms and experts, wherever they are), "norms" (weights and biases
-            of layer and RMS norms), "attention" (its linears), "embeddings", or "rest": every parameter.
+        names: "head" (:func:`head_parameters`), "biases" (of linears, norms and experts, wherever they are), "norms"
+            (weights and biases of layer and RMS norms), "attention" (its linears), "embeddings", or "rest": every
+            parameter.
 
     Raises:
         FfnkitError: an unknown part.

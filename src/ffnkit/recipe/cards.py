@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from ffnkit.recipe.searching import found_of, rate_of
 from ffnkit.recipe.sources import PACKAGED
 from ffnkit.recipe.state import Unit, unit_of
 from ffnkit.report import environment
@@ -93,16 +94,18 @@ def _training(recipe: Recipe, unit: Unit) -> dict[str, Any]:
     tuner = recipe.tuner_of(unit.arm)
     told = tuners.told(tuner.name, tuner.settings)
     fields = ("learning_rate", "schedule", "warmup", "weight_decay", "batch_size", "max_length", "precision")
-    tune = recipe.tune_of(unit.arm)
+    tune = recipe.tune_of(unit.arm, rate_of(unit))
     steps = (unit.marker("tune") or {}).get("steps")
     compared = {"layers": "hidden states", "logits": "logits", "both": "hidden states and logits"}
     distilled = {"distillation before tuning": compared[recipe.distil.objective]} if unit.marker("distil") else {}
     pruned = {"pruned afterwards by": [spec.model_dump() for spec in recipe.arms[unit.arm].prune]}
     recovered = {"steps of recovery": (unit.marker("recover") or {}).get("steps")}
+    searched = {"learning rates tried": len(found["trials"])} if (found := found_of(unit)) else {}
     return {
         "tuner": {"name": tuner.name, **told} if told else tuner.name,
         "steps": steps,
         **{name: getattr(tune, name) for name in fields},
+        **searched,
         **distilled,
         **(pruned if unit.marker("prune") else {}),
         **(recovered if unit.marker("recover") else {}),

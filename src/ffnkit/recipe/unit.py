@@ -13,7 +13,7 @@ import ffnkit
 from ffnkit.checkpoint.adapters import is_adapted
 from ffnkit.io.files import replacing, write_text
 from ffnkit.nn.coefficients import set_l1
-from ffnkit.recipe import sources
+from ffnkit.recipe import searching, sources
 from ffnkit.recipe.cards import card_of
 from ffnkit.recipe.schema import Recipe
 from ffnkit.recipe.state import TRAINED, Unit, digest, measures, stages_of
@@ -74,10 +74,14 @@ class _Job:
 
     def __init__(self, recipe: Recipe, unit: Unit, bars: bool) -> None:
         self.recipe, self.unit, self.bars = recipe, unit, bars
-        self.training = recipe.tune_of(unit.arm)
         self.arm = recipe.arms[unit.arm]
         self.source = sources.Source(recipe)
         self._model: PreTrainedModel | None = None
+
+    @property
+    def training(self) -> TrainSettings:
+        """How the arm is tuned, at the rate that was found for it where one was searched."""
+        return self.recipe.tune_of(self.unit.arm, searching.rate_of(self.unit))
 
     # ------------------------------------------------------------------------------------------ the model
     @property
@@ -166,6 +170,11 @@ class _Job:
             "parts": ends,
         }
 
+    def search(self) -> dict[str, Any]:
+        """Find the arm's learning rate, unless another of its seeds has."""
+        self.forget()
+        return searching.search(self.recipe, self.unit, self.source, self._restored, self.bars)
+
     def before(self) -> dict[str, Any]:
         """The metrics before tuning, for a model whose head is trained already."""
         return self._metrics(keep=False)
@@ -210,8 +219,9 @@ class _Job:
 
     def recover(self) -> dict[str, Any]:
         """Tune again, what trained before trains on, then merge."""
+        settings = self.recipe.recover_of(self.unit.arm, searching.rate_of(self.unit))
         set_l1(self.model, 0.0)  # coefficients have chosen; drawn on, those that stay would shrink for nothing
-        figures, model = self._trained("recover", self.recipe.recover_of(self.unit.arm), go_on=True, merge=False)
+        figures, model = self._trained("recover", settings, go_on=True, merge=False)
         figures["sparsity"] = _shares(model)
         if is_adapted(model) and figures["sparsity"]["zeros"]:
             figures["merging"] = merge_costs(model, self.source.dev_batches(model, self.training)).to_dict()

@@ -60,6 +60,7 @@ COLUMNS = {
     "samples_per_second": ("samples/s", rate),
     "steps_per_second": ("steps/s", rate),
     "peak_memory_bytes": ("peak memory", size),
+    "learning_rate": ("rate found", rate),
     "flops_per_token": ("FLOPs/token", operations),
     "bytes_on_disk_compact": ("disk, compact", size),
     "bytes_on_disk_standard": ("disk, standard", size),
@@ -73,12 +74,12 @@ SIZES, TRAINING = (
     ("parameters", "ffn_parameters"),
     (
         *("trainable_parameters", "updated_parameters", "trainable_share"),
-        *("samples_per_second", "steps_per_second", "peak_memory_bytes"),
+        *("samples_per_second", "steps_per_second", "peak_memory_bytes", "learning_rate"),
     ),
 )  # of which tables are made beside that of what the model costs
 # of arms that were pruned, of recipes with a neutral text, of rows of older runs
 OPTIONAL = (
-    *("zeros", "heads_removed", "neurons_removed", "forgetting"),
+    *("zeros", "heads_removed", "neurons_removed", "forgetting", "learning_rate"),
     *("updated_parameters", "trainable_share", "samples_per_second", "steps_per_second"),
 )
 TOLD = {
