@@ -38,6 +38,7 @@ class Tuner(Checked):
 
     name: ClassVar[str] = ""
     description: ClassVar[str] = ""
+    stays: ClassVar[bool] = False  # whether what it adds stays on the finished model, since no weight can hold it
     old_names: ClassVar[Mapping[str, str]] = {"also": "modules_to_train", "share": "density"}
 
     routers: Routers = Field("trained", description=ROUTERS)
@@ -65,7 +66,10 @@ class Tuner(Checked):
             return self.put_on(model, preparation)
 
     def finish(self, model: nn.Module) -> nn.Module:
-        """A plain transformers model with the trained weights. Where this fails it can be called again."""
+        """A plain transformers model with the trained weights; what ``stays`` stays on it.
+
+        Where this fails it can be called again.
+        """
         from ffnkit.tune import lifecycle
 
         with lifecycle.finishing(model):
