@@ -106,6 +106,21 @@ def write_added(model: Any, folder: Path) -> None:
     (folder / _CONFIG).write_text(json.dumps(about.model_dump(), indent=2) + "\n", encoding="utf-8")
 
 
+def _with_prefix(model: Any, folder: Path) -> Any:
+    from peft import PeftConfig, PeftModelForCausalLM
+
+    from ffnkit.nn.prefix import PrefixModel
+
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    loaded = (PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else PrefixModel)(model, config)
+    loaded.load_adapter(str(folder), "default")
+    for name, parameter in model.named_parameters():  # peft freezes all of it
+        parameter.requires_grad_(flags[name])
+    loaded.prompt_encoder.requires_grad_(True)
+    return loaded.eval()
+
+
 def put_added(model: Any, folder: Path) -> Any:
     """The model that was opened as the base, with what lies in the folder on it; it may train on.
 
@@ -114,14 +129,8 @@ def put_added(model: Any, folder: Path) -> Any:
     """
     asked = f"adapter {folder}"
     if (folder / PREFIX).is_file():
-        from peft import PeftModel
-
         with open_errors(asked):
-            flags = {name: p.requires_grad for name, p in model.named_parameters()}
-            loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(flags[name])
-            return loaded.eval()
+            return _with_prefix(model, folder)
     from safetensors.torch import load_file
 
     try:

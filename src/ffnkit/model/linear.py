@@ -230,8 +230,8 @@ def added_to(model: Any, *, inside: bool = True) -> str:
     Args:
         inside: whether modules below it count.
     """
-    peft = type(model).__module__.partition(".")[0] == "peft"
-    if peft and getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    peft = hasattr(type(model), "active_peft_config")
+    if peft and getattr(model.active_peft_config, "is_prompt_learning", False):
         return "prefix"
     every = model.modules() if inside else (model,)
     return "bottleneck adapter" if any(isinstance(module, Bottleneck) for module in every) else ""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from ffnkit.checkpoint.added import base_of
+from ffnkit.model.linear import added_to
 from ffnkit.recipe.searching import found_of, rate_of
 from ffnkit.recipe.sources import PACKAGED
 from ffnkit.recipe.state import Unit, unit_of
@@ -40,7 +42,7 @@ def card_of(
     return model_card(
         CardInfo(
             base_model=BASES.get(recipe.model, recipe.model),
-            form=form,
+            form="apart" if added_to(model) else form,
             method=arm.method if arm.compressed else None,
             settings=settings,
             layers=_widths(model, before) if arm.compressed else (),
@@ -64,7 +66,7 @@ def card_of(
 def _widths(model: PreTrainedModel, before: dict[str, int]) -> tuple[LayerWidth, ...]:
     from ffnkit.model.finding import ffns
 
-    now = {ffn.name: ffn.width for ffn in ffns(model)}
+    now = {ffn.name: ffn.width for ffn in ffns(base_of(model))}
     return tuple(LayerWidth(name, width, now.get(name)) for name, width in before.items())
 
 
@@ -101,11 +103,14 @@ def _training(recipe: Recipe, unit: Unit) -> dict[str, Any]:
     pruned = {"pruned afterwards by": [spec.model_dump() for spec in recipe.arms[unit.arm].prune]}
     recovered = {"steps of recovery": (unit.marker("recover") or {}).get("steps")}
     searched = {"learning rates tried": len(found["trials"])} if (found := found_of(unit)) else {}
+    drawn = recipe.arms[unit.arm].tickets
+    ticket = {"drawn before by iterative magnitude pruning": drawn.model_dump()} if drawn is not None else {}
     return {
         "tuner": {"name": tuner.name, **told} if told else tuner.name,
         "steps": steps,
         **{name: getattr(tune, name) for name in fields},
         **searched,
+        **ticket,
         **distilled,
         **(pruned if unit.marker("prune") else {}),
         **(recovered if unit.marker("recover") else {}),

@@ -37,6 +37,33 @@ class Measure(Part):
     repeats: Count = 20
 
 
+class Tickets(Part):
+    """Iterative magnitude pruning with rewinding before an arm is tuned.
+
+    ``rounds`` times the arm is tuned and ``share`` of the weights that are left, the smallest, are masked; then what is
+    left is rewound: to the weights from before, or to those of the first tuning after ``rewind`` steps. ``targets`` are
+    those of the method prune.
+    """
+
+    rounds: Count
+    share: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.2
+    rewind: Annotated[int, Field(strict=True, ge=0)] = 0
+    targets: str = "all"
+
+    def sparsity(self, number: int) -> float:
+        """The share of zeros after a round, counted from 0."""
+        return 1 - (1 - self.share) ** (number + 1)
+
+
+def wrong_tickets(arm: Any, tuner: str, stages: tuple[str, ...]) -> str:
+    """What is wrong with an arm that has tickets, or ""."""
+    if arm.compressed or arm.prune:
+        return "are drawn from the whole model; leave method and prune out of the arm"
+    if tuner not in ("full", "ffn"):
+        return f"need a tuner that trains the weights themselves, full or ffn, not {tuner}"
+    return "" if "tune" in stages else "need the stage tune"
+
+
 def settings_today(read: Callable[..., dict[str, Any]], name: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings under the names of today, by what reads those of a kind; pydantic's error where both are given."""
     try:

@@ -13,7 +13,7 @@ from ffnkit.recipe.schema import Arm, Recipe
 from ffnkit.recipe.searching import found_of
 from ffnkit.recipe.state import TRAINED, Unit, arm_dict, check_there, stages_of, unit_of, write_json
 
-STAGE_MARKERS = ("compress", "distil", "search", "before", "tune", "prune", "recover", "evaluate", "export")
+STAGE_MARKERS = ("compress", "distil", "search", "before", "tickets", "tune", "prune", "recover", "evaluate", "export")
 _PRUNING = {"kept", "sparsity", "merging"}  # figures of the stages prune and recover
 
 
@@ -80,8 +80,8 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
     if pruned := {name: marks[stage][name] for stage in ("prune", "recover") for name in _PRUNING & {*marks[stage]}}:
         row["pruning"] = pruned | ({"recover_steps": last.get("steps")} if marks["recover"] else {})
         row |= _zeros(pruned, recipe.tuner_of(unit.arm).settings.get("keep_zeros", False))
-    elif "zeros" in marks["compress"]:
-        row |= {"zeros": marks["compress"]["zeros"], "zeros_merged": marks["tune"].get("zeros")}
+    elif masked := next((marks[stage] for stage in ("compress", "tickets") if "zeros" in marks[stage]), None):
+        row |= {"zeros": masked["zeros"], "zeros_merged": marks["tune"].get("zeros")}
     if forgotten := marks["evaluate"].get("neutral_loss"):
         row["neutral_loss"] = forgotten
     if recipe.evaluate_before:

@@ -12,13 +12,14 @@ from pydantic import Field, StrictBool, ValidationError, field_validator, model_
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ffnkit.errors import FfnkitError, RenamedWarning
-from ffnkit.recipe.parts import Count, Limits, Measure, Part, Pruning, TunerSpec, settings_today
+from ffnkit.recipe.parts import Count, Limits, Measure, Part, Pruning, Tickets, TunerSpec, settings_today, wrong_tickets
 from ffnkit.recipe.rates import ArmSearch, Rates, Search, check_trials, wrong_search
 from ffnkit.recipe.settings import (
     check_budget,
     check_method,
     check_task,
     method_today,
+    tuner_stays,
     tuner_today,
     widened,
 )
@@ -116,8 +117,9 @@ class Arm(Part):
 
     ``budget`` takes the place of the setting ``width``: widths by layer that keep to it, multiples of ``multiple``, or
     one width for all with ``uniform``. ``tune`` holds the settings of the tuning that differ for this arm, such as its
-    learning rate; ``search`` the rates that are tried for it. ``prune`` names what the stage prune does between tuning
-    and recovery, one method or several in turn; ``recover`` the settings of the recovery that differ.
+    learning rate; ``search`` the rates that are tried for it. ``tickets`` prunes round by round before the tuning.
+    ``prune`` names what the stage prune does between tuning and recovery, one method or several in turn; ``recover``
+    the settings of the recovery that differ.
     """
 
     method: str = NONE
@@ -129,6 +131,7 @@ class Arm(Part):
     prune: tuple[Pruning, ...] = ()
     recover: dict[str, Any] | None = None
     search: ArmSearch | None = None
+    tickets: Tickets | None = None
     distil: StrictBool = True
     settings: dict[str, Any] = Field(default_factory=dict)
 
@@ -227,6 +230,11 @@ class Recipe(Part):
         for name, arm in self.arms.items():
             if arm.compressed and "compress" not in self.stages:
                 fail(("stages",), f"arm {name} has a method, so the stage compress is needed", list(self.stages))
+            if arm.tickets is not None and (complaint := wrong_tickets(arm, self.tuner_of(name).name, self.stages)):
+                fail(("arms", name, "tickets"), complaint, None)
+            if arm.prune and tuner_stays(self.tuner_of(name).name):
+                what = f"{self.tuner_of(name).name} stays on the model, and nothing is pruned below it"
+                fail(("arms", name, "prune"), what, [spec.method for spec in arm.prune])
             if arm.prune and "prune" not in self.stages:
                 fail(("stages",), f"arm {name} has pruning, so the stage prune is needed", list(self.stages))
             if complaint := wrong_search(self, name):

@@ -183,6 +183,8 @@ def stages_of(recipe: Recipe, arm: str) -> list[str]:
         stages.insert(stages.index("tune") if "tune" in stages else len(stages), "before")
     if recipe.search is not None:
         stages.insert(stages.index("tune"), "search")
+    if recipe.arms[arm].tickets is not None:
+        stages.insert(stages.index("tune"), "tickets")
     return stages
 
 

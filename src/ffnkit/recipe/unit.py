@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import ffnkit
 from ffnkit.checkpoint.adapters import is_adapted
 from ffnkit.io.files import replacing, write_text
+from ffnkit.model.linear import added_to
 from ffnkit.nn.coefficients import set_l1
-from ffnkit.recipe import searching, sources
+from ffnkit.recipe import searching, sources, tickets
 from ffnkit.recipe.cards import card_of
 from ffnkit.recipe.schema import Recipe
 from ffnkit.recipe.state import TRAINED, Unit, digest, measures, stages_of
@@ -102,8 +103,12 @@ class _Job:
         if self.unit.marker("compress"):
             ffnkit.apply(model, ffnkit.Plan.load(self.unit.work / PLAN))
         work = self.unit.work
+        if self.unit.marker("tickets"):
+            assert self.arm.tickets is not None
+            tickets.rewound(model, self.arm.tickets, work / "tickets")
         if self.unit.marker("tune"):
             ffnkit.fold(model, keep=SAVING)
+            model = self._with_places(model)
             _read(model, work / TUNED)
             if (work / ADAPTER).exists():
                 ffnkit.apply(model, ffnkit.Plan.load(work / ADAPTER))
@@ -116,6 +121,11 @@ class _Job:
             self._merged(model)
             _read(model, work / RECOVERED)
         return model
+
+    def _with_places(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model with what the arm's tuner leaves on it, its numbers yet to be read."""
+        tuner = sources.tuner_of(self.recipe, self.unit.arm)
+        return tuner.finish(tuner.prepare(model)) if tuner.stays else model
 
     # ----------------------------------------------------------------------------------------- the stages
     def compress(self) -> dict[str, Any]:
@@ -175,6 +185,22 @@ class _Job:
         self.forget()
         return searching.search(self.recipe, self.unit, self.source, self._restored, self.bars)
 
+    def tickets(self) -> dict[str, Any]:
+        """Draw the arm's ticket; the tuning that follows starts from it."""
+        assert self.arm.tickets is not None
+
+        def train(model: PreTrainedModel, out: Path, snapshot: tuple[int, Path] | None) -> PreTrainedModel:
+            self._model = model
+            trained = self._trained("tickets", self.training, out, snapshot=snapshot)[1]
+            self.forget()
+            return trained
+
+        folder = self.unit.work / "tickets"
+        self.forget()
+        figures = tickets.find(self.arm.tickets, folder, self._restored, train)
+        self._model = tickets.rewound(self._restored(), self.arm.tickets, folder)
+        return figures | {"zeros": sparsity(self.model).share()}
+
     def before(self) -> dict[str, Any]:
         """The metrics before tuning, for a model whose head is trained already."""
         return self._metrics(keep=False)
@@ -183,9 +209,10 @@ class _Job:
         """Fine-tune, going on from the Trainer's newest checkpoint, then fold."""
         if not self.arm.prune:
             figures, model = self._trained("tune", self.training)
-            self._model = ffnkit.fold(model, keep=SAVING)
+            self._model = model if added_to(model) else ffnkit.fold(model, keep=SAVING)
             _write(self.model, self.unit.work / TUNED)
-            left = sparsity(self.model).share() if "zeros" in (self.unit.marker("compress") or {}) else None
+            masked = any("zeros" in (self.unit.marker(stage) or {}) for stage in ("compress", "tickets"))
+            left = sparsity(self.model).share() if masked else None
             return figures | ({} if left is None else {"zeros": left})
         figures, model = self._trained("tune", self.training, merge=False)
         updates = ffnkit.adapter(model) if is_adapted(model) else None
@@ -234,7 +261,9 @@ class _Job:
         tuner = sources.tuner_of(self.recipe, self.unit.arm)
         return ffnkit.fold(model, masked=getattr(tuner, "keep_zeros", False), keep=SAVING)
 
-    def _trained(self, stage: str, settings: TrainSettings, **how: bool) -> tuple[dict[str, Any], PreTrainedModel]:
+    def _trained(
+        self, stage: str, settings: TrainSettings, out: Path | None = None, **how: Any
+    ) -> tuple[dict[str, Any], PreTrainedModel]:
         """The figures of a training, taken up where it was killed, and its model."""
         from ffnkit.tune import train
 
@@ -247,7 +276,7 @@ class _Job:
                 settings,
                 tuner=sources.tuner_of(self.recipe, self.unit.arm),
                 seed=self.unit.seed,
-                out_dir=self.unit.work / stage,
+                out_dir=out or self.unit.work / stage,
                 progress=self.bars,
                 generation=self.recipe.generation,
                 **how,
@@ -309,6 +338,7 @@ class _Job:
         sizes: dict[str, Any] = {}
         before = self.source.widths()
         forms: tuple[Literal["compact", "standard"], ...] = ("compact", "standard")
+        forms = forms[:1] if added_to(self.model) else forms  # no plain model computes what an adapter does
         for form in forms:
             write: Callable[..., Any] = ffnkit.save if form == "compact" else ffnkit.export
             keep = first and recipe.export in (form, "both")

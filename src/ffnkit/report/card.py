@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.markdown import inline
@@ -56,13 +56,17 @@ class Metric:
     baseline: float | None = None
 
 
+Form = Literal["compact", "standard", "apart"]
+
+
 @dataclass(frozen=True)
 class CardInfo:
     """What a model card says; what is empty is said to be not known or not measured, never guessed.
 
     Attributes:
         base_model: hub id, or the folder of the model that was changed.
-        form: "compact" (opens with ffnkit) or "standard" (opens with plain transformers).
+        form: "compact" (opens with ffnkit), "standard" (opens with plain transformers), or "apart" (a base, and what
+            was added to it).
         method, settings: the method and its settings; method None: the FFNs were left as they were.
         layers: width of every FFN before and after.
         metrics: measured figures.
@@ -77,7 +81,7 @@ class CardInfo:
     """
 
     base_model: str
-    form: Literal["compact", "standard"] = "compact"
+    form: Form = "compact"
     method: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     layers: Sequence[LayerWidth] = ()
@@ -131,7 +135,7 @@ def model_card(info: CardInfo) -> str:
     Raises:
         FfnkitError: ``form`` is neither "compact" nor "standard".
     """
-    if info.form not in ("compact", "standard"):
+    if info.form not in get_args(Form):
         raise FfnkitError(f"a model card of form '{info.form}'", "there is no such form", "Use compact or standard")
     sections = [
         f"# {inline(info.title)}",
@@ -216,6 +220,12 @@ def _widths(layers: Sequence[LayerWidth]) -> str:
 
 
 def _opening(info: CardInfo) -> str:
+    if info.form == "apart":
+        return (
+            "What was trained is no part of any weight: `base` is the model without it, `adapter` holds it. "
+            "`pip install ffnkit` opens both as one model:\n\n```python\nimport ffnkit\n\n"
+            'model = ffnkit.load("path-to-this-checkpoint")\n```'
+        )
     compact = info.form == "compact"
     lines = ["import ffnkit  # lets from_pretrained read the compact form"] if compact else []
     lines += [f"from transformers import {info.auto_class}", ""]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, ProgressCallback
@@ -17,6 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.files import replacing
 from ffnkit.io.loading import no_bars
 from ffnkit.model.trainable import parts_of
 from ffnkit.nn.adapter_layer import adapter_layers
@@ -112,7 +114,7 @@ class Loop(Trainer):
             # Names of older layouts, which save_pretrained prefers for some families, could not be loaded in place.
             more["save_original_format"] = False
         model: Any = self.model
-        folder = output_dir or self.args.output_dir
+        folder = str(output_dir or self.args.output_dir)
         with no_bars():
             model.save_pretrained(folder, **more)
         if hasattr(model, "peft_config"):  # whose file holds the adapter alone
@@ -226,6 +228,18 @@ class Clock(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"seconds": self.total(), "step_seconds": self.step_seconds}}
+
+
+class Snapshot(TrainerCallback):
+    """Writes the weights after a step, in one piece."""
+
+    def __init__(self, step: int, path: str | Path) -> None:
+        self.step, self.path = step, Path(path)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            with replacing(self.path) as new:
+                save_model(model, str(new))
 
 
 class Epochs(TrainerCallback):

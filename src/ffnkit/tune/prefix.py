@@ -26,16 +26,18 @@ def put_on(model: nn.Module, tuner: Prefix, preparation: Preparation) -> nn.Modu
     Raises:
         FfnkitError: peft and the family do not bear it: there is no cache that takes a prefix, or it changes nothing.
     """
-    from peft import PeftModelForCausalLM, PeftModelForFeatureExtraction, PrefixTuningConfig
+    from peft import PeftModelForCausalLM, PrefixTuningConfig
+
+    from ffnkit.nn.prefix import PrefixModel
 
     whole: Any = model
     check_untouched(model, f"a prefix on {type(model).__name__}")
     chosen = tuner.beside(model)
     flags = [(p, p.requires_grad) for p in model.parameters()]
     writes = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    purpose = "CAUSAL_LM" if writes else "FEATURE_EXTRACTION"  # the latter runs any class, its head left as it is
+    purpose = "CAUSAL_LM" if writes else "FEATURE_EXTRACTION"
     config = PrefixTuningConfig(num_virtual_tokens=tuner.tokens, task_type=purpose)
-    kind = PeftModelForCausalLM if writes else PeftModelForFeatureExtraction
+    kind = PeftModelForCausalLM if writes else PrefixModel  # the former generates
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -48,7 +50,7 @@ def put_on(model: nn.Module, tuner: Prefix, preparation: Preparation) -> nn.Modu
         nn.init.normal_(parameter, std=_STD)
     _try(tuned, model)
     train_only(model, lambda parameter: id(parameter) in chosen)
-    return tuned  # type: ignore[no-any-return]
+    return tuned
 
 
 def _try(tuned: Any, model: nn.Module) -> None:

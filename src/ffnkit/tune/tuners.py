@@ -148,6 +148,17 @@ def finish(model: nn.Module, tuner: str | Mapping[str, Any] | Tuner | None = Non
     return get(tuner).finish(model)
 
 
+def remove_added(model: Any) -> Any:
+    """The plain model without the bottleneck adapters or the prefix that a tuner left on it; changed in place.
+
+    Raises:
+        FfnkitError: there is nothing of the kind on it.
+    """
+    from ffnkit.checkpoint.added import remove_added as removed
+
+    return removed(model)
+
+
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that train (``requires_grad``), each once however often it is shared."""
     return list({id(p): p for p in model.parameters() if p.requires_grad}.values())
