@@ -9,9 +9,9 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from torch import nn
 
 from ffnkit.errors import FfnkitError
@@ -29,7 +29,7 @@ _PARTS = ("down.weight", "down.bias", "up.weight", "up.bias")
 class _Described(Checked):
     """What ``bottleneck.json`` says: the linears, and how the adapters behind them are made."""
 
-    size: int
+    size: Annotated[int, Field(gt=0)]
     activation: str
     places: tuple[str, ...]
 
@@ -139,6 +139,9 @@ def put_added(model: Any, folder: Path) -> Any:
         raise FfnkitError(asked, f"{_CONFIG} is damaged ({error.error_count()} fields)", "Save it anew") from None
     with open_errors(asked):
         tensors = load_file(folder / BOTTLENECK)
+    for place in about.places:  # before memory is used for what the description says
+        if (down := tensors.get(f"{place}.down.weight")) is None or len(down) != about.size:
+            raise FfnkitError(asked, f"its file holds no adapter of size {about.size} for {place}", "Save it anew")
     insert(model, about.places, about.size, about.activation)
     own = {f"{n}.{part}": each.get_parameter(part) for n, each in bottlenecks(model).items() for part in _PARTS}
     other = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]

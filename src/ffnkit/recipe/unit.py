@@ -107,8 +107,7 @@ class _Job:
             assert self.arm.tickets is not None
             tickets.rewound(model, self.arm.tickets, work / "tickets")
         if self.unit.marker("tune"):
-            ffnkit.fold(model, keep=SAVING)
-            model = self._with_places(model)
+            model = self._as_tuned(model)
             _read(model, work / TUNED)
             if (work / ADAPTER).exists():
                 ffnkit.apply(model, ffnkit.Plan.load(work / ADAPTER))
@@ -122,10 +121,10 @@ class _Job:
             _read(model, work / RECOVERED)
         return model
 
-    def _with_places(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The model with what the arm's tuner leaves on it, its numbers yet to be read."""
+    def _as_tuned(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model in the form that the tuning leaves, its numbers yet to be read."""
         tuner = sources.tuner_of(self.recipe, self.unit.arm)
-        return tuner.finish(tuner.prepare(model)) if tuner.stays else model
+        return tuner.finish(tuner.prepare(model)) if tuner.stays else ffnkit.fold(model, keep=SAVING)
 
     # ----------------------------------------------------------------------------------------- the stages
     def compress(self) -> dict[str, Any]:

@@ -59,9 +59,13 @@ class Tuner(Checked):
             FfnkitError: settings that do not fit the model: routers that it has not, targets that match nothing;
                 gradients are needed and there are no data.
         """
+        from ffnkit.model.linear import added_to
         from ffnkit.tune import lifecycle
 
         model = lifecycle.undone(model)
+        if added := added_to(model):
+            what, do = f"it carries a {added} that no weight can hold", "take it off (tune.remove_added)"
+            raise FfnkitError(f"tuner {self.name} on {type(model).__name__}", what, f"Edit before it comes, or {do}")
         with lifecycle.preparing(model, data, keep) as preparation:
             return self.put_on(model, preparation)
 
