@@ -117,10 +117,8 @@ def output_width(linear: nn.Module) -> int:
 
 
 def flops(linear: nn.Module) -> float:
-    """Multiplications and additions of the weight for one token, and of an adapter behind it."""
+    """Multiplications and additions of the weight for one token."""
     bare = unwrapped(linear)
-    if isinstance(linear, Bottleneck):
-        return flops(linear.base_layer) + flops(linear.down) + flops(linear.up)
     if isinstance(bare, ReparametrizedLinear) and bare.thin:
         return sum(flops(bare.get_submodule(name)) for name in bare.thin)
     out, inner = features(bare)

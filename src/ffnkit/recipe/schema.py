@@ -230,8 +230,8 @@ class Recipe(Part):
         for name, arm in self.arms.items():
             if arm.compressed and "compress" not in self.stages:
                 fail(("stages",), f"arm {name} has a method, so the stage compress is needed", list(self.stages))
-            if arm.tickets is not None and (complaint := wrong_tickets(arm, self.tuner_of(name).name, self.stages)):
-                fail(("arms", name, "tickets"), complaint, None)
+            if arm.tickets is not None and (odd := wrong_tickets(arm, self.tuner_of(name).name, self.stages)):
+                fail(("arms", name, "tickets"), odd, None)
             if arm.prune and tuner_stays(self.tuner_of(name).name):
                 what = f"{self.tuner_of(name).name} stays on the model, and nothing is pruned below it"
                 fail(("arms", name, "prune"), what, [spec.method for spec in arm.prune])
