@@ -34,7 +34,7 @@ from ffnkit.report.table import summarize
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
-_HIDDEN = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|https?://\S+|\b\d{4}\.\d{5}\b", re.DOTALL)
+_HIDDEN = re.compile(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|https?://\S+|\b\d{4}\.\d{5}\b|\b95%", re.DOTALL)
 _MARK = re.compile(r"<!--\s*(measured|given|untraced):(.*?)-->", re.DOTALL)
 _NUMBER = r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:e[-+]?\d+)?"
 _FIGURE = re.compile(rf"(?<![\w.,-])({_NUMBER})(%|\s?(?:ms|s|min|kB|MB|GB|MiB|GiB|k|M)\b)?(?![\w.]*\d)")
@@ -42,6 +42,10 @@ _UNITS = {
     **{"%": (100.0,), "ms": (1e3, 1.0), "s": (1.0,), "min": (1 / 60,), "k": (1e-3,), "M": (1e-6,)},
     **{"kB": (1e-3,), "MB": (1e-6, 1.0), "GB": (1e-9,), "MiB": (2.0**-20, 1.0), "GiB": (2.0**-30,)},
 }
+
+
+_SMALL = 40  # numbers of a record: one of many holds whatever is looked for
+_RATIOS = ("parameters", "ffn_parameters", "flops", "ffn_flops", "latency", "bytes", "peak_memory", "all seconds")
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,8 @@ def records(name: str, folder: Path = RESULTS) -> tuple[frozenset[float], ...]:
     rows = content.get("rows") if isinstance(content, dict) else None
     order = ((content.get("recipe") or {}).get("arms") or {}) if rows else {}
     own = [frozenset(v) for v in _arms(rows, order)] if rows and all("arm" in row for row in rows) else []
-    own += [frozenset(_leaves(each)) for each in _dicts(content)]
+    small = (frozenset(_leaves(each)) for each in _dicts(content))
+    own = own or [one for one in small if len(one) <= _SMALL]
     if rows and isinstance(rows, list) and all("case" in row for row in rows):
         own += [frozenset(values) for values in _cases(rows)]
     return (*own, frozenset().union(*own) | frozenset(_leaves(content)))
@@ -164,22 +169,20 @@ def _arms(rows: list[dict[str, Any]], order: Iterable[str]) -> Iterator[set[floa
     arms = [arm for arm in dict.fromkeys([*order, *(row["arm"] for row in rows)]) if arm in there]
     flat = [{"arm": row["arm"], "seed": row["seed"], "metrics": dict(_named(row))} for row in rows]
     names = list(dict.fromkeys(name for row in flat for name in row["metrics"]))
-    scores = [n for n in names if n.startswith(("metrics", "dev_metric"))]
+    scores = [n for n in names if n.startswith("metrics ")]
     whole = {arm.name: arm for arm in summarize(flat, names[0], arms=arms).arms}
     found: dict[str, set[float]] = {arm: set() for arm in arms}
     for arm, name in itertools.product(arms, names):
         if (stat := whole[arm].metrics.get(name)) is not None:
             found[arm] |= {stat.mean, *([] if stat.std is None else [stat.std])}
             base = whole[arms[0]].metrics.get(name)
-            if base is not None and base.mean and arm != arms[0]:
+            if base is not None and base.mean and arm != arms[0] and name.startswith(_RATIOS):
                 found[arm].add(stat.mean / base.mean)
     for first, name in itertools.product(arms, scores):
         pair = [first, *(arm for arm in arms if arm != first)]
         for each in summarize(flat, name, arms=pair).arms[1:]:
             if (delta := each.difference) is not None:
                 found[each.name] |= {v for v in (delta.mean, delta.low, delta.high) if v is not None}
-    for row in rows:
-        found[row["arm"]] |= set(_leaves(row)) | {math.fsum((row.get("seconds") or {}).values())}
     yield from found.values()
 
 
