@@ -134,6 +134,10 @@ def test_a_cell_that_cannot_run_leaves_the_others_alone(tmp_path: Path) -> None:
     assert isinstance(found["missing"], FfnkitError) and not (tmp_path / "out" / "missing").exists()
     results = json.loads((tmp_path / "out" / "tiny" / "results.json").read_text())
     assert [row["status"] for row in results["rows"]] == ["done"]
+    both = text.replace("models: {", "tasks: {one: {}, two: {}}\nmodels: {")
+    whole = run_table(table(both), tmp_path / "both", progress=False, isolate=False)
+    assert [name for name, each in whole.items() if isinstance(each, FfnkitError)] == ["missing/one", "missing/two"]
+    assert (tmp_path / "both" / "tiny" / "table.md").is_file() and not (tmp_path / "both" / "missing").exists()
     again = run_table(table(text), tmp_path / "out", progress=False, isolate=False)
     assert again["tiny"].rows[0]["metrics"] == results["rows"][0]["metrics"]  # type: ignore[union-attr]
 
