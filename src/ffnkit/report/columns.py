@@ -50,12 +50,13 @@ COLUMNS = {
     "flops_per_token": ("FLOPs/token", operations),
     "bytes_on_disk_compact": ("disk, compact", size),
     "bytes_on_disk_standard": ("disk, standard", size),
+    "bytes_on_disk_apart": ("disk, apart", size),
     "latency_s": ("latency (ratio)", milliseconds),
     "peak_memory_bytes": ("peak memory", size),
     "zeros": ("zeros (merged)", share),
     "forgetting": ("forgetting", change),
 }
-OPTIONAL = ("zeros", "forgetting")  # of arms that were pruned, of recipes with a neutral text
+OPTIONAL = ("bytes_on_disk_apart", "zeros", "forgetting")  # of arms with updates, that were pruned; with a neutral text
 
 
 def score(stat: Stat | None) -> str:

@@ -2,9 +2,10 @@
 
 A row is a dict with ``arm`` and ``seed``; all else is optional: ``metrics`` {name: value} (a metric may also stand at
 the top level), ``parameters``, ``ffn_parameters``, ``trainable_parameters``, ``flops_per_token``,
-``bytes_on_disk_compact``, ``bytes_on_disk_standard``, ``latency_s``, ``latency_ratio`` (to the first arm, measured in
-alternation with it) and ``latency_ratio_quartiles``, ``peak_memory_bytes``, ``zeros`` and ``zeros_merged`` (shares of
-the weights, of arms that were pruned), ``neutral_loss`` {before, after}, ``seconds`` {stage: seconds}, ``error``.
+``bytes_on_disk_compact``, ``bytes_on_disk_standard``, ``bytes_on_disk_apart``, ``latency_s``, ``latency_ratio`` (to the
+first arm, measured in alternation with it) and ``latency_ratio_quartiles``, ``peak_memory_bytes``, ``zeros`` and
+``zeros_merged`` (shares of the weights, of arms that were pruned), ``neutral_loss`` {before, after}, ``seconds``
+{stage: seconds}, ``error``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ VALUES = (
     "flops_per_token",
     "bytes_on_disk_compact",
     "bytes_on_disk_standard",
+    "bytes_on_disk_apart",
     "latency_s",
     "peak_memory_bytes",
     "zeros",
