@@ -29,11 +29,16 @@ KEPT = (
     *("arm", "seed", "metrics", "metrics_before", "dev_metric", "best_step", "steps", "seconds", "peak_memory_bytes"),
     *("parameters", "ffn_parameters", "trainable_parameters", "flops_per_token", "bytes_on_disk_compact", "settings"),
     *("latency_ratio", "latency_ratio_quartiles", "pruning", "neutral_loss"),
+    *("updated_parameters", "trainable_body", "trainable_share", "samples_per_second", "steps_per_second"),
+    *("process_memory_bytes", "heads_removed", "neurons_removed", "zeros", "zeros_merged"),
 )
 COLUMNS: dict[str, Callable[[Arm, Arm], str]] = {
     "parameters": lambda arm, first: f"{arm.values['parameters'].mean:,.0f}",
     "in FFNs": lambda arm, first: f"{arm.values['ffn_parameters'].mean:,.0f}",
     "trains": lambda arm, first: of(arm, "trainable_parameters", lambda mean: f"{mean:,.0f}"),
+    "without head": lambda arm, first: of(arm, "trainable_body", lambda mean: f"{mean:,.0f}"),
+    "a step": lambda arm, first: of(arm, "updated_parameters", lambda mean: f"{mean:,.0f}"),
+    "samples/s": lambda arm, first: of(arm, "samples_per_second", lambda mean: f"{mean:.1f}"),
     "FLOPs": lambda arm, first: ratio(arm, first, "flops_per_token"),
     "latency": lambda arm, first: f"{arm.latency_ratio.mean:.2f}" if arm.latency_ratio else "",
     "zeros": lambda arm, first: of(arm, "zeros", lambda mean: f"{100 * mean:.1f}%"),

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ffnkit.analysis.study import analyze
     from ffnkit.budget.allocation import Allocation, allocate
     from ffnkit.checkpoint.adapters import adapter, load_adapter, remove_adapter, save_adapter
+    from ffnkit.checkpoint.apart import save_apart
     from ffnkit.checkpoint.export import export
     from ffnkit.checkpoint.load import load
     from ffnkit.checkpoint.peft_lora import save_lora
@@ -52,6 +53,7 @@ __all__ = [
     "fold",
     "analyze",
     "save",
+    "save_apart",
     "load",
     "export",
     "trainable_parameters",
@@ -85,6 +87,7 @@ _HOMES = {
     "fold": "surgery.apply",
     "analyze": "analysis.study",
     "save": "checkpoint.save",
+    "save_apart": "checkpoint.apart",
     "load": "checkpoint.load",
     "export": "checkpoint.export",
     "trainable_parameters": "tune",

@@ -137,7 +137,8 @@ class Edit:
     renumbers: ClassVar[bool] = False  # later places have other names once it is carried out
     joins: ClassVar[bool] = False  # several FFNs become one, or go
     trains: ClassVar[bool] = False  # it sets what trains, and lasts until the model is folded
-    bears_updates: ClassVar[bool] = False  # the FFN may carry updates, which lose and keep the same neurons
+    bears_updates: ClassVar[bool] = False  # the FFN may carry updates and masks, which lose and keep the same neurons
+    bears_masks: ClassVar[bool] = False  # it may carry masks, which go with its weights
 
     # --- what it is about
 
@@ -214,6 +215,11 @@ class Edit:
     def settings(self) -> dict[str, Any]:
         """The rest of it, as plain data."""
         return {k: v for k, v in self.__dict__.items() if not isinstance(v, Tensor)}
+
+    @classmethod
+    def settings_of_today(cls, settings: dict[str, Any], version: int) -> dict[str, Any]:
+        """Settings of a file with an older ``version``, as they are called now."""
+        return settings
 
     @classmethod
     def build(cls: type[Own], settings: dict[str, Any], tensors: dict[str, Tensor]) -> Own:

@@ -290,10 +290,9 @@ def unit_flops(model: nn.Module, attention: Attention) -> float:
         if counts[role] >= attention.units:  # else one key and value for all: they stay
             columns = features(attention.linear(role))[1]
             weights += columns * attention.head_dim * counts[role] // attention.units
-    for name, value, owner in attention.following():
-        holder = attention.module.get_submodule(name.rpartition(".")[0])
-        if value.ndim == 2 and is_linear(holder) and (owner is None or counts[owner] >= attention.units):
-            weights += value.numel() // attention.units
+    for _, what, owner in attention.following():
+        if isinstance(what, nn.Module) and (owner is None or counts[owner] >= attention.units):
+            weights += math.prod(features(what)) // attention.units
     found = ffns(model)
     runs = max(_runs(model, ffn) for ffn in found)
     repeated = runs > 1 and attention.name.startswith(tuple(f"{name}." for ffn in found for name in ffn.owners))

@@ -58,6 +58,10 @@ class AdapterLayer(ReparametrizedLinear):
     def update(self) -> Tensor:
         """D, (out, in), in float32 at least."""
 
+    def low_rank(self) -> Tensor | None:
+        """The low-rank part of D alone, as :meth:`update` gives it; None where D has no such part."""
+        return None
+
     @abstractmethod
     def cut(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
         """Keep only these outputs and inputs, in place; the update loses what belongs to the others.
@@ -69,6 +73,11 @@ class AdapterLayer(ReparametrizedLinear):
     @abstractmethod
     def taken(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Settings and tensors that make this update anew; the tensors are no views of what trains."""
+
+    @property
+    def unstepped(self) -> int:
+        """How many of the numbers that train a step of the optimizer leaves as they are."""
+        return 0
 
     # --- coefficients
 

@@ -1,10 +1,14 @@
 """From rows of results.json (one an arm and seed) to one line an arm, with spread, paired differences and notes.
 
 A row is a dict with ``arm`` and ``seed``; all else is optional: ``metrics`` {name: value} (a metric may also stand at
-the top level), ``parameters``, ``ffn_parameters``, ``trainable_parameters``, ``flops_per_token``,
+the top level), ``parameters``, ``ffn_parameters``, ``trainable_parameters``, ``updated_parameters`` (that a step of
+the optimizer changes), ``trainable_body`` and ``trainable_share`` (without the task head: how many, and of how many the
+model has without it), ``samples_per_second``, ``steps_per_second``, ``flops_per_token``,
 ``bytes_on_disk_compact``, ``bytes_on_disk_standard``, ``latency_s``, ``latency_ratio`` (to the first arm, measured in
-alternation with it) and ``latency_ratio_quartiles``, ``peak_memory_bytes``, ``zeros`` and ``zeros_merged`` (shares of
-the weights, of arms that were pruned), ``neutral_loss`` {before, after}, ``seconds`` {stage: seconds}, ``error``.
+alternation with it) and ``latency_ratio_quartiles``, ``peak_memory_bytes`` (of tensors in training steps),
+``process_memory_bytes``, ``zeros`` and ``zeros_merged`` (shares of the weights, of arms that were pruned),
+``heads_removed`` and ``neurons_removed`` (shares of them), ``neutral_loss`` {before, after}, ``seconds`` {stage:
+seconds}, ``error``.
 """
 
 from __future__ import annotations
@@ -23,13 +27,21 @@ VALUES = (
     "parameters",
     "ffn_parameters",
     "trainable_parameters",
+    "updated_parameters",
+    "trainable_body",
+    "trainable_share",
+    "samples_per_second",
+    "steps_per_second",
     "flops_per_token",
     "bytes_on_disk_compact",
     "bytes_on_disk_standard",
     "latency_s",
     "peak_memory_bytes",
+    "process_memory_bytes",
     "zeros",
     "zeros_merged",
+    "heads_removed",
+    "neurons_removed",
     "forgetting",
 )
 Row = Mapping[str, Any]

@@ -20,6 +20,7 @@ from ffnkit.methods.share.windows import Groups, Score, best, score_name, series
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
 from ffnkit.model.targets import select
+from ffnkit.nn.masked import Masked
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc, check
 
@@ -169,7 +170,7 @@ def _gone(model: nn.Module, groups: Groups) -> list[Edit]:
 def _silent(model: nn.Module, groups: Groups) -> list[Edit]:
     edits: list[Edit] = []
     for ffn in (ffn for group in groups for ffn in group):
-        ffn.check_plain(f"dropping {ffn.name}")
+        ffn.check_plain(f"dropping {ffn.name}", but=(Masked.kind,))
         first = torch.zeros(1, dtype=torch.long, device=ffn.raw().up.device)
         edits.append(ReplaceNeurons.of(ffn.name, ffn.raw().take(first).map(torch.zeros_like)))
     return edits
