@@ -124,7 +124,9 @@ def test_both_forms_in_a_fresh_process(tmp_path: Path) -> None:
         expected[kind] = (IDS, MASK, model(input_ids=IDS, attention_mask=MASK).logits.detach())
     torch.save(expected, tmp_path / "expected.pt")
     environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error"}
-    done = subprocess.run([sys.executable, "-c", _FRESH, str(tmp_path)], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _FRESH, str(tmp_path)], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 

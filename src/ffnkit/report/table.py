@@ -5,8 +5,8 @@ the top level), ``parameters``, ``ffn_parameters``, ``trainable_parameters``, ``
 the optimizer changes), ``trainable_body`` and ``trainable_share`` (without the task head: how many, and of how many the
 model has without it), ``samples_per_second``, ``steps_per_second``, ``flops_per_token``,
 ``bytes_on_disk_compact``, ``bytes_on_disk_standard``, ``bytes_on_disk_apart``, ``latency_s``, ``latency_ratio`` (to the
-first arm, measured in alternation with it) and ``latency_ratio_quartiles``, ``peak_memory_bytes`` (of tensors in training steps),
-``process_memory_bytes``, ``zeros`` and ``zeros_merged`` (shares of the weights, of arms that were pruned),
+first arm, measured in alternation with it) and ``latency_ratio_quartiles``, ``peak_memory_bytes`` (of tensors in
+training steps), ``process_memory_bytes``, ``zeros`` and ``zeros_merged`` (shares of the weights, of arms that were pruned),
 ``heads_removed`` and ``neurons_removed`` (shares of them), ``neutral_loss`` {before, after}, ``seconds`` {stage:
 seconds}, ``error``.
 """
