@@ -105,7 +105,8 @@ for each in known:
         raise AssertionError(f"{each} opens without ffnkit")
 import ffnkit as fk
 for each, (ids, mask, logits) in known.items():
-    opened = [T.AutoModelForSequenceClassification.from_pretrained(folder / each / form) for form in ("compact", "standard")]
+    forms = [folder / each / form for form in ("compact", "standard")]
+    opened = [T.AutoModelForSequenceClassification.from_pretrained(form) for form in forms]
     for model in (*opened, fk.load(folder / each / "compact"), fk.load(folder / each / "standard")):
         found = model.eval()(input_ids=ids, attention_mask=mask).logits
         assert torch.allclose(found, logits, atol=1e-5), (each, (found - logits).abs().max())
@@ -197,3 +198,25 @@ def test_families_that_transformers_classifies_keep_its_classes() -> None:
     for name in ("t5", "bart", "bert"):
         config = FAMILIES[name].config()
         assert type(AutoModelForSequenceClassification.from_config(config)).__module__.startswith("transformers.")
+
+
+_ORDERS = """
+import sys
+order = sys.argv[1]
+if order == "transformers first":
+    from transformers import SwitchTransformersConfig, MarianMTModel
+import ffnkit
+if order == "models first":
+    from transformers import MarianMTModel, SwitchTransformersForConditionalGeneration
+from transformers import AutoModelForSequenceClassification as Auto, MarianConfig, SwitchTransformersConfig
+for config in (MarianConfig, SwitchTransformersConfig):
+    assert Auto._model_mapping[config].__module__ == "ffnkit.model.families.classifiers"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["transformers first", "models first", "configs first"])
+def test_whatever_is_imported_first(order: str) -> None:
+    """A config is imported by its model too, in the midst of it."""
+    done = subprocess.run([sys.executable, "-c", _ORDERS, order], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

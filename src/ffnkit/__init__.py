@@ -131,9 +131,10 @@ def _register_hooks() -> None:
     from ffnkit._late import after_import
 
     after_import("transformers.quantizers.auto", "ffnkit.checkpoint.hook")
-    for name in _CLASSIFIED:
-        module = f"transformers.models.{name}.configuration_{name}"
-        after_import(module, "ffnkit.model.families.classifiers")
+    for name in _CLASSIFIED:  # the config is what an Auto class asks for first
+        config, model = (f"transformers.models.{name}.{part}_{name}" for part in ("configuration", "modeling"))
+        after_import(model, "ffnkit.model.families.classifiers")
+        after_import(config, model)
 
 
 _register_hooks()

@@ -83,7 +83,9 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
         row["metrics_before"] = marks["before"].get("metrics", {})
     for name in ("parameters", "ffn_parameters", "flops_per_token", "ffn_flops_per_token"):
         row[name] = marks["evaluate"].get(name)
-    for name in ("heads_removed", "neurons_removed"):
+    if layers := _layers(marks["compress"].get("plan", {})):
+        row["layers"] = layers
+    for name in ("heads_removed", "neurons_removed", "parameters_removed"):
         if marks["evaluate"].get(name):
             row[name] = marks["evaluate"][name]
     for name in TRAINED:
@@ -110,6 +112,12 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
     if failed and not done:
         row["error"] = failed["error"]
     return row
+
+
+def _layers(report: Mapping[str, Any]) -> str:
+    """Which layers were merged or dropped, in words; of several methods in one plan all of theirs."""
+    inner = [_layers(each) for each in report.values() if isinstance(each, Mapping)]
+    return "; ".join(filter(None, [report.get("layers", ""), *inner]))
 
 
 def collect(recipe: Recipe, out: Path, metric: str) -> Results:

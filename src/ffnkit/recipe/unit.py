@@ -269,7 +269,9 @@ class _Job:
     def evaluate(self) -> dict[str, Any]:
         """The metrics on the split that is only reported, and the counts of the model."""
         counts = {name: value for name, value in measure.figures(self.model).items() if name != "trainable_parameters"}
-        found = {**self._metrics(keep=True), **counts, **units_removed(self.model, self.source.empty())}
+        before = self.source.empty()
+        found = {**self._metrics(keep=True), **counts, **units_removed(self.model, before)}
+        found["parameters_removed"] = 1 - counts["parameters"] / sum(p.numel() for p in before.parameters())
         if (text := self.recipe.forgetting) is not None:
             from ffnkit.report.forgetting import forgetting
 

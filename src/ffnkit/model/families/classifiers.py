@@ -117,11 +117,9 @@ def last(ids: Tensor, mask: Tensor | None, config: Any) -> Tensor:
     return (places * chosen).amax(dim=1)
 
 
-def imported(configs: ModuleType) -> None:
-    """Register a classifier for the configs of a module of transformers, where they have none."""
-    for config in [each for each in vars(configs).values() if isinstance(each, type)]:
-        if config.__module__ != configs.__name__ or config not in MODEL_MAPPING:
-            continue
+def imported(models: ModuleType) -> None:
+    """Register a classifier for the models of a module of transformers, where they have none."""
+    for config in [each for each in vars(models).values() if isinstance(each, type) and each in MODEL_MAPPING]:
         if config not in AutoModelForSequenceClassification._model_mapping:
             AutoModelForSequenceClassification.register(config, classifier(MODEL_MAPPING[config]), exist_ok=True)
 
