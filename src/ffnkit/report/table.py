@@ -8,8 +8,8 @@ model has without it), ``samples_per_second``, ``steps_per_second``, ``flops_per
 first arm, measured in alternation with it) and ``latency_ratio_quartiles``, ``peak_memory_bytes`` (of tensors in
 training steps), ``process_memory_bytes``, ``zeros`` and ``zeros_merged`` (shares of the weights, of arms that were
 pruned), ``heads_removed``, ``neurons_removed`` and ``parameters_removed`` (shares of them), ``metrics_before`` (tuning)
-{name: value}, ``layers`` (in words, which were merged or dropped), ``neutral_loss`` {before, after}, ``seconds`` {stage:
-seconds}, ``error``.
+{name: value}, ``layers`` (in words, which were merged or dropped), ``neutral_loss`` {before, after}, ``seconds``
+{stage: seconds}, ``error``.
 """
 
 from __future__ import annotations
