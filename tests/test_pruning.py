@@ -15,6 +15,7 @@ from methods import slow_but
 from test_contract import compare, differ, same, snapshot
 from tolerance import assert_close, relative_error
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import ffnkit as fk
 from ffnkit.edits import Mask
@@ -103,37 +104,74 @@ def test_rows_and_groups_are_those_of_loops() -> None:
             read_pattern(wrong)
 
 
-def slow_score(mode: str, w: float, d: float) -> float:
+MODES = [mode for mode in get_args(Mode) if mode != "random"]
+
+
+def tuned_dsee(name: str) -> Any:
+    """A model in float64 with DSEE on query and value, as if tuned; a fifth of S2 is there, as large as W and U V."""
+    model = FAMILIES[name].model().double()
+    fk.apply(model, fk.plan(model, fk.DSEE(rank=2, alpha=4, density=0.2, support="random")))
+    generator = torch.Generator().manual_seed(0)
+    for layer in adapter_layers(model).values():
+        for part in (layer.up, layer.down, layer.values):
+            part.data.copy_(torch.randn(part.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def of_released_code(mode: str, layer: Any) -> Tensor:
+    """What the released code puts into a weight's place before it calls torch's pruning, (out, in)."""
+    s, product, sparse = layer.alpha / layer.rank, torch.zeros(layer.features).double(), torch.zeros(layer.features)
+    product[slice(None) if layer.rows is None else layer.rows.long()] = layer.up @ layer.down
+    sparse = sparse.double().view(-1).index_put((layer.index.long(),), layer.values).view(layer.features)
+    w = oriented(layer.base, layer.transposed)
     return {
-        "ABS": abs(d), "AB": d, "WABS": abs(w + d), "WAB": w + d, "NABS": -abs(d), "NAB": -d, "W": abs(w),
-    }[mode]  # fmt: skip
+        "W": w, "AB": product * s, "ABS": (product + sparse) * s, "WAB": w + product * s,
+        "WABS": w + (product + sparse) * s, "NAB": 1 / product, "NABS": 1 / (product + sparse) / s,
+    }[mode].detach().contiguous()  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", [mode for mode in get_args(Mode) if mode != "random"])
-@pytest.mark.parametrize("scope", ["global", "layer", "row"])
-def test_modes_are_those_of_a_slow_loop(mode: str, scope: str) -> None:
-    model = updated()
-    plan = fk.plan(model, fk.Prune(sparsity=0.0, adapted_sparsity=0.3, mode=mode, scope=scope))
-    found = masks(plan)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_modes_are_those_of_torch_on_the_released_factors(mode: str, name: str) -> None:
+    model = tuned_dsee(name)
     layers = adapter_layers(model)
-    assert list(found) == list(layers)
-    entries: dict[Any, list[tuple[float, Any]]] = {}
-    for name, layer in layers.items():
-        update = layer.update()
-        for i, j in itertools.product(*map(range, layer.base.shape)):
-            pool = {"global": 0, "layer": name, "row": (name, i)}[scope]
-            entries.setdefault(pool, []).append(
-                (slow_score(mode, float(layer.base[i, j]), float(update[i, j])), (name, i, j))
-            )
-    count = 0
-    for pool in entries.values():
-        gone = sorted(pool, key=lambda entry: entry[0])[: round(0.3 * len(pool))]
-        count += len(gone)
-        assert not any(bool(found[name][i, j]) for _, (name, i, j) in gone)
-    assert sum(int((~mask).sum()) for mask in found.values()) == count
-    if mode != "W":  # the control: another rule chooses others
-        other = masks(fk.plan(model, fk.Prune(sparsity=0.0, adapted_sparsity=0.3, mode="W", scope=scope)))
-        assert any(not torch.equal(other[name], found[name]) for name in found)
+    plain = {name: nn.Linear(*layer.features[::-1], bias=False) for name, layer in layers.items()}
+    for key, linear in plain.items():
+        linear.weight = nn.Parameter(of_released_code(mode, layers[key]))
+    pairs = [(linear, "weight") for linear in plain.values()]
+    share = 0.3 if mode in ("W", "WAB", "WABS", "NAB", "NABS") else 0.7  # beyond rows that are all zero in a key
+    prune.global_unstructured(pairs, pruning_method=prune.L1Unstructured, amount=share)
+    expected = {name: linear.weight_mask.bool() for name, linear in plain.items()}
+
+    def chosen(by: str) -> dict[str, Tensor]:
+        return masks(fk.plan(model, fk.Prune(sparsity=0.0, adapted_sparsity=share, mode=by)))
+
+    found = chosen(mode)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for other in set(MODES) - {mode}:  # the control: each rule chooses others, so S2 and W are seen where they count
+        assert any(not torch.equal(mask, found[name]) for name, mask in chosen(other).items()), other
+
+
+@pytest.mark.parametrize("scope", ["layer", "row"])
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_by_matrix_and_by_row(mode: str, scope: str) -> None:
+    model = tuned_dsee("bert")
+    found = masks(fk.plan(model, fk.Prune(sparsity=0.0, adapted_sparsity=0.3, mode=mode, scope=scope)))
+    for name, layer in adapter_layers(model).items():
+        scores = of_released_code(mode, layer).abs()
+        for part, mask in [(scores, found[name])] if scope == "layer" else zip(scores, found[name], strict=True):
+            gone = part.flatten().sort().indices[: round(0.3 * part.numel())]
+            assert set(gone.tolist()) == set((~mask).flatten().nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("mode", ["AB", "NAB"])
+def test_modes_of_the_low_rank_part_want_one(mode: str) -> None:
+    with pytest.raises(FfnkitError, match="low-rank parts .* all zero"):
+        fk.plan(updated(), fk.Prune(mode=mode))
+    model = updated()  # without U V a mode that sees W too is that of W alone
+    found, alone = (masks(fk.plan(model, fk.Prune(mode=each))) for each in ("WAB", "W"))
+    assert all(torch.equal(found[name], alone[name]) for name in alone)
 
 
 def test_two_pools_have_exact_counts_each() -> None:

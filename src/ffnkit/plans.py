@@ -26,6 +26,7 @@ from ffnkit.model.digests import Digests, digests, other_weights
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import check_untouched
+from ffnkit.nn.masked import Masked
 from ffnkit.ops.neurons import Neurons
 
 FORMAT = 1
@@ -174,10 +175,12 @@ class Plan:
             if here != shape:
                 what = f"{name} is {here} where the plan was made for {shape}"
                 raise FfnkitError(asked, what, "Make the plan for this model")
-            if all(edit.bears_updates for edit in self._of(name)):  # weights and updates lose the same neurons
+            mine = self._of(name)
+            if all(edit.bears_updates for edit in mine):  # weights, masks and updates lose the same neurons
                 check_cuttable(found[name], f"applying a plan to {model}")
             else:
-                found[name].check_plain(f"applying a plan to {model}")
+                masks = (Masked.kind,) if all(edit.bears_masks for edit in mine) else ()
+                found[name].check_plain(f"applying a plan to {model}", but=masks)
 
     def check_weights(self, model: nn.Module) -> None:
         """Raises FfnkitError where a model of the right shape has other weights than the plan was made for."""

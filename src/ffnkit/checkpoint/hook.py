@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from transformers.quantizers.auto import (
@@ -22,6 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io import apart
 from ffnkit.io.compact import check_described
 from ffnkit.io.formats import FORMAT, MARK, QUANT_METHOD, is_compact
 
@@ -79,6 +81,15 @@ class FfnkitConfig(QuantizationConfigMixin):
         if not data["attention"]:
             del data["attention"]
         return data
+
+
+def _put_on(model: Any, folder: Path) -> None:
+    from ffnkit.checkpoint.apart import put_on
+
+    put_on(model, folder)
+
+
+apart.put_on.append(_put_on)
 
 
 @register_quantizer(QUANT_METHOD)

@@ -19,6 +19,13 @@ from ffnkit.nn.dsee import SparseLowRank
 from ffnkit.surgery.writer import parts_beside
 
 
+def only_low_rank(model: PreTrainedModel) -> bool:
+    """Whether peft's form holds all of the updates on a model, and what trained beside them."""
+    layers = adapter_layers(model).values()
+    plain = all(isinstance(m, SparseLowRank) and m.rank and m.values is None and m.coefficients is None for m in layers)
+    return plain and not {*parts_beside(model)} - {"head"}
+
+
 @torch.no_grad()
 def save_lora(model: PreTrainedModel, folder: str | Path) -> Path:
     """Write the low-rank part of the updates on a model as a peft LoRA adapter, whole or not at all.

@@ -162,8 +162,11 @@ def _spread(
     columns = (stay["q"][:, None] * width + torch.arange(width)).flatten()
     axis = 0 if is_transposed(attention.linear("o")) else 1
     yield f"{name}.{layout.o}.weight", state[f"{name}.{layout.o}.weight"], axis, columns, whole["q"] * width
-    for path, _, follows in attention.following():
+    for path, what, follows in attention.following():
         who, count = stay[follows or "q"], whole[follows or "q"]
         each = 1 if follows is None else width
         index = (who[:, None] * each + torch.arange(each)).flatten()
-        yield f"{name}.{path}", state[f"{name}.{path}"], attention.axis(path), index, count * each
+        inside = [path] if isinstance(what, Tensor) else [f"{path}.weight", f"{path}.bias"]
+        for key in (f"{name}.{part}" for part in inside):
+            if key in state:
+                yield key, state[key], attention.axis(path), index, count * each

@@ -137,7 +137,8 @@ class Edit:
     renumbers: ClassVar[bool] = False  # later places have other names once it is carried out
     joins: ClassVar[bool] = False  # several FFNs become one, or go
     trains: ClassVar[bool] = False  # it sets what trains, and lasts until the model is folded
-    bears_updates: ClassVar[bool] = False  # the FFN may carry updates, which lose and keep the same neurons
+    bears_updates: ClassVar[bool] = False  # the FFN may carry updates and masks, which lose and keep the same neurons
+    bears_masks: ClassVar[bool] = False  # it may carry masks, which go with its weights
 
     # --- what it is about
 

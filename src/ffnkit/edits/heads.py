@@ -27,7 +27,7 @@ from ffnkit.model.linear import stored_weight
 from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.pruned_attention import KeptHeads, prune_attention
-from ffnkit.nn.reparametrized import ReparametrizedLinear, update_features
+from ffnkit.nn.reparametrized import ReparametrizedLinear
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +110,8 @@ class SelectHeads(Edit):
             raise FfnkitError(asked, what, "Make the plan for this model")
         self._check_index(attention, asked)
         own = list(attention.module.modules())
-        for role in (*ROLES, "o"):
-            writer.check_untied(stored_weight(attention.linear(role)), own, asked)
+        for linear in _linears(attention).values():
+            writer.check_untied(stored_weight(linear), own, asked)
 
     def _check_index(self, attention: Attention, asked: str) -> None:
         kept = self.index.tolist()
@@ -146,14 +146,19 @@ def check_separable(attention: Attention) -> None:
     asked = f"removing heads of {attention.name}"
     if attention.why:
         raise FfnkitError(asked, attention.why, "Leave its layer out, or use a model of another family")
-    for role in (*ROLES, "o"):
-        linear = attention.linear(role)
+    for role, linear in _linears(attention).items():
         weight = stored_weight(linear)
         if isinstance(linear, ReparametrizedLinear) and not isinstance(linear, AdapterLayer | Masked):
             raise FfnkitError(asked, f"its {role} is edited already ({linear.kind})", "Fold the model first")
         if not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter):
             do = "Remove heads in float, save, and load that with quantization_config"
             raise FfnkitError(asked, f"its {role} is quantized ({type(weight).__name__} {weight.dtype})", do)
+
+
+def _linears(attention: Attention) -> dict[str, Any]:
+    """All that lose rows or columns with the heads, by role or path."""
+    following = {path: what for path, what, _ in attention.following() if isinstance(what, nn.Module)}
+    return {role: attention.linear(role) for role in (*ROLES, "o")} | following
 
 
 @torch.no_grad()
@@ -170,15 +175,16 @@ def keep_heads(writer: Writer, attention: Attention, stay: dict[Role, Tensor]) -
     for path, index in rows.items():
         slice_linears(writer, [attention.module.get_submodule(path)], rows=index)
     slice_linears(writer, [attention.linear("o")], columns=columns)
-    for name, value, role in following:
+    for name, what, role in following:
         each = 1 if role is None else width
         index = (stay[role or "q"][:, None] * each + torch.arange(each)).flatten()
+        if isinstance(what, nn.Module):
+            slice_linears(writer, [what], rows=index)
+            continue
         holder = attention.module.get_submodule(name.rpartition(".")[0])
-        new = slice_parameter(writer, value, index, attention.axis(name), [holder])
+        new = slice_parameter(writer, what, index, attention.axis(name), [holder])
         if isinstance(holder, nn.Embedding):
             holder.embedding_dim = new.shape[1]
-        elif isinstance(holder, nn.Linear):
-            update_features(holder)
     now = {role: len(stay[role]) for role in ROLES}
     for module in dict.fromkeys((attention.module, attention.inner)):
         _remember(module, before, now, width)

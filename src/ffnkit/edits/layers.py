@@ -30,6 +30,7 @@ class DropLayer(Edit):
     precedence: ClassVar[int] = 2
     renumbers: ClassVar[bool] = True
     joins: ClassVar[bool] = True
+    bears_masks: ClassVar[bool] = True
 
     @property
     def asked(self) -> str:

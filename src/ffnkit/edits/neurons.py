@@ -12,7 +12,7 @@ import torch
 
 from ffnkit.edits.base import Edit, Own, Shape, Stage, Writer
 from ffnkit.edits.fields import Places, Size, Weights
-from ffnkit.edits.slicing import check_cuttable, check_ffn_untied, keep_neurons, rows_of
+from ffnkit.edits.slicing import check_cuttable, check_ffn_untied, keep_neurons, keep_of_experts, unmask
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spooled
 from ffnkit.ops.neurons import Neurons, average, balance, cluster_sizes, concatenate
@@ -115,7 +115,7 @@ class ClusterNeurons(NeuronEdit):
 
 @dataclass(frozen=True, eq=False)
 class SelectNeurons(NeuronEdit):
-    """Some neurons stay, whole, and the others go; updates beside the weights lose the same ones.
+    """Some neurons stay, whole, and the others go; masks, and updates beside the weights, lose the same ones.
 
     Attributes:
         width: the new ff. index: (width,) int32 numbers of the neurons that stay, or (E, width) with experts.
@@ -140,18 +140,15 @@ class SelectNeurons(NeuronEdit):
         inside = self.index.numel() == 0 or 0 <= int(self.index.min()) <= int(self.index.max()) < ffn.width
         if tuple(self.index.shape) != (*lead, self.width) or not inside:
             raise FfnkitError(self.asked, "numbers do not fit it", "Make the plan again")
-        if ffn.updated:
-            check_cuttable(ffn, f"removing neurons of {ffn.name}")
+        check_cuttable(ffn, f"removing neurons of {ffn.name}")
 
     def perform(self, writer: Writer) -> None:
         ffn, index = writer.ffn(self.target), self.index.long()
-        if ffn.updated:
+        if ffn.layout.experts:
+            keep_of_experts(ffn, index)
+            super().perform(writer)
+        else:
             keep_neurons(writer, ffn, index)
-            return
-        for site in ffn.sites if not ffn.layout.experts else ():
-            if site != "down" and (bias := ffn.linear(site).bias) is not None:
-                writer.keep_noted(bias, rows_of(ffn, index), 0)
-        super().perform(writer)
 
     def numbers(self, old: Neurons, name: str) -> Neurons:
         index = self.index.to(old.up.device).long()
@@ -173,6 +170,7 @@ class ReplaceNeurons(NeuronEdit):
 
     kind: ClassVar[str] = "ReplaceNeurons"
     formerly: ClassVar[tuple[str, ...]] = ("Rewrite",)
+    bears_masks: ClassVar[bool] = True
 
     @classmethod
     def of(cls, ffn: str, neurons: Neurons) -> ReplaceNeurons:
@@ -193,6 +191,10 @@ class ReplaceNeurons(NeuronEdit):
             odd = next(name for name in (*wanted, *given) if wanted.get(name) != given.get(name))
             what = f"its {odd} would be {given.get(odd, 'missing')} in the place of {wanted.get(odd, 'none')}"
             raise FfnkitError(self.asked, what, "Make the plan for this model")
+
+    def perform(self, writer: Writer) -> None:
+        unmask(writer, writer.ffn(self.target))  # masks are of the neurons that go
+        super().perform(writer)
 
     def numbers(self, old: Neurons, name: str) -> Neurons:
         return self.neurons().map(torch.clone)  # a plan's tensors stay its own

@@ -13,8 +13,10 @@ from ffnkit.model.families.keys import WIDTH_ATTRIBUTES
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import is_transposed
 from ffnkit.nn.adapter_layer import AdapterLayer
+from ffnkit.nn.expert_weights import buffer_name, parametrized_weights, remove_parametrizations
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.reparametrized import ReparametrizedLinear, update_features
+from ffnkit.nn.scaled import Scaled
 
 
 def slice_linears(
@@ -67,12 +69,12 @@ def check_ffn_untied(writer: Writer, ffn: FFN, asked: str) -> None:
         writer.check_untied(parameter, owners, asked)
 
 
-# --- neurons of FFNs that carry updates
+# --- neurons
 
 
 def check_cuttable(ffn: FFN, asked: str) -> None:
-    """Raises FfnkitError where neurons of the FFN cannot go one by one beside its updates."""
-    ffn.check_unedited(asked)
+    """Raises FfnkitError where neurons of the FFN cannot go one by one beside its masks and updates."""
+    ffn.check_unedited(asked, but=(Masked.kind,))
     for site in ffn.sites if ffn.updated else ():
         linears = ffn.linears(site)
         first = linears[0]
@@ -98,9 +100,34 @@ def keep_neurons(writer: Writer, ffn: FFN, index: Tensor) -> None:
     set_width(ffn, len(index))
 
 
+def keep_of_experts(ffn: FFN, index: Tensor) -> None:
+    """Keep these neurons in the masks of an FFN's experts, as the weights will.
+
+    Args:
+        index: (E, width) int64.
+    """
+    for owner in dict.fromkeys(ffn.owners.values()):
+        for _, buffer in parametrized_weights(owner):
+            mask, turned = getattr(owner, buffer), ffn.layout.transposed
+            down = buffer == buffer_name(Masked.kind, "down")
+            places = (index if down else rows_of(ffn, index)).to(mask.device)
+            axis = 1 if down == turned else 2
+            setattr(owner, buffer, mask.take_along_dim(places.unsqueeze(3 - axis), axis))
+
+
+def unmask(writer: Writer, ffn: FFN) -> None:
+    """Plain weights in the place of masked ones."""
+    if ffn.layout.experts:
+        for owner in dict.fromkeys(ffn.owners.values()):
+            remove_parametrizations(owner, keep=(Scaled.kind,))
+        return
+    for linear in [linear for site in ffn.sites for linear in ffn.linears(site) if isinstance(linear, Masked)]:
+        writer.replace(linear, linear.fold())
+
+
 def rows_of(ffn: FFN, index: Tensor) -> Tensor:
-    """The rows of up that hold these neurons; where it holds gate and up, those of both."""
-    return torch.cat((index, index + ffn.width)) if ffn.layout.fused else index
+    """The rows of up that hold these neurons, (.., width); where it holds gate and up, those of both."""
+    return torch.cat((index, index + ffn.width), -1) if ffn.layout.fused else index
 
 
 def set_width(ffn: FFN, width: int) -> None:

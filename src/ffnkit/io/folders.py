@@ -25,7 +25,11 @@ from ffnkit.io.files import disk_errors, resolved, umask
 from ffnkit.io.workspace import NEW, OLD, PREFIX, made, workspace
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
-_OPENS = {"model": "config.json", "adapter": "adapter.safetensors", "lora": "adapter_config.json"}
+_OPENS = {  # the file without which an output does not open
+    "model": ("config.json", "base/config.json"),
+    "adapter": ("adapter.safetensors",),
+    "lora": ("adapter_config.json",),
+}
 
 
 def check_target(target: str | Path, kind: str = "model") -> Path:
@@ -143,7 +147,7 @@ def _mounts() -> list[Path]:
 def _check_filled(real: Path, kind: str, asked: str, why: str) -> None:
     """Raises FfnkitError where a folder that stays in its place cannot be filled, or holds such an output already."""
     _check_writable(real, asked)
-    if kind in _OPENS and os.path.lexists(real / _OPENS[kind]):
+    if any(os.path.lexists(real / name) for name in _OPENS.get(kind, ())):
         what = f"what it holds cannot be replaced in one step ({why})"
         raise FfnkitError(asked, what, "Name a folder below it, or move away what it holds")
 
@@ -250,11 +254,11 @@ def _replace(new: Path, real: Path, kind: str) -> None:
 
 def _fill(new: Path, real: Path, kind: str) -> None:
     """Put what ``new`` holds into a folder that stays: the manifest first, what makes it open last."""
-    last = _OPENS.get(kind)
+    last = _OPENS.get(kind, ())
     names = {path.relative_to(new) for path in new.rglob("*") if path.is_symlink() or not path.is_dir()}
     for gone in manifest.ours(real, kind) - {name.as_posix() for name in names}:
         (real / gone).unlink(missing_ok=True)
-    for name in sorted(names, key=lambda each: (str(each) == last, str(each) != manifest.FILE, each)):
+    for name in sorted(names, key=lambda each: (each.as_posix() in last, str(each) != manifest.FILE, each)):
         (real / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(new / name, real / name)
 

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.apart import base_of, is_apart, with_updates
 from ffnkit.io.fitting import check_fits, is_head
 from ffnkit.io.sizes import check_config, checkpoint_files, stored_shapes
 from ffnkit.io.workspace import put_aside
@@ -79,7 +80,7 @@ def load_with_info(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> t
     _note_drawn(model, info)
     if "experts_implementation" not in kwargs:
         run_uneven_experts(model)
-    return model, info
+    return with_updates(model, name_or_dir), info
 
 
 def grouped_step(weight: Any) -> int:
@@ -120,7 +121,7 @@ def load_tokenizer(name_or_dir: str | Path, **kwargs: Any) -> Any:
 
 
 def check_name(name_or_dir: str | Path) -> str:
-    """``name_or_dir`` as from_pretrained wants it, with ``~`` expanded.
+    """``name_or_dir`` as from_pretrained wants it, with ``~`` expanded; the base where updates lie apart from it.
 
     Raises:
         FfnkitError: it is a file, a path to nothing, or a folder without config.json.
@@ -132,6 +133,8 @@ def check_name(name_or_dir: str | Path) -> str:
     if os.path.isfile(path):
         raise FfnkitError(asked, "this is a file", "Name the folder that holds config.json, or a model of the hub")
     if os.path.isdir(path):
+        if is_apart(path):
+            return str(base_of(path))
         if not any((path / file).is_file() for file in ("config.json", "adapter_config.json", "tokenizer_config.json")):
             raise FfnkitError(asked, "the folder has no config.json", "Name a folder that save_pretrained wrote")
         return str(path)

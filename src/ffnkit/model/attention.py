@@ -21,7 +21,7 @@ from ffnkit.model.families.attentions import BLOCKS, ROLES, AttentionLayout, Rol
 from ffnkit.model.families.keys import HEAD_DIM_ATTRIBUTES, INCOMING
 from ffnkit.model.families.rows import Rows
 from ffnkit.model.finding import attention_layout, ffns, has_ffns, place, with_middle
-from ffnkit.model.linear import descend, features, linears, obstacle, own_weight, stored_weight, walk
+from ffnkit.model.linear import descend, features, is_linear, linears, obstacle, own_weight, stored_weight, walk
 from ffnkit.nn.pruned_attention import KeptHeads, kept_heads, plain_class
 
 _NAMED = re.compile(r"att(ention|n)", re.IGNORECASE)  # of a class, or of what holds the module
@@ -111,7 +111,7 @@ class Attention:
         """Numbers in the linears and in what goes with their heads."""
         each = {id(m): m for m in (self.linear(role) for role in (*ROLES, "o"))}
         own = [p for m in each.values() for p in _weights(m)]
-        return sum(p.numel() for p in [*own, *(p for _, p, _ in self.following())])
+        return sum(p.numel() for p in [*own, *(p for _, what, _ in self.following() for p in _weights(what))])
 
     @property
     def unit_parameters(self) -> int:
@@ -124,9 +124,9 @@ class Attention:
             shared = counts[role] < self.units  # one key and value for all: they stay
             row = features(linear)[1] + (getattr(linear, "bias", None) is not None)
             count += 0 if shared else row * self.head_dim * counts[role] // self.units
-        for _, value, follows in self.following():
+        for _, what, follows in self.following():
             shared = follows is not None and counts[follows] < self.units
-            count += 0 if shared else value.numel() // self.units
+            count += 0 if shared else sum(p.numel() for p in _weights(what)) // self.units
         return count
 
     # --- parts
@@ -142,10 +142,15 @@ class Attention:
             for role in ROLES
         }
 
-    def following(self) -> Iterator[tuple[str, nn.Parameter, Role | None]]:
-        """(path, parameter, role) of what goes with heads beside the linears; role None has one entry a head."""
+    def following(self) -> Iterator[tuple[str, nn.Module | nn.Parameter, Role | None]]:
+        """(path, what, role) of what goes with heads beside the four: linears whatever stands in their places (masks,
+        updates), and bare parameters; role None has one entry a head."""
         own = dict(self.module.named_parameters())
         for path, role in self.layout.follow:
+            module = descend(self.module, path)
+            if module is not None and is_linear(module):
+                yield path, module, role
+                continue
             for name in (path, f"{path}.weight", f"{path}.bias"):
                 if name in own:
                     yield name, own[name], role
@@ -251,8 +256,9 @@ def _obstacle(attention: Attention) -> str:
     """Why heads of this attention cannot go alone, "" where they can."""
     if not attention.head_dim:
         return "the width of a head is not known"
-    for role in (*ROLES, "o"):
-        if (found := obstacle(attention.linear(role))) is not None:
+    follows = {path: what for path, what, _ in attention.following() if isinstance(what, nn.Module)}
+    for role, linear in ({role: attention.linear(role) for role in (*ROLES, "o")} | follows).items():
+        if (found := obstacle(linear)) is not None:
             return f"its {role} {found[0]}"
     shapes = {role: features(attention.linear(role)) for role in (*ROLES, "o")}
     heads, kv_heads, width = attention.heads, attention.kv_heads, attention.head_dim
@@ -281,5 +287,8 @@ def _obstacle(attention: Attention) -> str:
 
 
 def _weights(linear: Any) -> list[Tensor]:
+    """Weight and bias of a linear; of a parameter, itself."""
+    if isinstance(linear, Tensor):
+        return [linear]
     own = [stored_weight(linear), getattr(linear, "bias", None)]
     return [value for value in own if value is not None]

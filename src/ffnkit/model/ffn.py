@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -234,19 +234,28 @@ class FFN:
         linears = [] if self.layout.experts else [self.linear(site) for site in self.sites]
         return [m for linear in linears for m in linear.modules() if isinstance(m, AdapterLayer)]
 
-    def check_unedited(self, asked: str) -> None:
-        """Raises FfnkitError where a factor, a thin pair or a mask stands in the place of plain weights."""
-        if self.special:
-            kinds = ", ".join(f"{site} is {value['kind']}" for site, value in self.special.items())
+    def check_unedited(self, asked: str, but: Collection[str] = ()) -> None:
+        """Raises FfnkitError where a factor, a thin pair or a mask stands in the place of plain weights.
+
+        Args:
+            but: kinds that may.
+        """
+        special = {site: row for site, row in self.special.items() if row["kind"] not in but}
+        if special:
+            kinds = ", ".join(f"{site} is {value['kind']}" for site, value in special.items())
             do = "Fold the model first (ffnkit.fold), then go on"
             raise FfnkitError(asked, f"{self.name} is edited already ({kinds})", do)
         for site in self.sites if not self.layout.experts else ():
             for owner in self.owners:
                 check_editable(self.linear(site, self.owners[owner]), f"{owner}.{self.path(site)}".strip("."), asked)
 
-    def check_plain(self, asked: str) -> None:
-        """Raises FfnkitError where something special stands in the place of plain weights."""
-        self.check_unedited(asked)
+    def check_plain(self, asked: str, but: Collection[str] = ()) -> None:
+        """Raises FfnkitError where something special stands in the place of plain weights, or an update beside them.
+
+        Args:
+            but: kinds that may.
+        """
+        self.check_unedited(asked, but)
         if self.updated:
             do = "Fold the model first (ffnkit.fold), or take the adapter away"
             raise FfnkitError(asked, f"an update trains beside the weights of {self.name}", do)

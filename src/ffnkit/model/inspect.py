@@ -211,7 +211,8 @@ def left_out(model: nn.Module, found: list[FFN]) -> tuple[LeftOut, ...]:
     """Weights placed like those of FFNs that none of the FFNs ``found`` covers.
 
     These are experts of a form that is not known (alternating rows of gate and up, biases, more experts than weights),
-    FFNs with a norm or a convolution in between, and mirrored linears, d -> ff and ff -> d, outside of attention.
+    FFNs with a norm, a convolution or a further linear in between, and mirrored linears, d -> ff and ff -> d, outside
+    of attention.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     covered = {id(p) for ffn in found for p in ffn.parameters()}
@@ -244,7 +245,7 @@ def _with_middle(model: nn.Module) -> Iterator[Place]:
     for path, module, layout in with_middle(model):
         names = (f"{site}.weight" for site in dict.fromkeys((layout.up, layout.gate or layout.up, layout.down)))
         weights = {name: module.get_parameter(name) for name in names}
-        yield path, weights, "a norm or a convolution works on the hidden neurons"
+        yield path, weights, "a norm, a convolution or a further linear works on the hidden neurons"
 
 
 def _mirrored(model: nn.Module, covered: set[int]) -> Iterator[Place]:
@@ -290,10 +291,9 @@ def unit_flops(model: nn.Module, attention: Attention) -> float:
         if counts[role] >= attention.units:  # else one key and value for all: they stay
             columns = features(attention.linear(role))[1]
             weights += columns * attention.head_dim * counts[role] // attention.units
-    for name, value, owner in attention.following():
-        holder = attention.module.get_submodule(name.rpartition(".")[0])
-        if value.ndim == 2 and is_linear(holder) and (owner is None or counts[owner] >= attention.units):
-            weights += value.numel() // attention.units
+    for _, what, owner in attention.following():
+        if isinstance(what, nn.Module) and (owner is None or counts[owner] >= attention.units):
+            weights += math.prod(features(what)) // attention.units
     found = ffns(model)
     runs = max(_runs(model, ffn) for ffn in found)
     repeated = runs > 1 and attention.name.startswith(tuple(f"{name}." for ffn in found for name in ffn.owners))

@@ -79,6 +79,12 @@ def train_as_before(model: nn.Module) -> nn.Module:
     return model
 
 
+def lend_flags(model: nn.Module) -> None:
+    """Let the model note flags in a copy: whoever puts its attributes back has those from before."""
+    if is_limited(model):
+        object.__setattr__(model, _FLAGS, copy.copy(_flags(model)))
+
+
 def hand_on(model: nn.Module, old: nn.Parameter, new: Tensor) -> None:
     """Let a parameter that takes another's place train again when that one would."""
     flags = _flags(model)

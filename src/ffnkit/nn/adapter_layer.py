@@ -58,6 +58,10 @@ class AdapterLayer(ReparametrizedLinear):
     def update(self) -> Tensor:
         """D, (out, in), in float32 at least."""
 
+    def low_rank(self) -> Tensor | None:
+        """The low-rank part of D alone, as :meth:`update` gives it; None where D has no such part."""
+        return None
+
     @abstractmethod
     def cut(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
         """Keep only these outputs and inputs, in place; the update loses what belongs to the others.

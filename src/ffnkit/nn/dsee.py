@@ -96,19 +96,25 @@ class SparseLowRank(AdapterLayer):
 
     @torch.no_grad()
     def update(self) -> Tensor:
+        total = self._product()
+        if self.values is not None and self.index is not None:
+            total.view(-1).index_add_(0, self.index.long(), full_tensor(self.values))
+        return total.mul_(self.scale)
+
+    @torch.no_grad()
+    def low_rank(self) -> Tensor:
+        return self._product().mul_(self.scale)
+
+    def _product(self) -> Tensor:
+        """U V, (out, in)."""
         out, inner = self.features
         like = self.values if self.values is not None else self.up
         assert like is not None
         total = torch.zeros(out, inner, dtype=like.dtype, device=like.device)
-        if self.up is not None and self.down is not None:
-            product = full_tensor(self.up) @ full_tensor(self.down)
-            if self.rows is None:
-                total += product
-            else:
-                total.index_add_(0, self.rows.long(), product)
-        if self.values is not None and self.index is not None:
-            total.view(-1).index_add_(0, self.index.long(), full_tensor(self.values))
-        return total.mul_(self.scale)
+        if self.up is None or self.down is None:
+            return total
+        product = full_tensor(self.up) @ full_tensor(self.down)
+        return total.add_(product) if self.rows is None else total.index_add_(0, self.rows.long(), product)
 
     def taken(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Rank and alpha; U, V, values and places."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -103,7 +103,7 @@ def fold(model: Model, *, masked: bool = False, keep: Collection[str] = ()) -> M
         _say_growth(model, keep)
         fold_layers(model, model, keep=keep)
         trainable.renew(model, named)
-        without_updates(model, fold=True, masked=masked)
+        _plain_again(model, lambda layer: layer.fold(layer.folded(masked=masked)))
         description.update_config(model, keys, original)
     return model
 
@@ -157,40 +157,37 @@ def remove_updates(model: Model) -> Model:
     Raises:
         FfnkitError: all the rest of the model trained beside them.
     """
+    if adapter_layers(model) and trainable.noted(model)[1] is None:
+        do = "Fold it, or load the base model anew"
+        raise FfnkitError("taking the adapter away", "the rest of the model trained too", do)
     with journal(model):
-        without_updates(model, fold=False)
+        take_updates(model)
     return model
 
 
-def without_updates(model: nn.Module, *, fold: bool, masked: bool = False) -> None:
-    """Plain linears again, with the updates in their weights or, with what trained beside them, as they were before.
-
-    Args:
-        masked: weights that are zero stay zero when updates go into them.
-
-    Raises:
-        FfnkitError: without ``fold``, where all the rest of the model trained too.
-    """
-    found = adapter_layers(model)
+def take_updates(model: nn.Module) -> None:
+    """Plain linears with the very weights from before the updates; what trained beside them, where that is noted."""
     _, before = trainable.noted(model)
-    if not fold:
-        asked, do = "taking the adapter away", "Fold it, or load the base model anew"
-        if before is None:
-            raise FfnkitError(asked, "the rest of the model trained too", do)
-        own = dict(model.named_parameters())
-        other = [name for name, value in before.items() if name not in own or own[name].shape != value.shape]
-        if other:
-            raise FfnkitError(asked, f"{other[0]} trained beside it and was rewritten since", do)
-        ModelWriter(model).write_values(before)
+    own = dict(model.named_parameters())
+    other = [name for name, value in (before or {}).items() if name not in own or own[name].shape != value.shape]
+    if other:
+        what, do = f"{other[0]} trained beside it and was rewritten since", "Fold it, or load the base model anew"
+        raise FfnkitError("taking the adapter away", what, do)
+    ModelWriter(model).write_values(before or {})
+    _plain_again(model, lambda layer: layer.restore())
+
+
+def _plain_again(model: nn.Module, plain_of: Callable[[AdapterLayer], Any]) -> None:
+    """Plain linears in the place of those with updates; flags as they were."""
     trainable.forget(model)
     places: dict[AdapterLayer, list[str]] = {}
     for name, module in walk(model):
         if isinstance(module, AdapterLayer):
             places.setdefault(module, []).append(name)
-    for layer in found.values():
-        plain = layer.fold(layer.folded(masked=masked)) if fold else layer.restore()
+    for layer, names in places.items():
+        plain = plain_of(layer)
         trainable.hand_on(model, layer.base, plain.weight)
-        for name in places[layer]:
+        for name in names:
             model.set_submodule(name, plain)
-    if found:
+    if places:
         trainable.train_as_before(model)

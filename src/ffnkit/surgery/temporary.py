@@ -8,13 +8,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ffnkit.edits import Edit
+from ffnkit.model import trainable
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
+from ffnkit.nn.lowrank import LowRank
 from ffnkit.nn.reparametrized import is_reparametrized
+from ffnkit.nn.scaled import Scaled
 from ffnkit.ops.neurons import Neurons
-from ffnkit.surgery.apply import fold_layers
+from ffnkit.surgery import description
+from ffnkit.surgery.apply import fold_layers, take_updates
 from ffnkit.surgery.journal import State
 from ffnkit.surgery.writer import ModelWriter, resize
 
@@ -74,6 +79,26 @@ def with_neurons(ffn: FFN, neurons: Neurons) -> Iterator[None]:
     before = State.of(*ffn.owners.values())
     try:
         resize(ffn, neurons)
+        yield
+    finally:
+        before.restore()
+
+
+@contextmanager
+def without_updates(model: PreTrainedModel) -> Iterator[None]:
+    """The model without its updates while the block runs: plain weights below them, masks elsewhere as zeros.
+
+    What trained beside the updates is as it was before them, unless all the rest of the model trained.
+    """
+    before = State.of(model)
+    trainable.lend_flags(model)
+    try:
+        with torch.no_grad():
+            found = ffns(model)
+            keys, original = description.width_keys(model, found), description.original_widths(model, found)
+            fold_layers(model, model, keep=(LowRank.kind, Scaled.kind))
+            take_updates(model)
+            description.update_config(model, keys, original)
         yield
     finally:
         before.restore()

@@ -16,10 +16,11 @@ from ffnkit.calibration.features import Passage, passages
 from ffnkit.edits import DropLayer, Edit, ReplaceNeurons
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, need_data
-from ffnkit.methods.share.windows import Groups, Score, best, score_name, series, windows
+from ffnkit.methods.share.windows import Groups, Score, best, label, score_name, series, windows
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
 from ffnkit.model.targets import select
+from ffnkit.nn.masked import Masked
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc, check
 
@@ -77,7 +78,7 @@ class _Drop:
         chosen, tried = best(
             model, choices, self.score, partial(self.edits, model), lambda groups: scores[places[id(groups)]]
         )
-        report: dict[str, Any] = {"groups": [[ffn.name for ffn in group] for group in chosen]}
+        report: dict[str, Any] = {"groups": [[ffn.name for ffn in group] for group in chosen], "layers": label(chosen)}
         if tried:
             report["search"] = tried
         seconds = {"seconds": time.perf_counter() - started}
@@ -169,7 +170,7 @@ def _gone(model: nn.Module, groups: Groups) -> list[Edit]:
 def _silent(model: nn.Module, groups: Groups) -> list[Edit]:
     edits: list[Edit] = []
     for ffn in (ffn for group in groups for ffn in group):
-        ffn.check_plain(f"dropping {ffn.name}")
+        ffn.check_plain(f"dropping {ffn.name}", but=(Masked.kind,))
         first = torch.zeros(1, dtype=torch.long, device=ffn.raw().up.device)
         edits.append(ReplaceNeurons.of(ffn.name, ffn.raw().take(first).map(torch.zeros_like)))
     return edits

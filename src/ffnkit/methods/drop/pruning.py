@@ -21,6 +21,7 @@ from ffnkit.settings import Doc, check, renamed
 
 Mode = Literal["ABS", "AB", "WABS", "WAB", "NABS", "NAB", "W", "random"]
 OF_UPDATE = ("ABS", "AB", "NABS", "NAB")  # modes that see the update alone
+OF_LOW_RANK = ("AB", "WAB", "NAB")  # modes that see its low-rank part alone
 Pool = list[tuple[int, Prunable]]
 
 
@@ -36,9 +37,9 @@ class Prune:
 
     Source: DSEE (arXiv 2111.00160), stage 2 and its released code; Wanda (arXiv 2306.11695), equation 1; Han et al.
         (arXiv 1506.02626). N:M as in Zhou et al. (arXiv 2102.04010).
-    Differs: WABS scales the whole update, not its sparse part alone; NAB is taken as the reverse order of D; RoBERTa's
-        task head stays whole. The norms of Wanda are those of the model as it is, in one pass, not of the model whose
-        earlier layers are pruned. With wanda the modes' scores are multiplied by the input's norm too.
+    Differs: WABS scales the whole update, not its sparse part alone; task heads and poolers stay whole. The norms of
+        Wanda are those of the model as it is, in one pass, not of the model whose earlier layers are pruned. With
+        wanda the modes' scores are multiplied by the input's norm too.
     """
 
     sparsity: Annotated[float, Doc("share of zeros among weights without an update.", at_least=0, below=1)] = 0.5
@@ -56,8 +57,9 @@ class Prune:
     mode: Annotated[
         Mode,
         Doc(
-            "weights that carry an update D go by ABS |D|, AB D, WABS |W + D|, WAB W + D, W |W|, or "
-            "at random, the lowest first; NABS and NAB the highest |D| and D first."
+            "weights that carry an update D = s (UV + S2) go by ABS |D|, AB |s UV|, WABS |W + D|, WAB "
+            "|W + s UV|, W |W|, or at random, the lowest first; by NABS and NAB those of the highest "
+            "|D| and |s UV| go."
         ),
     ] = "ABS"
     scope: Annotated[
@@ -144,15 +146,20 @@ class Prune:
         """Raises FfnkitError where weights would go by updates that are all zero."""
         updated = [each for each in found if each.adapted]
         needed = bool(updated) and self.mode in OF_UPDATE and self.adapted_sparsity != 0
-        if needed and not any(bool(each.update().any()) for each in updated):
-            what = "the updates are all zero, so they tell no weights apart"
+        if needed and not any(bool(self._update(each).any()) for each in updated):
+            which = "low-rank parts of the updates" if self.mode in OF_LOW_RANK else "updates"
+            what = f"the {which} are all zero, so they tell no weights apart"
             raise FfnkitError(f"mode {self.mode}", what, "Tune first, or choose mode W")
+
+    def _update(self, each: Prunable) -> Tensor:
+        """What the mode sees of an update."""
+        return each.update(low_rank=self.mode in OF_LOW_RANK)
 
     def _scores(self, place: int, each: Prunable, norms: dict[str, Tensor]) -> Tensor:
         """Float32 at least, as the weight lies in (.., out, in); the lowest go. Zeros that are there come first."""
         weight = each.weight()
         mode = self.mode if each.adapted else {"magnitude": "W", "wanda": "W", "random": "random"}[self.by]
-        score = _score(mode, weight, each.update() if each.adapted else None, generator(self.seed, place))
+        score = _score(mode, weight, self._update(each) if each.adapted else None, generator(self.seed, place))
         if each.label in norms and mode != "random":
             score = score * norms[each.label].to(score)[..., None, :]
         return score.masked_fill_(each.gone(weight), -torch.inf)
@@ -182,21 +189,18 @@ def _by_matrix(score: Tensor, sparsity: float) -> Tensor:
 
 
 def _score(mode: str, weight: Tensor, update: Tensor | None, draw: torch.Generator) -> Tensor:
-    """The score of each weight by one of the modes, in memory of its own."""
+    """The score of each weight by one of the modes, in memory of its own.
+
+    Args:
+        update: what the mode sees of it.
+    """
     if mode == "random":
         return torch.rand(weight.shape, generator=draw, dtype=weight.dtype).to(weight.device)
     if mode == "W":
         return weight.abs()
     assert update is not None
-    formulas: dict[str, Callable[[], Tensor]] = {
-        "ABS": lambda: update.abs(),
-        "AB": lambda: update.clone(),
-        "WABS": lambda: (weight + update).abs(),
-        "WAB": lambda: weight + update,
-        "NABS": lambda: -update.abs(),
-        "NAB": lambda: -update,
-    }
-    return formulas[mode]()
+    seen = (weight + update if mode.startswith("W") else update).abs()
+    return seen.neg_() if mode.startswith("N") else seen
 
 
 def _counts(edits: Iterable[Edit]) -> dict[str, int]:

@@ -79,10 +79,11 @@ class Prunable:
         """The weight in float32 at least, (.., out, in)."""
         return self.stored.detach().to(self.dtype)
 
-    def update(self) -> Tensor:
-        """D (out, in) in the same dtype. Raises where no update is."""
+    def update(self, *, low_rank: bool = False) -> Tensor:
+        """D (out, in) in the same dtype, or its low-rank part alone, zeros where it has none."""
         assert isinstance(self.module, AdapterLayer)
-        return self.module.update().to(self.dtype)
+        found = self.module.low_rank() if low_rank else self.module.update()
+        return self.weight().new_zeros(self.shape) if found is None else found.to(self.dtype)
 
     def gone(self, weight: Tensor) -> Tensor:
         """Where weights are zero already, bool."""

@@ -1,0 +1,40 @@
+"""The form in which a base and the updates that are made for it lie apart, in one folder: where things are in it.
+
+    DIR/base        a checkpoint of the model without its updates: its zeros are zeros
+    DIR/adapter     the updates, as ``fk.save_adapter`` writes them
+    DIR/lora        where they are of low rank only: the same in peft's form
+
+``from_pretrained`` finds no model in DIR itself: whoever does not know of the updates shall not get the base without
+them unasked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BASE, ADAPTER, LORA = "base", "adapter", "lora"
+_INSIDE = (f"{BASE}/config.json", f"{ADAPTER}/adapter.safetensors")
+
+# (model, folder of the adapter) -> the model with its updates: set by ``checkpoint.hook``, for this package knows none.
+put_on: list[Callable[[Any, Path], Any]] = []
+
+
+def is_apart(name_or_dir: str | Path) -> bool:
+    """Whether a base and its updates lie apart in a folder."""
+    folder = Path(name_or_dir).expanduser()
+    return not os.path.lexists(folder / "config.json") and all((folder / name).is_file() for name in _INSIDE)
+
+
+def base_of(name_or_dir: str | Path) -> Path:
+    """Where the base of such a folder is."""
+    return Path(name_or_dir).expanduser() / BASE
+
+
+def with_updates(model: Any, name_or_dir: str | Path) -> Any:
+    """The model that was opened as the base of a folder, with the updates that lie beside it, in place."""
+    for put in put_on if is_apart(name_or_dir) else ():
+        put(model, Path(name_or_dir).expanduser() / ADAPTER)
+    return model
