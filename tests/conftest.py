@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fast import mark_slow
 
 torch.set_num_threads(1)
 
@@ -35,7 +36,9 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the marks choose
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    mark_slow(items)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from ffnkit.analysis.energy import Energy, gradient_energy
 from ffnkit.analysis.energy_advice import _expression, _fewest, _rounded, advise
 from ffnkit.analysis.energy_measure import SAMPLE, Measured, random_pair, top_shares
+from ffnkit.analysis.gradient_pictures import SIDE, middle, pooled
 from ffnkit.errors import FfnkitError
 from ffnkit.ops.bases import Grams, turned
 
@@ -137,7 +137,7 @@ def test_truncated_bases_say_what_they_leave_out() -> None:
 
 
 def figures(found: Energy) -> Any:
-    return [asdict(row) for row in found.layers]
+    return [row.to_dict() for row in found.layers]
 
 
 def test_runs_are_equal_whatever_is_held_at_a_time() -> None:
@@ -175,6 +175,8 @@ def test_over_steps_of_training_and_back(tmp_path: Path) -> None:
     assert figures(again) == figures(found)
     found.plot(tmp_path / "energy.png")
     assert (tmp_path / "energy.png").read_bytes()[:4] == b"\x89PNG"
+    found.plot_gradients(tmp_path / "gradients.svg")
+    assert (tmp_path / "gradients.svg").read_text().count("after 6 steps") >= 1
     assert "after 6 steps" in str(found)
     json.dumps(found.to_dict(), allow_nan=False)
 
@@ -269,7 +271,9 @@ def test_command_line(bert: Path, llama: Path, data: Path, notes: Path, tmp_path
     report = json.loads(good(*words, "--json", "--steps", "0,2").stdout)
     folder = tmp_path / "out"
     assert json.loads((folder / "energy.json").read_text()) == report
-    assert (folder / "energy.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("energy.png", "energy.gradients.png"):
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+    assert "<svg" in (folder / "energy.gradients.svg").read_text()
     assert report["steps"] == [0, 2] and report["conditions"]["rows"] == 20 and report["advice"]["basis"]
     text = good(*words).stdout
     assert "fk.SparseGrad(" in text and "fixed core" in text
@@ -285,3 +289,19 @@ def test_tables_show_the_share_that_is_nearest_to_one_percent() -> None:
     model, batches = labelled("gpt2", 2)
     found = gradient_energy(model, batches[:1], batches[1:], shares=(0.001, 0.012, 0.5), layer_bases=False)
     assert found.reference == 1 and "in 1.2% of its entries" in str(found)
+
+
+def test_pictures_are_of_the_gradient_and_of_the_turned_one() -> None:
+    model, batches = labelled("gpt2", 4)
+    found = gradient_energy(model, batches[:3], batches[3:])
+    for row in found.layers:
+        (pictures,) = row.pictures
+        assert_close(pictures["raw"].double(), gradients(model, row.name, batches[3:])[0].abs(), rel=1e-4)
+        for kind in ("shared", "layer"):  # of an orthonormal basis: another picture of the same energy
+            assert_close(pictures[kind].square().sum(), pictures["raw"].square().sum(), rel=1e-4)
+            assert not torch.allclose(pictures[kind], pictures["raw"], rtol=0.1)
+        top = top_shares(pictures["shared"].square(), [max(1, pictures["shared"].numel() // 100)])[0]
+        assert top == pytest.approx(row.energy[0]["shared"][found.reference], rel=1e-3)
+    wide = pooled(torch.ones(1000, 30))
+    assert wide.shape == (SIDE, 30) and torch.allclose(wide, torch.ones(()))
+    assert [row.name for row in middle(found)] == [found.layers[2].name, found.layers[3].name]

@@ -116,10 +116,13 @@ def test_what_a_run_leaves(folder: Path, finished: Path) -> None:
     assert set(whole["seconds"]) == {"tune", "evaluate", "export"}
     assert set(half["seconds"]) == {"compress", "distil", "tune", "evaluate", "export"}
     for row in (whole, half):
-        for name in ("flops_per_token", "trainable_parameters", "bytes_on_disk_compact", "peak_memory_bytes"):
+        costs = ("samples_per_second", "steps_per_second", "peak_memory_bytes", "process_memory_bytes")
+        for name in ("flops_per_token", "trainable_parameters", "bytes_on_disk_compact", "trainable_share", *costs):
             assert row[name] > 0, name
+        assert row["peak_memory_bytes"] < row["process_memory_bytes"]
         assert row["latency_s"] > 0 and row["latency_ratio"] > 0 and row["bytes_on_disk_standard"] > 0
         assert row["versions"]["torch"] and row["settings"]["tuner"] == {"name": "full"}
+    assert half["neurons_removed"] == 0.5 and "heads_removed" not in half
     saved = 2 * 12 * (2 * 16 + 1)  # two layers, half of 24 neurons, each a row of up, its bias and a column of down
     assert whole["parameters"] - half["parameters"] == whole["ffn_parameters"] - half["ffn_parameters"] == saved
     for name in ("table.md", "report.html", "results.csv"):

@@ -227,8 +227,8 @@ def test_a_fixed_selection_has_the_trajectory_of_the_papers_own_form() -> None:
     assert not torch.allclose(made.weight, weight)
 
 
-def test_choosing_at_every_step_is_what_it_says() -> None:
-    made, weight, v, u = layer(index=None, selection="step", count=4)
+def test_a_masked_gradient_is_what_it_says() -> None:
+    made, weight, v, u = layer(index=None, selection="masked-gradient", count=4)
     optimizer = torch.optim.Adam([made.values], lr=0.05)
     s = torch.zeros(6, 5, dtype=torch.float64)
     m = n = torch.zeros(6, 5, dtype=torch.float64)
@@ -431,7 +431,7 @@ def trained(model: Any, data: list[dict[str, Any]], steps: int = 3) -> Any:
     return model
 
 
-@pytest.mark.parametrize(("name", "selection"), crossed(PLAIN, ["fixed", "refresh", "step"]))
+@pytest.mark.parametrize(("name", "selection"), crossed(PLAIN, ["fixed", "refresh", "step", "masked-gradient"]))
 def test_a_plain_loop_trains_what_is_claimed(name: str, selection: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     model, plan, data = planned(name, selection=selection, every=2)

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from fast import FAST
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "ffnkit"
 FILES = {".".join(("ffnkit", *p.relative_to(PACKAGE).with_suffix("").parts)): p for p in sorted(PACKAGE.rglob("*.py"))}
@@ -191,3 +193,9 @@ def test_no_test_is_skipped_for_want_of_a_package() -> None:
         for name in re.findall(r'"(\w+)"', call)
     } - {"int8", "nf4"}
     assert found - {""} <= there, found - there
+
+
+def test_every_line_of_the_fast_table_names_a_test() -> None:
+    for file, starts in FAST.items():
+        text = (ROOT / "tests" / file).read_text()
+        assert all(f"\ndef {start}" in text for start in starts), f"{file}: {list(starts)}"

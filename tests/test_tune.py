@@ -502,6 +502,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "tuner": {"name": "sparsegrad", "selection": "step", "modules_to_train": ["norms"]},
         "eval_every": 4,
     },
+    "meprop": {"tuner": {"name": "meprop", "density": 0.1}, "eval_every": 4},
     "dsee": {"tuner": {"name": "dsee", "rank": 2, "nonzeros": 5, "support": "gradient", "batches": 3}, "eval_every": 4},
     "dsee-coefficients": {
         "tuner": {"name": "dsee", "rank": 2, "nonzeros": 5, "coefficients": 0.3},

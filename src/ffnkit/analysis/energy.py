@@ -58,7 +58,7 @@ class Energy:
             "shares": list(self.shares),
             "steps": list(self.steps),
             "kinds": {kind: TITLES[kind] for kind in self.kinds},
-            "layers": [asdict(each) for each in self.layers],
+            "layers": [each.to_dict() for each in self.layers],
             "advice": asdict(self.advice),
             "conditions": self.conditions,
             "seconds": self.seconds,
@@ -95,6 +95,12 @@ class Energy:
     def plot(self, path: str | Path) -> None:
         """The picture: by layer, by share and by step, a column a type of linear."""
         from ffnkit.analysis.energy_plot import draw
+
+        draw(self, path)
+
+    def plot_gradients(self, path: str | Path) -> None:
+        """Pictures of one gradient of each type of linear, before and after the bases."""
+        from ffnkit.analysis.gradient_pictures import draw
 
         draw(self, path)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ffnkit.analysis.gradient_pictures import pooled
 from ffnkit.calibration.batches import Batch
 from ffnkit.calibration.gradients import weight_gradients
 from ffnkit.errors import FfnkitError
@@ -52,6 +54,7 @@ class Measured:
             the shares in it can be at most.
         half: a step: by choice, the fewest entries chosen before that hold half of a fresh gradient's energy, in the
             mean; absent where none do. core: rows and columns of the core. basis: rows of V and U that were used.
+        pictures: a step: the first fresh gradient by basis, pooled (``gradient_pictures``); no figure.
     """
 
     name: str
@@ -63,6 +66,11 @@ class Measured:
     half: list[dict[str, int]] = field(default_factory=list)
     core: tuple[int, int] = (0, 0)
     basis: dict[str, tuple[int, int]] = field(default_factory=dict)
+    pictures: list[dict[str, Tensor]] = field(default_factory=list, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as JSON data."""
+        return {name: value for name, value in asdict(replace(self, pictures=[])).items() if name != "pictures"}
 
 
 @dataclass
@@ -274,12 +282,17 @@ def _read(
         row, exact = rows[name], gradient.float()
         counts = _counts(row, settings)
         total = float(exact.square().sum(dtype=torch.float64))
-        norms[name].append(total)
+        if not norms[name]:
+            row.pictures.append({})
         for kind, frame in frames[name].items():
-            square = turned(exact, *frame.pair).square()
+            there = turned(exact, *frame.pair)
+            if not norms[name]:
+                row.pictures[-1][kind] = pooled(there)
+            square = there.square()
             _add(sums[name], kind, top_shares(square, counts, total))
             square /= max(total, TINY)
             means[name, kind] = means[name, kind].add_(square) if (name, kind) in means else square
+        norms[name].append(total)
         square = turned(exact, *draws[row.shape]).square()
         some = [max(1, round(share * square.numel())) for share in settings.shares]
         _add(sums[name], "random", top_shares(square, some))

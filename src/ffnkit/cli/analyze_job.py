@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -179,26 +180,34 @@ class AnalyzeJob:
 
 
 def hand_over(
-    stem: str, found: Any, report: dict[str, Any], out: Path | None, as_json: bool, texts: dict[str, str] | None = None
+    stem: str,
+    found: Any,
+    report: dict[str, Any],
+    out: Path | None,
+    as_json: bool,
+    texts: dict[str, str] | None = None,
+    pictures: Mapping[str, Callable[[Path], None]] | None = None,
 ) -> None:
     """Write what was found into a folder, in one step, and print it.
 
     Args:
         stem: of the files' names: STEM.json, STEM.png.
-        texts: further files, by the end of their name.
+        texts: further files, by the end of their name. pictures: what draws further ones.
     """
+    drawn = {"png": found.plot, **(pictures or {})}
     written = {"json": json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"} | (texts or {})
     if out is not None:
         with staging(out, stem) as temporary:
             for ending, text in written.items():
                 write_text(temporary / f"{stem}.{ending}", text)
-            found.plot(temporary / f"{stem}.png")
+            for ending, draw in drawn.items():
+                draw(temporary / f"{stem}.{ending}")
     if as_json:
         console.print_json(report)
     else:
         console.out(str(found))
         if out is not None:
-            console.say(f"saved in {out}: {', '.join(f'{stem}.{ending}' for ending in (*written, 'png'))}")
+            console.say(f"saved in {out}: {', '.join(f'{stem}.{ending}' for ending in (*written, *drawn))}")
 
 
 def names_of(folders: tuple[str, ...]) -> list[str]:

@@ -30,7 +30,7 @@ class EnergyJob:
     device: Any
 
     def run(self, out: Path | None, as_json: bool) -> None:
-        """Measure, print the table and the advice, write energy.json and energy.png."""
+        """Measure, print the table and the advice, write energy.json and the pictures."""
         from ffnkit.analysis.energy import gradient_energy
 
         shares = _numbers("--shares", self.shares, float)
@@ -56,7 +56,8 @@ class EnergyJob:
                 progress=step,
             )
         report = {"name": self.model, **console.plain(found.to_dict())}
-        hand_over("energy", found, report, out, as_json)
+        pictures = dict.fromkeys(("gradients.png", "gradients.svg"), found.plot_gradients)
+        hand_over("energy", found, report, out, as_json, pictures=pictures)
 
     def _drawn(self, model: Any, tokenizer: Any, steps: int) -> list[Any]:
         """Batches with labels, no row twice: of the task's train split, or of all the text."""

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ffnkit.io.architectures import is_own
 from ffnkit.io.files import write_text
 
 FILE = "ffnkit.json"
@@ -79,7 +80,8 @@ class History:
             metrics=figures,
             training=self.training,
             versions=versions(),
-            auto_class=type(model).__name__,
+            auto_class="AutoModelForSequenceClassification" if is_own(model) else type(model).__name__,
+            own_class=is_own(model),
             pipeline_tag=self.kind if self.task else None,
         )
         return model_card(info)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ffnkit.cli import console, options
 from ffnkit.cli.application import app
+from ffnkit.errors import FfnkitError
+
+if TYPE_CHECKING:
+    from ffnkit.recipe import Results, Table
 
 
 @app.command(rich_help_panel="The main job")
@@ -21,6 +25,11 @@ def run(
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Delete an earlier run of that folder first.")] = False,
     remeasure: Annotated[bool, typer.Option("--remeasure", help="Measure the latency of every arm anew.")] = False,
+    small: Annotated[bool, typer.Option("--small", help="The file's small variant, for a first look.")] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="CELL", help="Of a table: these cells, such as 'bert-base/*'. Repeat for more."),
+    ] = None,
     any_template: Annotated[
         bool, typer.Option("--any-template", help="Let the recipe name a chat template anywhere on this machine.")
     ] = False,
@@ -35,16 +44,25 @@ def run(
 
       ffnkit run                          [dim]# the quickstart[/dim]
 
-      ffnkit run recipes/minilm-sst2.yaml [cyan]--out runs/sst2[/cyan]
-    """
-    from ffnkit.recipe import load_recipe, quickstart
+      ffnkit run recipes/sst2_minilm.yaml [cyan]--out runs/sst2[/cyan]
 
-    loaded = quickstart() if recipe is None else load_recipe(recipe, any_template=any_template)
+      ffnkit run recipes/papers/sparsegrad_glue.yaml [cyan]--small --out runs/glue[/cyan]
+    """
+    from ffnkit.recipe import Table, load_any, quickstart
+
+    if recipe is None and small:
+        raise FfnkitError("--small", "no recipe is given; the quickstart is small", "Give the path of a recipe")
+    loaded = quickstart() if recipe is None else load_any(recipe, any_template=any_template, small=small)
     folder = out if out is not None else Path("ffnkit-out") / loaded.name
     console.quieten()
+    how: dict[str, Any] = {"progress": not console.state.quiet, "restart": restart, "remeasure": remeasure}
+    if isinstance(loaded, Table):
+        raise typer.Exit(_run_table(loaded.only(only) if only else loaded, folder, how, as_json))
+    if only:
+        raise FfnkitError(f"--only {only[0]}", "the recipe is one run, not a table", "Leave it out")
     from ffnkit.recipe import run as run_recipe
 
-    results = run_recipe(loaded, folder, progress=not console.state.quiet, restart=restart, remeasure=remeasure)
+    results = run_recipe(loaded, folder, **how)
     if as_json:
         console.print_json(console.read_json(folder / "results.json"))
     else:
@@ -53,3 +71,37 @@ def run(
         console.stdout().print(to_rich(results.summary(), title=loaded.name))
         console.out(f"results in {folder}: results.json, table.md, report.html")
     raise typer.Exit(results.exit_code)
+
+
+def _run_table(table: Table, folder: Path, how: dict[str, Any], as_json: bool) -> int:
+    """Run every cell and print what came; the exit code of the worst."""
+    from ffnkit.recipe import Results, run_table
+
+    found = run_table(table, folder, **how)
+    if as_json:
+        files = {name: folder / name / "results.json" for name in found}
+        console.print_json({name: console.read_json(path) for name, path in files.items() if path.is_file()})
+    if not as_json:
+        _print_table(table, found, folder)
+    return max(each.exit_code if isinstance(each, Results) else 2 for each in found.values())
+
+
+def _print_table(table: Table, found: dict[str, Results | FfnkitError], folder: Path) -> None:
+    """One table over the tasks for each model that has several, one a cell elsewhere, and what could not run."""
+    from ffnkit.recipe import Results
+    from ffnkit.recipe.many import over_tasks
+    from ffnkit.report.formats import to_rich
+
+    told: set[str] = set()
+    for model, cells in table.rows.items():
+        if (whole := over_tasks(table, found, folder, model)) is not None:
+            console.stdout().print(to_rich(whole[1].summary(), title=f"{table.name}: {model}".rstrip(": ")))
+            for note in whole[1].notes:
+                console.out(f" • {note}")
+            told |= set(cells)
+    for name, each in found.items():
+        if not isinstance(each, Results):
+            console.say(f"{name}: {each}")
+        elif name not in told:
+            console.stdout().print(to_rich(each.summary(), title=f"{table.name}: {name}"))
+    console.out(f"results in {folder}: table.md, results.csv and report.html of each model, and a folder for each cell")

@@ -88,6 +88,10 @@ class TuneJob:
     def run(self) -> dict[str, Any]:
         """Tune, report, save; returns what metrics.json holds."""
         self.check_others()
+        if self.teacher is not None:
+            from ffnkit.io.architectures import read_config
+
+            read_config(self.teacher)  # a name that leads nowhere is told before the data are read
         with workspace.made(self.work):
             asked = f"--out {self.out}"
             held = workspace.held(self.work, asked, "the same command is at work there")
@@ -236,6 +240,11 @@ class TuneJob:
             "steps": result.steps,
             "best_metric_on_dev": result.best_metric,
             "trainable_parameters": result.trainable_parameters,
+            "updated_parameters": result.updated_parameters,
+            "trainable_share": result.trainable_share,
+            "samples_per_second": result.samples_per_second,
+            "steps_per_second": result.steps_per_second,
+            "peak_memory_bytes": result.peak_tensors,
             "train_seconds": result.seconds,
             "seconds": seconds,
             "folded": self.fold and self.form != "apart",

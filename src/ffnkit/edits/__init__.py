@@ -78,7 +78,7 @@ def build(kind: str, settings: dict[str, Any], tensors: dict[str, Tensor], versi
             if version > cls.version:
                 what = f"version {version}, this ffnkit knows {cls.version}"
                 raise FfnkitError(f"edit '{kind}'", what, "Update ffnkit or make the plan again")
-            return cls.build(settings, tensors)
+            return cls.build(cls.settings_of_today(settings, version), tensors)
     names = ", ".join(cls.kind for cls in known())
     raise FfnkitError(f"edit '{kind}'", f"this version knows {names}", "Update ffnkit or make the plan again")
 

@@ -217,6 +217,11 @@ class Edit:
         return {k: v for k, v in self.__dict__.items() if not isinstance(v, Tensor)}
 
     @classmethod
+    def settings_of_today(cls, settings: dict[str, Any], version: int) -> dict[str, Any]:
+        """Settings of a file with an older ``version``, as they are called now."""
+        return settings
+
+    @classmethod
     def build(cls: type[Own], settings: dict[str, Any], tensors: dict[str, Tensor]) -> Own:
         """An edit from its saved parts. Raises FfnkitError where fields are missing or hold what they may not."""
         asked = f"edit '{cls.kind}' of {str(settings.get('target'))[:200]}"

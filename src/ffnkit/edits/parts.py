@@ -52,7 +52,7 @@ class LowRankGiven(Given):
 class SelectedGiven(Given):
     """Of ``nn.sparsegrad.SparseGradLinear``."""
 
-    selection: Literal["fixed", "refresh", "step"] = "fixed"
+    selection: Literal["fixed", "refresh", "step", "masked-gradient"] = "fixed"
     order: Count = 0
     together: Annotated[str, Field(max_length=1000)] = ""
     every: Count = 0

@@ -53,6 +53,7 @@ class UpdateLinear(Edit):
 
     kind: ClassVar[str] = "UpdateLinear"
     formerly: ClassVar[tuple[str, ...]] = ("Adapt",)
+    version: ClassVar[int] = 2
     stage: ClassVar[Stage] = Stage.UPDATE
     trains: ClassVar[bool] = True
 
@@ -73,6 +74,10 @@ class UpdateLinear(Edit):
         """How many parameters it trains."""
         return int(self.given["trained"])
 
+    @property
+    def _a_step(self) -> str:
+        return f", {self.given['count']:,} in a step" if self.given.get("selection") == "step" else ""
+
     def with_coefficients(self, l1: float, values: Tensor) -> UpdateLinear:
         """The same update with coefficients of its inputs, drawn towards zero by ``l1``."""
         given = self.given | {"l1": l1, "trained": self.trained + len(values)}
@@ -83,10 +88,17 @@ class UpdateLinear(Edit):
         found = cast(Sequence[UpdateLinear], edits)
         width = max((len(edit.target) for edit in found), default=0)
         return [
-            f"  {edit.target:<{width}}  ->  {edit.layer}, {edit.trained:,} numbers train"
+            f"  {edit.target:<{width}}  ->  {edit.layer}, {edit.trained:,} numbers train{edit._a_step}"
             f"{notes(quantities, edit.target)}"
             for edit in found
         ]
+
+    @classmethod
+    def settings_of_today(cls, settings: dict[str, Any], version: int) -> dict[str, Any]:
+        given = settings.get("given")
+        if version < 2 and isinstance(given, dict) and given.get("selection") == "step":
+            return settings | {"given": given | {"selection": "masked-gradient"}}  # what "step" was then
+        return settings
 
     # --- what it does
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ffnkit.errors import FfnkitError
 from ffnkit.model.families.attentions import BLOCKS, ROLES, AttentionLayout, Role, attention_layouts, places
 from ffnkit.model.families.keys import HEAD_DIM_ATTRIBUTES, INCOMING
-from ffnkit.model.finding import attention_layout, ffns, has_ffns, middle_layout, place
+from ffnkit.model.families.rows import Rows
+from ffnkit.model.finding import attention_layout, ffns, has_ffns, place, with_middle
 from ffnkit.model.linear import descend, features, is_linear, linears, obstacle, own_weight, stored_weight, walk
 from ffnkit.nn.pruned_attention import KeptHeads, kept_heads, plain_class
 
@@ -201,7 +202,7 @@ class Attention:
 def attentions(model: nn.Module) -> list[Attention]:
     """Every attention block of a known layout in the order of the modules; one that several layers share is one."""
     found: dict[int, Attention] = {}
-    rows = attention_layouts()
+    rows = Rows(attention_layouts())
     for name, module in walk(model):
         if id(module) in found:
             found[id(module)].tied.append(name)
@@ -247,8 +248,7 @@ def _ffn_linears(model: nn.Module) -> set[int]:
     taken = {
         id(linear) for ffn in found if not ffn.layout.experts for site in ffn.sites for linear in ffn.linears(site)
     }
-    owners = [(module, middle_layout(module)) for module in model.modules()]
-    paths = [(m, path) for m, row in owners if row is not None for path in (row.up, row.gate or row.up, row.down)]
+    paths = [(m, path) for _, m, row in with_middle(model) for path in (row.up, row.gate or row.up, row.down)]
     return taken | {id(descend(module, path)) for module, path in paths}
 
 

@@ -13,6 +13,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.model.families.attentions import AttentionLayout, attention_layouts
 from ffnkit.model.families.ffns import Layout, layouts
 from ffnkit.model.families.keys import TOP_K_KEYS
+from ffnkit.model.families.rows import Rows
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import descend, features, is_linear, linears, stored_weight, walk
 from ffnkit.model.proposing import proposed, written
@@ -25,7 +26,7 @@ def ffns(model: nn.Module) -> list[FFN]:
     """
     found: list[FFN] = []
     by_weights: dict[tuple[int, ...], FFN] = {}
-    rows = layouts()
+    rows = Rows(layouts())
     for name, module in walk(model):
         layout = _match(module, rows)
         if layout is None:
@@ -45,17 +46,15 @@ def ffns(model: nn.Module) -> list[FFN]:
 
 
 def has_ffns(model: nn.Module) -> bool:
-    rows = layouts()
-    return any(_match(module, rows) is not None for module in model.modules())
+    rows = Rows(layouts())
+    return any(_match(module, rows) is not None for _, module in walk(model))
 
 
-def _match(module: nn.Module, rows: Sequence[Layout], *, middle: bool = False) -> Layout | None:
+def _match(module: nn.Module, rows: Rows[Layout], *, middle: bool = False) -> Layout | None:
     """The row that a module fits; with ``middle`` also where something works on the hidden neurons in between."""
     if not module._modules and not any(p is not None and p.ndim == 3 for p in module._parameters.values()):
         return None  # most modules; it holds neither linears nor experts
-    for layout in rows:
-        if not layout.experts and not layout.roots <= module._modules.keys():
-            continue  # of all rows nearly all end here
+    for layout in rows.of(module):
         if layout.owner not in ("", type(module).__name__):
             continue
         paths = (layout.up, layout.gate or layout.up, layout.down)
@@ -128,7 +127,7 @@ def place(found: Sequence[Placed], model: nn.Module) -> None:
     A stack has one name for all that hangs in it: it is told from every other one that holds FFNs or attention.
     """
     counters: dict[tuple[str, ...], int] = defaultdict(int)
-    rows, attention = layouts(), attention_layouts()
+    rows, attention = Rows(layouts()), Rows(attention_layouts())
     distinct = dict.fromkeys(_stack(each.name)[0] for each in found)
     for name, module in walk(model):
         stack = _stack(name)[0]
@@ -152,11 +151,9 @@ def _stack(name: str) -> tuple[tuple[str, ...], int | None]:
     return ((), None) if place is None else (tuple(parts[:place]), int(parts[place]))
 
 
-def attention_layout(module: nn.Module, rows: Sequence[AttentionLayout]) -> AttentionLayout | None:
+def attention_layout(module: nn.Module, rows: Rows[AttentionLayout]) -> AttentionLayout | None:
     """The row of an attention that a module fits."""
-    for layout in rows:
-        if not layout.roots <= module._modules.keys():
-            continue
+    for layout in rows.of(module):
         paths = (layout.q, layout.k, layout.v, layout.o)
         if not all(is_linear(descend(module, path)) for path in paths):
             continue
@@ -198,8 +195,7 @@ def _top_k(model: nn.Module, owner: nn.Module) -> int:
 def _unknown(model: nn.Module) -> FfnkitError:
     """The error for a model without a known FFN, with the mirrored linears that it has."""
     name = type(model).__name__
-    rows = layouts()
-    between = next((path for path, module in model.named_modules() if _match(module, rows, middle=True)), None)
+    between, *_ = next(with_middle(model), (None,))
     if between is not None:
         found = f"in '{between}' a norm or a convolution works on the hidden neurons, so none can go alone"
         return FfnkitError(f"the FFNs of {name}", found, "Use a model without one")
@@ -221,10 +217,13 @@ def _unknown(model: nn.Module) -> FfnkitError:
     )
 
 
-def middle_layout(module: nn.Module) -> Layout | None:
-    """The row that a module would fit, were there not something that works on its hidden neurons; else None."""
-    rows = layouts()
-    return _match(module, rows, middle=True) if _match(module, rows) is None else None
+def with_middle(model: nn.Module) -> Iterator[tuple[str, nn.Module, Layout]]:
+    """(path, module, row) of what would be an FFN, were there not something that works on its hidden neurons."""
+    rows = Rows(layouts())
+    for name, module in model.named_modules():
+        layout = _match(module, rows, middle=True)
+        if layout is not None and _match(module, rows) is None:
+            yield name, module, layout
 
 
 def mirrored(model: nn.Module, *, without: Container[int] = ()) -> Iterator[tuple[str, str, str]]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ffnkit.model.attention import ROLES, Attention, attention_linears, attention_modules, attentions
 from ffnkit.model.ffn import FFN
-from ffnkit.model.finding import ffns, middle_layout, mirrored
+from ffnkit.model.finding import ffns, mirrored, with_middle
 from ffnkit.model.linear import features, flops, is_linear, stored_weight, unwrapped, walk
 from ffnkit.model.targets import ranges
 from ffnkit.model.trainable import body, head_modules
@@ -241,12 +241,10 @@ def _unknown_experts(model: nn.Module) -> Iterator[Place]:
 
 
 def _with_middle(model: nn.Module) -> Iterator[Place]:
-    for path, module in model.named_modules():
-        layout = middle_layout(module)
-        if layout is not None:
-            names = (f"{site}.weight" for site in dict.fromkeys((layout.up, layout.gate or layout.up, layout.down)))
-            weights = {name: module.get_parameter(name) for name in names}
-            yield path, weights, "a norm or a convolution works on the hidden neurons"
+    for path, module, layout in with_middle(model):
+        names = (f"{site}.weight" for site in dict.fromkeys((layout.up, layout.gate or layout.up, layout.down)))
+        weights = {name: module.get_parameter(name) for name in names}
+        yield path, weights, "a norm or a convolution works on the hidden neurons"
 
 
 def _mirrored(model: nn.Module, covered: set[int]) -> Iterator[Place]:

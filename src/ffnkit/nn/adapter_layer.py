@@ -74,6 +74,11 @@ class AdapterLayer(ReparametrizedLinear):
     def taken(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Settings and tensors that make this update anew; the tensors are no views of what trains."""
 
+    @property
+    def unstepped(self) -> int:
+        """How many of the numbers that train a step of the optimizer leaves as they are."""
+        return 0
+
     # --- coefficients
 
     def use_coefficients(self, values: Tensor, l1: float = 0.0) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import SparseAdam
 from torch.optim.optimizer import Optimizer
 
+from ffnkit.errors import FfnkitError
 from ffnkit.nn.adapter_layer import full_tensor as whole_of
 from ffnkit.nn.adapter_layer import sharded_as
 from ffnkit.nn.optimizer_hooks import watch
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from ffnkit.nn.sparsegrad import SparseGradLinear
 
 DECAY = 0.9  # of the running squares, a step
+_ADAM = ("betas", "eps", "maximize")
+EACH_STEP = ("step", "masked-gradient")  # selections of which the whole core trains
 
 
 def watched(layer: SparseGradLinear) -> None:
@@ -35,14 +40,59 @@ def _before(optimizer: Optimizer, living: list[SparseGradLinear]) -> None:
     refreshed = [layer for layer in reached if layer.selection == "refresh"]
     if refreshed:
         _note(refreshed, getattr(optimizer, "grad_scale", None))
-    groups: dict[str, list[SparseGradLinear]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[SparseGradLinear]] = defaultdict(list)
     for layer in reached:
-        if layer.selection == "step":
-            groups[layer.together].append(layer)
-    for layers in groups.values():
+        if layer.selection in EACH_STEP:
+            groups[layer.together, layer.selection].append(layer)
+    chosen: list[tuple[SparseGradLinear, Tensor]] = []
+    for (_, selection), layers in groups.items():
         grads = [whole_of(layer.values.grad) for layer in layers]  # type: ignore[arg-type]
-        for layer, mask in zip(layers, largest(grads, sum(layer.count for layer in layers)), strict=True):
-            layer.values.grad.mul_(sharded_as(mask, layer.values.grad))  # type: ignore[union-attr]
+        masks = largest(grads, sum(layer.count for layer in layers))
+        pairs = [(layer, sharded_as(m, layer.values.grad)) for layer, m in zip(layers, masks, strict=True)]
+        if selection == "step":
+            chosen += pairs
+        else:
+            for layer, mask in pairs:
+                layer.values.grad.mul_(mask)  # type: ignore[union-attr]
+    if chosen:
+        _step(optimizer, chosen)
+
+
+@torch.no_grad()
+def _step(optimizer: Optimizer, chosen: Iterable[tuple[SparseGradLinear, Tensor]]) -> None:
+    """A step of torch's SparseAdam on the chosen entries; the optimizer's own finds no gradient of these layers.
+
+    Rates, betas and eps are those of the optimizer's groups, and the moments lie in its state: schedules and saved
+    states hold them. SparseAdam knows no weight decay.
+    """
+    groups: list[dict[str, Any]] = []
+    states: list[tuple[dict[str, Any], Tensor, dict[str, Any]]] = []
+    scale = getattr(optimizer, "grad_scale", None)
+    for layer, mask in chosen:
+        values, grad = layer.values, layer.values.grad
+        assert grad is not None
+        given = next(group for group in optimizer.param_groups if any(p is values for p in group["params"]))
+        if given.get("lr") is None:
+            asked = f'selection "step" under {type(optimizer).__name__}'
+            raise FfnkitError(asked, "it has no learning rate of its own", "Give one, or another selection")
+        state = optimizer.state[values]
+        own = {key: state.setdefault(key, torch.zeros_like(values)) for key in ("exp_avg", "exp_avg_sq")}
+        place, sparse = _local(values).detach(), (_local(grad) * _local(mask)).to_sparse()
+        place.grad = sparse if scale is None else sparse / scale.to(sparse.device)
+        groups.append(
+            {"params": [place], **{key: given[key] for key in _ADAM if key in given}, "lr": float(given["lr"])}
+        )
+        states.append((state, place, {"step": int(state.get("step", 0)), **{k: _local(v) for k, v in own.items()}}))
+        layer.__dict__["_whole"] = grad
+        values.grad = None
+    inner = SparseAdam([{"params": group["params"]} for group in groups])
+    for mine, group in zip(inner.param_groups, groups, strict=True):
+        mine.update(group)  # not checked: a schedule may begin at a rate of 0
+    for _, place, moments in states:
+        inner.state[place] = moments
+    inner.step()
+    for state, place, _ in states:
+        state["step"] = inner.state[place]["step"]
 
 
 @torch.no_grad()
@@ -72,6 +122,8 @@ def _note(layers: list[SparseGradLinear], scale: Tensor | None) -> None:
 
 def _after(optimizer: Optimizer, living: list[SparseGradLinear]) -> None:
     for layer in _of(optimizer, living):
+        if (grad := layer.__dict__.pop("_whole", None)) is not None:
+            layer.values.grad = grad
         if layer.selection == "refresh":
             assert layer.steps is not None
             layer.steps += 1
@@ -113,6 +165,12 @@ def _reduced(layer: SparseGradLinear) -> Tensor:
         torch.distributed.all_reduce(layer._pending)
         layer._pending /= torch.distributed.get_world_size()
     return layer._pending
+
+
+def _local(tensor: Any) -> Tensor:
+    """This process's shard of what lies in shards, which shares its memory."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
 
 
 def _put(tensor: Tensor, whole: Tensor) -> None:

@@ -17,7 +17,7 @@ from ffnkit.nn.selecting import watched
 from ffnkit.ops.entries import Entries
 from ffnkit.ops.routes import Route, route
 
-Selection = Literal["fixed", "refresh", "step"]
+Selection = Literal["fixed", "refresh", "step", "masked-gradient"]
 
 
 class Bases(nn.Module):
@@ -123,6 +123,10 @@ class SparseGradLinear(AdapterLayer):
             entries = self.entries()
             pair = self.pair(entries.dtype)
             return entries.clone() if pair is None else _formed(entries, *pair)
+
+    @property
+    def unstepped(self) -> int:
+        return self.values.numel() - self.count if self.selection == "step" else 0
 
     def pair(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """V (r, out) and U (c, in) of the core in a dtype, or None."""

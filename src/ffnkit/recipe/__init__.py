@@ -1,4 +1,4 @@
-"""The main job: a YAML recipe of arms and seeds on one task, run as resumable units."""
+"""The main job: a YAML recipe of arms and seeds on one task, or a table of such recipes, run as resumable units."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ffnkit.recipe.job import run
-    from ffnkit.recipe.loading import load_recipe, quickstart
+    from ffnkit.recipe.loading import load_any, load_recipe, quickstart
+    from ffnkit.recipe.many import run_table
     from ffnkit.recipe.results import Results
     from ffnkit.recipe.schema import Recipe
+    from ffnkit.recipe.tables import Table
 
-__all__ = ["Recipe", "Results", "load_recipe", "quickstart", "run"]
-_HOMES = {"Recipe": "schema", "Results": "results", "load_recipe": "loading", "quickstart": "loading", "run": "job"}
+__all__ = ["Recipe", "Results", "Table", "load_any", "load_recipe", "quickstart", "run", "run_table"]
+_HOMES = {
+    "Recipe": "schema",
+    "Results": "results",
+    "Table": "tables",
+    "load_any": "loading",
+    "load_recipe": "loading",
+    "quickstart": "loading",
+    "run": "job",
+    "run_table": "many",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ffnkit.io.architectures import is_own
 from ffnkit.recipe.sources import PACKAGED
 from ffnkit.recipe.state import Unit, unit_of, zeros_of
 from ffnkit.report import environment
@@ -49,6 +50,7 @@ def card_of(
             versions=environment.versions(),
             notes=[recipe.notes] if recipe.notes else [],
             auto_class=task.auto_class(model.config).__name__,
+            own_class=is_own(model),
             pipeline_tag=task.pipeline_tag,
         )
     )

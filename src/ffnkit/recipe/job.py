@@ -51,7 +51,7 @@ def run(
     from ffnkit.recipe.preflight import preflight
     from ffnkit.recipe.sources import model_name
 
-    out, say = Path(out), _sayer(progress)
+    out, say = Path(out), sayer(progress)
     check_out(out)
     say(f"{recipe.name}: {len(recipe.arms)} arms x {len(recipe.seeds)} seeds in {out}")
     model, data = preflight(recipe, say)
@@ -126,7 +126,8 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def _sayer(progress: bool) -> Say:
+def sayer(progress: bool) -> Say:
+    """What prints a line of progress on stderr, or nothing."""
     if not progress:
         return lambda line: None
     from rich.console import Console

@@ -10,7 +10,7 @@ from typing import Any
 
 from ffnkit.io.files import read_json, write_text
 from ffnkit.recipe.schema import Arm, Recipe
-from ffnkit.recipe.state import Unit, arm_dict, check_there, stages_of, unit_of, write_json, zeros_of
+from ffnkit.recipe.state import TRAINED, Unit, arm_dict, check_there, stages_of, unit_of, write_json, zeros_of
 
 STAGE_MARKERS = ("compress", "distil", "before", "tune", "prune", "recover", "evaluate", "export")
 _PRUNING = {"kept", "sparsity", "merging"}  # figures of the stages prune and recover
@@ -83,15 +83,22 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
         row["metrics_before"] = marks["before"].get("metrics", {})
     for name in ("parameters", "ffn_parameters", "flops_per_token", "ffn_flops_per_token"):
         row[name] = marks["evaluate"].get(name)
-    row["trainable_parameters"] = marks["tune"].get("trainable_parameters")
+    if layers := _layers(marks["compress"].get("plan", {})):
+        row["layers"] = layers
+    for name in ("heads_removed", "neurons_removed", "parameters_removed"):
+        if marks["evaluate"].get(name):
+            row[name] = marks["evaluate"][name]
+    for name in TRAINED:
+        row[name] = marks["tune"].get(name)
     for name in ("bytes_on_disk_compact", "bytes_on_disk_standard"):
         row[name] = marks["export"].get(name)
     if "bytes_on_disk_apart" in marks["export"]:
         row["bytes_on_disk_apart"] = marks["export"]["bytes_on_disk_apart"]
     measured = latency.get("arms", {}).get(unit.arm) if done else None
     row |= measured or {"latency_s": None, "latency_ratio": None}
-    peaks = [marks[stage].get("peak_memory_bytes") for stage in ("tune", "recover")]
-    row["peak_memory_bytes"] = max((peak for peak in peaks if peak is not None), default=None)
+    for name in ("peak_memory_bytes", "process_memory_bytes"):
+        peaks = [marks[stage].get(name) for stage in ("tune", "recover")]
+        row[name] = max((peak for peak in peaks if peak is not None), default=None)
     stages = stages_of(recipe, unit.arm)
     row["seconds"] = {stage: marks[stage]["seconds"] for stage in stages if "seconds" in marks[stage]}
     row["attempts"] = {stage: marks[stage]["attempts"] for stage in stages if marks[stage].get("attempts", 1) > 1}
@@ -105,6 +112,12 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
     if failed and not done:
         row["error"] = failed["error"]
     return row
+
+
+def _layers(report: Mapping[str, Any]) -> str:
+    """Which layers were merged or dropped, in words; of several methods in one plan all of theirs."""
+    inner = [_layers(each) for each in report.values() if isinstance(each, Mapping)]
+    return "; ".join(filter(None, [report.get("layers", ""), *inner]))
 
 
 def collect(recipe: Recipe, out: Path, metric: str) -> Results:

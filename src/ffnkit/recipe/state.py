@@ -19,6 +19,10 @@ from ffnkit.recipe.sources import expand
 from ffnkit.tune.settings import HARMLESS
 
 FORMAT = 1  # of the folder; raised when an older one can no longer be continued
+TRAINED = (
+    *("trainable_parameters", "updated_parameters", "trainable_body", "trainable_share"),
+    *("samples_per_second", "steps_per_second"),
+)  # of a training's result, in the rows
 _SAMPLE = 1 << 20
 
 

@@ -16,10 +16,10 @@ from ffnkit.nn.coefficients import set_l1
 from ffnkit.recipe import sources
 from ffnkit.recipe.cards import card_of
 from ffnkit.recipe.schema import Recipe
-from ffnkit.recipe.state import Unit, digest, measures, stages_of
+from ffnkit.recipe.state import TRAINED, Unit, digest, measures, stages_of
 from ffnkit.report import environment, measure
 from ffnkit.report.card import Form
-from ffnkit.report.sparsity import merge_costs, sparsity
+from ffnkit.report.sparsity import merge_costs, sparsity, units_removed
 from ffnkit.surgery.apply import SAVING
 
 if TYPE_CHECKING:
@@ -260,16 +260,18 @@ class _Job:
             "steps": result.steps,
             "best_step": getattr(result, "best_step", None),
             "dev_metric": result.best_metric,
-            "trainable_parameters": _count(result.trainable_parameters),
-            "peak_memory_bytes": peak.device_peak_bytes or peak.peak_bytes,
-            "peak_memory_exact": peak.exact or peak.device_peak_bytes is not None,
+            **{name: getattr(result, name) for name in TRAINED},
+            "peak_memory_bytes": result.peak_tensors,
+            "process_memory_bytes": peak.peak_bytes,
         }
         return figures, result.model
 
     def evaluate(self) -> dict[str, Any]:
         """The metrics on the split that is only reported, and the counts of the model."""
         counts = {name: value for name, value in measure.figures(self.model).items() if name != "trainable_parameters"}
-        found = {**self._metrics(keep=True), **counts}
+        before = self.source.empty()
+        found = {**self._metrics(keep=True), **counts, **units_removed(self.model, before)}
+        found["parameters_removed"] = 1 - counts["parameters"] / sum(p.numel() for p in before.parameters())
         if (text := self.recipe.forgetting) is not None:
             from ffnkit.report.forgetting import forgetting
 
@@ -330,10 +332,6 @@ def _shares(model: PreTrainedModel) -> dict[str, float]:
     """The share of zeros in the model's linears: as they are, and merged in either way."""
     found = sparsity(model).to_dict()
     return {name: found[name] for name in ("zeros", "merged", "masked")}
-
-
-def _count(value: Any) -> int:
-    return int(value) if isinstance(value, int | float) else sum(parameter.numel() for parameter in value)
 
 
 def _write(model: PreTrainedModel, path: Path) -> None:

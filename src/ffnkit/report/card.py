@@ -75,6 +75,7 @@ class CardInfo:
         notes: limitations and remarks, one sentence each.
         name: of the checkpoint, as its title.
         auto_class: the transformers class that opens it.
+        own_class: the model's class is ffnkit's, so that in either form ffnkit has to be imported.
         license, datasets, language, pipeline_tag: for the front matter, where known.
     """
 
@@ -91,6 +92,7 @@ class CardInfo:
     notes: Sequence[str] = ()
     name: str | None = None
     auto_class: str = "AutoModel"
+    own_class: bool = False
     license: str | None = None
     datasets: Sequence[str] = ()
     language: str | None = None
@@ -229,7 +231,8 @@ def _opening(info: CardInfo) -> str:
             "that fills zeros."
         )
     compact = info.form == "compact"
-    lines = ["import ffnkit  # lets from_pretrained read the compact form"] if compact else []
+    what = "read the compact form" if compact else "know the class of this model"
+    lines = [f"import ffnkit  # lets from_pretrained {what}"] if compact or info.own_class else []
     lines += [f"from transformers import {info.auto_class}", ""]
     lines.append(f'model = {info.auto_class}.from_pretrained("path-or-hub-id-of-this-checkpoint")')
     code = "```python\n" + "\n".join(lines) + "\n```"
@@ -239,6 +242,8 @@ def _opening(info: CardInfo) -> str:
             f"it is opened; without it, opening fails.\n\n{code}\n\n`ffnkit export` turns it into the standard form, "
             "which plain transformers opens."
         )
+    if info.own_class:
+        return f"This is the standard form, of a class that only ffnkit has: import it first.\n\n{code}"
     return f"This is the standard form: plain transformers opens it, ffnkit is not needed.\n\n{code}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from ffnkit.report.table import Arm, Difference, Stat, Summary
@@ -39,24 +40,57 @@ def share(stat: Stat) -> str:
     return f"{stat.mean:.1%}"
 
 
+def small_share(stat: Stat) -> str:
+    return f"{stat.mean:.2%}"
+
+
+def rate(stat: Stat) -> str:
+    return f"{stat.mean:.3g}"
+
+
 def change(stat: Stat) -> str:
     return f"{stat.mean:+.4f}"
 
 
 COLUMNS = {
     "parameters": ("parameters", parameters),
+    "parameters_removed": ("saved", share),
     "ffn_parameters": ("in FFNs", parameters),
     "trainable_parameters": ("trained", parameters),
+    "updated_parameters": ("a step", parameters),
+    "trainable_share": ("without head", small_share),
+    "samples_per_second": ("samples/s", rate),
+    "steps_per_second": ("steps/s", rate),
+    "peak_memory_bytes": ("peak memory", size),
     "flops_per_token": ("FLOPs/token", operations),
     "bytes_on_disk_compact": ("disk, compact", size),
     "bytes_on_disk_standard": ("disk, standard", size),
     "bytes_on_disk_apart": ("disk, apart", size),
     "latency_s": ("latency (ratio)", milliseconds),
-    "peak_memory_bytes": ("peak memory", size),
     "zeros": ("zeros (merged)", share),
+    "heads_removed": ("heads gone", share),
+    "neurons_removed": ("neurons gone", share),
     "forgetting": ("forgetting", change),
 }
-OPTIONAL = ("bytes_on_disk_apart", "zeros", "forgetting")  # of arms with updates, that were pruned; with a neutral text
+LAYERS = "layers"
+SIZES, TRAINING = (
+    ("parameters", "ffn_parameters", "parameters_removed"),
+    (
+        *("trainable_parameters", "updated_parameters", "trainable_share"),
+        *("samples_per_second", "steps_per_second", "peak_memory_bytes"),
+    ),
+)  # of which tables are made beside that of what the model costs
+# of arms with updates, of those that were pruned, of recipes with a neutral text, of rows of older runs
+OPTIONAL = (
+    *("bytes_on_disk_apart", "zeros", "heads_removed", "neurons_removed", "parameters_removed", "forgetting"),
+    *("updated_parameters", "trainable_share", "samples_per_second", "steps_per_second"),
+)
+TOLD = {
+    "parameters_removed": "saved: of the parameters of the model that was not compressed",
+    "updated_parameters": "a step: numbers that a step of the optimizer changes",
+    "trainable_share": "without head: what trains beside the task head, as a share of the model without it",
+    "peak_memory_bytes": "peak memory: of tensors, in training steps",
+}
 
 
 def score(stat: Stat | None) -> str:
@@ -79,31 +113,54 @@ def cells(summary: Summary) -> tuple[list[str], list[list[str]]]:
     columns = [key for key in COLUMNS if any(_shown(arm, key) for arm in summary.arms)]
     compared = any(arm.difference for arm in summary.arms)
     timed = any(arm.seconds for arm in summary.arms)
-    header = ["arm", "seeds", *summary.metrics, *(["difference [95%]"] if compared else [])]
+    header = ["arm", "seeds", *_beside(summary), *summary.metrics, *(["difference [95%]"] if compared else [])]
     header += [COLUMNS[key][0] for key in columns] + (["time"] if timed else [])
     return header, [_line(arm, summary, columns, compared, timed, len(header)) for arm in summary.arms]
 
 
+def _beside(summary: Summary) -> list[str]:
+    """The heads of columns that stand before the metrics, where an arm has such: layers, the metric before tuning."""
+    layers = [LAYERS] if any(arm.layers for arm in summary.arms) else []
+    return layers + ([f"{summary.metric} before"] if any(arm.before for arm in summary.arms) else [])
+
+
+def chosen(layers: Sequence[str]) -> str:
+    """The layers that were merged or dropped; where seeds chose others, how many chose which."""
+    counts = Counter(layers)
+    return ", ".join(each if len(counts) == 1 else f"{each} ({n})" for each, n in counts.most_common()) or "–"
+
+
 def _shown(arm: Arm, key: str) -> bool:
     """Whether an arm gives reason for a column; heads and neurons that went leave no zeros."""
+    if key == "updated_parameters":  # else it is what trains
+        return key in arm.values and arm.values[key] != arm.values["trainable_parameters"]
     return key in arm.values and (key != "zeros" or arm.values[key].mean > 0)
 
 
 def blocks(summary: Summary) -> list[tuple[list[str], list[list[str]]]]:
-    """``cells`` as one or two narrower tables: scores and sizes, then costs."""
+    """``cells`` as up to three narrower tables: scores and sizes, then training, then costs."""
     header, lines = cells(summary)
-    heads = [COLUMNS["parameters"][0], COLUMNS["ffn_parameters"][0]]
-    split = 2 + len(summary.metrics) + ("difference [95%]" in header) + sum(head in header for head in heads)
-    first = (header[:split], [line[:split] for line in lines])
-    if len(header) == split:
-        return [first]
-    return [first, ([header[0], *header[split:]], [[line[0], *line[split:]] for line in lines])]
+    training = {COLUMNS[key][0] for key in TRAINING} | {"time"}
+    sizes = {COLUMNS[key][0] for key in SIZES}
+    costs = {head for head, _ in COLUMNS.values()} - training - sizes
+    found = []
+    for number, wanted in enumerate((set(header) - training - costs, training, costs)):
+        places = [0] + [n for n, head in enumerate(header) if n and head in wanted]
+        if number == 0 or len(places) > 1:
+            found.append(([header[n] for n in places], [[line[n] for n in places] for line in lines]))
+    return found
 
 
 def _line(arm: Arm, summary: Summary, columns: list[str], compared: bool, timed: bool, width: int) -> list[str]:
     if not arm.run:
         return [arm.name, "0"] + ["not run"] * (width - 2)
-    line = [arm.name, str(len(arm.seeds)), *(score(arm.metrics.get(name)) for name in summary.metrics)]
+    beside = {LAYERS: chosen(arm.layers), f"{summary.metric} before": "–" if arm.before is None else score(arm.before)}
+    line = [
+        arm.name,
+        str(len(arm.seeds)),
+        *(beside[head] for head in _beside(summary)),
+        *(score(arm.metrics.get(name)) for name in summary.metrics),
+    ]
     line += [difference(arm.difference)] if compared else []
     line += [_value(arm, key) for key in columns]
     if timed:
@@ -130,4 +187,6 @@ def unmeasured(summary: Summary) -> list[str]:
 def all_notes(summary: Summary) -> list[str]:
     """The notes of the summary and, as the last, what was not measured."""
     missing = unmeasured(summary) if any(arm.run for arm in summary.arms) else []
-    return [*summary.notes, *([f"Not measured: {', '.join(missing)}."] if missing else [])]
+    shown = {key for key in TOLD if any(_shown(arm, key) for arm in summary.arms)}
+    told = [f"{text[0].upper()}{text[1:]}." for key, text in TOLD.items() if key in shown]
+    return [*summary.notes, *told, *([f"Not measured: {', '.join(missing)}."] if missing else [])]

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ffnkit.calibration.batches import evaluating, forward, prepared
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.weights import Prunable, prunable
+from ffnkit.model.inspect import inspect
 from ffnkit.model.linear import stored_weight
 from ffnkit.nn.adapter_layer import AdapterLayer, adapter_layers
 from ffnkit.nn.reparametrized import oriented
@@ -88,6 +89,24 @@ def _zeros(each: Prunable) -> Zeros:
     zero = each.module.merged(masked=False) == 0
     both = zero | (stored_weight(each.module) == 0)
     return Zeros(each.label, each.numel, count, int(zero.sum()), int(both.sum()))
+
+
+def units_removed(model: PreTrainedModel, before: nn.Module) -> dict[str, float]:
+    """The shares of attention heads and of FFN neurons that went, "heads_removed" and "neurons_removed".
+
+    Those of layers that went count, experts by themselves; FFNs that share their weights each as one of its own.
+
+    Args:
+        before: the model as it was, with or without numbers.
+    """
+    now, then = _units(model), _units(before)
+    return {f"{name}_removed": 1 - now[name] / count for name, count in then.items() if count}
+
+
+def _units(model: nn.Module) -> dict[str, int]:
+    seen = inspect(model)
+    neurons = sum(row.width * max(row.experts, 1) * (1 + len(row.shared_with)) for row in seen.rows)
+    return {"heads": sum(row.heads for row in seen.attention), "neurons": neurons}
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ class SparseGradSettings:
     density: Annotated[float, Doc("share of each weight's entries that train.", above=0, at_most=1)] = 0.01
     count: Annotated[int | None, Doc("number of entries of each weight instead.", at_least=1)] = None
     selection: Annotated[
-        Literal["fixed", "refresh", "step"],
+        Literal["fixed", "refresh", "step", "masked-gradient"],
         Doc(
             '"fixed" chooses once; "refresh" anew after each ``every`` steps, the optimizer\'s state '
-            'goes along; "step" at each step, as in the paper, with numbers and moments for the whole'
-            " core."
+            'goes along; "step" at each step, and SparseAdam steps on these entries alone, as in the paper; '
+            '"masked-gradient" at each step, and the optimizer goes over the whole core, where entries once chosen '
+            "move on. Both hold numbers and moments for the whole core."
         ),
     ] = "fixed"
     basis: Annotated[
@@ -58,6 +59,26 @@ class SparseGradSettings:
         Doc("parts of the model that train too: head, biases, norms, attention, embeddings, rest.", choices=PARTS),
     ] = ("head",)
     seed: Annotated[int, Doc("of random choices.", at_least=0)] = 0
+    preset: Annotated[Literal["paper"] | None, Doc("values for what is not given.")] = None
+
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper": Preset(
+            "SparseGrad (arXiv 2410.07383), GLUE",
+            {
+                "density": 0.01,
+                "count": None,
+                "selection": "step",
+                "basis": "shared",
+                "core": 1.0,
+                "choose": "gradient",
+                "by": "layer",
+                "targets": "ffn",
+                "layers": "all",
+                "batches": 30,
+                "modules_to_train": ("head", "rest"),
+            },
+        )
+    }
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,12 @@ DATA: dict[str, LanguageData] = {
         ".txt",
         "articles of Wikipedia, in words parted by spaces with <unk>; a document is an article",
     ),
+    "wikitext103": _data(
+        "wikitext103",
+        ("Salesforce/wikitext", "wikitext-103-v1"),
+        ".txt",
+        "articles of Wikipedia, in words parted by spaces with <unk>; a document is an article",
+    ),
     "tinystories": _data(
         "tinystories", ("roneneldan/TinyStories",), ".jsonl", "short stories in a child's words; a document is a story"
     ),

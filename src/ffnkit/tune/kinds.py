@@ -166,7 +166,7 @@ class MeProp(declared(SparseGradSettings, "targets", "layers", "density")):  # t
 
     name: ClassVar[str] = "meprop"
     plans: ClassVar[str] = "sparsegrad"
-    fixed: ClassVar[Mapping[str, Any]] = {"basis": "none", "selection": "step"}
+    fixed: ClassVar[Mapping[str, Any]] = {"basis": "none", "selection": "masked-gradient"}
     description: ClassVar[str] = "FFN weights, by the largest part of their gradients at every step"
 
     of: Literal["weights", "outputs"] = Field("weights", description="what is cut to its largest entries")

@@ -112,13 +112,13 @@ class Loop(Trainer):
             model.save_pretrained(output_dir or self.args.output_dir, **more)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that lacks weights or buffers, but those that the family computes and never writes."""
+        model: Any = self.model
+        named = model.state_dict(keep_vars=True)
         absent = set(load_result.missing_keys)
-        named = dict(self.model.named_parameters(remove_duplicate=False))  # type: ignore[union-attr]
-        there = {id(p) for name, p in named.items() if name not in absent}
-        computed = set(
-            getattr(self.model, "_keys_to_ignore_on_save", None) or ()
-        )  # Marian's positions: no file has them
-        lost = sorted(name for name in absent - computed if name in named and id(named[name]) not in there)
+        there = {id(value) for name, value in named.items() if name not in absent}
+        computed = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # Marian's positions
+        lost = sorted(n for n in absent - computed if n in named and id(named[n]) not in there)
         if lost or load_result.unexpected_keys:
             found = f"the names of its weights do not match ({(lost or load_result.unexpected_keys)[0]})"
             raise FfnkitError("resuming from a checkpoint", found, "Give the model that was trained, or another folder")

@@ -21,12 +21,13 @@ from ffnkit.tasks.packing import pack
 from ffnkit.tasks.running import encoded_rows, lengths
 from ffnkit.tasks.settings import GenerationSettings
 from ffnkit.tune import checkpoints, masks
+from ffnkit.tune.allocations import Allocations
 from ffnkit.tune.arguments import chosen_metric, training_arguments
 from ffnkit.tune.lifecycle import training_run, undone
 from ffnkit.tune.loop import Clock, Epochs, Loop, QuietProgress, Saving
-from ffnkit.tune.outcome import TrainResult, on_device, result_of
+from ffnkit.tune.outcome import TrainResult, body_size, counts_of, on_device, result_of
 from ffnkit.tune.settings import HARMLESS, TrainSettings
-from ffnkit.tune.tuners import Tuner, finish, get, prepare, trainable_parameters
+from ffnkit.tune.tuners import Tuner, finish, get, prepare
 
 log = logging.getLogger(__name__)
 
@@ -100,9 +101,10 @@ def train(
         masks.say_lost(model)
     with checkpoints.claimed(out_dir, facts), training_run(model, undo=not go_on):
         seed_everything(seed)
+        plain = body_size(model)
         tuned = model if go_on else _prepared(model, tuner, task, tokenizer, data, settings, seed, Path(out_dir))
-        trained = sum(p.numel() for p in trainable_parameters(tuned))
-        if not trained:
+        trained = counts_of(tuned, plain)
+        if not trained.trainable:
             raise FfnkitError(f"tuner {tuner.name}", "no parameter of the model trains", "Choose another tuner")
         use_cache, own_forward = getattr(tuned.config, "use_cache", None), "forward" in vars(tuned)
 
@@ -127,8 +129,8 @@ def train(
             on_device(torch.cuda.reset_peak_memory_stats)
             state = _run_or_resume(loop, out_dir, settings)
         _leave(loop, use_cache, own_forward)
-        plain = cast(PreTrainedModel, finish(tuned, tuner, merge=merge).eval())
-        result = result_of(loop, state, plain, settings, metric, trained)
+        done = cast(PreTrainedModel, finish(tuned, tuner, merge=merge).eval())
+        result = result_of(loop, state, done, settings, metric, trained)
     if not settings.keep_checkpoints:
         checkpoints.clean(out_dir)
     return result
@@ -184,7 +186,7 @@ def _digest(dataset: Any) -> str:
 def _loop(
     model: nn.Module, collate: Any, data: Any, dev: Any, scores: Any, arguments: TrainingArguments, s: TrainSettings
 ) -> Loop:
-    callbacks: list[Any] = [Saving(s.save_every), Clock()]
+    callbacks: list[Any] = [Saving(s.save_every), Clock(), Allocations()]
     if s.augment != "none":
         callbacks.append(Epochs(collate))
     if s.early_stopping is not None:
@@ -224,9 +226,11 @@ def _run_or_resume(loop: Loop, out_dir: str | Path, settings: TrainSettings) -> 
         for callback in loop.callback_handler.callbacks:
             if (bar := getattr(callback, "training_bar", None)) is not None:
                 bar.close()  # what is said next begins on a line of its own
+            if isinstance(callback, Allocations):
+                callback.close()
         raise
-    clock = next(c for c in loop.callback_handler.callbacks if isinstance(c, Clock))
-    return {**vars(loop.state), "stateful_callbacks": {"Clock": clock.state()}}
+    kept = [c for c in loop.callback_handler.callbacks if isinstance(c, Clock | Allocations)]
+    return {**vars(loop.state), "stateful_callbacks": {type(c).__name__: c.state() for c in kept}}
 
 
 def _over(state: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from ffnkit.edits import Edit, ReplaceNeurons, Tie
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, generator, lifted, need_data
 from ffnkit.methods.share.refitting import corrected
-from ffnkit.methods.share.windows import Score, best, score_name, series, windows
+from ffnkit.methods.share.windows import Score, best, label, score_name, series, windows
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.targets import select
@@ -138,7 +138,7 @@ class Merging:
         work = _Work(self, held, progress, {pair for groups in candidates for pair in self._pairs(groups)})
         chosen, scores = best(model, candidates, self.score, lambda groups: work.edits(groups)[0], work.alike)
         edits, quantities = work.edits(chosen)
-        report: dict[str, Any] = {"groups": [[ffn.name for ffn in group] for group in chosen]}
+        report: dict[str, Any] = {"groups": [[ffn.name for ffn in group] for group in chosen], "layers": label(chosen)}
         if scores:
             report["search"] = scores
         report |= {"seconds": time.perf_counter() - started, "seconds of the assignments": work.assigning}
@@ -219,8 +219,8 @@ class Merging:
             tree = linkage(squareform(distance.clamp_min(0).numpy(), checks=False), method="average")
             labels = fcluster(tree, self.keep, criterion="maxclust")
             by_label: dict[int, list[FFN]] = defaultdict(list)
-            for ffn, label in zip(rows, labels, strict=True):
-                by_label[int(label)].append(ffn)
+            for ffn, number in zip(rows, labels, strict=True):
+                by_label[int(number)].append(ffn)
             result += [group for group in by_label.values() if len(group) > 1]
         return result
 
@@ -228,7 +228,7 @@ class Merging:
 
     def placed(self, group: list[FFN]) -> list[FFN]:
         """The group with its anchor first."""
-        at = {"first": 0, "middle": (len(group) - 1) // 2, "last": len(group) - 1}[self.anchor]
+        at = {"first": 0, "middle": len(group) // 2, "last": len(group) - 1}[self.anchor]
         return [group[at], *group[:at], *group[at + 1 :]]
 
     def _pairs(self, groups: list[list[FFN]]) -> set[tuple[str, str]]:

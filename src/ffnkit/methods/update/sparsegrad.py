@@ -21,9 +21,11 @@ from ffnkit.io.files import spool
 from ffnkit.methods.common import Batch, generator, need_data, plain_linears
 from ffnkit.model.linear import features, own_weight
 from ffnkit.nn.quantized import is_quantized_linear
+from ffnkit.nn.selecting import EACH_STEP
 from ffnkit.ops.bases import Grams, Zeros, core_of, top_share, turned
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import check, renamed, told
+from ffnkit.settings.presets import with_presets
 from ffnkit.settings.updates import SparseGradSettings
 
 IN_MEMORY = 1 << 30  # bytes of sums while planning; more lie in files that are memory-mapped
@@ -32,6 +34,7 @@ REACH = 0.995  # of the gradients' energy: what the leading rows of a basis hold
 
 
 @renamed(sites="targets", also="modules_to_train", share="density")
+@with_presets
 @dataclass(frozen=True)
 class SparseGrad(SparseGradSettings):
     """Train few entries of each weight's update, in a basis in which the gradients of that weight are sparse.
@@ -40,7 +43,8 @@ class SparseGrad(SparseGradSettings):
     entries hold the most energy. Weights stay as they are below the update. After ``fk.apply`` any optimizer over
     ``fk.trainable_parameters(model)`` trains; ``fk.fold`` puts the update into the weights.
 
-    Source: SparseGrad (arXiv 2410.07383). MeProp's variant there is selection "step" with basis "none".
+    Source: SparseGrad (arXiv 2410.07383), selection "step". Of the authors' code, selection "masked-gradient" is the
+        script for LLaMA, and with basis "none" their MeProp.
     Differs: entries are confined to a core; the input side's basis is not transposed; a fixed selection by summed
         squares.
     """
@@ -53,7 +57,7 @@ class SparseGrad(SparseGradSettings):
     @property
     def needs_data(self) -> bool:
         """Whether gradients are needed: for a basis, or to choose entries by."""
-        return self.basis != "none" or (self.choose == "gradient" and self.selection != "step")
+        return self.basis != "none" or (self.choose == "gradient" and self.selection not in EACH_STEP)
 
     def settings(self) -> dict[str, Any]:
         return told(self)
@@ -79,7 +83,7 @@ class SparseGrad(SparseGradSettings):
         work = _Work(self, model, linears, progress)
         if self.basis != "none":
             work.find_bases(batches)
-        if self.choose == "gradient" and (self.selection != "step" or self.basis != "none"):
+        if self.choose == "gradient" and (self.selection not in EACH_STEP or self.basis != "none"):
             work.find_energies(batches)
         elif self.choose == "magnitude":
             work.weigh()
@@ -180,7 +184,7 @@ class _Work:
             if self.group[name] in pairs:
                 parts["left"], parts["right"] = pairs[self.group[name]]
                 given["core"] = list(self.cores[name])
-            if method.selection == "step":
+            if method.selection in EACH_STEP:
                 rows, columns = self.cores.get(name, self.shapes[name])
                 given |= {"count": min(counts[name], rows * columns), "trained": rows * columns}
             else:
@@ -235,7 +239,7 @@ class _Work:
     def _chosen(self, counts: dict[str, int]) -> dict[str, Tensor]:
         """The flat places of the entries, in order, int32."""
         method = self.method
-        if method.selection == "step":
+        if method.selection in EACH_STEP:
             return {}
         draw = generator(method.seed, 0)
 

@@ -36,8 +36,9 @@ class Layout:
 
     @cached_property
     def roots(self) -> frozenset[str]:
-        """Where its paths begin: an owner has children of these names."""
-        return frozenset(path.partition(".")[0] for path in (self.up, self.gate or self.up, self.down))
+        """Where its paths begin: an owner has children of these names; none where they are parameters."""
+        paths = () if self.experts else (self.up, self.gate or self.up, self.down)
+        return frozenset(path.partition(".")[0] for path in paths)
 
     @property
     def fused(self) -> bool:

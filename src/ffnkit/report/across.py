@@ -1,0 +1,141 @@
+"""One table over several runs: an arm's metric on each task, and the average over the tasks."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ffnkit.errors import FfnkitError
+from ffnkit.report.table import VALUES, Row, Summary, summarize
+from ffnkit.tasks.metrics import greater_is_better
+
+AVERAGE = "average"
+
+
+@dataclass(frozen=True)
+class Across:
+    """Rows of several runs put together, one an arm and seed.
+
+    Attributes:
+        rows: as ``ffnkit.report.table`` has them: metrics are named "accuracy (sst2)", and "average" where the arm ran
+            on every task; other figures are means over the tasks, seconds are sums.
+        arms, models, tasks: in the order in which they came. metric: what is compared: the average, where there is one.
+        notes: what the table needs to be read with.
+    """
+
+    rows: list[dict[str, Any]]
+    arms: tuple[str, ...]
+    models: tuple[str, ...]
+    tasks: tuple[str, ...]
+    metric: str
+    notes: tuple[str, ...]
+
+    def summary(self) -> Summary:
+        """Means and spreads, one line an arm."""
+        return summarize(self.rows, self.metric, arms=self.arms)
+
+
+def across(runs: Sequence[str | Path]) -> Across:
+    """Put runs together. Runs of one task are one (seeds or arms that ran apart); the first of two alike counts.
+
+    Args:
+        runs: folders with a results.json, or such files.
+
+    Raises:
+        FfnkitError: a run cannot be read, one task has two metrics, nothing is finished.
+    """
+    found = [_read(Path(run)) for run in runs]
+    by_task: dict[str, dict[tuple[str, Any], Row]] = {}
+    metrics: dict[str, str] = {}
+    for run in found:
+        task = _task(run)
+        if metrics.setdefault(task, run["metric"]) != run["metric"]:
+            what = f"{metrics[task]} and {run['metric']} are compared on {task}"
+            raise FfnkitError("a table over runs", what, "Give runs of one metric for each task")
+        there = by_task.setdefault(task, {})
+        for row in run["rows"]:
+            if row.get("status") == "done":
+                there.setdefault((row["arm"], row["seed"]), row)
+    if not any(by_task.values()):
+        raise FfnkitError("a table over runs", "no row of them is finished", "Run them to their end")
+    arms = tuple(dict.fromkeys(arm for run in found for arm in run["recipe"]["arms"]))
+    why_not = _no_average(metrics)
+    keys = dict.fromkeys(key for rows in by_task.values() for key in rows)
+    rows = [_together(*key, by_task, metrics, average=not why_not) for key in keys]
+    models = tuple(dict.fromkeys(str(run["recipe"]["model"]) for run in found))
+    metric = named(*next(iter(metrics.items()))) if why_not else AVERAGE
+    return Across(rows, arms, models, tuple(by_task), metric, _notes(arms, rows, metrics, why_not))
+
+
+def named(task: str, metric: str) -> str:
+    """The name of a task's metric in the table."""
+    return f"{metric} ({task})"
+
+
+def _read(run: Path) -> dict[str, Any]:
+    path = run if run.is_file() else run / "results.json"
+    asked = f"run '{run}'"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FfnkitError(asked, f"its results.json cannot be read ({error})", "Name a folder of a run") from None
+    wanted = {"rows": list, "recipe": dict, "metric": str}
+    if not isinstance(content, dict) or any(not isinstance(content.get(k), kind) for k, kind in wanted.items()):
+        raise FfnkitError(asked, "its results.json is none of a run", "Name a folder of a run")
+    return content
+
+
+def _task(run: Mapping[str, Any]) -> str:
+    task = run["recipe"].get("task") or {}
+    return str((task.get("name") if isinstance(task, Mapping) else task) or run["recipe"].get("name"))
+
+
+def _no_average(metrics: Mapping[str, str]) -> str:
+    """Why tasks have no average, "" where they have one."""
+    if len(metrics) < 2:
+        return "there is one task"
+    low = [named(*pair) for pair in metrics.items() if not greater_is_better(pair[1])]
+    if low and len(set(metrics.values())) > 1:
+        return f"less is better of {low[0]}, and other metrics are beside it"
+    return ""
+
+
+def _together(
+    arm: str,
+    seed: Any,
+    by_task: Mapping[str, Mapping[tuple[str, Any], Row]],
+    metrics: Mapping[str, str],
+    *,
+    average: bool,
+) -> dict[str, Any]:
+    mine = {task: rows[arm, seed] for task, rows in by_task.items() if (arm, seed) in rows}
+    scores = {task: row.get("metrics", {}).get(metrics[task]) for task, row in mine.items()}
+    scores = {task: value for task, value in scores.items() if isinstance(value, int | float) and math.isfinite(value)}
+    row: dict[str, Any] = {"arm": arm, "seed": seed, "tasks": sorted(mine), "metrics": {}}
+    if average and len(scores) == len(by_task):
+        row["metrics"][AVERAGE] = math.fsum(scores.values()) / len(scores)
+    row["metrics"] |= {named(task, metrics[task]): value for task, value in scores.items()}
+    for key in VALUES:
+        if values := _measured(each.get(key) for each in mine.values()):
+            row[key] = math.fsum(values) / len(values)
+    stages = dict.fromkeys(stage for each in mine.values() for stage in each.get("seconds") or {})
+    row["seconds"] = {s: math.fsum((each.get("seconds") or {}).get(s, 0.0) for each in mine.values()) for s in stages}
+    return row
+
+
+def _measured(values: Iterable[Any]) -> list[float]:
+    return [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
+
+
+def _notes(arms: Sequence[str], rows: Sequence[Row], metrics: Mapping[str, str], why_not: str) -> tuple[str, ...]:
+    notes = [f"No average: {why_not}."] if why_not else ["The average is over the tasks, seed by seed."]
+    for arm in arms:
+        there = {task for row in rows if row["arm"] == arm for task in row["tasks"]}
+        if there and (missing := [task for task in metrics if task not in there]):
+            notes.append(f"{arm}: no average, for it was not run on {', '.join(missing)}.")
+    notes.append("Sizes, speeds and memory are means over the tasks that an arm ran on; times are sums.")
+    return tuple(notes)
