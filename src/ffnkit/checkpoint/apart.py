@@ -45,9 +45,14 @@ def save_apart(
         if only_low_rank(model):
             save_lora(model, temporary / LORA)
         with without_updates(model):
-            save(model, temporary / BASE, tokenizer=tokenizer, **save_pretrained_kwargs)
+            save(model, temporary / BASE, tokenizer=tokenizer, card=_card_of_base(model), **save_pretrained_kwargs)
         (temporary / "README.md").write_text(card or _short_card(model, temporary), encoding="utf-8")
     return Path(directory)
+
+
+def _card_of_base(model: PreTrainedModel) -> str:
+    what = f"The base of a {type(model).__name__}, without the updates in `../{ADAPTER}`"
+    return f'---\ntags:\n- ffnkit\nlibrary_name: transformers\n---\n\n{what}: `ffnkit.load("..")` opens both.\n'
 
 
 def _short_card(model: PreTrainedModel, folder: Path) -> str:

@@ -62,7 +62,7 @@ class History:
 
         write_text(folder / FILE, json.dumps(plain(asdict(self)), indent=2, ensure_ascii=False) + "\n")
 
-    def card(self, model: Any, form: Literal["compact", "standard"]) -> str:
+    def card(self, model: Any, form: Literal["compact", "standard", "apart"]) -> str:
         """The text of README.md."""
         from ffnkit.report.card import CardInfo, LayerWidth, Metric, model_card
         from ffnkit.report.environment import versions

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.markdown import inline
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 NOT_MEASURED = "not measured"
+Form = Literal["compact", "standard", "apart"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class CardInfo:
 
     Attributes:
         base_model: hub id, or the folder of the model that was changed.
-        form: "compact" (opens with ffnkit) or "standard" (opens with plain transformers).
+        form: "compact" (opens with ffnkit), "standard" (opens with plain transformers) or "apart" (a base and what is
+            tuned beside it).
         method, settings: the method and its settings; method None: the FFNs were left as they were.
         layers: width of every FFN before and after.
         metrics: measured figures.
@@ -78,7 +80,7 @@ class CardInfo:
     """
 
     base_model: str
-    form: Literal["compact", "standard"] = "compact"
+    form: Form = "compact"
     method: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     layers: Sequence[LayerWidth] = ()
@@ -131,10 +133,11 @@ def model_card(info: CardInfo) -> str:
     """README.md of a checkpoint: front matter, what it is, how to open it, measured figures, tuning, limits, citation.
 
     Raises:
-        FfnkitError: ``form`` is neither "compact" nor "standard".
+        FfnkitError: ``form`` is none of these.
     """
-    if info.form not in ("compact", "standard"):
-        raise FfnkitError(f"a model card of form '{info.form}'", "there is no such form", "Use compact or standard")
+    if info.form not in get_args(Form):
+        do = "Use compact, standard or apart"
+        raise FfnkitError(f"a model card of form '{info.form}'", "there is no such form", do)
     sections = [
         f"# {inline(info.title)}",
         _what(info),
@@ -218,6 +221,15 @@ def _widths(layers: Sequence[LayerWidth]) -> str:
 
 
 def _opening(info: CardInfo) -> str:
+    if info.form == "apart":
+        return (
+            "The base and the updates that were tuned beside its weights lie apart, so that what was pruned is as "
+            "sparse as it was made. It needs `pip install ffnkit`.\n\n```python\nimport ffnkit\n\n"
+            'model = ffnkit.load("path-of-this-checkpoint")  # base/ with adapter/ on it\n```\n\n'
+            "`base` opens by itself too. Where there is a folder `lora`, it is the updates in peft's form: "
+            '`PeftModel.from_pretrained(base_model, "lora")`. `ffnkit export` merges the updates into plain weights; '
+            "that fills zeros."
+        )
     compact = info.form == "compact"
     what = "read the compact form" if compact else "know the class of this model"
     lines = [f"import ffnkit  # lets from_pretrained {what}"] if compact or info.own_class else []

@@ -65,6 +65,7 @@ COLUMNS = {
     "flops_per_token": ("FLOPs/token", operations),
     "bytes_on_disk_compact": ("disk, compact", size),
     "bytes_on_disk_standard": ("disk, standard", size),
+    "bytes_on_disk_apart": ("disk, apart", size),
     "latency_s": ("latency (ratio)", milliseconds),
     "zeros": ("zeros (merged)", share),
     "heads_removed": ("heads gone", share),
@@ -79,9 +80,9 @@ SIZES, TRAINING = (
         *("samples_per_second", "steps_per_second", "peak_memory_bytes"),
     ),
 )  # of which tables are made beside that of what the model costs
-# of arms that were pruned, of recipes with a neutral text, of rows of older runs
+# of arms with updates, of those that were pruned, of recipes with a neutral text, of rows of older runs
 OPTIONAL = (
-    *("zeros", "heads_removed", "neurons_removed", "parameters_removed", "forgetting"),
+    *("bytes_on_disk_apart", "zeros", "heads_removed", "neurons_removed", "parameters_removed", "forgetting"),
     *("updated_parameters", "trainable_share", "samples_per_second", "steps_per_second"),
 )
 TOLD = {

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.apart import ADAPTER, BASE, is_apart
 from ffnkit.report.environment import machine as machine
 from ffnkit.report.environment import versions as versions
 
@@ -69,6 +70,8 @@ class DiskBytes:
 def bytes_on_disk(folder: str | Path) -> DiskBytes:
     """Bytes of the weight files directly in ``folder`` (of the first format found) and of every file below it.
 
+    Where a base and its updates lie apart in it, the weights are those of both.
+
     Raises:
         FfnkitError: ``folder`` is not a folder.
     """
@@ -76,10 +79,9 @@ def bytes_on_disk(folder: str | Path) -> DiskBytes:
     if not folder.is_dir():
         raise FfnkitError(f"the size of '{folder}'", "there is no such folder", "Give the folder of a checkpoint")
     weights = 0
-    for pattern in WEIGHT_FILES:
-        if found := list(folder.glob(pattern)):
-            weights = sum(file.stat().st_size for file in found)
-            break
+    for part in (folder / BASE, folder / ADAPTER) if is_apart(folder) else (folder,):
+        found = next((found for pattern in WEIGHT_FILES if (found := list(part.glob(pattern)))), [])
+        weights += sum(file.stat().st_size for file in found)
     return DiskBytes(weights, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
 
 

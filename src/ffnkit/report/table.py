@@ -4,12 +4,12 @@ A row is a dict with ``arm`` and ``seed``; all else is optional: ``metrics`` {na
 the top level), ``parameters``, ``ffn_parameters``, ``trainable_parameters``, ``updated_parameters`` (that a step of
 the optimizer changes), ``trainable_body`` and ``trainable_share`` (without the task head: how many, and of how many the
 model has without it), ``samples_per_second``, ``steps_per_second``, ``flops_per_token``,
-``bytes_on_disk_compact``, ``bytes_on_disk_standard``, ``latency_s``, ``latency_ratio`` (to the first arm, measured in
-alternation with it) and ``latency_ratio_quartiles``, ``peak_memory_bytes`` (of tensors in training steps),
-``process_memory_bytes``, ``zeros`` and ``zeros_merged`` (shares of the weights, of arms that were pruned),
-``heads_removed``, ``neurons_removed`` and ``parameters_removed`` (shares of them), ``metrics_before`` (tuning) {name:
-value}, ``layers`` (in words, which were merged or dropped), ``neutral_loss`` {before, after}, ``seconds`` {stage:
-seconds}, ``error``.
+``bytes_on_disk_compact``, ``bytes_on_disk_standard``, ``bytes_on_disk_apart``, ``latency_s``, ``latency_ratio`` (to the
+first arm, measured in alternation with it) and ``latency_ratio_quartiles``, ``peak_memory_bytes`` (of tensors in
+training steps), ``process_memory_bytes``, ``zeros`` and ``zeros_merged`` (shares of the weights, of arms that were
+pruned), ``heads_removed``, ``neurons_removed`` and ``parameters_removed`` (shares of them), ``metrics_before`` (tuning)
+{name: value}, ``layers`` (in words, which were merged or dropped), ``neutral_loss`` {before, after}, ``seconds``
+{stage: seconds}, ``error``.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ VALUES = (
     "flops_per_token",
     "bytes_on_disk_compact",
     "bytes_on_disk_standard",
+    "bytes_on_disk_apart",
     "latency_s",
     "peak_memory_bytes",
     "process_memory_bytes",

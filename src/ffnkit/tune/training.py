@@ -165,7 +165,7 @@ def _run(
     shapes = [(name, list(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
     return {
         "settings": settings.model_dump(mode="json", exclude=set(HARMLESS)),
-        "tuner": {"name": tuner.name, **tuner.model_dump(mode="json", exclude={"adapter_dir"})},
+        "tuner": {"name": tuner.name, **tuner.model_dump(mode="json", exclude={"adapter_dir", "apart_dir"})},
         "seed": seed,
         "task": str(task.name),
         "train": _digest(data),
