@@ -80,7 +80,8 @@ def page(results: dict[str, Any]) -> str:
             *rows,
             "",
             f"- Supports of {COUNT} entries, query and value of {LAYERS} layers: svd and grebsmo have"
-            f" {found['common']} of {found['of']} in common; {found['seconds']['svd']:.2f} s and {found['seconds']['grebsmo']:.2f} s.",
+            f" {found['common']} of {found['of']} in common; {found['seconds']['svd']:.2f} s and"
+            f" {found['seconds']['grebsmo']:.2f} s.",
             *footer(results),
             "",
         ]
