@@ -198,11 +198,13 @@ def test_an_ffn_with_a_further_path_into_its_neurons_is_none(adapters: bool) -> 
     config = transformers.Zamba2Config(
         vocab_size=16, hidden_size=16, num_hidden_layers=2, intermediate_size=24, num_attention_heads=2,
         mamba_d_state=4, mamba_headdim=8, n_mamba_heads=4, mamba_ngroups=1, adapter_rank=2, num_mem_blocks=1,
-        layers_block_type=["mamba", "hybrid"], chunk_size=4, pad_token_id=0, use_shared_mlp_adapter=adapters,
+        layers_block_type=["mamba", "hybrid"], chunk_size=4, pad_token_id=0,
     )  # fmt: skip
     model = transformers.Zamba2ForCausalLM(config)
     if adapters:
         with pytest.raises(FfnkitError, match="a further linear works on the hidden neurons"):
             ffns(model)
     else:  # the control: the same block without them
+        for module in model.modules():
+            module._modules.pop("gate_up_proj_adapter_list", None)
         assert [ffn.width for ffn in ffns(model)] == [24]

@@ -190,7 +190,7 @@ def _arms(rows: list[dict[str, Any]], order: Iterable[str]) -> Iterator[set[floa
 
 
 def _cases(rows: list[dict[str, Any]]) -> Iterator[set[float]]:
-    """What follows from variants that took turns in one case: times to the first one's, memory to the first's, LoRA's."""
+    """What follows from variants that took turns in one case: times to the first, memory to it and to LoRA."""
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["case"], row.get("tokens")), []).append(row)
