@@ -79,8 +79,9 @@ def page(results: dict[str, Any]) -> str:
             "|:--|--:|--:|--:|",
             *rows,
             "",
-            f"- Supports of {COUNT} entries, query and value of {LAYERS} layers: svd and grebsmo have {found['common']}"
-            f" of {found['of']} in common; {found['seconds']['svd']:.2f} s and {found['seconds']['grebsmo']:.2f} s.",
+            f"- Supports of {COUNT} entries, query and value of {LAYERS} layers: svd and grebsmo have"
+            f" {found['common']} of {found['of']} in common; {found['seconds']['svd']:.2f} s and"
+            f" {found['seconds']['grebsmo']:.2f} s.",
             *footer(results),
             "",
         ]

@@ -151,7 +151,7 @@ def switch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers.SwitchTransformersForConditionalGeneration(config).save_pretrained(folder / "model")
     (folder / "cola").mkdir()
     for split, count in (("train", 60), ("validation", 12)):
-        rows = [{"sentence": f"w{i % 7} w{i % 3 + 9}", "label": int(i % 3 == 0)} for i in range(count)]
+        rows = [{"sentence": f"w{i % 20} w{i // 20 + 9}", "label": int(i % 3 == 0)} for i in range(count)]
         (folder / "cola" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 

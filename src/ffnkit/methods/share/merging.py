@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,12 +22,14 @@ from ffnkit.model.finding import ffns
 from ffnkit.model.targets import select
 from ffnkit.ops.matching import Spread, assign, correlation, matched, spread
 from ffnkit.plans import Draft, Progress, check_weights
-from ffnkit.settings import Doc, check
+from ffnkit.settings import Doc, check, told
+from ffnkit.settings.presets import Preset, with_presets
 
 Group = str | Sequence[int]
 Pair = tuple[Tensor, float]
 
 
+@with_presets
 @dataclass(frozen=True)
 class Merging:
     """Let several layers share one FFN: the mean of their FFNs, neurons matched by what they do on data.
@@ -89,7 +90,14 @@ class Merging:
         float, Doc("of the correction, relative to the mean square of the hidden activations.", at_least=0)
     ] = 1e-2
     seed: Annotated[int, Doc("of random weights.", at_least=0)] = 0
+    preset: Annotated[Literal["paper"] | None, Doc("values for what is not given.")] = None
 
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper": Preset(
+            "FFN merging (arXiv 2501.06126), released code; windows by the task's score on validation rows (score)",
+            {"anchor": "first", "features": "up", "match": True, "take": "mean", "correct": "none", "tokens": 10000},
+        )
+    }
     name: ClassVar[str] = "merging"
     summary: ClassVar[str] = "let several layers share one FFN, the mean of theirs with matched neurons"
     paper: ClassVar[str] = "arXiv 2501.06126"
@@ -108,7 +116,7 @@ class Merging:
         )
 
     def settings(self) -> dict[str, Any]:
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        own = told(self)
         own["score"] = score_name(self.score)
         if self.groups is not None and self.groups != "similar":
             own["groups"] = [g if isinstance(g, str) else list(g) for g in self.groups]
