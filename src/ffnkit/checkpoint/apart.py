@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
 from ffnkit.checkpoint.adapters import TENSORS, adapter, save_adapter
 from ffnkit.checkpoint.peft_lora import only_low_rank, save_lora
 from ffnkit.checkpoint.save import save
-from ffnkit.edits import UpdateLinear
+from ffnkit.edits import Stage, UpdateLinear
 from ffnkit.io.apart import ADAPTER, BASE, LORA
 from ffnkit.io.folders import staging
 from ffnkit.plans import Plan
@@ -67,5 +67,7 @@ def _short_card(model: PreTrainedModel, folder: Path) -> str:
 def put_on(model: PreTrainedModel, folder: Path) -> None:
     """Updates on the base that lies beside them, in whatever dtype that was opened."""
     plan = Plan.load(folder / TENSORS)
-    edits = [dataclasses.replace(e, fingerprint=None) if isinstance(e, UpdateLinear) else e for e in plan.edits]
-    apply(model, dataclasses.replace(plan, edits=tuple(edits)))
+    train = [edit for edit in plan.edits if edit.stage is not Stage.UPDATE]
+    updates = [cast(UpdateLinear, edit) for edit in plan.edits if edit.stage is Stage.UPDATE]
+    edits = (*(dataclasses.replace(edit, fingerprint=None) for edit in updates), *train)
+    apply(model, dataclasses.replace(plan, edits=edits))
