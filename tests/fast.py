@@ -74,7 +74,8 @@ FAST = {
     "test_outside.py": {"test_what": 0, "test_names_of_other": 0},  # test_docs.py has the package of the page on adding
     "test_pairs.py": {"test_no_stage_loses": 1},
     "test_pruning.py": {
-        "test_modes_are_those_of_a_slow_loop": 8,
+        "test_modes_by_matrix_and_by_row": 8,
+        "test_modes_are_those_of_torch": 14,
         "test_tuners_keep_zeros_when_asked": 5,
         "test_a_masked_model_computes_as": 5,
         "test_masks_come_back": 5,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import FAMILIES
 from test_cutting_masks import ALL, ragged_plan
+from test_heads import compare
 from test_recipe_run import recipe_of, run, tiny
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
@@ -21,7 +22,7 @@ import ffnkit as fk
 from ffnkit.cli.compressing import weights_bytes
 from ffnkit.errors import FfnkitError
 from ffnkit.model.trainable import parts_of
-from ffnkit.nn.adapter_layer import adapter_layers
+from ffnkit.nn.adapter_layer import adapter_layers, plain_state
 from ffnkit.nn.masked import Masked
 from ffnkit.recipe.state import unit_of
 from ffnkit.report.measure import bytes_on_disk
@@ -82,7 +83,7 @@ def test_opened_it_is_the_same_model(saved: Path, name: str) -> None:
     assert sparsity(base).share() == sparsity(whole).share()
     assert not equal(family.outputs(base, inputs), outputs)
     plain = fk.fold(tuned(name))
-    assert not sparsity(plain).share() == sparsity(whole).share()
+    assert sparsity(plain).share() < sparsity(whole).share()
     parts = {name: p for name, p in base.named_parameters() if any(p is q for q in parts_of(base, ["head"]))}
     fresh = dict(ALL[name].model().named_parameters())
     assert all(torch.equal(p, fresh[key]) for key, p in parts.items())  # the head is in the adapter
@@ -109,6 +110,7 @@ print(json.dumps(kinds))
 """
 
 
+@pytest.mark.slow
 def test_in_a_fresh_process_by_peft_and_by_ffnkit(saved: Path) -> None:
     keys = [*(f"{name}-low" for name in LOW_RANK), "deberta-v2-keys-s2"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -130,9 +132,10 @@ def test_nobody_opens_the_base_in_its_place(saved: Path) -> None:
 def test_after_heads_went(name: str, tmp_path: Path) -> None:
     family, model = ALL[name], tuned(name, targets="attention")
     fk.apply(model, ragged_plan(model))
-    inputs = family.inputs(model)
     fk.save_apart(model, tmp_path)
-    assert equal(family.outputs(fk.load(tmp_path).eval(), inputs), family.outputs(model, inputs))
+    again = fk.load(tmp_path).eval()
+    assert equal(plain_state(again), {key: value for key, value in plain_state(model).items() if "mask" not in key})
+    compare(family, again, model, 1e-5)  # sums of another order: fewer heads lie otherwise in memory
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -200,7 +203,9 @@ def test_tuners_save_it_before_they_merge(merge: bool, tmp_path: Path) -> None:
     assert equal(family.outputs(again), outputs) and sparsity(again).share() == 0.5
 
 
+@pytest.mark.slow
 def test_in_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
     folder = tiny(tmp_path / "data")
     stages = ["compress", "tune", "prune", "recover", "evaluate", "export"]
     dsee = {"name": "dsee", "rank": 2, "nonzeros": 4}
@@ -208,7 +213,7 @@ def test_in_a_recipe(tmp_path: Path) -> None:
     arms = {"whole": {"tuner": "full"}, "half": {"prune": half}, "first": half}
     recipe = recipe_of(folder, stages=stages, tuner=dsee, arms=arms, seeds=[0], export="all",
                        recover={"steps": 2, "learning_rate": 1e-3})  # fmt: skip
-    results = run(recipe, tmp_path / "run", quiet=True)
+    results = run(recipe, tmp_path / "run")
     assert results.ok
     rows = {row["arm"]: row for row in results.rows}
     for arm in ("half", "first"):
@@ -218,7 +223,8 @@ def test_in_a_recipe(tmp_path: Path) -> None:
         assert rows[arm]["bytes_on_disk_apart"] == bytes_on_disk(place).weights > 0
         assert "- zeros in linears: 50.0%" in (place / "README.md").read_text()
     merged = fk.load(unit_of(tmp_path / "run", "half", 0).folder / "compact")
-    assert sparsity(merged).share() == pytest.approx(rows["half"]["zeros_merged"]) < 0.5
+    assert sparsity(merged).share() == pytest.approx(rows["half"]["zeros_merged"])
+    assert rows["half"]["zeros_merged"] < 0.5
     assert "bytes_on_disk_apart" not in rows["whole"]
     table = (tmp_path / "run" / "table.md").read_text()
     assert "disk, apart" in table and "50.0% (" in table and "disk, apart" in (tmp_path / "run/report.html").read_text()

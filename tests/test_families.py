@@ -7,11 +7,13 @@ from collections import Counter
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES, GATED, NAMES
 from family import Family, config_value
 from tolerance import assert_close, assert_differs
 from torch import nn
 
+from ffnkit.errors import FfnkitError
 from ffnkit.model.finding import ffns
 from ffnkit.ops.neurons import Neurons
 
@@ -188,3 +190,21 @@ def test_rounding_stays_rounding(name: str) -> None:
 def assert_changed(outputs: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], what: str) -> None:
     joined = [torch.cat([value.flatten() for value in found.values()]) for found in (outputs, expected)]
     assert_differs(*joined, rel=1e-4, what=what)
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+def test_an_ffn_with_a_further_path_into_its_neurons_is_none(adapters: bool) -> None:
+    """Zamba2's shared FFN adds a low-rank map of its own for each place that it stands in to what up gives."""
+    config = transformers.Zamba2Config(
+        vocab_size=16, hidden_size=16, num_hidden_layers=2, intermediate_size=24, num_attention_heads=2,
+        mamba_d_state=4, mamba_headdim=8, n_mamba_heads=4, mamba_ngroups=1, adapter_rank=2, num_mem_blocks=1,
+        layers_block_type=["mamba", "hybrid"], chunk_size=4, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.Zamba2ForCausalLM(config)
+    if adapters:
+        with pytest.raises(FfnkitError, match="a further linear works on the hidden neurons"):
+            ffns(model)
+    else:  # the control: the same block without them
+        for module in model.modules():
+            module._modules.pop("gate_up_proj_adapter_list", None)
+        assert [ffn.width for ffn in ffns(model)] == [24]

@@ -215,3 +215,20 @@ def test_in_training_count_entries_move_in_a_step(more: dict[str, Any], tmp_path
 def test_the_paper_is_named_where_its_step_is() -> None:
     doc = inspect.getdoc(fk.SparseGrad) or ""
     assert 'selection "step"' in doc and "masked-gradient" in doc
+
+
+def test_the_papers_preset_trains_the_rest_and_steps_on_one_percent(tmp_path: Path) -> None:
+    tuner = {"name": "sparsegrad", "preset": "paper"}
+    model = bert()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result = fit(model, tmp_path, steps=2, learning_rate=0.01, warmup=0, tuner=tuner)
+    still = [name for name, p in result.model.named_parameters() if torch.equal(p, before[name])]
+    assert still == [], "norms, attention and embeddings train too"
+    whole = sum(p.numel() for p in model.parameters())
+    ffn = [
+        p.numel()
+        for name, p in model.named_parameters()
+        if name.endswith(("intermediate.dense.weight", "output.dense.weight")) and "attention" not in name
+    ]
+    assert result.trainable_parameters == whole
+    assert result.updated_parameters == whole - sum(count - round(0.01 * count) for count in ffn)

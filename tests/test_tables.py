@@ -11,8 +11,9 @@ import transformers
 from methods import case_of
 
 from ffnkit.errors import FfnkitError
-from ffnkit.recipe import Table, load_any, load_recipe, run_table
+from ffnkit.recipe import Recipe, Table, load_any, load_recipe, run, run_table
 from ffnkit.recipe.loading import parse_any
+from ffnkit.recipe.schema import recipe_from
 from ffnkit.recipe.tables import merged
 
 TABLE = """
@@ -134,6 +135,10 @@ def test_a_cell_that_cannot_run_leaves_the_others_alone(tmp_path: Path) -> None:
     assert isinstance(found["missing"], FfnkitError) and not (tmp_path / "out" / "missing").exists()
     results = json.loads((tmp_path / "out" / "tiny" / "results.json").read_text())
     assert [row["status"] for row in results["rows"]] == ["done"]
+    both = text.replace("models: {", "tasks: {one: {}, two: {}}\nmodels: {")
+    whole = run_table(table(both), tmp_path / "both", progress=False, isolate=False)
+    assert [name for name, each in whole.items() if isinstance(each, FfnkitError)] == ["missing/one", "missing/two"]
+    assert (tmp_path / "both" / "tiny" / "table.md").is_file() and not (tmp_path / "both" / "missing").exists()
     again = run_table(table(text), tmp_path / "out", progress=False, isolate=False)
     assert again["tiny"].rows[0]["metrics"] == results["rows"][0]["metrics"]  # type: ignore[union-attr]
 
@@ -150,3 +155,37 @@ def test_every_recipe_of_the_papers_resolves(path: Path, small: bool) -> None:
         assert len(recipe.arms) > 1
         for arm in recipe.arms:
             recipe.tune_of(arm), recipe.recover_of(arm), recipe.tuner_of(arm)
+
+
+SHORT = {"steps": 2, "eval_every": 1, "early_stopping": None}
+
+
+def shortened(recipe: Recipe) -> Recipe:
+    """The same recipe with a few rows and steps, one seed."""
+    data = recipe.to_dict()
+    data |= {"seeds": data["seeds"][:1], "limits": {"train": 64, "dev": 16, "report": 16}}
+    for part in (data, *data["arms"].values()):
+        for stage in ("tune", "recover", "distil"):
+            if isinstance(part.get(stage), dict):
+                part[stage] = {**part[stage], **(SHORT if stage != "distil" else {"steps": 2})}
+    data["calibration"] = {**data["calibration"], "tokens": 600}
+    data["generation"] = {**data["generation"], "max_new_tokens": 4, "num_beams": 1}
+    return recipe_from(data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path",
+    [
+        p
+        for p in PAPERS
+        if "$FFNKIT_" not in p.read_text().split("small:")[1] or "$FFNKIT_MODELS" in p.read_text().split("small:")[1]
+    ],
+    ids=lambda path: path.stem,
+)
+def test_small_variants_run(path: Path, data_dir: Path, models_dir: Path, minilm_path: Path, tmp_path: Path) -> None:
+    """Every arm on its first cell, with a few steps."""
+    found = load_any(path, small=True)
+    assert isinstance(found, Table)
+    results = run(shortened(next(iter(found.cells.values()))), tmp_path / "out", progress=False, isolate=False)
+    assert [(row["arm"], row.get("error")) for row in results.rows if row["status"] != "done"] == []

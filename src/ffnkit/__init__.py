@@ -116,19 +116,25 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _register_hook() -> None:
-    """Teach ``from_pretrained`` to open compact checkpoints, without importing transformers for it.
+# encoder-decoders that transformers has no classifier for
+_CLASSIFIED = (
+    *("blenderbot", "blenderbot_small", "led", "longt5", "m2m_100", "marian", "nllb_moe", "pegasus"),
+    *("pegasus_x", "switch_transformers"),
+)
 
-    Where transformers' quantizers are loaded already, at once; else in the moment in which they are.
+
+def _register_hooks() -> None:
+    """Teach ``from_pretrained`` to open compact checkpoints and to classify with more encoder-decoders.
+
+    transformers is not imported for it: where its modules are loaded already, at once; else in that moment.
     """
-    import sys
+    from ffnkit._late import after_import
 
-    if "transformers.quantizers.auto" in sys.modules:
-        import_module("ffnkit.checkpoint.hook")
-    else:
-        from ffnkit._late import after_import
+    after_import("transformers.quantizers.auto", "ffnkit.checkpoint.hook")
+    for name in _CLASSIFIED:  # the config is what an Auto class asks for first
+        config, model = (f"transformers.models.{name}.{part}_{name}" for part in ("configuration", "modeling"))
+        after_import(model, "ffnkit.model.families.classifiers")
+        after_import(config, model)
 
-        after_import("transformers.quantizers.auto", "ffnkit.checkpoint.hook")
 
-
-_register_hook()
+_register_hooks()

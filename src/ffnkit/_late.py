@@ -1,4 +1,4 @@
-"""Run an import right after another module's first import."""
+"""Import a module right after another one's first import, and tell it of that."""
 
 from __future__ import annotations
 
@@ -27,12 +27,22 @@ class _Finder(importlib.abc.MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                import_module(then)
+                _tell(then, module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
 def after_import(name: str, then: str) -> None:
-    """Import the module ``then`` as soon as the module ``name`` has been imported for the first time."""
-    sys.meta_path.insert(0, _Finder(name, then))
+    """Import the module ``then`` as soon as the module ``name`` has been imported; at once where it has been.
+
+    A function ``imported`` of that module is called with the module ``name``.
+    """
+    if name in sys.modules:
+        _tell(then, sys.modules[name])
+    else:
+        sys.meta_path.insert(0, _Finder(name, then))
+
+
+def _tell(then: str, module: ModuleType) -> None:
+    getattr(import_module(then), "imported", lambda module: None)(module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
@@ -12,7 +12,7 @@ from ffnkit.checkpoint.adapters import TENSORS, adapter, save_adapter
 from ffnkit.checkpoint.added import put_added
 from ffnkit.checkpoint.peft_lora import only_low_rank, save_lora
 from ffnkit.checkpoint.save import save
-from ffnkit.edits import UpdateLinear
+from ffnkit.edits import Stage, UpdateLinear
 from ffnkit.io.apart import ADAPTER, BASE, LORA
 from ffnkit.io.folders import staging
 from ffnkit.plans import Plan
@@ -46,9 +46,14 @@ def save_apart(
         if only_low_rank(model):
             save_lora(model, temporary / LORA)
         with without_updates(model):
-            save(model, temporary / BASE, tokenizer=tokenizer, **save_pretrained_kwargs)
+            save(model, temporary / BASE, tokenizer=tokenizer, card=_card_of_base(model), **save_pretrained_kwargs)
         (temporary / "README.md").write_text(card or _short_card(model, temporary), encoding="utf-8")
     return Path(directory)
+
+
+def _card_of_base(model: PreTrainedModel) -> str:
+    what = f"The base of a {type(model).__name__}, without the updates in `../{ADAPTER}`"
+    return f'---\ntags:\n- ffnkit\nlibrary_name: transformers\n---\n\n{what}: `ffnkit.load("..")` opens both.\n'
 
 
 def _short_card(model: PreTrainedModel, folder: Path) -> str:
@@ -65,5 +70,7 @@ def put_on(model: PreTrainedModel, folder: Path) -> Any:
     if not (folder / TENSORS).is_file():
         return put_added(model, folder)
     plan = Plan.load(folder / TENSORS)
-    edits = [dataclasses.replace(e, fingerprint=None) if isinstance(e, UpdateLinear) else e for e in plan.edits]
-    return apply(model, dataclasses.replace(plan, edits=tuple(edits)))
+    train = [edit for edit in plan.edits if edit.stage is not Stage.UPDATE]
+    updates = [cast(UpdateLinear, edit) for edit in plan.edits if edit.stage is Stage.UPDATE]
+    edits = (*(dataclasses.replace(edit, fingerprint=None) for edit in updates), *train)
+    return apply(model, dataclasses.replace(plan, edits=edits))

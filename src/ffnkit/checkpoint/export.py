@@ -15,6 +15,7 @@ from ffnkit.checkpoint.dtypes import main_dtype, write_dtypes
 from ffnkit.checkpoint.save import short_card, write_companions
 from ffnkit.checkpoint.standard import padded_widths, standard_config, standard_generation_config, standard_state
 from ffnkit.errors import FfnkitError
+from ffnkit.io.architectures import is_own
 from ffnkit.io.folders import staging
 from ffnkit.io.loading import check_weights, open_errors, run_uneven_experts
 from ffnkit.model import probe
@@ -75,6 +76,8 @@ def export(
 ) -> ExportReport:
     """Write the standard form, opened by plain ``from_pretrained`` without ffnkit; the model is left untouched.
 
+    Where the class is ffnkit's (a classifier that transformers lacks), ffnkit has to be imported all the same.
+
     Factors kept apart are folded, shared FFNs written out, and widths that differ under one config key are padded
     with zero neurons to the widest, which changes no output. Tensors keep their dtypes; the config says that of most.
     The result is opened as a user would and compared, weights and outputs, before it is put in place.
@@ -127,6 +130,8 @@ def _say_growth(model: PreTrainedModel, found: list[FFN], targets: dict[str, int
     counts = {"thin pairs are multiplied out": thin, "shared FFNs are written out": shared, "FFNs are padded": padded}
     counts["masks become zeros that training would fill"] = masks
     told = [f"{count} {what}" for what, count in counts.items() if count]
+    if is_own(model):
+        logger.warning("exporting %s: a class of ffnkit, which has to be imported to open it", type(model).__name__)
     if told:
         then = sum(value.numel() for value in {v.data_ptr(): v for v in state.values()}.values())
         growth = f" ({now:,} parameters become {then:,})" if then > now else ""

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ffnkit.checkpoint.added import without_added, write_added
 from ffnkit.checkpoint.dtypes import tell_recast, write_dtypes
 from ffnkit.io.apart import ADAPTER, BASE
+from ffnkit.io.architectures import is_own
 from ffnkit.io.folders import staging
 from ffnkit.io.loading import check_weights
 from ffnkit.model.finding import ffns, has_ffns
@@ -140,6 +141,8 @@ def short_card(model: PreTrainedModel, *, compact: bool) -> str:
     how = (
         "Compact form: `import ffnkit` before `from_pretrained`, or `ffnkit.load`."
         if compact and description(model) is not None
+        else "Opened by `from_pretrained` once ffnkit is imported: transformers has no such class."
+        if is_own(model)
         else "Opened by plain `from_pretrained`."
     )
     body = f"\n```\n{inspect(model)}\n```\n" if has_ffns(model) else ""

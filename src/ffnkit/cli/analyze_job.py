@@ -14,6 +14,7 @@ from ffnkit.cli import console, describe
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import write_text
 from ffnkit.io.folders import staging
+from ffnkit.settings.presets import filled
 
 EVERYTHING = 1 << 62  # tokens: no limit but the rows
 
@@ -54,7 +55,7 @@ def chosen_methods(
         known, old = describe.fields(kind), getattr(kind, "old_names", {})
         own = {key: value for key, value in given.items() if old.get(key, key) in known}
         used |= own.keys()
-        if "width" in known and "width" not in own:
+        if "width" in known and "width" not in filled(kind, own):
             raise FfnkitError(f"--methods {name}", "no width is given", "Add --width 0.25")
         made.append(Candidate(describe.build(kind, own, f"method {name}"), bool(mark)))
     describe.check_known(given, used, "no method that is named")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +21,7 @@ from ffnkit.io.files import check_file
 from ffnkit.io.folders import check_target, staging
 
 PANEL = "Models"
-Form = Literal["compact", "standard", "both"]
+Form = Literal["compact", "standard", "both", "apart"]
 
 
 @app.command(rich_help_panel=PANEL)
@@ -75,7 +76,10 @@ def compress(
     ] = 6400,
     tokenizer: Tokenizer = None,
     form: Annotated[
-        Form, typer.Option("--form", help="compact: smallest; standard: plain from_pretrained; both: two subfolders.")
+        Form,
+        typer.Option(
+            "--form", help="compact: smallest; standard: plain from_pretrained; both: two folders; apart: as of tune."
+        ),
     ] = "compact",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write no model.")] = False,
     plan_in: Annotated[Path | None, typer.Option("--plan", help="Apply this saved plan instead of a method.")] = None,
@@ -193,6 +197,7 @@ class Compression:
     def run(self, plan_out: Path | None, out: Path | None, form: Form, as_json: bool) -> dict[str, Any]:
         """Plan, show, apply and save; without ``out`` nothing is applied. Returns what --json prints."""
         import ffnkit
+        from ffnkit.checkpoint.adapters import is_adapted
         from ffnkit.io.architectures import empty_model, load_any
 
         place = options.pick_device(self.device)
@@ -203,6 +208,12 @@ class Compression:
                 self.budget.check(empty, self.method)
         console.say(f"loading {self.source}")
         model = load_any(self.source, dtype=self.dtype).to(place)
+        adapted = is_adapted(model)
+        if form == "apart" and not adapted:
+            asked, what = "--form apart", f"no updates lie beside the weights of {self.source}"
+            raise FfnkitError(asked, what, "Take compact or standard; ffnkit tune --form apart keeps updates apart")
+        if adapted and form != "apart":
+            console.say("updates are merged into the weights, and fill what is zero; --form apart keeps them beside it")
         before = ffnkit.inspect(model)
         plan, widths = self.make_plan(model)
         if not as_json:
@@ -251,11 +262,12 @@ class Compression:
         from ffnkit.io.architectures import load_companion
 
         companion = load_companion(self.source)
+        writers: dict[str, Callable[..., Any]] = {"compact": ffnkit.save, "standard": ffnkit.export}
+        writers["apart"] = ffnkit.save_apart
         parts = {form: "."} if form != "both" else {"compact": "compact", "standard": "standard"}
         with staging(out) as temporary:
             for name, part in parts.items():
-                write = ffnkit.save if name == "compact" else ffnkit.export
-                write(model, temporary / part, tokenizer=companion, card=history.card(model, name))  # type: ignore[arg-type]
+                writers[name](model, temporary / part, tokenizer=companion, card=history.card(model, name))  # type: ignore[arg-type]
                 history.write(temporary / part)
         return {name: {"folder": str(out / part), "bytes": weights_bytes(out / part)} for name, part in parts.items()}
 
@@ -311,7 +323,9 @@ def totals(inventory: Any) -> dict[str, Any]:
 
 def weights_bytes(folder: Path) -> int:
     """Bytes of the weights in ``folder``."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    from ffnkit.report.measure import bytes_on_disk
+
+    return bytes_on_disk(folder).weights
 
 
 def megabytes(count: int) -> str:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ffnkit.io.architectures import is_own
 from ffnkit.io.files import write_text
 
 FILE = "ffnkit.json"
@@ -61,7 +62,7 @@ class History:
 
         write_text(folder / FILE, json.dumps(plain(asdict(self)), indent=2, ensure_ascii=False) + "\n")
 
-    def card(self, model: Any, form: Literal["compact", "standard"]) -> str:
+    def card(self, model: Any, form: Literal["compact", "standard", "apart"]) -> str:
         """The text of README.md."""
         from ffnkit.model.linear import added_to
         from ffnkit.report.card import CardInfo, LayerWidth, Metric, model_card
@@ -73,14 +74,15 @@ class History:
         ]
         info = CardInfo(
             base_model=self.base_model,
-            form="apart" if added_to(model) else form,
+            form="added" if added_to(model) else form,
             method=self.method,
             settings=self.settings,
             layers=[LayerWidth(*row) for row in self.layers],
             metrics=figures,
             training=self.training,
             versions=versions(),
-            auto_class=type(model).__name__,
+            auto_class="AutoModelForSequenceClassification" if is_own(model) else type(model).__name__,
+            own_class=is_own(model),
             pipeline_tag=self.kind if self.task else None,
         )
         return model_card(info)

@@ -12,7 +12,7 @@ from ffnkit.cli.application import app
 from ffnkit.errors import FfnkitError
 
 if TYPE_CHECKING:
-    from ffnkit.recipe import Table
+    from ffnkit.recipe import Results, Table
 
 
 @app.command(rich_help_panel="The main job")
@@ -74,20 +74,34 @@ def run(
 
 
 def _run_table(table: Table, folder: Path, how: dict[str, Any], as_json: bool) -> int:
-    """Run every cell and print each one's table; the exit code of the worst."""
+    """Run every cell and print what came; the exit code of the worst."""
     from ffnkit.recipe import Results, run_table
-    from ffnkit.report.formats import to_rich
 
     found = run_table(table, folder, **how)
     if as_json:
         files = {name: folder / name / "results.json" for name in found}
         console.print_json({name: console.read_json(path) for name, path in files.items() if path.is_file()})
-    codes = [each.exit_code if isinstance(each, Results) else 2 for each in found.values()]
+    if not as_json:
+        _print_table(table, found, folder)
+    return max(each.exit_code if isinstance(each, Results) else 2 for each in found.values())
+
+
+def _print_table(table: Table, found: dict[str, Results | FfnkitError], folder: Path) -> None:
+    """One table over the tasks for each model that has several, one a cell elsewhere, and what could not run."""
+    from ffnkit.recipe import Results
+    from ffnkit.recipe.many import over_tasks
+    from ffnkit.report.formats import to_rich
+
+    told: set[str] = set()
+    for model, cells in table.rows.items():
+        if (whole := over_tasks(table, found, folder, model)) is not None:
+            console.stdout().print(to_rich(whole[1].summary(), title=f"{table.name}: {model}".rstrip(": ")))
+            for note in whole[1].notes:
+                console.out(f" • {note}")
+            told |= set(cells)
     for name, each in found.items():
         if not isinstance(each, Results):
             console.say(f"{name}: {each}")
-        elif not as_json:
+        elif name not in told:
             console.stdout().print(to_rich(each.summary(), title=f"{table.name}: {name}"))
-    if not as_json:
-        console.out(f"results in {folder}, a folder for each cell")
-    return max(codes)
+    console.out(f"results in {folder}: table.md, results.csv and report.html of each model, and a folder for each cell")

@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ffnkit.cli import console, describe, options
 from ffnkit.cli.eval_job import Measured, generation_built, load_tokenizer, tell
 from ffnkit.cli.history import History, public_name
 from ffnkit.errors import FfnkitError
 from ffnkit.io import workspace
+from ffnkit.io.apart import is_apart
 from ffnkit.io.files import read_json, write_text
 from ffnkit.io.folders import staging
 
@@ -45,6 +46,7 @@ class TuneJob:
     tokenizer: str | None = None
     generation_settings: dict[str, Any] = field(default_factory=dict)
     restart: bool = False
+    form: Literal["compact", "apart"] = "compact"
     flags: dict[str, str] = field(default_factory=dict)  # the options that gave settings of the training
 
     def __post_init__(self) -> None:
@@ -56,6 +58,9 @@ class TuneJob:
         self.tuner_built = describe.build(kind, self.tuner_settings, f"tuner {self.tuner}", "--tuner-set", flags)
         self.train_settings = describe.build(TrainSettings, self.settings, "the training", "--set", self.flags)
         self.generation = generation_built(self.generation_settings)
+        if self.form == "apart" and self.tuner_built.method is None:
+            asked, what = "--form apart", f"the tuner {self.tuner} puts no updates beside weights"
+            raise FfnkitError(asked, what, "Take --tuner dsee or sparsegrad, or another --form")
         self.distil_built = describe.build(DistilSettings, self.distil_settings, "the distillation", "--distil-set")
         if self.distil_settings and self.teacher is None:
             asked = "--distil-text" if set(self.distil_settings) == {"text"} else "--distil-set"
@@ -96,6 +101,7 @@ class TuneJob:
     def _run(self) -> dict[str, Any]:
         import ffnkit
         from ffnkit import tune
+        from ffnkit.checkpoint.adapters import is_adapted
         from ffnkit.io.architectures import widened
         from ffnkit.surgery.apply import SAVING
 
@@ -108,6 +114,10 @@ class TuneJob:
         self.open_work()
         tune.seed_everything(self.seed)  # the new head is drawn at random
         model = self.task.load_model(self.model, tokenizer=tokenizer)
+        adapted = is_adapted(model)
+        if adapted and self.tuner_built.method is None:
+            asked, what = f"--tuner {self.tuner}", f"{self.model} holds updates apart from its weights"
+            raise FfnkitError(asked, what, "Take the tuner that they are of, or merge them first: ffnkit export")
         if self.teacher is not None:
             self.distil(model, tokenizer, splits)
         result = tune.train(
@@ -121,11 +131,13 @@ class TuneJob:
             out_dir=self.work / "checkpoints",
             progress=not console.state.quiet,
             generation=self.generation,
+            go_on=adapted,
+            merge=self.form != "apart",
         )
         found = Measured.of(
             result.model, tokenizer, self.task, splits, self.train_settings.max_length, generation=self.generation
         )
-        if self.fold and not self.tuner_built.stays:
+        if self.fold and self.form != "apart" and not self.tuner_built.stays:
             ffnkit.fold(result.model, keep=SAVING)
         report = self.report(result, found.to_dict(), splits, time.perf_counter() - start)
         self.save(result.model, tokenizer, report, found)
@@ -215,6 +227,8 @@ class TuneJob:
 
     def report(self, result: Any, metrics: dict[str, Any], splits: Any, seconds: float) -> dict[str, Any]:
         """What metrics.json holds."""
+        from ffnkit.report.sparsity import sparsity
+
         return {
             **{key: value for key, value in self.facts().items() if key not in HIDDEN},
             "task": self.task.name,
@@ -233,7 +247,8 @@ class TuneJob:
             "peak_memory_bytes": result.peak_tensors,
             "train_seconds": result.seconds,
             "seconds": seconds,
-            "folded": self.fold,
+            "folded": self.fold and self.form != "apart",
+            **({"zeros": sparsity(result.model).share()} if self.form == "apart" else {}),
         }
 
     def save(self, model: Any, tokenizer: Any, report: dict[str, Any], found: Measured) -> None:
@@ -245,8 +260,9 @@ class TuneJob:
         training |= {"distilled from": public_name(self.teacher)} if self.teacher else {}
         training |= {key: value for key, value in self.train_settings.model_dump(mode="json").items()}
         history = History.of(self.model).tuned(training, self.task.name, report["metrics"], self.task.pipeline_tag)
+        write = ffnkit.save_apart if self.form == "apart" else ffnkit.save
         with staging(self.out) as temporary:
-            ffnkit.save(model, temporary, tokenizer=tokenizer, card=history.card(model, "compact"))
+            write(model, temporary, tokenizer=tokenizer, card=history.card(model, self.form))
             history.write(temporary)
             found.write(temporary, self.task)
             write_text(temporary / "metrics.json", json.dumps(console.plain(report), indent=2) + "\n")
@@ -266,7 +282,8 @@ def digest(facts: dict[str, Any]) -> str:
 def files_of(model: str) -> list[list[Any]]:
     """Name, size and time of a local model's files, to tell whether it is the same as before."""
     folder = Path(model).expanduser()
-    found = [path for path in sorted(folder.glob("*")) if path.suffix in (".json", ".safetensors")]
+    every = folder.rglob("*") if is_apart(folder) else folder.glob("*")
+    found = [path for path in sorted(every) if path.suffix in (".json", ".safetensors")]
     return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in found]
 
 

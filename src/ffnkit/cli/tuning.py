@@ -93,6 +93,12 @@ def tune(
     fold: Annotated[
         bool, typer.Option("--fold/--no-fold", help="Fold what was kept apart for tuning.", rich_help_panel=RESULT)
     ] = True,
+    form: Annotated[
+        Literal["compact", "apart"],
+        typer.Option(
+            "--form", help="apart: updates beside the weights below them, whose zeros stay.", rich_help_panel=RESULT
+        ),
+    ] = "compact",
     overwrite: options.Overwrite = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew: give up runs that were interrupted.", rich_help_panel=RESULT)
@@ -116,6 +122,8 @@ def tune(
       ffnkit tune small --task sst2 [cyan]--distil-from big-tuned --distil-set objective=both[/cyan] --out tuned
 
       ffnkit tune switch-small --task sst2 [cyan]--head words --routers frozen[/cyan] --out tuned
+
+      ffnkit tune pruned --task sst2 [cyan]--tuner dsee --form apart[/cyan] --out tuned
 
       ffnkit tune merged --task sst2 [cyan]--tuner lora --tied each --quantize nf4[/cyan] --out tuned
 
@@ -165,6 +173,7 @@ def tune(
         tokenizer=data.tokenizer,
         generation_settings=describe.parse_settings(data.generation_set or [], "--generation-set"),
         restart=restart,
+        form=form,
         flags=flags,
     )
     console.quieten()
@@ -173,7 +182,8 @@ def tune(
         console.print_json(report)
     else:
         show(report, job.task)
-        console.out(f"saved in {out}")
+        kept = f", updates apart from a base with {report['zeros']:.1%} zeros" if form == "apart" else ""
+        console.out(f"saved in {out}{kept}")
 
 
 def merged(given: dict[str, Any], pairs: list[str], option: str = "--set") -> dict[str, Any]:

@@ -99,6 +99,11 @@ def _registered(config: PretrainedConfig, name: str) -> Any:
     return None
 
 
+def is_own(model: Any) -> bool:
+    """Whether a model is of a class of ffnkit's own, which transformers opens once ffnkit is imported."""
+    return type(model).__module__.startswith(f"{__name__.partition('.')[0]}.")
+
+
 def is_ffnkit_config(config: PretrainedConfig) -> bool:
     """Whether ``config`` is of a compact checkpoint, whose true widths only ffnkit's hook knows."""
     from ffnkit.io.formats import is_compact

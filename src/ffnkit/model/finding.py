@@ -90,10 +90,11 @@ def _are_experts(module: nn.Module, layout: Layout, paths: tuple[str, str, str])
 
 
 def _has_middle(owner: nn.Module, found: list[Any], ff: int, d: int) -> bool:
-    """Whether something with weights of its own works on the hidden neurons, such as a norm or a convolution.
+    """Whether something with weights of its own works on the hidden neurons: a norm, a convolution, a further linear.
 
-    Then neurons are no independent paths from up to down, and narrowing them changes it. It stands between the two, or
-    beside both; what is elsewhere in a layer and happens to be as wide is something else.
+    Then neurons are no independent paths from up to down, and narrowing them changes it. A norm or a convolution stands
+    between the two, or beside both, a linear below what holds them (the adapters of Zamba2); what is elsewhere in a
+    layer and happens to be as wide is something else.
     """
     if ff == d:
         return False
@@ -104,13 +105,27 @@ def _has_middle(owner: nn.Module, found: list[Any], ff: int, d: int) -> bool:
     order = list(names)
     between = range(*sorted((order.index(id(found[0])), order.index(id(found[-1])))))
     for number, module in enumerate(owner.modules()):
-        if id(module) in inside or is_linear(module):
+        if id(module) in inside:
+            continue
+        if is_linear(module):
+            if _joins(owner, names[id(module)], module, parents, (features(found[0])[0], ff)):
+                return True
             continue
         if number not in between and {names[id(module)].rpartition(".")[0]} != parents:
             continue
         if any(len(p.shape) in (1, 3, 4) and p.shape[0] == ff for p in module.parameters(recurse=False)):
             return not any(id(child) in own for child in module.children())
     return False
+
+
+def _joins(owner: nn.Module, path: str, linear: nn.Module, parents: set[str], wide: tuple[int, int]) -> bool:
+    """Whether a further linear gives as much as up does, or reads as much as down, and is none of an attention."""
+    out, inner = features(linear)
+    if (out != wide[0] and inner != wide[1]) or not any(not p or path.startswith(f"{p}.") for p in parents):
+        return False
+    rows, parts = Rows(attention_layouts()), path.split(".")
+    above = (owner.get_submodule(".".join(parts[:end])) for end in range(len(parts)))
+    return not any(attention_layout(module, rows) for module in above)
 
 
 class Placed(Protocol):
@@ -197,7 +212,8 @@ def _unknown(model: nn.Module) -> FfnkitError:
     name = type(model).__name__
     between, *_ = next(with_middle(model), (None,))
     if between is not None:
-        found = f"in '{between}' a norm or a convolution works on the hidden neurons, so none can go alone"
+        what = "a norm, a convolution or a further linear"
+        found = f"in '{between}' {what} works on the hidden neurons, so none can go alone"
         return FfnkitError(f"the FFNs of {name}", found, "Use a model without one")
     deep = [p for p, value in model.named_parameters() if "expert" in p and (value.ndim == 3 or p[-7:] != ".weight")]
     if deep:

@@ -211,7 +211,8 @@ def left_out(model: nn.Module, found: list[FFN]) -> tuple[LeftOut, ...]:
     """Weights placed like those of FFNs that none of the FFNs ``found`` covers.
 
     These are experts of a form that is not known (alternating rows of gate and up, biases, more experts than weights),
-    FFNs with a norm or a convolution in between, and mirrored linears, d -> ff and ff -> d, outside of attention.
+    FFNs with a norm, a convolution or a further linear in between, and mirrored linears, d -> ff and ff -> d, outside
+    of attention.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
     covered = {id(p) for ffn in found for p in ffn.parameters()}
@@ -244,7 +245,7 @@ def _with_middle(model: nn.Module) -> Iterator[Place]:
     for path, module, layout in with_middle(model):
         names = (f"{site}.weight" for site in dict.fromkeys((layout.up, layout.gate or layout.up, layout.down)))
         weights = {name: module.get_parameter(name) for name in names}
-        yield path, weights, "a norm or a convolution works on the hidden neurons"
+        yield path, weights, "a norm, a convolution or a further linear works on the hidden neurons"
 
 
 def _mirrored(model: nn.Module, covered: set[int]) -> Iterator[Place]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ffnkit.checkpoint.added import base_of
+from ffnkit.io.architectures import is_own
 from ffnkit.model.linear import added_to
 from ffnkit.recipe.searching import found_of, rate_of
 from ffnkit.recipe.sources import PACKAGED
-from ffnkit.recipe.state import Unit, unit_of
+from ffnkit.recipe.state import Unit, unit_of, zeros_of
 from ffnkit.report import environment
-from ffnkit.report.card import CardInfo, LayerWidth, Metric, model_card
+from ffnkit.report.card import CardInfo, Form, LayerWidth, Metric, model_card
 from ffnkit.tune import tuners
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def card_of(
     model: PreTrainedModel,
     task: AnyTask,
     before: dict[str, int],
-    form: Literal["compact", "standard"],
+    form: Form,
 ) -> str:
     """What the card says of how this checkpoint came to be and what was measured on it.
 
@@ -42,25 +43,32 @@ def card_of(
     return model_card(
         CardInfo(
             base_model=BASES.get(recipe.model, recipe.model),
-            form="apart" if added_to(model) else form,
+            form="added" if added_to(model) else form,
             method=arm.method if arm.compressed else None,
             settings=settings,
             layers=_widths(model, before) if arm.compressed else (),
             metrics=_metrics(recipe, unit, task, evaluated.get("metrics", {})),
             training=_training(recipe, unit),
-            figures={
-                "parameters": f"{evaluated['parameters']:,}",
-                "of them in FFNs": f"{evaluated['ffn_parameters']:,}",
-                "FLOPs a token": f"{evaluated['flops_per_token']:,}",
-            }
-            if evaluated
-            else {},
+            figures=_counts(evaluated) | _zeros(recipe, unit, form),
             versions=environment.versions(),
             notes=[recipe.notes] if recipe.notes else [],
             auto_class=task.auto_class(model.config).__name__,
+            own_class=is_own(model),
             pipeline_tag=task.pipeline_tag,
         )
     )
+
+
+def _counts(evaluated: dict[str, Any]) -> dict[str, str]:
+    named = {"parameters": "parameters", "ffn_parameters": "of them in FFNs", "flops_per_token": "FLOPs a token"}
+    return {name: f"{evaluated[key]:,}" for key, name in named.items()} if evaluated else {}
+
+
+def _zeros(recipe: Recipe, unit: Unit, form: Form) -> dict[str, str]:
+    """The share of zeros in this form, of an arm that was pruned."""
+    found = zeros_of(recipe, unit)
+    value = found.get("zeros" if form == "apart" else "zeros_merged")
+    return {"zeros in linears": f"{value:.1%}"} if found.get("zeros") and value is not None else {}
 
 
 def _widths(model: PreTrainedModel, before: dict[str, int]) -> tuple[LayerWidth, ...]:

@@ -1,18 +1,24 @@
-"""Running a table: every cell's recipe in a folder of its own, one after the other."""
+"""Running a table: every cell's recipe in a folder of its own, one after the other, then a table over the tasks."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe.job import run, sayer
 from ffnkit.recipe.results import Results
 from ffnkit.recipe.tables import Table
 
+if TYPE_CHECKING:
+    from ffnkit.report.across import Across
+
 
 def run_table(table: Table, out: str | Path, progress: bool = True, **how: Any) -> dict[str, Results | FfnkitError]:
     """Run what is missing of every cell in ``out/CELL``; a cell that cannot run leaves the others alone.
+
+    Where there are several tasks, ``out/MODEL`` gets one table over them, as :func:`ffnkit.report.across.across` makes.
 
     Args:
         how: ``restart``, ``remeasure`` and ``isolate`` of :func:`ffnkit.recipe.run`.
@@ -29,4 +35,25 @@ def run_table(table: Table, out: str | Path, progress: bool = True, **how: Any) 
         except FfnkitError as error:
             say(f"  cannot run: {error}")
             found[name] = error
+    for model in table.rows:
+        over_tasks(table, found, Path(out), model)
     return found
+
+
+def over_tasks(
+    table: Table, found: Mapping[str, Results | FfnkitError], out: Path, model: str
+) -> tuple[Path, Across] | None:
+    """Write the table over a model's tasks; its folder and the table, None where fewer than two have results."""
+    from ffnkit.report.across import across
+    from ffnkit.report.pages import write
+
+    done = [out / cell for cell in table.rows[model] if _finished(found.get(cell))]
+    if len(done) < 2:
+        return None
+    folder, made = out / model, across(done)
+    write(folder, made)
+    return folder, made
+
+
+def _finished(found: Results | FfnkitError | None) -> bool:
+    return isinstance(found, Results) and any(row["status"] == "done" for row in found.rows)

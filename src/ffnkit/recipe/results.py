@@ -11,7 +11,7 @@ from typing import Any
 from ffnkit.io.files import read_json, write_text
 from ffnkit.recipe.schema import Arm, Recipe
 from ffnkit.recipe.searching import found_of
-from ffnkit.recipe.state import TRAINED, Unit, arm_dict, check_there, stages_of, unit_of, write_json
+from ffnkit.recipe.state import TRAINED, Unit, arm_dict, check_there, stages_of, unit_of, write_json, zeros_of
 
 STAGE_MARKERS = ("compress", "distil", "search", "before", "tickets", "tune", "prune", "recover", "evaluate", "export")
 _PRUNING = {"kept", "sparsity", "merging"}  # figures of the stages prune and recover
@@ -79,22 +79,24 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
         row |= {"learning_rate": found["learning_rate"], "search": found}
     if pruned := {name: marks[stage][name] for stage in ("prune", "recover") for name in _PRUNING & {*marks[stage]}}:
         row["pruning"] = pruned | ({"recover_steps": last.get("steps")} if marks["recover"] else {})
-        row |= _zeros(pruned, recipe.tuner_of(unit.arm).settings.get("keep_zeros", False))
-    elif masked := next((marks[stage] for stage in ("compress", "tickets") if "zeros" in marks[stage]), None):
-        row |= {"zeros": masked["zeros"], "zeros_merged": marks["tune"].get("zeros")}
+    row |= zeros_of(recipe, unit)
     if forgotten := marks["evaluate"].get("neutral_loss"):
         row["neutral_loss"] = forgotten
     if recipe.evaluate_before:
         row["metrics_before"] = marks["before"].get("metrics", {})
     for name in ("parameters", "ffn_parameters", "flops_per_token", "ffn_flops_per_token"):
         row[name] = marks["evaluate"].get(name)
-    for name in ("heads_removed", "neurons_removed"):
+    if layers := _layers(marks["compress"].get("plan", {})):
+        row["layers"] = layers
+    for name in ("heads_removed", "neurons_removed", "parameters_removed"):
         if marks["evaluate"].get(name):
             row[name] = marks["evaluate"][name]
     for name in TRAINED:
         row[name] = marks["tune"].get(name)
     for name in ("bytes_on_disk_compact", "bytes_on_disk_standard"):
         row[name] = marks["export"].get(name)
+    if "bytes_on_disk_apart" in marks["export"]:
+        row["bytes_on_disk_apart"] = marks["export"]["bytes_on_disk_apart"]
     measured = latency.get("arms", {}).get(unit.arm) if done else None
     row |= measured or {"latency_s": None, "latency_ratio": None}
     for name in ("peak_memory_bytes", "process_memory_bytes"):
@@ -106,7 +108,7 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
     row["settings"] = arm_dict(arm) | {"tuner": recipe.tuner_of(unit.arm).model_dump()}
     row["checkpoints"] = {
         form: str((unit.folder / form).relative_to(unit.folder.parents[2]))
-        for form in ("compact", "standard")
+        for form in ("compact", "standard", "apart")
         if done and (unit.folder / form).is_dir()
     }
     row["versions"], row["machine"] = end.get("versions", {}), end.get("machine", {})
@@ -115,10 +117,10 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
     return row
 
 
-def _zeros(pruned: Mapping[str, Any], kept: bool) -> dict[str, float]:
-    """The share of zeros before updates are merged and in the model that comes out."""
-    found = pruned["sparsity"]
-    return {"zeros": found["zeros"], "zeros_merged": found["masked" if kept else "merged"]}
+def _layers(report: Mapping[str, Any]) -> str:
+    """Which layers were merged or dropped, in words; of several methods in one plan all of theirs."""
+    inner = [_layers(each) for each in report.values() if isinstance(each, Mapping)]
+    return "; ".join(filter(None, [report.get("layers", ""), *inner]))
 
 
 def collect(recipe: Recipe, out: Path, metric: str) -> Results:

@@ -189,7 +189,7 @@ class Recipe(Part):
     generation: GenerationSettings = Field(default_factory=lambda: GenerationSettings.model_validate({}))
     evaluate_before: StrictBool = False
     forgetting: str | None = None
-    export: Literal["none", "compact", "standard", "both"] = "both"
+    export: Literal["none", "compact", "standard", "both", "apart", "all"] = "both"
     export_seeds: Literal["first", "all"] = "first"
     measure: Measure = Measure()
 

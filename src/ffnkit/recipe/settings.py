@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 
 from ffnkit.errors import FfnkitError
 from ffnkit.settings import settings_of, today
+from ffnkit.settings.presets import filled
 
 
 def check_task(name: str) -> str | None:
@@ -54,7 +55,7 @@ def check_method(name: str, settings: dict[str, Any]) -> tuple[str, str] | None:
         return "method", f"{name} changes nothing by itself, it has to be trained; write `tuner: {{name: {name}}}`"
     if complaint := _wrong_width(settings.get("width", 1)):
         return "width", complaint
-    _schema(name).model_validate(settings)
+    _schema(name).model_validate(filled(_methods()[name], settings))
     return _built(name, settings)
 
 

@@ -188,6 +188,19 @@ def stages_of(recipe: Recipe, arm: str) -> list[str]:
     return stages
 
 
+def zeros_of(recipe: Recipe, unit: Unit) -> dict[str, Any]:
+    """The shares of zeros of a unit that was pruned: before updates are merged, and in the model that comes out."""
+    sparsity = (unit.marker("recover") or {}).get("sparsity") or (unit.marker("prune") or {}).get("sparsity")
+    if sparsity is not None:
+        kept = recipe.tuner_of(unit.arm).settings.get("keep_zeros", False)
+        return {"zeros": sparsity["zeros"], "zeros_merged": sparsity["masked" if kept else "merged"]}
+    markers = (unit.marker(stage) or {} for stage in ("compress", "tickets"))
+    given = next((each for each in markers if "zeros" in each), None)
+    if given is None:
+        return {}
+    return {"zeros": given["zeros"], "zeros_merged": (unit.marker("tune") or {}).get("zeros")}
+
+
 # --------------------------------------------------------------------------------------- the output folder
 OURS = ("run.json", "results.json", "results.csv", "table.md", "report.html", "latency.json", "units")
 

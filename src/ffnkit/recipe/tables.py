@@ -18,11 +18,24 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Table:
-    """The recipes of a file by the name of their cell: ``MODEL/TASK``, or the one of the two that the file lists."""
+    """The recipes of a file by the name of their cell: ``MODEL/TASK``, or the one of the two that the file lists.
+
+    ``by_task`` says whether it lists tasks.
+    """
 
     name: str
     notes: str
     cells: dict[str, Recipe]
+    by_task: bool = False
+
+    @property
+    def rows(self) -> dict[str, list[str]]:
+        """Cells that make one line of the paper's table, by the model that they share ("" where the file lists none);
+        none where the file lists no tasks."""
+        found: dict[str, list[str]] = {}
+        for cell in self.cells if self.by_task else ():
+            found.setdefault(cell.rpartition("/")[0], []).append(cell)
+        return found
 
     def only(self, patterns: Sequence[str]) -> Table:
         """The table of the cells whose names fit a pattern, such as ``bert-base/*``.
@@ -35,7 +48,7 @@ class Table:
                 what = f"{self.name} has the cells {', '.join(self.cells)}"
                 raise FfnkitError(f"--only {pattern}", what, "Name one of them, or a pattern such as 'bert-base/*'")
         chosen = {name: each for name, each in self.cells.items() if any(fnmatch.fnmatch(name, p) for p in patterns)}
-        return Table(self.name, self.notes, chosen)
+        return Table(self.name, self.notes, chosen, self.by_task)
 
 
 def is_table(data: Any) -> bool:
@@ -93,7 +106,7 @@ def table_from(data: Mapping[str, Any], where: str) -> Table:
         found[name] = merged(found[name], _mapping(own, f"{where}: cells.{name}"))
     title = str(base.get("name") or "")
     cells = {name: recipe_from({**own, "name": f"{title}: {name}"}, f"{where} ({name})") for name, own in found.items()}
-    return Table(title, str(base.get("notes") or ""), cells)
+    return Table(title, str(base.get("notes") or ""), cells, "tasks" in axes)
 
 
 def merged(fields: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

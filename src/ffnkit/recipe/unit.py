@@ -19,6 +19,7 @@ from ffnkit.recipe.cards import card_of
 from ffnkit.recipe.schema import Recipe
 from ffnkit.recipe.state import TRAINED, Unit, digest, measures, stages_of
 from ffnkit.report import environment, measure
+from ffnkit.report.card import Form
 from ffnkit.report.sparsity import merge_costs, sparsity, units_removed
 from ffnkit.surgery.apply import SAVING
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 PLAN, DISTILLED, TUNED = "plan", "distilled.safetensors", "tuned.safetensors"
 ADAPTER, PRUNED, RECOVERED = "adapter", "pruned-{}", "recovered.safetensors"
+APART: Literal["apart"] = "apart"
 
 
 def run_unit(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Say, bars: bool = False) -> None:
@@ -207,7 +209,7 @@ class _Job:
     def tune(self) -> dict[str, Any]:
         """Fine-tune, going on from the Trainer's newest checkpoint, then fold."""
         if not self.arm.prune:
-            figures, model = self._trained("tune", self.training)
+            figures, model = self._trained("tune", self.training, apart=True)
             self._model = model if added_to(model) else ffnkit.fold(model, keep=SAVING)
             _write(self.model, self.unit.work / TUNED)
             masked = any("zeros" in (self.unit.marker(stage) or {}) for stage in ("compress", "tickets"))
@@ -247,7 +249,7 @@ class _Job:
         """Tune again, what trained before trains on, then merge."""
         settings = self.recipe.recover_of(self.unit.arm, searching.rate_of(self.unit))
         set_l1(self.model, 0.0)  # coefficients have chosen; drawn on, those that stay would shrink for nothing
-        figures, model = self._trained("recover", settings, go_on=True, merge=False)
+        figures, model = self._trained("recover", settings, apart=True, go_on=True, merge=False)
         figures["sparsity"] = _shares(model)
         if is_adapted(model) and figures["sparsity"]["zeros"]:
             figures["merging"] = merge_costs(model, self.source.dev_batches(model, self.training)).to_dict()
@@ -261,11 +263,19 @@ class _Job:
         return ffnkit.fold(model, masked=getattr(tuner, "keep_zeros", False), keep=SAVING)
 
     def _trained(
-        self, stage: str, settings: TrainSettings, out: Path | None = None, **how: Any
+        self, stage: str, settings: TrainSettings, out: Path | None = None, *, apart: bool = False, **how: Any
     ) -> tuple[dict[str, Any], PreTrainedModel]:
-        """The figures of a training, taken up where it was killed, and its model."""
+        """The figures of a training, taken up where it was killed, and its model.
+
+        Args:
+            out: the folder of the training, the stage's unless it is named.
+            apart: whether the model goes to disk with its updates apart, where it has some: before they are merged.
+        """
         from ffnkit.tune import train
 
+        tuner = sources.tuner_of(self.recipe, self.unit.arm)
+        if apart and "apart_dir" in type(tuner).model_fields and tuner.method is not None:
+            tuner = tuner.model_copy(update={"apart_dir": self.unit.work / APART})
         with measure.peak_memory(self.source.device) as peak:
             result = train(
                 self.model,
@@ -273,7 +283,7 @@ class _Job:
                 self.source.task,
                 self.source.splits,
                 settings,
-                tuner=sources.tuner_of(self.recipe, self.unit.arm),
+                tuner=tuner,
                 seed=self.unit.seed,
                 out_dir=out or self.unit.work / stage,
                 progress=self.bars,
@@ -294,7 +304,9 @@ class _Job:
     def evaluate(self) -> dict[str, Any]:
         """The metrics on the split that is only reported, and the counts of the model."""
         counts = {name: value for name, value in measure.figures(self.model).items() if name != "trainable_parameters"}
-        found = {**self._metrics(keep=True), **counts, **units_removed(self.model, self.source.empty())}
+        before = self.source.empty()
+        found = {**self._metrics(keep=True), **counts, **units_removed(self.model, before)}
+        found["parameters_removed"] = 1 - counts["parameters"] / sum(p.numel() for p in before.parameters())
         if (text := self.recipe.forgetting) is not None:
             from ffnkit.report.forgetting import forgetting
 
@@ -331,19 +343,22 @@ class _Job:
         return {"metrics": metrics, "losses": losses, **({"speed": speed} if speed else {})}
 
     def export(self) -> dict[str, Any]:
-        """Both checkpoint forms are written and weighed; those that the recipe asks for are kept."""
+        """All checkpoint forms are written and weighed; those that the recipe asks for are kept."""
         recipe = self.recipe
         first = self.unit.seed == recipe.seeds[0] or recipe.export_seeds == "all"
         sizes: dict[str, Any] = {}
         before = self.source.widths()
-        forms: tuple[Literal["compact", "standard"], ...] = ("compact", "standard")
-        forms = forms[:1] if added_to(self.model) else forms  # no plain model computes what an adapter does
-        for form in forms:
-            write: Callable[..., Any] = ffnkit.save if form == "compact" else ffnkit.export
-            keep = first and recipe.export in (form, "both")
+        writers: dict[Form, Callable[..., Any]] = {"compact": ffnkit.save, "standard": ffnkit.export}
+        if added_to(self.model):
+            del writers["standard"]  # no plain model computes what an adapter does
+        if (self.unit.work / APART).is_dir():
+            writers[APART] = ffnkit.save_apart
+        for form, write in writers.items():
+            model = ffnkit.load(self.unit.work / APART) if form == APART else self.model
+            keep = first and (recipe.export in (form, "all") or (recipe.export == "both" and form != APART))
             folder = (self.unit.folder if keep else self.unit.work) / form
             card = card_of(recipe, self.unit, self.model, self.source.task, before, form)
-            write(self.model, folder, tokenizer=self.source.tokenizer, card=card)
+            write(model, folder, tokenizer=self.source.tokenizer, card=card)
             sizes[f"bytes_on_disk_{form}"] = measure.bytes_on_disk(folder).weights
             if not keep:
                 shutil.rmtree(folder, ignore_errors=True)

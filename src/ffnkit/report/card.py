@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 NOT_MEASURED = "not measured"
-
-
 @dataclass(frozen=True)
 class LayerWidth:
     """Hidden neurons of one FFN (of each expert, in a mixture) before and after; None: shared with another, or gone."""
@@ -56,7 +54,7 @@ class Metric:
     baseline: float | None = None
 
 
-Form = Literal["compact", "standard", "apart"]
+Form = Literal["compact", "standard", "apart", "added"]
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,8 @@ class CardInfo:
 
     Attributes:
         base_model: hub id, or the folder of the model that was changed.
-        form: "compact" (opens with ffnkit), "standard" (opens with plain transformers), or "apart" (a base, and what
-            was added to it).
+        form: "compact" (opens with ffnkit), "standard" (opens with plain transformers), "apart" (a base and what is
+            tuned beside it) or "added" (a base, and what no weight can hold).
         method, settings: the method and its settings; method None: the FFNs were left as they were.
         layers: width of every FFN before and after.
         metrics: measured figures.
@@ -77,6 +75,7 @@ class CardInfo:
         notes: limitations and remarks, one sentence each.
         name: of the checkpoint, as its title.
         auto_class: the transformers class that opens it.
+        own_class: the model's class is ffnkit's, so that in either form ffnkit has to be imported.
         license, datasets, language, pipeline_tag: for the front matter, where known.
     """
 
@@ -93,6 +92,7 @@ class CardInfo:
     notes: Sequence[str] = ()
     name: str | None = None
     auto_class: str = "AutoModel"
+    own_class: bool = False
     license: str | None = None
     datasets: Sequence[str] = ()
     language: str | None = None
@@ -133,10 +133,11 @@ def model_card(info: CardInfo) -> str:
     """README.md of a checkpoint: front matter, what it is, how to open it, measured figures, tuning, limits, citation.
 
     Raises:
-        FfnkitError: ``form`` is neither "compact" nor "standard".
+        FfnkitError: ``form`` is none of these.
     """
     if info.form not in get_args(Form):
-        raise FfnkitError(f"a model card of form '{info.form}'", "there is no such form", "Use compact or standard")
+        do = f"Use {', '.join(get_args(Form))}"
+        raise FfnkitError(f"a model card of form '{info.form}'", "there is no such form", do)
     sections = [
         f"# {inline(info.title)}",
         _what(info),
@@ -222,12 +223,22 @@ def _widths(layers: Sequence[LayerWidth]) -> str:
 def _opening(info: CardInfo) -> str:
     if info.form == "apart":
         return (
-            "What was trained is no part of any weight: `base` is the model without it, `adapter` holds it. "
-            "`pip install ffnkit` opens both as one model:\n\n```python\nimport ffnkit\n\n"
-            'model = ffnkit.load("path-to-this-checkpoint")\n```'
+            "The base and the updates that were tuned beside its weights lie apart, so that what was pruned is as "
+            "sparse as it was made. It needs `pip install ffnkit`.\n\n```python\nimport ffnkit\n\n"
+            'model = ffnkit.load("path-of-this-checkpoint")  # base/ with adapter/ on it\n```\n\n'
+            "`base` opens by itself too. Where there is a folder `lora`, it is the updates in peft's form: "
+            '`PeftModel.from_pretrained(base_model, "lora")`. `ffnkit export` merges the updates into plain weights; '
+            "that fills zeros."
+        )
+    if info.form == "added":
+        return (
+            "What was trained is no part of any weight: `base` is the model without it and opens by itself, `adapter` "
+            "holds it. `pip install ffnkit` opens both as one model:\n\n```python\nimport ffnkit\n\n"
+            'model = ffnkit.load("path-of-this-checkpoint")\n```'
         )
     compact = info.form == "compact"
-    lines = ["import ffnkit  # lets from_pretrained read the compact form"] if compact else []
+    what = "read the compact form" if compact else "know the class of this model"
+    lines = [f"import ffnkit  # lets from_pretrained {what}"] if compact or info.own_class else []
     lines += [f"from transformers import {info.auto_class}", ""]
     lines.append(f'model = {info.auto_class}.from_pretrained("path-or-hub-id-of-this-checkpoint")')
     code = "```python\n" + "\n".join(lines) + "\n```"
@@ -237,6 +248,8 @@ def _opening(info: CardInfo) -> str:
             f"it is opened; without it, opening fails.\n\n{code}\n\n`ffnkit export` turns it into the standard form, "
             "which plain transformers opens."
         )
+    if info.own_class:
+        return f"This is the standard form, of a class that only ffnkit has: import it first.\n\n{code}"
     return f"This is the standard form: plain transformers opens it, ffnkit is not needed.\n\n{code}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from ffnkit.report.table import Arm, Difference, Stat, Summary
@@ -53,6 +54,7 @@ def change(stat: Stat) -> str:
 
 COLUMNS = {
     "parameters": ("parameters", parameters),
+    "parameters_removed": ("saved", share),
     "ffn_parameters": ("in FFNs", parameters),
     "trainable_parameters": ("trained", parameters),
     "updated_parameters": ("a step", parameters),
@@ -64,25 +66,29 @@ COLUMNS = {
     "flops_per_token": ("FLOPs/token", operations),
     "bytes_on_disk_compact": ("disk, compact", size),
     "bytes_on_disk_standard": ("disk, standard", size),
+    "bytes_on_disk_apart": ("disk, apart", size),
     "latency_s": ("latency (ratio)", milliseconds),
     "zeros": ("zeros (merged)", share),
     "heads_removed": ("heads gone", share),
     "neurons_removed": ("neurons gone", share),
     "forgetting": ("forgetting", change),
 }
+LAYERS = "layers"
 SIZES, TRAINING = (
-    ("parameters", "ffn_parameters"),
+    ("parameters", "ffn_parameters", "parameters_removed"),
     (
         *("trainable_parameters", "updated_parameters", "trainable_share"),
         *("samples_per_second", "steps_per_second", "peak_memory_bytes", "learning_rate"),
     ),
 )  # of which tables are made beside that of what the model costs
-# of arms that were pruned, of recipes with a neutral text, of rows of older runs
+# of arms with updates, of those that were pruned, of recipes with a neutral text, of rows of older runs
 OPTIONAL = (
-    *("zeros", "heads_removed", "neurons_removed", "forgetting", "learning_rate"),
+    *("bytes_on_disk_apart", "zeros", "heads_removed", "neurons_removed", "parameters_removed", "forgetting"),
+    "learning_rate",
     *("updated_parameters", "trainable_share", "samples_per_second", "steps_per_second"),
 )
 TOLD = {
+    "parameters_removed": "saved: of the parameters of the model that was not compressed",
     "updated_parameters": "a step: numbers that a step of the optimizer changes",
     "trainable_share": "without head: what trains beside the task head, as a share of the model without it",
     "peak_memory_bytes": "peak memory: of tensors, in training steps",
@@ -109,9 +115,21 @@ def cells(summary: Summary) -> tuple[list[str], list[list[str]]]:
     columns = [key for key in COLUMNS if any(_shown(arm, key) for arm in summary.arms)]
     compared = any(arm.difference for arm in summary.arms)
     timed = any(arm.seconds for arm in summary.arms)
-    header = ["arm", "seeds", *summary.metrics, *(["difference [95%]"] if compared else [])]
+    header = ["arm", "seeds", *_beside(summary), *summary.metrics, *(["difference [95%]"] if compared else [])]
     header += [COLUMNS[key][0] for key in columns] + (["time"] if timed else [])
     return header, [_line(arm, summary, columns, compared, timed, len(header)) for arm in summary.arms]
+
+
+def _beside(summary: Summary) -> list[str]:
+    """The heads of columns that stand before the metrics, where an arm has such: layers, the metric before tuning."""
+    layers = [LAYERS] if any(arm.layers for arm in summary.arms) else []
+    return layers + ([f"{summary.metric} before"] if any(arm.before for arm in summary.arms) else [])
+
+
+def chosen(layers: Sequence[str]) -> str:
+    """The layers that were merged or dropped; where seeds chose others, how many chose which."""
+    counts = Counter(layers)
+    return ", ".join(each if len(counts) == 1 else f"{each} ({n})" for each, n in counts.most_common()) or "–"
 
 
 def _shown(arm: Arm, key: str) -> bool:
@@ -138,7 +156,13 @@ def blocks(summary: Summary) -> list[tuple[list[str], list[list[str]]]]:
 def _line(arm: Arm, summary: Summary, columns: list[str], compared: bool, timed: bool, width: int) -> list[str]:
     if not arm.run:
         return [arm.name, "0"] + ["not run"] * (width - 2)
-    line = [arm.name, str(len(arm.seeds)), *(score(arm.metrics.get(name)) for name in summary.metrics)]
+    beside = {LAYERS: chosen(arm.layers), f"{summary.metric} before": "–" if arm.before is None else score(arm.before)}
+    line = [
+        arm.name,
+        str(len(arm.seeds)),
+        *(beside[head] for head in _beside(summary)),
+        *(score(arm.metrics.get(name)) for name in summary.metrics),
+    ]
     line += [difference(arm.difference)] if compared else []
     line += [_value(arm, key) for key in columns]
     if timed:

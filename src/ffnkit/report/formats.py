@@ -7,7 +7,7 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.io.markdown import inline, one_line
-from ffnkit.report.columns import all_notes, blocks, cells
+from ffnkit.report.columns import all_notes, blocks, cells, chosen
 from ffnkit.report.table import VALUES, Arm, Stat, Summary
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def _csv_line(arm: Arm, metrics: tuple[str, ...], stages: tuple[str, ...]) -> di
     line: dict[str, Any] = {"arm": arm.name, "status": "run" if arm.run else "not run", "seeds": len(arm.seeds)}
     for name in metrics:
         line |= _mean_std(name, arm.metrics.get(name))
+    line |= {**_mean_std(f"{metrics[0]}_before", arm.before), "layers": chosen(arm.layers) if arm.layers else None}
     delta = arm.difference
     line |= {
         "difference": delta.mean if delta else None,

@@ -70,7 +70,7 @@ class DiskBytes:
 def bytes_on_disk(folder: str | Path) -> DiskBytes:
     """Bytes of the weight files directly in ``folder`` (of the first format found) and of every file below it.
 
-    Where a base and its adapters lie apart, the weight files of both count.
+    Where a base and its updates lie apart in it, the weights are those of both.
 
     Raises:
         FfnkitError: ``folder`` is not a folder.
@@ -78,15 +78,11 @@ def bytes_on_disk(folder: str | Path) -> DiskBytes:
     folder = Path(folder)
     if not folder.is_dir():
         raise FfnkitError(f"the size of '{folder}'", "there is no such folder", "Give the folder of a checkpoint")
-    inside = [folder / BASE, folder / ADAPTER] if is_apart(folder) else [folder]
-    return DiskBytes(
-        sum(map(_weights, inside)), sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    )
-
-
-def _weights(folder: Path) -> int:
-    found = next((files for pattern in WEIGHT_FILES if (files := list(folder.glob(pattern)))), [])
-    return sum(file.stat().st_size for file in found)
+    weights = 0
+    for part in (folder / BASE, folder / ADAPTER) if is_apart(folder) else (folder,):
+        found = next((found for pattern in WEIGHT_FILES if (found := list(part.glob(pattern)))), [])
+        weights += sum(file.stat().st_size for file in found)
+    return DiskBytes(weights, sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()))
 
 
 # ------------------------------------------------------------------------------------------------- latency

@@ -10,7 +10,7 @@ from typing import Any
 
 from ffnkit.io.files import write_text
 from ffnkit.report.columns import all_notes, blocks, duration
-from ffnkit.report.plot import LABELS, against, metric_plot
+from ffnkit.report.plot import heading, metric_plot
 from ffnkit.report.table import Row, Summary, summarize
 
 STYLE = """
@@ -126,10 +126,9 @@ def _plot(summary: Summary) -> str:
         return ""
     caption = (
         "Large marks: mean over seeds, with one standard deviation. Small dots: single seeds. "
-        "Arms of the same size stand side by side."
+        "Arms of the same size stand side by side; the dashed line is the first arm."
     )
-    title = f"{summary.metric} against {LABELS[against(summary)]}"
-    return _section(title, f"<figure>{svg}<figcaption>{caption}</figcaption></figure>")
+    return _section(heading(summary), f"<figure>{svg}<figcaption>{caption}</figcaption></figure>")
 
 
 def _run(info: PageInfo) -> str:

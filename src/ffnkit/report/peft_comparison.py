@@ -21,6 +21,7 @@ OWN = (
     "flops_per_token",
     "bytes_on_disk_compact",
     "bytes_on_disk_standard",
+    "bytes_on_disk_apart",
     "latency_s",
     "latency_ratio",
     "peak_memory_bytes",

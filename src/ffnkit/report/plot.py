@@ -1,14 +1,15 @@
-"""The one plot of the report: the metric against the parameters in FFNs or against FLOPs, as inline SVG."""
+"""The one plot of the report: the metric against what tells the arms apart, before tuning and after, as inline SVG."""
 
 from __future__ import annotations
 
 import html
 import io
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from ffnkit.report.table import Arm, Summary
+from ffnkit.report.table import Arm, Stat, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,53 +20,146 @@ INK = "#010203"
 # after Okabe and Ito: told apart by colour-blind readers, on light and on dark
 COLOURS = ("#2f86c9", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 MARKERS = "osD^vPX*"
-LABELS = {"ffn_parameters": "parameters in FFNs", "flops_per_token": "FLOPs a token"}
+AXES = {
+    "parameters": ("parameters", 1e6),
+    "ffn_parameters": ("parameters in FFNs", 1e6),
+    "flops_per_token": ("FLOPs a token", 1e6),
+    "updated_parameters": ("numbers that a step changes", 1e6),
+    "trainable_parameters": ("parameters that train", 1e6),
+    "zeros": ("zeros among the weights (%)", 0.01),
+    "heads_removed": ("heads that went (%)", 0.01),
+    "bytes_on_disk_compact": ("bytes on disk, compact", 1e6),
+    "latency_s": ("latency (ms)", 1e-3),
+}  # what a plot may stand against, and the unit; the first of those that part most arms
+APART = 0.01  # of the range of an axis: figures that are nearer to each other lie on one spot
+WIDE = 20.0  # a ratio of largest to smallest from which a scale is logarithmic
+Measured = tuple[Stat | None, Mapping[Any, float]]  # mean and deviation, and each seed's value
+_SERIES = re.compile(r"(.+)-[^-]+")
 
 
 def metric_plot(summary: Summary) -> str | None:
-    """An ``<svg>`` of the metric against FFN parameters: mean, standard deviation, and each seed as a faint dot.
+    """An ``<svg>`` of the metric: mean, standard deviation, and each seed as a faint dot; before tuning beside it.
 
-    Where arms of the same FFNs differ in FLOPs (attention heads went), it is against FLOPs a token. Text and axes take
-    the colour of the surrounding page. None when no arm has both figures.
+    It stands against what tells the arms apart (:func:`against`). Arms "NAME-..." of several sizes are a line. Text and
+    axes take the colour of the surrounding page. None when no arm has the metric.
     """
-    key = against(summary)
-    arms = [arm for arm in summary.arms if summary.metric in arm.metrics and key in arm.values]
+    arms = [arm for arm in summary.arms if summary.metric in arm.metrics]
     if not arms:
         return None
     from matplotlib import rc_context
-    from matplotlib.figure import Figure
 
     with rc_context({"svg.fonttype": "path", "svg.hashsalt": "ffnkit", "font.size": 10}):
-        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-        axes = figure.subplots()
-        sizes = [arm.values[key].mean / 1e6 for arm in arms]
-        shifts = [_shift(sizes, index) for index in range(len(arms))]
-        for index, arm in enumerate(arms):
-            _draw(axes, arm, summary.metric, index, sizes[index], shifts[index])
-        axes.set_xlabel(f"{LABELS[key]} (millions)")
-        axes.set_ylabel(_plain(summary.metric))
-        axes.margins(x=0.08, y=0.15)
-        axes.autoscale_view()
-        axes.set_xlim(left=0)
-        _ink(figure, axes)
-        _widen(figure, axes, sizes, shifts)
+        figure = drawn(summary)
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(text.getvalue(), f"{summary.metric} against {LABELS[key]}")
+    return _inline(text.getvalue(), heading(summary))
 
 
-def against(summary: Summary) -> str:
-    """What the plot is against: "ffn_parameters", or "flops_per_token" where that tells arms of equal FFNs apart."""
-    pairs = {
-        tuple(arm.values[key].mean for key in LABELS) for arm in summary.arms if LABELS.keys() <= arm.values.keys()
-    }
-    return "flops_per_token" if len({size for size, _ in pairs}) < len(pairs) else "ffn_parameters"
+def heading(summary: Summary) -> str:
+    """What the plot shows, in words."""
+    key = against(summary)
+    return f"{summary.metric} against {AXES[key][0].partition(' (')[0]}" if key else summary.metric
 
 
-def _shift(sizes: Sequence[float], index: int) -> float:
-    """Points to the side, so that arms of one size stand beside each other."""
-    alike = [i for i, size in enumerate(sizes) if size == sizes[index]]
-    return 11 * (alike.index(index) - (len(alike) - 1) / 2)
+def against(summary: Summary) -> str | None:
+    """The figure that the plot stands against; None where the arms differ in none.
+
+    The first of :data:`AXES` that parts at least half as many arms as that which parts most.
+    """
+    arms = [arm for arm in summary.arms if summary.metric in arm.metrics]
+    spots = {key: _spots([arm.values[key].mean for arm in arms if key in arm.values]) for key in AXES}
+    most = max(spots.values())
+    return next((key for key in AXES if spots[key] > 1 and 2 * spots[key] >= most), None)
+
+
+def _spots(values: Sequence[float]) -> int:
+    """How many spots of an axis the values lie on."""
+    ordered = sorted(values)
+    least = APART * (ordered[-1] - ordered[0]) if ordered else 0.0
+    return sum(b - a > least for a, b in pairwise(ordered)) + bool(ordered)
+
+
+def drawn(summary: Summary) -> Figure:
+    """The plot as a figure of matplotlib: a panel before tuning, where that was measured, and one of the outcome."""
+    from matplotlib.figure import Figure
+
+    key = against(summary)
+    arms = [arm for arm in summary.arms if summary.metric in arm.metrics and (key is None or key in arm.values)]
+    places = [arm.values[key].mean / AXES[key][1] if key else float(n) for n, arm in enumerate(arms)]
+    before: list[Measured] = [(arm.before, arm.before_by_seed) for arm in arms]
+    after: list[Measured] = [(arm.metrics[summary.metric], arm.by_seed) for arm in arms]
+    shown = [("before tuning", before), ("after tuning", after)] if any(s for s, _ in before) else [("", after)]
+    figure = Figure(figsize=(3.6 * (1 + len(shown)), 3.6), layout="constrained")
+    every = figure.subplots(1, len(shown), squeeze=False)[0]
+    looks = _looks(arms, places, joined=key is not None)
+    for axes, (title, panel) in zip(every, shown, strict=True):
+        axes.set_title(title, color=INK, fontsize=10)
+        _panel(axes, panel, places, looks)
+        axes.set_ylabel(_plain(summary.metric))
+        axes.set_xlabel(AXES[key][0] + (" (millions)" if AXES[key][1] == 1e6 else "") if key else "")
+        axes.margins(x=0.08, y=0.15)
+        _scale(axes, "y", [v for stat, seeds in panel if stat for v in (stat.mean, *seeds.values())])
+        axes.autoscale_view()
+        _ink(axes)
+    handles, labels = every[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, labelcolor=INK)
+    for axes in every:
+        if key is None:
+            axes.set_xticks([])
+        elif not _scale(axes, "x", places):
+            if 0 <= min(places) < max(places) / 2:
+                axes.set_xlim(left=0)
+            _widen(figure, axes, places, [shift for *_, shift in looks])
+    return figure
+
+
+def _scale(axes: Axes, side: Literal["x", "y"], values: Sequence[float]) -> bool:
+    """A logarithmic scale where the values are that far apart."""
+    if not (min(values) > 0 and max(values) > WIDE * min(values)):
+        return False
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis = {"x": axes.xaxis, "y": axes.yaxis}[side]
+    axes.set(**{f"{side}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 1000 * min(values) else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    return True
+
+
+def _looks(arms: Sequence[Arm], places: Sequence[float], *, joined: bool) -> list[tuple[str, str, int, float]]:
+    """Of each arm its series (itself where it is alone), its label, the number of its colour, its shift in points."""
+    prefixes = [m[1] if (m := _SERIES.fullmatch(arm.name)) else arm.name for arm in arms]
+    spots = {name: {p for each, p in zip(prefixes, places, strict=True) if each == name} for name in prefixes}
+    lines = {name for name, found in spots.items() if joined and 1 < len(found) == prefixes.count(name)}
+    series = [name if name in lines else arm.name for arm, name in zip(arms, prefixes, strict=True)]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(series))}
+    found = []
+    for index, (arm, name) in enumerate(zip(arms, series, strict=True)):
+        label = name if series.count(name) > 1 else f"{name} (n = {len(arm.seeds)})"
+        # marks of a line stay on it; those of arms that are alone stand side by side
+        alone = [i for i, each in enumerate(series) if series.count(each) == 1 and places[i] == places[index]]
+        shift = 11 * (alone.index(index) - (len(alone) - 1) / 2) if index in alone else 0.0
+        found.append((name, label, numbers[name], shift))
+    return found
+
+
+def _panel(
+    axes: Axes,
+    panel: Sequence[Measured],
+    places: Sequence[float],
+    looks: Sequence[tuple[str, str, int, float]],
+) -> None:
+    for name in dict.fromkeys(name for name, *_ in looks):
+        mine = [i for i, look in enumerate(looks) if look[0] == name and panel[i][0] is not None]
+        for index in sorted(mine, key=lambda i: places[i]):
+            _draw(axes, panel[index], places[index], looks[index], first=index == mine[0])
+        line = sorted((places[i], stat.mean) for i in mine if (stat := panel[i][0]) is not None)
+        if len(line) > 1:
+            colour = COLOURS[looks[mine[0]][2] % len(COLOURS)]
+            axes.plot(*zip(*line, strict=True), color=colour, lw=1.2, zorder=1)
+    if (whole := panel[0][0]) is not None:  # what the others are compared with
+        axes.axhline(whole.mean, color=INK, alpha=0.35, lw=1, ls="--", zorder=0)
 
 
 def _widen(figure: Figure, axes: Axes, sizes: Sequence[float], shifts: Sequence[float]) -> None:
@@ -76,23 +170,32 @@ def _widen(figure: Figure, axes: Axes, sizes: Sequence[float], shifts: Sequence[
     axes.set_xlim(right=max(axes.get_xlim()[1], *ends))
 
 
-def _draw(axes: Axes, arm: Arm, metric: str, index: int, size: float, shift: float) -> None:
+def _draw(
+    axes: Axes,
+    measured: Measured,
+    size: float,
+    look: tuple[str, str, int, float],
+    *,
+    first: bool,
+) -> None:
     from matplotlib.transforms import offset_copy
 
-    colour, stat = COLOURS[index % len(COLOURS)], arm.metrics[metric]
+    (_, label, number, shift), (stat, by_seed) = look, measured
+    assert stat is not None
+    colour = COLOURS[number % len(COLOURS)]
     figure = cast("Figure", axes.figure)
     beside = [offset_copy(axes.transData, figure, x=x, units="points") for x in (shift, shift + 5)]
-    label = _plain(f"{arm.name} (n = {stat.n})")
     style: dict[str, Any] = {
         "color": colour,
-        "marker": MARKERS[index % len(MARKERS)],
+        "marker": MARKERS[number % len(MARKERS)],
         "ms": 7,
         "capsize": 3,
         "lw": 1.5,
         "ls": "",
     }
-    axes.errorbar(size, stat.mean, yerr=stat.std, label=label, transform=beside[0], **style)
-    seeds = list(arm.by_seed.values())
+    told = _plain(label) if first else "_nolegend_"
+    axes.errorbar(size, stat.mean, yerr=stat.std, label=told, transform=beside[0], **style)
+    seeds = list(by_seed.values())
     axes.scatter([size] * len(seeds), seeds, s=14, color=colour, alpha=0.6, lw=0, transform=beside[1])
     ends = (stat.mean - (stat.std or 0), stat.mean + (stat.std or 0))
     axes.update_datalim([(size, value) for value in (*seeds, *ends)])
@@ -103,7 +206,7 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$") if not text.startswith("_") else " " + text.replace("$", r"\$")
 
 
-def _ink(figure: Figure, axes: Axes) -> None:
+def _ink(axes: Axes) -> None:
     axes.tick_params(colors=INK)
     axes.grid(color=INK, alpha=0.15, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -113,7 +216,6 @@ def _ink(figure: Figure, axes: Axes) -> None:
         axes.spines[side].set_color(INK)
     axes.xaxis.label.set_color(INK)
     axes.yaxis.label.set_color(INK)
-    figure.legend(loc="outside right upper", frameon=False, labelcolor=INK)
 
 
 def _inline(svg: str, label: str) -> str:

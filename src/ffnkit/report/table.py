@@ -4,11 +4,13 @@ A row is a dict with ``arm`` and ``seed``; all else is optional: ``metrics`` {na
 the top level), ``parameters``, ``ffn_parameters``, ``trainable_parameters``, ``updated_parameters`` (that a step of
 the optimizer changes), ``trainable_body`` and ``trainable_share`` (without the task head: how many, and of how many the
 model has without it), ``samples_per_second``, ``steps_per_second``, ``flops_per_token``,
-``bytes_on_disk_compact``, ``bytes_on_disk_standard``, ``latency_s``, ``latency_ratio`` (to the first arm, measured in
-alternation with it) and ``latency_ratio_quartiles``, ``peak_memory_bytes`` (of tensors in training steps),
-``process_memory_bytes``, ``learning_rate`` and ``search`` {trials, metric, rows, ...} (of arms whose rate was
-searched), ``zeros`` and ``zeros_merged`` (shares of the weights, of arms that were pruned), ``heads_removed`` and
-``neurons_removed`` (shares of them), ``neutral_loss`` {before, after}, ``seconds`` {stage: seconds}, ``error``.
+``bytes_on_disk_compact``, ``bytes_on_disk_standard``, ``bytes_on_disk_apart``, ``latency_s``, ``latency_ratio`` (to the
+first arm, measured in alternation with it) and ``latency_ratio_quartiles``, ``peak_memory_bytes`` (of tensors in
+training steps), ``process_memory_bytes``, ``learning_rate`` and ``search`` {trials, metric, rows, ...} (of arms whose
+rate was searched), ``zeros`` and ``zeros_merged`` (shares of the weights, of arms that were pruned),
+``heads_removed``, ``neurons_removed`` and ``parameters_removed`` (shares of them), ``metrics_before`` (tuning)
+{name: value}, ``layers`` (in words, which were merged or dropped), ``neutral_loss`` {before, after}, ``seconds``
+{stage: seconds}, ``error``.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ VALUES = (
     "flops_per_token",
     "bytes_on_disk_compact",
     "bytes_on_disk_standard",
+    "bytes_on_disk_apart",
     "latency_s",
     "peak_memory_bytes",
     "process_memory_bytes",
@@ -43,6 +46,7 @@ VALUES = (
     "zeros_merged",
     "heads_removed",
     "neurons_removed",
+    "parameters_removed",
     "forgetting",
 )
 Row = Mapping[str, Any]
@@ -75,12 +79,19 @@ class Difference:
 
 @dataclass(frozen=True)
 class Arm:
-    """What was measured of one arm; an arm without rows was not run."""
+    """What was measured of one arm; an arm without rows was not run.
+
+    Attributes:
+        before: the compared metric before tuning. layers: which were merged or dropped, of each seed.
+    """
 
     name: str
     seeds: tuple[Any, ...] = ()
     metrics: dict[str, Stat] = field(default_factory=dict)
     by_seed: dict[Any, float] = field(default_factory=dict)
+    before: Stat | None = None
+    before_by_seed: dict[Any, float] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
     difference: Difference | None = None
     values: dict[str, Stat] = field(default_factory=dict)
     latency_ratio: Stat | None = None
@@ -144,12 +155,17 @@ def _group(rows: Sequence[Row], arms: Sequence[str] | None) -> dict[str, dict[An
 def _arm(name: str, rows: Mapping[Any, Row], first: Mapping[Any, Row], metric: str) -> Arm:
     metrics = dict.fromkeys(key for row in rows.values() for key in (metric, *row.get("metrics", {})))
     stages = dict.fromkeys(key for row in rows.values() for key in row.get("seconds", {}))
+    before = {seed: _number((row.get("metrics_before") or {}).get(metric)) for seed, row in rows.items()}
+    untuned = {seed: value for seed, value in before.items() if value is not None}
     ratio = Stat(1.0, None, len(rows)) if rows is first and rows else _latency_ratio(rows, first)
     return Arm(
         name=name,
         seeds=tuple(rows),
         metrics=_stats({key: [_metric(row, key) for row in rows.values()] for key in metrics}),
         by_seed={seed: value for seed, row in rows.items() if (value := _metric(row, metric)) is not None},
+        before=Stat.of(list(untuned.values())) if untuned else None,
+        before_by_seed=untuned,
+        layers=tuple(row["layers"] for row in rows.values() if row.get("layers")),
         difference=None if rows is first else _difference(rows, first, metric),
         values=_stats({key: [_number(_value(row, key)) for row in rows.values()] for key in VALUES}),
         latency_ratio=ratio,

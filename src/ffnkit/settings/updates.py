@@ -59,6 +59,26 @@ class SparseGradSettings:
         Doc("parts of the model that train too: head, biases, norms, attention, embeddings, rest.", choices=PARTS),
     ] = ("head",)
     seed: Annotated[int, Doc("of random choices.", at_least=0)] = 0
+    preset: Annotated[Literal["paper"] | None, Doc("values for what is not given.")] = None
+
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper": Preset(
+            "SparseGrad (arXiv 2410.07383), GLUE",
+            {
+                "density": 0.01,
+                "count": None,
+                "selection": "step",
+                "basis": "shared",
+                "core": 1.0,
+                "choose": "gradient",
+                "by": "layer",
+                "targets": "ffn",
+                "layers": "all",
+                "batches": 30,
+                "modules_to_train": ("head", "rest"),
+            },
+        )
+    }
 
 
 @dataclass(frozen=True)

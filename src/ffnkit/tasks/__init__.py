@@ -42,7 +42,7 @@ _HOMES = {
     "text_task": "modelling",
     "WordsTask": "words",
 }
-__all__ = ["get", "names", *_HOMES]
+__all__ = ["get", "labelled", "names", *_HOMES]
 
 
 def names() -> list[str]:
@@ -72,6 +72,13 @@ def get(name: str) -> AnyTask:
         do = f"Choose one of {', '.join(known)}, or use file_task for files of your own"
         raise FfnkitError(f"task {name!r}", "there is no such task", do)
     return known[name]
+
+
+def labelled() -> list[str]:
+    """Those of them whose rows are labelled texts."""
+    from ffnkit.tasks.base import Task
+
+    return [name for name, task in _known().items() if isinstance(task, Task)]
 
 
 def _known() -> dict[str, AnyTask]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ class Task(Classifier):
         notes: a line on what the task asks.
         label_names: the classes by id; empty for a regression.
         hub: name and configuration of the dataset on the hub, for model cards; empty for other data.
+        template: what models read, with the text columns in braces, "cola sentence: {sentence}"; else the texts as
+            they are, two of them as a pair.
         load: reads the rows; takes the data folder or None.
     """
 
@@ -42,6 +44,7 @@ class Task(Classifier):
     notes: str = ""
     label_names: tuple[str, ...] = ()
     hub: tuple[str, ...] = ()
+    template: str | None = None
     load: Callable[[Path | None], Source] = field(repr=False, compare=False, kw_only=True)
 
     @property
@@ -110,7 +113,20 @@ class Task(Classifier):
         from ffnkit.tasks.encoding import encode
         from ffnkit.tasks.sequences import positions
 
-        return encode(dataset, self.text, self.label, self.kind, tokenizer, min(max_length, positions(model)))
+        text = self.text
+        if self.template is not None:
+            dataset, text = dataset.add_column("prompt", self.prompts(dataset.to_dict())), ("prompt",)
+        return encode(dataset, text, self.label, self.kind, tokenizer, min(max_length, positions(model)))
+
+    def prompts(self, rows: Mapping[str, Sequence[str]]) -> list[str]:
+        """What the template makes of rows.
+
+        Raises:
+            FfnkitError: a template that names other columns than the task's texts, or leaves one out.
+        """
+        from ffnkit.tasks.own_text import filled_in, template_parts
+
+        return filled_in(template_parts(self.template or "", self.text), rows)
 
     def compute_metrics(self, predictions: Any, labels: Any) -> dict[str, float]:
         """Every metric of the task; see :func:`ffnkit.tasks.metrics.compute`."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-from ffnkit.tasks import chat, dialogues, forms, get
+from ffnkit.tasks import chat, dialogues, forms, get, labelled
 from ffnkit.tasks.base import Task
 from ffnkit.tasks.fields import TaskFields
 from ffnkit.tasks.generation import GenerationTask, generation_task
@@ -19,6 +19,7 @@ from ffnkit.tasks.instructions import KIND as INSTRUCTION
 from ffnkit.tasks.instructions import InstructionTask, instruction_task
 from ffnkit.tasks.modelling import LanguageTask, text_task
 from ffnkit.tasks.own import file_task
+from ffnkit.tasks.own_text import template_parts
 from ffnkit.tasks.protocol import AnyTask
 from ffnkit.tasks.words import WordsTask
 
@@ -35,7 +36,8 @@ class Choice(TaskFields):
         columns = ("text", "label", "inputs", "target", "template", "kind", "label_kind")
         given = [name for name in ("train", "validation", "test", *columns) if getattr(self, name) not in (None, ())]
         if self.name is not None:
-            given = [name for name in given if name != "template" or not dialogues.known(self.name)]
+            prompted = dialogues.known(self.name) or self.name in labelled()
+            given = [name for name in given if name != "template" or not prompted]
             found = f"{self.name} is given and {given[0] if given else ''} too, not both will do"
             return ("name", found, "Give a task's name, or files with their columns") if given else None
         if self.train is None:
@@ -58,8 +60,8 @@ class Choice(TaskFields):
                     return name, found, f"Name a column; {self._columns}"
             other = next((name for name in ("text", "label", "kind", "label_kind") if name in given), None)
             return (other, "inputs and target make it a generation task", "Leave it out") if other else None
-        if self.template is not None:
-            return "template", "there are no inputs and no target", "Name their columns"
+        if self.template is not None and self.label is None:
+            return "template", "there are no inputs and no target, and no text and label", "Name their columns"
         if self.is_language:
             other = next((name for name in ("label", "label_kind") if name in given), None)
             return (other, "plain text has no labels", "Leave it out") if other else None
@@ -176,6 +178,9 @@ def _adapted(task: AnyTask, choice: Choice) -> AnyTask:
     """With the metric, stride, template and head that were asked for."""
     if choice.template is not None and choice.name is not None and isinstance(task, InstructionTask):
         task = replace(task, template=chat.check_template(choice.template))
+    if choice.template is not None and isinstance(task, Task):
+        template_parts(choice.template, task.text)
+        task = replace(task, template=choice.template)
     if choice.stride is not None:
         if not isinstance(task, LanguageTask):
             raise FfnkitError(f"stride {choice.stride}", f"task {task.name} is a {task.kind}", "Leave it out")

@@ -28,7 +28,7 @@ class TaskFields:
     label: Annotated[str | None, Doc("The column of labels.")] = None
     inputs: Annotated[Sequence[str], Doc("A column that the prompt is made of; repeatable.")] = ()
     target: Annotated[str | None, Doc("The column of texts to generate.")] = None
-    template: Annotated[str | None, Doc("The prompt, with input columns in braces; a chat template.")] = None
+    template: Annotated[str | None, Doc("The prompt, with columns of text in braces; a chat template.")] = None
     metric: Annotated[str | None, Doc("The main metric; several of text parted by commas.")] = None
     label_kind: Annotated[LabelKind | None, Doc("What labels are, where they do not say so: class, number.")] = None
     kind: Annotated[Kind | None, Doc("For a column of plain text; images; dialogues.")] = None

@@ -110,7 +110,9 @@ _NOTES: dict[str, tuple[str, ...]] = {
 }
 
 TASKS: tuple[Task, ...] = (
-    _task("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews",), "is the sentence grammatical?"),
+    _task(
+        "cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews", "accuracy"), "is the sentence grammatical?"
+    ),
     _task("sst2", ("sentence",), ("negative", "positive"), ("accuracy",), "sentiment of a film review's sentence"),
     _task(
         "mrpc",

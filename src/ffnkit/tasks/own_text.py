@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def read_own(
     if not inputs or len({*inputs, target}) != len(inputs) + 1:
         found = f"inputs {', '.join(inputs) or 'none'} and target {target}"
         raise FfnkitError(f"task {name}", found, "Name one or more input columns, and another for the target")
-    parts = _parts(template, inputs) if template is not None else _default(inputs, target)
+    parts = template_parts(template, inputs) if template is not None else _default(inputs, target)
     files = named(train, validation, test, name)
     tables = {key: _table(path, inputs, target, parts) for key, path in files.items()}
     source = Source(
@@ -45,8 +45,13 @@ def _default(inputs: tuple[str, ...], target: str) -> list[tuple[str, str]]:
     return [*zip(starts, inputs, strict=True), (f" {target}:", "")]
 
 
-def _parts(template: str, inputs: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(text, column after it) pairs of a template; the last may have no column."""
+def template_parts(template: str, inputs: Sequence[str]) -> list[tuple[str, str]]:
+    """(text, column after it) pairs of a template; the last may have no column.
+
+    Raises:
+        FfnkitError: braces that do not match or hold something else than a column, a column that is none of
+            ``inputs``, or one of them left out.
+    """
     asked = f"template {template!r}"
     try:
         parsed = list(string.Formatter().parse(template))
@@ -64,6 +69,15 @@ def _parts(template: str, inputs: tuple[str, ...]) -> list[tuple[str, str]]:
     return parts
 
 
+def filled_in(parts: list[tuple[str, str]], columns: Mapping[str, Sequence[str]]) -> list[str]:
+    """The texts that a template makes of the rows of ``columns``."""
+    count = len(next(iter(columns.values())))
+    return [
+        "".join(text + (columns[column][row].strip() if column else "") for text, column in parts)
+        for row in range(count)
+    ]
+
+
 def _table(path: Path, inputs: tuple[str, ...], target: str, parts: list[tuple[str, str]]) -> Table:
     where = f"data file {path}"
     rows = read(path)
@@ -77,10 +91,7 @@ def _table(path: Path, inputs: tuple[str, ...], target: str, parts: list[tuple[s
             if bad:
                 found = f"{len(bad)} of {len(values)} rows have {what}, row {bad[0] + 1} first"
                 raise FfnkitError(where, found, "Fill or remove these rows")
-    prompts = [
-        "".join(text + (columns[column][row].strip() if column else "") for text, column in parts)
-        for row in range(len(columns[target]))
-    ]
+    prompts = filled_in(parts, columns)
     return {
         "prompt": prompts,
         "references": _references(columns[target], target, where),

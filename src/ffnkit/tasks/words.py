@@ -30,9 +30,9 @@ _WORD = 32  # tokens that a label word has at most
 class WordsTask(Writer):
     """A classification task through the language-model head.
 
-    The prompt is "<task> <column>: <text> <column>: <text>"; a decoder's ends in " <label column>:". The target is the
-    label's name. A label's score is the log-likelihood of its name and the end of text; none is drawn at random. Only
-    the target is trained on.
+    The prompt is the task's template, or "<task> <column>: <text> <column>: <text>"; a decoder's ends in
+    " <label column>:". The target is the label's name. A label's score is the log-likelihood of its name and the end of
+    text; none is drawn at random. Only the target is trained on.
 
     Source: Raffel et al., Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer, JMLR
         2020, section 2.4 and appendix D, for the prompts.
@@ -102,6 +102,8 @@ class WordsTask(Writer):
     def prompts(self, rows: Mapping[str, Sequence[str]], seq2seq: bool) -> list[str]:
         """The prompt of each row."""
         cue = "" if seq2seq else f" {self.label}:"
+        if self.task.template is not None:
+            return [f"{each}{cue}" for each in self.task.prompts(rows)]
         texts = zip(*(rows[column] for column in self.text), strict=True)
         named = [" ".join(f"{c}: {t}" for c, t in zip(self.text, row, strict=True)) for row in texts]
         return [f"{self.name} {each}{cue}" for each in named]

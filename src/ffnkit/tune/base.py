@@ -136,6 +136,9 @@ class Updating(Beside):
     """What tuners have in common that put small updates beside frozen weights, wherever they do."""
 
     adapter_dir: Path | None = Field(None, description="also save the updates there, as a small adapter")
+    apart_dir: Path | None = Field(
+        None, description="also save the model there with its updates apart from it, zeros below them as they are"
+    )
     keep_zeros: bool = Field(False, description=KEEP_ZEROS)
     coefficients: Annotated[float, Field(ge=0)] = Field(0.0, description=_COEFFICIENTS)
 
@@ -143,7 +146,7 @@ class Updating(Beside):
     def _later_told(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Later settings are told where they are not the default, so that facts about runs without them stay so."""
         told: dict[str, Any] = handler(self)
-        return {k: v for k, v in told.items() if k not in ("keep_zeros", "coefficients", "preset") or v}
+        return {k: v for k, v in told.items() if k not in ("keep_zeros", "coefficients", "preset", "apart_dir") or v}
 
     def put_on(self, model: nn.Module, preparation: Preparation) -> nn.Module:
         from ffnkit.tune import planned

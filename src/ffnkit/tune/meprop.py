@@ -40,8 +40,8 @@ def put_on(model: nn.Module, tuner: MeProp, preparation: Preparation) -> nn.Modu
     """Let the linears' weights train, by the cut gradients; the cuts are taken away by :func:`take_off`."""
     masks.set_aside(model, preparation)
     names, experts = targets(model, tuner.targets, tuner.layers)
-    if experts or tuner.adapter_dir is not None:
-        what = f"{experts[0]} is one 3-D parameter" if experts else "it trains whole weights, and adapter_dir is given"
+    if experts or tuner.adapter_dir is not None or tuner.apart_dir is not None:
+        what = f"{experts[0]} is one 3-D parameter" if experts else "it trains whole weights, which lie nowhere apart"
         raise FfnkitError("meprop of outputs", what, "Name linears with targets" if experts else "Leave it out")
     if tuner.coefficients:
         raise FfnkitError("meprop of outputs", "coefficients are given, and no weight is frozen", "Leave them out")

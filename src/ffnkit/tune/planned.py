@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ffnkit.checkpoint.adapters import save_adapter
+from ffnkit.checkpoint.apart import save_apart
 from ffnkit.methods.update.coefficients import with_coefficients
 from ffnkit.model.trainable import remember
 from ffnkit.plans import Plan
@@ -44,11 +45,18 @@ def put_on(model: nn.Module, tuner: Updating, preparation: Preparation) -> nn.Mo
     return model
 
 
+def save_updates(model: PreTrainedModel, tuner: Updating) -> None:
+    """The updates that are on a model into the folders that the tuner names."""
+    if tuner.adapter_dir is not None:
+        save_adapter(model, tuner.adapter_dir)
+    if tuner.apart_dir is not None:
+        save_apart(model, tuner.apart_dir)
+
+
 def take_off(model: nn.Module, tuner: Updating) -> nn.Module:
     """The plain model with the updates in its weights; saves them first where the tuner names a folder."""
     whole = cast(PreTrainedModel, model)
-    if tuner.adapter_dir is not None:
-        save_adapter(whole, tuner.adapter_dir)
+    save_updates(whole, tuner)
     noted = zeros.held(model)
     plain = fold(whole, masked=tuner.keep_zeros, keep=SAVING)
     zeros.restore(plain, noted)

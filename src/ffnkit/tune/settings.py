@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from ffnkit.settings.checked import Checked
+from ffnkit.settings.presets import Preset
+from ffnkit.tune.presets import TRAINING
 
 Schedule = Literal[
     "linear",
@@ -28,8 +31,19 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 # Fields of TrainSettings that leave the trained weights as they are: a run may be resumed with other values of them.
 HARMLESS = frozenset(
-    {"eval_batch_size", "logging_every", "save_every", "save_total_limit", "keep_checkpoints", "report_to", "device"}
+    {
+        *("eval_batch_size", "logging_every", "save_every", "save_total_limit", "keep_checkpoints", "report_to"),
+        *("device", "preset"),  # what a preset says stands in the other fields
+    }
 )
+Training = Literal[
+    "mlp-fusion-glue",
+    "mlp-fusion-webnlg",
+    "mlp-fusion-switch",
+    "ffn-merging-gpt2",
+    "ffn-merging-vit",
+    "ffn-merging-opus",
+]
 
 
 class TrainSettings(Checked):
@@ -79,6 +93,12 @@ class TrainSettings(Checked):
         str | list[str], Field(description="trackers of transformers: none, tensorboard, wandb, ...")
     ] = "none"
     device: Annotated[Literal["auto", "cpu"], Field(description="auto: the GPU where there is one")] = "auto"
+    dropout: Annotated[
+        Annotated[float, Field(ge=0, lt=1)] | None, Field(description="all dropout of the model; null: the model's own")
+    ] = None
+    preset: Annotated[Training | None, Field(description="values for what is not given")] = None
+
+    presets: ClassVar[Mapping[str, Preset]] = TRAINING
 
     @model_validator(mode="after")
     def _together(self) -> TrainSettings:
@@ -88,8 +108,9 @@ class TrainSettings(Checked):
 
     @model_serializer(mode="wrap")
     def _told(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """``augment`` and ``packing`` are told where there are any, so that facts about runs stay what they were."""
+        """Later settings are told where they are not the default, so that facts about runs stay what they were."""
         told: dict[str, Any] = handler(self)
+        told = {k: v for k, v in told.items() if k not in ("dropout", "preset") or v is not None}
         if told.get("augment") == "none":
             del told["augment"]
         if not told.get("packing", True):

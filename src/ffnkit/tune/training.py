@@ -23,6 +23,7 @@ from ffnkit.tasks.settings import GenerationSettings
 from ffnkit.tune import checkpoints, masks
 from ffnkit.tune.allocations import Allocations
 from ffnkit.tune.arguments import chosen_metric, training_arguments
+from ffnkit.tune.dropout import dropout_at
 from ffnkit.tune.lifecycle import training_run, undone
 from ffnkit.tune.loop import Clock, Epochs, Loop, QuietProgress, Saving, Snapshot
 from ffnkit.tune.outcome import TrainResult, body_size, counts_of, on_device, result_of
@@ -101,7 +102,8 @@ def train(
         facts["generation"] = generation.model_dump(mode="json")
     if not merge and tuner.method is not None:
         masks.say_lost(model)
-    with checkpoints.claimed(out_dir, facts), training_run(model, undo=not go_on):
+    dropped = dropout_at(model, settings.dropout)
+    with checkpoints.claimed(out_dir, facts), dropped, training_run(model, undo=not go_on):
         seed_everything(seed)
         plain = body_size(model)
         tuned = model if go_on else _prepared(model, tuner, task, tokenizer, data, settings, seed, Path(out_dir))
@@ -167,7 +169,7 @@ def _run(
     shapes = [(name, list(p.shape), str(p.dtype)) for name, p in model.named_parameters()]
     return {
         "settings": settings.model_dump(mode="json", exclude=set(HARMLESS)),
-        "tuner": {"name": tuner.name, **tuner.model_dump(mode="json", exclude={"adapter_dir"})},
+        "tuner": {"name": tuner.name, **tuner.model_dump(mode="json", exclude={"adapter_dir", "apart_dir"})},
         "seed": seed,
         "task": str(task.name),
         "train": _digest(data),

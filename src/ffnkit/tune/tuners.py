@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from ffnkit.errors import FfnkitError
 from ffnkit.settings.presets import filled, unlike
 from ffnkit.settings.words import in_words
-from ffnkit.tune.base import Tuner
+from ffnkit.tune.base import Tuner, Updating
 from ffnkit.tune.kinds import (
     BitFit,
     Bottleneck,
@@ -125,12 +125,10 @@ def finish(model: nn.Module, tuner: str | Mapping[str, Any] | Tuner | None = Non
     from ffnkit.model.trainable import is_limited
 
     if not merge and is_adapted(model):
-        folder = getattr(get(tuner), "adapter_dir", None) if tuner is not None else None
-        if folder is not None:
-            from ffnkit.checkpoint.adapters import save_adapter
+        from ffnkit.tune import masks, planned
 
-            save_adapter(cast("PreTrainedModel", model), folder)
-        from ffnkit.tune import masks
+        if tuner is not None and isinstance(own := get(tuner), Updating):
+            planned.save_updates(cast("PreTrainedModel", model), own)
         from ffnkit.tune.lifecycle import forget
 
         masks.taken(model)

@@ -16,7 +16,7 @@ from ffnkit.calibration.features import Passage, passages
 from ffnkit.edits import DropLayer, Edit, ReplaceNeurons
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, need_data
-from ffnkit.methods.share.windows import Groups, Score, best, score_name, series, windows
+from ffnkit.methods.share.windows import Groups, Score, best, label, score_name, series, windows
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
 from ffnkit.model.targets import select
@@ -78,7 +78,7 @@ class _Drop:
         chosen, tried = best(
             model, choices, self.score, partial(self.edits, model), lambda groups: scores[places[id(groups)]]
         )
-        report: dict[str, Any] = {"groups": [[ffn.name for ffn in group] for group in chosen]}
+        report: dict[str, Any] = {"groups": [[ffn.name for ffn in group] for group in chosen], "layers": label(chosen)}
         if tried:
             report["search"] = tried
         seconds = {"seconds": time.perf_counter() - started}

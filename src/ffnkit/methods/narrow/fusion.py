@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from torch import nn
 
@@ -13,8 +13,10 @@ from ffnkit.methods.common import Batch, Narrowing, clusterings
 from ffnkit.ops.neurons import cluster_sizes
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc
+from ffnkit.settings.presets import Preset, with_presets
 
 
+@with_presets
 @dataclass(frozen=True)
 class Fusion(Narrowing):
     """Narrow each FFN to the centroids of its neurons, keeping its neural tangent kernel close.
@@ -33,7 +35,15 @@ class Fusion(Narrowing):
     restarts: Annotated[
         int, Doc("k-means starts; the best is kept. The paper takes 30; further starts cost little here.", at_least=1)
     ] = 10
+    preset: Annotated[Literal["paper"] | None, Doc("values for what is not given.")] = None
 
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper": Preset(
+            "MLP Fusion (arXiv 2307.08941), released code; layers 4-11 of RoBERTa and GPT-2, the experts of blocks "
+            "5, 7, 9, 11 of Switch",
+            {"width": 0.25, "restarts": 30},
+        )
+    }
     name: ClassVar[str] = "fusion"
     summary: ClassVar[str] = "cluster neurons into a narrower FFN that keeps the neural tangent kernel (MLP Fusion)"
     paper: ClassVar[str] = "arXiv 2307.08941"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,18 +16,20 @@ from ffnkit.edits import Edit, ReplaceNeurons, Tie
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, generator, lifted, need_data
 from ffnkit.methods.share.refitting import corrected
-from ffnkit.methods.share.windows import Score, best, score_name, series, windows
+from ffnkit.methods.share.windows import Score, best, label, score_name, series, windows
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.targets import select
 from ffnkit.ops.matching import Spread, assign, correlation, matched, spread
 from ffnkit.plans import Draft, Progress, check_weights
-from ffnkit.settings import Doc, check
+from ffnkit.settings import Doc, check, told
+from ffnkit.settings.presets import Preset, with_presets
 
 Group = str | Sequence[int]
 Pair = tuple[Tensor, float]
 
 
+@with_presets
 @dataclass(frozen=True)
 class Merging:
     """Let several layers share one FFN: the mean of their FFNs, neurons matched by what they do on data.
@@ -89,7 +90,14 @@ class Merging:
         float, Doc("of the correction, relative to the mean square of the hidden activations.", at_least=0)
     ] = 1e-2
     seed: Annotated[int, Doc("of random weights.", at_least=0)] = 0
+    preset: Annotated[Literal["paper"] | None, Doc("values for what is not given.")] = None
 
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "paper": Preset(
+            "FFN merging (arXiv 2501.06126), released code; windows by the task's score on validation rows (score)",
+            {"anchor": "first", "features": "up", "match": True, "take": "mean", "correct": "none", "tokens": 10000},
+        )
+    }
     name: ClassVar[str] = "merging"
     summary: ClassVar[str] = "let several layers share one FFN, the mean of theirs with matched neurons"
     paper: ClassVar[str] = "arXiv 2501.06126"
@@ -108,7 +116,7 @@ class Merging:
         )
 
     def settings(self) -> dict[str, Any]:
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        own = told(self)
         own["score"] = score_name(self.score)
         if self.groups is not None and self.groups != "similar":
             own["groups"] = [g if isinstance(g, str) else list(g) for g in self.groups]
@@ -138,7 +146,7 @@ class Merging:
         work = _Work(self, held, progress, {pair for groups in candidates for pair in self._pairs(groups)})
         chosen, scores = best(model, candidates, self.score, lambda groups: work.edits(groups)[0], work.alike)
         edits, quantities = work.edits(chosen)
-        report: dict[str, Any] = {"groups": [[ffn.name for ffn in group] for group in chosen]}
+        report: dict[str, Any] = {"groups": [[ffn.name for ffn in group] for group in chosen], "layers": label(chosen)}
         if scores:
             report["search"] = scores
         report |= {"seconds": time.perf_counter() - started, "seconds of the assignments": work.assigning}
@@ -219,8 +227,8 @@ class Merging:
             tree = linkage(squareform(distance.clamp_min(0).numpy(), checks=False), method="average")
             labels = fcluster(tree, self.keep, criterion="maxclust")
             by_label: dict[int, list[FFN]] = defaultdict(list)
-            for ffn, label in zip(rows, labels, strict=True):
-                by_label[int(label)].append(ffn)
+            for ffn, number in zip(rows, labels, strict=True):
+                by_label[int(number)].append(ffn)
             result += [group for group in by_label.values() if len(group) > 1]
         return result
 
@@ -228,7 +236,7 @@ class Merging:
 
     def placed(self, group: list[FFN]) -> list[FFN]:
         """The group with its anchor first."""
-        at = {"first": 0, "middle": (len(group) - 1) // 2, "last": len(group) - 1}[self.anchor]
+        at = {"first": 0, "middle": len(group) // 2, "last": len(group) - 1}[self.anchor]
         return [group[at], *group[:at], *group[at + 1 :]]
 
     def _pairs(self, groups: list[list[FFN]]) -> set[tuple[str, str]]:

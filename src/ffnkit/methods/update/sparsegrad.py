@@ -25,6 +25,7 @@ from ffnkit.nn.selecting import EACH_STEP
 from ffnkit.ops.bases import Grams, Zeros, core_of, top_share, turned
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import check, renamed, told
+from ffnkit.settings.presets import with_presets
 from ffnkit.settings.updates import SparseGradSettings
 
 IN_MEMORY = 1 << 30  # bytes of sums while planning; more lie in files that are memory-mapped
@@ -33,6 +34,7 @@ REACH = 0.995  # of the gradients' energy: what the leading rows of a basis hold
 
 
 @renamed(sites="targets", also="modules_to_train", share="density")
+@with_presets
 @dataclass(frozen=True)
 class SparseGrad(SparseGradSettings):
     """Train few entries of each weight's update, in a basis in which the gradients of that weight are sparse.

@@ -1,0 +1,117 @@
+"""What a study of merging shows: the metric before tuning, the layers chosen, what was saved; the axis of its plot."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_recipe_run import folder, recipe_of, run  # noqa: F401 (a fixture)
+from test_report import info
+
+from ffnkit.report.columns import cells
+from ffnkit.report.formats import to_csv, to_markdown
+from ffnkit.report.page import page
+from ffnkit.report.plot import AXES, against, drawn, heading
+from ffnkit.report.table import Summary, summarize
+
+BOTH = [{"method": "ffn-drop", "layers": "0"}, {"method": "fusion", "layers": "1", "width": 0.5}]
+SIZES = {"ffn_parameters": 100.0, "parameters": 200.0, "flops_per_token": 400.0, "trainable_parameters": 50.0}
+
+
+def row(arm: str, seed: int, before: float | None, after: float, **more: Any) -> dict[str, Any]:
+    found = {"arm": arm, "seed": seed, "metrics": {"perplexity": after}, **SIZES, **more}
+    return found if before is None else {**found, "metrics_before": {"perplexity": before}}
+
+
+def study() -> list[dict[str, Any]]:
+    rows = [row("whole", seed, 4.0, 4.0 + seed) for seed in range(2)]
+    for removed in (1, 2, 3):
+        saved = {"parameters": 200.0 - 40 * removed, "ffn_parameters": 100.0 - 20 * removed}
+        saved |= {"parameters_removed": 0.2 * removed}
+        rows += [
+            row(f"{name}-{removed}", seed, 10.0**removed + seed, 5.0 + removed, layers=f"{seed}-{seed + removed}")
+            | saved
+            for name in ("merged", "vanilla")
+            for seed in range(2)
+        ]
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> Summary:
+    return summarize(rows, "perplexity")
+
+
+def test_all_three_are_in_table_csv_and_page() -> None:
+    found = summary(study())
+    header, lines = cells(found)
+    assert header[:5] == ["arm", "seeds", "layers", "perplexity before", "perplexity"] and "saved" in header
+    whole, first = (dict(zip(header, line, strict=True)) for line in lines[:2])
+    assert (first["layers"], first["saved"]) == ("0-1 (1), 1-2 (1)", "20.0%")
+    assert first["perplexity before"] == "10.5000 ± 0.7071" and whole["perplexity before"] == "4.0000 ± 0.0000"
+    assert (whole["layers"], whole["saved"]) == ("–", "–")
+    assert "| perplexity before |" in to_markdown(found)
+    by_arm = {line["arm"]: line for line in csv.DictReader(io.StringIO(to_csv(found)))}
+    assert float(by_arm["merged-1"]["perplexity_before"]) == 10.5 and by_arm["whole"]["layers"] == ""
+    assert by_arm["merged-1"]["layers"].startswith("0-1") and float(by_arm["merged-1"]["parameters_removed"]) == 0.2
+    text = page(info(rows=study(), arms={}, metric="perplexity"))
+    for told in ("perplexity before", "layers", "saved", "20.0%", "before tuning", "perplexity against parameters"):
+        assert told in text, told
+    plain = [row("a", 0, None, 1.0), row("b", 0, None, 2.0)]  # no column where nothing was measured
+    assert not {"layers", "saved", "perplexity before"} & set(cells(summary(plain))[0])
+
+
+@pytest.mark.parametrize("key", AXES)
+def test_the_axis_is_one_that_the_arms_differ_in(key: str) -> None:
+    """Arms that differ in one figure alone stand against it, whatever it is."""
+    rows = [row(f"arm{n}", 0, None, 1.0 + n, **{key: 10.0 + n}) for n in range(4)]
+    assert against(summary(rows)) == key
+    axes = drawn(summary(rows)).axes[0]
+    marks = {round(float(line.get_xdata()[0]), 9) for line in axes.lines if line.get_marker() in "osD^"}
+    assert len(marks) == 4
+
+
+def test_equal_arms_have_places_of_their_own() -> None:
+    rows = [row(f"arm{n}", 0, None, 1.0 + n) for n in range(3)]
+    found = summary(rows)
+    assert against(found) is None and heading(found) == "perplexity"
+    assert list(drawn(found).axes[0].get_xticks()) == []
+
+
+def test_panels_lines_and_scales() -> None:
+    figure = drawn(summary(study()))
+    before, after = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == ["before tuning", "after tuning"]
+    assert before.get_yscale() == "log" and after.get_yscale() == "linear"
+    lines = [line for line in after.lines if len(line.get_xdata()) == 3]
+    assert len(lines) == 2  # merged and vanilla, three sizes each
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["whole (n = 2)", "merged", "vanilla"]
+    single = drawn(summary([row(name, 0, None, 1.0) for name in ("merged-a", "merged-b", "x")]))
+    labels = [text.get_text() for text in single.legends[0].get_texts()]
+    assert labels == ["merged-a (n = 1)", "merged-b (n = 1)", "x (n = 1)"]
+
+
+def test_a_run_tells_them(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Through the recipe: windows that were searched, layers that were named, several methods in one plan."""
+    arms: dict[str, Any] = {
+        "whole": {},
+        "searched": {"method": "layer-drop", "window": 1},
+        "named": {"method": "merging", "layers": "0-1"},
+        "both": {"method": "combined", "methods": BOTH},
+    }
+    more: dict[str, Any] = {"evaluate_before": True, "measure": {"latency": False}, "export": "none"}
+    recipe = recipe_of(folder, arms=arms, stages=["compress", "tune", "evaluate"], **more)
+    results = run(recipe, tmp_path / "out")
+    assert results.ok, results.rows
+    rows = {each["arm"]: each for each in results.rows}
+    assert rows["searched"]["layers"] in ("0", "1") and rows["named"]["layers"] == "0-1"
+    assert rows["both"]["layers"] == "0" and "layers" not in rows["whole"]
+    whole = rows["whole"]["parameters"]
+    for name in ("searched", "named", "both"):
+        assert rows[name]["parameters_removed"] == pytest.approx(1 - rows[name]["parameters"] / whole)
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "accuracy before" in text and "saved" in text and "before tuning" in text
+    assert "layers" in (tmp_path / "out" / "results.csv").read_text().splitlines()[0].split(",")
