@@ -22,7 +22,7 @@ import ffnkit as fk
 from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.ops import support
 from ffnkit.report.sparsity import sparsity
-from ffnkit.tasks.quickstart import model_path
+from ffnkit.io.quickstart import model_path
 
 RANK, COUNT, LAYERS = 16, 64, 3
 
