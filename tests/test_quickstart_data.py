@@ -99,7 +99,8 @@ def test_splits(collected, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_naming_tasks_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from ffnkit import tasks; from ffnkit.io import quickstart; from ffnkit.tasks import docstrings; tasks.names();"
+        "import sys; from ffnkit import tasks; from ffnkit.io import quickstart; from ffnkit.tasks import docstrings;"
+        "tasks.names();"
         "heavy = {'torch', 'transformers', 'datasets', 'sklearn', 'scipy', 'pandas'} & set(sys.modules);"
         "print(sorted(heavy)); sys.exit(bool(heavy))"
     )

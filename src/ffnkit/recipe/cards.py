@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ffnkit.recipe.schema import Recipe
     from ffnkit.tasks import AnyTask
 
+
 def card_of(
     recipe: Recipe,
     unit: Unit,

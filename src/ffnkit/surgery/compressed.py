@@ -38,7 +38,8 @@ def compressed_parameters(model: nn.Module) -> set[int]:
     opened: factors or thin pairs apart, shared weights, heads that are gone, neurons fewer than in another layer. An
     opened model whose FFNs all have one width and nothing beside them tells nothing.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    base = base.get_base_model() if hasattr(base, "get_base_model") else base
     found = ffns(base)
     told = description(base) is not None
     widest: dict[str, int] = defaultdict(int)

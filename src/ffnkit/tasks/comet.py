@@ -1,7 +1,7 @@
 """COMET, by its authors' own command.
 
-The package unbabel-comet wants transformers below 5 and numpy below 2, so it lives in an environment of its own, and its
-command ``comet-score`` is run. Which model it loads is said by the user alone: in FFNKIT_COMET.
+The package unbabel-comet wants transformers below 5 and numpy below 2, so it lives in an environment of its own, and
+its command ``comet-score`` is run. Which model it loads is said by the user alone: in FFNKIT_COMET.
 
 Source: Rei et al., COMET: A Neural Framework for MT Evaluation, EMNLP 2020.
 """
@@ -45,7 +45,11 @@ def comet(predictions: Sequence[str], references: Sequence[Sequence[str]], sourc
     with tempfile.TemporaryDirectory() as folder:
         for name, texts in columns.items():
             (Path(folder) / name).write_text("".join(" ".join(text.split()) + "\n" for text in texts), encoding="utf-8")
-        scores = _run([command, *"-s s -t t -r r --quiet --to_json out.json --gpus".split()], model, Path(folder))
+        scores = _run(
+            [command, *["-s", "s", "-t", "t", "-r", "r", "--quiet", "--to_json", "out.json", "--gpus"]],
+            model,
+            Path(folder),
+        )
     if len(scores) != sum(counts):
         raise FfnkitError(_ASKED, f"{len(scores)} scores for {sum(counts)} texts", "Check the version of comet-score")
     ends = list(accumulate(counts))

@@ -75,7 +75,7 @@ def _texts(given: Any, where: str) -> list[str]:
     """The texts of a list of {"input_text": text}, of {"input_text": texts}, or of a list of texts."""
     if isinstance(given, Mapping):
         given = given.get("input_text")
-    texts = [each.get("input_text") if isinstance(each, Mapping) else each for each in given or ()]
+    texts: list[Any] = [each.get("input_text") if isinstance(each, Mapping) else each for each in given or ()]
     if not all(isinstance(each, str) for each in texts):
         raise FfnkitError(where, "a question or an answer is no text", "Give strings, or objects with input_text")
     return [" ".join(each.split()) for each in texts]

@@ -140,10 +140,11 @@ def carve(
     rng = np.random.default_rng(seed)
     chosen = np.zeros(size(table), dtype=bool)
     if together is not None:
-        rows = _whole(table[together], count, rng)
+        chosen[_whole(table[together], count, rng)] = 1
+    elif stratified:
+        chosen[_stratified(np.asarray(table[label]), count, rng)] = 1
     else:
-        rows = _stratified(np.asarray(table[label]), count, rng) if stratified else rng.permutation(size(table))[:count]
-    chosen[rows] = 1
+        chosen[rng.permutation(size(table))[:count]] = 1
     return take(table, np.flatnonzero(~chosen)), take(table, np.flatnonzero(chosen))
 
 

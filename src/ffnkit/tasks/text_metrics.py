@@ -85,7 +85,7 @@ def _scored(
 
 
 def check(name: str) -> str:
-    """``name`` if :data:`METRICS` has it, else FfnkitError with those that it has; also where what it needs is missing."""
+    """``name`` if :data:`METRICS` has it and what it needs is here, else FfnkitError."""
     if name not in METRICS:
         raise FfnkitError(f"metric {name!r}", "there is no such metric of text", f"Choose one of {', '.join(METRICS)}")
     if (ready := METRICS[name].ready) is not None:

@@ -98,7 +98,8 @@ class Loop(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         made = super().create_optimizer(model)
         if self._compressed_rate != 1.0:
-            slower(made, compressed_parameters(self.model if model is None else model), self._compressed_rate)
+            inner: Any = self.model if model is None else model
+            slower(made, compressed_parameters(inner), self._compressed_rate)
         return made
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -93,7 +93,7 @@ def put_on(model: nn.Module, tuner: Lora, preparation: Preparation) -> nn.Module
     return tuned
 
 
-def _let_train(tuned: Any, tuner: Lora, further: list[str]) -> None:
+def _let_train(tuned: Any, tuner: Lora, further: Sequence[str]) -> None:
     """Further parts of the model train as a whole; weights below adapters do not."""
     if tuner.adapter_dir is not None:
         what = f"{', '.join(further)} would train too, and peft's form does not hold them"
