@@ -86,11 +86,15 @@ def _scored(
 
 def check(name: str) -> str:
     """``name`` if :data:`METRICS` has it and what it needs is here, else FfnkitError."""
-    if name not in METRICS:
-        raise FfnkitError(f"metric {name!r}", "there is no such metric of text", f"Choose one of {', '.join(METRICS)}")
-    if (ready := METRICS[name].ready) is not None:
+    if (ready := _known(name).ready) is not None:
         ready()
     return name
+
+
+def _known(name: str) -> TextMetric:
+    if name not in METRICS:
+        raise FfnkitError(f"metric {name!r}", "there is no such metric of text", f"Choose one of {', '.join(METRICS)}")
+    return METRICS[name]
 
 
 def labels(metrics: Sequence[str], references: Sequence[Sequence[str]] = ()) -> dict[str, str]:
@@ -101,7 +105,7 @@ def labels(metrics: Sequence[str], references: Sequence[Sequence[str]] = ()) -> 
     counts = {len(several) for several in references}
     lines = {}
     for name in metrics:
-        metric = METRICS[check(name)]
+        metric = _known(name)
         better = "more is better" if metric.greater_is_better else "less is better"
         parts = [metric.description, metric.scale, better]
         if name in _SACREBLEU:
