@@ -28,7 +28,7 @@ from ffnkit.settings import settings_of
 from ffnkit.settings.presets import filled
 from ffnkit.settings.words import in_words
 from ffnkit.tasks.fields import Head, Kind, LabelKind, TaskFields
-from ffnkit.tasks.settings import GenerationSettings
+from ffnkit.tasks.settings import GenerationSettings, JudgeSettings
 from ffnkit.tune.settings import CalibrationSettings, DistilSettings, TrainSettings
 
 Stage = Literal["compress", "distil", "tune", "prune", "recover", "evaluate", "export"]
@@ -189,6 +189,7 @@ class Recipe(Part):
     generation: GenerationSettings = Field(default_factory=lambda: GenerationSettings.model_validate({}))
     evaluate_before: StrictBool = False
     forgetting: str | None = None
+    judge: JudgeSettings | None = None
     export: Literal["none", "compact", "standard", "both", "apart", "all"] = "both"
     export_seeds: Literal["first", "all"] = "first"
     measure: Measure = Measure()
@@ -251,6 +252,8 @@ class Recipe(Part):
             check_trials(self)
         if self.forgetting is not None and "evaluate" not in self.stages:
             fail(("stages",), "forgetting is measured in the stage evaluate", list(self.stages))
+        if self.judge is not None and ("evaluate" not in self.stages or len(self.arms) < 2):
+            fail(("judge",), "answers of two arms or more, of the stage evaluate, are compared", None)
         if "distil" in self.stages and "compress" not in self.stages:
             fail(("stages",), "distil needs compress before it", list(self.stages))
         return self
@@ -303,7 +306,7 @@ class Recipe(Part):
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it stands in the file, defaults filled in."""
         data = self.model_dump(mode="json")
-        for name in ("forgetting", "search"):
+        for name in ("forgetting", "judge", "search"):
             if getattr(self, name) is None:
                 del data[name]
         if self.search is not None:

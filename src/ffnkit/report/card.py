@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 NOT_MEASURED = "not measured"
+
+
 @dataclass(frozen=True)
 class LayerWidth:
     """Hidden neurons of one FFN (of each expert, in a mixture) before and after; None: shared with another, or gone."""
