@@ -19,10 +19,10 @@ from common import footer, started, write
 from transformers import AutoModel
 
 import ffnkit as fk
+from ffnkit.io.quickstart import model_path
 from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.ops import support
 from ffnkit.report.sparsity import sparsity
-from ffnkit.tasks.quickstart import model_path
 
 RANK, COUNT, LAYERS = 16, 64, 3
 

@@ -24,8 +24,8 @@ from ffnkit.analysis.ntk import NtkSettings
 from ffnkit.analysis.result import Analysis
 from ffnkit.analysis.study import Candidate
 from ffnkit.io.files import write_text
+from ffnkit.io.quickstart import model_path
 from ffnkit.report.environment import machine, versions
-from ffnkit.tasks.quickstart import model_path
 from ffnkit.tasks.running import by_length
 
 TASKS, WIDTHS = ("sst2", "mrpc"), (0.25, 0.5)

@@ -12,7 +12,8 @@ import pytest
 
 from ffnkit import tasks
 from ffnkit.errors import FfnkitError
-from ffnkit.tasks import docstrings, quickstart
+from ffnkit.io import quickstart
+from ffnkit.tasks import docstrings
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,8 @@ def test_splits(collected, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_naming_tasks_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from ffnkit import tasks; from ffnkit.tasks import quickstart, docstrings; tasks.names();"
+        "import sys; from ffnkit import tasks; from ffnkit.io import quickstart; from ffnkit.tasks import docstrings;"
+        "tasks.names();"
         "heavy = {'torch', 'transformers', 'datasets', 'sklearn', 'scipy', 'pandas'} & set(sys.modules);"
         "print(sorted(heavy)); sys.exit(bool(heavy))"
     )

@@ -60,7 +60,7 @@ def one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
 
 
 def test_names_lists_every_kind() -> None:
-    written = ["e2e", "webnlg", "dart", "multi30k", "multi30k-de-en", "alpaca_demo", "oasst1"]
+    written = ["e2e", "webnlg", "dart", "multi30k", "multi30k-de-en", "coqa", "alpaca_demo", "oasst1"]
     written += ["wikitext2", "tinystories"]
     assert tasks.names() == [*GLUE, "docstrings", *written, "cifar10", "mnist", "digits"]
     assert all(tasks.get(name).name == name for name in tasks.names())

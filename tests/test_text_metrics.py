@@ -24,6 +24,7 @@ REFERENCES = [
     "It is the guiding principle which guarantees the military forces always being under the command of the Party",
     "It is the practical guide for the army always to heed the directions of the party",
 ]
+OWN = [name for name in METRICS if name != "comet"]  # that is of a model which somebody has to name
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "mat", "in", "house", "big", "small"]
 
 
@@ -42,7 +43,7 @@ def one_line(error: pytest.ExceptionInfo[FfnkitError], *parts: str) -> None:
     assert "\n" not in text and all(part in text for part in parts), text
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", OWN)
 def test_a_perfect_prediction_is_better_than_a_wrong_one_and_order_of_references_does_not_matter(name: str) -> None:
     _, references = corpus(12)
     perfect = [several[-1] for several in references]
@@ -220,7 +221,7 @@ def test_squad_normalization() -> None:
     assert token_f1("", [""]) == 1.0 and token_f1("", ["Paris"]) == 0.0 and token_f1("a", ["an"]) == 1.0
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", OWN)
 def test_empty_predictions_score_as_a_miss(name: str) -> None:
     references = [["the cat sat on the mat"], ["one big dog ran", "the big dog ran"]]
     value = score(["", ""], references, [name])[name]
@@ -229,7 +230,7 @@ def test_empty_predictions_score_as_a_miss(name: str) -> None:
     assert math.isfinite(part) and (part > value if METRICS[name].greater_is_better else part < value)
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", OWN)
 @pytest.mark.parametrize("text", ["   ", "!?", "...", "日本語", "\n", "x" * 3000, "\N{PILE OF POO}", "<unk>"])
 def test_odd_texts_do_not_crash(name: str, text: str) -> None:
     assert math.isfinite(score([text, "a cat"], [["a b", text], ["a cat"]], [name])[name])
@@ -287,6 +288,6 @@ def test_tokens_and_words() -> None:
 
 def test_scores_do_not_depend_on_the_global_state() -> None:
     predictions, references = corpus(8, seed=3)
-    first = score(predictions, references, list(METRICS))
+    first = score(predictions, references, OWN)
     text_metrics._tokenizer.cache_clear()
-    assert score(predictions, references, list(METRICS)) == first
+    assert score(predictions, references, OWN) == first

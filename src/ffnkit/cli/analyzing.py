@@ -12,6 +12,7 @@ from ffnkit.cli.application import app
 from ffnkit.cli.data_options import DATA, DataDir, TaskName, Tokenizer
 from ffnkit.cli.outputs import check_output
 from ffnkit.errors import FfnkitError
+from ffnkit.io import quickstart
 
 NTK = "The kernel (NTK)"
 ENERGY = "Gradients (--energy)"
@@ -119,12 +120,22 @@ def analyze(
 
       ffnkit analyze roberta-base [cyan]--energy --task sst2[/cyan] --out energy
 
+      ffnkit analyze quickstart           [dim]# the model, the task and the method of ffnkit run[/dim]
+
     Methods that measure activations see the task's train split or the first half of the text; everything is measured
     on the validation split or the second half. Of a model without a trained head one is drawn with --seed.
     """
+    from ffnkit.recipe import quickstart as packaged
+
     if out is not None:
         kind = "similarity" if similarity else "energy" if energy else "analysis"
         check_output(out, overwrite=overwrite, source=model, kind=kind)
+    if model == quickstart.NAME:  # what is not given is as in its recipe
+        recipe = packaged()
+        task = task or (None if text else recipe.task.name)
+        if methods is None and not (against or similarity or energy):
+            arm = next(arm for arm in recipe.arms.values() if arm.compressed)
+            methods, width = arm.method, width or str(arm.settings["width"])
     if similarity and energy:
         raise FfnkitError("ffnkit analyze --energy", "--similarity is given too", "Leave one of them out")
     if (similarity or energy) and (methods is not None or against):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.cli import console, describe
+from ffnkit.errors import FfnkitError
 
 
 def load_tokenizer(task: Any, model: str, other: str | None) -> Any:
@@ -121,3 +122,24 @@ class EvalJob:
             "main_metric": self.task.main_metric,
             "seconds": time.perf_counter() - start,
         }
+
+
+def submit(job: EvalJob, out: Path | None) -> dict[str, Any]:
+    """Write a model's answers on the test rows of a GLUE task as its server wants them.
+
+    Raises:
+        FfnkitError: another task, no folder for the files, rows left out, or no test rows within reach.
+    """
+    from ffnkit.tasks import glue_server
+
+    glue_server.check(job.task)
+    if out is None or out.is_file():
+        found = "no folder is named for them" if out is None else f"{out} is a file"
+        raise FfnkitError("--split test", found, "Add --predictions FOLDER")
+    if job.limit is not None:
+        raise FfnkitError(f"--limit {job.limit}", "GLUE's server wants every row", "Leave it out")
+    tokenizer = load_tokenizer(job.task, job.model, job.tokenizer)
+    model = job.task.load_model(job.model, tokenizer=tokenizer, trained_head=True).to(job.device)
+    sizes = {"batch_size": job.batch_size, "max_length": job.max_length}
+    files = glue_server.write_predictions(model, tokenizer, job.task, out, data_dir=job.data_dir, **sizes)
+    return {"model": job.model, "task": job.task.name, "split": "test", "folder": str(out), "files": files}

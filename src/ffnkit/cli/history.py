@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ffnkit.io import quickstart
 from ffnkit.io.architectures import is_own
 from ffnkit.io.files import write_text
 
@@ -44,6 +45,11 @@ class History:
             return cls(**{**known, "layers": tuple(tuple(row) for row in known.get("layers", ()))})
         except (OSError, ValueError, TypeError):
             return cls(base_model=public_name(model))
+
+    @property
+    def narrowed(self) -> list[str]:
+        """The FFNs that lost neurons."""
+        return [name for name, before, after in self.layers if after is not None and after < before]
 
     def compressed(self, plan: Any, before: Any, after: Any) -> History:
         """With a plan that was applied; ``before`` and ``after`` are inventories."""
@@ -89,5 +95,7 @@ class History:
 
 def public_name(model: str) -> str:
     """A hub name as it is; of a folder ``./`` and its own name only, for cards are published."""
+    if model == quickstart.NAME:
+        return quickstart.HUB
     path = Path(model).expanduser()
     return f"./{path.resolve().name}" if path.exists() else model

@@ -9,7 +9,9 @@ import typer
 
 from ffnkit.errors import FfnkitError
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A name on the hub, or a folder with config.json.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A name on the hub, a folder with config.json, or quickstart.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The folder to write. Whole or not there: never half.")]
 Overwrite = Annotated[

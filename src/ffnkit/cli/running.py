@@ -10,6 +10,7 @@ import typer
 from ffnkit.cli import console, options
 from ffnkit.cli.application import app
 from ffnkit.errors import FfnkitError
+from ffnkit.io.files import read_json
 
 if TYPE_CHECKING:
     from ffnkit.recipe import Results, Table
@@ -69,6 +70,7 @@ def run(
         from ffnkit.report.formats import to_rich
 
         console.stdout().print(to_rich(results.summary(), title=loaded.name))
+        _print_verdicts(folder)
         console.out(f"results in {folder}: results.json, table.md, report.html")
     raise typer.Exit(results.exit_code)
 
@@ -104,4 +106,18 @@ def _print_table(table: Table, found: dict[str, Results | FfnkitError], folder: 
             console.say(f"{name}: {each}")
         elif name not in told:
             console.stdout().print(to_rich(each.summary(), title=f"{table.name}: {name}"))
+        _print_verdicts(folder / name)
     console.out(f"results in {folder}: table.md, results.csv and report.html of each model, and a folder for each cell")
+
+
+def _print_verdicts(folder: Path) -> None:
+    """The table of compared answers, where a judge was named."""
+    from ffnkit.report import judging
+
+    found = (read_json(folder / "results.json") or {}).get("judging")
+    if not found:
+        return
+    if lines := judging.lines(found.get("arms", {})):
+        console.table("answers compared", judging.HEADER, lines, right=range(1, len(judging.HEADER)))
+    for note in judging.notes(found):
+        console.out(f" • {note}")

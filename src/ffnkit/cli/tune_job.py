@@ -104,6 +104,7 @@ class TuneJob:
         from ffnkit.checkpoint.adapters import is_adapted
         from ffnkit.io.architectures import widened
         from ffnkit.surgery.apply import SAVING
+        from ffnkit.surgery.compressed import mark
 
         start = time.perf_counter()
         tokenizer = load_tokenizer(self.task, self.model, self.tokenizer)
@@ -114,6 +115,7 @@ class TuneJob:
         self.open_work()
         tune.seed_everything(self.seed)  # the new head is drawn at random
         model = self.task.load_model(self.model, tokenizer=tokenizer)
+        mark(model, History.of(self.model).narrowed)  # one width for all does not show in the model
         adapted = is_adapted(model)
         if adapted and self.tuner_built.method is None:
             asked, what = f"--tuner {self.tuner}", f"{self.model} holds updates apart from its weights"

@@ -210,14 +210,17 @@ def evaluate(
     model: options.Model,
     data: Data,
     split: Annotated[
-        Literal["all", "report", "dev"] | None,
-        typer.Option("--split", help="report: what tune reports on; dev: a part of train; all: a lone file, whole."),
+        Literal["all", "report", "dev", "test"] | None,
+        typer.Option(
+            "--split", help="report: what tune reports on; dev: a part of train; all: a lone file; test: GLUE's server."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts at a time.")] = 64,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows; all by default.")] = None,
     device: options.Device = "auto",
     predictions: Annotated[
-        Path | None, typer.Option("--predictions", help="Write generated texts to this file, as JSON lines.")
+        Path | None,
+        typer.Option("--predictions", help="Write generated texts to this file, as JSON lines; of test: a folder."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the split --split dev.")] = 0,
     as_json: options.Json = False,
@@ -233,19 +236,28 @@ def evaluate(
       ffnkit eval tuned [cyan]--validation-file test.csv[/cyan] --text-column text --label-column stars
 
       ffnkit eval tuned --task webnlg [cyan]--generation-set num_beams=4 --predictions written.jsonl[/cyan]
-    """
-    from ffnkit.cli.eval_job import EvalJob, generation_built
 
-    if predictions is not None:
+      ffnkit eval tuned --task mnli [cyan]--split test --predictions glue[/cyan]   [dim]# MNLI-m.tsv, MNLI-mm.tsv[/dim]
+    """
+    from ffnkit.cli.eval_job import EvalJob, generation_built, submit
+
+    split = split or ("all" if data.lone else "report")
+    if predictions is not None and split != "test":
         check_file(predictions)
     console.quieten()
-    split = split or ("all" if data.lone else "report")
     chosen = data.evaluated(model, split)
     place = options.pick_device(device)
     generation = generation_built(describe.parse_settings(data.generation_set or [], "--generation-set"))
     job = EvalJob(
         model, chosen, data.data_dir, split, batch_size, data.max_length or 128, limit, seed, place, data.tokenizer
     )
+    if split == "test":
+        report = submit(job, predictions)
+        if as_json:
+            console.print_json(report)
+        else:
+            console.out(f"predictions in {predictions}: {', '.join(f'{k} ({n})' for k, n in report['files'].items())}")
+        return
     report = replace(job, generation=generation, predictions=predictions).run()
     if as_json:
         console.print_json(report)

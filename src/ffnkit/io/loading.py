@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io import quickstart
 from ffnkit.io.apart import base_of, is_apart, with_updates
 from ffnkit.io.fitting import check_fits, is_head
 from ffnkit.io.sizes import check_config, checkpoint_files, stored_shapes
@@ -123,12 +124,16 @@ def load_tokenizer(name_or_dir: str | Path, **kwargs: Any) -> Any:
 def check_name(name_or_dir: str | Path) -> str:
     """``name_or_dir`` as from_pretrained wants it, with ``~`` expanded; the base where updates lie apart from it.
 
+    "quickstart" is the model that comes with a package (``io.quickstart``).
+
     Raises:
         FfnkitError: it is a file, a path to nothing, or a folder without config.json.
     """
     text = str(name_or_dir)
     if not text.strip():
         raise FfnkitError("model ''", "the name is empty", "Name a folder, or a model of the hub")
+    if text == quickstart.NAME:
+        return str(quickstart.model_path())
     path, asked = Path(text).expanduser(), f"model {text}"
     if os.path.isfile(path):
         raise FfnkitError(asked, "this is a file", "Name the folder that holds config.json, or a model of the hub")

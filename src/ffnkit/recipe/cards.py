@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ffnkit.io import quickstart
 from ffnkit.io.architectures import is_own
-from ffnkit.recipe.sources import PACKAGED
 from ffnkit.recipe.state import Unit, unit_of, zeros_of
 from ffnkit.report import environment
 from ffnkit.report.card import CardInfo, Form, LayerWidth, Metric, model_card
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from ffnkit.recipe.schema import Recipe
     from ffnkit.tasks import AnyTask
-
-BASES = {PACKAGED: "sentence-transformers/all-MiniLM-L6-v2"}
 
 
 def card_of(
@@ -39,7 +37,7 @@ def card_of(
     settings: dict[str, Any] = {"seed": unit.seed, **budget, **arm.settings} if arm.compressed else {}
     return model_card(
         CardInfo(
-            base_model=BASES.get(recipe.model, recipe.model),
+            base_model=quickstart.HUB if recipe.model == quickstart.NAME else recipe.model,
             form=form,
             method=arm.method if arm.compressed else None,
             settings=settings,

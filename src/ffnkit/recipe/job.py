@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,12 @@ def run(
         try:
             _run_units(recipe, out, units, metric, say, isolate, progress)
             _measure(recipe, out, remeasure, say)
+            unjudged = _judge(recipe, out, say)
         except KeyboardInterrupt:
             written.write(recipe, written.collect(recipe, out, metric), pages=False)
             say("Stopped. What is finished is kept; run the same command to continue.")
             raise
-        results = written.collect(recipe, out, metric)
+        results = replace(written.collect(recipe, out, metric), unjudged=unjudged)
         written.write(recipe, results, pages=True)
     for row in results.failed:
         say(f"failed: {row['arm']}, seed {row['seed']}: {row['error']}")
@@ -120,6 +122,19 @@ def _measure(recipe: Recipe, out: Path, again: bool, say: Say) -> None:
             say(f"latencies of all arms in alternation: {time.perf_counter() - begin:.1f} s")
     except FfnkitError as error:
         say(f"latency was not measured: {error}")
+
+
+def _judge(recipe: Recipe, out: Path, say: Say) -> str:
+    """Why the answers were not judged; "" where they were, or no judge is named."""
+    if recipe.judge is None:
+        return ""
+    from ffnkit.recipe.judging import judge
+
+    say(f"judging the answers by {recipe.judge.model}")
+    problem = judge(recipe, out, say)
+    if problem:
+        say(f"the answers were not judged to the end: {problem}")
+    return problem
 
 
 def _clock(seconds: float) -> str:

@@ -56,10 +56,28 @@ def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
             neutral_texts(recipe.forgetting)
         except FfnkitError as error:
             raise error.within("forgetting") from None
+    if recipe.judge is not None:
+        _judges(recipe, source)
     if any(distilled(recipe, name) for name in recipe.arms):
         _distils(recipe, source)
     folder = Path(source.model_name)
     return (folder_digest(folder) if os.path.isdir(folder) else source.model_name), source.data_digest()
+
+
+def _judges(recipe: Recipe, source: Source) -> None:
+    """Refuse a judge where nothing is written that it could compare, and a local one that is not there."""
+    from ffnkit.io.loading import check_name
+    from ffnkit.recipe.sources import expand_model
+
+    task, settings = source.task, recipe.judge
+    try:
+        if task.kind not in ("generation", "instruction") or task.metrics == ("perplexity",):
+            what = f"task {task.name} writes no answers" if task.kind != "instruction" else "no answer is generated"
+            raise FfnkitError("judge", what, "Leave it out, or name a metric of text")
+        if settings is not None and settings.url is None:
+            check_name(expand_model(settings.model))
+    except FfnkitError as error:
+        raise error if error.asked == "judge" else error.within("judge") from None
 
 
 def _distils(recipe: Recipe, source: Source) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.io.files import read_json, write_text
+from ffnkit.recipe import judging
 from ffnkit.recipe.schema import Arm, Recipe
 from ffnkit.recipe.state import TRAINED, Unit, arm_dict, check_there, stages_of, unit_of, write_json, zeros_of
 
@@ -26,6 +27,7 @@ class Results:
     arms: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
     failed: list[dict[str, Any]] = field(default_factory=list)
+    unjudged: str = ""  # why the answers were not judged, where the recipe names a judge
 
     @property
     def ok(self) -> bool:
@@ -34,8 +36,8 @@ class Results:
 
     @property
     def exit_code(self) -> int:
-        """0, or 1 where a unit failed or was not run."""
-        return 0 if self.ok else 1
+        """0, or 1 where a unit failed or was not run, or answers were not judged."""
+        return 0 if self.ok and not self.unjudged else 1
 
     def to_dict(self) -> dict[str, Any]:
         """As results.json holds it."""
@@ -151,6 +153,8 @@ def write(recipe: Recipe, results: Results, *, pages: bool) -> None:
         "latency": {key: value for key, value in latency.items() if key not in {"arms", "fingerprint"}},
         "rows": results.rows,
     }
+    if found := judging.found_in(recipe, results.out):
+        content["judging"] = {name: value for name, value in found.items() if name != "pairs"}
     write_json(results.out / "results.json", plain(content))
     if pages and _reported(results.rows):
         _pages(recipe, results)
@@ -165,12 +169,18 @@ def _said(arm: Arm) -> dict[str, Any]:
 def _pages(recipe: Recipe, results: Results) -> None:
     from ffnkit.io.markdown import one_line, paragraphs
     from ffnkit.report import formats
+    from ffnkit.report import judging as compared
     from ffnkit.report.page import PageInfo, write_page
 
     summary = results.summary()
     notes = [recipe.notes] if recipe.notes else []
     opening = f"# {one_line(recipe.name)}\n\n" + "".join(map(paragraphs, notes))
+    found = judging.found_in(recipe, results.out)
+    verdicts, said = compared.lines(found.get("arms", {})), compared.notes(found) if found else []
     table = opening + formats.to_markdown(summary)
+    if found:
+        shown = formats.markdown_table(compared.HEADER, verdicts) + "\n" if verdicts else ""
+        table += f"\n## Answers compared\n\n{shown}{formats.markdown_notes(said)}"
     write_text(results.out / "table.md", table)
     write_text(results.out / "results.csv", formats.to_csv(summary))
     last: dict[str, Any] = next((row for row in reversed(results.rows) if row["status"] == "done"), {})
@@ -187,5 +197,8 @@ def _pages(recipe: Recipe, results: Results) -> None:
         versions=last.get("versions", {}),
         machine=last.get("machine", {}),
         notes=notes,
+        verdicts=[list(compared.HEADER), *verdicts] if verdicts else [],
+        verdict_notes=said,
+        answers=judging.side_by_side(recipe, results.out),
     )
     write_page(results.out / "report.html", info)

@@ -26,7 +26,7 @@ from ffnkit.settings import settings_of
 from ffnkit.settings.presets import filled
 from ffnkit.settings.words import in_words
 from ffnkit.tasks.fields import Head, Kind, LabelKind, TaskFields
-from ffnkit.tasks.settings import GenerationSettings
+from ffnkit.tasks.settings import GenerationSettings, JudgeSettings
 from ffnkit.tune.settings import CalibrationSettings, DistilSettings, TrainSettings
 
 Stage = Literal["compress", "distil", "tune", "prune", "recover", "evaluate", "export"]
@@ -264,6 +264,7 @@ class Recipe(Part):
     generation: GenerationSettings = Field(default_factory=lambda: GenerationSettings.model_validate({}))
     evaluate_before: StrictBool = False
     forgetting: str | None = None
+    judge: JudgeSettings | None = None
     export: Literal["none", "compact", "standard", "both", "apart", "all"] = "both"
     export_seeds: Literal["first", "all"] = "first"
     measure: Measure = Measure()
@@ -317,6 +318,8 @@ class Recipe(Part):
                 fail(("stages",), f"{then} needs {first} before it", list(self.stages))
         if self.forgetting is not None and "evaluate" not in self.stages:
             fail(("stages",), "forgetting is measured in the stage evaluate", list(self.stages))
+        if self.judge is not None and ("evaluate" not in self.stages or len(self.arms) < 2):
+            fail(("judge",), "answers of two arms or more, of the stage evaluate, are compared", None)
         if "distil" in self.stages and "compress" not in self.stages:
             fail(("stages",), "distil needs compress before it", list(self.stages))
         return self
@@ -358,8 +361,9 @@ class Recipe(Part):
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it stands in the file, defaults filled in."""
         data = self.model_dump(mode="json")
-        if self.forgetting is None:
-            del data["forgetting"]
+        for name in ("forgetting", "judge"):
+            if data[name] is None:
+                del data[name]
         for name, arm in self.arms.items():
             data["arms"][name] = arm_dict(arm)
         return data

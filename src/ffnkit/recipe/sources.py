@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ffnkit.tune import TrainSettings
 
 HUB_SET = "hub:"  # what the name of a data set of the hub begins with
-PACKAGED = "quickstart"  # the name of the model that comes with a package
 
 
 def expand(path: str) -> str:
@@ -49,10 +48,6 @@ def model_name(recipe: Recipe) -> str:
     """
     from ffnkit.io.loading import check_name
 
-    if recipe.model == PACKAGED:
-        from ffnkit.tasks.quickstart import model_path
-
-        return str(model_path())
     return check_name(expand_model(recipe.model))
 
 

@@ -194,7 +194,10 @@ def zeros_of(recipe: Recipe, unit: Unit) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------- the output folder
-OURS = ("run.json", "results.json", "results.csv", "table.md", "report.html", "latency.json", "units")
+OURS = (
+    *("run.json", "results.json", "results.csv", "table.md", "report.html", "latency.json"),
+    *("judging.json", "judgements.jsonl", "units"),
+)
 
 
 def check_out(out: Path) -> None:

@@ -21,6 +21,7 @@ from ffnkit.report import environment, measure
 from ffnkit.report.card import Form
 from ffnkit.report.sparsity import merge_costs, sparsity, units_removed
 from ffnkit.surgery.apply import SAVING
+from ffnkit.surgery.compressed import compressed_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -238,6 +239,8 @@ class _Job:
         """
         from ffnkit.tune import train
 
+        if settings.compressed_rate_factor != 1 and not self.arm.compressed and not compressed_parameters(self.model):
+            settings = settings.model_copy(update={"compressed_rate_factor": 1.0})  # nobody is there to learn at it
         tuner = sources.tuner_of(self.recipe, self.unit.arm)
         if apart and "apart_dir" in type(tuner).model_fields and tuner.method is not None:
             tuner = tuner.model_copy(update={"apart_dir": self.unit.work / APART})

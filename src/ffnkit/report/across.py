@@ -11,9 +11,10 @@ from typing import Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.report.table import VALUES, Row, Summary, summarize
+from ffnkit.tasks.glue import PARTS, task_score
 from ffnkit.tasks.metrics import greater_is_better
 
-AVERAGE = "average"
+AVERAGE, GLUE = "average", "glue"
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,11 @@ def _together(
         }
         if average and len(scores) == len(by_task):
             row[key] = {AVERAGE: math.fsum(scores.values()) / len(scores)}
+        if len(by_task) > 1 and len(mine) == len(by_task) and by_task.keys() <= PARTS.keys():
+            parts = [task_score(task, each.get(key) or {}) for task, each in mine.items()]
+            known = [part for part in parts if part is not None]
+            if len(known) == len(parts):
+                row[key] = row.get(key, {}) | {GLUE: math.fsum(known) / len(known)}
         if scores:
             row[key] = row.get(key, {}) | {named(task, metrics[task]): value for task, value in scores.items()}
     layers = {task: each["layers"] for task, each in mine.items() if each.get("layers")}
@@ -141,6 +147,10 @@ def _measured(values: Iterable[Any]) -> list[float]:
 
 def _notes(arms: Sequence[str], rows: Sequence[Row], metrics: Mapping[str, str], why_not: str) -> tuple[str, ...]:
     notes = [f"No average: {why_not}."] if why_not else ["The average is over the tasks, seed by seed."]
+    if any(GLUE in row["metrics"] for row in rows):
+        several = [task for task in metrics if len(PARTS[task]) > 1]
+        each = f"; of {', '.join(several)} the mean of its metrics" if several else ""
+        notes.append(f"glue: the benchmark's score, over {len(metrics)} of its {len(PARTS)} tasks{each}.")
     for arm in arms:
         there = {task for row in rows if row["arm"] == arm for task in row["tasks"]}
         if there and (missing := [task for task in metrics if task not in there]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.io.markdown import inline, one_line
@@ -17,11 +18,19 @@ if TYPE_CHECKING:
 
 def to_markdown(summary: Summary) -> str:
     """A Markdown table, followed by the notes as a list."""
-    header, lines = cells(summary)
+    return f"{markdown_table(*cells(summary))}\n{markdown_notes(all_notes(summary))}"
+
+
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is of words and the others of figures."""
     align = [":--", *["--:"] * (len(header) - 1)]
     shown = [[inline(cell) for cell in line] for line in (header, *lines)]
-    table = [_markdown_line(line) for line in (shown[0], align, *shown[1:])]
-    return "\n".join([*table, "", *(f"- {one_line(note)}" for note in all_notes(summary))]) + "\n"
+    return "".join(f"{_markdown_line(line)}\n" for line in (shown[0], align, *shown[1:]))
+
+
+def markdown_notes(notes: Sequence[str]) -> str:
+    """Notes as a list."""
+    return "".join(f"- {one_line(note)}\n" for note in notes)
 
 
 def _markdown_line(line: list[str]) -> str:

@@ -36,6 +36,8 @@ tbody th { color: var(--ink); }
 .notrun td { color: var(--soft); font-style: italic; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.5rem; margin: 0; font-size: .9375rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+details { border-bottom: 1px solid var(--line); padding: .4rem 0; } details dl { margin: .6rem 0; }
+details dd { white-space: pre-wrap; } summary { cursor: pointer; }
 .notes { border-left: 3px solid var(--mark); background: var(--tint); padding: .7rem 1rem .7rem 1.9rem; margin: 1rem 0;
   max-width: 50rem; font-size: .9375rem; }
 svg { max-width: 100%; height: auto; display: block; }
@@ -66,6 +68,8 @@ class PageInfo:
         seeds: the seeds that were asked for.
         versions, machine: as ``ffnkit.report.measure`` gives them.
         notes: further lines for the notes.
+        verdicts, verdict_notes: a table of compared answers, its head first, and what it needs to be read with.
+        answers: prompts with {"prompt", "references", "answers": {arm: text}, "verdicts": {arm: word}}.
     """
 
     title: str
@@ -80,6 +84,9 @@ class PageInfo:
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    verdicts: Sequence[Sequence[str]] = ()
+    verdict_notes: Sequence[str] = ()
+    answers: Sequence[Mapping[str, Any]] = ()
 
 
 def write_page(path: str | Path, info: PageInfo) -> None:
@@ -95,6 +102,8 @@ def page(info: PageInfo) -> str:
         f'<p class="lead">{escape(info.model)} on {escape(info.task)}, by {escape(info.metric)}</p>',
         _results(summary, info.notes),
         _plot(summary),
+        _section("Answers compared", _verdicts(info)),
+        _section("Answers side by side", "".join(map(_answers, info.answers))),
         _section("What was run", _run(info)),
         _section("Arms", _pairs({name: _settings(value) or "as it is" for name, value in info.arms.items()})),
         _section("Time by stage", _stages(summary)),
@@ -113,10 +122,14 @@ def _section(title: str, body: str) -> str:
 
 def _results(summary: Summary, notes: Sequence[str]) -> str:
     classes = ["" if arm.run else "notrun" for arm in summary.arms]
-    items = "".join(f"<li>{escape(note)}</li>" for note in (*notes, *all_notes(summary)))
-    listed = f'<ul class="notes">{items}</ul>' if items else ""
+    listed = _listed((*notes, *all_notes(summary)))
     tables = "".join(_table(header, lines, classes) for header, lines in blocks(summary))
     return _section("Results", tables + listed)
+
+
+def _listed(notes: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return f'<ul class="notes">{items}</ul>' if items else ""
 
 
 def _plot(summary: Summary) -> str:
@@ -128,6 +141,22 @@ def _plot(summary: Summary) -> str:
         "Arms of the same size stand side by side; the dashed line is the first arm."
     )
     return _section(heading(summary), f"<figure>{svg}<figcaption>{caption}</figcaption></figure>")
+
+
+def _verdicts(info: PageInfo) -> str:
+    table = _table(info.verdicts[0], info.verdicts[1:]) if info.verdicts else ""
+    return table + _listed(info.verdict_notes)
+
+
+def _answers(row: Mapping[str, Any]) -> str:
+    """A prompt that opens on what each arm wrote for it."""
+    prompt, verdicts = str(row["prompt"]), row.get("verdicts", {})
+    words = " ".join(prompt.split())
+    told = {f"{arm} ({verdicts[arm]})" if arm in verdicts else arm: text for arm, text in row["answers"].items()}
+    right = {"right": row["references"][0]} if row.get("references") else {}
+    whole = {"prompt": prompt, **right, **told}
+    title = escape(words if len(words) <= 120 else f"{words[:119]}…")
+    return f"<details><summary>{title}</summary>\n{_pairs(whole)}</details>\n"
 
 
 def _run(info: PageInfo) -> str:

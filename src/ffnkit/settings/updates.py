@@ -10,8 +10,8 @@ from typing import Annotated, ClassVar, Literal, get_args
 from ffnkit.settings import Doc
 from ffnkit.settings.presets import Preset
 
-Part = Literal["biases", "norms", "attention", "embeddings", "rest"]
-PARTS = ("head", *get_args(Part))
+Part = Literal["head", "biases", "norms", "attention", "embeddings", "rest"]
+PARTS: tuple[str, ...] = get_args(Part)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ffnkit.nn.lowrank import LowRank
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.plans import Plan
-from ffnkit.surgery import description
+from ffnkit.surgery import compressed, description
 from ffnkit.surgery.journal import journal
 from ffnkit.surgery.meta import rehearse, structure
 from ffnkit.surgery.writer import ModelWriter, put
@@ -56,6 +56,7 @@ def carry_out(model: nn.Module, edits: Iterable[Edit], plan: Plan | None = None)
         plan.check_weights(model)
     writer = check_edits(model, edits, rehearsed=plan is not None and structure(model) in plan.rehearsed)
     with journal(model):
+        compressed.mark(model, compressed.places(edits))
         writer.carry_out(edits)
 
 

@@ -1,6 +1,7 @@
 """Exact match and token F1 of short answers.
 
-Source: Rajpurkar et al., SQuAD: 100,000+ Questions for Machine Comprehension of Text, EMNLP 2016, section 6.1.
+Source: Rajpurkar et al., SQuAD: 100,000+ Questions for Machine Comprehension of Text, EMNLP 2016, section 6.1; Reddy et
+al., CoQA: A Conversational Question Answering Challenge, TACL 2019, section 3, and its evaluation script.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -34,3 +35,15 @@ def _f1(predicted: list[str], right: list[str]) -> float:
         return float(predicted == right)
     shared = (Counter(predicted) & Counter(right)).total()
     return 2 * shared / (len(predicted) + len(right))
+
+
+def left_out(score: Callable[[str, Sequence[str]], float], prediction: str, references: Sequence[str]) -> float:
+    """CoQA's rule for several people's answers: the mean of the scores against all of them but one.
+
+    A person is scored against the others, so that a model must not be scored against one more. Answers that two people
+    gave alike stay two. A lone answer is the reference itself.
+    """
+    if len(references) < 2:
+        return score(prediction, references)
+    rest = [[*references[:i], *references[i + 1 :]] for i in range(len(references))]
+    return sum(score(prediction, several) for several in rest) / len(rest)

@@ -100,7 +100,7 @@ class Task(Classifier):
             train_limit=train_limit,
             dev_limit=dev_limit,
             report_limit=report_limit,
-        ).map(self._dataset)
+        ).map(self.dataset)
 
     def encode(self, dataset: Dataset, tokenizer: Any, max_length: int = 128, *, model: Any = None) -> Dataset:
         """Token ids of every row, unpadded, and ``labels``; held in memory.
@@ -162,7 +162,7 @@ class Task(Classifier):
 
         return load_model(self, name_or_dir, tokenizer=tokenizer, trained_head=trained_head, **kwargs)
 
-    def _dataset(self, table: Table) -> Dataset:
+    def dataset(self, table: Table) -> Dataset:
         """The text columns and the label as a dataset in memory."""
         import pyarrow
         from datasets import Dataset

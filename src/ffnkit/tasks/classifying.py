@@ -74,4 +74,5 @@ class Classifier:
         restored[order] = scores
         labels = data["labels" if "labels" in data.column_names else "label"]
         metrics = self.compute_metrics(restored, np.asarray(labels))  # type: ignore[attr-defined]
-        return Evaluation({key: float(value) for key, value in metrics.items()}, float(np.sum(losses) / len(order)))
+        figures = {key: float(value) for key, value in metrics.items()}
+        return Evaluation(figures, float(np.sum(losses) / len(order)), outputs=restored)

@@ -13,7 +13,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.tasks.files import check_columns, read
 from ffnkit.tasks.locate import data_folder, from_hub
 from ffnkit.tasks.nlg import TextData, merged
-from ffnkit.tasks.splitting import Source, Table, size
+from ffnkit.tasks.splitting import Source, Table, size, take
 
 Segments = list[tuple[str, str]]
 
@@ -42,6 +42,8 @@ class _Reader:
         segments: the prompt of a meaning.
         extra: splits to report on beside, if there.
         join: rows of one prompt become one in the reported splits too, as the field scores them.
+        category: the column that tells seen and unseen rows of the test split apart, by whether train has it; "" for
+            none.
         notes: what a reader of the figures must know.
     """
 
@@ -50,6 +52,7 @@ class _Reader:
     segments: Callable[[Any, str], Segments]
     extra: tuple[str, ...]
     join: bool = False
+    category: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -108,7 +111,9 @@ def _load(name: str, data_dir: Path | None) -> Source:
         raise FfnkitError(f"data of task {name}", f"{where} has no validation split", "Put the official one there")
     notes = list(reader.notes)
     read_in = {}
-    for split in ("train", "validation", *reader.extra):
+    tables |= _seen_apart(tables, reader.category)
+    splits = [*dict.fromkeys(("train", "validation", *reader.extra, *tables))]
+    for split in splits:
         if split not in tables:
             continue
         table, dropped = _rows(tables[split], columns, reader, f"{where}, {split}")
@@ -125,6 +130,19 @@ def _load(name: str, data_dir: Path | None) -> Source:
         train, report = report, None
     assert train is not None
     return Source(train, report, where, extra=read_in, notes=tuple(notes), report_share=0.2)
+
+
+def _seen_apart(tables: dict[str, Table], category: str) -> dict[str, Table]:
+    """The test rows of categories that train has, and, unless they have a file of their own, those of the others."""
+    known = tables.get("train") or tables["validation"]
+    test = tables.get("test", {})
+    if not category or category not in known or category not in test:
+        return {}
+    seen = set(known[category])
+    rows: dict[str, list[int]] = {"test_seen": [], "test_unseen": []}
+    for row, value in enumerate(test[category]):
+        rows["test_seen" if value in seen else "test_unseen"].append(row)
+    return {name: take(test, found) for name, found in rows.items() if found and name not in tables}
 
 
 def _folder(folder: Path, splits: Sequence[str]) -> tuple[dict[str, Table], str]:
@@ -196,7 +214,8 @@ _READERS = {
         hub_columns=("modified_triple_sets", "lex"),
         segments=webnlg_segments,
         extra=("test", "test_unseen"),
-        notes=("test holds the seen categories and those of test_unseen",),
+        category="category",
+        notes=("test: all categories (A); test_seen: those that train has (S); test_unseen: the others (U)",),
     ),
     "dart": _Reader(
         columns=("tripleset", "references"),

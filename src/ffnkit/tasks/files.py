@@ -139,6 +139,8 @@ def _json(path: Path) -> Table:
     except json.JSONDecodeError as error:
         found = f"this is not JSON ({error.msg})"
         raise FfnkitError(f"{asked}, line {error.lineno}", found, "Repair it, or name it .jsonl") from error
+    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
+        rows = rows["data"]  # as CoQA and SQuAD are released, beside a version
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise FfnkitError(asked, "it is not a list of objects", _FORMATS)
     return columns_of(_whole(rows, path))

@@ -6,6 +6,8 @@ Source: Wang et al., GLUE: A Multi-Task Benchmark and Analysis Platform for Natu
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from ffnkit.tasks.splitting import Source, Table, size
 
 HUB = "nyu-mll/glue"
 _FILES = ("train.jsonl", "validation.jsonl")
-_STSB = (0.0, 5.0)
+RANGE = (0.0, 5.0)
+"""Of the similarities of stsb."""
 
 
 def _task(name: str, text: tuple[str, ...], labels: tuple[str, ...], metrics: tuple[str, ...], notes: str) -> Task:
@@ -92,11 +95,12 @@ def _labels(values: list[Any], labels: tuple[str, ...], where: str) -> list[Any]
     unlabelled = sum(value is None or value == -1 for value in values)
     if unlabelled:
         found = f"{unlabelled} of {len(values)} rows have no label (-1 or null)"
-        raise FfnkitError(where, found, "Give labelled rows; GLUE's test splits have none")
+        do = "Give labelled rows; of GLUE's test rows, which have none, ffnkit eval --split test writes predictions"
+        raise FfnkitError(where, found, do)
     if labels:
         wanted, bad = f"0 to {len(labels) - 1}", [v for v in values if v not in range(len(labels)) or v is True]
     else:
-        wanted, bad = f"{_STSB[0]:g} to {_STSB[1]:g}", [v for v in numbers if not _STSB[0] <= v <= _STSB[1]]
+        wanted, bad = f"{RANGE[0]:g} to {RANGE[1]:g}", [v for v in numbers if not RANGE[0] <= v <= RANGE[1]]
     if bad or len(numbers) < len(values):
         odd = bad or [value for value in values if isinstance(value, bool) or not isinstance(value, int | float)]
         found = f"{len(odd)} of {len(values)} rows have a label outside {wanted}, such as {odd[0]!r}"
@@ -158,3 +162,41 @@ TASKS: tuple[Task, ...] = (
         "is the second sentence, with the pronoun replaced, entailed?",
     ),
 )
+
+PARTS: dict[str, tuple[str, ...]] = {
+    **{task.name: task.metrics[:1] for task in TASKS},
+    **{task.name: task.metrics for task in TASKS if task.name in ("mrpc", "qqp", "stsb")},
+    "mnli": ("accuracy", "accuracy (mismatched)"),
+}
+"""By task the metrics whose mean is its score in the benchmark."""
+
+
+def task_score(task: str, metrics: Mapping[str, float]) -> float | None:
+    """A task's score in the benchmark: the mean of its metrics, of mnli of its two accuracies.
+
+    None where a metric is missing, but for mnli's mismatched rows, which some data lack.
+    """
+    values = [metrics.get(name) for name in PARTS[task] if name in metrics or "(" not in name]
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def benchmark_score(metrics: Mapping[str, Mapping[str, float]]) -> float:
+    """GLUE's score over tasks, each by :func:`task_score`, all of one weight; of nine it is the benchmark's own.
+
+    Args:
+        metrics: by task its metrics by name, shares and coefficients, such as {"cola": {"matthews": 0.6}}.
+
+    Raises:
+        FfnkitError: none or another task, or one without its metrics.
+    """
+    asked = "GLUE's score"
+    for task in metrics:
+        if task not in PARTS:
+            raise FfnkitError(asked, f"{task} is no task of it", f"Choose among {', '.join(PARTS)}")
+    scores = {task: task_score(task, found) for task, found in metrics.items()}
+    lost = [task for task, value in scores.items() if value is None]
+    if lost or not scores:
+        found = f"{lost[0]} has not {' and '.join(PARTS[lost[0]])}" if lost else "there is no task"
+        raise FfnkitError(asked, found, "Measure them first")
+    return math.fsum(value for value in scores.values() if value is not None) / len(scores)

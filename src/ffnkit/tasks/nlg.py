@@ -1,9 +1,11 @@
-"""Data of generation tasks: E2E, WebNLG 2017 and DART, and files of the user's own.
+"""Data of generation tasks: E2E, WebNLG 2017, DART, CoQA, and files of the user's own.
 
 Tables have the columns "prompt" (str: all that stands before the target, what separates the two included),
 "references" (list[str], one or more) and "segments" (list of (text, type) pairs, ``" ".join`` of whose texts is the
 prompt; type is the special token whose id GPT-2 takes as the token type of all tokens of the segment, "" where a task
 has no types).
+
+A table may have a further column by which rows are kept together when they are split (``Source.together``).
 
 Source: Novikova et al., The E2E Dataset, SIGDIAL 2017; Gardent et al., The WebNLG Challenge, INLG 2017; Nan et al.,
 DART: Open-Domain Structured Data Record to Text Generation, NAACL 2021.
@@ -86,9 +88,9 @@ def get(name: str) -> TextData:
 
 
 def _known() -> dict[str, TextData]:
-    from ffnkit.tasks import data2text, translation
+    from ffnkit.tasks import coqa, data2text, translation
 
-    return {**data2text.DATA, **translation.DATA}
+    return {**data2text.DATA, **translation.DATA, **coqa.DATA}
 
 
 def file_data(

@@ -26,12 +26,14 @@ class Evaluation:
         loss: mean over examples of a classifier, over target tokens of a model that writes.
         speed: figures of speed by name, such as "generated_per_second"; they vary from run to run.
         predictions: of a task that generates a row {"prompt", "prediction", "references"} an input; else none.
+        outputs: of a task with labels the scores of the classes (n, labels), or the numbers (n, 1); else None.
     """
 
     metrics: dict[str, float]
     loss: float
     speed: dict[str, float] = field(default_factory=dict)
     predictions: tuple[dict[str, Any], ...] = field(default=(), repr=False)
+    outputs: Any = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, float]:
         """The metrics, and "loss"."""

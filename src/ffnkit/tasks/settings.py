@@ -1,10 +1,11 @@
-"""Settings of decoding, checked when they are made; light to import."""
+"""Settings of decoding and of judging, checked when they are made; light to import."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ffnkit.settings.checked import Checked
 
@@ -26,3 +27,42 @@ class GenerationSettings(Checked):
         Annotated[int, Field(ge=0)], Field(description="no n-gram twice in a text; 0: allowed")
     ] = 0
     batch_size: Annotated[Count, Field(description="prompts at a time")] = 32
+
+
+ASKED = (
+    "Two answers to one request are shown. Say which of them is better: more helpful, correct and to the point. "
+    "Neither their order nor their length counts. End with [[A]], with [[B]], or with [[C]] where both are as good."
+)
+
+
+class JudgeSettings(Checked):
+    """Who judges pairs of free answers, and how it is asked: a local model, or one at an OpenAI-compatible address."""
+
+    model: Annotated[str, Field(min_length=1, description="a folder or hub name; with url the model's name there")]
+    url: Annotated[
+        str | None, Field(description="address before /chat/completions; its key is read from FFNKIT_JUDGE_KEY")
+    ] = None
+    prompts: Annotated[Count | None, Field(description="prompts judged, the first of the report split; null: all")] = (
+        100
+    )
+    instruction: Annotated[str, Field(description="what is asked; the verdicts are [[A]], [[B]] and [[C]]")] = ASKED
+    timeout: Annotated[Annotated[float, Field(gt=0)], Field(description="seconds that an address has to answer")] = 60.0
+    retries: Annotated[
+        Annotated[int, Field(ge=0, le=10)], Field(description="further tries where an address is busy or silent")
+    ] = 2
+    request: dict[str, Any] = Field(
+        default_factory=dict, description="further fields of a request to an address; null takes one out"
+    )
+    max_length: Annotated[Count, Field(description="tokens that a local model reads; longer texts are cut")] = 2048
+
+    @field_validator("url")
+    @classmethod
+    def _address(cls, url: str | None) -> str | None:
+        if url is None:
+            return None
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("no address; write http://host:port/v1")
+        if parts.username is not None or parts.query or parts.fragment:
+            raise ValueError("holds more than host and path; a key is read from FFNKIT_JUDGE_KEY alone")
+        return url.rstrip("/")

@@ -60,6 +60,7 @@ class Source:
         where: where the rows come from, in words.
         notes: what a reader of the figures must know.
         report_share: the share of train carved out where ``report`` is None.
+        together: a column whose equal values stay on one side of every cut, such as the story that questions are of.
     """
 
     train: Table | None
@@ -68,6 +69,7 @@ class Source:
     extra: Mapping[str, Table] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     report_share: float = 0.1
+    together: str | None = None
 
 
 def size(table: Table) -> int:
@@ -127,17 +129,35 @@ def share(rows: int, wanted: int | float | None, asked: str, usual: float = 0.05
     return count
 
 
-def carve(table: Table, label: str, count: int, seed: int, stratified: bool) -> tuple[Table, Table]:
+def carve(
+    table: Table, label: str, count: int, seed: int, stratified: bool, together: str | None = None
+) -> tuple[Table, Table]:
     """(rest, carved): ``count`` rows drawn with ``seed``, with the classes in their proportions if ``stratified``.
 
-    Both keep the order of ``table``. No class loses its last row to the carved side.
+    Both keep the order of ``table``. No class loses its last row to the carved side. With ``together`` the rows of a
+    value of that column go as one, until there are ``count`` or more; the last value stays.
     """
     rng = np.random.default_rng(seed)
     chosen = np.zeros(size(table), dtype=bool)
-    chosen[
-        _stratified(np.asarray(table[label]), count, rng) if stratified else rng.permutation(size(table))[:count]
-    ] = 1
+    if together is not None:
+        chosen[_whole(table[together], count, rng)] = 1
+    elif stratified:
+        chosen[_stratified(np.asarray(table[label]), count, rng)] = 1
+    else:
+        chosen[rng.permutation(size(table))[:count]] = 1
     return take(table, np.flatnonzero(~chosen)), take(table, np.flatnonzero(chosen))
+
+
+def _whole(values: Sequence[Any], count: int, rng: np.random.Generator) -> list[int]:
+    """Rows of whole groups of equal values, drawn until there are ``count``."""
+    groups: dict[Any, list[int]] = {}
+    for row, value in enumerate(values):
+        groups.setdefault(value, []).append(row)
+    drawn = [list(groups.values())[i] for i in rng.permutation(len(groups))[:-1]]
+    taken: list[int] = []
+    for group in drawn:
+        taken += group if len(taken) < count else []
+    return taken
 
 
 def _stratified(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -217,7 +237,7 @@ def divide(
     else:
         train, report = _apart(read, same, said, asked, what, label, stratify)
         count = share(size(train), dev, f"{asked}: dev split")
-        rest, carved = carve(train, label, count, seed, stratify)
+        rest, carved = carve(train, label, count, seed, stratify, read.together)
         said.append(f"dev: {size(carved)} {what} carved out of train with seed {seed}")
         parts = {"train": (rest, train_limit), "dev": (carved, dev_limit), "report": (report, report_limit)}
     cut: dict[str, Table] = {}
@@ -250,5 +270,6 @@ def _apart(
     if read.report:
         return train, read.report
     count = share(size(train), None, f"{asked}: report split", usual=read.report_share, most=5000)
-    said.append(f"report: {count} {what} carved out of train with seed 0")
-    return carve(train, label, count, 0, stratify)
+    rest, carved = carve(train, label, count, 0, stratify, read.together)
+    said.append(f"report: {size(carved)} {what} carved out of train with seed 0")
+    return rest, carved

@@ -1,12 +1,13 @@
-"""Metrics of generated text by name: BLEU, chrF, TER, NIST, METEOR, ROUGE, CIDEr-D, exact match and token F1.
+"""Metrics of generated text by name: BLEU, chrF, TER, NIST, METEOR, ROUGE, CIDEr-D, COMET, exact match and token F1.
 
-BLEU, chrF and TER are sacrebleu's, METEOR is nltk's, ROUGE is rouge-score's. All take whole texts, not tokens, and any
-number of references an input.
+BLEU, chrF and TER are sacrebleu's, METEOR is nltk's, ROUGE is rouge-score's, COMET is that of its authors. All take
+whole texts, not tokens, and any number of references an input.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from typing import Any
 
 from ffnkit.errors import FfnkitError
 
-Score = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
+Score = Callable[..., float]
+"""Of predictions, lists of references and, where a metric asks for them, sources."""
 
 
 @dataclass(frozen=True)
@@ -26,25 +28,35 @@ class TextMetric:
         scale: its worst and best value, in words; None bounds nothing.
         description: variant, tokens and how several references count.
         greater_is_better: whether more is better.
+        reads_sources: whether it looks at what the model read, too.
+        ready: raises FfnkitError where something that it needs is not on this machine.
     """
 
     score: Score
     scale: str
     description: str
     greater_is_better: bool = True
+    reads_sources: bool = False
+    ready: Callable[[], object] | None = None
 
 
-def score(predictions: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str]) -> dict[str, float]:
+def score(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    metrics: Sequence[str],
+    sources: Sequence[str] = (),
+) -> dict[str, float]:
     """Each metric of ``metrics`` over a whole corpus, on the scale that :data:`METRICS` names.
 
     Args:
         predictions: (n,) generated texts, detokenized; an empty one counts as a miss.
         references: (n,) lists of one or more right texts; their number may differ by input.
         metrics: names in :data:`METRICS`.
+        sources: (n,) what the model read, for metrics that ask for it (COMET).
 
     Raises:
         FfnkitError: no such metric, no or unequal numbers of predictions and references, an input without a
-            reference, or something else than strings.
+            reference, something else than strings, or a metric that needs sources without them.
     """
     wanted = [check(name) for name in metrics]
     asked = f"metrics {', '.join(wanted)}"
@@ -58,14 +70,31 @@ def score(predictions: Sequence[str], references: Sequence[Sequence[str]], metri
         raise FfnkitError(asked, found, "Give every input a list of one or more references")
     if not all(isinstance(text, str) for text in (*predictions, *(one for several in lists for one in several))):
         raise FfnkitError(asked, "some predictions or references are not strings", "Decode predictions to text first")
-    return {name: float(METRICS[name].score(predictions, lists)) for name in wanted}
+    blind = [name for name in wanted if METRICS[name].reads_sources and len(sources) != len(predictions)]
+    if blind:
+        found = f"{len(sources)} sources for {len(predictions)} predictions"
+        raise FfnkitError(f"metric {blind[0]}", found, "Give what was translated as sources, one for each prediction")
+    return {name: float(_scored(METRICS[name], predictions, lists, sources)) for name in wanted}
+
+
+def _scored(
+    metric: TextMetric, predictions: Sequence[str], references: Sequence[Sequence[str]], sources: Sequence[str]
+) -> float:
+    more = (sources,) if metric.reads_sources else ()
+    return metric.score(predictions, references, *more)
 
 
 def check(name: str) -> str:
-    """``name`` if :data:`METRICS` has it, else FfnkitError with those that it has."""
+    """``name`` if :data:`METRICS` has it and what it needs is here, else FfnkitError."""
+    if (ready := _known(name).ready) is not None:
+        ready()
+    return name
+
+
+def _known(name: str) -> TextMetric:
     if name not in METRICS:
         raise FfnkitError(f"metric {name!r}", "there is no such metric of text", f"Choose one of {', '.join(METRICS)}")
-    return name
+    return METRICS[name]
 
 
 def labels(metrics: Sequence[str], references: Sequence[Sequence[str]] = ()) -> dict[str, str]:
@@ -76,7 +105,7 @@ def labels(metrics: Sequence[str], references: Sequence[Sequence[str]] = ()) -> 
     counts = {len(several) for several in references}
     lines = {}
     for name in metrics:
-        metric = METRICS[check(name)]
+        metric = _known(name)
         better = "more is better" if metric.greater_is_better else "less is better"
         parts = [metric.description, metric.scale, better]
         if name in _SACREBLEU:
@@ -195,6 +224,9 @@ def _meteor(predictions: list[list[str]], references: list[list[list[str]]]) -> 
     return sum(scores) / len(scores)
 
 
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]”’]*\s+")
+
+
 class _RougeTokens:
     """rouge-score's own tokens with stems, every text cut once."""
 
@@ -204,12 +236,17 @@ class _RougeTokens:
         self.tokenize = functools.lru_cache(maxsize=2**16)(DefaultTokenizer(use_stemmer=True).tokenize)
 
 
+def sentences(text: str) -> str:
+    """A text with a sentence a line: cut at line breaks, and after . ! ? with or without closing quotes or brackets."""
+    return _SENTENCE_END.sub("\n", text)
+
+
 def _rouge(kind: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer([kind], tokenizer=_RougeTokens())
+    scorer, cut = RougeScorer([kind], tokenizer=_RougeTokens()), sentences if kind == "rougeLsum" else str
     scores = [
-        scorer.score_multi(list(several), output)[kind].fmeasure
+        scorer.score_multi(list(map(cut, several)), cut(output))[kind].fmeasure
         for output, several in zip(predictions, references, strict=True)
     ]
     return 100.0 * sum(scores) / len(scores)
@@ -234,6 +271,30 @@ def _token_f1(prediction: str, references: Sequence[str]) -> float:
     from ffnkit.tasks.answers import token_f1
 
     return token_f1(prediction, references)
+
+
+def _coqa_f1(prediction: str, references: Sequence[str]) -> float:
+    from ffnkit.tasks.answers import left_out, token_f1
+
+    return left_out(token_f1, prediction, references)
+
+
+def _coqa_exact_match(prediction: str, references: Sequence[str]) -> float:
+    from ffnkit.tasks.answers import exact_match, left_out
+
+    return left_out(exact_match, prediction, references)
+
+
+def _comet_ready() -> object:
+    from ffnkit.tasks.comet import check
+
+    return check()
+
+
+def _comet(predictions: Sequence[str], references: Sequence[Sequence[str]], sources: Sequence[str]) -> float:
+    from ffnkit.tasks.comet import comet
+
+    return comet(predictions, references, sources)
 
 
 def _same(prediction: str, references: Sequence[str]) -> float:
@@ -261,6 +322,7 @@ METRICS: dict[str, TextMetric] = {
     "rougeL": _rouge_metric("rougeL", "the longest common subsequence"),
     "rouge1": _rouge_metric("rouge1", "words"),
     "rouge2": _rouge_metric("rouge2", "pairs of words"),
+    "rougeLsum": _rouge_metric("rougeLsum", "the common subsequences of each sentence, sentence by sentence"),
     "cider": TextMetric(
         _tokenized(words, _cider),
         "0 to 10",
@@ -282,6 +344,21 @@ METRICS: dict[str, TextMetric] = {
     ),
     "token_f1": TextMetric(
         _mean(_token_f1, 100.0), "0 to 100", "mean F1 of tokens after SQuAD's normalization, the best reference counts"
+    ),
+    "coqa_f1": TextMetric(
+        _mean(_coqa_f1, 100.0),
+        "0 to 100",
+        "CoQA's F1: each answer of several left out in turn, the best of the others counts, and the mean of these",
+    ),
+    "coqa_exact_match": TextMetric(
+        _mean(_coqa_exact_match, 100.0), "0 to 100", "exact match in the same way as CoQA's F1"
+    ),
+    "comet": TextMetric(
+        _comet,
+        "as the model has it, about 0 to 1",
+        "COMET of the model that FFNKIT_COMET names, mean of inputs, the best reference counts",
+        reads_sources=True,
+        ready=_comet_ready,
     ),
     "accuracy": TextMetric(_mean(_same, 1.0), "0 to 1", "share of texts equal to a reference, white space aside"),
 }

@@ -136,7 +136,7 @@ class WordsTask(Writer):
         places = np.arange(len(labels))
         loss = -scores[places, labels].sum() / counts[places, labels].sum()
         metrics = self.compute_metrics(scores, labels)
-        return Evaluation({name: float(value) for name, value in metrics.items()}, float(loss))
+        return Evaluation({name: float(value) for name, value in metrics.items()}, float(loss), outputs=scores)
 
     def scores(
         self, model: Any, tokenizer: Any, rows: Mapping[str, Sequence[str]], batch_size: int, max_length: int

@@ -159,7 +159,7 @@ def written(
         for prompt, text, references in zip(rows["prompt"], texts, rows["references"], strict=True)
     )
     speed = {"generation_seconds": seconds, "generated_per_second": len(texts) / max(seconds, 1e-9)}
-    return score(texts, rows["references"], metrics), speed, predictions
+    return score(texts, rows["references"], metrics, rows["prompt"]), speed, predictions
 
 
 def perplexity(loss: float) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import (
@@ -14,6 +14,7 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     create_model,
     model_serializer,
+    model_validator,
 )
 
 from ffnkit.errors import FfnkitError
@@ -78,6 +79,12 @@ class Tuner(Checked):
     def take_off(self, model: nn.Module) -> nn.Module:
         """A plain transformers model with the trained weights."""
         return model
+
+    @model_validator(mode="after")
+    def _head_said_once(self) -> Self:
+        if "head" in getattr(self, "modules_to_train", ()) and not getattr(self, "head", True):
+            raise ValueError("modules_to_train names the head, and head is false; leave one of the two out")
+        return self
 
     @property
     def method(self) -> Any | None:

@@ -18,7 +18,8 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import no_bars
 from ffnkit.model.trainable import parts_of
 from ffnkit.nn.adapter_layer import adapter_layers
-from ffnkit.tasks.running import target_counts
+from ffnkit.surgery.compressed import compressed_parameters
+from ffnkit.tasks.running import IGNORED, is_seq2seq, logits_of, target_counts
 
 
 class Loop(Trainer):
@@ -30,6 +31,8 @@ class Loop(Trainer):
     Args:
         scores: metrics and loss of the model on dev, by name; None: as the Trainer evaluates.
         group_lengths: length of each training example, to make batches of similar lengths; None: plain shuffling.
+        label_smoothing: share of each target that is spread over all classes, in training alone.
+        compressed_rate: what was compressed learns at this many times the learning rate.
     """
 
     def __init__(
@@ -37,9 +40,12 @@ class Loop(Trainer):
         *args: Any,
         scores: Callable[[Any], dict[str, float]] | None = None,
         group_lengths: np.ndarray | None = None,
+        label_smoothing: float = 0.0,
+        compressed_rate: float = 1.0,
         **kwargs: Any,
     ) -> None:
         self._scores, self._group_lengths = scores, group_lengths
+        self._smoothing, self._compressed_rate = label_smoothing, compressed_rate
         super().__init__(*args, **kwargs)
         # Whatever their forward accepts, models return the mean over a micro-batch, which is weighted here.
         self.model_accepts_loss_kwargs = False
@@ -84,8 +90,17 @@ class Loop(Trainer):
             own = self._items(inputs["labels"]).to(num_items_in_batch.device)
             share = own * self.current_gradient_accumulation_steps / num_items_in_batch.clamp(min=1)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if self._smoothing:
+            loss = loss + self._smoothing * confidence(logits_of(outputs), inputs["labels"], self.model)
         loss = loss if share is None else loss * share
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        made = super().create_optimizer(model)
+        if self._compressed_rate != 1.0:
+            inner: Any = self.model if model is None else model
+            slower(made, compressed_parameters(inner), self._compressed_rate)
+        return made
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Without biases, norms and factors, which mean nothing at zero."""
@@ -122,6 +137,35 @@ class Loop(Trainer):
         if lost or load_result.unexpected_keys:
             found = f"the names of its weights do not match ({(lost or load_result.unexpected_keys)[0]})"
             raise FfnkitError("resuming from a checkpoint", found, "Give the model that was trained, or another folder")
+
+
+def confidence(logits: torch.Tensor, labels: torch.Tensor, model: Any) -> torch.Tensor:
+    """How far the logits of the targets are above the mean logit, a mean over targets (scalar).
+
+    Added to the cross entropy with a factor e, it gives that with labels smoothed by e: (1 - e) CE + e CE of the
+    uniform distribution, for the normalizer is in both.
+
+    Args:
+        logits: (batch, classes) or (batch, tokens, words). labels: (batch,) or (batch, tokens), -100 where none counts.
+    """
+    if labels.ndim > 1 and not is_seq2seq(model):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    kept = labels.ne(IGNORED)
+    rows, wanted = logits[kept].float(), labels[kept]
+    if not len(rows):
+        return rows.sum()
+    return (rows.gather(-1, wanted[:, None]).squeeze(-1) - rows.mean(-1)).mean()
+
+
+def slower(optimizer: torch.optim.Optimizer, chosen: set[int], factor: float) -> None:
+    """Let the chosen parameters of a fresh optimizer learn at ``factor`` times the rate, in groups of their own."""
+    groups = list(optimizer.param_groups)
+    optimizer.param_groups.clear()
+    parts = [(g, [p for p in g["params"] if (id(p) in chosen) is own], own) for own in (False, True) for g in groups]
+    for group, parameters, own in parts:
+        if parameters:
+            rate = group["lr"] * factor if own else group["lr"]
+            optimizer.add_param_group({**group, "params": parameters, "lr": rate})
 
 
 class GroupedSampler(Sampler[int]):

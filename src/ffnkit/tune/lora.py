@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -86,20 +86,20 @@ def put_on(model: nn.Module, tuner: Lora, preparation: Preparation) -> nn.Module
         fan_in_fan_out=kinds == {Conv1D},
     )
     tuned = adapted(model, lambda base: _with_adapters(base, config), ties, parted)
-    if tuner.modules_to_train:
-        _let_train(tuned, tuner)
+    if further := [part for part in tuner.modules_to_train if part != "head"]:  # that is a module of its own to peft
+        _let_train(tuned, tuner, further)
     if noted is not None:
         zeros.hold(tuned, noted)
     return tuned
 
 
-def _let_train(tuned: Any, tuner: Lora) -> None:
+def _let_train(tuned: Any, tuner: Lora, further: Sequence[str]) -> None:
     """Further parts of the model train as a whole; weights below adapters do not."""
     if tuner.adapter_dir is not None:
-        what = f"{', '.join(tuner.modules_to_train)} would train too, and peft's form does not hold them"
+        what = f"{', '.join(further)} would train too, and peft's form does not hold them"
         raise FfnkitError("lora with adapter_dir", what, "Leave one of the two out")
     below = {id(p) for name, p in tuned.named_parameters() if name.endswith("base_layer.weight")}
-    for parameter in parts_of(tuned.get_base_model(), tuner.modules_to_train):
+    for parameter in parts_of(tuned.get_base_model(), further):
         if id(parameter) not in below and parameter.is_floating_point():
             parameter.requires_grad_(True)
 

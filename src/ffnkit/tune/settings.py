@@ -60,6 +60,12 @@ class TrainSettings(Checked):
     eps: Annotated[Positive, Field(description="Adam's epsilon")] = 1e-8
     optimizer: Annotated[str, Field(description="an optimizer of transformers, by its name")] = "adamw_torch_fused"
     max_grad_norm: Annotated[NotNegative, Field(description="gradients are clipped to this norm; 0: not clipped")] = 1.0
+    label_smoothing: Annotated[
+        Annotated[float, Field(ge=0, lt=1)], Field(description="share of the target spread over all classes or words")
+    ] = 0.0
+    compressed_rate_factor: Annotated[
+        Positive, Field(description="what was compressed learns at this many times the learning rate")
+    ] = 1.0
     epochs: Annotated[Positive, Field(description="passes over the training split; unused where steps is set")] = 3.0
     steps: Annotated[Count | None, Field(description="optimizer steps in all; overrides epochs")] = None
     batch_size: Annotated[Count, Field(description="examples of a forward pass, a device")] = 32
@@ -110,12 +116,9 @@ class TrainSettings(Checked):
     def _told(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Later settings are told where they are not the default, so that facts about runs stay what they were."""
         told: dict[str, Any] = handler(self)
-        told = {k: v for k, v in told.items() if k not in ("dropout", "preset") or v is not None}
-        if told.get("augment") == "none":
-            del told["augment"]
-        if not told.get("packing", True):
-            del told["packing"]
-        return told
+        plain: dict[str, Any] = {"augment": "none", "packing": False, "dropout": None, "preset": None}
+        plain |= {"label_smoothing": 0.0, "compressed_rate_factor": 1.0}
+        return {name: value for name, value in told.items() if name not in plain or value != plain[name]}
 
 
 class DistilSettings(Checked):

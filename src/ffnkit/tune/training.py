@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ffnkit.checkpoint.adapters import is_adapted
 from ffnkit.errors import FfnkitError
+from ffnkit.surgery.compressed import compressed_parameters
 from ffnkit.tasks.packing import pack
 from ffnkit.tasks.running import encoded_rows, lengths
 from ffnkit.tasks.settings import GenerationSettings
@@ -84,6 +85,9 @@ def train(
     metric = chosen_metric(task, settings)
     if settings.augment != "none" and not hasattr(task, "augmented"):
         raise FfnkitError(f"augment {settings.augment}", f"task {task.name} has no images", "Leave it out")
+    if settings.label_smoothing and task.kind == "regression":
+        asked = f"label_smoothing {settings.label_smoothing:g}"
+        raise FfnkitError(asked, f"task {task.name} asks for a number, not for a class", "Leave it out")
     data = encoded_rows(task, splits.train, tokenizer, settings.max_length, model)
     data = pack(model, task, data, settings.max_length) if settings.packing else data
     dev = encoded_rows(task, splits.dev, tokenizer, settings.max_length, model)
@@ -93,6 +97,10 @@ def train(
     arguments = training_arguments(settings, metric, out_dir, seed, progress)
     go_on = go_on and is_adapted(model)
     model = model if go_on else undone(model)
+    if settings.compressed_rate_factor != 1 and not compressed_parameters(model):
+        asked = f"compressed_rate_factor {settings.compressed_rate_factor:g}"
+        found = f"nothing in the {type(model).__name__} is known to be compressed"
+        raise FfnkitError(asked, found, "Leave it out, or compress the model in the same recipe or process")
     facts = _run(model, task, data, dev, settings, tuner, seed) | ({"go_on": True} if go_on else {})
     if (copies := arguments.world_size * max(arguments.n_gpu, 1)) > 1:
         facts["processes and GPUs"] = copies  # each has batches of its own: others, by another number
@@ -203,6 +211,8 @@ def _loop(
             scores=scores,
             callbacks=callbacks,
             group_lengths=lengths(data) if s.group_by_length else None,
+            label_smoothing=s.label_smoothing,
+            compressed_rate=s.compressed_rate_factor,
         )
     except (ValueError, ImportError) as error:
         raise FfnkitError("training", str(error), "Change the settings or the model") from error
