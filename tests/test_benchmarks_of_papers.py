@@ -224,7 +224,11 @@ SCORES = [0.6, 0.9, 0.85, 0.85, 0.8, 0.85, 0.9, 0.7, 0.5]
 def test_the_score_of_glue_is_that_of_the_benchmark() -> None:
     assert benchmark_score(GLUE) == pytest.approx(sum(SCORES) / 9)
     assert benchmark_score({"mnli": {"accuracy": 0.8}}) == 0.8  # data without the mismatched rows
-    for metrics, said in (({"mrpc": {"accuracy": 0.8}}, "mrpc has not accuracy and f1"), ({"e2e": {}}, "e2e"), ({}, "no task")):
+    for metrics, said in (
+        ({"mrpc": {"accuracy": 0.8}}, "mrpc has not accuracy and f1"),
+        ({"e2e": {}}, "e2e"),
+        ({}, "no task"),
+    ):
         with pytest.raises(FfnkitError, match=said):
             benchmark_score(metrics)
 

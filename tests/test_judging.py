@@ -138,7 +138,9 @@ class Handler(BaseHTTPRequestHandler):
         if callable(answer):
             answer = answer(body["messages"][-1]["content"])
         code, text = answer if isinstance(answer, tuple) else (200, answer)
-        content = text if code != 200 else json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
+        content = (
+            text if code != 200 else json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
+        )
         self.send_response(code)
         if code in (301, 302, 307, 308):
             self.send_header("Location", text)
@@ -216,7 +218,9 @@ def test_an_address_where_nobody_is() -> None:
         judges.judge_of(JudgeSettings(model="m", url="http://127.0.0.1:1/v1", retries=0)).ask("p", "a", "b")
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "file:///etc/passwd", "http://user:key@host/v1", "http://h/v1?key=1"])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "file:///etc/passwd", "http://user:key@host/v1", "http://h/v1?key=1"]
+)
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="url"):
         JudgeSettings(model="m", url=url)
@@ -232,7 +236,9 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = byte_level()
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 512, "initializer_range": 0.6}
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **sizes)).save_pretrained(path)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **sizes)).save_pretrained(
+        path
+    )
     tokenizer.save_pretrained(path)
     return path
 

@@ -455,7 +455,11 @@ needs_data = pytest.mark.skipif("FFNKIT_DATA" not in os.environ, reason="FFNKIT_
 @needs_data
 @pytest.mark.parametrize(
     ("name", "report", "extra"),
-    [("e2e", 547, {"test": 630}), ("webnlg", 872, {"test": 1862, "test_unseen": 891, "test_seen": 971}), ("dart", 544, {"test": 5097})],
+    [
+        ("e2e", 547, {"test": 630}),
+        ("webnlg", 872, {"test": 1862, "test_unseen": 891, "test_seen": 971}),
+        ("dart", 544, {"test": 5097}),
+    ],
 )
 def test_real_data(name: str, report: int, extra: dict[str, int]) -> None:
     splits = nlg.get(name).splits()

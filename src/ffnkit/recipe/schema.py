@@ -360,10 +360,8 @@ class Recipe(Part):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it stands in the file, defaults filled in."""
-        data = self.model_dump(mode="json")
-        for name in ("forgetting", "judge"):
-            if data[name] is None:
-                del data[name]
+        later = ("forgetting", "judge")  # of runs without them nothing is said
+        data = {k: v for k, v in self.model_dump(mode="json").items() if v is not None or k not in later}
         for name, arm in self.arms.items():
             data["arms"][name] = arm_dict(arm)
         return data
