@@ -160,9 +160,11 @@ files = {{n: open(given[given.index('-' + n) + 1]).read().splitlines() for n in 
 model = given[given.index('--model') + 1]
 if 'broken' in model:
     sys.exit('RuntimeError: no such model')
-rows = [dict(src=s, mt=t, ref=r, COMET=(s == 'S ' + t) / 2 + (t == r) / 2) for s, t, r in zip(*(files[n] for n in 'str'))]
+three = zip(*(files[n] for n in 'str'))
+rows = [dict(src=s, mt=t, ref=r, COMET=(s == 'S ' + t) / 2 + (t == r) / 2) for s, t, r in three]
 json.dump({{'t': rows}}, open(given[given.index('--to_json') + 1], 'w'))
-open(os.environ['SEEN'], 'a').write(json.dumps([model, os.environ.get('HF_HUB_OFFLINE'), os.environ.get('PYTHONPATH')]) + '\\n')
+seen = [model, os.environ.get('HF_HUB_OFFLINE'), os.environ.get('PYTHONPATH')]
+open(os.environ['SEEN'], 'a').write(json.dumps(seen) + '\\n')
 """
 
 
