@@ -58,13 +58,27 @@ REFUSED = {
     ("layer-drop", "albert"): "no layer of the stack is left",
 } | {
     (name, family): "3-D parameter"
-    for name in ("sparsegrad", "sparsegrad on data", "mask", "meprop", "meprop of outputs", "combined updates")
+    for name in (
+        "sparsegrad",
+        "sparsegrad on data",
+        "bottleneck",
+        "mask",
+        "meprop",
+        "meprop of outputs",
+        "combined updates",
+    )
     for family in ("mixtral", "llama4")
 }
+REFUSED |= {("prefix", family): "do not bear it" for family in ("t5", "switch", "albert", "clip")}
+WITHOUT_BIASES = ("llama", "phi3", "t5", "switch", "mixtral", "llama4")
+REFUSED |= {("bitfit", family): "has no bias outside" for family in WITHOUT_BIASES}
 
 TUNERS: dict[str, dict[str, Any]] = {
     "full": {"name": "full"},
     "ffn": {"name": "ffn"},
+    "bottleneck": {"name": "bottleneck", "size": 3},
+    "prefix": {"name": "prefix", "tokens": 2},
+    "bitfit": {"name": "bitfit"},
     "head": {"name": "head", "modules_to_train": ["norms"]},  # some of the models have no head
     "lora": {"name": "lora", "rank": 2},
     "sparsegrad": {"name": "sparsegrad", "basis": "none", "selection": "step", "density": 0.1},

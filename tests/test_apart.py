@@ -110,6 +110,7 @@ print(json.dumps(kinds))
 """
 
 
+@pytest.mark.slow
 def test_in_a_fresh_process_by_peft_and_by_ffnkit(saved: Path) -> None:
     keys = [*(f"{name}-low" for name in LOW_RANK), "deberta-v2-keys-s2"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -202,6 +203,7 @@ def test_tuners_save_it_before_they_merge(merge: bool, tmp_path: Path) -> None:
     assert equal(family.outputs(again), outputs) and sparsity(again).share() == 0.5
 
 
+@pytest.mark.slow
 def test_in_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     folder = tiny(tmp_path / "data")

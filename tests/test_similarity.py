@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ffnkit.analysis.similarity import similarity
 from ffnkit.calibration.features import attention_outputs
 from ffnkit.errors import FfnkitError
 from ffnkit.model.finding import ffns
-from ffnkit.ops.similarity import linear_cka, unbiased_cka
+from ffnkit.ops.similarity import gram_cka, linear_cka, rbf_gram, unbiased_cka
 
 
 def drawn(seed: int, n: int = 30, p: int = 7) -> Tensor:
@@ -65,6 +66,69 @@ def test_cka_knows_rotations_and_the_unbiased_one_independence() -> None:
     assert linear_cka(x, torch.ones_like(x)) == 0
 
 
+def slow_rbf(x: Tensor, y: Tensor) -> float:
+    """CKA of exp(-d^2 / (2 median d^2)), entry by entry, float64."""
+
+    def gram(z: Tensor) -> Tensor:
+        squares = torch.tensor([[float((a - b).square().sum()) for b in z.double()] for a in z.double()]).double()
+        return torch.exp(-squares / (2 * squares.flatten().median()))
+
+    centre = torch.eye(len(x), dtype=torch.float64) - 1 / len(x)
+    k, m = (centre @ gram(z) @ centre for z in (x, y))
+    return float((k * m).sum() / (k.norm() * m.norm()))
+
+
+def test_rbf_cka_is_the_definition() -> None:
+    x, y = drawn(0), drawn(1, p=5) + drawn(0)[:, :5]
+    found = gram_cka(rbf_gram(x), rbf_gram(y))
+    assert found == pytest.approx(slow_rbf(x, y), rel=1e-5) and found != pytest.approx(slow_cka(x, y), rel=1e-2)
+    assert gram_cka(rbf_gram(x), rbf_gram(torch.ones_like(x))) == 0
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "marian", "switch"])
+def test_encoder_to_decoder(name: str, tmp_path: Path) -> None:
+    """Against means that hooks of the test take, text by text, without padding."""
+    family = FAMILIES[name]
+    model: Any = family.model()
+    if name == "switch":
+        with pytest.raises(FfnkitError, match="experts"):
+            similarity(model, [family.inputs(model)])
+        return
+    batches = [family.inputs(model, seed=seed) for seed in range(4)]
+    found = similarity(model, batches, rbf=True)
+    (pair,) = found.across
+    assert pair == "encoder to decoder" and found.texts == sum(len(b["input_ids"]) for b in batches)
+    held: dict[str, list[Tensor]] = {}
+    handles = [
+        ffn.linear("down").register_forward_hook(
+            lambda _, __, output, name=ffn.name: held.setdefault(name, []).append(output.detach())
+        )
+        for ffn in ffns(model)
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for handle in handles:
+        handle.remove()
+
+    def means(name: str, mask: str) -> Tensor:
+        rows = []
+        for batch, output in zip(batches, held[name], strict=True):
+            keep = batch[mask].bool() if mask in batch else torch.ones(output.shape[:2], dtype=torch.bool)
+            rows += [row[kept].mean(0) for row, kept in zip(output, keep, strict=True)]
+        return torch.stack(rows)
+
+    encoder, decoder = found.layers["encoder"], found.layers["decoder"]
+    sides = [means(encoder[1], "attention_mask"), means(decoder[2], "decoder_attention_mask")]
+    for key, slow in (("cka_ffn", slow_cka), ("cka_ffn_unbiased", slow_unbiased), ("cka_ffn_rbf", slow_rbf)):
+        matrix = found.across[pair][key]
+        assert (len(matrix), len(matrix[0])) == (len(encoder), len(decoder))
+        assert matrix[1][2] == pytest.approx(slow(*sides), rel=1e-3, abs=1e-5), key
+    assert f"{pair}, CKA, FFN outputs (means of {found.texts} texts)" in str(found)
+    found.plot(tmp_path / "maps.png")
+    assert similarity(FAMILIES["bert"].model(), [FAMILIES["bert"].inputs(FAMILIES["bert"].model())]).across == {}
+
+
 @pytest.mark.parametrize("name", ["bert", "llama", "t5", "bart", "vit", "falcon"])
 def test_matrices_of_every_stack(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
@@ -82,7 +146,8 @@ def test_matrices_of_every_stack(name: str, tmp_path: Path) -> None:
     assert json.loads(json.dumps(found.to_dict()))["model"] == type(model).__name__
     lines = str(found).splitlines()
     assert len([line for line in lines if line.endswith("tokens)")]) == 5 * len(found.matrices)
-    assert len([line for line in lines if line.startswith("    ")]) == 5 * family.count
+    across = sum(len(matrix) for own in found.across.values() for matrix in own.values())
+    assert len([line for line in lines if line.startswith("    ")]) == 5 * family.count + across
     found.plot(tmp_path / "maps.png")
     assert (tmp_path / "maps.png").stat().st_size > 5000
 

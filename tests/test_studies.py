@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from test_recipe_run import folder, recipe_of, run  # noqa: F401 (a fixture)
 from test_report import info
 
+from ffnkit.report.across import across
 from ffnkit.report.columns import cells
 from ffnkit.report.formats import to_csv, to_markdown
 from ffnkit.report.page import page
@@ -115,3 +117,22 @@ def test_a_run_tells_them(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     text = (tmp_path / "out" / "report.html").read_text()
     assert "accuracy before" in text and "saved" in text and "before tuning" in text
     assert "layers" in (tmp_path / "out" / "results.csv").read_text().splitlines()[0].split(",")
+
+
+def test_over_tasks_and_runs(tmp_path: Path) -> None:
+    """The metric before tuning and the layers go into tables over runs too; one that lacks a task has no average."""
+    for task, layers in (("sst2", "0-1"), ("rte", "1-2")):
+        rows = [
+            {
+                "arm": "merged", "seed": 0, "status": "done", "metrics": {"accuracy": 0.8}, "layers": layers,
+                "metrics_before": {"accuracy": 0.5 if task == "sst2" else 0.7}, "parameters_removed": 0.25,
+            }
+        ]  # fmt: skip
+        (tmp_path / task).mkdir()
+        content = {"rows": rows, "metric": "accuracy", "recipe": {"task": task, "model": "m", "arms": {"merged": {}}}}
+        (tmp_path / task / "results.json").write_text(json.dumps(content))
+    both = across([tmp_path / "sst2", tmp_path / "rte"])
+    text = to_markdown(both.summary())
+    assert "average before" in text and "0.6000" in text and "sst2: 0-1; rte: 1-2" in text and "25.0%" in text
+    one = to_markdown(across([tmp_path / "sst2"]).summary())
+    assert "accuracy (sst2) before" in one and "| 0-1 |" in one

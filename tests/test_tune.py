@@ -510,6 +510,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "accumulation": 2,
         "batch_size": 4,
     },
+    "lora with norms": {"tuner": {"name": "lora", "rank": 2, "modules_to_train": ["norms"]}, "eval_every": 4},
+    "bottleneck": {"tuner": {"name": "bottleneck", "size": 4}, "eval_every": 4},
+    "prefix": {"tuner": {"name": "prefix", "tokens": 3}, "eval_every": 4},
+    "bitfit": {"tuner": "bitfit", "eval_every": 4},
     "meprop-outputs": {"tuner": {"name": "meprop", "of": "outputs", "density": 0.2}, "eval_every": 4},
 }
 

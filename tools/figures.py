@@ -1,6 +1,7 @@
 """Figures on the pages, each traced to a stored result: ``python tools/figures.py`` lists those that have no source.
 
-A figure is a number with a decimal point, a percent sign or a unit, outside of code. A section says where its own come
+A figure is a number with a decimal point, a percent sign or a unit, outside of code; in tables that are read by row or
+column whole numbers of thousands too. A section says where its own come
 from, in comments behind its heading:
 
     <!-- measured: sparsegrad_sst2.json, sparsegrad_mrpc.json -->
@@ -44,7 +45,7 @@ _UNITS = {
 }
 
 
-_SMALL = 40  # numbers of a record: one of many holds whatever is looked for
+_SMALL = 120  # numbers of a record: one of many holds whatever is looked for
 _RATIOS = ("parameters", "ffn_parameters", "flops", "ffn_flops", "latency", "bytes", "peak_memory", "all seconds")
 
 
@@ -73,14 +74,14 @@ class Figure:
         )
 
 
-def figures(text: str) -> list[Figure]:
-    """The figures of a piece of a page, code and links left out."""
+def figures(text: str, counts: bool = False) -> list[Figure]:
+    """The figures of a piece of a page, code and links left out; with ``counts`` whole numbers of thousands too."""
     found = []
     for match in _FIGURE.finditer(_HIDDEN.sub(" ", text)):
         number, unit = match[1], (match[2] or "").strip()
         mantissa, _, exponent = number.replace(",", "").partition("e")
         digits = len(mantissa.partition(".")[2]) - int(exponent or 0)
-        if "." in number or exponent or unit:
+        if "." in number or exponent or unit or (counts and "," in number):
             found.append(Figure(match[0].strip(), float(number.replace(",", "")), digits, unit))
     return found
 
@@ -132,10 +133,12 @@ def records(name: str, folder: Path = RESULTS) -> tuple[frozenset[float], ...]:
     rows = content.get("rows") if isinstance(content, dict) else None
     order = ((content.get("recipe") or {}).get("arms") or {}) if rows else {}
     own = [frozenset(v) for v in _arms(rows, order)] if rows and all("arm" in row for row in rows) else []
-    small = (frozenset(_leaves(each)) for each in _dicts(content))
-    own = own or [one for one in small if len(one) <= _SMALL]
-    if rows and isinstance(rows, list) and all("case" in row for row in rows):
-        own += [frozenset(values) for values in _cases(rows)]
+    if not own and rows and isinstance(rows, list) and all("variant" in row for row in rows):
+        own = [frozenset(values) for values in _cases(rows)]
+    if not own:
+        dicts = list(_dicts(content))
+        own = [frozenset(_leaves(each)) for each in [each for each in dicts if "name" in each] or dicts]
+        own = [one for one in own if len(one) <= _SMALL]
     return (*own, frozenset().union(*own) | frozenset(_leaves(content)))
 
 
@@ -187,16 +190,17 @@ def _arms(rows: list[dict[str, Any]], order: Iterable[str]) -> Iterator[set[floa
 
 
 def _cases(rows: list[dict[str, Any]]) -> Iterator[set[float]]:
-    """What follows from variants that were measured in one case: their ratios."""
+    """What follows from variants that took turns in one case: times to the first, memory to it and to LoRA."""
     groups: dict[Any, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["case"], row.get("tokens"), row.get("width")), []).append(row)
+        groups.setdefault((row["case"], row.get("tokens")), []).append(row)
     for group in groups.values():
-        found = set(_leaves(group))
-        for key in ("seconds", "peak_bytes", "saved_bytes"):
-            values = [row[key] for row in group if isinstance(row.get(key), int | float)]
-            found |= {one / other for one, other in itertools.product(values, values) if other}
-        yield found
+        first = [group[0], *(row for row in group if str(row["variant"]).startswith("lora"))]
+        yield (
+            {group[0].get("tokens") or 0}
+            | {row["ratio"] for row in group}
+            | {row["peak_bytes"] / other["peak_bytes"] for row in group for other in first if other.get("peak_bytes")}
+        )
 
 
 def _named(row: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
@@ -229,7 +233,7 @@ def missing(section: Section, folder: Path = RESULTS) -> list[str]:
     for table in tables:
         lines = [list(column) for column in zip(*table, strict=False)] if columns else table
         for line in lines:
-            shown = [f for cell in line for f in figures(cell) if f.number not in section.given]
+            shown = [f for cell in line for f in figures(cell, bool(strict)) if f.number not in section.given]
             lost = [f.text for f in shown if not f.is_shown(everything)]
             if not lost and strict and (left := _left(shown, strict)):
                 lost = [f"{', '.join(f.text for f in left)} (of another record, in {' | '.join(line)})"]

@@ -17,22 +17,23 @@ def draw(found: Similarity, path: str | Path) -> None:
 
     from ffnkit.analysis.similarity import TITLES
 
-    stacks = list(found.layers)
-    most = max(len(found.matrices[stack]) for stack in stacks)
+    every = {**found.matrices, **found.across}
+    stacks = list(every)
+    most = max(map(len, every.values()))
     figure = Figure(figsize=(3.4 * most + 0.8, 3.5 * len(stacks)), layout="constrained")
     axes = figure.subplots(len(stacks), most, squeeze=False)
     image = None
     for row, stack in zip(axes, stacks, strict=True):
-        for place in row[len(found.matrices[stack]) :]:
+        for place in row[len(every[stack]) :]:
             place.axis("off")
-        for place, (key, matrix) in zip(row, found.matrices[stack].items(), strict=False):
+        for place, (key, matrix) in zip(row, every[stack].items(), strict=False):
             image = place.imshow(matrix, vmin=0, vmax=1, cmap="viridis", origin="lower")
             place.set_title(f"{stack + ': ' if stack else ''}{TITLES[key]}", fontsize=9)
-            place.set_xlabel("layer")
-            place.set_ylabel("layer")
-            ticks = range(0, len(matrix), max(1, len(matrix) // 8))
-            place.set_xticks(list(ticks))
-            place.set_yticks(list(ticks))
+            first, _, second = stack.partition(" to ")
+            place.set_xlabel(f"layer of the {second}" if second else "layer")
+            place.set_ylabel(f"layer of the {first}" if second else "layer")
+            place.set_xticks(range(0, len(matrix[0]), max(1, len(matrix[0]) // 8)))
+            place.set_yticks(range(0, len(matrix), max(1, len(matrix) // 8)))
     if image is not None:
         figure.colorbar(image, ax=axes, shrink=0.8)
     with disk_errors(path):

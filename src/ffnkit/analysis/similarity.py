@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,33 @@ from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.targets import select
 from ffnkit.ops.matching import assign, correlation, matched, spread
-from ffnkit.ops.similarity import gram_norm, unbiased_hsic
+from ffnkit.ops.similarity import gram_cka, gram_norm, linear_cka, rbf_gram, unbiased_cka, unbiased_hsic
 
 Matrix = list[list[float]]
+RBF_ROWS = 2000  # whose distances to one another are held for each layer
 TITLES = {
     "cka_ffn": "CKA, FFN outputs",
     "cka_ffn_unbiased": "unbiased CKA, FFN outputs",
+    "cka_ffn_rbf": "RBF CKA, FFN outputs",
     "cka_attention": "CKA, attention outputs",
     "cka_attention_unbiased": "unbiased CKA, attention outputs",
+    "cka_attention_rbf": "RBF CKA, attention outputs",
     "matched_neurons": "correlation of matched neurons",
 }
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """Matrices layer by layer, symmetric, for each stack of a model.
+    """Matrices layer by layer, symmetric, for each stack of a model, and from one stack to the next.
 
     Attributes:
         layers: names of the FFNs, by stack. tokens: that were compared, by stack.
         matrices: by stack and by name ("cka_ffn", "cka_ffn_unbiased", "cka_attention", "cka_attention_unbiased",
-            "matched_neurons": the mean correlation of the outputs of up, neurons matched).
+            "matched_neurons": the mean correlation of the outputs of up, neurons matched; with ``rbf`` also
+            "cka_ffn_rbf" and "cka_attention_rbf").
+        across: by "encoder to decoder" and by name, a row for each layer of the first stack and a column for each of
+            the second. What is compared are means over each text, for tokens of two stacks have no partners.
+        texts: how many were compared across stacks.
         seconds: of the forward passes ("features"), of the matrices ("pairs"), the assignments in them ("assignments").
     """
 
@@ -46,6 +54,8 @@ class Similarity:
     tokens: dict[str, int]
     matrices: dict[str, dict[str, Matrix]]
     seconds: dict[str, float] = field(default_factory=dict)
+    across: dict[str, dict[str, Matrix]] = field(default_factory=dict)
+    texts: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -54,6 +64,8 @@ class Similarity:
             "tokens": self.tokens,
             "matrices": self.matrices,
             "seconds": self.seconds,
+            "across": self.across,
+            "texts": self.texts,
         }
 
     def __str__(self) -> str:
@@ -68,6 +80,10 @@ class Similarity:
             if pairs:
                 _, best = max(pairs)
                 lines.append(f"  {head}most alike neighbours: {names[best]} and {names[best + 1]}")
+        for pair, own in self.across.items():
+            for key, matrix in own.items():
+                lines.append(f"  {pair}, {TITLES[key]} (means of {self.texts:,} texts)")
+                lines += ["    " + " ".join(f"{value:5.2f}" for value in row) for row in matrix]
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
@@ -85,6 +101,7 @@ def similarity(
     tokens: int = 10000,
     attention: bool = True,
     neurons: bool = True,
+    rbf: bool = False,
 ) -> Similarity:
     """Compare all layers of each stack with one another, from one pass over the data.
 
@@ -94,12 +111,16 @@ def similarity(
         batches: keyword arguments for ``model(**batch)``; text, images or pairs. Padding is left out.
         layers: which FFNs. tokens: at most so many a stack. attention: compare attention outputs too.
         neurons: match the neurons of every pair of FFNs of one shape (the assignment problem for each).
+        rbf: CKA under an RBF kernel too, of the first 2,000 tokens; a matrix (tokens, tokens) is held for each layer.
 
     Raises:
         FfnkitError: mixtures of experts, a layer without attention, fewer than 4 tokens.
     """
     found = select(ffns(model), layers)
     kinds = ["output", *(["attention"] if attention else []), *(["up"] if neurons else [])]
+    paired = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and len({f.stack for f in found}) > 1
+    if paired:
+        kinds += ["texts", *(["attention texts"] if attention else [])]
     start = time.perf_counter()
     held = Features(model, batches, found, {ffn.name: kinds for ffn in found}, tokens)
     middle = time.perf_counter()
@@ -116,6 +137,8 @@ def similarity(
         for kind in ("output", "attention") if attention else ("output",):
             name = "ffn" if kind == "output" else kind
             own[f"cka_{name}"], own[f"cka_{name}_unbiased"] = _alignments(held, [f.name for f in rows], kind)
+            if rbf:
+                own[f"cka_{name}_rbf"] = _rbf(held, [f.name for f in rows], kind)
         if neurons:
             own["matched_neurons"], seconds = _matchings(held, rows)
             assigning += seconds
@@ -125,7 +148,35 @@ def similarity(
         "assignments": assigning,
     }
     names = {stack: [ffn.name for ffn in rows] for stack, rows in by_stack.items()}
-    return Similarity(type(model).__name__, names, held.tokens, matrices, seconds_of)
+    across, texts = _across(held, by_stack, attention=attention, rbf=rbf) if paired else ({}, 0)
+    return Similarity(type(model).__name__, names, held.tokens, matrices, seconds_of, across, texts)
+
+
+def _across(
+    held: Features, by_stack: dict[str, list[FFN]], *, attention: bool, rbf: bool
+) -> tuple[dict[str, dict[str, Matrix]], int]:
+    """CKA of every layer of a stack with every layer of the next, of means over texts; and how many texts."""
+    found: dict[str, dict[str, Matrix]] = {}
+    texts = 0
+    for (one, first), (other, second) in pairwise(by_stack.items()):
+        texts = len(held.get(first[0].name, "texts"))
+        if texts < 4:
+            break
+        own = found[f"{one} to {other}"] = {}
+        for kind in ("texts", "attention texts") if attention else ("texts",):
+            name = "ffn" if kind == "texts" else "attention"
+            pairs = [[(held.get(a.name, kind), held.get(b.name, kind)) for b in second] for a in first]
+            own[f"cka_{name}"] = [[linear_cka(x, y) for x, y in row] for row in pairs]
+            own[f"cka_{name}_unbiased"] = [[unbiased_cka(x, y) for x, y in row] for row in pairs]
+            if rbf:
+                grams = {f.name: rbf_gram(held.get(f.name, kind)[:RBF_ROWS]) for f in (*first, *second)}
+                own[f"cka_{name}_rbf"] = [[gram_cka(grams[a.name], grams[b.name]) for b in second] for a in first]
+    return found, texts
+
+
+def _rbf(held: Features, names: list[str], kind: str) -> Matrix:
+    grams = [rbf_gram(held.get(name, kind)[:RBF_ROWS]) for name in names]
+    return [[gram_cka(one, other) for other in grams] for one in grams]
 
 
 def _alignments(held: Features, names: list[str], kind: str) -> tuple[Matrix, Matrix]:

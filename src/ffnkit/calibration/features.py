@@ -24,7 +24,8 @@ from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name
 from ffnkit.model.linear import is_linear, output_width
 
-KINDS = ("input", "up", "gate", "hidden", "output", "attention")
+KINDS = ("input", "up", "gate", "hidden", "output", "attention", "texts", "attention texts")
+POOLED = {"texts": "output", "attention texts": "attention"}  # means over each text of a kind
 
 
 class Features:
@@ -42,7 +43,8 @@ class Features:
         Args:
             found: FFNs that run once in a pass. kinds: for each FFN's name what to keep: "input" (n, d), "up" and
                 "gate" (their linears' outputs, (n, ff)), "hidden" (what down receives), "output" (n, d), "attention"
-                (what the self-attention of its layer adds, (n, d)).
+                (what the self-attention of its layer adds, (n, d)); "texts" and "attention texts" are the means of
+                output and attention over the tokens of each text, (texts, d), the same texts in every stack.
 
         Raises:
             FfnkitError: routed experts, FFNs that run several times in a pass, no batches.
@@ -55,7 +57,8 @@ class Features:
                 what = "its experts see different tokens, so their neurons cannot be compared"
                 raise FfnkitError(f"features of {ffn.name}", what, "Name layers without routed experts")
         self._attended: dict[str, Tensor] = {}
-        wanted = [ffn for ffn in found if "attention" in kinds[ffn.name]]
+        self._texts = 0  # in the batch at hand
+        wanted = [ffn for ffn in found if {"attention", "attention texts"} & {*kinds[ffn.name]}]
         batches = kept(batches) if wanted else batches
         with self._attention(model, list(islice(batches, 1)) if wanted else [], wanted):
             watch(model, self._until_full(batches), found, self._receive)
@@ -77,21 +80,40 @@ class Features:
         for batch in checked(batches):
             if min(self._count.values()) >= self._most:
                 return
+            self._texts = next(len(value) for value in batch.values() if isinstance(value, Tensor))
             yield batch
 
     def _receive(self, ffn: FFN, acts: Activations) -> None:
         rows = acts.kept()
         for kind in self._kinds[ffn.name]:
-            values = self._attention_of(ffn, acts) if kind == "attention" else _values(ffn, rows, kind)
+            if kind in POOLED:
+                values = self._means(ffn, acts, self._whole(ffn, acts) if "attention" in kind else acts.output)
+            else:
+                values = self._attention_of(ffn, acts) if kind == "attention" else _values(ffn, rows, kind)
             self._held[ffn.name, kind].update(values)
         self._count[ffn.name] = min(self._count[ffn.name] + len(rows.input), self._most)
 
+    def _means(self, ffn: FFN, acts: Activations, values: Tensor) -> Tensor:
+        """The means over the tokens of each text that count, (texts, d)."""
+        if len(values) % self._texts:
+            what = f"it gets {len(values)} tokens of {self._texts} texts"
+            raise FfnkitError(f"features of {ffn.name}", what, "Compare layers of one stack only")
+        counts = (torch.ones(len(values)) if acts.weights is None else acts.weights > 0).to(values)
+        counts = counts.view(self._texts, -1, 1)
+        sums = (values.view(self._texts, -1, values.shape[-1]) * counts).sum(dim=1)
+        return sums / counts.sum(dim=1).clamp_min(1)
+
     def _attention_of(self, ffn: FFN, acts: Activations) -> Tensor:
+        values = self._whole(ffn, acts)
+        return values if acts.weights is None else values[acts.weights > 0]
+
+    def _whole(self, ffn: FFN, acts: Activations) -> Tensor:
+        """What the attention of the FFN's layer gave, padding too."""
         values = self._attended[ffn.name]
         if len(values) != len(acts.input):
             what = f"it gives {len(values)} tokens where the FFN gets {len(acts.input)}"
             raise FfnkitError(f"the attention before {ffn.name}", what, "Compare the FFNs only")
-        return values if acts.weights is None else values[acts.weights > 0]
+        return values
 
     @contextmanager
     def _attention(self, model: nn.Module, first: list[Batch], found: list[FFN]) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 
 from ffnkit.checkpoint.adapters import TENSORS, adapter, save_adapter
+from ffnkit.checkpoint.added import put_added
 from ffnkit.checkpoint.peft_lora import only_low_rank, save_lora
 from ffnkit.checkpoint.save import save
 from ffnkit.edits import Stage, UpdateLinear
@@ -64,10 +65,12 @@ def _short_card(model: PreTrainedModel, folder: Path) -> str:
     )
 
 
-def put_on(model: PreTrainedModel, folder: Path) -> None:
-    """Updates on the base that lies beside them, in whatever dtype that was opened."""
+def put_on(model: PreTrainedModel, folder: Path) -> Any:
+    """The base with the updates that lie beside it on, in whatever dtype it was opened."""
+    if not (folder / TENSORS).is_file():
+        return put_added(model, folder)
     plan = Plan.load(folder / TENSORS)
     train = [edit for edit in plan.edits if edit.stage is not Stage.UPDATE]
     updates = [cast(UpdateLinear, edit) for edit in plan.edits if edit.stage is Stage.UPDATE]
     edits = (*(dataclasses.replace(edit, fingerprint=None) for edit in updates), *train)
-    apply(model, dataclasses.replace(plan, edits=edits))
+    return apply(model, dataclasses.replace(plan, edits=edits))

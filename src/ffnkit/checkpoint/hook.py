@@ -83,10 +83,10 @@ class FfnkitConfig(QuantizationConfigMixin):
         return data
 
 
-def _put_on(model: Any, folder: Path) -> None:
+def _put_on(model: Any, folder: Path) -> Any:
     from ffnkit.checkpoint.apart import put_on
 
-    put_on(model, folder)
+    return put_on(model, folder)
 
 
 apart.put_on.append(_put_on)

@@ -8,13 +8,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ffnkit.checkpoint.added import without_added, write_added
 from ffnkit.checkpoint.dtypes import tell_recast, write_dtypes
+from ffnkit.io.apart import ADAPTER, BASE
 from ffnkit.io.architectures import is_own
 from ffnkit.io.folders import staging
 from ffnkit.io.loading import check_weights
 from ffnkit.model.finding import ffns, has_ffns
 from ffnkit.model.inspect import inspect
-from ffnkit.model.linear import check_untouched
+from ffnkit.model.linear import added_to, check_untouched
 from ffnkit.nn.adapter_layer import adapter_layers, plain_state
 from ffnkit.surgery.description import description, is_plain_model, original_widths, update_config, width_keys
 
@@ -50,6 +52,7 @@ def save(
 ) -> Path:
     """Write the compact form: the smallest file, with whatever ``apply`` left apart still apart.
 
+    A model with bottleneck adapters or a prefix, which no weight holds, is written as ``DIR/base`` and ``DIR/adapter``.
     ``ffnkit.load`` opens it, and plain ``from_pretrained`` once ffnkit is imported. A model whose FFNs all have the
     width that its config names needs neither. The folder is put in place in one step: what an earlier save wrote there
     goes, other files stay, a README.md of the user's own too.
@@ -64,6 +67,8 @@ def save(
         FfnkitError: no space, not writable, a file in the way, NaN weights, a shape that the form cannot hold, or what
             is there would be read together with the model (an adapter of peft, weights of other names).
     """
+    if added_to(model):
+        return _save_with_added(model, directory, tokenizer, card, **save_pretrained_kwargs)
     check_untouched(model, f"saving {type(model).__name__}")
     check_weights(model, type(model).__name__)
     _sync_config(model)
@@ -75,6 +80,20 @@ def save(
         write_dtypes(model, temporary)
         write_companions(model, temporary, tokenizer)
         (temporary / "README.md").write_text(card or short_card(model, compact=True), encoding="utf-8")
+    return Path(directory)
+
+
+def _save_with_added(
+    model: Any, directory: str | Path, tokenizer: Any, card: str | None, **save_pretrained_kwargs: Any
+) -> Path:
+    """The base and what a tuner added to it, apart."""
+    with staging(directory) as temporary:
+        write_added(model, temporary / ADAPTER)
+        with without_added(model) as base:
+            save(base, temporary / BASE, tokenizer=tokenizer, **save_pretrained_kwargs)
+            text = short_card(base, compact=True).replace("Compact form: ", "The base is in compact form: ")
+        note = f"`{BASE}` is the model without its adapters, `{ADAPTER}` holds these; `ffnkit.load` opens both.\n"
+        (temporary / "README.md").write_text(card or f"{text}\n{note}", encoding="utf-8")
     return Path(directory)
 
 

@@ -58,6 +58,7 @@ def analyze(
     similarity: Annotated[
         bool, typer.Option("--similarity", help="Compare the layers of MODEL with one another instead.")
     ] = False,
+    rbf: Annotated[bool, typer.Option("--rbf", help="With --similarity: CKA under an RBF kernel too.")] = False,
     energy: Annotated[
         bool, typer.Option("--energy", help="Measure in which entries the energy of MODEL's gradients lies instead.")
     ] = False,
@@ -141,6 +142,8 @@ def analyze(
         found = f"{'--methods' if methods is not None else '--against'} is given too"
         asked = f"ffnkit analyze {'--similarity' if similarity else '--energy'}"
         raise FfnkitError(asked, found, "Leave it out: one model is looked at as it is")
+    if rbf and not similarity:
+        raise FfnkitError("ffnkit analyze --rbf", "it is a kernel of --similarity", "Add --similarity")
     if methods is None and not against and not similarity and not energy:
         do = "Add --methods fusion,svd, --similarity or --energy"
         raise FfnkitError("ffnkit analyze", "neither --methods nor --against is given", do)
@@ -153,7 +156,7 @@ def analyze(
     if similarity:
         from ffnkit.cli.similarity_job import compare
 
-        compare(model, texts, layers or "all", options.pick_device(device), out, as_json)
+        compare(model, texts, layers or "all", rbf, options.pick_device(device), out, as_json)
         return
     from ffnkit.cli.analyze_job import AnalyzeJob, Texts, chosen_methods, hand_over
 

@@ -70,6 +70,7 @@ class History:
 
     def card(self, model: Any, form: Literal["compact", "standard", "apart"]) -> str:
         """The text of README.md."""
+        from ffnkit.model.linear import added_to
         from ffnkit.report.card import CardInfo, LayerWidth, Metric, model_card
         from ffnkit.report.environment import versions
 
@@ -79,7 +80,7 @@ class History:
         ]
         info = CardInfo(
             base_model=self.base_model,
-            form=form,
+            form="added" if added_to(model) else form,
             method=self.method,
             settings=self.settings,
             layers=[LayerWidth(*row) for row in self.layers],

@@ -139,7 +139,7 @@ class TuneJob:
         found = Measured.of(
             result.model, tokenizer, self.task, splits, self.train_settings.max_length, generation=self.generation
         )
-        if self.fold and self.form != "apart":
+        if self.fold and self.form != "apart" and not self.tuner_built.stays:
             ffnkit.fold(result.model, keep=SAVING)
         report = self.report(result, found.to_dict(), splits, time.perf_counter() - start)
         self.save(result.model, tokenizer, report, found)

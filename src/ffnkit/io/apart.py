@@ -4,6 +4,8 @@
     DIR/adapter     the updates, as ``fk.save_adapter`` writes them
     DIR/lora        where they are of low rank only: the same in peft's form
 
+What no weight can hold lies in DIR/adapter too: bottleneck adapters, and a prefix in peft's form.
+
 ``from_pretrained`` finds no model in DIR itself: whoever does not know of the updates shall not get the base without
 them unasked.
 """
@@ -16,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 BASE, ADAPTER, LORA = "base", "adapter", "lora"
-_INSIDE = (f"{BASE}/config.json", f"{ADAPTER}/adapter.safetensors")
+BOTTLENECK, PREFIX = "bottleneck.safetensors", "adapter_model.safetensors"
+_INSIDE = ("adapter.safetensors", BOTTLENECK, PREFIX)  # DIR/adapter has one of them
 
 # (model, folder of the adapter) -> the model with its updates: set by ``checkpoint.hook``, for this package knows none.
 put_on: list[Callable[[Any, Path], Any]] = []
@@ -25,7 +28,8 @@ put_on: list[Callable[[Any, Path], Any]] = []
 def is_apart(name_or_dir: str | Path) -> bool:
     """Whether a base and its updates lie apart in a folder."""
     folder = Path(name_or_dir).expanduser()
-    return not os.path.lexists(folder / "config.json") and all((folder / name).is_file() for name in _INSIDE)
+    there = (folder / BASE / "config.json").is_file() and any((folder / ADAPTER / name).is_file() for name in _INSIDE)
+    return there and not os.path.lexists(folder / "config.json")
 
 
 def base_of(name_or_dir: str | Path) -> Path:
@@ -34,7 +38,8 @@ def base_of(name_or_dir: str | Path) -> Path:
 
 
 def with_updates(model: Any, name_or_dir: str | Path) -> Any:
-    """The model that was opened as the base of a folder, with the updates that lie beside it, in place."""
+    """The model that was opened as the base of a folder, with the updates that lie beside it, in place; around a prefix
+    of peft, peft's model."""
     for put in put_on if is_apart(name_or_dir) else ():
-        put(model, Path(name_or_dir).expanduser() / ADAPTER)
+        model = put(model, Path(name_or_dir).expanduser() / ADAPTER)
     return model

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
 from ffnkit.nn.adapter_layer import AdapterLayer
+from ffnkit.nn.bottleneck import Bottleneck
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.quantized import float_weight, is_quantized_linear, quantized_features
 from ffnkit.nn.reparametrized import ReparametrizedLinear, oriented
@@ -221,6 +222,19 @@ def _computed(hook: Any) -> str:
     return str(hook._tensor_name if isinstance(hook, prune.BasePruningMethod) else hook.name)
 
 
+def added_to(model: Any, *, inside: bool = True) -> str:
+    """What a tuner left on a model that no weight can hold: "bottleneck adapter", "prefix" (of peft), or "".
+
+    Args:
+        inside: whether modules below it count.
+    """
+    peft = hasattr(type(model), "active_peft_config")
+    if peft and getattr(model.active_peft_config, "is_prompt_learning", False):
+        return "prefix"
+    every = model.modules() if inside else (model,)
+    return "bottleneck adapter" if any(isinstance(module, Bottleneck) for module in every) else ""
+
+
 def foreign(module: nn.Module) -> tuple[str, str] | None:
     """What others made of a module, and the way back: ("is compiled (torch.compile)", "Give ..."); None elsewhere.
 
@@ -229,6 +243,8 @@ def foreign(module: nn.Module) -> tuple[str, str] | None:
     kind = type(module)
     if "_orig_mod" in module._modules:
         return "is compiled (torch.compile)", "Give the module inside (model._orig_mod) and compile after"
+    if added := added_to(module, inside=False):
+        return f"carries a {added} that no weight can hold", "Edit before it comes, or take it off (tune.remove_added)"
     marked = vars(module).get("_hf_peft_config_loaded", False)  # transformers would save the adapter alone
     if "base_layer" in module._modules or kind.__module__.partition(".")[0] == "peft" or marked:
         return "carries an adapter of peft", "Merge the adapter first (merge_and_unload)"

@@ -22,8 +22,9 @@ def parts_of(model: nn.Module, names: Iterable[str]) -> list[nn.Parameter]:
     """The parameters of the named parts, each once.
 
     Args:
-        names: "head" (:func:`head_parameters`), "biases" (of linears, wherever they are), "norms" (weights and biases
-            of layer and RMS norms), "attention" (its linears), "embeddings", or "rest": every parameter.
+        names: "head" (:func:`head_parameters`), "biases" (of linears, norms and experts, wherever they are), "norms"
+            (weights and biases of layer and RMS norms), "attention" (its linears), "embeddings", or "rest": every
+            parameter.
 
     Raises:
         FfnkitError: an unknown part.
@@ -43,7 +44,8 @@ def _part(model: nn.Module, name: str) -> Iterable[nn.Parameter]:
     if name == "rest":
         return model.parameters()
     if name == "biases":
-        return [p for path, p in model.named_parameters() if path.endswith("bias") and p.ndim == 1]
+        every = dict(model.named_parameters())
+        return [p for path, p in every.items() if path.endswith("bias") and (p.ndim == 1 or _of_experts(every, path))]
     if name == "norms":
         norms = [m for m in model.modules() if "norm" in type(m).__name__.lower()]
         return [p for m in norms for p in m.parameters(recurse=False)]
@@ -51,6 +53,12 @@ def _part(model: nn.Module, name: str) -> Iterable[nn.Parameter]:
         return [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)]
     linears = [unwrapped(model.get_submodule(path)) for path in attention_linears(model)]
     return [p for linear in linears if isinstance(linear, PLAIN) for p in linear.parameters(recurse=False)]
+
+
+def _of_experts(every: dict[str, nn.Parameter], path: str) -> bool:
+    """Whether a parameter holds a bias for each expert: (E, out) beside weights (E, ., .)."""
+    weight = every.get(path.removesuffix("_bias"))
+    return every[path].ndim == 2 and weight is not None and weight.ndim == 3
 
 
 def remember(model: nn.Module) -> None:

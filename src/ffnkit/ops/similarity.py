@@ -68,6 +68,28 @@ def unbiased_hsic(x: Tensor, y: Tensor, of_x: Spread | None = None, of_y: Spread
     return (trace + middle - 2 * across / (n - 2)) / (n * (n - 3))
 
 
+def rbf_gram(x: Tensor) -> Tensor:
+    """The centred Gram matrix (n, n), float32, of features (n, p) under exp(-d^2 / (2 m)), m the median of all d^2.
+
+    Features that never change give zeros.
+
+    Source: Kornblith et al. (arXiv 1905.00414), section 3, with the median distance as bandwidth.
+    """
+    squares = torch.cdist(x.double(), x.double()).square()
+    median = squares.flatten().median()
+    if median <= 0:
+        return torch.zeros_like(squares).float()
+    gram = torch.exp(-squares / (2 * median))
+    mean = gram.mean(dim=0)
+    return (gram - mean - mean[:, None] + mean.mean()).float()
+
+
+def gram_cka(one: Tensor, other: Tensor) -> float:
+    """CKA of two centred Gram matrices on the same examples; 0 where one is zero."""
+    own = (one.norm().double() * other.norm().double()).item()
+    return float((one * other).sum(dtype=torch.float64)) / own if own > 0 else 0.0
+
+
 def _total(x: Tensor, of: Spread) -> Tensor:
     """The sum of the centred rows: zero but for rounding."""
     total = torch.zeros(x.shape[1], dtype=torch.float64)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ffnkit.checkpoint.added import base_of
 from ffnkit.io import quickstart
 from ffnkit.io.architectures import is_own
+from ffnkit.model.linear import added_to
+from ffnkit.recipe.searching import found_of, rate_of
 from ffnkit.recipe.state import Unit, unit_of, zeros_of
 from ffnkit.report import environment
 from ffnkit.report.card import CardInfo, Form, LayerWidth, Metric, model_card
@@ -38,7 +41,7 @@ def card_of(
     return model_card(
         CardInfo(
             base_model=quickstart.HUB if recipe.model == quickstart.NAME else recipe.model,
-            form=form,
+            form="added" if added_to(model) else form,
             method=arm.method if arm.compressed else None,
             settings=settings,
             layers=_widths(model, before) if arm.compressed else (),
@@ -69,7 +72,7 @@ def _zeros(recipe: Recipe, unit: Unit, form: Form) -> dict[str, str]:
 def _widths(model: PreTrainedModel, before: dict[str, int]) -> tuple[LayerWidth, ...]:
     from ffnkit.model.finding import ffns
 
-    now = {ffn.name: ffn.width for ffn in ffns(model)}
+    now = {ffn.name: ffn.width for ffn in ffns(base_of(model))}
     return tuple(LayerWidth(name, width, now.get(name)) for name, width in before.items())
 
 
@@ -99,16 +102,21 @@ def _training(recipe: Recipe, unit: Unit) -> dict[str, Any]:
     tuner = recipe.tuner_of(unit.arm)
     told = tuners.told(tuner.name, tuner.settings)
     fields = ("learning_rate", "schedule", "warmup", "weight_decay", "batch_size", "max_length", "precision")
-    tune = recipe.tune_of(unit.arm)
+    tune = recipe.tune_of(unit.arm, rate_of(unit))
     steps = (unit.marker("tune") or {}).get("steps")
     compared = {"layers": "hidden states", "logits": "logits", "both": "hidden states and logits"}
     distilled = {"distillation before tuning": compared[recipe.distil.objective]} if unit.marker("distil") else {}
     pruned = {"pruned afterwards by": [spec.model_dump() for spec in recipe.arms[unit.arm].prune]}
     recovered = {"steps of recovery": (unit.marker("recover") or {}).get("steps")}
+    searched = {"learning rates tried": len(found["trials"])} if (found := found_of(unit)) else {}
+    drawn = recipe.arms[unit.arm].tickets
+    ticket = {"drawn before by iterative magnitude pruning": drawn.model_dump()} if drawn is not None else {}
     return {
         "tuner": {"name": tuner.name, **told} if told else tuner.name,
         "steps": steps,
         **{name: getattr(tune, name) for name in fields},
+        **searched,
+        **ticket,
         **distilled,
         **(pruned if unit.marker("prune") else {}),
         **(recovered if unit.marker("recover") else {}),

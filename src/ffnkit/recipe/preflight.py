@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ffnkit import methods
 from ffnkit.errors import FfnkitError
+from ffnkit.recipe.searching import check_searcher
 from ffnkit.recipe.sources import Source, expand, method_of, neutral_texts
 from ffnkit.recipe.state import distilled, folder_digest
 
@@ -26,6 +27,7 @@ def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
         FfnkitError: no such model or tokenizer, layers or a width that do not fit an arm's model, data that lack
             columns or labels. The line names the arm or the field.
     """
+    check_searcher(recipe)
     source = Source(recipe)
     changed = {name: arm for name, arm in recipe.arms.items() if arm.compressed or arm.prune}
     if changed:

@@ -11,9 +11,10 @@ from typing import Any
 from ffnkit.io.files import read_json, write_text
 from ffnkit.recipe import judging
 from ffnkit.recipe.schema import Arm, Recipe
+from ffnkit.recipe.searching import found_of
 from ffnkit.recipe.state import TRAINED, Unit, arm_dict, check_there, stages_of, unit_of, write_json, zeros_of
 
-STAGE_MARKERS = ("compress", "distil", "before", "tune", "prune", "recover", "evaluate", "export")
+STAGE_MARKERS = ("compress", "distil", "search", "before", "tickets", "tune", "prune", "recover", "evaluate", "export")
 _PRUNING = {"kept", "sparsity", "merging"}  # figures of the stages prune and recover
 
 
@@ -76,6 +77,8 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
         "best_step": last.get("best_step"),
         "steps": marks["tune"].get("steps"),
     }
+    if found := found_of(unit):
+        row |= {"learning_rate": found["learning_rate"], "search": found}
     if pruned := {name: marks[stage][name] for stage in ("prune", "recover") for name in _PRUNING & {*marks[stage]}}:
         row["pruning"] = pruned | ({"recover_steps": last.get("steps")} if marks["recover"] else {})
     row |= zeros_of(recipe, unit)

@@ -8,16 +8,18 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
+from pydantic import Field, StrictBool, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ffnkit.errors import FfnkitError, RenamedWarning
+from ffnkit.recipe.parts import Count, Limits, Measure, Part, Pruning, Tickets, TunerSpec, settings_today, wrong_tickets
+from ffnkit.recipe.rates import ArmSearch, Rates, Search, check_trials, wrong_search
 from ffnkit.recipe.settings import (
     check_budget,
     check_method,
     check_task,
-    check_tuner,
     method_today,
+    tuner_stays,
     tuner_today,
     widened,
 )
@@ -31,30 +33,8 @@ from ffnkit.tune.settings import CalibrationSettings, DistilSettings, TrainSetti
 
 Stage = Literal["compress", "distil", "tune", "prune", "recover", "evaluate", "export"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-Count = Annotated[int, Field(strict=True, gt=0)]
 NAMES = {"inputs": "input"}  # fields of a task whose name in a recipe is another
 NONE = "none"  # the method of an arm that is left uncompressed
-
-
-def _today(read: Callable[..., dict[str, Any]], name: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return read(name, settings)
-    except FfnkitError as error:
-        fail((), f"{error.asked}: {error.found}; {error.do}", name)
-
-
-class Part(BaseModel):
-    """A piece of a recipe: unknown fields are refused, nothing changes once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Limits(Part):
-    """How many rows of each split are used; null takes all, of dev the task's usual share of train."""
-
-    train: Count | None = None
-    dev: Count | None = None
-    report: Count | None = None
 
 
 def task_today(task: dict[str, Any], *, quiet: bool = False) -> dict[str, Any]:
@@ -132,63 +112,14 @@ for _each in settings_of(TaskFields):  # what each field of a task means is said
 TaskSpec.model_rebuild(force=True)
 
 
-class TunerSpec(BaseModel):
-    """A tuner by name; further fields are the tuner's own settings."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    name: str = "full"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _by_name(cls, value: Any) -> Any:
-        if isinstance(value, TunerSpec):
-            return value
-        return _today(tuner_today, value.get("name"), value) if isinstance(value, dict) else {"name": value}
-
-    @model_validator(mode="after")
-    def _known(self) -> TunerSpec:
-        complaint = check_tuner(self.name, self.settings)
-        if complaint:
-            fail(("name",), complaint, self.name)
-        return self
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The tuner's own settings."""
-        return dict(self.model_extra or {})
-
-
-class Pruning(BaseModel):
-    """A method that takes something away after tuning; further fields are the method's own settings."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    method: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_today(cls, value: Any) -> Any:
-        return _today(method_today, value.get("method"), value) if isinstance(value, dict) else value
-
-    @model_validator(mode="after")
-    def _known(self) -> Pruning:
-        complaint = check_method(self.method, self.settings)
-        if complaint:
-            fail((complaint[0],), complaint[1], self.settings.get(complaint[0], self.method))
-        return self
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The method's own settings."""
-        return dict(self.model_extra or {})
-
-
 class Arm(Part):
     """One way to treat the model; the method's own settings stand beside ``method`` in the file.
 
     ``budget`` takes the place of the setting ``width``: widths by layer that keep to it, multiples of ``multiple``, or
     one width for all with ``uniform``. ``tune`` holds the settings of the tuning that differ for this arm, such as its
-    learning rate. ``prune`` names what the stage prune does between tuning and recovery, one method or several in
-    turn; ``recover`` the settings of the recovery that differ.
+    learning rate; ``search`` the rates that are tried for it. ``tickets`` prunes round by round before the tuning.
+    ``prune`` names what the stage prune does between tuning and recovery, one method or several in turn; ``recover``
+    the settings of the recovery that differ.
     """
 
     method: str = NONE
@@ -199,6 +130,8 @@ class Arm(Part):
     tune: dict[str, Any] | None = None
     prune: tuple[Pruning, ...] = ()
     recover: dict[str, Any] | None = None
+    search: ArmSearch | None = None
+    tickets: Tickets | None = None
     distil: StrictBool = True
     settings: dict[str, Any] = Field(default_factory=dict)
 
@@ -212,7 +145,7 @@ class Arm(Part):
         settings = {key: item for key, item in value.items() if key not in own}
         method = own.get("method", NONE)
         if isinstance(method, str):
-            settings = _today(method_today, method, settings)
+            settings = settings_today(method_today, method, settings)
             complaint = check_budget(method, settings, own) or check_method(method, widened(settings, own))
             if complaint:
                 fail((complaint[0],), complaint[1], settings.get(complaint[0], method))
@@ -234,15 +167,6 @@ class Arm(Part):
         return widened(self.settings, {"budget": self.budget})
 
 
-class Measure(Part):
-    """How latency is measured, once, at the end of the run."""
-
-    latency: StrictBool = True
-    batch_size: Count = 32
-    length: Count = 128
-    repeats: Count = 20
-
-
 class Recipe(Part):
     """A run: every arm with every seed on one task."""
 
@@ -260,6 +184,7 @@ class Recipe(Part):
     arms: dict[str, Arm]
     tune: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
     recover: dict[str, Any] = Field(default_factory=dict)
+    search: Search | None = None
     distil: DistilSettings = Field(default_factory=lambda: DistilSettings.model_validate({}))
     generation: GenerationSettings = Field(default_factory=lambda: GenerationSettings.model_validate({}))
     evaluate_before: StrictBool = False
@@ -306,8 +231,15 @@ class Recipe(Part):
         for name, arm in self.arms.items():
             if arm.compressed and "compress" not in self.stages:
                 fail(("stages",), f"arm {name} has a method, so the stage compress is needed", list(self.stages))
+            if arm.tickets is not None and (odd := wrong_tickets(arm, self.tuner_of(name).name, self.stages)):
+                fail(("arms", name, "tickets"), odd, None)
+            if arm.prune and tuner_stays(self.tuner_of(name).name):
+                what = f"{self.tuner_of(name).name} stays on the model, and nothing is pruned below it"
+                fail(("arms", name, "prune"), what, [spec.method for spec in arm.prune])
             if arm.prune and "prune" not in self.stages:
                 fail(("stages",), f"arm {name} has pruning, so the stage prune is needed", list(self.stages))
+            if complaint := wrong_search(self, name):
+                fail(("arms", name, *complaint[0]), complaint[1], complaint[2])
             wrong += self._check_training(name, "tune", self.tune_of)
             if self.recovers(name) or arm.recover is not None:
                 wrong += self._check_training(name, "recover", self.recover_of)
@@ -316,6 +248,8 @@ class Recipe(Part):
         for first, then in (("tune", "prune"), ("prune", "recover")):
             if then in self.stages and first not in self.stages:
                 fail(("stages",), f"{then} needs {first} before it", list(self.stages))
+        if self.search is not None:
+            check_trials(self)
         if self.forgetting is not None and "evaluate" not in self.stages:
             fail(("stages",), "forgetting is measured in the stage evaluate", list(self.stages))
         if self.judge is not None and ("evaluate" not in self.stages or len(self.arms) < 2):
@@ -336,15 +270,26 @@ class Recipe(Part):
                 wrong.append(details((*where, *path), in_words(each["msg"]), each["input"]))
         return wrong
 
-    def tune_of(self, arm: str) -> TrainSettings:
-        """The settings of an arm's tuning: the recipe's with the arm's own in their place."""
-        own = filled(TrainSettings, self.arms[arm].tune or {})
+    def tune_of(self, arm: str, rate: float | None = None) -> TrainSettings:
+        """The settings of an arm's tuning: the recipe's with the arm's own in their place, and a rate found."""
+        own = filled(TrainSettings, self.arms[arm].tune or {}) | ({} if rate is None else {"learning_rate": rate})
         return TrainSettings.model_validate({**self.tune.model_dump(), **own}) if own else self.tune
 
-    def recover_of(self, arm: str) -> TrainSettings:
+    def trial_of(self, arm: str, rate: float) -> TrainSettings:
+        """The settings of a trial: those of the arm's tuning, with what the search says in their place."""
+        assert self.search is not None
+        return TrainSettings.model_validate({**self.tune_of(arm, rate).model_dump(), **self.search.tune})
+
+    def rates_of(self, arm: str) -> Rates:
+        """Which rates are tried for an arm."""
+        assert self.search is not None
+        own = self.arms[arm].search
+        return self.search.learning_rate if own is None else own.learning_rate
+
+    def recover_of(self, arm: str, rate: float | None = None) -> TrainSettings:
         """The settings of an arm's recovery: those of its tuning, with what ``recover`` says in their place."""
         own = filled(TrainSettings, {**self.recover, **(self.arms[arm].recover or {})})
-        return TrainSettings.model_validate({**self.tune_of(arm).model_dump(), **own})
+        return TrainSettings.model_validate({**self.tune_of(arm, rate).model_dump(), **own})
 
     def recovers(self, arm: str) -> bool:
         """Whether an arm is tuned again after it was pruned."""
@@ -360,8 +305,12 @@ class Recipe(Part):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it stands in the file, defaults filled in."""
-        later = ("forgetting", "judge")  # of runs without them nothing is said
-        data = {k: v for k, v in self.model_dump(mode="json").items() if v is not None or k not in later}
+        data = self.model_dump(mode="json")
+        for name in ("forgetting", "judge", "search"):
+            if getattr(self, name) is None:
+                del data[name]
+        if self.search is not None:
+            data["search"]["learning_rate"] = self.search.learning_rate.to_plain()
         for name, arm in self.arms.items():
             data["arms"][name] = arm_dict(arm)
         return data
@@ -372,6 +321,8 @@ def arm_dict(arm: Arm) -> dict[str, Any]:
     data = arm.model_dump(mode="json", exclude={"settings"}, exclude_none=True)
     if not arm.prune:
         del data["prune"]
+    if arm.search is not None:
+        data["search"] = {"learning_rate": arm.search.learning_rate.to_plain()}
     return {**data, **arm.settings}
 
 

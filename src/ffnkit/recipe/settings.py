@@ -119,6 +119,11 @@ def tuner_fields(name: str) -> list[str]:
     return list(kind.model_fields) if kind else []
 
 
+def tuner_stays(name: str) -> bool:
+    """Whether what a tuner adds stays on the model."""
+    return bool(getattr(_tuners().get(name), "stays", False))
+
+
 def check_tuner(name: str, settings: dict[str, Any]) -> str | None:
     """What is wrong with a tuner's name, or None.
 

@@ -125,6 +125,9 @@ def unit_facts(recipe: Recipe, base: dict[str, Any], arm: str, seed: int) -> dic
     if recipe.forgetting is not None:
         path = Path(expand(recipe.forgetting))
         facts["forgetting"] = [recipe.forgetting, hashlib.sha256(path.read_bytes()).hexdigest()[:16]]
+    if recipe.search is not None:
+        rates = recipe.rates_of(arm).to_plain()
+        facts["search"] = {**recipe.search.model_dump(mode="json"), "learning_rate": rates}
     if recipe.recovers(arm):
         facts["recover"] = recipe.recover_of(arm).model_dump(mode="json", exclude=set(HARMLESS))
     return facts
@@ -178,6 +181,10 @@ def stages_of(recipe: Recipe, arm: str) -> list[str]:
     stages: list[str] = [stage for stage in recipe.stages if stage not in skipped]
     if recipe.evaluate_before:
         stages.insert(stages.index("tune") if "tune" in stages else len(stages), "before")
+    if recipe.search is not None:
+        stages.insert(stages.index("tune"), "search")
+    if recipe.arms[arm].tickets is not None:
+        stages.insert(stages.index("tune"), "tickets")
     return stages
 
 
@@ -187,8 +194,9 @@ def zeros_of(recipe: Recipe, unit: Unit) -> dict[str, Any]:
     if sparsity is not None:
         kept = recipe.tuner_of(unit.arm).settings.get("keep_zeros", False)
         return {"zeros": sparsity["zeros"], "zeros_merged": sparsity["masked" if kept else "merged"]}
-    given = unit.marker("compress") or {}
-    if "zeros" not in given:
+    markers = (unit.marker(stage) or {} for stage in ("compress", "tickets"))
+    given = next((each for each in markers if "zeros" in each), None)
+    if given is None:
         return {}
     return {"zeros": given["zeros"], "zeros_merged": (unit.marker("tune") or {}).get("zeros")}
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import ffnkit
 from ffnkit.checkpoint.adapters import is_adapted
 from ffnkit.io.files import replacing, write_text
+from ffnkit.model.linear import added_to
 from ffnkit.nn.coefficients import set_l1
-from ffnkit.recipe import sources
+from ffnkit.recipe import searching, sources, tickets
 from ffnkit.recipe.cards import card_of
 from ffnkit.recipe.schema import Recipe
 from ffnkit.recipe.state import TRAINED, Unit, digest, measures, stages_of
@@ -77,10 +78,14 @@ class _Job:
 
     def __init__(self, recipe: Recipe, unit: Unit, bars: bool) -> None:
         self.recipe, self.unit, self.bars = recipe, unit, bars
-        self.training = recipe.tune_of(unit.arm)
         self.arm = recipe.arms[unit.arm]
         self.source = sources.Source(recipe)
         self._model: PreTrainedModel | None = None
+
+    @property
+    def training(self) -> TrainSettings:
+        """How the arm is tuned, at the rate that was found for it where one was searched."""
+        return self.recipe.tune_of(self.unit.arm, searching.rate_of(self.unit))
 
     # ------------------------------------------------------------------------------------------ the model
     @property
@@ -101,8 +106,11 @@ class _Job:
         if self.unit.marker("compress"):
             ffnkit.apply(model, ffnkit.Plan.load(self.unit.work / PLAN))
         work = self.unit.work
+        if self.unit.marker("tickets"):
+            assert self.arm.tickets is not None
+            tickets.rewound(model, self.arm.tickets, work / "tickets")
         if self.unit.marker("tune"):
-            ffnkit.fold(model, keep=SAVING)
+            model = self._as_tuned(model)
             _read(model, work / TUNED)
             if (work / ADAPTER).exists():
                 ffnkit.apply(model, ffnkit.Plan.load(work / ADAPTER))
@@ -115,6 +123,11 @@ class _Job:
             self._merged(model)
             _read(model, work / RECOVERED)
         return model
+
+    def _as_tuned(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model in the form that the tuning leaves, its numbers yet to be read."""
+        tuner = sources.tuner_of(self.recipe, self.unit.arm)
+        return tuner.finish(tuner.prepare(model)) if tuner.stays else ffnkit.fold(model, keep=SAVING)
 
     # ----------------------------------------------------------------------------------------- the stages
     def compress(self) -> dict[str, Any]:
@@ -169,6 +182,27 @@ class _Job:
             "parts": ends,
         }
 
+    def search(self) -> dict[str, Any]:
+        """Find the arm's learning rate, unless another of its seeds has."""
+        self.forget()
+        return searching.search(self.recipe, self.unit, self.source, self._restored, self.bars)
+
+    def tickets(self) -> dict[str, Any]:
+        """Draw the arm's ticket; the tuning that follows starts from it."""
+        assert self.arm.tickets is not None
+
+        def train(model: PreTrainedModel, out: Path, snapshot: tuple[int, Path] | None) -> PreTrainedModel:
+            self._model = model
+            trained = self._trained("tickets", self.training, out, snapshot=snapshot)[1]
+            self.forget()
+            return trained
+
+        folder = self.unit.work / "tickets"
+        self.forget()
+        figures = tickets.find(self.arm.tickets, folder, self._restored, train)
+        self._model = tickets.rewound(self._restored(), self.arm.tickets, folder)
+        return figures | {"zeros": sparsity(self.model).share()}
+
     def before(self) -> dict[str, Any]:
         """The metrics before tuning, for a model whose head is trained already."""
         return self._metrics(keep=False)
@@ -177,9 +211,10 @@ class _Job:
         """Fine-tune, going on from the Trainer's newest checkpoint, then fold."""
         if not self.arm.prune:
             figures, model = self._trained("tune", self.training, apart=True)
-            self._model = ffnkit.fold(model, keep=SAVING)
+            self._model = model if added_to(model) else ffnkit.fold(model, keep=SAVING)
             _write(self.model, self.unit.work / TUNED)
-            left = sparsity(self.model).share() if "zeros" in (self.unit.marker("compress") or {}) else None
+            masked = any("zeros" in (self.unit.marker(stage) or {}) for stage in ("compress", "tickets"))
+            left = sparsity(self.model).share() if masked else None
             return figures | ({} if left is None else {"zeros": left})
         figures, model = self._trained("tune", self.training, merge=False)
         updates = ffnkit.adapter(model) if is_adapted(model) else None
@@ -213,10 +248,9 @@ class _Job:
 
     def recover(self) -> dict[str, Any]:
         """Tune again, what trained before trains on, then merge."""
+        settings = self.recipe.recover_of(self.unit.arm, searching.rate_of(self.unit))
         set_l1(self.model, 0.0)  # coefficients have chosen; drawn on, those that stay would shrink for nothing
-        figures, model = self._trained(
-            "recover", self.recipe.recover_of(self.unit.arm), apart=True, go_on=True, merge=False
-        )
+        figures, model = self._trained("recover", settings, apart=True, go_on=True, merge=False)
         figures["sparsity"] = _shares(model)
         if is_adapted(model) and figures["sparsity"]["zeros"]:
             figures["merging"] = merge_costs(model, self.source.dev_batches(model, self.training)).to_dict()
@@ -230,11 +264,12 @@ class _Job:
         return ffnkit.fold(model, masked=getattr(tuner, "keep_zeros", False), keep=SAVING)
 
     def _trained(
-        self, stage: str, settings: TrainSettings, *, apart: bool = False, **how: bool
+        self, stage: str, settings: TrainSettings, out: Path | None = None, *, apart: bool = False, **how: Any
     ) -> tuple[dict[str, Any], PreTrainedModel]:
         """The figures of a training, taken up where it was killed, and its model.
 
         Args:
+            out: the folder of the training, the stage's unless it is named.
             apart: whether the model goes to disk with its updates apart, where it has some: before they are merged.
         """
         from ffnkit.tune import train
@@ -253,7 +288,7 @@ class _Job:
                 settings,
                 tuner=tuner,
                 seed=self.unit.seed,
-                out_dir=self.unit.work / stage,
+                out_dir=out or self.unit.work / stage,
                 progress=self.bars,
                 generation=self.recipe.generation,
                 **how,
@@ -317,6 +352,8 @@ class _Job:
         sizes: dict[str, Any] = {}
         before = self.source.widths()
         writers: dict[Form, Callable[..., Any]] = {"compact": ffnkit.save, "standard": ffnkit.export}
+        if added_to(self.model):
+            del writers["standard"]  # no plain model computes what an adapter does
         if (self.unit.work / APART).is_dir():
             writers[APART] = ffnkit.save_apart
         for form, write in writers.items():

@@ -114,16 +114,25 @@ def _together(
     average: bool,
 ) -> dict[str, Any]:
     mine = {task: rows[arm, seed] for task, rows in by_task.items() if (arm, seed) in rows}
-    scores = {task: row.get("metrics", {}).get(metrics[task]) for task, row in mine.items()}
-    scores = {task: value for task, value in scores.items() if isinstance(value, int | float) and math.isfinite(value)}
     row: dict[str, Any] = {"arm": arm, "seed": seed, "tasks": sorted(mine), "metrics": {}}
-    if average and len(scores) == len(by_task):
-        row["metrics"][AVERAGE] = math.fsum(scores.values()) / len(scores)
-    if len(by_task) > 1 and len(mine) == len(by_task) and by_task.keys() <= PARTS.keys():
-        parts = [task_score(task, each.get("metrics") or {}) for task, each in mine.items()]
-        known = [part for part in parts if part is not None]
-        row["metrics"] |= {GLUE: math.fsum(known) / len(known)} if len(known) == len(parts) else {}
-    row["metrics"] |= {named(task, metrics[task]): value for task, value in scores.items()}
+    for key in ("metrics", "metrics_before"):
+        found = {task: (each.get(key) or {}).get(metrics[task]) for task, each in mine.items()}
+        scores = {
+            task: value for task, value in found.items() if isinstance(value, int | float) and math.isfinite(value)
+        }
+        if average and len(scores) == len(by_task):
+            row[key] = {AVERAGE: math.fsum(scores.values()) / len(scores)}
+        if len(by_task) > 1 and len(mine) == len(by_task) and by_task.keys() <= PARTS.keys():
+            parts = [task_score(task, each.get(key) or {}) for task, each in mine.items()]
+            known = [part for part in parts if part is not None]
+            if len(known) == len(parts):
+                row[key] = row.get(key, {}) | {GLUE: math.fsum(known) / len(known)}
+        if scores:
+            row[key] = row.get(key, {}) | {named(task, metrics[task]): value for task, value in scores.items()}
+    layers = {task: each["layers"] for task, each in mine.items() if each.get("layers")}
+    if layers:  # of each task, where they are not the same on all
+        same = len(set(layers.values())) == 1
+        row["layers"] = next(iter(layers.values())) if same else "; ".join(f"{t}: {v}" for t, v in layers.items())
     for key in VALUES:
         if values := _measured(each.get(key) for each in mine.values()):
             row[key] = math.fsum(values) / len(values)

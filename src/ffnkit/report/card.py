@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 NOT_MEASURED = "not measured"
-Form = Literal["compact", "standard", "apart"]
 
 
 @dataclass(frozen=True)
@@ -57,14 +56,17 @@ class Metric:
     baseline: float | None = None
 
 
+Form = Literal["compact", "standard", "apart", "added"]
+
+
 @dataclass(frozen=True)
 class CardInfo:
     """What a model card says; what is empty is said to be not known or not measured, never guessed.
 
     Attributes:
         base_model: hub id, or the folder of the model that was changed.
-        form: "compact" (opens with ffnkit), "standard" (opens with plain transformers) or "apart" (a base and what is
-            tuned beside it).
+        form: "compact" (opens with ffnkit), "standard" (opens with plain transformers), "apart" (a base and what is
+            tuned beside it) or "added" (a base, and what no weight can hold).
         method, settings: the method and its settings; method None: the FFNs were left as they were.
         layers: width of every FFN before and after.
         metrics: measured figures.
@@ -136,7 +138,7 @@ def model_card(info: CardInfo) -> str:
         FfnkitError: ``form`` is none of these.
     """
     if info.form not in get_args(Form):
-        do = "Use compact, standard or apart"
+        do = f"Use {', '.join(get_args(Form))}"
         raise FfnkitError(f"a model card of form '{info.form}'", "there is no such form", do)
     sections = [
         f"# {inline(info.title)}",
@@ -229,6 +231,12 @@ def _opening(info: CardInfo) -> str:
             "`base` opens by itself too. Where there is a folder `lora`, it is the updates in peft's form: "
             '`PeftModel.from_pretrained(base_model, "lora")`. `ffnkit export` merges the updates into plain weights; '
             "that fills zeros."
+        )
+    if info.form == "added":
+        return (
+            "What was trained is no part of any weight: `base` is the model without it and opens by itself, `adapter` "
+            "holds it. `pip install ffnkit` opens both as one model:\n\n```python\nimport ffnkit\n\n"
+            'model = ffnkit.load("path-of-this-checkpoint")\n```'
         )
     compact = info.form == "compact"
     what = "read the compact form" if compact else "know the class of this model"

@@ -134,6 +134,45 @@ MEPROP = """@inproceedings{sun2017meprop,
   year      = {2017},
   note      = {arXiv:1706.06197}
 }"""
+BITFIT = """@inproceedings{benzaken2022bitfit,
+  title     = {{BitFit}: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models},
+  author    = {Ben Zaken, Elad and Ravfogel, Shauli and Goldberg, Yoav},
+  booktitle = {Proceedings of the 60th Annual Meeting of the Association for Computational Linguistics},
+  year      = {2022},
+  note      = {arXiv:2106.10199}
+}"""
+HOULSBY = """@inproceedings{houlsby2019parameter,
+  title     = {Parameter-Efficient Transfer Learning for {NLP}},
+  author    = {Houlsby, Neil and Giurgiu, Andrei and Jastrzebski, Stanislaw and Morrone, Bruna and de Laroussilhe,
+               Quentin and Gesmundo, Andrea and Attariyan, Mona and Gelly, Sylvain},
+  booktitle = {Proceedings of the 36th International Conference on Machine Learning},
+  year      = {2019},
+  note      = {arXiv:1902.00751}
+}"""
+PFEIFFER = """@inproceedings{pfeiffer2021adapterfusion,
+  title     = {{AdapterFusion}: Non-Destructive Task Composition for Transfer Learning},
+  author    = {Pfeiffer, Jonas and Kamath, Aishwarya and R{\\"u}ckl{\\'e}, Andreas and Cho, Kyunghyun and Gurevych,
+               Iryna},
+  booktitle = {Proceedings of the 16th Conference of the European Chapter of the Association for Computational
+               Linguistics},
+  year      = {2021},
+  note      = {arXiv:2005.00247}
+}"""
+PREFIX = """@inproceedings{li2021prefix,
+  title     = {Prefix-Tuning: Optimizing Continuous Prompts for Generation},
+  author    = {Li, Xiang Lisa and Liang, Percy},
+  booktitle = {Proceedings of the 59th Annual Meeting of the Association for Computational Linguistics},
+  year      = {2021},
+  note      = {arXiv:2101.00190}
+}"""
+P_TUNING = """@inproceedings{liu2022ptuning,
+  title     = {{P-Tuning} v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally Across Scales and Tasks},
+  author    = {Liu, Xiao and Ji, Kaixuan and Fu, Yicheng and Tam, Weng Lam and Du, Zhengxiao and Yang, Zhilin and Tang,
+               Jie},
+  booktitle = {Proceedings of the 60th Annual Meeting of the Association for Computational Linguistics},
+  year      = {2022},
+  note      = {arXiv:2110.07602}
+}"""
 FFNKIT = """@software{ffnkit,
   title  = {ffnkit: narrower, shared and cheaply tuned feed-forward blocks for {Hugging Face} models},
   author = {{The ffnkit maintainers}}
@@ -165,6 +204,9 @@ OF_TUNER: dict[str, tuple[str, ...]] = {
     "full": (),
     "ffn": (),
     "head": (),
+    "bitfit": (BITFIT,),
+    "bottleneck": (HOULSBY, PFEIFFER),
+    "prefix": (PREFIX, P_TUNING),
     "lora": (LORA,),
     "sparsegrad": OF_METHOD["sparsegrad"],
     "dsee": OF_METHOD["dsee"],

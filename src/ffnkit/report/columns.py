@@ -62,6 +62,7 @@ COLUMNS = {
     "samples_per_second": ("samples/s", rate),
     "steps_per_second": ("steps/s", rate),
     "peak_memory_bytes": ("peak memory", size),
+    "learning_rate": ("rate found", rate),
     "flops_per_token": ("FLOPs/token", operations),
     "bytes_on_disk_compact": ("disk, compact", size),
     "bytes_on_disk_standard": ("disk, standard", size),
@@ -77,12 +78,13 @@ SIZES, TRAINING = (
     ("parameters", "ffn_parameters", "parameters_removed"),
     (
         *("trainable_parameters", "updated_parameters", "trainable_share"),
-        *("samples_per_second", "steps_per_second", "peak_memory_bytes"),
+        *("samples_per_second", "steps_per_second", "peak_memory_bytes", "learning_rate"),
     ),
 )  # of which tables are made beside that of what the model costs
 # of arms with updates, of those that were pruned, of recipes with a neutral text, of rows of older runs
 OPTIONAL = (
     *("bytes_on_disk_apart", "zeros", "heads_removed", "neurons_removed", "parameters_removed", "forgetting"),
+    "learning_rate",
     *("updated_parameters", "trainable_share", "samples_per_second", "steps_per_second"),
 )
 TOLD = {

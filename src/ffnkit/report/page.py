@@ -106,6 +106,7 @@ def page(info: PageInfo) -> str:
         _section("Answers side by side", "".join(map(_answers, info.answers))),
         _section("What was run", _run(info)),
         _section("Arms", _pairs({name: _settings(value) or "as it is" for name, value in info.arms.items()})),
+        _section("Learning rates tried", _tried(info.rows)),
         _section("Time by stage", _stages(summary)),
         _section("Machine", _pairs(_machine(info.machine))),
         _section("Versions", _pairs(info.versions)),
@@ -168,6 +169,26 @@ def _run(info: PageInfo) -> str:
         **{name: _value(value) for name, value in info.settings.items()},
     }
     return _pairs({name: value for name, value in about.items() if value})
+
+
+def _tried(rows: Sequence[Row]) -> str:
+    """The rates of each arm with their scores, in the order of the trials; the chosen one is marked."""
+    lines = {}
+    for row in rows:
+        if (found := row.get("search")) and row["arm"] not in lines:
+            shown = [
+                f"{t['learning_rate']:.3g}: {'failed' if t['score'] is None else format(t['score'], '.4f')}"
+                + " *" * (t["learning_rate"] == found["learning_rate"])
+                for t in found["trials"]
+            ]
+            lines[row["arm"]] = [str(row["arm"]), *shown]
+    if not lines:
+        return ""
+    most = max(map(len, lines.values()))
+    header = ["arm", *(f"trial {number}" for number in range(1, most))]
+    return (
+        _table(header, [line + [""] * (most - len(line)) for line in lines.values()]) + "<p class='lead'>* chosen.</p>"
+    )
 
 
 def _stages(summary: Summary) -> str:

@@ -6,8 +6,9 @@ the optimizer changes), ``trainable_body`` and ``trainable_share`` (without the 
 model has without it), ``samples_per_second``, ``steps_per_second``, ``flops_per_token``,
 ``bytes_on_disk_compact``, ``bytes_on_disk_standard``, ``bytes_on_disk_apart``, ``latency_s``, ``latency_ratio`` (to the
 first arm, measured in alternation with it) and ``latency_ratio_quartiles``, ``peak_memory_bytes`` (of tensors in
-training steps), ``process_memory_bytes``, ``zeros`` and ``zeros_merged`` (shares of the weights, of arms that were
-pruned), ``heads_removed``, ``neurons_removed`` and ``parameters_removed`` (shares of them), ``metrics_before`` (tuning)
+training steps), ``process_memory_bytes``, ``learning_rate`` and ``search`` {trials, metric, rows, ...} (of arms whose
+rate was searched), ``zeros`` and ``zeros_merged`` (shares of the weights, of arms that were pruned),
+``heads_removed``, ``neurons_removed`` and ``parameters_removed`` (shares of them), ``metrics_before`` (tuning)
 {name: value}, ``layers`` (in words, which were merged or dropped), ``neutral_loss`` {before, after}, ``seconds``
 {stage: seconds}, ``error``.
 """
@@ -33,6 +34,7 @@ VALUES = (
     "trainable_share",
     "samples_per_second",
     "steps_per_second",
+    "learning_rate",
     "flops_per_token",
     "bytes_on_disk_compact",
     "bytes_on_disk_standard",
@@ -242,6 +244,7 @@ def _notes(arms: Sequence[Arm], metric: str, seeds: Sequence[Any] | None, rows: 
             notes.append(f"{arm.name}: not run for seed {', '.join(missing)}.")
     unheard = dict.fromkeys((row.get("neutral_loss") or {}).get("note") for row in rows)
     notes += [f"Forgetting was not measured: {note}." for note in unheard if note]
+    notes += _search_notes(rows)
     run = [arm for arm in arms if arm.run]
     if not run:
         return notes
@@ -255,6 +258,22 @@ def _notes(arms: Sequence[Arm], metric: str, seeds: Sequence[Any] | None, rows: 
     notes.append("The spread is over seeds; it does not hold the chance in which examples the split has.")
     notes += _direction_notes([metric, *(name for arm in run for name in arm.metrics)])
     return notes + _latency_notes(run, rows)
+
+
+def _search_notes(rows: Sequence[Row]) -> list[str]:
+    """How rates were searched, and which were found at the end of what was tried."""
+    found = {str(row["arm"]): row["search"] for row in rows if row.get("search")}
+    notes = []
+    for each in {(len(each["trials"]), each["metric"], each["rows"]): None for each in found.values()}:
+        notes.append("Learning rates: the best of {} an arm, by {} on {} rows kept apart from train.".format(*each))
+    for arm, each in found.items():
+        tried = [trial["learning_rate"] for trial in each["trials"]]
+        for end, which in ((min(tried), "smallest"), (max(tried), "largest")):
+            if len(tried) > 1 and each["learning_rate"] == end:
+                notes.append(
+                    f"{arm}: the best rate is the {which} that was tried, {end:.3g}; beyond it may be better ones."
+                )
+    return notes
 
 
 def _direction_notes(metrics: Sequence[str]) -> list[str]:

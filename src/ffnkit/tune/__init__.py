@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ffnkit.tune.training import train as train
     from ffnkit.tune.tuners import TUNERS as TUNERS
     from ffnkit.tune.tuners import get as get
+    from ffnkit.tune.tuners import remove_added as remove_added
     from ffnkit.tune.tuners import trainable_parameters as trainable_parameters
 
 _HOMES = {
@@ -60,6 +61,7 @@ _HOMES = {
     "train": "training",
     "TUNERS": "tuners",
     "get": "tuners",
+    "remove_added": "tuners",
     "trainable_parameters": "tuners",
 }
 __all__ = sorted([*_HOMES, "tuners"])

@@ -39,6 +39,7 @@ class Tuner(Checked):
 
     name: ClassVar[str] = ""
     description: ClassVar[str] = ""
+    stays: ClassVar[bool] = False  # whether what it adds stays on the finished model, since no weight can hold it
     old_names: ClassVar[Mapping[str, str]] = {"also": "modules_to_train", "share": "density"}
 
     routers: Routers = Field("trained", description=ROUTERS)
@@ -59,14 +60,21 @@ class Tuner(Checked):
             FfnkitError: settings that do not fit the model: routers that it has not, targets that match nothing;
                 gradients are needed and there are no data.
         """
+        from ffnkit.model.linear import added_to
         from ffnkit.tune import lifecycle
 
         model = lifecycle.undone(model)
+        if added := added_to(model):
+            what, do = f"it carries a {added} that no weight can hold", "take it off (tune.remove_added)"
+            raise FfnkitError(f"tuner {self.name} on {type(model).__name__}", what, f"Edit before it comes, or {do}")
         with lifecycle.preparing(model, data, keep) as preparation:
             return self.put_on(model, preparation)
 
     def finish(self, model: nn.Module) -> nn.Module:
-        """A plain transformers model with the trained weights. Where this fails it can be called again."""
+        """A plain transformers model with the trained weights; what ``stays`` stays on it.
+
+        Where this fails it can be called again.
+        """
         from ffnkit.tune import lifecycle
 
         with lifecycle.finishing(model):

@@ -69,6 +69,29 @@ class Ffn(Beside):
         return model
 
 
+class BitFit(Head):
+    """Train every bias and the task head; nothing is added, and all the rest stays as it is.
+
+    Source: Ben Zaken et al., BitFit (arXiv 2106.10199): the biases of linears and norms, query and key included.
+    """
+
+    name: ClassVar[str] = "bitfit"
+    description: ClassVar[str] = "every bias and the task head"
+
+    @property
+    def with_head(self) -> list[str]:
+        return [*super().with_head, "biases"]
+
+    def put_on(self, model: nn.Module, preparation: Preparation) -> nn.Module:
+        from ffnkit.model.trainable import parts_of
+
+        head = {id(p) for p in parts_of(model, ["head"])}
+        if not any(id(p) not in head for p in parts_of(model, ["biases"])):
+            what = f"{type(model).__name__} has no bias outside its task head"
+            raise FfnkitError("tuner bitfit", what, "Choose a tuner that adds something, such as lora")
+        return super().put_on(model, preparation)
+
+
 class Lora(Tuner):
     """Train low-rank adapters (peft's LoRA) and the task head; the adapters are merged at the end.
 
@@ -184,6 +207,50 @@ class MeProp(declared(SparseGradSettings, "targets", "layers", "density")):  # t
         from ffnkit.tune import meprop
 
         return super().take_off(model) if self.of == "weights" else meprop.take_off(model, self)
+
+
+class Bottleneck(Beside):
+    """Train bottleneck adapters behind attentions and FFNs, and the task head; the adapters stay on the model.
+
+    Source: Houlsby et al. (arXiv 1902.00751), behind both; Pfeiffer et al. (arXiv 2005.00247), behind the FFN alone.
+    """
+
+    name: ClassVar[str] = "bottleneck"
+    description: ClassVar[str] = "bottleneck adapters and the task head; they stay on the model"
+    stays: ClassVar[bool] = True
+
+    size: Annotated[int, Field(gt=0)] = Field(64, description="width of the adapters")
+    behind: Literal["both", "ffn"] = Field("both", description="both: attentions and FFNs (Houlsby); ffn (Pfeiffer)")
+    activation: str = Field("gelu", description="between the two linears, as transformers knows it")
+    layers: str = Field("all", description="of which layers, as of every method")
+
+    def put_on(self, model: nn.Module, preparation: Preparation) -> nn.Module:
+        from ffnkit.tune import bottleneck
+
+        return bottleneck.put_on(model, self, preparation)
+
+
+class Prefix(Beside):
+    """Train keys and values of virtual tokens (peft's prefix tuning) and the task head; they stay on the model.
+
+    Source: Li and Liang, prefix tuning (arXiv 2101.00190); as numbers of their own, as P-tuning v2 (arXiv 2110.07602).
+    """
+
+    name: ClassVar[str] = "prefix"
+    description: ClassVar[str] = "keys and values of virtual tokens and the task head, through peft; they stay"
+    stays: ClassVar[bool] = True
+
+    tokens: Annotated[int, Field(gt=0)] = Field(20, description="number of virtual tokens")
+
+    def put_on(self, model: nn.Module, preparation: Preparation) -> nn.Module:
+        from ffnkit.tune import prefix
+
+        return prefix.put_on(model, self, preparation)
+
+    def take_off(self, model: nn.Module) -> nn.Module:
+        from ffnkit.tune import prefix
+
+        return prefix.take_off(model)
 
 
 class Combined(Updating):

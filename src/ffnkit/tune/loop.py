@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file, save_model
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, ProgressCallback
@@ -15,11 +18,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.files import replacing
 from ffnkit.io.loading import no_bars
 from ffnkit.model.trainable import parts_of
 from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.surgery.compressed import compressed_parameters
 from ffnkit.tasks.running import IGNORED, is_seq2seq, logits_of, target_counts
+
+TRAINED = "trained.safetensors"  # in checkpoints of peft models: all that trains
 
 
 class Loop(Trainer):
@@ -123,8 +129,34 @@ class Loop(Trainer):
             # Names of older layouts, which save_pretrained prefers for some families, could not be loaded in place.
             more["save_original_format"] = False
         model: Any = self.model
+        folder = str(output_dir or self.args.output_dir)
         with no_bars():
-            model.save_pretrained(output_dir or self.args.output_dir, **more)
+            model.save_pretrained(folder, **more)
+        if hasattr(model, "peft_config"):  # whose file holds the adapter alone
+            save_file(
+                {name: value.contiguous() for name, value in self._trained().items()}, os.path.join(folder, TRAINED)
+            )
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        """What trains of the model, by name."""
+        model: Any = self.model
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_trained(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_trained(self.state.best_model_checkpoint or "")
+
+    def _load_trained(self, folder: str) -> None:
+        """What trained beside an adapter of peft, in place."""
+        path = os.path.join(folder, TRAINED)
+        if os.path.isfile(path):
+            stored = load_file(path)
+            for name, value in self._trained().items():
+                value.copy_(stored[name])
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint that lacks weights or buffers, but those that the family computes and never writes."""
@@ -240,6 +272,18 @@ class Clock(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"seconds": self.total(), "step_seconds": self.step_seconds}}
+
+
+class Snapshot(TrainerCallback):
+    """Writes the weights after a step, in one piece."""
+
+    def __init__(self, step: int, path: str | Path) -> None:
+        self.step, self.path = step, Path(path)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            with replacing(self.path) as new:
+                save_model(model, str(new))
 
 
 class Epochs(TrainerCallback):

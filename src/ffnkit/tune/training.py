@@ -26,7 +26,7 @@ from ffnkit.tune.allocations import Allocations
 from ffnkit.tune.arguments import chosen_metric, training_arguments
 from ffnkit.tune.dropout import dropout_at
 from ffnkit.tune.lifecycle import training_run, undone
-from ffnkit.tune.loop import Clock, Epochs, Loop, QuietProgress, Saving
+from ffnkit.tune.loop import Clock, Epochs, Loop, QuietProgress, Saving, Snapshot
 from ffnkit.tune.outcome import TrainResult, body_size, counts_of, on_device, result_of
 from ffnkit.tune.settings import HARMLESS, TrainSettings
 from ffnkit.tune.tuners import Tuner, finish, get, prepare
@@ -53,6 +53,7 @@ def train(
     generation: GenerationSettings | None = None,
     go_on: bool = False,
     merge: bool = True,
+    snapshot: tuple[int, str | Path] | None = None,
 ) -> TrainResult:
     """Fine-tune ``model`` on ``splits.train``; ``splits.dev`` picks the checkpoint. ``splits.report`` is not read.
 
@@ -74,6 +75,7 @@ def train(
         generation: how texts are decoded where ``best_metric`` is a metric of generated text.
         go_on: updates that are on the model (of "sparsegrad", "dsee", ...) train on, with what trained beside them;
             without them, or without this, the tuner begins anew.
+        snapshot: a step and a file (safetensors) that gets the weights after it.
         merge: put such updates into the weights at the end; else they stay on the model.
 
     Raises:
@@ -136,6 +138,8 @@ def train(
             if settings.augment != "none":
                 collate = task.augmented(collate, settings.augment, seed)
             loop = _loop(tuned, collate, data, dev, scores, arguments, settings)
+            if snapshot is not None:
+                loop.add_callback(Snapshot(*snapshot))
             on_device(torch.cuda.reset_peak_memory_stats)
             state = _run_or_resume(loop, out_dir, settings)
         _leave(loop, use_cache, own_forward)

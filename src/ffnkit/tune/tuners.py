@@ -16,13 +16,29 @@ from ffnkit.errors import FfnkitError
 from ffnkit.settings.presets import filled, unlike
 from ffnkit.settings.words import in_words
 from ffnkit.tune.base import Tuner, Updating
-from ffnkit.tune.kinds import Combined, Dsee, Ffn, Full, Head, Lora, MeProp, SparseGrad, SparseMask
+from ffnkit.tune.kinds import (
+    BitFit,
+    Bottleneck,
+    Combined,
+    Dsee,
+    Ffn,
+    Full,
+    Head,
+    Lora,
+    MeProp,
+    Prefix,
+    SparseGrad,
+    SparseMask,
+)
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-TUNERS: tuple[type[Tuner], ...] = (Full, Ffn, Lora, SparseGrad, Dsee, SparseMask, MeProp, Combined, Head)
+TUNERS: tuple[type[Tuner], ...] = (
+    *(Full, Ffn, Lora, SparseGrad, Dsee, SparseMask, MeProp, Combined),
+    *(Bottleneck, Prefix, BitFit, Head),
+)
 
 
 def names() -> list[str]:
@@ -97,13 +113,15 @@ def prepare(
 
 
 def finish(model: nn.Module, tuner: str | Mapping[str, Any] | Tuner | None = None, *, merge: bool = True) -> nn.Module:
-    """The plain transformers model after training; adapters are merged. Where this fails it can be called again.
+    """The plain transformers model after training; adapters are merged, but for bottlenecks and prefixes, which stay.
+    Where this fails it can be called again.
 
     Args:
         tuner: the one given to :func:`prepare`; None: told from the model.
         merge: with False, updates of ``fk.adapter``'s kinds stay on the model.
     """
     from ffnkit.checkpoint.adapters import is_adapted
+    from ffnkit.model.linear import added_to
     from ffnkit.model.trainable import is_limited
 
     if not merge and is_adapted(model):
@@ -117,13 +135,26 @@ def finish(model: nn.Module, tuner: str | Mapping[str, Any] | Tuner | None = Non
         forget(model)
         return model
     if tuner is None:
-        if model.__dict__.get("_ffnkit_meprop"):
+        if kind := added_to(model):
+            tuner = kind.partition(" ")[0]
+        elif model.__dict__.get("_ffnkit_meprop"):
             tuner = MeProp(of="outputs")
         elif is_adapted(model):
             tuner = "sparsegrad"
         else:
             tuner = "lora" if hasattr(model, "merge_and_unload") else "ffn" if is_limited(model) else "full"
     return get(tuner).finish(model)
+
+
+def remove_added(model: Any) -> Any:
+    """The plain model without the bottleneck adapters or the prefix that a tuner left on it; changed in place.
+
+    Raises:
+        FfnkitError: there is nothing of the kind on it.
+    """
+    from ffnkit.checkpoint.added import remove_added as removed
+
+    return removed(model)
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
