@@ -165,7 +165,7 @@ def test_a_recipe_s_factor_is_for_its_compressed_arms(tmp_path: Path) -> None:
     assert results.ok, results.failed
 
 
-# --- the head -----------------------------------------------------------------------------------------------------------
+# --- the head ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("word", ["modules_to_train", "also"])
