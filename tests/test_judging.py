@@ -56,8 +56,8 @@ def test_a_win_is_what_both_orders_say(tmp_path: Path) -> None:
     found = judged(pairs, fair, Kept(tmp_path / "fair"))
     assert found == [Outcome(1), Outcome(-1), Outcome(0), Outcome(0)]
     assert fair.asked == [  # each pair in both orders; equal answers are asked about by nobody
-        ("long one", "short"), ("short", "long one"), ("x", "longest"), ("longest", "x"),
-        ("abc", "abd"), ("abd", "abc"),
+        ("long one", "short"), ("short", "long one"), ("x", "longest"), ("longest", "x"), ("abc", "abd"),
+        ("abd", "abc"),
     ]  # fmt: skip
     first = judged(pairs[:2], Says(lambda a, b: "A"), Kept(tmp_path / "first"))
     assert first == [Outcome(0, disagree=True)] * 2  # a judge that likes the first answer says nothing of the arms
