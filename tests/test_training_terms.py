@@ -12,7 +12,7 @@ from families import FAMILIES
 from pydantic import ValidationError
 from test_recipe_run import recipe_of, tiny
 from test_recipe_run import run as run_tiny
-from test_tune import REGRESSION, TASK, bert, fit
+from test_tune import REGRESSION, TASK, assert_same, bert, fit, killed_at
 from torch.nn import functional as F
 
 import ffnkit as fk
@@ -145,6 +145,16 @@ def test_a_training_moves_what_was_compressed_by_a_share_of_the_step(tmp_path: P
     for name, step in whole.items():
         torch.testing.assert_close(part[name], step * (0.25 if name in slow else 1.0), rtol=1e-3, atol=1e-6)
     assert all(float(whole[name].abs().max()) > 0 for name in slow)
+
+
+def test_a_kill_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(out: Path) -> Any:
+        model: Any = bert()
+        fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, layers="last:1")))
+        return fit(model, out, steps=6, eval_every=2, compressed_rate_factor=0.25, label_smoothing=0.1).model
+
+    killed_at(5, monkeypatch, lambda: run(tmp_path / "killed"))
+    assert_same(run(tmp_path / "killed"), run(tmp_path / "whole"))
 
 
 def test_a_factor_that_nothing_learns_at_is_refused(tmp_path: Path) -> None:
