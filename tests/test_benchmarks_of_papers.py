@@ -160,9 +160,11 @@ files = {{n: open(given[given.index('-' + n) + 1]).read().splitlines() for n in 
 model = given[given.index('--model') + 1]
 if 'broken' in model:
     sys.exit('RuntimeError: no such model')
-rows = [dict(src=s, mt=t, ref=r, COMET=(s == 'S ' + t) / 2 + (t == r) / 2) for s, t, r in zip(*(files[n] for n in 'str'))]
+columns = (files[n] for n in 'str')
+rows = [dict(src=s, mt=t, ref=r, COMET=(s == 'S ' + t) / 2 + (t == r) / 2) for s, t, r in zip(*columns)]
 json.dump({{'t': rows}}, open(given[given.index('--to_json') + 1], 'w'))
-open(os.environ['SEEN'], 'a').write(json.dumps([model, os.environ.get('HF_HUB_OFFLINE'), os.environ.get('PYTHONPATH')]) + '\\n')
+told = [model, os.environ.get('HF_HUB_OFFLINE'), os.environ.get('PYTHONPATH')]
+open(os.environ['SEEN'], 'a').write(json.dumps(told) + '\\n')
 """
 
 
@@ -317,3 +319,13 @@ def test_the_real_seen_and_unseen_rows() -> None:
     seen, unseen = set(extra["test_seen"]["prompt"]), set(extra["test_unseen"]["prompt"])
     assert size(extra["test_seen"]) == 971 and not seen & unseen
     assert seen | unseen == set(extra["test"]["prompt"])
+
+
+def test_comet_stays_offline_for_a_file(comet_score: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    (tmp_path / "model.ckpt").touch()
+    for model in (str(tmp_path / "model.ckpt"), "Unbabel/wmt22-comet-da"):
+        monkeypatch.setenv("FFNKIT_COMET", model)
+        score(["a"], [["b"]], ["comet"], sources=["s"])
+    seen = [json.loads(line) for line in (tmp_path / "seen").read_text().splitlines()]
+    assert [line[1:] for line in seen] == [["1", None], [None, None]]  # ours would be imported by an older Python

@@ -23,7 +23,7 @@ from ffnkit.report import judges, judging
 from ffnkit.report.judging import Kept, Outcome, Pair, Tally, judged, pairs_of
 from ffnkit.tasks.settings import JudgeSettings
 
-# --- the rule -----------------------------------------------------------------------------------------------------------
+# --- the rule ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -56,7 +56,8 @@ def test_a_win_is_what_both_orders_say(tmp_path: Path) -> None:
     found = judged(pairs, fair, Kept(tmp_path / "fair"))
     assert found == [Outcome(1), Outcome(-1), Outcome(0), Outcome(0)]
     assert fair.asked == [  # each pair in both orders; equal answers are asked about by nobody
-        ("long one", "short"), ("short", "long one"), ("x", "longest"), ("longest", "x"), ("abc", "abd"), ("abd", "abc"),
+        ("long one", "short"), ("short", "long one"), ("x", "longest"), ("longest", "x"), ("abc", "abd"),
+        ("abd", "abc"),
     ]  # fmt: skip
     first = judged(pairs[:2], Says(lambda a, b: "A"), Kept(tmp_path / "first"))
     assert first == [Outcome(0, disagree=True)] * 2  # a judge that likes the first answer says nothing of the arms
@@ -104,7 +105,7 @@ def test_pairs_are_those_of_one_seed_and_prompt() -> None:
         pairs_of({0: {"base": rows("a"), "arm": rows("a", "b")}}, "base", None)
 
 
-# --- an address ---------------------------------------------------------------------------------------------------------
+# --- an address -------------------------------------------------------------------------------------------------------
 
 
 class Server(ThreadingHTTPServer):
@@ -226,7 +227,7 @@ def test_what_is_no_address_is_refused(url: str) -> None:
         JudgeSettings(model="m", url=url)
 
 
-# --- a local model ------------------------------------------------------------------------------------------------------
+# --- a local model ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +260,7 @@ def test_a_local_model_says_what_it_finds_likeliest(decoder: Path) -> None:
         judges.judge_of(settings.model_copy(update={"max_length": 20})).ask("p", "a", "b")
 
 
-# --- a recipe -----------------------------------------------------------------------------------------------------------
+# --- a recipe ---------------------------------------------------------------------------------------------------------
 
 
 def recipe_at(folder: Path, model: Path, **changes: Any) -> Any:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,3 +140,48 @@ def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_real_model(minilm_path: Path) -> None:
     assert quickstart.model_path() == minilm_path
+
+
+def test_its_name_is_a_model_wherever_one_is_named(minilm_path: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from ffnkit.cli.history import public_name
+    from ffnkit.io.architectures import read_config
+    from ffnkit.io.loading import check_name, load_tokenizer
+
+    assert check_name("quickstart") == str(minilm_path) and read_config("quickstart").hidden_size == 384
+    assert len(load_tokenizer("quickstart")) == 30522
+    assert public_name("quickstart") == "sentence-transformers/all-MiniLM-L6-v2"  # in cards, for they are published
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").mkdir()  # a run of the recipe may lie there
+    assert check_name("quickstart") == str(minilm_path)
+    with pytest.raises(FfnkitError, match=r"\./quickstart: the folder has no config.json"):
+        check_name("./quickstart")
+    with pytest.raises(FfnkitError, match="Quickstart"):  # the control: another name is none
+        read_config("Quickstart")
+
+
+@pytest.mark.parametrize(
+    ("given", "task", "methods"),
+    [
+        ([], "docstrings", {"fusion": 0.5}),
+        (["--width", "0.25"], "docstrings", {"fusion": 0.25}),
+        (["--methods", "svd,mmd", "--width", "0.4", "--task", "sst2"], "sst2", {"svd": 0.4, "mmd": 0.4}),
+        (["--text", "words.txt"], None, {"fusion": 0.5}),
+    ],
+)
+def test_analyze_takes_what_is_not_given_from_the_recipe(
+    given: list[str], task: str | None, methods: dict[str, float], tmp_path: Path, monkeypatch: Any
+) -> None:
+    from typer.testing import CliRunner
+
+    from ffnkit.cli.analyze_job import AnalyzeJob
+    from ffnkit.cli.program import app
+
+    seen = []
+    monkeypatch.chdir(tmp_path)
+    Path("words.txt").write_text("some words\n\nand more\n")
+    monkeypatch.setattr(AnalyzeJob, "run", lambda self: seen.append(self) or sys.exit(0))
+    done = CliRunner().invoke(app, ["analyze", "quickstart", *given])
+    assert done.exit_code == 0, done.output
+    assert seen[0].model == "quickstart" and seen[0].texts.task == task
+    assert {name: each.what.width for name, each in seen[0].candidates.items()} == methods
+    assert CliRunner().invoke(app, ["analyze", "other", *given]).exit_code == (2 if len(given) < 6 else 0)

@@ -61,7 +61,7 @@ def one_line(error: pytest.ExceptionInfo, *parts: str) -> None:
 
 def test_names_lists_every_kind() -> None:
     written = ["e2e", "webnlg", "dart", "multi30k", "multi30k-de-en", "coqa", "alpaca_demo", "oasst1"]
-    written += ["wikitext2", "tinystories"]
+    written += ["wikitext2", "wikitext103", "tinystories"]
     assert tasks.names() == [*GLUE, "docstrings", *written, "cifar10", "mnist", "digits"]
     assert all(tasks.get(name).name == name for name in tasks.names())
     with pytest.raises(FfnkitError) as error:
@@ -73,7 +73,7 @@ def test_labels_and_metrics_of_glue() -> None:
     assert tasks.get("rte").id2label == {0: "entailment", 1: "not_entailment"}
     assert tasks.get("wnli").id2label == {0: "not_entailment", 1: "entailment"}
     assert tasks.get("mnli").label_names == ("entailment", "neutral", "contradiction")
-    assert tasks.get("cola").metrics == ("matthews",)
+    assert tasks.get("cola").metrics == ("matthews", "accuracy")
     assert tasks.get("mrpc").metrics == tasks.get("qqp").metrics == ("accuracy", "f1")
     assert tasks.get("stsb").metrics == ("pearson", "spearman") and tasks.get("stsb").num_labels == 1
 

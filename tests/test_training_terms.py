@@ -12,10 +12,11 @@ from families import FAMILIES
 from pydantic import ValidationError
 from test_recipe_run import recipe_of, tiny
 from test_recipe_run import run as run_tiny
-from test_tune import REGRESSION, TASK, bert, fit
+from test_tune import REGRESSION, TASK, assert_same, bert, fit, killed_at
 from torch.nn import functional as F
 
 import ffnkit as fk
+from ffnkit import methods
 from ffnkit.errors import FfnkitError
 from ffnkit.model.trainable import head_parameters
 from ffnkit.surgery.compressed import compressed_parameters, mark
@@ -95,7 +96,7 @@ def test_what_was_compressed_is_known_by_the_plan_and_by_the_file(tmp_path: Path
     adapters = {n for n, p in tuned.named_parameters() if id(p) in compressed_parameters(tuned) and "lora_" in n}
     assert adapters and all(".layer.2." in n for n in adapters)
     whole: Any = family.model()  # one width for all: the plan tells, a file does not, and what knows may say it
-    fk.apply(whole, fk.plan(whole, fk.Importance(width=0.5, layers="all", score="magnitude")))
+    fk.apply(whole, fk.plan(whole, methods.build("magnitude", width=0.5, layers="all")))
     assert len(names(whole)) == 3 * len(wanted)
     fk.save(whole, tmp_path / "narrow")
     opened: Any = fk.load(tmp_path / "narrow")
@@ -110,7 +111,7 @@ def test_heads_and_masks_count_and_updates_do_not() -> None:
     fk.apply(model, fk.plan(model, fk.DSEE(rank=2, nonzeros=4, targets="ffn")))
     assert compressed_parameters(model) == set()
     model = family.model()
-    fk.apply(model, fk.plan(model, fk.Heads(remove=1, by="magnitude")))
+    fk.apply(model, fk.plan(model, fk.RemoveHeads(remove=1, by="weight")))
     chosen = compressed_parameters(model)
     found = {n for n, p in model.named_parameters() if id(p) in chosen}
     assert found and all("attention" in n for n in found)
@@ -134,6 +135,7 @@ def test_a_training_moves_what_was_compressed_by_a_share_of_the_step(tmp_path: P
         fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, layers="last:1")))
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         more: dict[str, Any] = {"steps": 1, "eval_every": 1, "schedule": "constant", "warmup": 0, "optimizer": "sgd"}
+        more |= {"learning_rate": 1.0}
         done = fit(model, tmp_path / str(len(settings)), **more, **settings).model
         return {name: p.detach() - before[name] for name, p in done.named_parameters()}
 
@@ -141,8 +143,18 @@ def test_a_training_moves_what_was_compressed_by_a_share_of_the_step(tmp_path: P
     slow = [n for n in whole if ".layer.1." in n and "attention" not in n and "LayerNorm" not in n]
     assert slow
     for name, step in whole.items():
-        torch.testing.assert_close(part[name], step * (0.25 if name in slow else 1.0), rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(part[name], step * (0.25 if name in slow else 1.0), rtol=1e-3, atol=1e-6)
     assert all(float(whole[name].abs().max()) > 0 for name in slow)
+
+
+def test_a_kill_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(out: Path) -> Any:
+        model: Any = bert()
+        fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, layers="last:1")))
+        return fit(model, out, steps=6, eval_every=2, compressed_rate_factor=0.25, label_smoothing=0.1).model
+
+    killed_at(5, monkeypatch, lambda: run(tmp_path / "killed"))
+    assert_same(run(tmp_path / "killed"), run(tmp_path / "whole"))
 
 
 def test_a_factor_that_nothing_learns_at_is_refused(tmp_path: Path) -> None:
@@ -163,7 +175,7 @@ def test_a_recipe_s_factor_is_for_its_compressed_arms(tmp_path: Path) -> None:
     assert results.ok, results.failed
 
 
-# --- the head -----------------------------------------------------------------------------------------------------------
+# --- the head ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("word", ["modules_to_train", "also"])
