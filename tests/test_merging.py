@@ -285,3 +285,11 @@ def test_experts_are_refused_and_data_are_asked_for_only_where_needed() -> None:
     for settings in ({"match": False}, {"take": "anchor"}, {"take": "random"}):
         plan = fk.plan(model, Merging(layers="all", **settings))
         differ(FAMILIES["bert"], fk.apply(copy.deepcopy(model), plan), model)
+
+
+@pytest.mark.parametrize(("count", "middle"), [(2, 1), (3, 1), (4, 2), (5, 2)])
+def test_the_middle_of_a_group_is_that_of_the_released_code(count: int, middle: int) -> None:
+    """Its reference is ``layer_list[len(layer_list) // 2]``."""
+    group: Any = [f"layer {number}" for number in range(count)]
+    placed: Any = fk.Merging(layers="all", anchor="middle").placed(group)
+    assert placed[0] == f"layer {middle}" and sorted(placed) == group

@@ -305,10 +305,8 @@ class Recipe(Part):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it stands in the file, defaults filled in."""
-        data = self.model_dump(mode="json")
-        for name in ("forgetting", "judge", "search"):
-            if getattr(self, name) is None:
-                del data[name]
+        later = ("forgetting", "judge", "search")  # of runs without them nothing is said
+        data = {k: v for k, v in self.model_dump(mode="json").items() if v is not None or k not in later}
         if self.search is not None:
             data["search"]["learning_rate"] = self.search.learning_rate.to_plain()
         for name, arm in self.arms.items():
