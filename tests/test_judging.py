@@ -195,7 +195,7 @@ def test_what_an_address_is_asked(server: Server, monkeypatch: pytest.MonkeyPatc
         ([(500, "")], "it answers 500", 3),
         ([(401, "")], "it answers 401 Unauthorized. Check FFNKIT_JUDGE_KEY", 1),
         ([(404, "")], "it answers 404", 1),
-        ([(307, "http://127.0.0.1:1/v1")], "it answers 307", 1),  # the key would go elsewhere
+        ([(302, "http://127.0.0.1:1/v1")], "it answers 302", 1),  # the key would go elsewhere
         ([(200, None)], "no chat completion", 1),
         (["silence"], "no answer within 0.2 s", 3),
     ],
