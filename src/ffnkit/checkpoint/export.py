@@ -18,7 +18,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.architectures import is_own
 from ffnkit.io.folders import staging
 from ffnkit.io.loading import check_weights, open_errors, run_uneven_experts
-from ffnkit.model import probe
+from ffnkit.model import probe, running
 from ffnkit.model.attention import attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
@@ -155,7 +155,7 @@ def _verify(model: PreTrainedModel, directory: Path, state: dict[str, Tensor]) -
         raise FfnkitError(asked, f"{len(wrong)} tensors did not reload equal, e.g. {wrong[0]}", do)
     run_uneven_experts(fresh)
     # Folding and padding change the order of sums only: a few hundred roundings of the model's own precision.
-    limit = min(2000 * torch.finfo(dtype).eps, MOST)
+    limit = min(2000 * running.rounding(dtype), MOST)
     error, why = probe.compare(model, fresh.to(model.device), limit)
     if error == float("inf") and recast:  # DeBERTa keeps biases in float32 that its products in bfloat16 do not bear
         error, why = None, f"opened in {str(dtype).removeprefix('torch.')} the class does not run"

@@ -31,6 +31,12 @@ def outputs(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
             module.training = mode
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """The relative rounding of a forward pass in a dtype; in float64 that of float32, in which families rotate queries
+    or normalise whatever the dtype of their weights is (Llama 4)."""
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+
+
 def difference(first: list[Tensor], second: list[Tensor]) -> float:
     """The largest relative difference of two lists of outputs; 0 where there are none.
 

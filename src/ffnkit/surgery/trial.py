@@ -119,7 +119,7 @@ def _opened(model: PreTrainedModel) -> nn.Module:
 
 
 def _check_same(model: PreTrainedModel, first: Any, second: Any, asked: str, found: str) -> None:
-    limit = torch.finfo(model.dtype).eps ** 0.5  # roundings lie far below, another function far above
+    limit = running.rounding(model.dtype) ** 0.5  # roundings lie far below, another function far above
     try:
         off = running.difference(first, second)
     except ValueError as error:
