@@ -190,8 +190,8 @@ def test_data_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         nlg.get("e2e").splits(folder(tmp_path, "e2e", train=E2E, validation=[{"mr": "x"}]))
     one_line(error, "'meaning_representation'", "'mr'")
     with pytest.raises(FfnkitError) as error:
-        nlg.get("coqa")
-    one_line(error, "'coqa'", "webnlg")
+        nlg.get("squad")
+    one_line(error, "'squad'", "webnlg")
 
 
 class Hub:
