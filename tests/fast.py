@@ -93,6 +93,7 @@ FAST = {
         "test_removing_equals_zeroing": 5,
         "test_the_smallest_coefficients_go": 2,
     },
+    "test_training_terms.py": {"test_the_head_may_be_named": 4},
     "test_tied_lora.py": {"test_tuning_with_an_adapter_for_each_layer": 1, "test_each_layer_has_its_adapter": 2},
     "test_tied_quantized.py": {"test_a_tied_model_is_quantized": 3, "test_tuning_over_a_quantized_base": 1},
     "test_tied_training.py": {"test_a_trainer_of_the_users_own": 2, "test_tuning_of_a_tied_model": 1},

@@ -168,6 +168,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     made.server_close()
 
 
+def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(server: Server, monkeypatch: Any) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
+    server.answers = ["[[C]]"]
+    assert of(server).ask("p", "a", "b")[0] == "C"
+
+
 def of(server: Server, **settings: Any) -> Any:
     return judges.judge_of(JudgeSettings(model="judge-1", url=f"{server.url}/", **settings))
 
@@ -320,6 +327,19 @@ def test_a_recipe_has_its_answers_judged_goes_on_and_stores_no_key(
     assert not [path for path in out.rglob("*") if path.is_file() and b"secret-key" in path.read_bytes()]
     run_recipe(recipe_at(tmp_path, decoder), out, **how)
     assert "judge-1" not in (out / "table.md").read_text()  # off unless a judge is named
+
+
+def test_answers_with_odd_line_ends_are_read(decoder: Path, tmp_path: Path) -> None:
+    text = "one\u2028two\x85three\x1cfour\nfive"
+    for arm in ("full", "ffn"):
+        folder = tmp_path / "out" / "units" / arm / "seed-0"
+        folder.mkdir(parents=True)
+        (folder / "done.json").write_text("{}")
+        row = {"prompt": "p", "prediction": text + arm, "references": []}
+        (folder / stage.ANSWERS).write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    recipe = recipe_at(tmp_path, decoder)
+    assert stage.answers(recipe, tmp_path / "out")[0]["ffn"][0]["prediction"] == text + "ffn"
+    assert stage.side_by_side(recipe, tmp_path / "out")[0]["answers"] == {"full": text + "full", "ffn": text + "ffn"}
 
 
 def test_a_judge_has_to_have_answers_to_judge(decoder: Path, tmp_path: Path) -> None:

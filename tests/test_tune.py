@@ -161,7 +161,8 @@ def names_of(model: nn.Module, parameters: list[nn.Parameter]) -> set[str]:
 
 
 def test_every_tuner_says_what_it_is() -> None:
-    wanted = ["full", "ffn", "lora", "sparsegrad", "dsee", "mask", "meprop", "combined", "head"]
+    wanted = ["full", "ffn", "lora", "sparsegrad", "dsee", "mask", "meprop", "combined"]
+    wanted += ["bottleneck", "prefix", "bitfit", "head"]
     assert [tuner.name for tuner in TUNERS] == wanted == tuners.names()
     assert all(tuner.description and tuner.__doc__ for tuner in TUNERS)
 

@@ -27,8 +27,8 @@ def answers(recipe: Recipe, out: Path) -> dict[int, dict[str, list[dict[str, Any
             unit = unit_of(out, arm, seed)
             path = unit.folder / ANSWERS
             if unit.done and path.is_file():
-                rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-                found.setdefault(seed, {})[arm] = rows
+                with path.open(encoding="utf-8") as lines:  # texts may hold what str.splitlines takes for an end
+                    found.setdefault(seed, {})[arm] = [json.loads(line) for line in lines]
     return found
 
 

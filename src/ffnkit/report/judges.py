@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from ffnkit.errors import FfnkitError
 from ffnkit.report.judging import Judge, Verdict
@@ -45,7 +46,9 @@ class Address:
 
     def __init__(self, settings: JudgeSettings) -> None:
         self.settings = settings
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        here = urlsplit(str(settings.url)).hostname in ("localhost", "127.0.0.1", "::1")
+        proxies = [urllib.request.ProxyHandler({})] if here else []  # a proxy of the environment has another "here"
+        self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
 
     @property
     def facts(self) -> dict[str, Any]:
