@@ -247,6 +247,8 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     first: dict[int, str] = {}
     for place, module in places.items():  # one sum for all places of a layer, which are stored once
         own = first.setdefault(id(module), place)
+        if own == place:  # a sum may lie transposed, which files of shared tensors do not bear
+            state |= {key: state[key].contiguous() for key in (f"{place}weight", f"{place}bias") if key in state}
         state |= {place + key: state[own + key] for key in ("weight", "bias") if own + key in state}
     return {name: value for name, value in state.items() if name in kept or not name.startswith(tuple(places))}
 
