@@ -423,8 +423,8 @@ MUTANTS: tuple[Mutant, ...] = (
     M("merge-forgets-count", "self.count += other.count", "pass", "test_statistics.py", "merged"),
     M(
         "fused-cut-without-up",
-        "return torch.cat((index, index + ffn.width)) if ffn.layout.fused else index",
-        "return torch.cat((index, index)) if ffn.layout.fused else index",
+        "return torch.cat((index, index + ffn.width), -1) if ffn.layout.fused else index",
+        "return torch.cat((index, index), -1) if ffn.layout.fused else index",
         "test_structured.py",
         "phi3 or glm or fused or cut",
     ),
