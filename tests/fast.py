@@ -55,8 +55,6 @@ FAST = {
         "test_transformers_own_classes_open": 6,
         "test_fusing_to_the_full_width": 4,
         "test_planning_changes_nothing": 4,
-        "test_standard_exports_reload": 9,
-        "test_duplicated_neurons_fuse": 4,
     },
     "test_contract_kit.py": {
         "test_methods_keep_the_contract": 6,
@@ -140,7 +138,6 @@ FAST = {
         "test_permuted_copies_merge": 5,
     },
     "test_methods.py": {
-        "test_plan_apply_fold_save_and_export": 4,
         "test_a_plan_serves_many_models": 1,
     },
     "test_moe.py": {
@@ -162,8 +159,6 @@ FAST = {
         "test_modes_by_matrix_and_by_row": 8,
         "test_modes_are_those_of_torch": 14,
         "test_tuners_keep_zeros_when_asked": 5,
-        "test_a_masked_model_computes_as": 5,
-        "test_masks_come_back": 5,
     },
     "test_reparametrized.py": {
         "test_it_is_refused_in_one_line": 4,
@@ -225,7 +220,6 @@ FAST = {
     "test_tune.py": {
         "test_a_kill_changes_nothing": 1,
         "test_a_half_written_checkpoint": 1,
-        "test_equal_seeds": 1,
         "test_training_learns": 3,
     },
 }

@@ -29,7 +29,7 @@ from ffnkit.ops.neurons import Neurons
 from ffnkit.ops.subset import choose, refit
 
 # Fast: each method on an FFN without gates, with them and with experts, and each kind of FFN by one method or two.
-EACH = pytest.mark.parametrize(("method", "name"), crossed(OTHERS, KINDS))
+EACH = pytest.mark.parametrize(("method", "name"), crossed(OTHERS, KINDS, always=[("svd", "bert")]))
 
 
 def planned(name: str, method: str, model: nn.Module | None = None, batches: int = 2, **more: Any) -> Any:

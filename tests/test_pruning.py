@@ -412,6 +412,8 @@ def test_pruning_twice_goes_on_from_the_zeros_that_are_there() -> None:
     second = weights(model)
     assert zeros(second) == round(0.6 * total)
     assert all(bool((second[key][first[key] == 0] == 0).all()) for key in first)
+    masks = [module.mask for module in model.modules() if isinstance(module, Masked)]
+    assert sum(int((~mask).sum()) for mask in masks) == round(0.6 * total)  # what training would hold at zero
 
 
 def test_a_body_and_a_head_open_a_masked_checkpoint(tmp_path: Path) -> None:

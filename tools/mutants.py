@@ -492,8 +492,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "sharing-not-written",
         '"twins": list(ffn.tied),',
         '"twins": [],',
-        "test_checkpoint.py",
-        "another_format",
+        "test_merging.py",
+        "tie_is_one_object",
     ),
     M(
         "key-not-written",
@@ -682,13 +682,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "if word not in GLOBAL_FLAGS]",
         "test_cli.py",
         "flags",
-    ),
-    M(
-        "numbers-stay-text",
-        "found[name] = number(value) if isinstance(value, str) else value",
-        "found[name] = value",
-        "test_cli.py",
-        "values_are_read",
     ),
     M(
         "output-over-its-source",

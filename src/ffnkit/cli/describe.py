@@ -85,18 +85,8 @@ def parse_settings(pairs: Iterable[str], option: str = "--set") -> dict[str, Any
             raise FfnkitError(f"{option} {pair}", "no name=value", f"Write it as {option} NAME=VALUE")
         if name in found:
             raise FfnkitError(f"{option} {pair}", f"{name} is set twice", "Give each setting once")
-        value = read_yaml(text, f"{option} {pair}")
-        # YAML 1.1 reads 2e-4 as text, for want of a dot.
-        found[name] = number(value) if isinstance(value, str) else value
+        found[name] = read_yaml(text, f"{option} {pair}")
     return found
-
-
-def number(text: str) -> Any:
-    """``text`` as a float when it is one in Python's notation, else unchanged; names like "nan" stay text."""
-    try:
-        return float(text) if any(c.isdigit() for c in text) else text
-    except ValueError:
-        return text
 
 
 def check_known(given: Iterable[str], known: Iterable[str], owner: str, option: str = "--set") -> None:
