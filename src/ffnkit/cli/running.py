@@ -97,8 +97,8 @@ def _print_table(table: Table, found: dict[str, Results | FfnkitError], folder: 
     told: set[str] = set()
     for model, cells in table.rows.items():
         if (whole := over_tasks(table, found, folder, model)) is not None:
-            console.stdout().print(to_rich(whole[1].summary(), title=f"{table.name}: {model}".rstrip(": ")))
-            for note in whole[1].notes:
+            console.stdout().print(to_rich(whole.summary(), title=f"{table.name}: {model}".rstrip(": ")))
+            for note in whole.notes:
                 console.out(f" • {note}")
             told |= set(cells)
     for name, each in found.items():

@@ -21,11 +21,7 @@ def parse(text: str, where: str, *, small: bool = False) -> Recipe:
     Raises:
         FfnkitError: text that is not YAML, a key given twice, or a field that is wrong.
     """
-    found = parse_any(text, where, small=small)
-    if isinstance(found, Table):
-        do = "Run it by `ffnkit run`, or read it by load_table"
-        raise FfnkitError(where, f"it is a table of {len(found.cells)} recipes", do)
-    return found
+    return _one(parse_any(text, where, small=small), where)
 
 
 def parse_any(text: str, where: str, *, small: bool = False) -> Recipe | Table:
@@ -42,6 +38,13 @@ def parse_any(text: str, where: str, *, small: bool = False) -> Recipe | Table:
     recipe = recipe_from(data, where)
     _check_measured(recipe, data, where)
     return recipe
+
+
+def _one(found: Recipe | Table, where: str) -> Recipe:
+    if isinstance(found, Table):
+        do = "Run it by `ffnkit run`, or read it by load_any"
+        raise FfnkitError(where, f"it is a table of {len(found.cells)} recipes", do)
+    return found
 
 
 def _check_measured(recipe: Recipe, data: dict[str, Any], where: str) -> None:
@@ -62,10 +65,7 @@ def load_recipe(path: str | Path, *, any_template: bool = False, small: bool = F
     Raises:
         FfnkitError: the file is missing or wrong, the line names the field; or it is a table of recipes.
     """
-    recipe = parse(_text(path), str(path), small=small)
-    if not any_template:
-        _check_template(recipe, Path(path))
-    return recipe
+    return _one(load_any(path, any_template=any_template, small=small), str(path))
 
 
 def load_any(path: str | Path, *, any_template: bool = False, small: bool = False) -> Recipe | Table:

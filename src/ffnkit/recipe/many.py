@@ -35,24 +35,20 @@ def run_table(table: Table, out: str | Path, progress: bool = True, **how: Any) 
         except FfnkitError as error:
             say(f"  cannot run: {error}")
             found[name] = error
+    from ffnkit.report.pages import write
+
     for model in table.rows:
-        over_tasks(table, found, Path(out), model)
+        if (whole := over_tasks(table, found, out, model)) is not None:
+            write(Path(out) / model, whole)
     return found
 
 
-def over_tasks(
-    table: Table, found: Mapping[str, Results | FfnkitError], out: Path, model: str
-) -> tuple[Path, Across] | None:
-    """Write the table over a model's tasks; its folder and the table, None where fewer than two have results."""
+def over_tasks(table: Table, found: Mapping[str, Results | FfnkitError], out: str | Path, model: str) -> Across | None:
+    """The table over a model's tasks; None where fewer than two have results."""
     from ffnkit.report.across import across
-    from ffnkit.report.pages import write
 
-    done = [out / cell for cell in table.rows[model] if _finished(found.get(cell))]
-    if len(done) < 2:
-        return None
-    folder, made = out / model, across(done)
-    write(folder, made)
-    return folder, made
+    done = [Path(out) / cell for cell in table.rows[model] if _finished(found.get(cell))]
+    return across(done) if len(done) > 1 else None
 
 
 def _finished(found: Results | FfnkitError | None) -> bool:
