@@ -35,7 +35,7 @@ from transformers import (
 from ffnkit.errors import FfnkitError
 from ffnkit.model.finding import ffns
 from ffnkit.model.trainable import head_modules
-from ffnkit.tasks.classifying import Classifier
+from ffnkit.tasks.classification.classifier import Classifier
 from ffnkit.tune import (
     TUNERS,
     DistilSettings,

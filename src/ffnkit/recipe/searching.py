@@ -57,7 +57,7 @@ def search(recipe: Recipe, unit: Unit, source: Source, fresh: Callable[[], Any],
 
 def _search(recipe: Recipe, unit: Unit, source: Source, fresh: Callable[[], Any], bars: bool) -> dict[str, Any]:
     from ffnkit.recipe.sources import tuner_of
-    from ffnkit.tasks.metrics import greater_is_better
+    from ffnkit.tasks.metrics.labelled import greater_is_better
     from ffnkit.tune.arguments import chosen_metric
 
     wanted: Search = recipe.search  # type: ignore[assignment]
@@ -121,7 +121,7 @@ def _apart(source: Source, wanted: Search) -> tuple[Any, int]:
     """The splits of a trial, whose dev is drawn from train, classes in their proportions; and how many it has."""
     import dataclasses
 
-    from ffnkit.tasks.splitting import carve, share
+    from ffnkit.tasks.rows.splitting import carve, share
 
     splits = source.splits
     train: Any = splits.train

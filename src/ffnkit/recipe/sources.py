@@ -89,7 +89,7 @@ def tuner_of(recipe: Recipe, arm: str) -> Any:
 
 def neutral_texts(path: str) -> list[str]:
     """The texts that forgetting is measured on. Raises FfnkitError where the file cannot be read or has none."""
-    from ffnkit.tasks.language import read_texts
+    from ffnkit.tasks.language_modelling.sets import read_texts
 
     return read_texts(expand(path))
 

@@ -1,0 +1,1 @@
+"""Metrics by name: of labels and numbers, and of generated texts."""
