@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 
 from ffnkit.errors import FfnkitError
+from ffnkit.tasks.metrics import greater_is_better
 from ffnkit.tasks.metrics import labelled as metrics_of_labels
 from ffnkit.tasks.metrics import texts as text_metrics
 from ffnkit.tasks.metrics.answers import exact_match, normalized, token_f1
@@ -272,7 +273,7 @@ def test_the_signature_is_that_of_the_score() -> None:
 
 
 def test_which_direction_is_better_is_known_of_every_metric() -> None:
-    better = metrics_of_labels.greater_is_better
+    better = greater_is_better
     assert not any(map(better, ("ter", "loss", "perplexity", "mse")))
     assert all(map(better, ("bleu", "accuracy", "f1", "cider", "meteor", "pearson")))
     shared = set(METRICS) & set(metrics_of_labels.METRICS)

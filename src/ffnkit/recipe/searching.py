@@ -57,7 +57,7 @@ def search(recipe: Recipe, unit: Unit, source: Source, fresh: Callable[[], Any],
 
 def _search(recipe: Recipe, unit: Unit, source: Source, fresh: Callable[[], Any], bars: bool) -> dict[str, Any]:
     from ffnkit.recipe.sources import tuner_of
-    from ffnkit.tasks.metrics.labelled import greater_is_better
+    from ffnkit.tasks.metrics import greater_is_better
     from ffnkit.tune.arguments import chosen_metric
 
     wanted: Search = recipe.search  # type: ignore[assignment]

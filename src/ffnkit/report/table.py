@@ -278,7 +278,7 @@ def _search_notes(rows: Sequence[Row]) -> list[str]:
 
 def _direction_notes(metrics: Sequence[str]) -> list[str]:
     """Which metrics are better low; a further split stands behind a metric's name in brackets."""
-    from ffnkit.tasks.metrics.labelled import greater_is_better
+    from ffnkit.tasks.metrics import greater_is_better
 
     low = dict.fromkeys(name for name in (each.partition(" (")[0] for each in metrics) if not greater_is_better(name))
     return [f"Less is better: {', '.join(low)}."] if low else []

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from ffnkit.errors import FfnkitError
-from ffnkit.tasks.metrics.labelled import greater_is_better
+from ffnkit.tasks.metrics import greater_is_better
 from ffnkit.tune.settings import TrainSettings
 
 

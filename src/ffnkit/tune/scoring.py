@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.tasks.metrics.labelled import greater_is_better
+from ffnkit.tasks.metrics import greater_is_better
 from ffnkit.tune.evaluation import assess
 
 

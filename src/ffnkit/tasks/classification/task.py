@@ -60,7 +60,7 @@ class Task(Classifier):
     @property
     def greater_is_better(self) -> bool:
         """Whether more of the main metric is better."""
-        from ffnkit.tasks.metrics.labelled import greater_is_better
+        from ffnkit.tasks.metrics import greater_is_better
 
         return greater_is_better(self.main_metric)
 

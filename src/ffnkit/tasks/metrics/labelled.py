@@ -1,4 +1,4 @@
-"""Metrics by name, computed with scikit-learn and scipy."""
+"""Metrics of labels and numbers by name, computed with scikit-learn and scipy."""
 
 from __future__ import annotations
 
@@ -78,17 +78,6 @@ METRICS: dict[str, Metric] = {
     "spearman": Metric("regression", _spearman),
     "mse": Metric("regression", _mse, greater_is_better=False),
 }
-
-
-def greater_is_better(name: str) -> bool:
-    """Whether more of a metric is better: of this table, of generated text, or the loss and the perplexity."""
-    from ffnkit.tasks.metrics.texts import METRICS as OF_TEXT
-
-    if name in METRICS:
-        return METRICS[name].greater_is_better
-    if name in OF_TEXT:
-        return OF_TEXT[name].greater_is_better
-    return name not in ("loss", "perplexity", "bits_per_byte")
 
 
 def check(name: str, kind: str, num_labels: int) -> str:
