@@ -30,7 +30,7 @@ class TextData:
 
     Attributes:
         name: "e2e", "webnlg", "dart", or the user's.
-        metrics: names in ``text_metrics.METRICS`` that the field reports, the main one first.
+        metrics: names in ``metrics.texts.METRICS`` that the field reports, the main one first.
         special_tokens: tokens that the tokenizer must learn (:func:`add_special_tokens`); () for none.
         eos: the special token that ends a target; "" for the tokenizer's own end-of-text token.
         target_type: token type of the target's tokens (as the second of a segment); "" for none.
@@ -114,7 +114,7 @@ def file_data(
         target: the target's column: a string, or a list of strings for many right answers.
         template: the prompt with columns in braces, such as "question: {question} context: {context} answer:"; by
             default just this: each column with its name, then the target's name as a cue.
-        metrics: names in ``text_metrics.METRICS``, the main one first.
+        metrics: names in ``metrics.texts.METRICS``, the main one first.
         name: the task's name.
         test: further rows to report on.
         max_new_tokens: how many tokens to generate at most.

@@ -29,7 +29,7 @@ class InstructionTask(Writer):
         data: the dialogues.
         template: the chat template: "alpaca", "roles", or Jinja text; None: the tokenizer's own, else "alpaca".
         reported: the metrics, the main one first: "perplexity", and of the generated answers names in
-            ``text_metrics.METRICS``. With the perplexity alone nothing is generated.
+            ``metrics.texts.METRICS``. With the perplexity alone nothing is generated.
     """
 
     data: sets.InstructionData
