@@ -98,7 +98,7 @@ class Sequences:
         self.target_type = int(tokenizer.convert_tokens_to_ids(target_type)) if typed else None
 
     def prompts(self, texts: Sequence[str], segments: Sequence[Any] | None = None) -> list[Prompt]:
-        """Prompts as the model reads them, cut to their room; ``segments`` give token types (see ``generation.sets``)."""
+        """Prompts as the model reads them, cut to their room; ``segments`` give token types (``generation.sets``)."""
         prompts = self._whole(texts, segments)
         long = sum(len(prompt.ids) > self.prompt_room for prompt in prompts)
         if long:
