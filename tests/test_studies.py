@@ -82,6 +82,24 @@ def test_equal_arms_have_places_of_their_own() -> None:
     assert list(drawn(found).axes[0].get_xticks()) == []
 
 
+def test_a_mark_stands_where_its_figure_is() -> None:
+    """Drawn, not only in data: arms of one size, alone or on a line, before tuning and after; none hides another."""
+    import numpy as np
+
+    more = [row(name, 0, 8.0, 7.0, parameters=160.0, ffn_parameters=80.0) for name in ("corrected", "anchor", "random")]
+    figure = drawn(summary([*study(), *more]))
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        marks = [line for line in axes.lines if line.get_marker() not in (None, "None", "_", "|", 1, 2, "")]
+        assert len(marks) == 10
+        for mark in marks:
+            place = np.column_stack(mark.get_data()).astype(float)
+            at = mark.get_transform().transform(place)
+            assert np.allclose(axes.transData.transform(place), at)
+            assert at[0, 0] + 8 * figure.dpi / 72 < axes.get_window_extent().x1  # its seeds beside it are inside too
+        assert len({mark.get_markersize() for mark in marks[-3:]}) == 3
+
+
 def test_panels_lines_and_scales() -> None:
     figure = drawn(summary(study()))
     before, after = figure.axes
