@@ -81,8 +81,8 @@ def test_inspect_of_a_folder_counts_what_lies_beside_the_base(kind: str, tmp_pat
         model = moved(model, {"bottleneck": BOTTLENECK, "prefix": PREFIX}[kind])
         fk.save(model, tmp_path / "out")
     elif kind in ("dsee", "sparsegrad"):
-        how = {"dsee": fk.DSEE(rank=2, nonzeros=5), "sparsegrad": fk.methods.build("sparsegrad", count=7, basis="none", choose="random")}[kind]
-        fk.apply(model, fk.plan(model, how))
+        given = {"dsee": {"rank": 2, "nonzeros": 5}, "sparsegrad": {"count": 7, "basis": "none", "choose": "random"}}
+        fk.apply(model, fk.plan(model, fk.methods.build(kind, **given[kind])))
         fk.save_apart(model, tmp_path / "out")
     elif kind == "peft":
         from peft import LoraConfig, get_peft_model

@@ -142,7 +142,7 @@ def check_name(name_or_dir: str | Path) -> str:
             return str(base_of(path))
         if not any((path / file).is_file() for file in ("config.json", "tokenizer_config.json")):
             if any((path / file).is_file() for file in ADAPTERS):
-                do = "Open the model that it was made for, and put it on: tune.load_adapter for LoRA, else fk.load_adapter"
+                do = "Open the model that it was made for, then fk.load_adapter (tune.load_adapter where it is LoRA)"
                 raise FfnkitError(asked, "the folder holds an adapter without its model", do)
             raise FfnkitError(asked, "the folder has no config.json", "Name a folder that save_pretrained wrote")
         return str(path)

@@ -107,9 +107,8 @@ def drawn(summary: Summary) -> Figure:
     for axes in every:
         if key is None:
             axes.set_xticks([])
-        elif not _scale(axes, "x", places):
-            if 0 <= min(places) < max(places) / 2:
-                axes.set_xlim(left=0)
+        elif not _scale(axes, "x", places) and 0 <= min(places) < max(places) / 2:
+            axes.set_xlim(left=0)
     return figure
 
 

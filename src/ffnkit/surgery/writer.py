@@ -20,7 +20,7 @@ from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import is_maskable, is_transposed, stored_weight, walk
-from ffnkit.nn.adapter_layer import AdapterLayer, adapter_layers
+from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.nn.expert_weights import parametrize_weight, parametrized_weights, remove_parametrizations
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.reparametrized import ReparametrizedLinear, update_features
