@@ -213,10 +213,10 @@ def added_parameters(model: nn.Module) -> int:
         if isinstance(module, AdapterLayer):
             parts = module.added
         elif "base_layer" in module._modules:
-            below = {id(p) for p in module.base_layer.parameters()}
+            below = {id(p) for p in module.get_submodule("base_layer").parameters()}
             parts = [p for p in module.parameters() if id(p) not in below]
         elif "prompt_encoder" in module._modules:
-            parts = list(module.prompt_encoder.parameters())
+            parts = list(module.get_submodule("prompt_encoder").parameters())
         found |= {id(p): p for p in parts}
     return sum(p.numel() for p in found.values())
 
