@@ -250,6 +250,7 @@ def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
         ({"size": "many"}, "is damaged"),
         ({"size": 1 << 60}, "holds no adapter of size"),
         ({"activation": "no_such"}, "there is no such one"),
+        ({"activation": "prelu"}, "it has numbers of its own"),
         ({"places": ["bert.nowhere"]}, "holds no adapter of size 3 for bert.nowhere"),
         ({"more": 1}, "is damaged"),
     ):

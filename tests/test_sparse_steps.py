@@ -175,7 +175,7 @@ def test_scaled_gradients_of_fused_optimizers_are_unscaled() -> None:
 
 @pytest.mark.parametrize("selection", ["step", "masked-gradient", "refresh", "fixed"])
 def test_a_step_that_a_fused_optimizer_leaves_out_is_none(selection: str) -> None:
-    """First, between others and last: as if it had not been, moments and counts included; the gradient is there after."""
+    """First, between others and last: as if it had not been, moments and counts included; gradients stay."""
     ends = []
     for left_out in ((), (0, 2, 4)):
         torch.manual_seed(0)

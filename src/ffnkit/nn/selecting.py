@@ -159,11 +159,11 @@ def _refresh(layer: SparseGradLinear, optimizer: Optimizer) -> None:
 
 def largest(tensors: list[Tensor], count: int) -> list[Tensor]:
     """Masks, float, of the ``count`` entries of largest size among all tensors; ties go to the first ones."""
-    flat = torch.cat([tensor.abs().flatten() for tensor in tensors])
+    flat = torch.cat([tensor.abs().flatten().to(tensors[0].device) for tensor in tensors])
     mask = torch.zeros_like(flat)
     mask[torch.topk(flat, min(count, len(flat))).indices] = 1
     parts = mask.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    return [part.view(tensor.shape).to(tensor.device) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _reduced(layer: SparseGradLinear) -> Tensor:
