@@ -1,4 +1,4 @@
-"""What of DSEE can be known without training: zeros that merging leaves, entries that two supports have in common, time.
+"""What of DSEE can be known without training: zeros that merging leaves, entries two supports share, time.
 
     python benchmarks/dsee_counts.py [--out benchmarks/results]
 
@@ -69,7 +69,7 @@ def overlap() -> dict[str, Any]:
 
 
 def times() -> dict[str, dict[str, Any]]:
-    """Of each shape the time of a forward pass relative to that of the whole model, merged LoRA: median and quartiles."""
+    """Of each shape the time of a forward pass to that of the whole model, merged LoRA: median, quartiles."""
     models = {"LoRA": AutoModel.from_pretrained(model_path())}
     models["DSEE"] = fk.fold(updated(AutoModel.from_pretrained(model_path())))
     for name, method in {
