@@ -115,7 +115,7 @@ class Writer:
             found = f"it has no trained head: {absent[0]} is missing from its files"
             raise FfnkitError(f"model {name_or_dir} on task {self.name}", found, "Tune it on this task first")
         if tokenizer is not None:
-            _grow(model, tokenizer, self.special_tokens)
+            grow(model, tokenizer, self.special_tokens)
         set_padding(model, tokenizer, str(name_or_dir))
         return model
 
@@ -188,7 +188,7 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _grow(model: Any, tokenizer: Any, added: tuple[str, ...]) -> None:
+def grow(model: Any, tokenizer: Any, added: tuple[str, ...]) -> None:
     """Embeddings for the tokens that the task added, drawn around the mean of the others."""
     import torch
 
