@@ -1,10 +1,10 @@
-"""What of DSEE can be counted without training: zeros that merging leaves, entries that two supports have in common.
+"""What of DSEE can be known without training: zeros that merging leaves, entries two supports share, time.
 
     python benchmarks/dsee_counts.py [--out benchmarks/results]
 
 On MiniLM: half of the weights go by one-shot magnitude, in one pool, or by the update of query and value, in a pool of
 their own, and the update, dense as any that trained, is merged. Supports are of 64 entries in query and value of the
-first three layers.
+first three layers. Forward passes of the merged models of recipes/dsee_sst2.yaml take turns, on one thread.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from transformers import AutoModel
 
 import ffnkit as fk
 from ffnkit.io.quickstart import model_path
+from ffnkit.methods import build
 from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.ops import support
+from ffnkit.report.measure import latencies
 from ffnkit.report.sparsity import sparsity
 
 RANK, COUNT, LAYERS = 16, 64, 3
+BATCH, LENGTH, REPEATS = 32, 64, 40
 
 
 def updated(model: Any) -> Any:
@@ -65,6 +68,23 @@ def overlap() -> dict[str, Any]:
     return {"common": common, "of": total, "seconds": seconds}
 
 
+def times() -> dict[str, dict[str, Any]]:
+    """Of each shape the time of a forward pass to that of the whole model, merged LoRA: median, quartiles."""
+    models = {"LoRA": AutoModel.from_pretrained(model_path())}
+    models["DSEE"] = fk.fold(updated(AutoModel.from_pretrained(model_path())))
+    for name, method in {
+        "one-shot magnitude": fk.Prune(sparsity=0.5),
+        "25% of heads": build("heads", remove=0.25),
+        "25% of heads, 25% of neurons": fk.Combined([build("heads", remove=0.25), build("magnitude", width=0.75)]),
+    }.items():
+        model = AutoModel.from_pretrained(model_path())
+        models[name] = fk.fold(fk.apply(model, fk.plan(model, method)))
+    ids = torch.randint(999, 20_000, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ratios = latencies({name: model.eval() for name, model in models.items()}, batch, repeats=REPEATS, threads=1).ratios
+    return {name: {"ratio": each.median, "quartiles": [each.lower, each.upper]} for name, each in ratios.items()}
+
+
 def page(results: dict[str, Any]) -> str:
     rows = [
         f"| {name} | {share['zeros']:.1%} | {share['merged']:.1%} | {share['masked']:.1%} |"
@@ -82,6 +102,13 @@ def page(results: dict[str, Any]) -> str:
             f"- Supports of {COUNT} entries, query and value of {LAYERS} layers: svd and grebsmo have"
             f" {found['common']} of {found['of']} in common; {found['seconds']['svd']:.2f} s and"
             f" {found['seconds']['grebsmo']:.2f} s.",
+            f"- A forward pass of {BATCH} x {LENGTH} tokens on one thread, in turns, to merged LoRA (quartiles): "
+            + ", ".join(
+                f"{name} {each['ratio']:.2f} ({each['quartiles'][0]:.2f} to {each['quartiles'][1]:.2f})"
+                for name, each in results["latency"].items()
+                if name != "LoRA"
+            )
+            + ".",
             *footer(results),
             "",
         ]
@@ -92,4 +119,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    write(options.out, "dsee_counts", started() | {"zeros": zeros(), "overlap": overlap()}, page)
+    write(options.out, "dsee_counts", started() | {"zeros": zeros(), "overlap": overlap(), "latency": times()}, page)

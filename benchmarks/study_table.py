@@ -4,7 +4,9 @@
     python benchmarks/study_table.py runs/merging-vit --plot --out benchmarks/results/merging_vit
 
 Several folders, say of seeds that ran apart, are read as one study; arms and seeds of the recipe that did not run are
-marked so. Writes OUT.md and OUT.json, with --plot OUT.png.
+marked so. Writes OUT.md and OUT.json, with --plot OUT.png. Of what is stored the plot alone is drawn anew:
+
+    python benchmarks/study_table.py benchmarks/results/merging_vit.json --plot
 """
 
 from __future__ import annotations
@@ -56,10 +58,17 @@ def compared(recipe: Recipe, rows: list[dict[str, Any]], metric: str, other: str
     return lines
 
 
+def redraw(stored: Path) -> None:
+    """The plot of a stored result, beside it."""
+    head = json.loads(stored.read_text())
+    summary = summarize(head["rows"], next(iter(head["rows"][0]["metrics"])), arms=list(head["recipe"]["arms"]))
+    drawn(summary).savefig(stored.with_suffix(".png"), dpi=110)
+
+
 def main() -> None:
     """Read the runs, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders that ffnkit run wrote")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders that ffnkit run wrote, or stored results")
     parser.add_argument("--recipe", type=Path, help="the whole study, where the runs hold a part of it")
     parser.add_argument("--out", type=Path, help=f"results without ending [{RESULTS.name}/ and the first run's name]")
     parser.add_argument("--metrics", help="columns, the first is compared, e.g. accuracy,f1 [all of the runs]")
@@ -70,6 +79,10 @@ def main() -> None:
     parser.add_argument("--note", action="append", default=[], help="a line below the table")
     parser.add_argument("--plot", action="store_true")
     given = parser.parse_args()
+    if given.plot and all(path.is_file() for path in given.runs):
+        for path in given.runs:
+            redraw(path)
+        return
     head, rows = read(given.runs)
     recipe = load_recipe(given.recipe) if given.recipe else Recipe.model_validate(head["recipe"])
     renamed = dict(pair.split("=", 1) for pair in given.rename)

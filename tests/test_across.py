@@ -54,6 +54,23 @@ def test_the_average_is_over_tasks_seed_by_seed(tmp_path: Path) -> None:
     assert difference is not None and difference.mean == pytest.approx(-0.3)
 
 
+def test_rows_that_are_there_twice_are_told_and_never_of_two_models(tmp_path: Path) -> None:
+    one = run_of(tmp_path / "a", "sst2", [row("full", 0, 0.9), row("full", 1, 0.8)])
+    two = run_of(tmp_path / "b", "sst2", [row("full", 1, 0.1), row("lora", 0, 0.7)])
+    notes = across([one, two]).notes
+    assert [note for note in notes if "left out" in note] == [
+        f"sst2: 1 of the rows of {two} are left out, for {one} has the same arms and seeds."
+    ]
+    content = json.loads((two / "results.json").read_text())
+    content["recipe"]["model"] = "other"
+    (two / "results.json").write_text(json.dumps(content))
+    with pytest.raises(FfnkitError, match="full with seed 1 on sst2 is there of m and of other"):
+        across([one, two])
+    content["rows"] = content["rows"][1:]  # an arm of its own, say from a model that was made for it
+    (two / "results.json").write_text(json.dumps(content))
+    assert {each["arm"] for each in across([one, two]).rows} == {"full", "lora"}
+
+
 def test_metrics_of_two_directions_have_no_average(tmp_path: Path) -> None:
     one = run_of(tmp_path / "a", "sst2", [row("full", 0, 0.9)])
     two = run_of(tmp_path / "b", "wikitext2", [row("full", 0, 9.0, "perplexity")], "perplexity")

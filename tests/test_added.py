@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
+from test_cli import good
 from test_recipe_run import outcome, recipe_of, run, tiny
 from tolerance import assert_close
 from torch import nn
@@ -68,6 +69,48 @@ def test_saved_beside_the_base_and_opened_equal(name: str, tuner: dict[str, Any]
     outputs(name, base)  # Switch casts its routers while it runs
     below = remove_added(opened)
     assert type(below) is type(base) and not difference(snapshot(base), snapshot(below), identity=False)
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "prefix", "dsee", "sparsegrad", "peft", "none", "compact"])
+def test_inspect_of_a_folder_counts_what_lies_beside_the_base(kind: str, tmp_path: Path) -> None:
+    """As of the opened model, by the command too; a base alone is still read without its weights."""
+    from ffnkit.io.architectures import empty_model
+
+    model: Any = FAMILIES["gpt2"].model()
+    if kind in ("bottleneck", "prefix"):
+        model = moved(model, {"bottleneck": BOTTLENECK, "prefix": PREFIX}[kind])
+        fk.save(model, tmp_path / "out")
+    elif kind in ("dsee", "sparsegrad"):
+        given = {"dsee": {"rank": 2, "nonzeros": 5}, "sparsegrad": {"count": 7, "basis": "none", "choose": "random"}}
+        fk.apply(model, fk.plan(model, fk.methods.build(kind, **given[kind])))
+        fk.save_apart(model, tmp_path / "out")
+    elif kind == "peft":
+        from peft import LoraConfig, get_peft_model
+
+        model.save_pretrained(tmp_path / "out")
+        get_peft_model(model, LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True)).save_pretrained(
+            tmp_path / "out"
+        )
+    else:
+        fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, restarts=1)))
+        (fk.save if kind == "compact" else fk.export)(model, tmp_path / "out")
+    wanted = fk.inspect(fk.load(tmp_path / "out"))
+    empty = empty_model(str(tmp_path / "out"))
+    assert fk.inspect(empty) == wanted and (next(empty.parameters()).device.type == "meta") == (kind == "none")
+    if kind in ("none", "compact"):
+        assert wanted.added == 0 and "beside" not in str(wanted)
+        return
+    if kind == "peft":
+        whole, plain = fk.load(tmp_path / "out"), FAMILIES["gpt2"].model()
+    else:
+        whole, plain = model, fk.load(tmp_path / "out" / "base")
+    more = sum(p.numel() for p in whole.parameters()) - sum(p.numel() for p in plain.parameters())
+    assert wanted.added == more > 0 and wanted.parameters == sum(p.numel() for p in whole.parameters())
+    assert f"updates and adapters of {more:,} parameters" in good("inspect", tmp_path / "out").output
+    folder = tmp_path / "out" / "adapter"
+    if kind != "peft":
+        with pytest.raises(FfnkitError, match="an adapter without its model"):
+            empty_model(str(folder))
 
 
 def ends(names: Any) -> set[str]:
@@ -207,6 +250,7 @@ def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
         ({"size": "many"}, "is damaged"),
         ({"size": 1 << 60}, "holds no adapter of size"),
         ({"activation": "no_such"}, "there is no such one"),
+        ({"activation": "prelu"}, "it has numbers of its own"),
         ({"places": ["bert.nowhere"]}, "holds no adapter of size 3 for bert.nowhere"),
         ({"more": 1}, "is damaged"),
     ):

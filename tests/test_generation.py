@@ -30,7 +30,7 @@ from ffnkit.tasks.generation import sets as nlg
 from ffnkit.tasks.generation.decoding import decode
 from ffnkit.tasks.language_modelling import sets as language
 from ffnkit.tasks.language_modelling.task import windows
-from ffnkit.tasks.rows.splitting import Source
+from ffnkit.tasks.rows.splitting import Source, Splits
 from ffnkit.tasks.running import row_losses
 
 NAMES = ["Aromi", "Fitzbillies", "Wildwood", "Clowns", "Strada"]
@@ -458,6 +458,34 @@ def test_a_text_stops_at_its_end(made: Any) -> None:
     assert sum(row["prediction"].endswith(".") for row in found.predictions) > len(found.predictions) / 2
     assert found.speed["generated_per_second"] > 0
     assert set(found.metrics) == {"bleu", "rougeL", "perplexity"} and found.metrics["rougeL"] > 30
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_parts_of_a_split_are_scored_on_its_own_texts(kind: str, made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test split with its seen and unseen rows: what is written once gives the scores of writing for each anew."""
+    tokenizer, model = made[kind]
+    task = generation()
+    rows = task.splits(dev=4).report
+    again = rows.select([*range(len(rows)), 0, 1])  # rows that say the same, as DART has
+    parts = {"test": again, "test_seen": rows.select(range(0, len(rows), 2)), "other": task.splits(dev=4).dev}
+    splits = Splits(rows, rows, rows.select([2, 0]), parts)
+    wanted = {
+        name: tune.assess(model, tokenizer, task, part) for name, part in {"report": splits.report, **parts}.items()
+    }
+    asked: list[int] = []
+    write = type(model).generate
+    monkeypatch.setattr(
+        type(model), "generate", lambda self, **given: asked.append(len(given["input_ids"])) or write(self, **given)
+    )
+    found = tune.assess_all(model, tokenizer, task, splits, batch_size=64)
+    assert list(found) == list(wanted) == ["report", "test", "test_seen", "other"]
+    for name, each in found.items():
+        assert each.metrics == pytest.approx(wanted[name].metrics) and each.loss == pytest.approx(wanted[name].loss)
+        assert each.predictions == wanted[name].predictions
+    assert asked == [2, len(rows) - 2, 4]  # each prompt once
+    assert not found["test_seen"].speed and found["other"].speed["generated_per_second"] > 0
+    tune.assess(model, tokenizer, task, splits.report)
+    assert asked[-1] == 2  # another evaluation writes anew
 
 
 def _temporary() -> Path:

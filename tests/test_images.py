@@ -417,6 +417,8 @@ def test_a_recipe_of_images(folder: Path, vit: Path) -> None:
     recipe = recipe_from({**data, "tune": {"augment": "flip"}})
     source = Source(recipe)
     assert source.task.kind == "image-classification" and source.empty().classifier.weight.is_meta
+    shapes = [{n: p.shape for n, p in each.named_parameters()} for each in (source.empty(), source.model(0))]
+    assert shapes[0] == shapes[1]  # of the task's classes
     batch = batch_for(source.model(0), 3, 128)
     assert batch["pixel_values"].shape == (3, 3, 8, 8)
     digest = source.data_digest()

@@ -203,7 +203,7 @@ def test_what_an_address_is_asked(server: Server, monkeypatch: pytest.MonkeyPatc
         ([(401, "")], "it answers 401 Unauthorized. Check FFNKIT_JUDGE_KEY", 1),
         ([(404, "")], "it answers 404", 1),
         ([(302, "http://127.0.0.1:1/v1")], "it answers 302", 1),  # the key would go elsewhere
-        ([(200, None)], "no chat completion", 1),
+        ([(200, 5)], "no chat completion", 1),
         (["silence"], "no answer within 0.2 s", 3),
     ],
     ids=["busy", "broken", "key", "path", "redirect", "content", "silent"],
@@ -219,6 +219,16 @@ def test_an_address_that_fails_is_one_line(server: Server, answers: list[Any], s
         text = str(error.value)
         assert said in text and "\n" not in text and "what was judged is kept" in text
     assert len(server.seen) == asked
+
+
+def test_an_answer_without_text_is_a_verdict_that_is_none(server: Server, tmp_path: Path) -> None:
+    """A judge that declines one pair does not end the judging; half a pair of surrogates goes into the file as well."""
+    server.answers = [(200, None), "[[A]] \ud83d"]
+    pairs = [Pair("lora", 0, row, f"p{row}", "good", "bad") for row in range(2)]
+    kept = Kept(tmp_path / "kept.jsonl")
+    found = judged(pairs, of(server), kept)
+    assert [each.unclear for each in found] == [True, False] and len(server.seen) == 4
+    assert judged(pairs, of(server), Kept(tmp_path / "kept.jsonl")) == found and len(server.seen) == 4
 
 
 def test_an_address_where_nobody_is() -> None:
@@ -265,6 +275,18 @@ def test_a_local_model_says_what_it_finds_likeliest(decoder: Path) -> None:
     assert judge.ask("Why? " * 500, "Since. " * 500, "So.")[0] in "ABC"  # cut to what it reads
     with pytest.raises(FfnkitError, match="too few for a pair"):
         judges.judge_of(settings.model_copy(update={"max_length": 20})).ask("p", "a", "b")
+
+
+def test_a_tokenizer_that_knows_no_verdict_is_refused(decoder: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    GPT2LMHeadModel.from_pretrained(decoder).save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<unk>").save_pretrained(tmp_path)
+    with pytest.raises(FfnkitError, match="does not tell"):
+        judges.judge_of(JudgeSettings(model=str(tmp_path), max_length=400)).ask("p", "a", "b")
 
 
 # --- a recipe ---------------------------------------------------------------------------------------------------------

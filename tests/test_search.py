@@ -131,6 +131,13 @@ def test_rates_that_fail_are_told_and_not_chosen(folder: Path, tmp_path: Path, m
         ({"search": {"learning_rate": RATES, "tune": {"learning_rate": 1e-3}}}, "is what is searched"),
         ({"search": {"learning_rate": RATES, "tune": {"stepz": 3}}}, "search.tune.stepz"),
         ({"search": {"learning_rate": RATES, "rows": 1.5}}, "search.rows"),
+        (
+            {
+                "search": {"learning_rate": RATES, "tune": {"keep_best": False}},
+                "arms": {"a": {}, "b": {"tune": {"early_stopping": 2}}},
+            },
+            r"search.tune.* needs keep_best.*\(arm b\)",
+        ),
         ({"stages": ["evaluate"], "arms": {"a": {}}}, "needs the stage tune"),
         ({"arms": {"a": {}, "b": {"search": {"learning_rate": [1e-3]}}}}, "tries 1 rates where a tries 2"),
         ({"arms": {"a": {"tune": {"learning_rate": 1e-3}}}}, "is given beside a search"),

@@ -15,7 +15,7 @@ from families import FAMILIES
 from test_sparsegrad import batches, layer
 from test_tune import bert, fit
 from tolerance import assert_close
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SparseAdam
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -171,6 +171,33 @@ def test_scaled_gradients_of_fused_optimizers_are_unscaled() -> None:
     torch.optim.SGD([twin.values], lr=0.01).step()
     assert_close(made.values, twin.values, rel=1e-6)
     assert bool(made.values.any())
+
+
+@pytest.mark.parametrize("selection", ["step", "masked-gradient", "refresh", "fixed"])
+def test_a_step_that_a_fused_optimizer_leaves_out_is_none(selection: str) -> None:
+    """First, between others and last: as if it had not been, moments and counts included; gradients stay."""
+    ends = []
+    for left_out in ((), (0, 2, 4)):
+        torch.manual_seed(0)
+        index = None if selection in ("step", "masked-gradient") else torch.arange(4, dtype=torch.int32)
+        made = SparseGradLinear(nn.Linear(4, 6), index=index, selection=selection, count=4, every=1)
+        made.use_coefficients(torch.ones(4), 0.5)
+        trained = [made.values, made.coefficients]
+        optimizer: Any = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0, fused=True)
+        draw = torch.Generator().manual_seed(0)
+        for number in range(2 + len(left_out)):
+            skipped = number in left_out
+            x = torch.full((3, 4), float("inf")) if skipped else torch.randn(3, 4, generator=draw)
+            optimizer.zero_grad()
+            made(x).square().sum().backward()
+            before = {name: value.clone() for name, value in made.state_dict().items()}
+            optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(float(skipped))
+            optimizer.step()
+            assert all(p.grad is not None for p in trained)
+            same = all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+            assert same == skipped, number
+        ends.append(made.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_an_optimizer_without_a_rate_is_refused() -> None:

@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_generation import byte_level
 from test_recipe_run import folder, recipe_of, run  # noqa: F401 (a fixture)
 from test_report import info
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+import ffnkit as fk
+from ffnkit.recipe.schema import recipe_from
+from ffnkit.recipe.sources import Source
 from ffnkit.report.across import across
 from ffnkit.report.columns import cells
 from ffnkit.report.formats import to_csv, to_markdown
@@ -82,6 +87,24 @@ def test_equal_arms_have_places_of_their_own() -> None:
     assert list(drawn(found).axes[0].get_xticks()) == []
 
 
+def test_a_mark_stands_where_its_figure_is() -> None:
+    """Drawn, not only in data: arms of one size, alone or on a line, before tuning and after; none hides another."""
+    import numpy as np
+
+    more = [row(name, 0, 8.0, 7.0, parameters=160.0, ffn_parameters=80.0) for name in ("corrected", "anchor", "random")]
+    figure = drawn(summary([*study(), *more]))
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        marks = [line for line in axes.lines if line.get_marker() not in (None, "None", "_", "|", 1, 2, "")]
+        assert len(marks) == 10
+        for mark in marks:
+            place = np.column_stack(mark.get_data()).astype(float)
+            at = mark.get_transform().transform(place)
+            assert np.allclose(axes.transData.transform(place), at)
+            assert at[0, 0] + 8 * figure.dpi / 72 < axes.get_window_extent().x1  # its seeds beside it are inside too
+        assert len({mark.get_markersize() for mark in marks[-3:]}) == 3
+
+
 def test_panels_lines_and_scales() -> None:
     figure = drawn(summary(study()))
     before, after = figure.axes
@@ -117,6 +140,29 @@ def test_a_run_tells_them(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     text = (tmp_path / "out" / "report.html").read_text()
     assert "accuracy before" in text and "saved" in text and "before tuning" in text
     assert "layers" in (tmp_path / "out" / "results.csv").read_text().splitlines()[0].split(",")
+
+
+@pytest.mark.parametrize("task", ["sst2", "mnli", "stsb", "webnlg", "e2e", "apart"])
+def test_what_is_saved_is_counted_from_the_model_with_the_tasks_head_and_tokens(
+    task: str,
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """An arm that is not compressed saves nothing: three classes, one number, tokens of the task, updates beside it."""
+    where: Path = folder / "model"
+    if task in ("webnlg", "e2e"):
+        where, tokenizer = tmp_path / "gpt2", byte_level()
+        sizes: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+        GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(where)
+        tokenizer.save_pretrained(where)
+    elif task == "apart":
+        model = AutoModelForSequenceClassification.from_pretrained(where)
+        fk.apply(model, fk.plan(model, fk.DSEE(rank=2, nonzeros=3)))
+        where = fk.save_apart(model, tmp_path / "apart", tokenizer=AutoTokenizer.from_pretrained(where))
+    known = {"apart": "sst2"}.get(task, task)
+    source = Source(recipe_from({"name": "x", "model": str(where), "task": known, "arms": {"a": {}}}))
+    empty, whole = ({n: p.shape for n, p in each.named_parameters()} for each in (source.empty(), source.model(0)))
+    assert empty == whole
 
 
 def test_over_tasks_and_runs(tmp_path: Path) -> None:

@@ -7,13 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from methods import case_of
+from transformers import BertConfig, BertForSequenceClassification
 
+import ffnkit as fk
+from ffnkit import methods
 from ffnkit.errors import FfnkitError
+from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.recipe import Recipe, Table, load_any, load_recipe, run, run_table
 from ffnkit.recipe.loading import parse_any
 from ffnkit.recipe.schema import recipe_from
+from ffnkit.recipe.sources import tuner_of
 from ffnkit.recipe.tables import merged
 
 TABLE = """
@@ -155,6 +161,31 @@ def test_every_recipe_of_the_papers_resolves(path: Path, small: bool) -> None:
         assert len(recipe.arms) > 1
         for arm in recipe.arms:
             recipe.tune_of(arm), recipe.recover_of(arm), recipe.tuner_of(arm)
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_what_prunes_by_updates_finds_them(path: Path) -> None:
+    """Of every recipe that ships: what an arm prunes by is there behind its tuning, not told after hours of it."""
+    found = load_any(path)
+    recipes = list(found.cells.values())[:1] if isinstance(found, Table) else [found]
+    for recipe in recipes:
+        for name, arm in recipe.arms.items():
+            wanted = [spec for spec in arm.prune if "update" in spec.settings.values()]
+            tuner = tuner_of(recipe, name)
+            if not wanted or tuner.name != "dsee":
+                continue
+            sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+            model = BertForSequenceClassification(BertConfig(vocab_size=64, **sizes))
+            given = {"rank": min(tuner.rank, 2), "nonzeros": 3, "targets": tuner.targets, "support": "random"}
+            fk.apply(model, fk.plan(model, fk.DSEE(**given)))
+            for layer in adapter_layers(model).values():
+                layer.values.data.fill_(0.1)  # type: ignore[union-attr,operator]
+            for spec in wanted:
+                ids = torch.arange(24).view(2, 12)
+                fk.plan(model, methods.build(spec.method, **spec.settings), [{"input_ids": ids}])
 
 
 SHORT = {"steps": 2, "eval_every": 1, "early_stopping": None}

@@ -48,8 +48,9 @@ def insert(model: nn.Module, names: tuple[str, ...], size: int, activation: str)
     from transformers.activations import ACT2FN
 
     asked = f"bottleneck adapters on {type(model).__name__}"
-    if activation not in ACT2FN:
-        raise FfnkitError(f"{asked}: activation {activation}", "there is no such one", "Use gelu, relu or silu")
+    if activation not in ACT2FN or any(True for _ in ACT2FN[activation].parameters()):  # they would be in no file
+        what = "it has numbers of its own" if activation in ACT2FN else "there is no such one"
+        raise FfnkitError(f"{asked}: activation {activation}", what, "Use gelu, relu or silu")
     made: dict[int, Bottleneck] = {}
     modules = dict(model.named_modules())
     for name in names:

@@ -26,7 +26,7 @@ Form = Literal["compact", "standard", "both", "apart"]
 
 @app.command(rich_help_panel=PANEL)
 def inspect(model: options.Model, as_json: options.Json = False) -> None:
-    """Print every FFN of a model: name, shape, share of the parameters, FLOPs a token. Reads no weights.
+    """Print every FFN of a model: name, shape, share of the parameters, FLOPs. Reads no weights of a plain model.
 
     [bold]Examples[/bold]
 

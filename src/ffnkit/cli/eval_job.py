@@ -55,12 +55,8 @@ class Measured:
         from ffnkit import tune
 
         settings = {"batch_size": batch_size, "max_length": max_length, "generation": generation}
-
-        def found(rows: Any) -> Any:
-            return tune.assess(model, tokenizer, task, rows, **settings)
-
-        extra = {name: found(rows) for name, rows in splits.extra.items()}
-        return cls(found(splits.report), extra)
+        extra = tune.assess_all(model, tokenizer, task, splits, **settings)
+        return cls(extra.pop("report"), extra)
 
     def to_dict(self) -> dict[str, Any]:
         """``metrics``, those of further splits under ``extra``, and ``speed`` where text was generated."""

@@ -20,6 +20,8 @@ from typing import Any
 BASE, ADAPTER, LORA = "base", "adapter", "lora"
 BOTTLENECK, PREFIX = "bottleneck.safetensors", "adapter_model.safetensors"
 _INSIDE = ("adapter.safetensors", BOTTLENECK, PREFIX)  # DIR/adapter has one of them
+_PEFT = "adapter_config.json"
+ADAPTERS = (*_INSIDE, _PEFT)  # what a folder holds that is an adapter
 
 # (model, folder of the adapter) -> the model with its updates: set by ``checkpoint.hook``, for this package knows none.
 put_on: list[Callable[[Any, Path], Any]] = []
@@ -30,6 +32,11 @@ def is_apart(name_or_dir: str | Path) -> bool:
     folder = Path(name_or_dir).expanduser()
     there = (folder / BASE / "config.json").is_file() and any((folder / ADAPTER / name).is_file() for name in _INSIDE)
     return there and not os.path.lexists(folder / "config.json")
+
+
+def has_adapters(name_or_dir: str | Path) -> bool:
+    """Whether a folder opens with more on the model than its config tells: such updates, or an adapter of peft."""
+    return is_apart(name_or_dir) or (Path(name_or_dir).expanduser() / _PEFT).is_file()
 
 
 def base_of(name_or_dir: str | Path) -> Path:

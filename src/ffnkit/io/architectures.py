@@ -132,17 +132,19 @@ def load_any(name_or_dir: str, **kwargs: Any) -> PreTrainedModel:
 
 
 def empty_model(name_or_dir: str) -> PreTrainedModel:
-    """The structure of a model without its weights (meta device); a compact checkpoint is loaded in full.
+    """The structure of a model without its weights (meta device). What a config alone does not tell is loaded in full:
+    a compact checkpoint, and one with updates or adapters beside it.
 
     Raises:
         FfnkitError: as :func:`load_any`, and for a config that describes no model.
     """
     import torch
 
+    from ffnkit.io.apart import has_adapters
     from ffnkit.io.loading import open_errors
 
     config = read_config(name_or_dir)
-    if is_ffnkit_config(config):
+    if is_ffnkit_config(config) or has_adapters(name_or_dir):
         return load_any(name_or_dir)
     cls = architecture_class(config, name_or_dir)
     with open_errors(f"model {name_or_dir}"), torch.device("meta"):

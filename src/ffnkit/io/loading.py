@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io import quickstart
-from ffnkit.io.apart import base_of, is_apart, with_updates
+from ffnkit.io.apart import ADAPTERS, base_of, is_apart, with_updates
 from ffnkit.io.fitting import check_fits, is_head
 from ffnkit.io.sizes import check_config, checkpoint_files, stored_shapes
 from ffnkit.io.workspace import put_aside
@@ -140,7 +140,10 @@ def check_name(name_or_dir: str | Path) -> str:
     if os.path.isdir(path):
         if is_apart(path):
             return str(base_of(path))
-        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json", "tokenizer_config.json")):
+        if not any((path / file).is_file() for file in ("config.json", "tokenizer_config.json")):
+            if any((path / file).is_file() for file in ADAPTERS):
+                do = "Open the model that it was made for, then fk.load_adapter (tune.load_adapter where it is LoRA)"
+                raise FfnkitError(asked, "the folder holds an adapter without its model", do)
             raise FfnkitError(asked, "the folder has no config.json", "Name a folder that save_pretrained wrote")
         return str(path)
     if (aside := put_aside(path)) is not None:

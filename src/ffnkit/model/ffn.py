@@ -89,8 +89,7 @@ class FFN:
     @property
     def own_parameters(self) -> int:
         """Numbers in its weights and biases, without those that train beside them."""
-        beside = [p for m in self._updates() for p in m.named_parameters(recurse=False)]
-        return self.num_parameters - sum(p.numel() for name, p in beside if name not in ("base", "bias"))
+        return self.num_parameters - sum(p.numel() for update in self._updates() for p in update.added)
 
     @property
     def flops_per_token(self) -> float:

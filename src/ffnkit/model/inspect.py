@@ -17,6 +17,7 @@ from ffnkit.model.finding import ffns, mirrored, with_middle
 from ffnkit.model.linear import features, flops, is_linear, stored_weight, unwrapped, walk
 from ffnkit.model.targets import ranges
 from ffnkit.model.trainable import body, head_modules
+from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.lowrank import LowRank
 
 
@@ -113,6 +114,7 @@ class Inventory:
             models: one token of each stack.
         ffn_flops_per_token: the FFNs' part.
         left_out: weights that look like a part of FFNs, but that ffnkit does not edit.
+        added: numbers of updates and adapters, which stand beside the weights; among the parameters.
         attention: one row an attention block of a known layout.
     """
 
@@ -124,6 +126,7 @@ class Inventory:
     ffn_flops_per_token: float
     left_out: tuple[LeftOut, ...] = ()
     attention: tuple[AttentionRow, ...] = ()
+    added: int = 0
 
     @property
     def ffn_share(self) -> float:
@@ -148,6 +151,7 @@ class Inventory:
         total, ffn = self.flops_per_token / 1e6, self.ffn_flops_per_token / 1e6
         lines.append(f"  {total:.3f} MFLOPs a token in linears, {ffn:.3f} in FFNs ({ffn / max(total, 1e-12):.1%})")
         lines += self._attention_lines()
+        lines += [f"  beside the weights: updates and adapters of {self.added:,} parameters"] if self.added else []
         lines += [f"  left out: {left}" for left in self.left_out]
         return "\n".join(lines)
 
@@ -197,7 +201,24 @@ def inspect(model: nn.Module) -> Inventory:
         ffn_flops_per_token=ffn_flops,
         left_out=left_out(model, found),
         attention=tuple(AttentionRow.of(each) for each in attentions(model)),
+        added=added_parameters(model),
     )
+
+
+def added_parameters(model: nn.Module) -> int:
+    """How many numbers stand beside a model's weights: updates, adapters behind linears, a prefix."""
+    found: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        parts: list[nn.Parameter] = []
+        if isinstance(module, AdapterLayer):
+            parts = module.added
+        elif "base_layer" in module._modules:
+            below = {id(p) for p in module.get_submodule("base_layer").parameters()}
+            parts = [p for p in module.parameters() if id(p) not in below]
+        elif "prompt_encoder" in module._modules:
+            parts = list(module.get_submodule("prompt_encoder").parameters())
+        found |= {id(p): p for p in parts}
+    return sum(p.numel() for p in found.values())
 
 
 # --- what is left out ---------------------------------------------------------------------------------------------

@@ -75,6 +75,11 @@ class AdapterLayer(ReparametrizedLinear):
         """Settings and tensors that make this update anew; the tensors are no views of what trains."""
 
     @property
+    def added(self) -> list[nn.Parameter]:
+        """What stands beside the weight and its bias."""
+        return [p for name, p in self.named_parameters(recurse=False) if name not in ("base", "bias")]
+
+    @property
     def unstepped(self) -> int:
         """How many of the numbers that train a step of the optimizer leaves as they are."""
         return 0

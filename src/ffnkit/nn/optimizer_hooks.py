@@ -63,9 +63,12 @@ def _first(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return ((own, behind, *others[1:]), kwargs) if others else (args, {**kwargs, "closure": behind})
 
 
+def leaves_out(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer leaves this step out by itself: mixed precision found a gradient that is not finite."""
+    return bool(getattr(optimizer, "found_inf", None))
+
+
 def _around(optimizer: Optimizer, first: bool) -> None:
-    if bool(getattr(optimizer, "found_inf", None)):  # a fused optimizer leaves the step out by itself
-        return
     _running.append(optimizer)
     try:
         layers: dict[Around, list[Any]] = {}

@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from ffnkit.errors import FfnkitError
 from ffnkit.nn.adapter_layer import full_tensor as whole_of
 from ffnkit.nn.adapter_layer import sharded_as
-from ffnkit.nn.optimizer_hooks import watch
+from ffnkit.nn.optimizer_hooks import leaves_out, watch
 
 if TYPE_CHECKING:
     from ffnkit.nn.sparsegrad import SparseGradLinear
@@ -37,6 +37,11 @@ def _of(optimizer: Optimizer, living: list[SparseGradLinear]) -> list[SparseGrad
 
 def _before(optimizer: Optimizer, living: list[SparseGradLinear]) -> None:
     reached = [layer for layer in _of(optimizer, living) if layer.values.grad is not None]
+    if leaves_out(optimizer):
+        for layer in reached:
+            if layer.selection == "step":  # their moments are SparseAdam's, which its kernel does not read
+                _hide(layer)
+        return
     refreshed = [layer for layer in reached if layer.selection == "refresh"]
     if refreshed:
         _note(refreshed, getattr(optimizer, "grad_scale", None))
@@ -83,8 +88,7 @@ def _step(optimizer: Optimizer, chosen: Iterable[tuple[SparseGradLinear, Tensor]
             {"params": [place], **{key: given[key] for key in _ADAM if key in given}, "lr": float(given["lr"])}
         )
         states.append((state, place, {"step": int(state.get("step", 0)), **{k: _local(v) for k, v in own.items()}}))
-        layer.__dict__["_whole"] = grad
-        values.grad = None
+        _hide(layer)
     inner = SparseAdam([{"params": group["params"]} for group in groups])
     for mine, group in zip(inner.param_groups, groups, strict=True):
         mine.update(group)  # not checked: a schedule may begin at a rate of 0
@@ -93,6 +97,11 @@ def _step(optimizer: Optimizer, chosen: Iterable[tuple[SparseGradLinear, Tensor]
     inner.step()
     for state, place, _ in states:
         state["step"] = inner.state[place]["step"]
+
+
+def _hide(layer: SparseGradLinear) -> None:
+    """The gradient is put aside until the optimizer's own step is done."""
+    layer.__dict__["_whole"], layer.values.grad = layer.values.grad, None
 
 
 @torch.no_grad()
@@ -124,7 +133,7 @@ def _after(optimizer: Optimizer, living: list[SparseGradLinear]) -> None:
     for layer in _of(optimizer, living):
         if (grad := layer.__dict__.pop("_whole", None)) is not None:
             layer.values.grad = grad
-        if layer.selection == "refresh":
+        if layer.selection == "refresh" and not leaves_out(optimizer):
             assert layer.steps is not None
             layer.steps += 1
             if layer.every and int(layer.steps) % layer.every == 0:
@@ -150,11 +159,11 @@ def _refresh(layer: SparseGradLinear, optimizer: Optimizer) -> None:
 
 def largest(tensors: list[Tensor], count: int) -> list[Tensor]:
     """Masks, float, of the ``count`` entries of largest size among all tensors; ties go to the first ones."""
-    flat = torch.cat([tensor.abs().flatten() for tensor in tensors])
+    flat = torch.cat([tensor.abs().flatten().to(tensors[0].device) for tensor in tensors])
     mask = torch.zeros_like(flat)
     mask[torch.topk(flat, min(count, len(flat))).indices] = 1
     parts = mask.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    return [part.view(tensor.shape).to(tensor.device) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _reduced(layer: SparseGradLinear) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from ffnkit.nn.optimizer_hooks import watch
+from ffnkit.nn.optimizer_hooks import leaves_out, watch
 
 if TYPE_CHECKING:
     from ffnkit.nn.adapter_layer import AdapterLayer
@@ -24,6 +24,7 @@ def shrinking(layer: AdapterLayer) -> None:
 
 def _after(optimizer: Optimizer, living: list[AdapterLayer]) -> None:
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    living = [] if leaves_out(optimizer) else living
     for layer in living:
         value = layer.coefficients
         group = groups.get(id(value))

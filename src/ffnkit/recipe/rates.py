@@ -104,8 +104,10 @@ def check_trials(recipe: Any) -> None:
     """Raises pydantic's error where trials cannot be: without tuning, or by settings that are none."""
     if "tune" not in recipe.stages:
         fail(("stages",), "a search of rates needs the stage tune", list(recipe.stages))
-    try:
-        recipe.trial_of(next(iter(recipe.arms)), 1e-5)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        fail(("search", "tune", *(str(each) for each in first["loc"])), in_words(first["msg"]), first["input"])
+    for arm in recipe.arms:
+        try:
+            recipe.trial_of(arm, 1e-5)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            why = f"{in_words(first['msg'])} (arm {arm})"
+            fail(("search", "tune", *(str(each) for each in first["loc"])), why, first["input"])

@@ -278,7 +278,8 @@ class Recipe(Part):
     def trial_of(self, arm: str, rate: float) -> TrainSettings:
         """The settings of a trial: those of the arm's tuning, with what the search says in their place."""
         assert self.search is not None
-        return TrainSettings.model_validate({**self.tune_of(arm, rate).model_dump(), **self.search.tune})
+        own = filled(TrainSettings, self.search.tune)
+        return TrainSettings.model_validate({**self.tune_of(arm, rate).model_dump(), **own})
 
     def rates_of(self, arm: str) -> Rates:
         """Which rates are tried for an arm."""

@@ -157,17 +157,25 @@ class Source:
         return self.task.load_model(name, tokenizer=self.tokenizer, trained_head=trained)
 
     def empty(self) -> PreTrainedModel:
-        """The model's shape without its weights; a compact checkpoint, whose config lacks its widths, is loaded."""
+        """The shape of :meth:`model` without its weights, with the head and the tokens of the task; what a config alone
+        does not tell (a compact checkpoint, updates beside the base) is loaded."""
         import torch
 
+        from ffnkit.io.apart import has_adapters
         from ffnkit.io.architectures import is_ffnkit_config, read_config
         from ffnkit.io.loading import open_errors
+        from ffnkit.tasks.generation.writer import grow
 
         config = read_config(self.model_name)
-        if is_ffnkit_config(config):
+        if is_ffnkit_config(config) or has_adapters(self.model_name):
             return self.model(0)
+        if (labels := getattr(self.task, "num_labels", None)) is not None:
+            config.num_labels = labels
         with open_errors(f"model {self.recipe.model}"), torch.device("meta"):
-            return self.task.auto_class(config).from_config(config)
+            model: PreTrainedModel = self.task.auto_class(config).from_config(config)
+            if tokens := getattr(self.task, "special_tokens", ()):
+                grow(model, self.tokenizer, tokens)
+        return model
 
     def calibration(self, model: PreTrainedModel, seed: int) -> list[dict[str, Any]]:
         """Batches for methods that measure activations: of the training rows, or of the file that is named."""

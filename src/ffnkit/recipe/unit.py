@@ -320,23 +320,16 @@ class _Job:
 
     def _metrics(self, keep: bool) -> dict[str, Any]:
         """Metrics, losses and speeds on every reported split; with ``keep``, what was written goes into files."""
-        from ffnkit.tune import assess, write_predictions
+        from ffnkit.tune import assess_all, write_predictions
 
         settings, source = self.training, self.source
         self.model.to(source.device)  # type: ignore[arg-type]
         metrics: dict[str, float] = {}
         losses: dict[str, float] = {}
         speed: dict[str, dict[str, float]] = {}
-        for name, rows in {"report": source.splits.report, **source.splits.extra}.items():
-            found = assess(
-                self.model,
-                source.tokenizer,
-                source.task,
-                rows,
-                batch_size=settings.eval_batch_size,
-                max_length=settings.max_length,
-                generation=self.recipe.generation,
-            )
+        sizes = {"batch_size": settings.eval_batch_size, "max_length": settings.max_length}
+        how = {**sizes, "generation": self.recipe.generation}
+        for name, found in assess_all(self.model, source.tokenizer, source.task, source.splits, **how).items():
             losses[name] = found.loss
             speed |= {name: found.speed} if found.speed else {}
             other = "" if name == "report" else f" ({name})"

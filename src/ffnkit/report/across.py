@@ -41,18 +41,22 @@ class Across:
 
 
 def across(runs: Sequence[str | Path]) -> Across:
-    """Put runs together. Runs of one task are one (seeds or arms that ran apart); the first of two alike counts.
+    """Put runs together. Runs of one task are one (seeds or arms that ran apart); the first of two alike counts, and a
+    note tells of the other.
 
     Args:
         runs: folders with a results.json, or such files.
 
     Raises:
-        FfnkitError: a run cannot be read, one task has two metrics, nothing is finished.
+        FfnkitError: a run cannot be read, one task has two metrics, or an arm and seed of it two models, nothing is
+            finished.
     """
     found = [_read(Path(run)) for run in runs]
     by_task: dict[str, dict[tuple[str, Any], Row]] = {}
     metrics: dict[str, str] = {}
-    for run in found:
+    origin: dict[tuple[str, str, Any], int] = {}
+    doubled: dict[tuple[int, int, str], int] = {}
+    for number, run in enumerate(found):
         task = _task(run)
         if metrics.setdefault(task, run["metric"]) != run["metric"]:
             what = f"{metrics[task]} and {run['metric']} are compared on {task}"
@@ -60,6 +64,10 @@ def across(runs: Sequence[str | Path]) -> Across:
         there = by_task.setdefault(task, {})
         for row in run["rows"]:
             if row.get("status") == "done":
+                first = origin.setdefault((task, row["arm"], row["seed"]), number)
+                if first != number:
+                    _check_model(found[first], run, f"{row['arm']} with seed {row['seed']} on {task}")
+                    doubled[first, number, task] = doubled.get((first, number, task), 0) + 1
                 there.setdefault((row["arm"], row["seed"]), row)
     if not any(by_task.values()):
         raise FfnkitError("a table over runs", "no row of them is finished", "Run them to their end")
@@ -69,7 +77,19 @@ def across(runs: Sequence[str | Path]) -> Across:
     rows = [_together(*key, by_task, metrics, average=not why_not) for key in keys]
     models = tuple(dict.fromkeys(str(run["recipe"]["model"]) for run in found))
     metric = named(*next(iter(metrics.items()))) if why_not else AVERAGE
-    return Across(rows, arms, models, tuple(by_task), metric, _notes(arms, rows, metrics, why_not))
+    notes = [
+        f"{task}: {count} of the rows of {runs[other]} are left out, for {runs[first]} has the same arms and seeds."
+        for (first, other, task), count in doubled.items()
+    ]
+    return Across(rows, arms, models, tuple(by_task), metric, (*_notes(arms, rows, metrics, why_not), *notes))
+
+
+def _check_model(first: Mapping[str, Any], other: Mapping[str, Any], what: str) -> None:
+    """Raises FfnkitError where the row of one arm and seed would hide that of another model."""
+    models = [str(run["recipe"].get("model")) for run in (first, other)]
+    if models[0] != models[1]:
+        found = f"{what} is there of {models[0]} and of {models[1]}"
+        raise FfnkitError("a table over runs", found, "Make a table for each model")
 
 
 def named(task: str, metric: str) -> str:

@@ -65,10 +65,13 @@ class Address:
         body = {name: value for name, value in (fields | self.settings.request).items() if value is not None}
         content = self._posted(json.dumps(body).encode())
         try:
-            said = json.loads(content)["choices"][0]["message"]["content"]
+            message = json.loads(content)["choices"][0]["message"]
+            said = message["content"]
+            if said is None:  # it declined, or thought until its tokens ran out: a verdict that is none
+                said = message.get("refusal") or ""
             assert isinstance(said, str)
             return said
-        except (ValueError, LookupError, TypeError, AssertionError):
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError):
             start = " ".join(content[:80].decode("utf-8", "replace").split())
             raise self._error(f"it answered {start!r}, no chat completion", "Check the address") from None
 
@@ -149,7 +152,10 @@ class Local:
         parts = [self._cut(text, room // 3, tokenizer) for text in (prompt, first, second)]
         asked = self._asked(tokenizer, shown(*parts))
         rows = [self._ids(tokenizer, f"{asked}[[{name}") for name in "ABC"]
-        start = next(i for i, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1)
+        start = next((i for i, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1), 0)
+        if not start:
+            found = "its tokenizer does not tell [[A]], [[B]] and [[C]] apart"
+            raise FfnkitError(f"judge {self.settings.model}", found, "Choose another model")
         likely = []
         with torch.inference_mode():
             for ids in rows:

@@ -102,7 +102,7 @@ class Kept:
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep a verdict, on disk at once."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # half a pair of surrogates
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.rows[row["key"]] = row
 

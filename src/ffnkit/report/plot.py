@@ -32,6 +32,7 @@ AXES = {
     "latency_s": ("latency (ms)", 1e-3),
 }  # what a plot may stand against, and the unit; the first of those that part most arms
 APART = 0.01  # of the range of an axis: figures that are nearer to each other lie on one spot
+MARK = 7.0  # points, the width of a mark
 WIDE = 20.0  # a ratio of largest to smallest from which a scale is logarithmic
 Measured = tuple[Stat | None, Mapping[Any, float]]  # mean and deviation, and each seed's value
 _SERIES = re.compile(r"(.+)-[^-]+")
@@ -106,10 +107,8 @@ def drawn(summary: Summary) -> Figure:
     for axes in every:
         if key is None:
             axes.set_xticks([])
-        elif not _scale(axes, "x", places):
-            if 0 <= min(places) < max(places) / 2:
-                axes.set_xlim(left=0)
-            _widen(figure, axes, places, [shift for *_, shift in looks])
+        elif not _scale(axes, "x", places) and 0 <= min(places) < max(places) / 2:
+            axes.set_xlim(left=0)
     return figure
 
 
@@ -128,7 +127,7 @@ def _scale(axes: Axes, side: Literal["x", "y"], values: Sequence[float]) -> bool
 
 
 def _looks(arms: Sequence[Arm], places: Sequence[float], *, joined: bool) -> list[tuple[str, str, int, float]]:
-    """Of each arm its series (itself where it is alone), its label, the number of its colour, its shift in points."""
+    """Of each arm its series (itself where it is alone), its label, the number of its colour, its mark's width."""
     prefixes = [m[1] if (m := _SERIES.fullmatch(arm.name)) else arm.name for arm in arms]
     spots = {name: {p for each, p in zip(prefixes, places, strict=True) if each == name} for name in prefixes}
     lines = {name for name, found in spots.items() if joined and 1 < len(found) == prefixes.count(name)}
@@ -137,10 +136,10 @@ def _looks(arms: Sequence[Arm], places: Sequence[float], *, joined: bool) -> lis
     found = []
     for index, (arm, name) in enumerate(zip(arms, series, strict=True)):
         label = name if series.count(name) > 1 else f"{name} (n = {len(arm.seeds)})"
-        # marks of a line stay on it; those of arms that are alone stand side by side
+        # all marks stand where their figure is; of arms that are alone on one spot the later ones are the smaller ones
         alone = [i for i, each in enumerate(series) if series.count(each) == 1 and places[i] == places[index]]
-        shift = 11 * (alone.index(index) - (len(alone) - 1) / 2) if index in alone else 0.0
-        found.append((name, label, numbers[name], shift))
+        shrunk = alone.index(index) / (len(alone) - 1) - 0.5 if index in alone and len(alone) > 1 else 0.0
+        found.append((name, label, numbers[name], MARK * (1.1 - 0.4 * shrunk)))
     return found
 
 
@@ -162,14 +161,6 @@ def _panel(
         axes.axhline(whole.mean, color=INK, alpha=0.35, lw=1, ls="--", zorder=0)
 
 
-def _widen(figure: Figure, axes: Axes, sizes: Sequence[float], shifts: Sequence[float]) -> None:
-    """Let the axis end behind the last mark, which stands up to its shift beside its size."""
-    figure.draw_without_rendering()
-    width = axes.get_window_extent().width * 72 / figure.dpi
-    ends = [size * width / max(width - shift - 16, 1) for size, shift in zip(sizes, shifts, strict=True)]
-    axes.set_xlim(right=max(axes.get_xlim()[1], *ends))
-
-
 def _draw(
     axes: Axes,
     measured: Measured,
@@ -180,23 +171,23 @@ def _draw(
 ) -> None:
     from matplotlib.transforms import offset_copy
 
-    (_, label, number, shift), (stat, by_seed) = look, measured
+    (_, label, number, width), (stat, by_seed) = look, measured
     assert stat is not None
     colour = COLOURS[number % len(COLOURS)]
     figure = cast("Figure", axes.figure)
-    beside = [offset_copy(axes.transData, figure, x=x, units="points") for x in (shift, shift + 5)]
+    beside = offset_copy(axes.transData, figure, x=0.75 * MARK, units="points")
     style: dict[str, Any] = {
         "color": colour,
         "marker": MARKERS[number % len(MARKERS)],
-        "ms": 7,
+        "ms": width,
         "capsize": 3,
         "lw": 1.5,
         "ls": "",
     }
     told = _plain(label) if first else "_nolegend_"
-    axes.errorbar(size, stat.mean, yerr=stat.std, label=told, transform=beside[0], **style)
+    axes.errorbar(size, stat.mean, yerr=stat.std, label=told, **style)
     seeds = list(by_seed.values())
-    axes.scatter([size] * len(seeds), seeds, s=14, color=colour, alpha=0.6, lw=0, transform=beside[1])
+    axes.scatter([size] * len(seeds), seeds, s=14, color=colour, alpha=0.6, lw=0, transform=beside)
     ends = (stat.mean - (stat.std or 0), stat.mean + (stat.std or 0))
     axes.update_datalim([(size, value) for value in (*seeds, *ends)])
 

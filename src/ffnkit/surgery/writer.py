@@ -20,7 +20,7 @@ from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import is_maskable, is_transposed, stored_weight, walk
-from ffnkit.nn.adapter_layer import AdapterLayer, adapter_layers
+from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.nn.expert_weights import parametrize_weight, parametrized_weights, remove_parametrizations
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.reparametrized import ReparametrizedLinear, update_features
@@ -319,7 +319,7 @@ def let_train(model: nn.Module, parts: list[str]) -> None:
     chosen = {id(p) for p in trainable.parts_of(model, parts)}
     for layer in adapter_layers(model).values():
         chosen -= {id(layer.base)}
-        chosen |= {id(p) for p in _own(layer)}
+        chosen |= {id(p) for p in layer.added}
     trainable.train_only(model, lambda parameter: id(parameter) in chosen)
     before = {name: p.detach().clone() for name, p in beside(model).items()} if "rest" not in parts else None
     if before is not None:  # what trained already is as it was before the first update came
@@ -331,14 +331,10 @@ def let_train(model: nn.Module, parts: list[str]) -> None:
 
 def beside(model: nn.Module) -> dict[str, nn.Parameter]:
     """What trains beside the updates, by name."""
-    inside = {id(p) for layer in adapter_layers(model).values() for p in (layer.base, *_own(layer))}
+    inside = {id(p) for layer in adapter_layers(model).values() for p in (layer.base, *layer.added)}
     return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
 
 
 def parts_beside(model: nn.Module) -> list[str]:
     """The parts that were let train beside the updates."""
     return list(trainable.noted(model)[0])
-
-
-def _own(layer: AdapterLayer) -> list[nn.Parameter]:
-    return [p for name, p in layer.named_parameters(recurse=False) if name not in ("base", "bias")]

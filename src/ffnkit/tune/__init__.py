@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ffnkit.tune.distillation import DistilResult as DistilResult
     from ffnkit.tune.distillation import distil as distil
     from ffnkit.tune.evaluation import assess as assess
+    from ffnkit.tune.evaluation import assess_all as assess_all
     from ffnkit.tune.evaluation import evaluate as evaluate
     from ffnkit.tune.evaluation import write_predictions as write_predictions
     from ffnkit.tune.scoring import scorer as scorer
@@ -48,6 +49,7 @@ _HOMES = {
     "layerwise_loss": "distil_loss",
     "text_examples": "distil_text",
     "assess": "evaluation",
+    "assess_all": "evaluation",
     "evaluate": "evaluation",
     "write_predictions": "evaluation",
     "scorer": "scoring",

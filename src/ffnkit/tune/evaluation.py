@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from ffnkit.errors import FfnkitError
+from ffnkit.tasks.generation.writer import once
 from ffnkit.tasks.protocol import Evaluation
+from ffnkit.tasks.rows.splitting import Splits
 from ffnkit.tasks.running import encoded_rows, lengths, logits_of
 from ffnkit.tasks.settings import GenerationSettings
 
-__all__ = ["assess", "encoded_rows", "evaluate", "lengths", "logits_of", "write_predictions"]
+__all__ = ["assess", "assess_all", "encoded_rows", "evaluate", "lengths", "logits_of", "write_predictions"]
 
 
 def evaluate(
@@ -64,6 +66,16 @@ def assess(
         model, tokenizer, dataset, batch_size=batch_size, max_length=max_length, generation=generation
     )
     return found
+
+
+def assess_all(model: nn.Module, tokenizer: Any, task: Any, splits: Splits[Any], **how: Any) -> dict[str, Evaluation]:
+    """:func:`assess` of every reported split: "report", and the further ones by name.
+
+    What is in several of them (a test split and its parts) is written once; figures of speed are of what is new.
+    """
+    with once():
+        every = {"report": splits.report, **splits.extra}
+        return {name: assess(model, tokenizer, task, rows, **how) for name, rows in every.items()}
 
 
 def write_predictions(path: str | Path, found: Evaluation, task: Any) -> None:

@@ -254,7 +254,8 @@ class _Work:
         if method.choose == "random":
             found = {name: drawn(name) for name in self.shapes}
         elif method.by == "all":
-            flat = torch.cat([self.energies[name].flatten() for name in self.linears])
+            device = next(iter(self.energies.values())).device  # those of a model on several go to one
+            flat = torch.cat([self.energies[name].flatten().to(device) for name in self.linears])
             places = torch.topk(flat, min(sum(counts.values()), len(flat)), sorted=False).indices
             mask = torch.zeros_like(flat, dtype=torch.bool)
             mask[places] = True

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from ffnkit.tasks.encoding.sequences import Prompt, Sequences
 
 logger = logging.getLogger(__name__)
+_texts: ContextVar[dict[Any, str] | None] = ContextVar("texts", default=None)
 
 
 class Writer:
@@ -112,7 +115,7 @@ class Writer:
             found = f"it has no trained head: {absent[0]} is missing from its files"
             raise FfnkitError(f"model {name_or_dir} on task {self.name}", found, "Tune it on this task first")
         if tokenizer is not None:
-            _grow(model, tokenizer, self.special_tokens)
+            grow(model, tokenizer, self.special_tokens)
         set_padding(model, tokenizer, str(name_or_dir))
         return model
 
@@ -135,6 +138,16 @@ class Writer:
         return total / max(count, 1)
 
 
+@contextmanager
+def once() -> Iterator[None]:
+    """While the block runs, in which one model writes in one way, it writes once for each prompt."""
+    token = _texts.set({})
+    try:
+        yield
+    finally:
+        _texts.reset(token)
+
+
 def written(
     model: Any,
     sequences: Sequences,
@@ -144,7 +157,7 @@ def written(
     settings: GenerationSettings,
     most: int,
 ) -> tuple[dict[str, float], dict[str, float], tuple[dict[str, Any], ...]]:
-    """Metrics, speed and predictions of the texts that a model writes for prompts.
+    """Metrics, speed and predictions of the texts that a model writes for prompts, for equal ones once.
 
     Args:
         rows: "prompt" as it is shown, and "references".
@@ -153,12 +166,20 @@ def written(
     from ffnkit.tasks.generation.decoding import decode
     from ffnkit.tasks.metrics.texts import score
 
-    texts, seconds = decode(model, sequences, prompts, settings, most)
+    known = _texts.get()
+    known = {} if known is None else known
+    keys = [(tuple(prompt.ids), tuple(prompt.types or ())) for prompt in prompts]
+    new = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
+    speed = {}
+    if new:
+        found, seconds = decode(model, sequences, list(new.values()), settings, most)
+        known.update(zip(new, found, strict=True))
+        speed = {"generation_seconds": seconds, "generated_per_second": len(new) / max(seconds, 1e-9)}
+    texts = [known[key] for key in keys]
     predictions = tuple(
         {"prompt": prompt, "prediction": text, "references": references}
         for prompt, text, references in zip(rows["prompt"], texts, rows["references"], strict=True)
     )
-    speed = {"generation_seconds": seconds, "generated_per_second": len(texts) / max(seconds, 1e-9)}
     return score(texts, rows["references"], metrics, rows["prompt"]), speed, predictions
 
 
@@ -167,7 +188,7 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def _grow(model: Any, tokenizer: Any, added: tuple[str, ...]) -> None:
+def grow(model: Any, tokenizer: Any, added: tuple[str, ...]) -> None:
     """Embeddings for the tokens that the task added, drawn around the mean of the others."""
     import torch
 

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from ffnkit.errors import FfnkitError
 
@@ -80,9 +81,8 @@ def _run(arguments: list[str], model: str, folder: Path) -> list[float]:
     gpus = "1" if torch.cuda.is_available() else "0"
     local = {"HF_HUB_OFFLINE": "1"} if model.endswith(".ckpt") else {}  # its tokenizer would be looked for on the hub
     own = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    done = subprocess.run(
-        [*arguments, gpus, "--model", model], cwd=folder, env=own | local, capture_output=True, text=True, check=False
-    )
+    how: dict[str, Any] = {"cwd": folder, "env": own | local, "capture_output": True, "errors": "replace"}
+    done = subprocess.run([*arguments, gpus, "--model", model], text=True, check=False, **how)
     try:
         if done.returncode:
             raise ValueError(_last_line(done.stderr) or f"exit code {done.returncode}")
