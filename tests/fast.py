@@ -243,7 +243,6 @@ FAST = {
         "test_a_kill_changes_nothing": 1,
         "test_a_half_written_checkpoint": 1,
         "test_training_learns": 3,
-        "test_equal_seeds_see": 1,
         "test_a_moved_folder_resumes": 0,
     },
 }

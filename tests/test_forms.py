@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -385,6 +386,19 @@ def test_a_model_that_draws_in_evaluation_is_compared_with_itself() -> None:
     other: Any = FAMILIES["bert"].model(seed=1)
     gap, why = probe.compare(noisy.inner, other, 1e-3)
     assert gap is not None and gap > 1e-3 and not why  # the control
+
+
+def test_a_config_that_lacks_what_its_class_does_without() -> None:
+    """Speech encoders without a vocabulary run on probe inputs; where none can be made there is nothing to compare."""
+    from transformers import AudioFlamingo3Encoder, AudioFlamingo3EncoderConfig
+
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    model = AudioFlamingo3Encoder(AudioFlamingo3EncoderConfig(max_source_positions=10, num_mel_bins=8, **small)).eval()
+    assert probe.runnable(model) is not None
+    assert probe.compare(model, copy.deepcopy(model), 1e-6) == (0.0, "")
+    model.config.num_mel_bins = 5
+    assert probe.runnable(model) is None
+    assert probe.compare(model, model, 1e-6)[0] is None
 
 
 def test_what_does_not_run_on_probe_inputs_is_exported_and_said(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from ffnkit.model.finding import ffns
 from ffnkit.ops import local, subset
 from ffnkit.ops.moments import Moments
 from ffnkit.ops.neurons import Neurons
-from ffnkit.ops.subset import choose, refit
+from ffnkit.ops.subset import choose, leverage, refit
 
 # Fast: each method on an FFN without gates, with them and with experts, and each kind of FFN by one method or two.
 EACH = pytest.mark.parametrize(("method", "name"), crossed(OTHERS, KINDS, always=[("svd", "bert")]))
@@ -139,8 +139,34 @@ def test_greedy_choice_and_refit_follow_their_formulas() -> None:
     plain = (target - h[:, kept] @ down[:, kept].T).square().sum().item()
     assert plain > 1.5 * error(slow)  # the control: not refitted
     stiff, less = refit(gram, down, kept, 1.0)
+    # the ridge, as more rows
+    rows = gram[kept][:, kept].diagonal().mean().sqrt() * torch.eye(5, dtype=torch.float64)
+    ridged = torch.linalg.lstsq(torch.cat((h[:, kept], rows)), torch.cat((target, rows @ down[:, kept].T)))
+    assert_close(stiff, ridged.solution.T, rel=1e-8)
+    cut, _ = refit(gram, down, kept, 1e12)
+    assert_close(cut, down[:, kept], rel=1e-8)  # much ridge is plain cutting, and not an output layer of zeros
     assert abs(less / (total - (target - h[:, kept] @ stiff.T).square().sum().item()) - 1) < 1e-10
     assert less < explained
+
+
+def test_scores_are_what_is_lost_without_each_neuron() -> None:
+    draw = torch.Generator().manual_seed(0)
+    h, mixing, down = (torch.randn(*shape, generator=draw).double() for shape in ((100, 7), (7, 7), (4, 7)))
+    h = h @ mixing
+    gram, ridge = h.T @ h, 0.05
+    shift = ridge * gram.diagonal().mean()
+    rows = shift.sqrt() * torch.eye(7, dtype=torch.float64)
+    for number in range(7):  # without it, the others refitted; the ridge, as more rows, counts what is missing too
+        others = [i for i in range(7) if i != number]
+        wanted = torch.cat((h, rows)) @ down.T
+        solution = torch.linalg.lstsq(torch.cat((h, rows))[:, others], wanted).solution
+        lost = (wanted - torch.cat((h, rows))[:, others] @ solution).square().sum()
+        assert_close(leverage(gram, ridge, down)[number], lost, rel=1e-8)
+        share = (gram @ torch.linalg.inv(gram + shift * torch.eye(7, dtype=torch.float64)))[number, number]
+        assert_close(leverage(gram, ridge)[number], share, rel=1e-8)
+    alike = torch.cat((h, h[:, :1]), 1)  # a copy of a neuron, no ridge: either can go without loss
+    scores = leverage(alike.T @ alike, 0.0, torch.cat((down, down[:, :1]), 1))
+    assert scores[[0, 7]].max() < 1e-6 * scores[1:7].min()
 
 
 def test_many_neurons_are_chosen_as_one_by_one() -> None:

@@ -13,28 +13,35 @@ from ffnkit.errors import FfnkitError
 
 @dataclass(frozen=True)
 class Calibration:
-    """The data of a method that measures activations: a task's training rows, or a file of text."""
+    """The data of a method that measures activations: a task's training rows, or a file of text and text of many kinds.
+
+    Attributes:
+        mix: the share of the tokens that is ffnkit's text of many kinds, beside ``text``; None for the usual one. Where
+            neither task nor text is given, all of them are.
+    """
 
     task: str | None
     data_dir: Path | None
     text: Path | None
+    mix: float | None
     tokens: int
     tokenizer: str | None
     seed: int
 
     @property
     def given(self) -> bool:
-        """Whether there are data."""
+        """Whether data are named."""
         return self.task is not None or self.text is not None
 
     def check(self, method: Any | None, budget: Budget | None = None) -> None:
         """Raises FfnkitError where data are missing, given twice, or of no use to the method."""
         if self.task is not None and self.text is not None:
             raise FfnkitError(f"--text {self.text}", f"--task {self.task} is given too", "Give one of the two")
+        if self.mix is not None and self.text is None:
+            raise FfnkitError(
+                f"--mix {self.mix:g}", "there is no --text to mix with", "Add --text FILE, or leave it out"
+            )
         needed, used = getattr(method, "needs_data", False), budget is not None and budget.measures
-        if needed and not self.given:
-            found = "it measures activations, and no data are given"
-            raise FfnkitError(f"--method {method.name}", found, "Add --task NAME or --text FILE")  # type: ignore[union-attr]
         if self.given and not needed and not used and not _scored(method):
             name = getattr(method, "name", "the saved plan")
             raise FfnkitError(f"--{'task' if self.task else 'text'}", f"{name} uses no data", "Leave it out")
@@ -44,6 +51,12 @@ class Calibration:
             from ffnkit import tasks
 
             tasks.get(self.task)
+
+    def check_model(self, model: Any, method: Any) -> None:
+        """Raises FfnkitError where a method needs data, none are named, and the model does not read text."""
+        if getattr(method, "needs_data", False) and not self.given and model.main_input_name != "input_ids":
+            found = f"it measures activations, no data are given, and {type(model).__name__} does not read text"
+            raise FfnkitError(f"--method {method.name}", found, "Add --task NAME")
 
     def scored(self, method: Any, source: str) -> Any:
         """The method with its ``score``, where it names a metric of the task, on rows held out of train."""
@@ -61,7 +74,8 @@ class Calibration:
         from ffnkit import tasks
         from ffnkit.tune import CalibrationSettings, calibration_batches
 
-        settings = CalibrationSettings(tokens=self.tokens, text=str(self.text) if self.text else None)
+        given = {"tokens": self.tokens, "text": str(self.text) if self.text else None, "mix": self.mix}
+        settings = CalibrationSettings.model_validate({k: v for k, v in given.items() if v is not None})
         if self.task is None:
             from ffnkit.tasks.models import load_tokenizer
 

@@ -71,6 +71,16 @@ def compress(
         Path | None,
         typer.Option("--text", help="Calibration text: txt, jsonl, csv, parquet.", rich_help_panel=DATA),
     ] = None,
+    mix: Annotated[
+        float | None,
+        typer.Option(
+            "--mix",
+            min=0,
+            max=1,
+            help="With --text: share of the calibration that is ffnkit's own text of many kinds. \\[default: 0.5]",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     tokens: Annotated[
         int, typer.Option("--calibration-tokens", min=1, help="Tokens of calibration data.", rich_help_panel=DATA)
     ] = 6400,
@@ -104,7 +114,9 @@ def compress(
       ffnkit compress roberta-base [cyan]--budget 0.5[/cyan] --text notes.txt --out small
 
     With --task or --text, calibrated-fusion is the method unless another is named: it measures activations on a few
-    thousand tokens and keeps far more of the model than methods that see the weights only.
+    thousand tokens and keeps far more of the model than methods that see the weights only. Beside --text, half of them
+    are text of many kinds that comes with ffnkit (--mix), since what is fitted to one kind of text loses on others;
+    where no data are named, all of them are.
 
     A width such as 0.25 is a share of the neurons, a whole number counts them. --budget gives each layer a width of its
     own, so that together they keep that share of the FFN parameters; equal ones unless --form is compact.
@@ -127,7 +139,7 @@ def compress(
         raise FfnkitError(f"--plan {plan_in}", "--budget is given too", "Leave it out: the plan holds the widths")
     pairs = [*(settings or []), *(limit.settings(method) if limit is not None else [])]
     chosen = choose_method(method, pairs, layers, seed, plan_in)
-    calibration = Calibration(task, data_dir, text, tokens, tokenizer, seed or 0)
+    calibration = Calibration(task, data_dir, text, mix, tokens, tokenizer, seed or 0)
     calibration.check(chosen, limit)
     console.quieten()
     job = Compression(model, chosen, plan_in, dtype, device, calibration, limit)
@@ -204,6 +216,8 @@ class Compression:
         if self.method is not None:
             empty = empty_model(self.source)
             self.method.chosen(empty)  # layers and widths that do not fit, before weights are read
+            if self.calibration is not None:
+                self.calibration.check_model(empty, self.method)
             if self.budget is not None:
                 self.budget.check(empty, self.method)
         console.say(f"loading {self.source}")
@@ -245,9 +259,9 @@ class Compression:
         if self.method is None:
             return ffnkit.Plan.load(self.plan_in), None  # type: ignore[arg-type]
         needed = getattr(self.method, "needs_data", False)
-        used = needed or (self.budget is not None and self.budget.measures)
         given = self.calibration is not None and self.calibration.given
-        data = self.calibration.batches(model, self.source) if used and given and self.calibration else None
+        used = needed or (given and self.budget is not None and self.budget.measures)
+        data = self.calibration.batches(model, self.source) if used and self.calibration is not None else None
         method, widths = self.method, None
         if self.calibration is not None:
             method = self.calibration.scored(method, self.source)

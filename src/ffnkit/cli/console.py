@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from ffnkit.errors import FfnkitWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+EVERY = 5.0  # seconds between lines of progress
 
 
 @dataclass
@@ -108,19 +112,48 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr, moved by calls with (done, total, what); no bar in a pipe or with --quiet."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    """A bar on stderr, moved by calls with (done, total, what); in a pipe a line every ``EVERY`` seconds.
 
-    shown = sys.stderr.isatty() and not state.quiet
+    Both tell the time since the start and the time that is left. Nothing with --quiet.
+    """
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    if not sys.stderr.isatty():
+        yield _lines(title)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), disable=not shown, transient=True) as bars:
+    shown = Console(file=sys.stderr)
+    with Progress(*columns, TimeRemainingColumn(), console=shown, disable=state.quiet, transient=True) as bars:
         bar = bars.add_task(title, total=None)
 
         def step(done: int, total: int, what: str) -> None:
             bars.update(bar, completed=done, total=total, description=f"{title} {escape(what)}")
 
         yield step
+
+
+def _lines(title: str) -> Callable[[int, int, str], None]:
+    """Progress in lines of a log."""
+    start = told = time.monotonic()
+
+    def step(done: int, total: int, what: str) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told < EVERY or not done:
+            return
+        told = now
+        left = (now - start) * (total - done) / done
+        say(f"{title} {what}: {done} of {total} after {now - start:.0f} s, about {left:.0f} s left")
+
+    return step
 
 
 def stdout() -> Console:

@@ -116,23 +116,57 @@ class Left:
         self.sizes = torch.linalg.vector_norm(self.rows, dim=1).square_()
 
 
-def refit(gram: Tensor, down: Tensor, kept: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """The output layer (d, width) of the neurons ``kept`` that is closest to the whole one on the data.
+def outputs(gram: Tensor, down: Tensor) -> float:
+    """||H W^T||_F^2 of Gram matrix and output layer (d, ff)."""
+    weight = down.to(gram.dtype)
+    return max(float(((weight @ gram) * weight).sum(dtype=torch.float64)), 0.0)
 
-    ``D = W G_{:,S} (G_SS + lambda I)^-1`` with lambda = ridge x the mean diagonal of G_SS; in float64.
+
+def leverage(gram: Tensor, ridge: float, down: Tensor | None = None) -> Tensor:
+    """What no other neuron can stand for, (ff,): ridge leverage scores, or the loss without each neuron.
+
+    Without ``down`` the scores are diag(G (G + lambda I)^-1), between 0 and 1: how much of a neuron the others do not
+    give, whatever the output layer makes of it. With ``down`` (d, ff) they are ||w_i||^2 / ((G + lambda I)^-1)_ii: how
+    much the squared output error grows where this neuron alone goes and the output layer is refitted. lambda = ridge x
+    the mean diagonal of G.
+
+    Source: MoDeGPT (arXiv 2408.09632), the FFN part; optimal brain surgeon (Hassibi and Stork 1992), OBC (arXiv
+        2208.11580) with a whole column as the unit.
+    """
+    shift = max(ridge * float(gram.diagonal().mean()), float(torch.finfo(gram.dtype).tiny))
+    shifted = gram.clone()
+    shifted.diagonal().add_(shift)
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    if int(failed):  # no ridge, or less than rounding
+        return leverage(gram.double(), max(ridge, 1e-10), down)
+    inverse = torch.cholesky_inverse(factor, out=shifted).diagonal()
+    return 1 - shift * inverse if down is None else down.to(gram.dtype).square().sum(0) / inverse
+
+
+def refit(gram: Tensor, down: Tensor, kept: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """The output layer (d, width) of the neurons ``kept`` that does on the data what the whole one did.
+
+    Minimises ||H W^T - H_S D^T||_F^2 + lambda ||D - W_S||_F^2 with lambda = ridge x the mean diagonal of G_SS:
+    ``D = W_S + W_R G_RS (G_SS + lambda I)^-1`` with R the neurons that go; in float64. The ridge pulls towards the
+    columns as they were: much of it leaves plain cutting, where one that pulls towards zero would leave nothing.
 
     Returns:
         D, and how much of the squared norm of the outputs it explains: ||H W^T||_F^2 - ||H W^T - H_S D^T||_F^2.
+
+    Source: GRAIL (arXiv 2602.23795), least squares behind any selection. Differs: its ridge pulls towards zero.
     """
     square = gram[kept[:, None], kept].double()
     shift = max(ridge * square.diagonal().mean().item(), torch.finfo(torch.float64).tiny)
-    square.diagonal().add_(shift)
     cross = square.new_zeros(len(kept), len(down))  # G_{S,:} W^T
     for part in torch.arange(gram.shape[1], device=gram.device).split(COLUMNS):
         cross += gram[kept[:, None], part].double() @ down[:, part].double().T
+    old = down[:, kept].double().T
+    missing = cross - square @ old  # G_SR W_R^T
+    square.diagonal().add_(shift)
     factor, failed = torch.linalg.cholesky_ex(square)
     # Neurons that are linearly dependent, and no ridge: no factor.
-    fitted = torch.linalg.lstsq(square, cross).solution if int(failed) else torch.cholesky_solve(cross, factor)
+    change = torch.linalg.lstsq(square, missing).solution if int(failed) else torch.cholesky_solve(missing, factor)
     square.diagonal().sub_(shift)
+    fitted = old + change
     explained = float((fitted * (cross.mul_(2).addmm_(square, fitted, alpha=-1))).sum())
     return fitted.T, explained

@@ -153,6 +153,8 @@ def calibration_facts(recipe: Recipe) -> dict[str, Any]:
     path = Path(expand(facts["text"])) if facts["text"] else None
     if path is not None and path.is_file():
         facts["text"] = [facts["text"], hashlib.sha256(path.read_bytes()).hexdigest()[:16]]
+    if path is None:
+        del facts["mix"]  # of no use beside a task's rows, and unknown to runs of older versions
     return facts
 
 

@@ -1,4 +1,4 @@
-"""Calibration data: a few thousand tokens of a task or of plain text, as batches for ``fk.plan(..., data=batches)``."""
+"""Calibration data: a few thousand tokens of a task or of text, as batches for ``fk.plan(..., data=batches)``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffnkit.errors import FfnkitError
+from ffnkit.calibration import shipped
 from ffnkit.tune.distil_text import text_examples
 from ffnkit.tune.settings import CalibrationSettings
 
@@ -24,25 +24,32 @@ def calibration_batches(
 ) -> list[dict[str, Any]]:
     """Padded batches drawn with ``seed``, until they hold ``settings.tokens`` tokens or the data end.
 
+    Beside the tokens of a text file, ``settings.mix`` of all are of the text of many kinds that comes with ffnkit; what
+    is fitted to one kind of text loses on others. Where neither file nor task is given, all of them are.
+
     Args:
         task, rows: a task and rows of its training split, where ``settings.text`` names no file. Labels stay in the
             batches for decoders whose inputs are made from them; methods that measure activations do not use them.
 
     Raises:
-        FfnkitError: neither a file nor a task, a file that cannot be read or has no text.
+        FfnkitError: a file that cannot be read or has no text; no tokenizer for a text.
     """
     settings = settings or CalibrationSettings()
+    if settings.text is None and task is not None:
+        examples = task.encode(rows, tokenizer, max_length=settings.max_length, model=model)
+        return drawn_batches(examples, task.collator(tokenizer, model), settings, seed=seed)
+    own: list[str] = []
     if settings.text is not None:
         from ffnkit.tasks.language_modelling.sets import read_texts
 
-        texts = read_texts(Path(settings.text), settings.text_column)
-        examples, collate = text_examples(texts, tokenizer, model, settings.max_length)
-    elif task is not None:
-        examples = task.encode(rows, tokenizer, max_length=settings.max_length, model=model)
-        collate = task.collator(tokenizer, model)
-    else:
-        raise FfnkitError("calibration data", "neither a text file nor a task is given", "Add --text FILE or --task")
-    return drawn_batches(examples, collate, settings, seed=seed)
+        own = read_texts(Path(settings.text), settings.text_column)
+    share = settings.mix if own else 1.0
+    batches: list[dict[str, Any]] = []
+    for texts, part in ((own, 1 - share), (shipped.texts() if share else [], share)):
+        if tokens := round(settings.tokens * part):
+            examples, collate = text_examples(texts, tokenizer, model, settings.max_length)
+            batches += drawn_batches(examples, collate, settings.model_copy(update={"tokens": tokens}), seed=seed)
+    return batches
 
 
 def drawn_batches(

@@ -183,6 +183,14 @@ class CalibrationSettings(Checked):
     text: Annotated[
         str | None, Field(description="a text file, or a table with a column of text; null: the task's rows")
     ] = None
+    mix: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="beside a text file, the share of tokens that is of ffnkit's text of many kinds",
+        ),
+    ] = 0.5
     text_column: Annotated[str, Field(description="the column of the text, where the file is a table")] = "text"
     max_length: Annotated[Count, Field(description="longer texts are cut, in tokens")] = 128
     batch_size: Annotated[Count, Field(description="texts of a forward pass")] = 16

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +15,18 @@ from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.calibration.hooks import Activations
 from ffnkit.calibration.statistics import HeldInputs, HiddenMoments, Statistics
 from ffnkit.edits import Edit, ReplaceNeurons, ScaleInputs
-from ffnkit.methods.common import Batch, Narrowing, generator, lifted, need_data, norms
+from ffnkit.methods.common import Batch, Narrowing, generator, largest, lifted, need_data, norms
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.ops import local
 from ffnkit.ops.moments import Moments
 from ffnkit.ops.neurons import Neurons, concatenate
-from ffnkit.ops.subset import choose, refit
+from ffnkit.ops.subset import choose, leverage, outputs, refit
 from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc
 
 logger = logging.getLogger(__name__)
 
+RIDGE = 1e-2  # of the selection, relative to the mean square of the activations
 ROWS = 1024  # tokens that pass through an FFN at a time
 
 
@@ -34,16 +35,17 @@ class CalibratedFusion(Narrowing):
     """Narrow each FFN so that its output on data stays: choose neurons, refit the output layer, then all of it.
 
     On the tokens of the data, with H the hidden activations and W the output layer:
-    1. neurons S are chosen greedily, each one that lowers ||H W^T - H_S D^T||_F^2 most with the best D;
+    1. neurons S are chosen, by leverage or greedily, each one that lowers ||H W^T - H_S D^T||_F^2 most with the best D;
     2. D (and the output bias) is refitted in closed form by ridge regression, so that what the dropped neurons did
-       is taken over by the kept ones as far as it can be: they are fused into them;
+       is taken over by the kept ones as far as it can be: they are fused into them. The ridge pulls towards the old
+       columns, not towards zero;
     3. ``refine`` steps of regression fit the remaining weights too, kept only where held-out tokens gain;
     4. a fixed factor p = sum_i |h_i| / sum_S |h_i| stands in front of D, apart from it (D / p is stored), so that
        under Adam the narrow output layer moves the output as far as the wide one did (its NTK).
 
-    Source: ours. The selection is simultaneous orthogonal matching pursuit (Tropp et al. 2006); least-squares
-        correction after pruning: Frantar and Alistarh, OBC (arXiv 2208.11580); the kernel that p keeps: MLP Fusion
-        (arXiv 2307.08941).
+    Source: ours. Leverage: MoDeGPT (arXiv 2408.09632); the greedy selection is simultaneous orthogonal matching pursuit
+        (Tropp et al. 2006); least-squares correction after pruning: Frantar and Alistarh, OBC (arXiv 2208.11580), GRAIL
+        (arXiv 2602.23795); the kernel that p keeps: MLP Fusion (arXiv 2307.08941).
     """
 
     sequential: Annotated[
@@ -52,9 +54,17 @@ class CalibratedFusion(Narrowing):
     refine: Annotated[
         int, Doc("regression steps; 0 leaves the chosen neurons' own weights as they are.", at_least=0)
     ] = 100
+    select: Annotated[
+        Literal["loss", "leverage", "greedy"],
+        Doc(
+            'which neurons stay: by the "loss" without each of them, by "leverage" (what the others cannot give), or '
+            '"greedy", one after the other.'
+        ),
+    ] = "loss"
     ridge: Annotated[
-        float, Doc("of selection and refit, relative to the mean square of the activations.", at_least=0)
-    ] = 1e-2
+        float,
+        Doc("of the refit, towards the old columns, relative to the mean square of the activations.", at_least=0),
+    ] = 0.1
     tokens: Annotated[
         int, Doc("most tokens a layer that are held for the regression; the statistics use all.", at_least=1)
     ] = 16384
@@ -121,12 +131,15 @@ class CalibratedFusion(Narrowing):
             return old.take(kept), old.up.new_ones(width), 0.0, 0.0
         moments = seen.moments
         gram = moments.centred(last=True) if old.down_bias is not None else moments.second(last=True)
-        chosen = choose(gram, old.down, width, self.ridge)
-        kept = chosen.order.sort().values.to(gram.device)
+        if self.select == "greedy":
+            kept = choose(gram, old.down, width, RIDGE).order.sort().values.to(gram.device)
+        else:
+            scores = leverage(gram, RIDGE, old.down if self.select == "loss" else None)
+            kept = largest(scores, width).long().to(gram.device)
         down, explained = refit(gram, old.down, kept, self.ridge)
+        norm = outputs(gram, old.down)
         del gram
         moments.forget()
-        norm = chosen.outputs
         error = max(norm - explained, 0.0) / max(norm, 1e-300)
         fresh = dataclasses.replace(old.take(kept), down=down.to(old.down.dtype))
         if old.down_bias is not None:
