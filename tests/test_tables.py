@@ -10,11 +10,13 @@ import pytest
 import torch
 import transformers
 from methods import case_of
-from transformers import BertConfig, BertForSequenceClassification
+from test_recipe_run import folder, recipe_of  # noqa: F401 (a fixture)
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import ffnkit as fk
 from ffnkit import methods
 from ffnkit.errors import FfnkitError
+from ffnkit.model.targets import targets
 from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.recipe import Recipe, Table, load_any, load_recipe, run, run_table
 from ffnkit.recipe.loading import parse_any
@@ -186,6 +188,35 @@ def test_what_prunes_by_updates_finds_them(path: Path) -> None:
             for spec in wanted:
                 ids = torch.arange(24).view(2, 12)
                 fk.plan(model, methods.build(spec.method, **spec.settings), [{"input_ids": ids}])
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["whole", "small"])
+def test_expressions_over_names_find_linears(small: bool) -> None:
+    """Those of the papers' recipes, in a LLaMA as deep as the largest of them."""
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "vocab_size": 16}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=5 if small else 32, **sizes))
+    seen = 0
+    for path in PAPERS:
+        recipe = next(iter(load_any(path, small=small).cells.values()))  # type: ignore[union-attr]
+        for name in recipe.arms:
+            asked = getattr(tuner_of(recipe, name), "targets", "all")
+            if asked not in ("all", "ffn", "attention", "qv"):
+                seen += 1
+                assert len(targets(model, asked)[0]) == (4 if small else 22)
+    assert seen == 2
+
+
+@pytest.mark.parametrize("tuner", ["lora", "dsee", "sparsegrad", "meprop"])
+def test_a_tuner_that_finds_nothing_is_told_before_anything_is_trained(
+    tuner: str,
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    arms = {"first": {}, "odd": {"tuner": {"name": tuner, "targets": r"encoder\.layer\.0\.output"}}}
+    with pytest.raises(FfnkitError, match=r"arms\.odd\.tuner: targets .*: no linear of the model matches"):
+        run(recipe_of(folder, arms=arms), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "units" / "first").exists()
 
 
 SHORT = {"steps": 2, "eval_every": 1, "early_stopping": None}
