@@ -85,7 +85,7 @@ def image_model(preset: Preset, task: Any, kind: str, dropout: float) -> tuple[A
     """An untrained ViT or DeiT with its processor."""
     import transformers
 
-    from ffnkit.tasks.image_batches import processor_of
+    from ffnkit.tasks.images.batches import processor_of
 
     kinds = {
         "vit": (transformers.ViTConfig, transformers.ViTForImageClassification),

@@ -44,7 +44,7 @@ FAST = {
         "test_dsee_on_the_attention_of_a_compressed": 3,
     },
     "test_computed_weights.py": {
-        "test_a_killed_recovery_ends": 1,
+        "test_a_killed_recovery_ends": 0,
         "test_a_recipe_that_is_killed": 0,
     },
     "test_contract.py": {
@@ -90,6 +90,10 @@ FAST = {
     },
     "test_dsee_reports.py": {
         "test_every_field_is_one_of_pefts": 0,
+        "test_peft_reads_the_lora_config": 0,
+    },
+    "test_energy.py": {
+        "test_command_line": 0,
     },
     "test_families.py": {
         "test_order_of": 50,
@@ -106,7 +110,7 @@ FAST = {
     },
     "test_generation.py": {
         "test_a_kill_changes_nothing": 1,
-        "test_recipes_write": 1,
+        "test_recipes_write": 0,
         "test_greedy_decoding_is_the_slow_loop": 3,
         "test_label_words_are_learnt": 1,
         "test_accumulation_weights": 1,
@@ -119,6 +123,15 @@ FAST = {
         "test_compact_checkpoints_reload": 8,
         "test_standard_exports_reload": 8,
         "test_one_number_of_heads_in_all_layers": 8,
+    },
+    "test_images.py": {
+        "test_a_killed_run_ends": 0,
+    },
+    "test_instructions.py": {
+        "test_packed_training_goes_on": 0,
+    },
+    "test_interrupted.py": {
+        "test_an_interrupted_tuning_is_kept": 1,
     },
     "test_layer_dtypes.py": {
         "test_every_dtype_is_a_dense_loop": 5,
@@ -139,11 +152,12 @@ FAST = {
     },
     "test_methods.py": {
         "test_a_plan_serves_many_models": 1,
+        "test_plan_apply_fold_save_and_export": 7,
     },
     "test_moe.py": {
         "test_compression_leaves_the_routers": 8,
         "test_routers_train_or_stay": 5,
-        "test_a_killed_run_ends": 1,
+        "test_a_killed_run_ends": 0,
         "test_distillation_runs": 3,
         "test_the_chain_comes_back": 1,
         "test_frozen_routers": 1,
@@ -160,6 +174,9 @@ FAST = {
         "test_modes_are_those_of_torch": 14,
         "test_tuners_keep_zeros_when_asked": 5,
     },
+    "test_quickstart_data.py": {
+        "test_texts_are_many_distinct": 0,
+    },
     "test_reparametrized.py": {
         "test_it_is_refused_in_one_line": 4,
         "test_a_linear_of_attention_counts_too": 4,
@@ -167,6 +184,9 @@ FAST = {
     },
     "test_rows.py": {
         "test_standard_streams_may_be_closed": 1,
+    },
+    "test_search.py": {
+        "test_a_stopped_search_goes_on": 0,
     },
     "test_sharding.py": {
         "test_two_processes_end_where_one_does": 0,
@@ -186,6 +206,7 @@ FAST = {
         "test_killed_within_pruning": 0,
         "test_killed_within_a_training": 0,
         "test_killed_at_every_marker": 0,
+        "test_rows_say_what_the_stages_did": 0,
     },
     "test_steps.py": {
         "test_accumulation_is_a_larger_batch": 1,
@@ -198,6 +219,7 @@ FAST = {
     },
     "test_tickets.py": {
         "test_rounds_are_those": 1,
+        "test_killed_between_and_within": 0,
     },
     "test_tied_lora.py": {
         "test_tuning_with_an_adapter_for_each_layer": 1,
@@ -221,6 +243,8 @@ FAST = {
         "test_a_kill_changes_nothing": 1,
         "test_a_half_written_checkpoint": 1,
         "test_training_learns": 3,
+        "test_equal_seeds_see": 1,
+        "test_a_moved_folder_resumes": 0,
     },
 }
 

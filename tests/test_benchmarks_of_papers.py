@@ -21,11 +21,13 @@ from ffnkit import tasks
 from ffnkit.cli.program import app
 from ffnkit.errors import FfnkitError
 from ffnkit.report.across import across
-from ffnkit.tasks import glue_server, nlg, text_metrics
-from ffnkit.tasks.answers import normalized
-from ffnkit.tasks.glue import TASKS, benchmark_score
-from ffnkit.tasks.splitting import size
-from ffnkit.tasks.text_metrics import score
+from ffnkit.tasks.classification import glue_server
+from ffnkit.tasks.classification.glue import TASKS, benchmark_score
+from ffnkit.tasks.generation import sets as nlg
+from ffnkit.tasks.metrics import texts as text_metrics
+from ffnkit.tasks.metrics.answers import normalized
+from ffnkit.tasks.metrics.texts import score
+from ffnkit.tasks.rows.splitting import size
 
 # --- CoQA -------------------------------------------------------------------------------------------------------------
 

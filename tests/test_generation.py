@@ -22,14 +22,16 @@ from transformers import PreTrainedTokenizerFast
 from ffnkit import tasks, tune
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe.schema import recipe_from
-from ffnkit.tasks import GenerationSettings, GenerationTask, LanguageTask, WordsTask, language, nlg
-from ffnkit.tasks.base import Task
+from ffnkit.tasks import GenerationSettings, GenerationTask, LanguageTask, WordsTask
 from ffnkit.tasks.choosing import Choice
-from ffnkit.tasks.decoding import decode
-from ffnkit.tasks.modelling import windows
+from ffnkit.tasks.classification.task import Task
+from ffnkit.tasks.encoding.sequences import Sequences, affixes
+from ffnkit.tasks.generation import sets as nlg
+from ffnkit.tasks.generation.decoding import decode
+from ffnkit.tasks.language_modelling import sets as language
+from ffnkit.tasks.language_modelling.task import windows
+from ffnkit.tasks.rows.splitting import Source, Splits
 from ffnkit.tasks.running import row_losses
-from ffnkit.tasks.sequences import Sequences, affixes
-from ffnkit.tasks.splitting import Source, Splits
 
 NAMES = ["Aromi", "Fitzbillies", "Wildwood", "Clowns", "Strada"]
 FOODS = ["Chinese", "Italian", "French", "Indian"]

@@ -26,9 +26,9 @@ from ffnkit.model.finding import ffns
 from ffnkit.recipe.schema import recipe_from
 from ffnkit.recipe.sources import Source
 from ffnkit.recipe.timing import batch_for
-from ffnkit.tasks.image_batches import ImageBatches, processor_of, tokens_each
-from ffnkit.tasks.image_files import listed, open_image
-from ffnkit.tasks.image_sets import read_idx
+from ffnkit.tasks.images.batches import ImageBatches, processor_of, tokens_each
+from ffnkit.tasks.images.files import listed, open_image
+from ffnkit.tasks.images.sets import read_idx
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 SHAPE = {"image_size": 8, "patch_size": 4, "num_channels": 3}

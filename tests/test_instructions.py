@@ -20,11 +20,13 @@ from torch.nn import functional as F
 from ffnkit import tasks, tune
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe.schema import recipe_from
-from ffnkit.tasks import GenerationSettings, InstructionTask, dialogues, trees
-from ffnkit.tasks.chat import Chat, check_template, template_of
-from ffnkit.tasks.collate import Padded
-from ffnkit.tasks.forms import dialogues as table_of_rows
-from ffnkit.tasks.packing import bins, check_model, pack, packed
+from ffnkit.tasks import GenerationSettings, InstructionTask
+from ffnkit.tasks.encoding.collate import Padded
+from ffnkit.tasks.encoding.packing import bins, check_model, pack, packed
+from ffnkit.tasks.instructions import sets as dialogues
+from ffnkit.tasks.instructions import trees
+from ffnkit.tasks.instructions.chat import Chat, check_template, template_of
+from ffnkit.tasks.instructions.forms import dialogues as table_of_rows
 from ffnkit.tasks.running import IGNORED, row_losses
 
 CHATML = (

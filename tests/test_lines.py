@@ -27,9 +27,9 @@ from ffnkit.report.formats import to_markdown
 from ffnkit.report.table import summarize
 from ffnkit.settings import settings_of
 from ffnkit.tasks import GenerationSettings
-from ffnkit.tasks.chat import check_template
-from ffnkit.tasks.forms import columns_at
-from ffnkit.tasks.image_files import listed
+from ffnkit.tasks.images.files import listed
+from ffnkit.tasks.instructions.chat import check_template
+from ffnkit.tasks.instructions.forms import columns_at
 from ffnkit.tune import CalibrationSettings, DistilSettings, TrainSettings
 from ffnkit.tune.tuners import TUNERS
 

@@ -30,8 +30,8 @@ from ffnkit.model.experts import router_parameters, routers
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.tasks import Task
-from ffnkit.tasks.splitting import Source
-from ffnkit.tasks.words import WordsTask
+from ffnkit.tasks.classification.label_words import WordsTask
+from ffnkit.tasks.rows.splitting import Source
 from ffnkit.tune import DistilSettings, TrainSettings, distil, tuners
 from ffnkit.tune.lora import targets
 

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from ffnkit.errors import FfnkitError
-from ffnkit.tasks import language, nlg, text_metrics
-from ffnkit.tasks.data2text import clean, dart_segments, e2e_segments, webnlg_segments
-from ffnkit.tasks.splitting import size
+from ffnkit.tasks.generation import sets as nlg
+from ffnkit.tasks.generation.data2text import clean, dart_segments, e2e_segments, webnlg_segments
+from ffnkit.tasks.language_modelling import sets as language
+from ffnkit.tasks.metrics import texts as text_metrics
+from ffnkit.tasks.rows.splitting import size
 
 Rows = list[dict[str, Any]]
 E2E: Rows = [

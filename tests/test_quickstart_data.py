@@ -14,7 +14,7 @@ import pytest
 from ffnkit import tasks
 from ffnkit.errors import FfnkitError
 from ffnkit.io import quickstart
-from ffnkit.tasks import docstrings
+from ffnkit.tasks.classification import docstrings
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,8 @@ def test_splits(collected, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_naming_tasks_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from ffnkit import tasks; from ffnkit.io import quickstart; from ffnkit.tasks import docstrings;"
+        "import sys; from ffnkit import tasks; from ffnkit.io import quickstart;"
+        "from ffnkit.tasks.classification import docstrings;"
         "tasks.names();"
         "heavy = {'torch', 'transformers', 'datasets', 'sklearn', 'scipy', 'pandas'} & set(sys.modules);"
         "print(sorted(heavy)); sys.exit(bool(heavy))"

@@ -24,8 +24,8 @@ from ffnkit.cli.calibration import Calibration
 from ffnkit.errors import FfnkitError, FfnkitWarning, RenamedWarning
 from ffnkit.recipe.schema import facts_today, recipe_from
 from ffnkit.recipe.state import measures
-from ffnkit.tasks.files import read
-from ffnkit.tasks.forms import columns_at
+from ffnkit.tasks.instructions.forms import columns_at
+from ffnkit.tasks.rows.files import read
 
 _ = (bert, verbosity)  # fixtures
 TEXT_FORMS, TYPED_FORMS = ("csv", "tsv"), ("json", "jsonl", "parquet", "arrow", "feather")

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 from families import FAMILIES
 from typer.main import get_command
+from typer.testing import CliRunner
 
 import ffnkit as fk
 from ffnkit import methods
 from ffnkit.cli import app, describe
 from ffnkit.cli.data_options import OPTIONS
+from ffnkit.cli.training_options import FLAGS, Training, sentence
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe.schema import TaskSpec
 from ffnkit.recipe.settings import method_fields
 from ffnkit.settings import Doc, Setting, build, check, settings_of
 from ffnkit.tasks.fields import TaskFields
+from ffnkit.tune.settings import TrainSettings
 
 KINDS = {kind.name: kind for kind in (*methods.METHODS, fk.DSEE, fk.SparseGrad)}
 NEEDED: dict[str, dict[str, Any]] = {  # what makes a method that can be planned
@@ -153,3 +157,24 @@ def test_the_fields_of_a_task_are_told_once() -> None:
     for command in ("tune", "eval"):
         helps = {p.name: p.help for p in get_command(app).commands[command].params if hasattr(p, "help")}
         assert {name: helps[name] for name in OPTIONS} == {name: declared[name].doc.text for name in OPTIONS}
+
+
+def test_the_settings_of_training_are_told_once() -> None:
+    declared, taken = TrainSettings.model_fields, get_type_hints(Training) | {"max_length": int | None}
+    assert taken.keys() == FLAGS.keys() <= declared.keys()
+    printed = " ".join(CliRunner().invoke(app, ["tune", "--help"], env={"COLUMNS": "400"}).output.split())
+    for name, flag in FLAGS.items():
+        text = declared[name].description or ""
+        assert flag in printed and text and sentence(text) in printed, name
+        assert kinds(taken[name]) <= kinds(declared[name].annotation), name
+    assert sentence("bf16: of a GPU") == "bf16: of a GPU." and sentence("stops at ...") == "Stops at ..."
+
+
+def kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation takes, None aside; a choice of words is text too."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        return set().union(*map(kinds, parts)) - {NoneType}
+    if origin is Annotated:
+        return kinds(parts[0])
+    return {annotation, str} if origin is Literal else {annotation}

@@ -14,8 +14,8 @@ from tolerance import assert_close
 from ffnkit import tasks
 from ffnkit.errors import FfnkitError
 from ffnkit.io import loading
-from ffnkit.tasks.metrics import METRICS, check, compute
-from ffnkit.tasks.splitting import carve, share
+from ffnkit.tasks.metrics.labelled import METRICS, check, compute
+from ffnkit.tasks.rows.splitting import carve, share
 
 GLUE = ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"]
 WORDS = ["red", "green", "blue", "warm", "cold", "old", "new", "far", "near", "slow"]

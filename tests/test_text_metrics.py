@@ -9,12 +9,13 @@ from collections import Counter
 import pytest
 
 from ffnkit.errors import FfnkitError
-from ffnkit.tasks import metrics as metrics_of_labels
-from ffnkit.tasks import text_metrics
-from ffnkit.tasks.answers import exact_match, normalized, token_f1
-from ffnkit.tasks.cider import cider_d
-from ffnkit.tasks.nist import nist
-from ffnkit.tasks.text_metrics import METRICS, check, labels, meteor_variant, score, tokens, words
+from ffnkit.tasks.metrics import greater_is_better
+from ffnkit.tasks.metrics import labelled as metrics_of_labels
+from ffnkit.tasks.metrics import texts as text_metrics
+from ffnkit.tasks.metrics.answers import exact_match, normalized, token_f1
+from ffnkit.tasks.metrics.cider import cider_d
+from ffnkit.tasks.metrics.nist import nist
+from ffnkit.tasks.metrics.texts import METRICS, check, labels, meteor_variant, score, tokens, words
 
 # Papineni et al. 2002, as nltk's documentation has them.
 CANDIDATE_1 = "It is a guide to action which ensures that the military always obeys the commands of the party"
@@ -272,7 +273,7 @@ def test_the_signature_is_that_of_the_score() -> None:
 
 
 def test_which_direction_is_better_is_known_of_every_metric() -> None:
-    better = metrics_of_labels.greater_is_better
+    better = greater_is_better
     assert not any(map(better, ("ter", "loss", "perplexity", "mse")))
     assert all(map(better, ("bleu", "accuracy", "f1", "cider", "meteor", "pearson")))
     shared = set(METRICS) & set(metrics_of_labels.METRICS)

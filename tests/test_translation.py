@@ -13,9 +13,9 @@ from families import FAMILIES
 
 from ffnkit import tasks, tune
 from ffnkit.errors import FfnkitError
-from ffnkit.tasks.image_batches import processor_of
-from ffnkit.tasks.sequences import Sequences
-from ffnkit.tasks.translation import sentences
+from ffnkit.tasks.encoding.sequences import Sequences
+from ffnkit.tasks.generation.translation import sentences
+from ffnkit.tasks.images.batches import processor_of
 
 EN = ["a man in a hat", "two dogs run", "a girl eats {cake}", "children play outside", "a red bus", "the sun shines"]
 DE = ["ein Mann mit Hut", "zwei Hunde rennen", "ein Kind isst {Kuchen}", "Kinder spielen", "ein roter Bus", "Sonne"]

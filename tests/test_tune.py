@@ -32,10 +32,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from ffnkit.cli import describe
 from ffnkit.errors import FfnkitError
 from ffnkit.model.finding import ffns
 from ffnkit.model.trainable import head_modules
-from ffnkit.tasks.classifying import Classifier
+from ffnkit.tasks.classification.classifier import Classifier
 from ffnkit.tune import (
     TUNERS,
     DistilSettings,
@@ -715,8 +716,9 @@ def test_the_seed_fixes_a_head() -> None:
 def test_every_setting_is_documented(kind: Any) -> None:
     page = (Path(__file__).parents[1] / "docs" / "tuning.md").read_text(encoding="utf-8")
     for name, field in kind.model_fields.items():
-        assert f"| `{name}` |" in page, f"docs/tuning.md has no row for {kind.__name__}.{name}"
-        assert field.description in page, f"docs/tuning.md says something else of {kind.__name__}.{name}"
+        default = describe.default({"default": field.get_default(call_default_factory=True)})
+        row = f"| `{name}` | {default} | {field.description}"
+        assert row in page, f"docs/tuning.md has no such row for {kind.__name__}.{name}: {row}"
 
 
 def test_a_checkpoint_that_is_half_written_is_removed(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ METHOD = {each.name: each for each in METHODS}
 SECONDS, MEMORY = 10, 6 << 30
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "film", "book", "meal", "day"]
 HUGE = 10**6
+IDS = torch.arange(1, 13).view(2, 6)
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 3, 7, HUGE, 10**12, 1 << 63, 1e308, float("nan"), float("inf"), 0.5, -0.5, "", "x",
     "0", "a" * 5000, "../..", "\u0000", "ü\ud7ff", [], [[]], [0], ["x"], {}, {"x": 0}, {"kind": "masked"}, [1, 2, 3],
@@ -69,27 +70,25 @@ Input = tuple[str, Callable[[], None]]  # in words what was changed; reading it,
 # --- good inputs ----------------------------------------------------------------------------------------------------
 
 
-def bert(seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 24}
-    config = transformers.BertConfig(vocab_size=15, max_position_embeddings=32, initializer_range=0.3, **sizes)
-    return transformers.BertForSequenceClassification(config).eval()
+def tiny(config: Any, model: Any, **sizes: int) -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 15, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4} | sizes
+    return model(config(initializer_range=0.3, **sizes)).eval()
 
 
-def llama(seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
-    config = transformers.LlamaConfig(vocab_size=15, intermediate_size=24, initializer_range=0.3, **sizes)
-    return transformers.LlamaForCausalLM(config).eval()
+def bert() -> Any:
+    sizes = {"num_hidden_layers": 3, "max_position_embeddings": 32}
+    return tiny(transformers.BertConfig, transformers.BertForSequenceClassification, **sizes)
 
 
-def mixtral(seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
-    config = transformers.MixtralConfig(
-        vocab_size=15, intermediate_size=24, num_local_experts=4, initializer_range=0.3, **sizes
-    )
-    return transformers.MixtralForCausalLM(config).eval()
+def llama() -> Any:
+    sizes = {"num_hidden_layers": 3, "num_key_value_heads": 2}
+    return tiny(transformers.LlamaConfig, transformers.LlamaForCausalLM, **sizes)
+
+
+def mixtral() -> Any:
+    sizes = {"num_hidden_layers": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    return tiny(transformers.MixtralConfig, transformers.MixtralForCausalLM, **sizes)
 
 
 PLANS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
@@ -112,34 +111,40 @@ PLANS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 
 def outputs(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=torch.arange(1, 13).view(2, 6)).logits
+        return model.eval()(input_ids=IDS).logits
+
+
+def check_outputs(found: torch.Tensor, right: torch.Tensor, told: str, off: float = 1e-4) -> None:
+    """Raises Wrong where outputs are others."""
+    if found.shape != right.shape or not torch.allclose(found, right, rtol=off, atol=off, equal_nan=True):
+        raise Wrong(f"other outputs {told}")
+
+
+def write(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """A file of tensors, whatever they share and however they lie."""
+    save_file({key: value.contiguous().clone() for key, value in tensors.items()}, file, metadata=metadata)
 
 
 def good_plans(base: Path) -> dict[str, tuple[Path, Callable[[], Any]]]:
     made = {}
     for name, (model, method) in PLANS.items():
         try:
-            data = [{"input_ids": torch.arange(1, 13).view(2, 6)}]
-            fk.plan(model(), chosen := method(), data=data if isinstance(chosen, fk.Merging) else None).save(
-                base / f"{name}.plan"
-            )
+            data = [{"input_ids": IDS}] if isinstance(chosen := method(), fk.Merging) else None
+            fk.plan(model(), chosen, data=data).save(file := base / f"{name}.plan")
         except (FfnkitError, TypeError) as error:
             print(f"no plan of {name}: {error}", file=sys.stderr)
             continue
-        made[name] = (base / f"{name}.plan", model)
+        made[name] = (file, model)
     return made
 
 
 def good_models(base: Path, plans: dict[str, tuple[Path, Callable[[], Any]]]) -> dict[str, Path]:
     """Compact checkpoints of each plan that changes weights, and a plain one."""
-    made = {}
-    for name, (path, model) in plans.items():
-        if name in ("sparsegrad", "dsee"):
-            continue
+    chosen = {name: made for name, made in plans.items() if name not in ("sparsegrad", "dsee")}
+    for name, (path, model) in chosen.items():
         fk.save(fk.apply(model(), fk.Plan.load(path)), base / name)
-        made[name] = base / name
     bert().save_pretrained(base / "plain")
-    return made | {"plain": base / "plain"}
+    return {name: base / name for name in (*chosen, "plain")}
 
 
 def good_recipe(base: Path) -> str:
@@ -181,20 +186,17 @@ def changed_bytes(data: bytes, draw: random.Random, head: int | None = None) -> 
     """Some bytes flipped, taken out, doubled or put in; in the first ``head`` of them."""
     end = min(len(data), head or len(data))
     place, length = draw.randrange(max(end, 1)), draw.choice((1, 1, 1, 2, 8, 200))
+    before, part, after = data[:place], data[place : place + length], data[place + length :]
     how = draw.randrange(5)
     if how == 0:
-        return data[:place]
+        return before
     if how == 1:
-        return data[:place] + data[place + length :]
+        return before + after
     if how == 2:
-        return data[:place] + bytes(draw.randrange(256) for _ in range(length)) + data[place:]
+        return before + bytes(draw.randrange(256) for _ in range(length)) + part + after
     if how == 3:
-        return data[:place] + data[place : place + length] * 2 + data[place + length :]
-    return (
-        data[:place]
-        + bytes(b ^ (1 << draw.randrange(8)) for b in data[place : place + length])
-        + data[place + length :]
-    )
+        return before + part * 2 + after
+    return before + bytes(b ^ (1 << draw.randrange(8)) for b in part) + after
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -272,11 +274,14 @@ class Weights:
         self.models = good_models(base, good_plans(base))
         self.right = {name: outputs(fk.load(path)) for name, path in self.models.items()}
 
-    def one(self, draw: random.Random) -> Input:
-        name = draw.choice(sorted(self.models))
-        work = self.base / "work"
+    def copied(self, draw: random.Random) -> tuple[str, Path]:
+        """One of the good models, and a copy of it to damage."""
+        name, work = draw.choice(sorted(self.models)), self.base / "work"
         shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(self.models[name], work)
+        return name, shutil.copytree(self.models[name], work)
+
+    def one(self, draw: random.Random) -> Input:
+        name, work = self.copied(draw)
         file = work / "model.safetensors"
         if draw.random() < 0.4:
             data = file.read_bytes()
@@ -301,25 +306,22 @@ class Weights:
             other = draw.choice(sorted(tensors))
             tensors[key], tensors[other] = tensors[other], tensors[key]
             same = key == other
-        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, file, metadata={"format": "pt"})
+        write(tensors, file, {"format": "pt"})
         valued = how in ("changed", "swapped") and not same
         return f"{name}: {key} {how}", lambda: self.open(work, None if valued else self.right[name])
 
     @staticmethod
     def open(work: Path, right: torch.Tensor | None) -> None:
         found = outputs(fk.load(work))
-        if right is not None and not torch.allclose(found, right, rtol=1e-4, atol=1e-4):
-            raise Wrong("other outputs than the model's")
+        if right is not None:
+            check_outputs(found, right, "than the model's")
 
 
 class Configs(Weights):
     """config.json of compact and plain checkpoints; what our own description says may not change outputs."""
 
     def one(self, draw: random.Random) -> Input:
-        name = draw.choice(sorted(self.models))
-        work = self.base / "work"
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(self.models[name], work)
+        name, work = self.copied(draw)
         file = work / "config.json"
         text = file.read_text()
         if draw.random() < 0.2:
@@ -337,12 +339,10 @@ class Configs(Weights):
         if right is None and model.config.vocab_size < 13:
             return
         found = outputs(model)
-        if right is not None and (found.shape != right.shape or not torch.allclose(found, right, rtol=1e-4, atol=1e-4)):
-            raise Wrong("other outputs than the model's")
         if right is not None:
+            check_outputs(found, right, "than the model's")
             fk.save(model, work / "again")
-            if not torch.allclose(outputs(fk.load(work / "again")), right, rtol=1e-4, atol=1e-4):
-                raise Wrong("other outputs once it is saved")
+            check_outputs(outputs(fk.load(work / "again")), right, "once it is saved")
 
 
 class Plans:
@@ -368,7 +368,7 @@ class Plans:
         else:
             told, data = changed_data(json.loads(metadata["ffnkit_plan"]), draw)
             metadata["ffnkit_plan"] = json.dumps(data)
-        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, file, metadata=metadata)
+        write(tensors, file, metadata)
         return f"{name}: {told}", lambda: self.use(file, model)
 
     def use(self, file: Path, make: Callable[[], Any]) -> None:
@@ -379,17 +379,14 @@ class Plans:
             fk.apply(model, plan)
         except FfnkitError:
             after = model.state_dict()
-            if after.keys() != before.keys() or any(
-                not torch.equal(after[key], value) for key, value in before.items()
-            ):
+            if after.keys() != before.keys() or not all(torch.equal(after[key], before[key]) for key in before):
                 raise Wrong("the model is not as before") from None
             raise
         found = outputs(model)
         if plan.trains:
             return
         fk.save(model, self.base / "saved")
-        if not torch.allclose(outputs(fk.load(self.base / "saved")), found, rtol=1e-3, atol=1e-3, equal_nan=True):
-            raise Wrong("other outputs once it is saved")
+        check_outputs(outputs(fk.load(self.base / "saved")), found, "once it is saved", 1e-3)
 
 
 class Recipes:

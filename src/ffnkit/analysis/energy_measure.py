@@ -66,7 +66,7 @@ class Measured:
     half: list[dict[str, int]] = field(default_factory=list)
     core: tuple[int, int] = (0, 0)
     basis: dict[str, tuple[int, int]] = field(default_factory=dict)
-    pictures: list[dict[str, Tensor]] = field(default_factory=list, repr=False)
+    pictures: list[dict[str, Tensor]] = field(default_factory=list, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as JSON data."""

@@ -113,7 +113,7 @@ class Texts:
                 for settings, rows in ((few, splits.train), (every, splits.report))
             )
             return first, second
-        from ffnkit.tasks.language import read_texts
+        from ffnkit.tasks.language_modelling.sets import read_texts
 
         parts = []
         for settings, texts in zip((few, every), halves(read_texts(Path(str(self.text)), "text")), strict=True):

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 
+from ffnkit.cli import training_options
 from ffnkit.errors import FfnkitError
 from ffnkit.settings import settings_of
 from ffnkit.tasks.fields import Head, Kind, LabelKind, TaskFields
@@ -61,9 +59,7 @@ class Data:
             "--generation-set", help="A setting of decoding; repeatable.", metavar="NAME=VALUE", rich_help_panel=DATA
         ),
     ] = None
-    max_length: Annotated[
-        int | None, typer.Option("--max-length", min=1, help="Tokens a text.", rich_help_panel=DATA)
-    ] = None
+    max_length: Annotated[int | None, training_options.of("max_length", "--max-length", DATA, min=1)] = None
     tokenizer: Tokenizer = None
 
     @property
@@ -113,25 +109,3 @@ class Data:
             raise FfnkitError("the data", "neither --task nor --train-file is given", do)
         given = {name: getattr(self, name) for name in OPTIONS}
         return tasks.choose(OPTIONS, **how, **given | {name: tuple(given[name] or ()) for name in ("text", "inputs")})
-
-
-def with_data(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose parameter ``data`` is made of the shared options, which stand in its place."""
-    own, hints = inspect.signature(command).parameters, get_type_hints(command, include_extras=True)
-    shared, kind = get_type_hints(Data, include_extras=True), inspect.Parameter.KEYWORD_ONLY
-    made: list[inspect.Parameter] = []
-    for name, parameter in own.items():
-        if name != "data":
-            made.append(parameter.replace(annotation=hints[name], kind=kind))
-            continue
-        options = [(each.name, each.default) for each in fields(Data)]
-        made += [inspect.Parameter(name, kind, default=d, annotation=shared[name]) for name, d in options]
-
-    @functools.wraps(command)
-    def run(**given: Any) -> None:
-        command(data=Data(**{name: given.pop(name) for name in shared}), **given)
-
-    run.__signature__ = inspect.Signature(made)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in made}
-    del run.__wrapped__
-    return run

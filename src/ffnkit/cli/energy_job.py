@@ -74,7 +74,7 @@ class EnergyJob:
             examples = task.encode(rows, tokenizer, max_length=self.texts.max_length, model=model)
             collate = task.collator(tokenizer, model)
         else:
-            from ffnkit.tasks.language import read_texts
+            from ffnkit.tasks.language_modelling.sets import read_texts
 
             texts = read_texts(Path(str(self.texts.text)), "text")
             examples, collate = text_examples(texts, tokenizer, model, self.texts.max_length)

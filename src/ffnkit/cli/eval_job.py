@@ -126,7 +126,7 @@ def submit(job: EvalJob, out: Path | None) -> dict[str, Any]:
     Raises:
         FfnkitError: another task, no folder for the files, rows left out, or no test rows within reach.
     """
-    from ffnkit.tasks import glue_server
+    from ffnkit.tasks.classification import glue_server
 
     glue_server.check(job.task)
     if out is None or out.is_file():

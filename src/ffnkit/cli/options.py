@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -44,3 +48,32 @@ def pick_device(name: str) -> Any:
         reason = str(error).splitlines()[0].rstrip(".")
         raise FfnkitError(f"--device {name}", reason, "Choose cpu, or auto") from error
     return device
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose parameters that are dataclasses are made of options: their fields stand in their place."""
+    own, hints = inspect.signature(command).parameters, get_type_hints(command, include_extras=True)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    groups = {name: hints[name] for name in own if is_dataclass(hints[name])}
+    made: list[inspect.Parameter] = []
+    for name, parameter in own.items():
+        if name not in groups:
+            made.append(parameter.replace(annotation=hints[name], kind=kind))
+            continue
+        types = get_type_hints(groups[name], include_extras=True)
+        made += [
+            inspect.Parameter(each.name, kind, default=each.default, annotation=types[each.name])
+            for each in fields(groups[name])
+        ]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        parts = {
+            name: group(**{each.name: given.pop(each.name) for each in fields(group)}) for name, group in groups.items()
+        }
+        command(**parts, **given)
+
+    run.__signature__ = inspect.Signature(made)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in made}
+    del run.__wrapped__
+    return run

@@ -10,45 +10,27 @@ import typer
 
 from ffnkit.cli import console, describe, options
 from ffnkit.cli.application import app
-from ffnkit.cli.data_options import DATA, Data, with_data
+from ffnkit.cli.data_options import DATA, Data
 from ffnkit.cli.outputs import check_output
+from ffnkit.cli.training_options import FLAGS, TRAINING, Told, Training
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import check_file
 
-TRAINING, RESULT = "Training", "Result"
-Precision = Literal["fp32", "bf16", "fp16"]
-
-
-FLAGS = {  # fields of TrainSettings that have options of their own
-    "learning_rate": "--lr",
-    "epochs": "--epochs",
-    "steps": "--steps",
-    "batch_size": "--batch-size",
-    "accumulation": "--accumulation",
-    "packing": "--packing",
-    "schedule": "--schedule",
-    "warmup": "--warmup",
-    "weight_decay": "--weight-decay",
-    "precision": "--precision",
-    "eval_every": "--eval-every",
-    "early_stopping": "--early-stopping",
-    "best_metric": "--best-metric",
-    "report_to": "--report-to",
-    "max_length": "--max-length",
-}
+RESULT = "Result"
 
 
 def setting(flag: str, text: str, **kwargs: Any) -> Any:
-    """An option of the panel Training that stands for a field of TrainSettings; not given: the field's default."""
+    """A further option of the panel Training, without a default that is told."""
     return typer.Option(flag, help=text, rich_help_panel=TRAINING, show_default=False, **kwargs)
 
 
-@app.command(rich_help_panel="Models")
-@with_data
+@app.command(cls=Told, rich_help_panel="Models")
+@options.grouped
 def tune(
     model: options.Model,
     out: options.Out,
     data: Data,
+    *,
     tuner: Annotated[str, typer.Option("--tuner", help="One of 'ffnkit tuners'.", rich_help_panel=TRAINING)] = "full",
     routers: Annotated[
         Literal["trained", "frozen"] | None, setting("--routers", "Routers of a mixture of experts.")
@@ -59,20 +41,7 @@ def tune(
     quantize: Annotated[
         Literal["none", "nf4", "int8"] | None, setting("--quantize", "LoRA over frozen linears quantized.")
     ] = None,
-    learning_rate: Annotated[float | None, setting("--lr", "Learning rate.")] = None,
-    epochs: Annotated[float | None, setting("--epochs", "Passes over the data.")] = None,
-    steps: Annotated[int | None, setting("--steps", "Optimizer steps; in place of --epochs.")] = None,
-    batch_size: Annotated[int | None, setting("--batch-size", "Texts a step and device.")] = None,
-    accumulation: Annotated[int | None, setting("--accumulation", "Batches a step.")] = None,
-    packing: Annotated[bool | None, setting("--packing/--no-packing", "Several examples a row, kept apart.")] = None,
-    schedule: Annotated[str | None, setting("--schedule", "linear, cosine, constant, ...")] = None,
-    warmup: Annotated[float | None, setting("--warmup", "Warm-up: steps, or a share of them below 1.")] = None,
-    weight_decay: Annotated[float | None, setting("--weight-decay", "Weight decay.")] = None,
-    precision: Annotated[Precision | None, setting("--precision", "Mixed precision.")] = None,
-    eval_every: Annotated[int | None, setting("--eval-every", "Steps between evaluations on dev.")] = None,
-    early_stopping: Annotated[int | None, setting("--early-stopping", "Stop after N evaluations without gain.")] = None,
-    best_metric: Annotated[str | None, setting("--best-metric", "Picks the best checkpoint.")] = None,
-    report_to: Annotated[list[str] | None, setting("--report-to", "tensorboard, wandb, ...; repeatable.")] = None,
+    training: Training,
     more: Annotated[
         list[str] | None, setting("--set", "A further setting of the training; repeatable.", metavar="NAME=VALUE")
     ] = None,
@@ -139,24 +108,7 @@ def tune(
     from ffnkit.cli.tune_job import TuneJob
 
     check_output(out, overwrite=overwrite, source=model)
-    given = {
-        "learning_rate": learning_rate,
-        "epochs": epochs,
-        "steps": steps,
-        "batch_size": batch_size,
-        "accumulation": accumulation,
-        "packing": packing,
-        "schedule": schedule,
-        "warmup": warmup,
-        "weight_decay": weight_decay,
-        "precision": precision,
-        "eval_every": eval_every,
-        "early_stopping": early_stopping,
-        "best_metric": best_metric,
-        "report_to": report_to or None,
-        "max_length": data.max_length,
-    }
-    flags = {name: flag for name, flag in FLAGS.items() if given.get(name) is not None}
+    given = training.given | ({} if data.max_length is None else {"max_length": data.max_length})
     job = TuneJob(
         model=model,
         out=out,
@@ -174,7 +126,7 @@ def tune(
         generation_settings=describe.parse_settings(data.generation_set or [], "--generation-set"),
         restart=restart,
         form=form,
-        flags=flags,
+        flags={name: FLAGS[name] for name in given},
     )
     console.quieten()
     report = job.run()
@@ -204,8 +156,8 @@ def distil_given(text: Path | None, pairs: list[str]) -> dict[str, Any]:
     return found if text is None else {**found, "text": str(text)}
 
 
-@app.command("eval", rich_help_panel="Models")
-@with_data
+@app.command("eval", cls=Told, rich_help_panel="Models")
+@options.grouped
 def evaluate(
     model: options.Model,
     data: Data,

@@ -134,6 +134,7 @@ class Edit:
     version: ClassVar[int] = 1
     stage: ClassVar[Stage]
     precedence: ClassVar[int] = 9
+    reshapes: ClassVar[bool] = True  # an FFN; else it is about an attention or a linear
     renumbers: ClassVar[bool] = False  # later places have other names once it is carried out
     joins: ClassVar[bool] = False  # several FFNs become one, or go
     trains: ClassVar[bool] = False  # it sets what trains, and lasts until the model is folded
@@ -145,12 +146,12 @@ class Edit:
     @property
     def touched(self) -> tuple[str, ...]:
         """The FFNs whose shape it changes, by name."""
-        return (self.target,)
+        return (self.target,) if self.reshapes else ()
 
     @property
     def claimed(self) -> tuple[str, ...]:
         """The places that no other method of one plan may edit too."""
-        return self.touched
+        return self.touched if self.reshapes else (self.target,)
 
     @property
     def asked(self) -> str:

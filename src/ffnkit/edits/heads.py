@@ -48,6 +48,7 @@ class SelectHeads(Edit):
     kind: ClassVar[str] = "SelectHeads"
     formerly: ClassVar[tuple[str, ...]] = ("Heads",)
     stage: ClassVar[Stage] = Stage.HEADS
+    reshapes: ClassVar[bool] = False
 
     @classmethod
     def blank(cls, attention: Attention, row: dict[str, Any]) -> SelectHeads:
@@ -58,14 +59,6 @@ class SelectHeads(Edit):
         stay = row["kv"] if attention.kv_heads == attention.units else row["heads"]
         index = torch.tensor(stay, dtype=torch.int32, device="cpu")
         return cls(attention.name, index, heads=attention.heads, units=attention.units, parameters=0)
-
-    @property
-    def touched(self) -> tuple[str, ...]:
-        return ()  # no FFN changes its shape
-
-    @property
-    def claimed(self) -> tuple[str, ...]:
-        return (self.target,)
 
     @property
     def asked(self) -> str:

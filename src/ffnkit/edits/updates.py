@@ -55,15 +55,8 @@ class UpdateLinear(Edit):
     formerly: ClassVar[tuple[str, ...]] = ("Adapt",)
     version: ClassVar[int] = 2
     stage: ClassVar[Stage] = Stage.UPDATE
+    reshapes: ClassVar[bool] = False
     trains: ClassVar[bool] = True
-
-    @property
-    def touched(self) -> tuple[str, ...]:
-        return ()  # no FFN changes its shape
-
-    @property
-    def claimed(self) -> tuple[str, ...]:
-        return (self.target,)
 
     @property
     def asked(self) -> str:

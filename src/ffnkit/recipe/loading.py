@@ -94,7 +94,7 @@ def _text(path: str | Path) -> str:
 
 
 def _check_template(recipe: Recipe, path: Path) -> None:
-    from ffnkit.tasks.chat import template_file
+    from ffnkit.tasks.instructions.chat import template_file
 
     if (file := template_file(recipe.task.template)) is None:
         return

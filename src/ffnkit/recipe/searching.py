@@ -121,7 +121,7 @@ def _apart(source: Source, wanted: Search) -> tuple[Any, int]:
     """The splits of a trial, whose dev is drawn from train, classes in their proportions; and how many it has."""
     import dataclasses
 
-    from ffnkit.tasks.splitting import carve, share
+    from ffnkit.tasks.rows.splitting import carve, share
 
     splits = source.splits
     train: Any = splits.train

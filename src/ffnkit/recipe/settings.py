@@ -18,8 +18,8 @@ def check_task(name: str) -> str | None:
     """What is wrong with a task's name, or None."""
     from ffnkit import tasks
     from ffnkit.recipe.validation import near
-    from ffnkit.tasks import dialogues
-    from ffnkit.tasks.images import PREFIX
+    from ffnkit.tasks.images.task import PREFIX
+    from ffnkit.tasks.instructions import sets as dialogues
 
     if name.startswith(PREFIX) or dialogues.known(name):
         return None

@@ -89,7 +89,7 @@ def tuner_of(recipe: Recipe, arm: str) -> Any:
 
 def neutral_texts(path: str) -> list[str]:
     """The texts that forgetting is measured on. Raises FfnkitError where the file cannot be read or has none."""
-    from ffnkit.tasks.language import read_texts
+    from ffnkit.tasks.language_modelling.sets import read_texts
 
     return read_texts(expand(path))
 
@@ -164,7 +164,7 @@ class Source:
         from ffnkit.io.apart import has_adapters
         from ffnkit.io.architectures import is_ffnkit_config, read_config
         from ffnkit.io.loading import open_errors
-        from ffnkit.tasks.writing import grow
+        from ffnkit.tasks.generation.writer import grow
 
         config = read_config(self.model_name)
         if is_ffnkit_config(config) or has_adapters(self.model_name):

@@ -82,7 +82,7 @@ def batch_for(model: PreTrainedModel, size: int, length: int) -> dict[str, torch
     import torch
 
     if model.main_input_name == "pixel_values":
-        from ffnkit.tasks.image_batches import channels, image_size
+        from ffnkit.tasks.images.batches import channels, image_size
 
         shape = (size, channels(model.config), *(image_size(model.config) or (224, 224)))
         return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device)}

@@ -11,7 +11,7 @@ from typing import Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.report.table import VALUES, Row, Summary, summarize
-from ffnkit.tasks.glue import PARTS, task_score
+from ffnkit.tasks.classification.glue import PARTS, task_score
 from ffnkit.tasks.metrics import greater_is_better
 
 AVERAGE, GLUE = "average", "glue"

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
 from ffnkit.calibration.batches import evaluating
 from ffnkit.errors import FfnkitError
 from ffnkit.model.trainable import body
-from ffnkit.tasks.sequences import affixes, positions
+from ffnkit.tasks.encoding.sequences import affixes, positions
 
 Kind = Literal["causal", "masked"]
 MASKED = 0.15  # share of the tokens whose loss a masked model is asked for

@@ -194,7 +194,7 @@ class Local:
 
     def _room(self, model: Any, tokenizer: Any) -> int:
         """Tokens for the three texts together."""
-        from ffnkit.tasks.sequences import positions
+        from ffnkit.tasks.encoding.sequences import positions
 
         limit = min(self.settings.max_length, positions(model))
         room = limit - len(self._ids(tokenizer, f"{self._asked(tokenizer, shown('', '', ''))}[[A]]")) - 8

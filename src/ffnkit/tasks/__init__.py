@@ -7,40 +7,40 @@ from typing import TYPE_CHECKING
 from ffnkit.errors import FfnkitError
 
 if TYPE_CHECKING:
-    from ffnkit.tasks.base import Splits as Splits
-    from ffnkit.tasks.base import Task as Task
     from ffnkit.tasks.choosing import choose as choose
-    from ffnkit.tasks.generation import GenerationTask as GenerationTask
-    from ffnkit.tasks.generation import generation_task as generation_task
-    from ffnkit.tasks.images import ImageTask as ImageTask
-    from ffnkit.tasks.images import image_task as image_task
-    from ffnkit.tasks.instructions import InstructionTask as InstructionTask
-    from ffnkit.tasks.instructions import instruction_task as instruction_task
-    from ffnkit.tasks.modelling import LanguageTask as LanguageTask
-    from ffnkit.tasks.modelling import text_task as text_task
-    from ffnkit.tasks.own import file_task as file_task
+    from ffnkit.tasks.classification.label_words import WordsTask as WordsTask
+    from ffnkit.tasks.classification.own import file_task as file_task
+    from ffnkit.tasks.classification.task import Task as Task
+    from ffnkit.tasks.generation.task import GenerationTask as GenerationTask
+    from ffnkit.tasks.generation.task import generation_task as generation_task
+    from ffnkit.tasks.images.task import ImageTask as ImageTask
+    from ffnkit.tasks.images.task import image_task as image_task
+    from ffnkit.tasks.instructions.task import InstructionTask as InstructionTask
+    from ffnkit.tasks.instructions.task import instruction_task as instruction_task
+    from ffnkit.tasks.language_modelling.task import LanguageTask as LanguageTask
+    from ffnkit.tasks.language_modelling.task import text_task as text_task
     from ffnkit.tasks.protocol import AnyTask as AnyTask
     from ffnkit.tasks.protocol import Evaluation as Evaluation
+    from ffnkit.tasks.rows.splitting import Splits as Splits
     from ffnkit.tasks.settings import GenerationSettings as GenerationSettings
-    from ffnkit.tasks.words import WordsTask as WordsTask
 
 _HOMES = {
     "AnyTask": "protocol",
     "Evaluation": "protocol",
     "GenerationSettings": "settings",
-    "Splits": "base",
-    "Task": "base",
+    "Splits": "rows.splitting",
+    "Task": "classification.task",
     "choose": "choosing",
-    "file_task": "own",
-    "GenerationTask": "generation",
-    "generation_task": "generation",
-    "ImageTask": "images",
-    "image_task": "images",
-    "InstructionTask": "instructions",
-    "instruction_task": "instructions",
-    "LanguageTask": "modelling",
-    "text_task": "modelling",
-    "WordsTask": "words",
+    "file_task": "classification.own",
+    "GenerationTask": "generation.task",
+    "generation_task": "generation.task",
+    "ImageTask": "images.task",
+    "image_task": "images.task",
+    "InstructionTask": "instructions.task",
+    "instruction_task": "instructions.task",
+    "LanguageTask": "language_modelling.task",
+    "text_task": "language_modelling.task",
+    "WordsTask": "classification.label_words",
 }
 __all__ = ["get", "labelled", "names", *_HOMES]
 
@@ -59,9 +59,9 @@ def get(name: str) -> AnyTask:
     Raises:
         FfnkitError: there is no such task.
     """
-    from ffnkit.tasks import dialogues
-    from ffnkit.tasks.images import PREFIX, image_task
-    from ffnkit.tasks.instructions import InstructionTask
+    from ffnkit.tasks.images.task import PREFIX, image_task
+    from ffnkit.tasks.instructions import sets as dialogues
+    from ffnkit.tasks.instructions.task import InstructionTask
 
     if name.startswith(PREFIX):
         return image_task(name.removeprefix(PREFIX))
@@ -76,19 +76,21 @@ def get(name: str) -> AnyTask:
 
 def labelled() -> list[str]:
     """Those of them whose rows are labelled texts."""
-    from ffnkit.tasks.base import Task
+    from ffnkit.tasks.classification.task import Task
 
     return [name for name, task in _known().items() if isinstance(task, Task)]
 
 
 def _known() -> dict[str, AnyTask]:
-    from ffnkit.tasks import dialogues, language, nlg
-    from ffnkit.tasks.docstrings import TASK
-    from ffnkit.tasks.generation import GenerationTask
-    from ffnkit.tasks.glue import TASKS
-    from ffnkit.tasks.image_sets import TASKS as IMAGES
-    from ffnkit.tasks.instructions import InstructionTask
-    from ffnkit.tasks.modelling import LanguageTask
+    from ffnkit.tasks.classification.docstrings import TASK
+    from ffnkit.tasks.classification.glue import TASKS
+    from ffnkit.tasks.generation import sets as nlg
+    from ffnkit.tasks.generation.task import GenerationTask
+    from ffnkit.tasks.images.sets import TASKS as IMAGES
+    from ffnkit.tasks.instructions import sets as dialogues
+    from ffnkit.tasks.instructions.task import InstructionTask
+    from ffnkit.tasks.language_modelling import sets as language
+    from ffnkit.tasks.language_modelling.task import LanguageTask
 
     known: list[AnyTask] = [*TASKS, TASK]
     known += [GenerationTask(nlg.get(name)) for name in nlg.names()]

@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
-from ffnkit.tasks import chat, dialogues, forms, get, labelled
-from ffnkit.tasks.base import Task
+from ffnkit.tasks import get, labelled
+from ffnkit.tasks.classification.label_words import WordsTask
+from ffnkit.tasks.classification.own import file_task
+from ffnkit.tasks.classification.task import Task
 from ffnkit.tasks.fields import TaskFields
-from ffnkit.tasks.generation import GenerationTask, generation_task
-from ffnkit.tasks.image_files import ARCHIVES
-from ffnkit.tasks.images import HUB, KIND, image_task
-from ffnkit.tasks.instructions import KIND as INSTRUCTION
-from ffnkit.tasks.instructions import InstructionTask, instruction_task
-from ffnkit.tasks.modelling import LanguageTask, text_task
-from ffnkit.tasks.own import file_task
-from ffnkit.tasks.own_text import template_parts
+from ffnkit.tasks.generation.own import template_parts
+from ffnkit.tasks.generation.task import GenerationTask, generation_task
+from ffnkit.tasks.images.files import ARCHIVES
+from ffnkit.tasks.images.task import HUB, KIND, image_task
+from ffnkit.tasks.instructions import chat, forms
+from ffnkit.tasks.instructions import sets as dialogues
+from ffnkit.tasks.instructions.task import KIND as INSTRUCTION
+from ffnkit.tasks.instructions.task import InstructionTask, instruction_task
+from ffnkit.tasks.language_modelling.task import LanguageTask, text_task
 from ffnkit.tasks.protocol import AnyTask
-from ffnkit.tasks.words import WordsTask
 
 PLAIN = (".txt", ".text", ".tokens", ".md")
 """Files of plain text, which have no columns."""
@@ -134,7 +136,7 @@ def choose(
         names: what the user calls the fields, for the errors ({"label": "--label-column"}).
         whole: to evaluate: where one file is named, as ``train`` or ``validation``, it is reported whole, and there is
             nothing to train on.
-        label_names: the classes of the model that is evaluated; see :func:`ffnkit.tasks.labels.decide`.
+        label_names: the classes of the model that is evaluated; see :func:`ffnkit.tasks.classification.labels.decide`.
         fields: of :class:`Choice`.
 
     Raises:

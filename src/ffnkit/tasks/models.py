@@ -11,7 +11,7 @@ from ffnkit.io import loading
 from ffnkit.io.fitting import is_head
 
 if TYPE_CHECKING:
-    from ffnkit.tasks.base import Task
+    from ffnkit.tasks.classification.task import Task
 
 logger = logging.getLogger(__name__)
 

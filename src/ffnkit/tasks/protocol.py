@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ffnkit.tasks.base import Splits
+    from ffnkit.tasks.rows.splitting import Splits
     from ffnkit.tasks.settings import GenerationSettings
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]

@@ -33,7 +33,7 @@ def calibration_batches(
     """
     settings = settings or CalibrationSettings()
     if settings.text is not None:
-        from ffnkit.tasks.language import read_texts
+        from ffnkit.tasks.language_modelling.sets import read_texts
 
         texts = read_texts(Path(settings.text), settings.text_column)
         examples, collate = text_examples(texts, tokenizer, model, settings.max_length)

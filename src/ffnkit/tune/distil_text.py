@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.tasks.sequences import positions
+from ffnkit.tasks.encoding.sequences import positions
 from ffnkit.tune.distil_data import Collate
 from ffnkit.tune.settings import DistilSettings
 
@@ -25,7 +25,7 @@ def distil_examples(
             ``hard_weight`` for a file without labels.
     """
     if settings.text is not None:
-        from ffnkit.tasks.language import read_texts
+        from ffnkit.tasks.language_modelling.sets import read_texts
 
         if settings.hard_weight and not _writes(model):
             found = f"text file {settings.text} has no labels for a {type(model).__name__}"
@@ -76,7 +76,7 @@ def _blocks(texts: list[str], tokenizer: Any, model: nn.Module, max_length: int)
     from datasets import Dataset
 
     from ffnkit.tasks import LanguageTask
-    from ffnkit.tasks.language import LanguageData, source_of
+    from ffnkit.tasks.language_modelling.sets import LanguageData, source_of
 
     task = LanguageTask(LanguageData("text", load=lambda _: source_of({"train": texts}, "memory")))
     blocks = task.encode(Dataset.from_dict({"text": texts}), tokenizer, max_length, model=model)

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from ffnkit.errors import FfnkitError
+from ffnkit.tasks.generation.writer import once
 from ffnkit.tasks.protocol import Evaluation
+from ffnkit.tasks.rows.splitting import Splits
 from ffnkit.tasks.running import encoded_rows, lengths, logits_of
 from ffnkit.tasks.settings import GenerationSettings
-from ffnkit.tasks.splitting import Splits
-from ffnkit.tasks.writing import once
 
 __all__ = ["assess", "assess_all", "encoded_rows", "evaluate", "lengths", "logits_of", "write_predictions"]
 

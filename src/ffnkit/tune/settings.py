@@ -50,7 +50,9 @@ class TrainSettings(Checked):
     """How a model is fine-tuned. The seed is passed apart, so that arms share settings."""
 
     learning_rate: Annotated[Positive, Field(description="peak learning rate of Adam")] = 5e-5
-    schedule: Annotated[Schedule, Field(description="a learning-rate schedule of transformers, by its name")] = "linear"
+    schedule: Annotated[
+        Schedule, Field(description="of the learning rate, by transformers: linear, cosine, constant, ...")
+    ] = "linear"
     schedule_options: dict[str, Any] = Field(default_factory=dict, description="further arguments of the schedule")
     warmup: Annotated[NotNegative, Field(description="below 1: share of the steps; from 1: number of steps")] = 0.06
     weight_decay: Annotated[NotNegative, Field(description="decoupled (AdamW); not on biases, norms, coefficients")] = (

@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from ffnkit.checkpoint.adapters import is_adapted
 from ffnkit.errors import FfnkitError
 from ffnkit.surgery.compressed import compressed_parameters
-from ffnkit.tasks.packing import pack
+from ffnkit.tasks.encoding.packing import pack
 from ffnkit.tasks.running import encoded_rows, lengths
 from ffnkit.tasks.settings import GenerationSettings
 from ffnkit.tune import checkpoints, masks

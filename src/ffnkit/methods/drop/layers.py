@@ -29,9 +29,16 @@ from ffnkit.settings import Doc, check
 class _Drop:
     """What both have in common: one of ``layers`` and ``window`` says what goes."""
 
-    layers: Annotated[str | None, Doc("which go")] = None
-    window: Annotated[int | None, Doc("number of adjacent ones that go", at_least=1)] = None
-    score: Annotated[Score | None, Doc("what tells the best window")] = None
+    layers: Annotated[str | None, Doc('where, e.g. "last:2", "4-7", "4,5,9", "encoder:last:2".')] = None
+    window: Annotated[int | None, Doc("number of adjacent layers; the best window is searched for.", at_least=1)] = None
+    score: Annotated[
+        Score | None,
+        Doc(
+            "what tells the best window: None, how little it does on data (of layers the cosine of what "
+            "enters and what leaves it, of FFNs how little they add relative to what enters their layers), a function "
+            "of the model without it that gives a number, higher is better, or a task's metric."
+        ),
+    ] = None
 
     name: ClassVar[str]
 
@@ -95,19 +102,6 @@ class LayerDrop(_Drop):
         ShortGPT (arXiv 2403.03853).
     """
 
-    layers: Annotated[str | None, Doc('which layers go, e.g. "last:2", "4-7", "4,5,9", "encoder:last:2".')] = None
-    window: Annotated[
-        int | None, Doc("number of adjacent layers that go; the best window is searched for.", at_least=1)
-    ] = None
-    score: Annotated[
-        Score | None,
-        Doc(
-            "what tells the best window: None, the similarity (cosine) of what enters and what leaves "
-            "it, a function of the model without the window that gives a number, higher is better, or"
-            " a task's metric."
-        ),
-    ] = None
-
     name: ClassVar[str] = "layer-drop"
     summary: ClassVar[str] = "drop whole layers (baseline)"
     paper: ClassVar[str] = "arXiv 2501.06126"
@@ -128,19 +122,6 @@ class FfnDrop(_Drop):
 
     Source: a baseline of FFN merging, asked for by its reviewers (arXiv 2501.06126).
     """
-
-    layers: Annotated[str | None, Doc('which FFNs go, e.g. "last:2", "4-7", "4,5,9", "encoder:last:2".')] = None
-    window: Annotated[
-        int | None, Doc("number of adjacent layers whose FFNs go; the best window is searched for.", at_least=1)
-    ] = None
-    score: Annotated[
-        Score | None,
-        Doc(
-            "what tells the best window: None, how little the FFNs add relative to what enters their "
-            "layers, or a function of the model without them that gives a number, higher is better, "
-            "or a task's metric."
-        ),
-    ] = None
 
     name: ClassVar[str] = "ffn-drop"
     summary: ClassVar[str] = "drop the FFNs of some layers (baseline)"

@@ -1,0 +1,1 @@
+"""Image classification: the task, its sets, folders and archives, batches with augmentation."""

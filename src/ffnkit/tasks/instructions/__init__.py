@@ -1,0 +1,1 @@
+"""Instructions and dialogues: the task, its sets, the forms of their rows, chat templates."""

@@ -1,0 +1,1 @@
+"""Plain text: the task, its sets, and the perplexity by a window that moves."""

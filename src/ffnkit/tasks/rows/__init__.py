@@ -1,0 +1,1 @@
+"""Tables of rows, whatever the task: where they are, files that are read, seeded splits."""
