@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from families import FAMILIES
 from methods import case_of
 from test_recipe_run import folder, recipe_of  # noqa: F401 (a fixture)
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -16,6 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 import ffnkit as fk
 from ffnkit import methods
 from ffnkit.errors import FfnkitError
+from ffnkit.model.finding import ffns
 from ffnkit.model.targets import targets
 from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.recipe import Recipe, Table, load_any, load_recipe, run, run_table
@@ -23,6 +25,7 @@ from ffnkit.recipe.loading import parse_any
 from ffnkit.recipe.schema import recipe_from
 from ffnkit.recipe.sources import tuner_of
 from ffnkit.recipe.tables import merged
+from ffnkit.tune.tuners import prepare
 
 TABLE = """
 name: two by two
@@ -163,6 +166,22 @@ def test_every_recipe_of_the_papers_resolves(path: Path, small: bool) -> None:
         assert len(recipe.arms) > 1
         for arm in recipe.arms:
             recipe.tune_of(arm), recipe.recover_of(arm), recipe.tuner_of(arm)
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["whole", "small"])
+def test_on_oasst1_every_arm_trains_ffn_weights_alone(small: bool) -> None:
+    """As its notes say: what a preset of GLUE trains besides is not in it."""
+    path = next(path for path in PAPERS if path.stem == "sparsegrad_oasst1")
+    recipe = next(iter(load_any(path, small=small).cells.values()))  # type: ignore[union-attr]
+    model = FAMILIES["llama"].model()
+    ffn = {f"{each.name}.{each.path(site)}" for each in ffns(model) for site in each.sites}
+    for name in recipe.arms:
+        tuner = tuner_of(recipe, name)
+        given = {"targets": "ffn"} if hasattr(tuner, "targets") else {}
+        given |= {"count": 3, "basis": "none"} if tuner.name == "sparsegrad" else {}
+        done = prepare(FAMILIES["llama"].model(), tuner.model_copy(update=given))
+        trained = [n for n, p in done.named_parameters() if p.requires_grad]
+        assert trained and all(any(place in n for place in ffn) for n in trained), (name, trained)
 
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
