@@ -73,8 +73,10 @@ def _targets(recipe: Recipe, source: Source) -> None:
 
     tuners = {name: tuner_of(recipe, name) for name, arm in recipe.arms.items() if not arm.compressed}
     named = {name: tuner for name, tuner in tuners.items() if hasattr(tuner, "targets")}
-    empty = source.empty() if named and "tune" in recipe.stages else None
-    for name, tuner in named.items() if empty is not None else ():
+    if not named or "tune" not in recipe.stages:
+        return
+    empty = source.empty()
+    for name, tuner in named.items():
         try:
             targets(empty, tuner.targets, getattr(tuner, "layers", "all"))
         except FfnkitError as error:
