@@ -18,7 +18,7 @@ import ffnkit as fk
 from ffnkit.recipe.schema import recipe_from
 from ffnkit.recipe.sources import Source
 from ffnkit.report.across import across
-from ffnkit.report.columns import cells
+from ffnkit.report.columns import blocks, cells
 from ffnkit.report.formats import to_csv, to_markdown
 from ffnkit.report.page import page
 from ffnkit.report.plot import AXES, against, drawn, heading
@@ -163,6 +163,19 @@ def test_what_is_saved_is_counted_from_the_model_with_the_tasks_head_and_tokens(
     source = Source(recipe_from({"name": "x", "model": str(where), "task": known, "arms": {"a": {}}}))
     empty, whole = ({n: p.shape for n, p in each.named_parameters()} for each in (source.empty(), source.model(0)))
     assert empty == whole
+
+
+def test_further_splits_are_tables_of_their_own() -> None:
+    """Five splits of six metrics fit no terminal; metrics named after tasks, which stand alone, stay in one table."""
+    names = [f"{metric}{split}" for split in ("", " (test)", " (test_seen)") for metric in ("bleu", "ter")]
+    rows = [{"arm": arm, "seed": 0, "metrics": dict.fromkeys(names, 0.5), **SIZES} for arm in ("whole", "half")]
+    heads = [header for header, _ in blocks(summarize(rows, "bleu"))]
+    assert heads[0][:4] == ["arm", "seeds", "bleu", "ter"] and "parameters" in heads[0]
+    assert heads[1:3] == [["arm", "bleu (test)", "ter (test)"], ["arm", "bleu (test_seen)", "ter (test_seen)"]]
+    assert [head for header in heads for head in header if head in names] == names
+    tasks = {"average": 0.5, "accuracy (sst2)": 0.4, "accuracy (rte)": 0.6}
+    heads = [header for header, _ in blocks(summarize([{"arm": "a", "seed": 0, "metrics": tasks}], "average"))]
+    assert heads[0][:5] == ["arm", "seeds", *tasks]
 
 
 def test_over_tasks_and_runs(tmp_path: Path) -> None:

@@ -9,18 +9,23 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from families import FAMILIES
 from methods import case_of
-from transformers import BertConfig, BertForSequenceClassification
+from test_recipe_run import folder, recipe_of  # noqa: F401 (a fixture)
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import ffnkit as fk
 from ffnkit import methods
 from ffnkit.errors import FfnkitError
+from ffnkit.model.finding import ffns
+from ffnkit.model.targets import targets
 from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.recipe import Recipe, Table, load_any, load_recipe, run, run_table
 from ffnkit.recipe.loading import parse_any
 from ffnkit.recipe.schema import recipe_from
 from ffnkit.recipe.sources import tuner_of
 from ffnkit.recipe.tables import merged
+from ffnkit.tune.tuners import prepare
 
 TABLE = """
 name: two by two
@@ -163,6 +168,22 @@ def test_every_recipe_of_the_papers_resolves(path: Path, small: bool) -> None:
             recipe.tune_of(arm), recipe.recover_of(arm), recipe.tuner_of(arm)
 
 
+@pytest.mark.parametrize("small", [False, True], ids=["whole", "small"])
+def test_on_oasst1_every_arm_trains_ffn_weights_alone(small: bool) -> None:
+    """As its notes say: what a preset of GLUE trains besides is not in it."""
+    path = next(path for path in PAPERS if path.stem == "sparsegrad_oasst1")
+    recipe = next(iter(load_any(path, small=small).cells.values()))  # type: ignore[union-attr]
+    model = FAMILIES["llama"].model()
+    ffn = {f"{each.name}.{each.path(site)}" for each in ffns(model) for site in each.sites}
+    for name in recipe.arms:
+        tuner = tuner_of(recipe, name)
+        given = {"targets": "ffn"} if hasattr(tuner, "targets") else {}
+        given |= {"count": 3, "basis": "none"} if tuner.name == "sparsegrad" else {}
+        done = prepare(FAMILIES["llama"].model(), tuner.model_copy(update=given))
+        trained = [n for n, p in done.named_parameters() if p.requires_grad]
+        assert trained and all(any(place in n for place in ffn) for n in trained), (name, trained)
+
+
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 
 
@@ -186,6 +207,35 @@ def test_what_prunes_by_updates_finds_them(path: Path) -> None:
             for spec in wanted:
                 ids = torch.arange(24).view(2, 12)
                 fk.plan(model, methods.build(spec.method, **spec.settings), [{"input_ids": ids}])
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["whole", "small"])
+def test_expressions_over_names_find_linears(small: bool) -> None:
+    """Those of the papers' recipes, in a LLaMA as deep as the largest of them."""
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "vocab_size": 16}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=5 if small else 32, **sizes))
+    seen = 0
+    for path in PAPERS:
+        recipe = next(iter(load_any(path, small=small).cells.values()))  # type: ignore[union-attr]
+        for name in recipe.arms:
+            asked = getattr(tuner_of(recipe, name), "targets", "all")
+            if asked not in ("all", "ffn", "attention", "qv"):
+                seen += 1
+                assert len(targets(model, asked)[0]) == (4 if small else 22)
+    assert seen == 2
+
+
+@pytest.mark.parametrize("tuner", ["lora", "dsee", "sparsegrad", "meprop"])
+def test_a_tuner_that_finds_nothing_is_told_before_anything_is_trained(
+    tuner: str,
+    folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    arms = {"first": {}, "odd": {"tuner": {"name": tuner, "targets": r"encoder\.layer\.0\.output"}}}
+    with pytest.raises(FfnkitError, match=r"arms\.odd\.tuner: targets .*: no linear of the model matches"):
+        run(recipe_of(folder, arms=arms), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "units" / "first").exists()
 
 
 SHORT = {"steps": 2, "eval_every": 1, "early_stopping": None}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ffnkit import methods
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe.searching import check_searcher
-from ffnkit.recipe.sources import Source, expand, method_of, neutral_texts
+from ffnkit.recipe.sources import Source, expand, method_of, neutral_texts, tuner_of
 from ffnkit.recipe.state import distilled, folder_digest
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
                     methods.build(spec.method, **spec.settings).chosen(empty)
             except FfnkitError as error:
                 raise error.within(f"arms.{name}") from None
+    _targets(recipe, source)
     _ = source.tokenizer
     for split in ("train", "dev", "report"):
         if len(getattr(source.splits, split)) == 0:
@@ -64,6 +65,22 @@ def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
         _distils(recipe, source)
     folder = Path(source.model_name)
     return (folder_digest(folder) if os.path.isdir(folder) else source.model_name), source.data_digest()
+
+
+def _targets(recipe: Recipe, source: Source) -> None:
+    """Refuse a tuner that finds none of the linears that it names in a model that is tuned as it is."""
+    from ffnkit.model.targets import targets
+
+    tuners = {name: tuner_of(recipe, name) for name, arm in recipe.arms.items() if not arm.compressed}
+    named = {name: tuner for name, tuner in tuners.items() if hasattr(tuner, "targets")}
+    if not named or "tune" not in recipe.stages:
+        return
+    empty = source.empty()
+    for name, tuner in named.items():
+        try:
+            targets(empty, tuner.targets, getattr(tuner, "layers", "all"))
+        except FfnkitError as error:
+            raise error.within(f"arms.{name}.tuner") from None
 
 
 def _judges(recipe: Recipe, source: Source) -> None:

@@ -140,17 +140,29 @@ def _shown(arm: Arm, key: str) -> bool:
 
 
 def blocks(summary: Summary) -> list[tuple[list[str], list[list[str]]]]:
-    """``cells`` as up to three narrower tables: scores and sizes, then training, then costs."""
+    """``cells`` as narrower tables: scores and sizes, scores of each further split, then training, then costs."""
     header, lines = cells(summary)
     training = {COLUMNS[key][0] for key in TRAINING} | {"time"}
     sizes = {COLUMNS[key][0] for key in SIZES}
     costs = {head for head, _ in COLUMNS.values()} - training - sizes
     found = []
-    for number, wanted in enumerate((set(header) - training - costs, training, costs)):
+    splits = _further(summary.metrics)
+    first = set(header) - training - costs - set().union(*splits)
+    for number, wanted in enumerate((first, *splits, training, costs)):
         places = [0] + [n for n, head in enumerate(header) if n and head in wanted]
         if number == 0 or len(places) > 1:
             found.append(([header[n] for n in places], [[line[n] for n in places] for line in lines]))
     return found
+
+
+def _further(metrics: Sequence[str]) -> list[set[str]]:
+    """The metrics of each split that is reported beside: "bleu (test)" where "bleu" is there."""
+    found: dict[str, set[str]] = {}
+    for name in metrics:
+        plain, _, split = name.partition(" (")
+        if split and plain in metrics:
+            found.setdefault(split, set()).add(name)
+    return list(found.values())
 
 
 def _line(arm: Arm, summary: Summary, columns: list[str], compared: bool, timed: bool, width: int) -> list[str]:
