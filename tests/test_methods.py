@@ -166,7 +166,7 @@ def test_scores_are_what_is_lost_without_each_neuron() -> None:
         assert_close(leverage(gram, ridge)[number], share, rel=1e-8)
     alike = torch.cat((h, h[:, :1]), 1)  # a copy of a neuron, no ridge: either can go without loss
     scores = leverage(alike.T @ alike, 0.0, torch.cat((down, down[:, :1]), 1))
-    assert scores[[0, 7]].max() < 1e-6 * scores[1:7].min()
+    assert scores[[0, 7]].max() < 1e-5 * scores[1:7].min()
 
 
 def test_many_neurons_are_chosen_as_one_by_one() -> None:

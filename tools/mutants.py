@@ -185,6 +185,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "test_methods.py test_budget.py",
         "choose or greedy or calibrated or curve",
     ),
+    M(
+        "refit-towards-zero",
+        "missing = cross - square @ old",
+        "missing, old = cross, torch.zeros_like(old)",
+        "test_methods.py",
+        "greedy or refit",
+    ),
+    M(
+        "loss-without-inverse",
+        "down.to(gram.dtype).square().sum(0) / inverse",
+        "down.to(gram.dtype).square().sum(0)",
+        "test_methods.py",
+        "scores",
+    ),
     M("hsic-divisor", "/ ((n - 1) * (n - 2))", "/ (n * (n - 2))", "test_similarity.py"),
     M(
         "cka-not-normalized",
