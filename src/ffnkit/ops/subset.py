@@ -133,12 +133,15 @@ def leverage(gram: Tensor, ridge: float, down: Tensor | None = None) -> Tensor:
     Source: MoDeGPT (arXiv 2408.09632), the FFN part; optimal brain surgeon (Hassibi and Stork 1992), OBC (arXiv
         2208.11580) with a whole column as the unit.
     """
-    shift = max(ridge * float(gram.diagonal().mean()), float(torch.finfo(gram.dtype).tiny))
-    shifted = gram.clone()
-    shifted.diagonal().add_(shift)
-    factor, failed = torch.linalg.cholesky_ex(shifted)
-    if int(failed):  # no ridge, or less than rounding
-        return leverage(gram.double(), max(ridge, 1e-10), down)
+    shift = max(ridge * gram.diagonal().mean().item(), torch.finfo(gram.dtype).tiny)
+    while True:
+        shifted = gram.clone()
+        shifted.diagonal().add_(shift)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if not int(failed):
+            break
+        # less ridge than rounding
+        shift = max(10 * shift, torch.finfo(gram.dtype).eps * gram.abs().max().item())
     inverse = torch.cholesky_inverse(factor, out=shifted).diagonal()
     return 1 - shift * inverse if down is None else down.to(gram.dtype).square().sum(0) / inverse
 
