@@ -1,0 +1,105 @@
+"""Calibration text of many kinds, mixed with the user's own; progress of what takes long, in a log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_cli import WORDS, bad, bert, good, verbosity
+
+import ffnkit as fk
+from ffnkit.calibration import shipped
+from ffnkit.cli import console
+from ffnkit.errors import FfnkitError
+from ffnkit.tune import CalibrationSettings, calibration_batches
+
+_ = (bert, verbosity)  # fixtures
+UNKNOWN = 1  # what the text of many kinds is to a tokenizer of ten words
+
+
+def test_the_text_is_of_many_kinds() -> None:
+    kinds = shipped.pieces()
+    assert len(kinds) >= 12 and min(map(len, kinds.values())) >= 5
+    every = shipped.texts()
+    assert sorted(every) == sorted(piece for pieces in kinds.values() for piece in pieces)
+    assert all(piece == piece.strip("\n") and len(piece) > 200 for piece in every)
+    of = {piece: kind for kind, pieces in kinds.items() for piece in pieces}
+    for start in range(0, len(every) - 40, 10):  # wherever a block is cut out, kinds mix
+        assert len({of[piece] for piece in every[start : start + 40]}) >= 10
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A text of known words alone, of more than enough tokens."""
+    path = tmp_path / "own.txt"
+    path.write_text("\n\n".join(" ".join(WORDS) for _ in range(300)))
+    return path
+
+
+def share_of_own(folder: Path, **settings: Any) -> float:
+    """The share of tokens that are known words."""
+    model = fk.load(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    given = CalibrationSettings(tokens=2000, batch_size=2, max_length=24, **settings)
+    ids = [batch["input_ids"][batch["attention_mask"] > 0] for batch in calibration_batches(model, tokenizer, given)]
+    tokens = torch.cat(ids)
+    assert 2000 <= len(tokens) <= 2200
+    return float((tokens >= 5).float().sum() / ((tokens == UNKNOWN) | (tokens >= 5)).float().sum())
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.25, None, 1.0])
+def test_the_share_is_that_which_is_asked_for(mix: float | None, bert: Path, own: Path) -> None:
+    wanted = 0.5 if mix is None else 1 - mix
+    found = share_of_own(bert, text=str(own), **({} if mix is None else {"mix": mix}))
+    assert abs(found - wanted) < 0.06  # words such as "good" are in the other text too
+
+
+def test_without_a_text_all_of_it_is_of_many_kinds(bert: Path) -> None:
+    assert share_of_own(bert) < 0.05
+    for wrong in (-0.1, 1.1, True, float("nan")):
+        with pytest.raises(ValueError):
+            CalibrationSettings(mix=wrong)
+
+
+def test_command_line(bert: Path, own: Path, tmp_path: Path) -> None:
+    words = ("compress", bert, "--method", "calibrated-fusion", "--set", "width=0.5", "--calibration-tokens", 200)
+    digests = []
+    for name, more in {"none": (), "own": ("--text", own, "--mix", 0), "both": ("--text", own)}.items():
+        good(*words, *more, "--out", tmp_path / name)
+        weights = fk.load(tmp_path / name).state_dict()
+        digests.append(sum(float(value.double().sum()) for value in weights.values()))
+    assert len(set(digests)) == 3  # the three differ in what they were fitted to
+    assert "no --text to mix with" in bad(*words, "--mix", 0.5, "--out", tmp_path / "x")
+    assert "--mix" in good("compress", "--help").stdout
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    config = transformers.ViTConfig(image_size=8, patch_size=4, **sizes)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    line = bad("compress", tmp_path / "vit", *words[2:], "--out", tmp_path / "x")
+    assert "does not read text" in line and not (tmp_path / "x").exists()
+
+
+def test_a_text_that_fails_is_told(bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(FfnkitError):
+        share_of_own(bert, text=str(tmp_path / "missing.txt"))
+
+
+def test_progress_in_a_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    monkeypatch.setattr("ffnkit.cli.console.time.monotonic", lambda: now)
+    with console.progress("planning") as step:
+        for done in range(1, 31):
+            now += 2
+            step(done, 30, f"layers.{done - 1}.mlp")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "planning layers.2.mlp: 3 of 30 after 6 s, about 54 s left"
+    assert len(lines) == 10  # one in five seconds at most
+    with console.progress("planning") as step:  # what is quick says nothing
+        step(1, 1, "layers.0.mlp")
+    monkeypatch.setattr(console.state, "quiet", True)
+    with console.progress("planning") as step:
+        now += 60
+        step(1, 2, "layers.0.mlp")
+    assert capsys.readouterr().err == ""
