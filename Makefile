@@ -31,8 +31,8 @@ demo: $(READY) ## compress, tune and compare a real model: the embedded quicksta
 test: $(READY) ## run the tests (WORKERS=2), the slowest ones left out
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
 
-test-slow: $(READY) ## run the tests that take long
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m slow
+test-slow: $(READY) ## run the tests that take long (about 25 minutes); PART=K/8: an eighth of them
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m slow $(if $(PART),--part $(PART))
 
 lint: $(READY) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

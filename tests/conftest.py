@@ -12,6 +12,7 @@ import gc
 import importlib.util
 import sys
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 import torch
@@ -30,6 +31,10 @@ THIRD_PARTY = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", metavar="K/N", help="of N parts, chosen by the tests' names, the one that K falls on")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
     for line in ("error", *THIRD_PARTY):
@@ -37,8 +42,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before the marks choose
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     mark_slow(items)
+    if part := config.getoption("--part"):
+        number, parts = map(int, part.split("/"))
+        others = [item for item in items if crc32(item.nodeid.encode()) % parts != number % parts]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if crc32(item.nodeid.encode()) % parts == number % parts]
     if torch.cuda.is_available():
         return
     for item in items:
