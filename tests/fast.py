@@ -97,6 +97,7 @@ FAST = {
     },
     "test_energy.py": {
         "test_command_line": 0,
+        "test_over_steps_of_training": 0,
     },
     "test_families.py": {
         "test_order_of": 50,
@@ -107,6 +108,7 @@ FAST = {
         "test_a_plan_is_refused_by_other_weights": 5,
         "test_config_and_tensors_keep_the_dtype": 7,
         "test_no_compact_checkpoint_opens": 0,
+        "test_a_part_of_a_composite": 3,
     },
     "test_formulas.py": {
         "test_a_sketch_keeps_squares": 1,
@@ -117,6 +119,7 @@ FAST = {
         "test_greedy_decoding_is_the_slow_loop": 3,
         "test_label_words_are_learnt": 1,
         "test_accumulation_weights": 1,
+        "test_recipes_model_text": 0,
     },
     "test_heads.py": {
         "test_removing_equals_zeroing": 18,
@@ -132,6 +135,7 @@ FAST = {
     },
     "test_instructions.py": {
         "test_packed_training_goes_on": 0,
+        "test_answers_that_were_learned": 0,
     },
     "test_interrupted.py": {
         "test_an_interrupted_tuning_is_kept": 1,
@@ -168,6 +172,9 @@ FAST = {
         "test_the_chain_comes_back": 0,
         "test_frozen_routers": 1,
     },
+    "test_old_files.py": {
+        "test_plans": 11,
+    },
     "test_outside.py": {  # test_docs.py has the package of the page on adding
         "test_what": 0,
         "test_names_of_other": 0,
@@ -179,9 +186,13 @@ FAST = {
         "test_modes_by_matrix_and_by_row": 8,
         "test_modes_are_those_of_torch": 14,
         "test_tuners_keep_zeros_when_asked": 5,
+        "test_masks_come_back": 9,
     },
     "test_quickstart_data.py": {
         "test_texts_are_many_distinct": 0,
+    },
+    "test_recipe_run.py": {
+        "test_killed_at_every_marker": 0,
     },
     "test_reparametrized.py": {
         "test_it_is_refused_in_one_line": 4,
@@ -190,6 +201,7 @@ FAST = {
     },
     "test_rows.py": {
         "test_standard_streams_may_be_closed": 1,
+        "test_recipes_score_on_dev": 0,
     },
     "test_search.py": {
         "test_a_stopped_search_goes_on": 0,
@@ -200,7 +212,7 @@ FAST = {
     },
     "test_similarity.py": {
         "test_matrices_of_every_stack": 2,
-        "test_encoder_to_decoder": 2,
+        "test_encoder_to_decoder": 1,
     },
     "test_sparse_steps.py": {
         "test_the_trajectory_is": 4,
@@ -214,6 +226,9 @@ FAST = {
         "test_killed_within_a_training": 0,
         "test_killed_at_every_marker": 0,
         "test_rows_say_what_the_stages_did": 0,
+    },
+    "test_statistics.py": {
+        "test_halves_merged": 15,
     },
     "test_steps.py": {
         "test_accumulation_is_a_larger_batch": 1,
@@ -263,6 +278,7 @@ FAST = {
         "test_a_half_written_checkpoint": 1,
         "test_training_learns": 3,
         "test_a_moved_folder_resumes": 0,
+        "test_a_fused_model_trains": 0,
     },
 }
 
