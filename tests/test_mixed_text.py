@@ -84,6 +84,10 @@ def test_command_line(bert: Path, own: Path, tmp_path: Path) -> None:
 def test_a_text_that_fails_is_told(bert: Path, tmp_path: Path) -> None:
     with pytest.raises(FfnkitError):
         share_of_own(bert, text=str(tmp_path / "missing.txt"))
+    for blank in ("", "\n \n"):  # the text of many kinds does not take its place in silence
+        (tmp_path / "blank.txt").write_text(blank)
+        with pytest.raises(FfnkitError):
+            share_of_own(bert, text=str(tmp_path / "blank.txt"))
 
 
 def test_progress_in_a_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ def calibration_batches(
         from ffnkit.tasks.language_modelling.sets import read_texts
 
         own = read_texts(Path(settings.text), settings.text_column)
-    share = settings.mix if own else 1.0
+    share = 1.0 if settings.text is None else settings.mix
     batches: list[dict[str, Any]] = []
     for texts, part in ((own, 1 - share), (shipped.texts() if share else [], share)):
         if tokens := round(settings.tokens * part):

@@ -35,7 +35,8 @@ class CalibratedFusion(Narrowing):
     """Narrow each FFN so that its output on data stays: choose neurons, refit the output layer, then all of it.
 
     On the tokens of the data, with H the hidden activations and W the output layer:
-    1. neurons S are chosen, by leverage or greedily, each one that lowers ||H W^T - H_S D^T||_F^2 most with the best D;
+    1. neurons S are chosen (``select``), unless told otherwise by how much ||H W^T - H_S D^T||_F^2 grows with the
+       best D where one of them alone goes;
     2. D (and the output bias) is refitted in closed form by ridge regression, so that what the dropped neurons did
        is taken over by the kept ones as far as it can be: they are fused into them. The ridge pulls towards the old
        columns, not towards zero;
