@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import Batch, check_batches
+from ffnkit.calibration.batches import Batch, check_batches, telling
 from ffnkit.calibration.hooks import watch
 from ffnkit.calibration.statistics import NeuronSquares, Statistics
+from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.edits import ClusterNeurons
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
@@ -24,6 +25,7 @@ from ffnkit.ops.neurons import Neurons
 from ffnkit.plans import Progress, check_weights
 from ffnkit.settings import Doc, check, told
 
+OTHERS = "layers after those before them are compressed, gradients, attention, token by token"
 Width = int | float | Mapping[str, int]
 Layers = Annotated[str, Doc('which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".')]
 
@@ -132,22 +134,44 @@ def generator(seed: int, *places: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-def need_data(data: Iterable[Batch] | None, name: str) -> Iterable[Batch]:
-    """The data. Raises FfnkitError where there are none."""
+def need_data(data: Iterable[Batch] | StatisticsFile | None, name: str, *, once: bool = False) -> Any:
+    """The data.
+
+    Args:
+        once: the method measures hidden neurons in one pass of the model as it is, so statistics of such a pass do.
+
+    Raises:
+        FfnkitError: there are none, or statistics where they do not do.
+    """
     if data is None:
         do = "Give batches for model(**batch): fk.plan(model, method, data=batches), or --task / --text"
         raise FfnkitError(f"method {name}", "it measures activations, and no data are given", do)
+    if isinstance(data, StatisticsFile):
+        if not once:
+            found = "statistics hold sums over hidden neurons of the model as it is, and it measures something else"
+            raise FfnkitError(f"method {name}", f"{found} ({OTHERS})", "Give batches, or --task / --text, in their place")
+        return data
     check_batches(data)
     return data
 
 
-def activity(model: nn.Module, data: Iterable[Batch], found: list[FFN]) -> dict[str, Tensor]:
+def activity(
+    model: nn.Module, data: Iterable[Batch] | StatisticsFile, found: list[FFN], progress: Progress | None = None
+) -> dict[str, Tensor]:
     """rms of each hidden neuron over the tokens that count: (ff,), or (E, ff) with experts, float64; one pass.
 
     Experts that no token reached have zeros. Experts' tokens weigh by their squared routing weight.
+
+    Args:
+        data: batches, or statistics of a pass over them, which are read.
+        progress: called behind each batch.
     """
     seen = Statistics(lambda _: NeuronSquares())
-    watch(model, data, found, seen.update)
+    if isinstance(data, StatisticsFile):
+        data.check(model)
+        data.fill(found, seen)
+    else:
+        watch(model, telling(data, progress), found, seen.update)
 
     def rms(ffn: FFN, expert: int = 0) -> Tensor:
         part = seen.get(ffn.name, expert)

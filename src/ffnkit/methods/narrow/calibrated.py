@@ -77,7 +77,7 @@ class CalibratedFusion(Narrowing):
     needs_data: ClassVar[bool] = True
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
-        batches = need_data(data, self.name)
+        batches = need_data(data, self.name, once=not self.sequential)
         found = self.chosen(model)
         widths = {ffn.name: width for ffn, width in found}
         for ffn, _ in found:
@@ -88,7 +88,7 @@ class CalibratedFusion(Narrowing):
         with Blockwise(model, batches, [ffn for ffn, _ in found]) as blocks:
             for group in blocks.groups:
                 seen = observing(group, self.tokens if self.refine else 0)
-                blocks.watch(group, seen.update, last=not self.sequential)
+                blocks.see(group, seen, last=not self.sequential)
                 made: dict[str, Neurons] = {}
                 for ffn in group:
                     neurons, factor, error = self._narrow(ffn, seen, widths[ffn.name])
@@ -188,6 +188,8 @@ class Part:
     Attributes:
         moments: of the hidden activations. held: inputs for the regression, and what tells the activation.
     """
+
+    stored: ClassVar[str] = "fusion"
 
     def __init__(self, most: int) -> None:
         self.hidden, self.held = HiddenMoments(), HeldInputs(most)

@@ -78,11 +78,11 @@ class Importance(Narrowing):
     needs_data: ClassVar[bool] = True
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
-        batches = need_data(data, self.name)
+        batches = need_data(data, self.name, once=True)
         found = self.chosen(model)
         for ffn, _ in found:
             ffn.check_plain(f"pruning {ffn.name}")
-        rms = activity(model, batches, [ffn for ffn, _ in found])
+        rms = activity(model, batches, [ffn for ffn, _ in found], progress)
         edits: list[Edit] = []
         quantities: dict[str, dict[str, float]] = {}
         for ffn, width, neurons in each(found, progress, "pruning"):
