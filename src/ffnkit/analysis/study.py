@@ -237,4 +237,4 @@ def _planned(model: nn.Module, what: Method | Plan, calibration: Any, progress: 
     if isinstance(what, Plan):
         return what
     needed = bool(getattr(what, "needs_data", False))
-    return plan(model, what, data=calibration if needed else None, progress=progress)  # type: ignore[arg-type]
+    return plan(model, what, data=calibration if needed else None, progress=progress)

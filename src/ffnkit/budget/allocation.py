@@ -92,8 +92,8 @@ def allocate(
         budget: a share of the parameters of the FFNs' neurons (float, 0 to 1), or the number of parameters that
             these FFNs may have, output biases included (int). Experts count each, FFNs that share weights once.
         layers: which layers, e.g. "all", "last:8"; the others neither change nor count.
-        data: batches for ``model(**batch)``, or statistics of a pass over them: each cost is then how far the model's end moves on them. Without data it
-            is the share of the FFN's weights, by neuron, that goes.
+        data: batches for ``model(**batch)``, or statistics of a pass over them: each cost is then how far the model's
+            end moves on them. Without data it is the share of the FFN's weights, by neuron, that goes.
         multiple: widths are multiples of it, the whole width aside; 64 for FFNs of 1024 neurons or more, else 8.
         uniform: the same share for all, the largest within the budget: a standard checkpoint then needs no padding.
             Costs are not estimated.

@@ -13,7 +13,7 @@ from ffnkit.cli import console, describe, options
 from ffnkit.cli.application import app
 from ffnkit.cli.budgets import Budget
 from ffnkit.cli.calibration import Calibration
-from ffnkit.cli.data_options import DATA, DataDir, TaskName, Tokenizer
+from ffnkit.cli.data_options import DATA, CalibrationData
 from ffnkit.cli.history import History
 from ffnkit.cli.outputs import check_output
 from ffnkit.errors import FfnkitError
@@ -46,8 +46,10 @@ def inspect(model: options.Model, as_json: options.Json = False) -> None:
 
 
 @app.command(rich_help_panel=PANEL)
+@options.grouped
 def compress(
     model: options.Model,
+    *,
     method: Annotated[str | None, typer.Option("--method", "-m", help="One of 'ffnkit methods'.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", "-s", metavar="NAME=VALUE", help="A setting of the method; repeatable.")
@@ -65,26 +67,11 @@ def compress(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The folder to write. Whole or not there: never half.")
     ] = None,
-    task: TaskName = None,
-    data_dir: DataDir = None,
-    text: Annotated[
+    data: CalibrationData,
+    statistics: Annotated[
         Path | None,
-        typer.Option("--text", help="Calibration text: txt, jsonl, csv, parquet.", rich_help_panel=DATA),
+        typer.Option("--statistics", help="A file of 'ffnkit calibrate', in the place of data.", rich_help_panel=DATA),
     ] = None,
-    mix: Annotated[
-        float | None,
-        typer.Option(
-            "--mix",
-            min=0,
-            max=1,
-            help="With --text: share of the calibration that is ffnkit's own text of many kinds. \\[default: 0.5]",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    tokens: Annotated[
-        int, typer.Option("--calibration-tokens", min=1, help="Tokens of calibration data.", rich_help_panel=DATA)
-    ] = 6400,
-    tokenizer: Tokenizer = None,
     form: Annotated[
         Form,
         typer.Option(
@@ -132,14 +119,14 @@ def compress(
             check_target(out / part)
     if plan_out is not None:
         check_file(plan_out)
-    if method is None and plan_in is None and (task is not None or text is not None):
+    calibration = Calibration(**vars(data), seed=seed or 0, statistics=statistics)
+    if method is None and plan_in is None and calibration.given:
         method = "calibrated-fusion"
     limit = Budget.read(budget, multiple, form, settings or [])
     if limit is not None and plan_in is not None:
         raise FfnkitError(f"--plan {plan_in}", "--budget is given too", "Leave it out: the plan holds the widths")
     pairs = [*(settings or []), *(limit.settings(method) if limit is not None else [])]
     chosen = choose_method(method, pairs, layers, seed, plan_in)
-    calibration = Calibration(task, data_dir, text, mix, tokens, tokenizer, seed or 0)
     calibration.check(chosen, limit)
     console.quieten()
     job = Compression(model, chosen, plan_in, dtype, device, calibration, limit)
@@ -249,7 +236,7 @@ class Compression:
         report["after"] = totals(after)
         report["saved"] = self.save(model, out, form, History.of(self.source).compressed(plan, before, after))
         for name, saved in report["saved"].items():
-            console.say(f"{name}: {saved['folder']}, {megabytes(saved['bytes'])}")
+            console.say(f"{name}: {saved['folder']}, {console.megabytes(saved['bytes'])}")
         return report
 
     def make_plan(self, model: Any) -> tuple[Any, Any]:
@@ -340,8 +327,3 @@ def weights_bytes(folder: Path) -> int:
     from ffnkit.report.measure import bytes_on_disk
 
     return bytes_on_disk(folder).weights
-
-
-def megabytes(count: int) -> str:
-    """Bytes as MB, or kB where that is more telling."""
-    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

@@ -25,7 +25,6 @@ from ffnkit.ops.neurons import Neurons
 from ffnkit.plans import Progress, check_weights
 from ffnkit.settings import Doc, check, told
 
-OTHERS = "layers after those before them are compressed, gradients, attention, token by token"
 Width = int | float | Mapping[str, int]
 Layers = Annotated[str, Doc('which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".')]
 
@@ -134,11 +133,14 @@ def generator(seed: int, *places: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-def need_data(data: Iterable[Batch] | StatisticsFile | None, name: str, *, once: bool = False) -> Any:
+def need_data(
+    data: Iterable[Batch] | StatisticsFile | None, name: str, *, beyond: str | None = "the data themselves"
+) -> Any:
     """The data.
 
     Args:
-        once: the method measures hidden neurons in one pass of the model as it is, so statistics of such a pass do.
+        beyond: what the method needs that statistics of hidden neurons (:func:`ffnkit.calibrate`) do not hold, in
+            words; None where it needs no more than these.
 
     Raises:
         FfnkitError: there are none, or statistics where they do not do.
@@ -146,12 +148,11 @@ def need_data(data: Iterable[Batch] | StatisticsFile | None, name: str, *, once:
     if data is None:
         do = "Give batches for model(**batch): fk.plan(model, method, data=batches), or --task / --text"
         raise FfnkitError(f"method {name}", "it measures activations, and no data are given", do)
-    if isinstance(data, StatisticsFile):
-        if not once:
-            found = "statistics hold sums over hidden neurons of the model as it is, and it measures something else"
-            raise FfnkitError(f"method {name}", f"{found} ({OTHERS})", "Give batches, or --task / --text, in their place")
-        return data
-    check_batches(data)
+    if not isinstance(data, StatisticsFile):
+        check_batches(data)
+    elif beyond is not None:
+        found = f"it needs {beyond}, and statistics hold sums over hidden neurons"
+        raise FfnkitError(f"method {name}", found, "Give batches, or --task / --text, in their place")
     return data
 
 

@@ -107,7 +107,11 @@ class RemoveHeads:
         quantities: dict[str, dict[str, float]] = {}
         targets = self.chosen(model)
         found = [attention for attention, keep in targets if keep < attention.units]
-        rms = head_activity(model, need_data(data, self.name), found, progress=progress) if self.needs_data else None
+        rms = (
+            head_activity(model, need_data(data, self.name, beyond="attention"), found, progress=progress)
+            if self.needs_data
+            else None
+        )
         for number, (attention, keep) in enumerate(targets):
             if keep < attention.units:
                 scores = head_scores(attention, self.by, generator(self.seed, number), rms)

@@ -125,7 +125,11 @@ class Prune:
             if each.site:
                 each.module.check_plain(f"pruning {each.name}")
         self._check_updates(found)
-        norms = column_norms(model, telling(need_data(data, self.name), progress), found) if self.needs_data else {}
+        norms = (
+            column_norms(model, telling(need_data(data, self.name, beyond="inputs of linears"), progress), found)
+            if self.needs_data
+            else {}
+        )
         adapted = self.sparsity if self.adapted_sparsity is None else self.adapted_sparsity
         pools: list[tuple[float, Pool]] = [
             (self.sparsity, [(i, each) for i, each in enumerate(found) if not each.adapted]),

@@ -27,6 +27,7 @@ from ffnkit.settings import Doc
 logger = logging.getLogger(__name__)
 
 RIDGE = 1e-2  # of the selection, relative to the mean square of the activations
+COMPRESSED = "what each layer gets once those before it are compressed (sequential=true)"
 ROWS = 1024  # tokens that pass through an FFN at a time
 
 
@@ -77,7 +78,7 @@ class CalibratedFusion(Narrowing):
     needs_data: ClassVar[bool] = True
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
-        batches = need_data(data, self.name, once=not self.sequential)
+        batches = need_data(data, self.name, beyond=COMPRESSED if self.sequential else None)
         found = self.chosen(model)
         widths = {ffn.name: width for ffn, width in found}
         for ffn, _ in found:

@@ -78,7 +78,7 @@ class Importance(Narrowing):
     needs_data: ClassVar[bool] = True
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
-        batches = need_data(data, self.name, once=True)
+        batches = need_data(data, self.name, beyond=None)
         found = self.chosen(model)
         for ffn, _ in found:
             ffn.check_plain(f"pruning {ffn.name}")

@@ -82,7 +82,7 @@ class DSEE(DseeSettings):
         started = time.perf_counter()
         linears = self.chosen(model)
         lora = Lora() if self.lora is None else read_lora(self.lora).placed(model, linears)
-        batches = kept(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
+        batches = kept(islice(need_data(data, self.name, beyond="gradients"), self.batches)) if self.needs_data else []
         squares = self._squares(model, linears, batches, progress) if batches else {}
         roles = query_value(model, self.layers) if self.targets == "qv" else {}
         edits: list[Edit] = []

@@ -79,7 +79,7 @@ class SparseGrad(SparseGradSettings):
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         started = time.perf_counter()
         linears = self.chosen(model)
-        batches = kept(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
+        batches = kept(islice(need_data(data, self.name, beyond="gradients"), self.batches)) if self.needs_data else []
         work = _Work(self, model, linears, progress)
         if self.basis != "none":
             work.find_bases(batches)
