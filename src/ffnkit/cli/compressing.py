@@ -14,6 +14,8 @@ from ffnkit.cli.application import app
 from ffnkit.cli.budgets import Budget
 from ffnkit.cli.calibration import Calibration
 from ffnkit.cli.data_options import DATA, CalibrationData
+from ffnkit.cli.deciding import Deciding, spread_lines
+from ffnkit.cli.expecting import expecting
 from ffnkit.cli.history import History
 from ffnkit.cli.outputs import check_output
 from ffnkit.errors import FfnkitError
@@ -72,6 +74,7 @@ def compress(
         Path | None,
         typer.Option("--statistics", help="A file of 'ffnkit calibrate', in the place of data.", rich_help_panel=DATA),
     ] = None,
+    deciding: Deciding,
     form: Annotated[
         Form,
         typer.Option(
@@ -128,8 +131,9 @@ def compress(
     pairs = [*(settings or []), *(limit.settings(method) if limit is not None else [])]
     chosen = choose_method(method, pairs, layers, seed, plan_in)
     calibration.check(chosen, limit)
+    deciding.check(chosen, calibration)
     console.quieten()
-    job = Compression(model, chosen, plan_in, dtype, device, calibration, limit)
+    job = Compression(model, chosen, plan_in, dtype, device, calibration, limit, deciding)
     report = job.run(plan_out, None if dry_run else out, form, as_json)
     if as_json:
         console.print_json(report)
@@ -178,6 +182,7 @@ class Compression:
         method, plan_in: what to do: a method, or a saved plan where there is no method.
         dtype, device: as given on the command line.
         budget: chooses the method's widths, where it is given.
+        deciding: decides settings, and tells how draws of the data differ.
     """
 
     def __init__(
@@ -189,9 +194,12 @@ class Compression:
         device: str,
         calibration: Calibration | None = None,
         budget: Budget | None = None,
+        deciding: Deciding | None = None,
     ) -> None:
         self.source, self.method, self.plan_in = source, method, plan_in
         self.dtype, self.device, self.calibration, self.budget = dtype, device, calibration, budget
+        self.deciding = deciding or Deciding()
+        self.told: dict[str, Any] = {}  # what --json prints of the planning
 
     def run(self, plan_out: Path | None, out: Path | None, form: Form, as_json: bool) -> dict[str, Any]:
         """Plan, show, apply and save; without ``out`` nothing is applied. Returns what --json prints."""
@@ -219,12 +227,13 @@ class Compression:
         plan, widths = self.make_plan(model)
         if not as_json:
             console.out(str(plan) if widths is None else f"{widths}\n{plan}")
-            for line in searched(plan.report):
+            for line in (*searched(plan.report), *spread_lines(self.told)):
                 console.out(line)
         if plan_out is not None:
             plan.save(plan_out)
             console.say(f"plan saved in {plan_out}")
         report: dict[str, Any] = {"model": self.source, "plan": plan.description(), "before": totals(before)}
+        report |= self.told
         if plan.report:
             report["search"] = plan.report
         if widths is not None:
@@ -254,8 +263,13 @@ class Compression:
             method = self.calibration.scored(method, self.source)
         if self.budget is not None:
             method, widths = self.budget.settle(method, model, data)
-        with console.progress("planning") as step:
-            return ffnkit.plan(model, method, data=data if needed else None, progress=step), widths
+        if needed and self.calibration is not None:
+            method, self.told = self.deciding.settled(model, method, self.calibration, self.source)
+        with expecting(model, method, data if needed else None, self.told), console.progress("planning") as step:
+            plan = ffnkit.plan(model, method, data=data if needed else None, progress=step)
+        if needed and self.calibration is not None:
+            self.told |= self.deciding.spread(model, method, self.calibration, self.source)
+        return plan, widths
 
     def save(self, model: Any, out: Path, form: Form, history: History) -> dict[str, dict[str, Any]]:
         """Save in the form asked for, with tokenizer, card and history; all in place in one step."""

@@ -16,6 +16,7 @@ from ffnkit.calibration.hooks import Activations
 from ffnkit.calibration.statistics import HeldInputs, HiddenMoments, Statistics
 from ffnkit.edits import Edit, ReplaceNeurons, ScaleInputs
 from ffnkit.methods.common import Batch, Narrowing, generator, largest, lifted, need_data, norms
+from ffnkit.methods.expecting import Work, fused
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.ops import local
 from ffnkit.ops.moments import Moments
@@ -76,6 +77,10 @@ class CalibratedFusion(Narrowing):
     summary: ClassVar[str] = "keep the neurons that data need and refit the output layer: data-aware fusion"
     paper: ClassVar[str] = ""
     needs_data: ClassVar[bool] = True
+
+    def work(self, ffn: FFN, width: int, tokens: int) -> Work:
+        """About what one FFN takes."""
+        return fused(ffn, width, tokens, greedy=self.select == "greedy", refine=self.refine, kept=self.tokens)
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         batches = need_data(data, self.name, beyond=COMPRESSED if self.sequential else None)

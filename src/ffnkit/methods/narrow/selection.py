@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ffnkit.edits import Edit, SelectNeurons
 from ffnkit.methods.common import Batch, Narrowing, activity, each, generator, largest, lifted, need_data, norms
+from ffnkit.methods.expecting import Work
 from ffnkit.model.ffn import FFN
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc
@@ -76,6 +77,10 @@ class Importance(Narrowing):
     summary: ClassVar[str] = "keep the neurons that add most to the output on data (structured pruning, baseline)"
     paper: ClassVar[str] = "arXiv 2407.14679"
     needs_data: ClassVar[bool] = True
+
+    def work(self, ffn: FFN, width: int, tokens: int) -> Work:
+        """Sums of squares."""
+        return Work(float(tokens * ffn.active * ffn.width * max(ffn.experts, 1)))
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         batches = need_data(data, self.name, beyond=None)
