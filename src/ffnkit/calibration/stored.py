@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -50,11 +51,11 @@ class StatisticsFile:
         >>> fk.plan(model, fk.CalibratedFusion(width=0.5), data=statistics)
     """
 
-    def __init__(self, path: str | Path, owned: Any = None) -> None:
+    def __init__(self, path: str | Path) -> None:
         """Raises FfnkitError where there is no such file, or one of another form."""
         from safetensors import SafetensorError, safe_open
 
-        self.path, self._owned = Path(path), owned
+        self.path = Path(path)
         asked = f"statistics {self.path}"
         try:
             with safe_open(self.path, "pt") as file:
@@ -205,20 +206,27 @@ def writing(
     """A writer, and a list into which the written file comes when the block ends well.
 
     Args:
-        path: None writes a temporary file, which goes with the last one that uses it.
+        path: None writes a temporary file, which goes with what stands for it.
     """
     done: list[StatisticsFile] = []
-    owned = tempfile.TemporaryDirectory(prefix="ffnkit-") if path is None else None
-    target = Path(path) if path is not None else Path(str(owned and owned.name)) / "statistics.safetensors"
-    with replacing(target) as new:
-        writer = StatisticsWriter(new, given, probe)
-        try:
-            yield writer, done
-        except BaseException:
-            writer.drop()
-            raise
-        writer.close()
-    done.append(StatisticsFile(target, owned))
+    own = Path(tempfile.mkdtemp(prefix="ffnkit-")) if path is None else None
+    target = own / "statistics.safetensors" if own is not None else Path(str(path))
+    try:
+        with replacing(target) as new:
+            writer = StatisticsWriter(new, given, probe)
+            try:
+                yield writer, done
+            except BaseException:
+                writer.drop()
+                raise
+            writer.close()
+        done.append(StatisticsFile(target))
+    except BaseException:
+        if own is not None:
+            shutil.rmtree(own, ignore_errors=True)
+        raise
+    if own is not None:
+        weakref.finalize(done[0], shutil.rmtree, own, ignore_errors=True)
 
 
 def first_batches(batches: Iterable[Batch]) -> list[Batch]:

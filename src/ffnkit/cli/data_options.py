@@ -36,6 +36,18 @@ Tokenizer = Annotated[
 ]
 
 
+Mix = Annotated[
+    float | None,
+    typer.Option(
+        "--mix",
+        min=0,
+        max=1,
+        help=f"With --text: share of the calibration that is ffnkit's own text of many kinds. \\[default: {MIX}]",
+        rich_help_panel=DATA,
+    ),
+]
+
+
 @dataclass(frozen=True)
 class CalibrationData:
     """What ``compress`` and ``calibrate`` are told of calibration data; its fields are the options."""
@@ -59,16 +71,7 @@ class CalibrationData:
             rich_help_panel=DATA,
         ),
     ] = None
-    mix: Annotated[
-        float | None,
-        typer.Option(
-            "--mix",
-            min=0,
-            max=1,
-            help=f"With --text: share of the calibration that is ffnkit's own text of many kinds. \\[default: {MIX}]",
-            rich_help_panel=DATA,
-        ),
-    ] = None
+    mix: Mix = None
     tokens: Annotated[
         int, typer.Option("--calibration-tokens", "--tokens", min=1, help="Of calibration data.", rich_help_panel=DATA)
     ] = TOKENS

@@ -23,7 +23,7 @@ from ffnkit.surgery.temporary import temporarily
 CANDIDATES: dict[str, tuple[Any, ...]] = {
     "ridge": (0.03, 0.3, 1.0),
     "refine": (0, 300),
-    "tokens": (4096,),
+    "tokens": (2048,),
 }  # beside what a method has
 FEW = 4  # layers that candidates are tried on
 ENTRIES = 1 << 25  # logits held for comparison: 128 MiB in float32
@@ -102,7 +102,7 @@ class Judge:
         return None
 
     def _labels(self, batch: Batch, count: int) -> Tensor | None:
-        """The token that each of the tokens that count is to give, -1 where it is not asked for; None: no perplexity."""
+        """What each token that counts is to give, -1 where it is not asked for; None where nothing is written."""
         labels = batch.get("labels")
         config = getattr(self.model, "config", None)
         whole = getattr(config, "is_encoder_decoder", False)
@@ -194,7 +194,7 @@ def decide(
         figures = moved(model, draft.edits, judge)
         tried.append({"given": {name: getattr(method, name) for name in wanted} | settings, **figures})
         if progress is not None:
-            progress(len(tried), total, "deciding")
+            progress(len(tried), total, "settings")
         return next(iter(figures.values()))
 
     best: dict[str, Any] = {}

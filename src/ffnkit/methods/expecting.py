@@ -19,14 +19,17 @@ SOLVED = 384
 
 @dataclass(frozen=True)
 class Work:
-    """What a method computes for one FFN, beside the pass of the model over the data, in multiplications and additions.
+    """What a method computes for one FFN, beside the pass of the model over the data.
 
     Attributes:
-        single: in products of float32 or less. double: in float64, as in factorizations. held: bytes at most.
+        single: multiplications and additions of products in float32 or less. double: of factorizations in float64.
+        numbers: that are taken through a function one by one. calls: of torch. held: bytes at most.
     """
 
     single: float = 0.0
     double: float = 0.0
+    numbers: float = 0.0
+    calls: float = 0.0
     held: float = 0.0
 
 
@@ -76,21 +79,28 @@ def expected(model: nn.Module, method: Any, batches: list[Batch] | None, tokens:
     if work is None:
         return Expected(passes, passes, None, held)
     found = [work(ffn, width, count) for ffn, width in method.chosen(model)]
-    single, double = rates(next(model.parameters()).device)
-    spent = sum(each.single for each in found) / single + sum(each.double for each in found) / double
+    costs = rates(next(model.parameters()).device)
+    spent = sum(getattr(each, name) * cost for each in found for name, cost in costs.items())
     outputs = 4.0 * count * max((ffn.d for ffn, _ in method.chosen(model)), default=0)
     held = max([held, *(each.held for each in found)]) + (outputs if batches else 0.0)
     return Expected(passes + spent, passes, spent, held)
 
 
-def rates(device: torch.device) -> tuple[float, float]:
-    """Multiplications and additions a second: of products in float32, and of factorizations in float64."""
+def rates(device: torch.device) -> dict[str, float]:
+    """What one unit of each part of :class:`Work` costs here, in seconds."""
     a = torch.rand(SIZE, SIZE, device=device)
     b = torch.rand(SOLVED, SOLVED, dtype=torch.float64, device=device)
     gram = (b @ b.T).add_(torch.eye(SOLVED, dtype=torch.float64, device=device))
-    single = min(seconds(lambda: a @ a) for _ in range(5))
-    double = min(seconds(lambda: torch.cholesky_inverse(torch.linalg.cholesky(gram))) for _ in range(5))
-    return SIZE**3 / single, SOLVED**3 / 2 / double
+
+    def least(work: Callable[[], Any]) -> float:
+        return min(seconds(work) for _ in range(5))
+
+    return {
+        "single": least(lambda: a @ a) / SIZE**3,
+        "double": least(lambda: torch.cholesky_inverse(torch.linalg.cholesky(gram))) / (SOLVED**3 / 2),
+        "numbers": least(lambda: a.sigmoid()) / SIZE**2,
+        "calls": least(lambda: [b[0, 0] + 1 for _ in range(100)]) / 200,
+    }
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -112,8 +122,11 @@ def fused(ffn: FFN, width: int, tokens: int, *, greedy: bool, refine: int, kept:
     solving = width**3 / 6 + width**2 * d + width * ff * d
     regression = 3 * refine * batch * matrices * d * width if refine and kept else 0
     target = kept * matrices * d * (ff + width) if refine else 0
+    steps = experts * refine if kept else 0
+    numbers = 4 * tokens * ff + steps * (10 * batch * width + 8 * matrices * d * width + 8 * batch * d)
     held = 3 * 8 * ff**2 + (12 * kept * d + 20 * batch * width + 16 * matrices * d * width if refine else 0)
-    return Work(gram + experts * regression + target, experts * (selecting + solving), held)
+    single, double = gram + experts * regression + target, experts * (selecting + solving)
+    return Work(single, double, numbers, 200 * steps, held)
 
 
 def _size(batch: Any) -> int:

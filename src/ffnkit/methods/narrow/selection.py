@@ -80,7 +80,7 @@ class Importance(Narrowing):
 
     def work(self, ffn: FFN, width: int, tokens: int) -> Work:
         """Sums of squares."""
-        return Work(float(tokens * ffn.active * ffn.width * max(ffn.experts, 1)))
+        return Work(numbers=3 * tokens * ffn.active * ffn.width * max(ffn.experts, 1))
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         batches = need_data(data, self.name, beyond=None)
