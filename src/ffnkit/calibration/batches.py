@@ -59,6 +59,14 @@ def telling(batches: Iterable[Batch], progress: Progress | None, what: str = "da
             progress(number, len(batches) if isinstance(batches, Sized) else number, what)
 
 
+def few_rows(batch: Batch, rows: int = 2) -> Batch:
+    """The first rows of a batch, where all of its tensors have the same number of rows; else the batch."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
+    if len({len(value) for value in tensors.values()}) != 1:
+        return batch
+    return {**batch, **{name: value[:rows] for name, value in tensors.items()}}
+
+
 def _fault(batch: Any) -> tuple[str, str] | None:
     """What a batch is instead, and what to do about it."""
     if isinstance(batch, tuple | list):
