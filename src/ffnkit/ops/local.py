@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,7 @@ def regress(
     generator: torch.Generator,
     weights: Tensor | None = None,
     batch: int = 1024,
+    products: torch.dtype | None = None,
 ) -> Neurons:
     """Minimise ||FFN(x) - target||^2 over all of the neurons' weights by Adam, from ``start``.
 
@@ -45,6 +48,7 @@ def regress(
     Args:
         x, target: (n, d), float32. weights: (n,) how much each token counts.
         steps: of Adam, with the step falling to zero along a cosine.
+        products: dtype of the matrix products (:func:`multiplying`); weights, errors and steps stay as they are.
     """
     order = torch.randperm(len(x), generator=generator).to(x.device)
     held, used = order[: len(x) // 10], order[len(x) // 10 :]
@@ -59,16 +63,23 @@ def regress(
         for _ in range(steps):
             rows = used[torch.randint(len(used), (min(batch, len(used)),), generator=generator).to(x.device)]
             optimizer.zero_grad()
-            _loss(fitted, x[rows], target[rows], activation, _rows(weights, rows)).backward()
+            with multiplying(x.device, products):
+                loss = _loss(fitted, x[rows], target[rows], activation, _rows(weights, rows))
+            loss.backward()
             optimizer.step()
             schedule.step()
     forget(optimizer)
     fitted = fitted.map(lambda value: value.detach())
-    with torch.no_grad():
+    with torch.no_grad(), multiplying(x.device, products):
         before, after = (
             _loss(each, x[held], target[held], activation, _rows(weights, held)) for each in (start, fitted)
         )
     return fitted if bool(after < before) else start
+
+
+def multiplying(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Matrix products in bfloat16 where that is the dtype: the weights came in it, and it is twice as fast."""
+    return torch.autocast(device.type, dtype, enabled=dtype is torch.bfloat16, cache_enabled=False)
 
 
 def forget(optimizer: torch.optim.Optimizer) -> None:
@@ -82,7 +93,7 @@ def _rows(weights: Tensor | None, rows: Tensor) -> Tensor | None:
 
 
 def _loss(neurons: Neurons, x: Tensor, target: Tensor, activation: Activation, weights: Tensor | None) -> Tensor:
-    squared = (forward(neurons, x, activation) - target).square().mean(1)
+    squared = (forward(neurons, x, activation).to(target.dtype) - target).square().mean(1)
     return squared.mean() if weights is None else (squared * weights).sum() / weights.sum().clamp_min(1e-30)
 
 
