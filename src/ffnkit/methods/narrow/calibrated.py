@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,6 +23,7 @@ from ffnkit.ops.neurons import Neurons, concatenate
 from ffnkit.ops.subset import choose, leverage, outputs, refit
 from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc
+from ffnkit.settings.presets import Preset, with_presets
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ ROWS = 1024  # tokens that pass through an FFN at a time
 JUDGED = 2048  # tokens at most that are held out to judge a fit
 
 
+@with_presets
 @dataclass(frozen=True)
 class CalibratedFusion(Narrowing):
     """Narrow each FFN so that its output on data stays: choose neurons, refit the output layer, then all of it.
@@ -71,7 +73,16 @@ class CalibratedFusion(Narrowing):
         int, Doc("most tokens a layer that are held for the regression; the statistics use all.", at_least=1)
     ] = 16384
     seed: Annotated[int, Doc("of the regression's batches.", at_least=0)] = 0
+    effort: Annotated[
+        Literal["fast", "default", "best"],
+        Doc('values for what is not given: "fast" leaves the regression out, "best" takes about five times as long.'),
+    ] = "default"
 
+    chooses_preset: ClassVar[str] = "effort"
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "fast": Preset("closed forms alone", {"refine": 0}),
+        "best": Preset("each layer in turn, long regressions", {"sequential": True, "refine": 500}),
+    }
     name: ClassVar[str] = "calibrated-fusion"
     summary: ClassVar[str] = "keep the neurons that data need and refit the output layer: data-aware fusion"
     paper: ClassVar[str] = ""
