@@ -1,0 +1,58 @@
+"""Least squares that are pulled towards what is there, from sums over tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ffnkit.ops.moments import Moments
+
+
+def pulled(square: Tensor, cross: Tensor, start: Tensor, ridge: float) -> Tensor:
+    """The D (d, w) that minimises ||H D^T - Y||_F^2 + lambda ||D - start||_F^2, float64.
+
+    ``D = start + (Y^T H - start H^T H) (H^T H + lambda I)^-1`` with lambda = ridge x the mean diagonal of H^T H: much
+    of it leaves ``start``. Without ridge and with dependent columns, the smallest such change.
+
+    Args:
+        square: (w, w) H^T H. cross: (d, w) Y^T H. start: (d, w). All by the same count of tokens.
+    """
+    square, start = square.double(), start.double()
+    missing = (cross.double() - start @ square).T
+    shift = max(ridge * square.diagonal().mean().item(), torch.finfo(torch.float64).tiny)
+    shifted = square.clone()
+    shifted.diagonal().add_(shift)
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    change = torch.linalg.lstsq(square, missing).solution if int(failed) else torch.cholesky_solve(missing, factor)
+    return start + change.T
+
+
+class Pairs:
+    """What comes in and what is wanted of it, token by token: enough to fit a linear, and to tell its error.
+
+    Args:
+        columns, outputs: of what comes in (n, columns) and of what is wanted (n, outputs).
+    """
+
+    def __init__(self, columns: int, outputs: int, device: torch.device) -> None:
+        self.columns = columns
+        self._moments = Moments(columns + outputs, device)
+
+    def add(self, rows: Tensor, wanted: Tensor, weights: Tensor | None = None) -> None:
+        """Tokens, each weighing ``weights`` (n,) or 1."""
+        self._moments.add(torch.cat((rows.float(), wanted.float()), 1), weights)
+
+    def fit(self, start: Tensor, bias: Tensor | None, ridge: float) -> tuple[Tensor, Tensor | None, float]:
+        """Weight (outputs, columns), float64, the bias where there is one, and the relative error on these tokens.
+
+        The weight is pulled towards ``start`` (:func:`pulled`); the bias is free. The sums are spent.
+        """
+        mean, at = self._moments.mean(), self.columns
+        gram = self._moments.second(last=True) if bias is None else self._moments.centred(last=True)
+        square, cross = gram[:at, :at].double(), gram[at:, :at].double()
+        weight = pulled(square, cross, start, ridge)
+        fresh = None if bias is None else (mean[at:] - weight @ mean[:at]).to(bias.dtype)
+        total = float(gram.diagonal()[at:].sum())
+        rest = total - float((weight * (2 * cross - weight @ square)).sum())
+        self._moments.forget()
+        return weight, fresh, (max(rest, 0.0) / max(total, 1e-300)) ** 0.5
