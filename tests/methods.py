@@ -46,6 +46,7 @@ FURTHER: dict[str, Callable[..., Any]] = {
     "merging": lambda **more: fk.Merging(**{"layers": "0-1"} | more),
     "prune": lambda **more: fk.Prune(**{"sparsity": 0.5} | more),
     "heads": lambda **more: fk.RemoveHeads(**{"remove": 1} | more),
+    "heads refitted": lambda **more: fk.RemoveHeads(**{"remove": 1, "refit": True} | more),
     "structured": lambda **more: fk.StructuredPruning(**{"remove_heads": 1, "remove_neurons": 0.5} | more),
     "layer-drop": lambda **more: methods.build("layer-drop", **{"layers": "last:1"} | more),
     "ffn-drop": lambda **more: methods.build("ffn-drop", **{"layers": "last:1"} | more),

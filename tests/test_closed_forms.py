@@ -16,7 +16,9 @@ import ffnkit as fk
 from ffnkit import methods
 from ffnkit.calibration.hooks import watch
 from ffnkit.errors import FfnkitError
+from ffnkit.model.attention import attentions
 from ffnkit.model.finding import ffns
+from ffnkit.model.linear import bare_weight
 from ffnkit.ops.neurons import Neurons
 from ffnkit.ops.ridge import pulled
 from ffnkit.ops.subset import leverage, refit
@@ -256,3 +258,39 @@ def test_whitened_svd_loses_least_of_what_matrices_give(name: str) -> None:
             lost = (given_to @ (old - new).T).square().sum()
             assert_close(lost, tail, rel=1e-2, what=f"{part} of {ffn}")
             assert lost < (given_to @ (old - getattr(plain[ffn], part)).T).square().sum()
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_heads_that_go_are_taken_over_by_those_that_stay(name: str) -> None:
+    model, data = given(name)
+    held: dict[str, tuple[Tensor, Tensor]] = {}
+    found = attentions(model)
+    hooks = [
+        one.linear("o").register_forward_hook(
+            lambda _, x, y, key=one.name: held.update({key: (x[0].flatten(0, 1), y.flatten(0, 1))})
+        )
+        for one in found
+    ]
+    with torch.no_grad():
+        model(**{key: value for key, value in data[0].items() if key != "labels"})
+    for hook in hooks:
+        hook.remove()
+    mask = data[0].get("attention_mask")
+    on = slice(None) if mask is None else mask.flatten() > 0
+    plan = fk.plan(model, fk.RemoveHeads(remove=1, refit=True, ridge=0.05), data=data)
+    plain = fk.plan(model, fk.RemoveHeads(remove=1))
+    cut, fitted = copy.deepcopy(model), copy.deepcopy(model)
+    fk.apply(cut, plain)
+    fk.apply(fitted, plan)
+    for old, start, new in zip(found, attentions(cut), attentions(fitted), strict=True):
+        z, y = (value.detach()[on] for value in held[old.name])
+        columns = old.columns()[old.members(plain.edits[found.index(old)].index)["q"]].flatten()  # type: ignore[attr-defined]
+        first, bias = (bare_weight(each.linear("o")).detach() for each in (start, new)), new.linear("o").bias
+        weight, got = first
+        ones = torch.ones(len(z), dtype=torch.float64)
+        wanted = least_squares(z[:, columns], y, ones, weight, bias is not None, 0.05)
+        assert_close(got, wanted, rel=5e-3, what=f"output of {old.name}")
+        assert float((got - weight).norm() / weight.norm()) > 1e-2
+        if bias is not None:
+            mean = (z[:, columns] @ got.T + bias.detach()).mean(0)
+            assert_close(mean, y.mean(0), rel=1e-3, what="mean output")
