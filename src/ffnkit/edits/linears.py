@@ -187,6 +187,6 @@ class ReplaceLinear(Edit):
             raise FfnkitError(
                 self.asked, f"its weight is {here} where {given} is given", "Make the plan for this model"
             )
-        writer.put(held, weight, [linear])
+        writer.put(held, weight.clone(), [linear])  # a plan's tensors stay its own
         if self.bias is not None:
-            writer.put(linear.bias, self.bias, [linear])
+            writer.put(linear.bias, self.bias.clone(), [linear])
