@@ -16,6 +16,8 @@ import ffnkit as fk
 from ffnkit import methods
 from ffnkit.calibration.hooks import watch
 from ffnkit.errors import FfnkitError
+from ffnkit.methods.common import Narrowing
+from ffnkit.methods.narrow.refitting import Refitting
 from ffnkit.model.attention import attentions
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import bare_weight
@@ -122,6 +124,10 @@ def test_fusion_keeps_its_factor_apart() -> None:
 def test_refit_asks_for_data_only_where_it_is_wanted() -> None:
     assert not methods.build("magnitude", width=0.5).needs_data
     assert methods.build("magnitude", width=0.5, refit=True).needs_data
+    assert not methods.build("random", width=0.5).reads_weights
+    assert methods.build("random", width=0.5, refit=True).reads_weights  # the plan fits these weights alone
+    narrowing = {m.name for m in methods.METHODS if issubclass(m, Narrowing) and not issubclass(m, Refitting)}
+    assert narrowing == {"calibrated-fusion", "modegpt", "obs", "svd", "unstructured"}  # closed forms, or no neurons go
     with pytest.raises(FfnkitError, match="no data are given"):
         fk.plan(FAMILIES["bert"].model(), methods.build("fusion", width=0.5, refit=True))
     assert fk.Fusion(0.5, "all", 3).seed == 3  # what is new takes no place of what was there

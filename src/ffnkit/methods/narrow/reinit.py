@@ -41,7 +41,11 @@ class Reinit(Refitting):
     name: ClassVar[str] = "reinit"
     summary: ClassVar[str] = "narrow FFNs with random weights (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
-    reads_weights: ClassVar[bool] = False
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether numbers of the model are in the plan."""
+        return self.refit
 
     def drafted(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         config = getattr(model, "config", None)

@@ -29,7 +29,11 @@ class Random(Refitting):
     name: ClassVar[str] = "random"
     summary: ClassVar[str] = "keep random neurons (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
-    reads_weights: ClassVar[bool] = False
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether numbers of the model are in the plan."""
+        return self.refit
 
     def drafted(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
