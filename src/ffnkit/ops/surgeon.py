@@ -5,17 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def factored(gram: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """The lower Cholesky factor of G + lambda I, and lambda: ridge x the mean diagonal of G, more where that fails."""
-    shift = max(ridge * gram.diagonal().mean().item(), torch.finfo(gram.dtype).tiny)
-    while True:
-        shifted = gram.clone()
-        shifted.diagonal().add_(shift)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if not int(failed):
-            return factor, shift
-        shift = max(10 * shift, torch.finfo(gram.dtype).eps * gram.abs().max().item())
+from ffnkit.ops.ridge import factored
 
 
 def surgeon(gram: Tensor, down: Tensor, width: int, ridge: float, block: int = 1) -> tuple[Tensor, Tensor]:

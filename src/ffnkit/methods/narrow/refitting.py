@@ -21,7 +21,7 @@ from ffnkit.ops import local
 from ffnkit.ops.neurons import Neurons, concatenate
 from ffnkit.ops.ridge import Pairs
 from ffnkit.plans import Draft, Progress
-from ffnkit.settings import Doc
+from ffnkit.settings import Doc, check
 from ffnkit.surgery.temporary import TemporaryPlan
 
 PROBE = 64  # tokens that tell which activation an FFN has
@@ -54,6 +54,7 @@ class Refitting(Narrowing):
         return self.measures or self.refit
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+        check(self)
         if not self.refit:
             return self.drafted(model, data, progress)
         batches = kept(need_data(data, self.name))

@@ -17,8 +17,8 @@ from ffnkit.methods.narrow.refitting import block_by_block
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.moments import Moments
 from ffnkit.ops.neurons import Neurons
+from ffnkit.ops.ridge import factored
 from ffnkit.ops.subset import outputs
-from ffnkit.ops.surgeon import factored
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc
 
