@@ -36,11 +36,15 @@ def given(name: str) -> tuple[Any, list[dict[str, Any]]]:
     return model, case_of(name).batches(model)
 
 
-def observed(model: Any, data: list[dict[str, Any]]) -> Seen:
-    """By FFN and expert: inputs, hidden activations and outputs of the tokens that count, and how much each counts."""
+def observed(model: Any, data: list[dict[str, Any]], *, fitted: bool = False) -> Seen:
+    """By FFN and expert: inputs, hidden activations and outputs of the tokens that count, and how much each counts.
+
+    ``fitted``: those alone that closed forms are fitted to, nine tenths of them.
+    """
     parts: dict[tuple[str, int], list[tuple[Tensor, ...]]] = {}
 
     def note(ffn: Any, acts: Any) -> None:
+        acts = acts.counted().apart()[0] if fitted else acts
         weights = torch.ones(len(acts.input)) if acts.weights is None else acts.weights
         on = weights > 0
         row = (acts.input[on], acts.hidden[on], acts.output[on], weights[on].double())
@@ -208,7 +212,7 @@ def test_the_surgeon_takes_one_neuron_at_a_time() -> None:
 @pytest.mark.parametrize("method", ["modegpt", "obs"])
 def test_closed_forms_of_a_model_are_those_of_the_formulas(method: str, name: str) -> None:
     model, data = given(name)
-    made, seen = after(model, methods.build(method, width=0.5), data), observed(model, data)
+    made, seen = after(model, methods.build(method, width=0.5), data), observed(model, data, fitted=True)
     old = {ffn.name: ffn.raw().map(lambda value: value.detach()) for ffn in ffns(model)}
     for (ffn, number), (_, h, y, weights) in seen.items():
         one, new = singles(old[ffn])[number], singles(made[ffn])[number]
@@ -227,7 +231,7 @@ def test_closed_forms_of_a_model_are_those_of_the_formulas(method: str, name: st
         assert torch.equal(new.up, one.up[kept])
         assert_close(new.down, down, rel=2e-3, what=f"down of {ffn} {number}")
         if new.down_bias is not None:
-            whole = observed(model, data)[ffn, number][1][:, kept]
+            whole = observed(model, data, fitted=True)[ffn, number][1][:, kept]
             assert_close((whole @ new.down.T + new.down_bias).mean(0), y.mean(0), rel=1e-3, what="mean output")
 
 
@@ -300,3 +304,17 @@ def test_heads_that_go_are_taken_over_by_those_that_stay(name: str) -> None:
         if bias is not None:
             mean = (z[:, columns] @ got.T + bias.detach()).mean(0)
             assert_close(mean, y.mean(0), rel=1e-3, what="mean output")
+
+
+def test_statistics_do_for_closed_forms_and_not_for_refits() -> None:
+    model, data = given("llama")
+    stored = fk.calibrate(model, data)
+    for method in ("modegpt", "obs"):
+        made = methods.build(method, width=0.5)
+        assert fk.plan(model, made, data=stored) == fk.plan(model, made, data=data)
+        with pytest.raises(FfnkitError, match="statistics hold sums over hidden neurons"):
+            fk.plan(model, methods.build(method, width=0.5, sequential=True), data=stored)
+    refitting: list[Any] = [methods.build("magnitude", width=0.5, refit=True), fk.RemoveHeads(remove=1, refit=True)]
+    for made in (*refitting, methods.build("svd", width=0.5, whiten=True)):
+        with pytest.raises(FfnkitError, match="statistics hold sums over hidden neurons"):
+            fk.plan(model, made, data=stored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.resources import files
 
 SEPARATOR = "\n%\n"
@@ -17,9 +18,10 @@ def pieces() -> dict[str, list[str]]:
     }
 
 
-def texts() -> list[str]:
-    """All pieces, the kinds in turn, so that blocks cut out of a row of them mix kinds."""
-    kinds = list(pieces().values())
+def texts(of: Iterable[str] | None = None) -> list[str]:
+    """All pieces, or those of some kinds, the kinds in turn, so that blocks cut out of a row of them mix kinds."""
+    every = pieces()
+    kinds = [every[name] for name in (every if of is None else of)]
     longest = max(map(len, kinds))
     # a kind of few pieces is spread over the whole row
     placed = [

@@ -94,6 +94,13 @@ def neutral_texts(path: str) -> list[str]:
     return read_texts(expand(path))
 
 
+def calibration_texts(recipe: Recipe) -> dict[str, float]:
+    """The calibration's text files and their shares. Raises FfnkitError where these do not sum up."""
+    from ffnkit.tune.calibration_text import shares
+
+    return {expand(file): share for file, share in shares(recipe.calibration.text)}
+
+
 def task_of(recipe: Recipe) -> AnyTask:
     """The task that a recipe names, or one of its files."""
     from ffnkit import tasks
@@ -181,9 +188,7 @@ class Source:
         """Batches for methods that measure activations: of the training rows, or of the file that is named."""
         from ffnkit.tune import calibration_batches
 
-        settings = self.recipe.calibration
-        if settings.text is not None:
-            settings = settings.model_copy(update={"text": expand(settings.text)})
+        settings = self.recipe.calibration.model_copy(update={"text": calibration_texts(self.recipe) or None})
         return calibration_batches(model, self.tokenizer, settings, task=self.task, rows=self.splits.train, seed=seed)
 
     def dev_batches(self, model: PreTrainedModel, settings: TrainSettings) -> list[dict[str, Any]]:

@@ -41,9 +41,10 @@ def filled(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """What was given, with the values of the preset that it names in the place of what was not.
 
     Args:
+        cls: chooses presets by its setting "preset", or the one that its attribute ``chooses_preset`` names.
         given: settings by their names of today. A preset that is not known fills nothing; whoever checks refuses it.
     """
-    chosen = given.get("preset")
+    chosen = given.get(getattr(cls, "chooses_preset", "preset"))
     preset = presets_of(cls).get(chosen) if isinstance(chosen, str) else None
     return dict(given) if preset is None else {**given, **{k: v for k, v in preset.values.items() if k not in given}}
 

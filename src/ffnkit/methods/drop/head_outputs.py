@@ -16,6 +16,7 @@ from ffnkit.model.attention import Attention
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import bare_weight
 from ffnkit.ops.ridge import Pairs
+from ffnkit.plans import Progress
 
 
 def watch_outputs(
@@ -24,6 +25,7 @@ def watch_outputs(
     found: list[Attention],
     receive: Callable[[Attention, Tensor, Tensor, Tensor], None],
     beside: list[FFN] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """One pass of the model over the data, with every call of the attentions' output linears handed to ``receive``.
 
@@ -57,7 +59,7 @@ def watch_outputs(
     handles += [attention.linear("o").register_forward_hook(tap(attention)) for attention in found]
     try:
         with masks.watching():
-            neurons = activity(model, data, beside or [])
+            neurons = activity(model, data, beside or [], progress)
     finally:
         for handle in handles:
             handle.remove()
@@ -69,7 +71,12 @@ def watch_outputs(
 
 
 def refitted_outputs(
-    model: nn.Module, data: Iterable[Batch], found: list[Attention], stay: Mapping[str, Tensor], ridge: float
+    model: nn.Module,
+    data: Iterable[Batch],
+    found: list[Attention],
+    stay: Mapping[str, Tensor],
+    ridge: float,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[Edit, float]]:
     """Each attention's output linear refitted to what it gave, and the relative error on the data.
 
@@ -90,7 +97,7 @@ def refitted_outputs(
             pairs[name] = Pairs(len(columns[name]), y.shape[1], x.device)
         pairs[name].add(x[:, columns[name].to(x.device)], y, weights)
 
-    watch_outputs(model, data, found, note)
+    watch_outputs(model, data, found, note, progress=progress)
     for attention in found:
         linear, path = attention.linear("o"), f"{attention.name}.{attention.layout.o}".strip(".")
         weight = bare_weight(linear).detach()

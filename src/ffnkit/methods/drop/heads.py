@@ -119,8 +119,8 @@ class RemoveHeads:
         quantities: dict[str, dict[str, float]] = {}
         targets = self.chosen(model)
         found = [attention for attention, keep in targets if keep < attention.units]
-        batches = kept(need_data(data, self.name)) if self.needs_data else []
-        rms = head_activity(model, batches, found) if self.by == "activation" else None
+        batches = kept(need_data(data, self.name, beyond="attention")) if self.needs_data else []
+        rms = head_activity(model, batches, found, progress=progress) if self.by == "activation" else None
         stay: dict[str, Tensor] = {}
         for number, (attention, keep) in enumerate(targets):
             if keep < attention.units:
@@ -134,7 +134,7 @@ class RemoveHeads:
             if progress is not None:
                 progress(number + 1, len(targets), attention.name)
         if self.refit:
-            for edit, error in refitted_outputs(model, batches, found, stay, self.ridge):
+            for edit, error in refitted_outputs(model, batches, found, stay, self.ridge, progress):
                 edits.append(edit)
                 quantities[edit.target] = {"output error on the data": error}
         return Draft(tuple(edits), quantities)
@@ -183,7 +183,11 @@ def head_scores(attention: Attention, by: str, draw: torch.Generator, rms: dict[
 
 
 def head_activity(
-    model: nn.Module, data: Iterable[Batch], found: list[Attention], beside: list[FFN] | None = None
+    model: nn.Module,
+    data: Iterable[Batch],
+    found: list[Attention],
+    beside: list[FFN] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """By name (units,) float64: the rms over tokens of what each unit hands to the output linear; one pass.
 
@@ -198,7 +202,7 @@ def head_activity(
         sums[attention.name] += (weights @ squares).double().cpu()
         counts[attention.name] += float(weights.sum())
 
-    neurons = watch_outputs(model, data, found, note, beside)
+    neurons = watch_outputs(model, data, found, note, beside, progress)
     return neurons | {name: (total / counts[name]).sqrt() for name, total in sums.items()}
 
 

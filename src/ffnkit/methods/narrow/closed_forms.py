@@ -9,10 +9,11 @@ from typing import Annotated, ClassVar
 
 from torch import Tensor, nn
 
-from ffnkit.calibration.hooks import Receive
-from ffnkit.calibration.statistics import HiddenMoments, Statistics
+from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.edits import Edit, ReplaceNeurons
 from ffnkit.methods.common import Batch, Narrowing, largest, lifted, need_data, norms
+from ffnkit.methods.expecting import Work, fused
+from ffnkit.methods.narrow.calibrated import COMPRESSED, Part, observing
 from ffnkit.methods.narrow.refitting import block_by_block
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons, concatenate
@@ -37,22 +38,26 @@ class ClosedForm(Narrowing):
     name: ClassVar[str]
     needs_data: ClassVar[bool] = True
 
+    def work(self, ffn: FFN, width: int, tokens: int) -> Work:
+        """About what one FFN takes."""
+        return fused(ffn, width, tokens, greedy=False, refine=0, kept=0)
+
     def closed(self, gram: Tensor, down: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """The neurons that stay (width,), ascending, and their output layer (d, width), of G (ff, ff) and W (d, ff)."""
         raise NotImplementedError
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
-        batches = need_data(data, self.name)
+        batches = need_data(data, self.name, beyond=COMPRESSED if self.sequential else None)
         widths = {ffn.name: (ffn, width) for ffn, width in self.chosen(model)}
         for name, (ffn, _) in widths.items():
             ffn.check_plain(f"narrowing {name}")
             check_weights(ffn.raw(), name)
         edits: dict[str, Edit] = {}
         quantities: dict[str, dict[str, float]] = {}
-        seen: Statistics[HiddenMoments] = Statistics(lambda _: HiddenMoments())
+        seen = observing([ffn for ffn, _ in widths.values()], 0)
 
-        def start(_: list[FFN]) -> Receive:
-            return seen.update
+        def show(blocks: Blockwise, group: list[FFN], last: bool) -> None:
+            blocks.see(group, seen, last=last)
 
         def fit(ffn: FFN) -> Neurons:
             old, parts, errors = lifted(ffn.raw()), [], []
@@ -67,10 +72,10 @@ class ClosedForm(Narrowing):
             return made
 
         found = [ffn for ffn, _ in widths.values()]
-        block_by_block(model, batches, found, start, fit, progress, sequential=self.sequential)
+        block_by_block(model, batches, found, show, fit, progress, sequential=self.sequential)
         return Draft(tuple(edits[name] for name in widths), quantities)
 
-    def _fit(self, old: Neurons, seen: HiddenMoments | None, width: int) -> tuple[Neurons, float]:
+    def _fit(self, old: Neurons, seen: Part | None, width: int) -> tuple[Neurons, float]:
         """One FFN or expert, and the relative error of its outputs on the data."""
         if width == old.ff:
             return old, 0.0

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ffnkit.calibration.batches import telling
 from ffnkit.calibration.hooks import Activations, watch
 from ffnkit.edits import Edit, ReplaceNeurons
 from ffnkit.errors import FfnkitError
@@ -44,11 +45,11 @@ class Flap(Refitting):
         return found
 
     def drafted(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
-        batches = need_data(data, self.name)
+        batches = need_data(data, self.name, beyond="means of hidden neurons")
         found = self.chosen(model)
         for ffn, _ in found:
             ffn.check_plain(f"pruning {ffn.name}")
-        seen = spreads(model, batches, [ffn for ffn, _ in found])
+        seen = spreads(model, telling(batches, progress), [ffn for ffn, _ in found])
         edits: list[Edit] = []
         quantities: dict[str, dict[str, float]] = {}
         for ffn, width, neurons in each(found, progress, "pruning"):

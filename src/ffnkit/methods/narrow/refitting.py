@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ffnkit.calibration.batches import kept
 from ffnkit.calibration.blockwise import Blockwise
-from ffnkit.calibration.hooks import Activations, Receive
+from ffnkit.calibration.hooks import Activations
+from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.edits import Edit, ReplaceNeurons, Stage
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, lifted, need_data
@@ -57,7 +58,7 @@ class Refitting(Narrowing):
         check(self)
         if not self.refit:
             return self.drafted(model, data, progress)
-        batches = kept(need_data(data, self.name))
+        batches = kept(need_data(data, self.name, beyond="what the new neurons give (refit=true)"))
         first, second = _halves(progress)
         return refitted(
             model, batches, self.drafted(model, batches, first), self.ridge, second, sequential=self.sequential
@@ -99,11 +100,11 @@ def refitted(
     made: dict[str, Edit] = {}
     quantities = {name: dict(values) for name, values in draft.quantities.items()}
 
-    def start(group: list[FFN]) -> Receive:
+    def show(blocks: Blockwise, group: list[FFN], last: bool) -> None:
         with TemporaryPlan(model, [edit for ffn in group for edit in by_place[ffn.name]]) as plan:
             for ffn in group:
                 fits[ffn.name] = _Refit(ffn, plan.found[ffn.name], own[ffn.name].neurons_kept)
-        return lambda ffn, acts: fits[ffn.name].add(acts)
+        blocks.watch(group, lambda ffn, acts: fits[ffn.name].add(acts), last=last)
 
     def fit(ffn: FFN) -> Neurons:
         neurons, quantities.setdefault(ffn.name, {})["output error on the data"] = fits[ffn.name].solve(ridge)
@@ -113,16 +114,16 @@ def refitted(
         made[ffn.name] = ReplaceNeurons.of(ffn.name, stored.to(dtype))
         return neurons.to(dtype)
 
-    block_by_block(model, batches, found, start, fit, progress, sequential=sequential)
+    block_by_block(model, batches, found, show, fit, progress, sequential=sequential)
     edits = [made.get(edit.target, edit) if edit.stage is Stage.NEURONS else edit for edit in draft.edits]
     return Draft(tuple(edits), quantities, draft.report)
 
 
 def block_by_block(
     model: nn.Module,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | StatisticsFile,
     found: list[FFN],
-    start: Callable[[list[FFN]], Receive],
+    show: Callable[[Blockwise, list[FFN], bool], None],
     fit: Callable[[FFN], Neurons],
     progress: Progress | None,
     *,
@@ -131,7 +132,9 @@ def block_by_block(
     """Show each block's FFNs their data, then fit them, in the order in which the blocks run.
 
     Args:
-        start: called with a block's FFNs before they run; what it returns gets their activations.
+        batches: or statistics of a pass over them, where ``show`` needs no more.
+        show: called with a block's FFNs: lets who fits them see what they do, by ``watch`` or ``see`` of
+            :class:`~ffnkit.calibration.blockwise.Blockwise`, whose ``last`` is the third argument.
         fit: called with each of them afterwards; what it returns is what the later blocks run on where ``sequential``.
     """
     done = 0
@@ -139,7 +142,7 @@ def block_by_block(
         return
     with Blockwise(model, batches, found) as blocks:
         for group in blocks.groups:
-            blocks.watch(group, start(group), last=not sequential)
+            show(blocks, group, not sequential)
             for ffn in group:
                 neurons = fit(ffn)
                 if sequential:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ffnkit.edits import Edit, SelectNeurons
 from ffnkit.methods.common import Batch, activity, each, generator, largest, lifted, need_data, norms
+from ffnkit.methods.expecting import Work, fused
 from ffnkit.methods.narrow.refitting import Refitting
 from ffnkit.model.ffn import FFN
 from ffnkit.plans import Draft, Progress
@@ -82,12 +83,18 @@ class Importance(Refitting):
     paper: ClassVar[str] = "arXiv 2407.14679"
     measures: ClassVar[bool] = True
 
+    def work(self, ffn: FFN, width: int, tokens: int) -> Work:
+        """Sums of squares, and of a refit."""
+        if self.refit:
+            return fused(ffn, width, tokens, greedy=False, refine=0, kept=0)
+        return Work(numbers=3 * tokens * ffn.active * ffn.width * max(ffn.experts, 1))
+
     def drafted(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
-        batches = need_data(data, self.name)
+        batches = need_data(data, self.name, beyond=None)
         found = self.chosen(model)
         for ffn, _ in found:
             ffn.check_plain(f"pruning {ffn.name}")
-        rms = activity(model, batches, [ffn for ffn, _ in found])
+        rms = activity(model, batches, [ffn for ffn, _ in found], progress)
         edits: list[Edit] = []
         quantities: dict[str, dict[str, float]] = {}
         for ffn, width, neurons in each(found, progress, "pruning"):

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.calibration.hooks import Activations
 from ffnkit.edits import Edit, FactorLinear
 from ffnkit.errors import FfnkitError
@@ -82,7 +83,7 @@ class Svd(Narrowing):
         if not self.whiten:
             made_of = [(f.name, *_factored(f, width, None)) for f, width, _ in each(narrower, progress, "factoring")]
             return _draft(made_of, "weights' energy lost")
-        batches = need_data(data, self.name)
+        batches = need_data(data, self.name, beyond="inputs of linears")
         found = [ffn for ffn, _, _ in each(narrower, None, "factoring")]
         widths = {ffn.name: width for ffn, width in narrower}
         seen: dict[str, Inputs] = {}
@@ -92,10 +93,10 @@ class Svd(Narrowing):
             made[ffn.name] = _factored(ffn, widths[ffn.name], seen.pop(ffn.name, None))
             return ffn.raw()
 
-        def note(ffn: FFN, acts: Activations) -> None:
-            seen.setdefault(ffn.name, Inputs()).add(acts)
+        def show(blocks: Blockwise, group: list[FFN], last: bool) -> None:
+            blocks.watch(group, lambda ffn, acts: seen.setdefault(ffn.name, Inputs()).add(acts), last=last)
 
-        block_by_block(model, batches, found, lambda _: note, fit, progress, sequential=False)
+        block_by_block(model, batches, found, show, fit, progress, sequential=False)
         return _draft([(ffn.name, *made[ffn.name]) for ffn in found], "outputs' energy lost")
 
 
