@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.resources import files
 
 SEPARATOR = "\n%\n"
+APART = {"decide": ("essays", "reviews"), "report": ("letters", "news")}  # kinds that nothing is fitted to
 
 
 def pieces() -> dict[str, list[str]]:
@@ -17,9 +18,14 @@ def pieces() -> dict[str, list[str]]:
     }
 
 
-def texts() -> list[str]:
-    """All pieces, the kinds in turn, so that blocks cut out of a row of them mix kinds."""
-    kinds = list(pieces().values())
+def texts(part: str = "fit") -> list[str]:
+    """All pieces of a part, the kinds in turn, so that blocks cut out of a row of them mix kinds.
+
+    Args:
+        part: "fit", or what is kept apart from it: "decide" is for choices, "report" for what is told at the end.
+    """
+    apart = {name for names in APART.values() for name in names}
+    kinds = [each for name, each in pieces().items() if (name in APART[part] if part in APART else name not in apart)]
     longest = max(map(len, kinds))
     # a kind of few pieces is spread over the whole row
     placed = [

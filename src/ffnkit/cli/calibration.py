@@ -20,13 +20,13 @@ class Calibration:
             neither task nor text is given, all of them are.
     """
 
-    task: str | None
-    data_dir: Path | None
-    text: Path | None
-    mix: float | None
-    tokens: int
-    tokenizer: str | None
-    seed: int
+    task: str | None = None
+    data_dir: Path | None = None
+    text: Path | None = None
+    mix: float | None = None
+    tokens: int = 6400
+    tokenizer: str | None = None
+    seed: int = 0
 
     @property
     def given(self) -> bool:
@@ -62,34 +62,45 @@ class Calibration:
         """The method with its ``score``, where it names a metric of the task, on rows held out of train."""
         if not _scored(method):
             return method
-        from ffnkit import tasks
         from ffnkit.tune import with_score
 
-        task = tasks.get(self.task) if self.task is not None else None
-        tokenizer = task.load_tokenizer(self.tokenizer or source) if task is not None else None
-        return with_score(method, task, tokenizer, self._splits.dev if task is not None else None)
+        if self.chosen is None:
+            return with_score(method, None, None, None)
+        return with_score(method, self.chosen, self.tokenizer_of(source), self.splits.dev)
+
+    @property
+    def settings(self) -> Any:
+        """Which data, in the words of recipes."""
+        from ffnkit.tune import CalibrationSettings
+
+        given = {"tokens": self.tokens, "text": str(self.text) if self.text else None, "mix": self.mix}
+        return CalibrationSettings.model_validate({k: v for k, v in given.items() if v is not None})
+
+    @cached_property
+    def chosen(self) -> Any:
+        """The task; None where none is named."""
+        from ffnkit import tasks
+
+        return tasks.get(self.task) if self.task is not None else None
+
+    def tokenizer_of(self, source: str) -> Any:
+        """The tokenizer of the task, or of text. Raises FfnkitError where there is none."""
+        from ffnkit.tasks.models import load_tokenizer
+
+        return (self.chosen.load_tokenizer if self.chosen else load_tokenizer)(self.tokenizer or source)
 
     def batches(self, model: Any, source: str) -> list[dict[str, Any]]:
         """Padded batches for the model."""
-        from ffnkit import tasks
-        from ffnkit.tune import CalibrationSettings, calibration_batches
+        from ffnkit.tune import calibration_batches
 
-        given = {"tokens": self.tokens, "text": str(self.text) if self.text else None, "mix": self.mix}
-        settings = CalibrationSettings.model_validate({k: v for k, v in given.items() if v is not None})
-        if self.task is None:
-            from ffnkit.tasks.models import load_tokenizer
-
-            return calibration_batches(model, load_tokenizer(self.tokenizer or source), settings, seed=self.seed)
-        task = tasks.get(self.task)
-        tokenizer = task.load_tokenizer(self.tokenizer or source)
-        return calibration_batches(model, tokenizer, settings, task=task, rows=self._splits.train, seed=self.seed)
+        rows = self.splits.train if self.chosen else None
+        tokenizer = self.tokenizer_of(source)
+        return calibration_batches(model, tokenizer, self.settings, task=self.chosen, rows=rows, seed=self.seed)
 
     @cached_property
-    def _splits(self) -> Any:
+    def splits(self) -> Any:
         """The task's rows, split once: what scores a search is out of what calibrates, whatever the seed."""
-        from ffnkit import tasks
-
-        return tasks.get(str(self.task)).splits(self.data_dir, seed=self.seed)
+        return self.chosen.splits(self.data_dir, seed=self.seed)
 
 
 def _scored(method: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ffnkit.cli import console, describe, options
+from ffnkit.cli.after import After, show_cost
 from ffnkit.cli.application import app
 from ffnkit.cli.budgets import Budget
 from ffnkit.cli.calibration import Calibration
@@ -46,6 +47,7 @@ def inspect(model: options.Model, as_json: options.Json = False) -> None:
 
 
 @app.command(rich_help_panel=PANEL)
+@options.grouped
 def compress(
     model: options.Model,
     method: Annotated[str | None, typer.Option("--method", "-m", help="One of 'ffnkit methods'.")] = None,
@@ -85,6 +87,8 @@ def compress(
         int, typer.Option("--calibration-tokens", min=1, help="Tokens of calibration data.", rich_help_panel=DATA)
     ] = 6400,
     tokenizer: Tokenizer = None,
+    *,
+    after: After,
     form: Annotated[
         Form,
         typer.Option(
@@ -121,6 +125,9 @@ def compress(
     A width such as 0.25 is a share of the neurons, a whole number counts them. --budget gives each layer a width of its
     own, so that together they keep that share of the FFN parameters; equal ones unless --form is compact.
 
+    What it cost is measured on text that no fit sees, before and after (--cost-tokens). --heal 200k lets the compressed
+    model learn from the uncompressed one on so many tokens; what does not gain on held-out text is not kept.
+
     Tune the result: ffnkit tune small ...
     """
     if out is None and not dry_run:
@@ -142,7 +149,8 @@ def compress(
     calibration = Calibration(task, data_dir, text, mix, tokens, tokenizer, seed or 0)
     calibration.check(chosen, limit)
     console.quieten()
-    job = Compression(model, chosen, plan_in, dtype, device, calibration, limit)
+    after.check(dry_run)
+    job = Compression(model, chosen, plan_in, dtype, device, calibration, limit, after)
     report = job.run(plan_out, None if dry_run else out, form, as_json)
     if as_json:
         console.print_json(report)
@@ -191,6 +199,7 @@ class Compression:
         method, plan_in: what to do: a method, or a saved plan where there is no method.
         dtype, device: as given on the command line.
         budget: chooses the method's widths, where it is given.
+        after: what is measured around it, and how the model is healed.
     """
 
     def __init__(
@@ -202,8 +211,9 @@ class Compression:
         device: str,
         calibration: Calibration | None = None,
         budget: Budget | None = None,
+        after: After | None = None,
     ) -> None:
-        self.source, self.method, self.plan_in = source, method, plan_in
+        self.source, self.method, self.plan_in, self.after = source, method, plan_in, after
         self.dtype, self.device, self.calibration, self.budget = dtype, device, calibration, budget
 
     def run(self, plan_out: Path | None, out: Path | None, form: Form, as_json: bool) -> dict[str, Any]:
@@ -228,7 +238,7 @@ class Compression:
             raise FfnkitError(asked, what, "Take compact or standard; ffnkit tune --form apart keeps updates apart")
         if adapted and form != "apart":
             console.say("updates are merged into the weights, and fill what is zero; --form apart keeps them beside it")
-        before = ffnkit.inspect(model)
+        report: dict[str, Any] = {"model": self.source, "before": totals(ffnkit.inspect(model))}
         plan, widths = self.make_plan(model)
         if not as_json:
             console.out(str(plan) if widths is None else f"{widths}\n{plan}")
@@ -237,17 +247,19 @@ class Compression:
         if plan_out is not None:
             plan.save(plan_out)
             console.say(f"plan saved in {plan_out}")
-        report: dict[str, Any] = {"model": self.source, "plan": plan.description(), "before": totals(before)}
+        report["plan"] = plan.description()
         if plan.report:
             report["search"] = plan.report
         if widths is not None:
             report["budget"] = widths.to_dict()
         if out is None:
             return report
-        ffnkit.apply(model, plan)
-        after = ffnkit.inspect(model)
-        report["after"] = totals(after)
-        report["saved"] = self.save(model, out, form, History.of(self.source).compressed(plan, before, after))
+        after = self.after or After(cost_tokens=0)
+        history = after.carry_out(model, plan, self.source, self.dtype, self.calibration or Calibration(), report)
+        report["after"] = totals(ffnkit.inspect(model))
+        if "cost" in report and not as_json:
+            show_cost(report["cost"])
+        report["saved"] = self.save(model, out, form, history)
         for name, saved in report["saved"].items():
             console.say(f"{name}: {saved['folder']}, {megabytes(saved['bytes'])}")
         return report

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ffnkit.calibration import shipped
+from ffnkit.calibration.parts import texts_of
 from ffnkit.tune.distil_text import text_examples
 from ffnkit.tune.settings import CalibrationSettings
 
@@ -42,7 +43,7 @@ def calibration_batches(
     if settings.text is not None:
         from ffnkit.tasks.language_modelling.sets import read_texts
 
-        own = read_texts(Path(settings.text), settings.text_column)
+        own = texts_of(read_texts(Path(settings.text), settings.text_column), "fit")
     share = 1.0 if settings.text is None else settings.mix
     batches: list[dict[str, Any]] = []
     for texts, part in ((own, 1 - share), (shipped.texts() if share else [], share)):
