@@ -32,7 +32,8 @@ from ffnkit.tune.tuners import Tuner
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
-WARMUP, LEAST = 0.05, 0.05  # share of the steps until the rate is whole; what is left of it at the end
+WARMUP, FIRST = 0.05, 10  # share of the tokens until the rate is whole, and how many steps it takes at least
+LEAST = 0.05  # of the rate, at the end
 
 
 @dataclass
@@ -222,7 +223,8 @@ class _Run:
 
     def _schedule(self, done: float) -> float:
         """The share of the rate: up to it along a line, and down along a cosine."""
-        return min(1.0, (done + 0.01) / WARMUP) * (LEAST + (1 - LEAST) * (1 + math.cos(math.pi * done)) / 2)
+        up = min(1.0, (done + 0.01) / WARMUP, (self.result.steps + 1) / FIRST)
+        return up * (LEAST + (1 - LEAST) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
     def _check(self) -> bool:
         """Whether this state is the best so far; then it is the one to keep."""
