@@ -16,6 +16,7 @@ from test_cli import bad, good
 from torch import nn
 
 import ffnkit as fk
+from ffnkit.calibration import shipped
 from ffnkit.errors import FfnkitError
 from ffnkit.settings.amounts import amount
 from ffnkit.tune import zeros
@@ -210,28 +211,29 @@ def test_texts_are_learned_by_their_shares() -> None:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A small decoder with a tokenizer of words, and a file of text."""
-    from test_cli import WORDS
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """A small decoder with a tokenizer of pieces of words, and a file of text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     folder = tmp_path_factory.mktemp("decoder")
-    words = ["[PAD]", "[UNK]", "</s>", *WORDS]
-    plain = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    plain = Tokenizer(models.BPE(unk_token="[UNK]"))
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["[PAD]", "[UNK]", "</s>"]
+    plain.train_from_iterator(shipped.texts(), trainers.BpeTrainer(vocab_size=300, special_tokens=special))
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]", eos_token="</s>"
     )
     tokenizer.save_pretrained(folder)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=len(words), max_position_embeddings=128, **sizes)
+    config = transformers.LlamaConfig(vocab_size=300, max_position_embeddings=128, **sizes)
     model = transformers.LlamaForCausalLM(config)
     redraw(model, seed=0)
     model.to(torch.bfloat16).save_pretrained(folder)
     text = folder / "own.txt"
-    draw = torch.Generator().manual_seed(0)
-    lines = [" ".join(words[3 + int(n)] for n in torch.randint(len(WORDS), (30,), generator=draw)) for _ in range(60)]
-    text.write_text("\n\n".join(lines))
+    # in no order that the text of many kinds has
+    words = sorted(word for word in set(" ".join(shipped.texts()).split()) if len(word) < 12)
+    drawn = torch.randint(len(words), (200, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    text.write_text("\n\n".join(" ".join(words[number] for number in row) for row in drawn))
     return folder, text
 
 

@@ -45,10 +45,7 @@ def _part_at(place: int, piece: int) -> Part:
 
 
 def _between_words(text: str, end: int) -> int:
-    """The end moved on to behind the next space, if one is near."""
-    while end < len(text):
-        for place in range(end, min(end + FEWEST, len(text))):
-            if text[place].isspace():
-                return place + 1
-        return end
-    return end
+    """The end moved on to behind the next space, or to the end of the text, where one is near."""
+    near = range(end, min(end + FEWEST, len(text)))
+    space = next((place + 1 for place in near if text[place].isspace()), None)
+    return space or (len(text) if len(near) < FEWEST else end)
