@@ -152,7 +152,7 @@ def test_short_and_repeated_texts() -> None:
 
 
 def test_kinds_that_no_fit_sees() -> None:
-    fit, decide, report = (set(shipped.texts(part)) for part in ("fit", "decide", "report"))
+    fit, decide, report = (set(shipped.texts(shipped.kinds(part))) for part in ("fit", "decide", "report"))
     assert fit and decide and report and not fit & decide and not fit & report and not decide & report
     assert fit | decide | report == {text for each in shipped.pieces().values() for text in each}
 

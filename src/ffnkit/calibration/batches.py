@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
+from ffnkit.plans import Progress
 
 Batch = Mapping[str, Any]
 
@@ -48,6 +49,14 @@ def check_batches(batches: Iterable[Batch], asked: str = ASKED) -> None:
 def kept(batches: Iterable[Batch], asked: str = ASKED) -> list[Batch]:
     """The same as a list, for several passes over what may be a generator."""
     return list(checked(batches, asked))
+
+
+def telling(batches: Iterable[Batch], progress: Progress | None, what: str = "data") -> Iterator[Batch]:
+    """The batches, with progress once the work on each is done; their number is not known of a generator."""
+    for number, batch in enumerate(batches, 1):
+        yield batch
+        if progress is not None:
+            progress(number, len(batches) if isinstance(batches, Sized) else number, what)
 
 
 def _fault(batch: Any) -> tuple[str, str] | None:

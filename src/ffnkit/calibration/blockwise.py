@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from ffnkit.calibration.batches import Batch, evaluating, forward, kept, prepared
 from ffnkit.calibration.hooks import Receive, hooked
 from ffnkit.calibration.padding import TokenMasks
+from ffnkit.calibration.statistics import Statistics
+from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import run_uneven_experts
 from ffnkit.model.ffn import FFN
@@ -40,15 +42,20 @@ class Blockwise:
     Memory beyond the model: the batches, and one block's outputs for them.
 
     Args:
-        batches: keyword arguments of the model; labels may be among them.
+        batches: keyword arguments of the model; labels may be among them. Or statistics of a pass over them: then
+            :meth:`see` reads these, and the first batches, which lie beside them, are what the model runs on.
         found: the FFNs of interest, in any order.
 
     Attributes:
         groups: the FFNs by block, in the order in which the blocks run.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Batch], found: list[FFN]) -> None:
+    def __init__(self, model: nn.Module, batches: Iterable[Batch] | StatisticsFile, found: list[FFN]) -> None:
         self.model, self.found = model, found
+        self.stored = batches if isinstance(batches, StatisticsFile) else None
+        if isinstance(batches, StatisticsFile):
+            batches.check(model)
+            batches = batches.probe
         self.batches = [prepared(model, batch) for batch in kept(batches)]
         self.masks = TokenMasks.of_ffns(model, found)
         self.modules = dict(model.named_modules(remove_duplicate=False))
@@ -99,6 +106,13 @@ class Blockwise:
                 if keep:
                     self._room(name)[number] = output
         self._passed = name if keep else None
+
+    def see(self, group: list[FFN], seen: Statistics[Any], *, last: bool = False) -> None:
+        """Let ``seen`` see every call of the FFNs of one block, over all batches; ``last`` as of :meth:`watch`."""
+        if self.stored is not None:
+            self.stored.fill(group, seen)
+        else:
+            self.watch(group, seen.update, last=last)
 
     def advance(self, group: list[FFN]) -> None:
         """Keep what this block, as it is now, gives for every batch; blocks that come later start from there."""

@@ -128,10 +128,10 @@ class After:
         if model.main_input_name == "input_ids":
             apart = kept_apart(model, tokenizer, settings, "report", self.cost_tokens, other=self.cost_text)
             places = apart | places
-        if calibration.text is not None:
-            names["in"] = f"{calibration.text.name}, kept apart"
+        if own := ", ".join(Path(file).name for file in calibration.texts):
+            names["in"] = f"{own}, kept apart"
             if "in" not in places:
-                console.say(f"{calibration.text} is too short to keep rows of it apart")
+                console.say(f"{own} is too short to keep rows of it apart")
         if self.cost_text is not None:
             names["out"] = self.cost_text.name
         return {name: places[name] for name in ("in", "out") if name in places}, names

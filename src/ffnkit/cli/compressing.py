@@ -14,7 +14,9 @@ from ffnkit.cli.after import After, show_cost
 from ffnkit.cli.application import app
 from ffnkit.cli.budgets import Budget
 from ffnkit.cli.calibration import Calibration
-from ffnkit.cli.data_options import DATA, DataDir, TaskName, Tokenizer
+from ffnkit.cli.data_options import DATA, CalibrationData
+from ffnkit.cli.deciding import Deciding, spread_lines
+from ffnkit.cli.expecting import expecting
 from ffnkit.cli.history import History
 from ffnkit.cli.outputs import check_output
 from ffnkit.errors import FfnkitError
@@ -50,6 +52,7 @@ def inspect(model: options.Model, as_json: options.Json = False) -> None:
 @options.grouped
 def compress(
     model: options.Model,
+    *,
     method: Annotated[str | None, typer.Option("--method", "-m", help="One of 'ffnkit methods'.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", "-s", metavar="NAME=VALUE", help="A setting of the method; repeatable.")
@@ -67,27 +70,12 @@ def compress(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The folder to write. Whole or not there: never half.")
     ] = None,
-    task: TaskName = None,
-    data_dir: DataDir = None,
-    text: Annotated[
+    data: CalibrationData,
+    statistics: Annotated[
         Path | None,
-        typer.Option("--text", help="Calibration text: txt, jsonl, csv, parquet.", rich_help_panel=DATA),
+        typer.Option("--statistics", help="A file of 'ffnkit calibrate', in the place of data.", rich_help_panel=DATA),
     ] = None,
-    mix: Annotated[
-        float | None,
-        typer.Option(
-            "--mix",
-            min=0,
-            max=1,
-            help="With --text: share of the calibration that is ffnkit's own text of many kinds. \\[default: 0.5]",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    tokens: Annotated[
-        int, typer.Option("--calibration-tokens", min=1, help="Tokens of calibration data.", rich_help_panel=DATA)
-    ] = 6400,
-    tokenizer: Tokenizer = None,
-    *,
+    deciding: Deciding,
     after: After,
     form: Annotated[
         Form,
@@ -139,18 +127,19 @@ def compress(
             check_target(out / part)
     if plan_out is not None:
         check_file(plan_out)
-    if method is None and plan_in is None and (task is not None or text is not None):
+    calibration = Calibration(**vars(data), seed=seed or 0, statistics=statistics)
+    if method is None and plan_in is None and calibration.given:
         method = "calibrated-fusion"
     limit = Budget.read(budget, multiple, form, settings or [])
     if limit is not None and plan_in is not None:
         raise FfnkitError(f"--plan {plan_in}", "--budget is given too", "Leave it out: the plan holds the widths")
     pairs = [*(settings or []), *(limit.settings(method) if limit is not None else [])]
     chosen = choose_method(method, pairs, layers, seed, plan_in)
-    calibration = Calibration(task, data_dir, text, mix, tokens, tokenizer, seed or 0)
     calibration.check(chosen, limit)
+    deciding.check(chosen, calibration)
     console.quieten()
     after.check(dry_run)
-    job = Compression(model, chosen, plan_in, dtype, device, calibration, limit, after)
+    job = Compression(model, chosen, plan_in, dtype, device, calibration, limit, deciding, after)
     report = job.run(plan_out, None if dry_run else out, form, as_json)
     if as_json:
         console.print_json(report)
@@ -199,6 +188,7 @@ class Compression:
         method, plan_in: what to do: a method, or a saved plan where there is no method.
         dtype, device: as given on the command line.
         budget: chooses the method's widths, where it is given.
+        deciding: decides settings, and tells how draws of the data differ.
         after: what is measured around it, and how the model is healed.
     """
 
@@ -211,10 +201,13 @@ class Compression:
         device: str,
         calibration: Calibration | None = None,
         budget: Budget | None = None,
+        deciding: Deciding | None = None,
         after: After | None = None,
     ) -> None:
         self.source, self.method, self.plan_in, self.after = source, method, plan_in, after
         self.dtype, self.device, self.calibration, self.budget = dtype, device, calibration, budget
+        self.deciding = deciding or Deciding()
+        self.told: dict[str, Any] = {}  # what --json prints of the planning
 
     def run(self, plan_out: Path | None, out: Path | None, form: Form, as_json: bool) -> dict[str, Any]:
         """Plan, show, apply and save; without ``out`` nothing is applied. Returns what --json prints."""
@@ -242,12 +235,13 @@ class Compression:
         plan, widths = self.make_plan(model)
         if not as_json:
             console.out(str(plan) if widths is None else f"{widths}\n{plan}")
-            for line in searched(plan.report):
+            for line in (*searched(plan.report), *spread_lines(self.told)):
                 console.out(line)
         if plan_out is not None:
             plan.save(plan_out)
             console.say(f"plan saved in {plan_out}")
         report["plan"] = plan.description()
+        report |= self.told
         if plan.report:
             report["search"] = plan.report
         if widths is not None:
@@ -261,7 +255,7 @@ class Compression:
             show_cost(report["cost"])
         report["saved"] = self.save(model, out, form, history)
         for name, saved in report["saved"].items():
-            console.say(f"{name}: {saved['folder']}, {megabytes(saved['bytes'])}")
+            console.say(f"{name}: {saved['folder']}, {console.megabytes(saved['bytes'])}")
         return report
 
     def make_plan(self, model: Any) -> tuple[Any, Any]:
@@ -279,8 +273,13 @@ class Compression:
             method = self.calibration.scored(method, self.source)
         if self.budget is not None:
             method, widths = self.budget.settle(method, model, data)
-        with console.progress("planning") as step:
-            return ffnkit.plan(model, method, data=data if needed else None, progress=step), widths
+        if needed and self.calibration is not None:
+            method, self.told = self.deciding.settled(model, method, self.calibration, self.source)
+        with expecting(model, method, data if needed else None, self.told), console.progress("planning") as step:
+            plan = ffnkit.plan(model, method, data=data if needed else None, progress=step)
+        if needed and self.calibration is not None:
+            self.told |= self.deciding.spread(model, method, self.calibration, self.source)
+        return plan, widths
 
     def save(self, model: Any, out: Path, form: Form, history: History) -> dict[str, dict[str, Any]]:
         """Save in the form asked for, with tokenizer, card and history; all in place in one step."""
@@ -352,8 +351,3 @@ def weights_bytes(folder: Path) -> int:
     from ffnkit.report.measure import bytes_on_disk
 
     return bytes_on_disk(folder).weights
-
-
-def megabytes(count: int) -> str:
-    """Bytes as MB, or kB where that is more telling."""
-    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

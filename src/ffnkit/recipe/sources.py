@@ -94,6 +94,13 @@ def neutral_texts(path: str) -> list[str]:
     return read_texts(expand(path))
 
 
+def calibration_texts(recipe: Recipe) -> dict[str, float]:
+    """The calibration's text files and their shares. Raises FfnkitError where these do not sum up."""
+    from ffnkit.tune.calibration_text import shares
+
+    return {expand(file): share for file, share in shares(recipe.calibration.text)}
+
+
 def task_of(recipe: Recipe) -> AnyTask:
     """The task that a recipe names, or one of its files."""
     from ffnkit import tasks
@@ -186,8 +193,7 @@ class Source:
 
     @property
     def _calibrating(self) -> CalibrationSettings:
-        settings = self.recipe.calibration
-        return settings.model_copy(update={"text": expand(settings.text)}) if settings.text is not None else settings
+        return self.recipe.calibration.model_copy(update={"text": calibration_texts(self.recipe) or None})
 
     def healed(self, model: PreTrainedModel, seed: int) -> dict[str, Any]:
         """Heal a compressed model, in place, on what calibrates; how it went comes back."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration import shipped
-from ffnkit.calibration.parts import Part, texts_of
+from ffnkit.calibration.parts import Part
 from ffnkit.tasks.running import IGNORED
-from ffnkit.tune.calibration import drawn_batches
+from ffnkit.tune.calibration import drawn_batches, own_texts
+from ffnkit.tune.calibration_text import read_calibration
 from ffnkit.tune.distil_data import Collate
 from ffnkit.tune.distil_text import text_examples
 from ffnkit.tune.settings import CalibrationSettings
@@ -42,11 +43,11 @@ def kept_apart(
     Raises:
         FfnkitError: a file that cannot be read or has no text; no tokenizer for a text.
     """
-    from ffnkit.tasks.language_modelling.sets import read_texts
-
-    own = read_texts(Path(settings.text), settings.text_column) if settings.text else []
-    places = {"in": texts_of(own, part)}
-    places["out"] = shipped.texts(part) if other is None else read_texts(Path(other), settings.text_column)
+    places = {"in": [text for texts, _ in own_texts(tokenizer, settings, part) for text in texts]}
+    if other is None:
+        places["out"] = shipped.texts(shipped.kinds(part))
+    else:
+        places["out"] = read_calibration(str(other), settings.text_column, tokenizer)
     size = settings.model_copy(update={"tokens": tokens, "batch_size": ROWS})
     found = {}
     for place, texts in places.items():

@@ -107,7 +107,11 @@ class RemoveHeads:
         quantities: dict[str, dict[str, float]] = {}
         targets = self.chosen(model)
         found = [attention for attention, keep in targets if keep < attention.units]
-        rms = head_activity(model, need_data(data, self.name), found) if self.needs_data else None
+        rms = (
+            head_activity(model, need_data(data, self.name, beyond="attention"), found, progress=progress)
+            if self.needs_data
+            else None
+        )
         for number, (attention, keep) in enumerate(targets):
             if keep < attention.units:
                 scores = head_scores(attention, self.by, generator(self.seed, number), rms)
@@ -164,7 +168,11 @@ def head_scores(attention: Attention, by: str, draw: torch.Generator, rms: dict[
 
 
 def head_activity(
-    model: nn.Module, data: Iterable[Batch], found: list[Attention], beside: list[FFN] | None = None
+    model: nn.Module,
+    data: Iterable[Batch],
+    found: list[Attention],
+    beside: list[FFN] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """By name (units,) float64: the rms over tokens of what each unit hands to the output linear; one pass.
 
@@ -193,7 +201,7 @@ def head_activity(
     handles += [attention.linear("o").register_forward_pre_hook(tap(attention)) for attention in found]
     try:
         with masks.watching():
-            neurons = activity(model, data, beside or [])
+            neurons = activity(model, data, beside or [], progress)
     finally:
         for handle in handles:
             handle.remove()

@@ -16,6 +16,7 @@ from ffnkit.calibration.hooks import Activations
 from ffnkit.calibration.statistics import HeldInputs, HiddenMoments, Statistics
 from ffnkit.edits import Edit, ReplaceNeurons, ScaleInputs
 from ffnkit.methods.common import Batch, Narrowing, generator, largest, lifted, need_data, norms
+from ffnkit.methods.expecting import Work, fused
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.ops import local
 from ffnkit.ops.moments import Moments
@@ -27,6 +28,7 @@ from ffnkit.settings import Doc
 logger = logging.getLogger(__name__)
 
 RIDGE = 1e-2  # of the selection, relative to the mean square of the activations
+COMPRESSED = "what each layer gets once those before it are compressed (sequential=true)"
 ROWS = 1024  # tokens that pass through an FFN at a time
 
 
@@ -76,8 +78,12 @@ class CalibratedFusion(Narrowing):
     paper: ClassVar[str] = ""
     needs_data: ClassVar[bool] = True
 
+    def work(self, ffn: FFN, width: int, tokens: int) -> Work:
+        """About what one FFN takes."""
+        return fused(ffn, width, tokens, greedy=self.select == "greedy", refine=self.refine, kept=self.tokens)
+
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
-        batches = need_data(data, self.name)
+        batches = need_data(data, self.name, beyond=COMPRESSED if self.sequential else None)
         found = self.chosen(model)
         widths = {ffn.name: width for ffn, width in found}
         for ffn, _ in found:
@@ -88,7 +94,7 @@ class CalibratedFusion(Narrowing):
         with Blockwise(model, batches, [ffn for ffn, _ in found]) as blocks:
             for group in blocks.groups:
                 seen = observing(group, self.tokens if self.refine else 0)
-                blocks.watch(group, seen.update, last=not self.sequential)
+                blocks.see(group, seen, last=not self.sequential)
                 made: dict[str, Neurons] = {}
                 for ffn in group:
                     neurons, factor, error = self._narrow(ffn, seen, widths[ffn.name])
@@ -188,6 +194,8 @@ class Part:
     Attributes:
         moments: of the hidden activations. held: inputs for the regression, and what tells the activation.
     """
+
+    stored: ClassVar[str] = "fusion"
 
     def __init__(self, most: int) -> None:
         self.hidden, self.held = HiddenMoments(), HeldInputs(most)

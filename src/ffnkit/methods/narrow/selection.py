@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ffnkit.edits import Edit, SelectNeurons
 from ffnkit.methods.common import Batch, Narrowing, activity, each, generator, largest, lifted, need_data, norms
+from ffnkit.methods.expecting import Work
 from ffnkit.model.ffn import FFN
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc
@@ -77,12 +78,16 @@ class Importance(Narrowing):
     paper: ClassVar[str] = "arXiv 2407.14679"
     needs_data: ClassVar[bool] = True
 
+    def work(self, ffn: FFN, width: int, tokens: int) -> Work:
+        """Sums of squares."""
+        return Work(numbers=3 * tokens * ffn.active * ffn.width * max(ffn.experts, 1))
+
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
-        batches = need_data(data, self.name)
+        batches = need_data(data, self.name, beyond=None)
         found = self.chosen(model)
         for ffn, _ in found:
             ffn.check_plain(f"pruning {ffn.name}")
-        rms = activity(model, batches, [ffn for ffn, _ in found])
+        rms = activity(model, batches, [ffn for ffn, _ in found], progress)
         edits: list[Edit] = []
         quantities: dict[str, dict[str, float]] = {}
         for ffn, width, neurons in each(found, progress, "pruning"):
