@@ -31,9 +31,11 @@ if TYPE_CHECKING:
     from ffnkit.model.families.ffns import LAYOUTS, Layout
     from ffnkit.model.inspect import inspect
     from ffnkit.plans import Plan
+    from ffnkit.report.costing import cost
     from ffnkit.surgery.apply import apply, fold
     from ffnkit.surgery.planning import plan
     from ffnkit.tune import trainable_parameters
+    from ffnkit.tune.healing.heal import heal
 
 
 __all__ = [
@@ -56,6 +58,8 @@ __all__ = [
     "apply",
     "fold",
     "analyze",
+    "cost",
+    "heal",
     "save",
     "save_apart",
     "load",
@@ -92,6 +96,8 @@ _HOMES = {
     "apply": "surgery.apply",
     "fold": "surgery.apply",
     "analyze": "analysis.study",
+    "cost": "report.costing",
+    "heal": "tune.healing.heal",
     "save": "checkpoint.save",
     "save_apart": "checkpoint.apart",
     "load": "checkpoint.load",

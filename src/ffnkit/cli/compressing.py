@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ffnkit.cli import console, describe, options
+from ffnkit.cli.after import After, show_cost
 from ffnkit.cli.application import app
 from ffnkit.cli.budgets import Budget
 from ffnkit.cli.calibration import Calibration
@@ -75,6 +76,7 @@ def compress(
         typer.Option("--statistics", help="A file of 'ffnkit calibrate', in the place of data.", rich_help_panel=DATA),
     ] = None,
     deciding: Deciding,
+    after: After,
     form: Annotated[
         Form,
         typer.Option(
@@ -111,6 +113,9 @@ def compress(
     A width such as 0.25 is a share of the neurons, a whole number counts them. --budget gives each layer a width of its
     own, so that together they keep that share of the FFN parameters; equal ones unless --form is compact.
 
+    What it cost is measured on text that no fit sees, before and after (--cost-tokens). --heal 200k lets the compressed
+    model learn from the uncompressed one on so many tokens; what does not gain on held-out text is not kept.
+
     Tune the result: ffnkit tune small ...
     """
     if out is None and not dry_run:
@@ -133,7 +138,8 @@ def compress(
     calibration.check(chosen, limit)
     deciding.check(chosen, calibration)
     console.quieten()
-    job = Compression(model, chosen, plan_in, dtype, device, calibration, limit, deciding)
+    after.check(dry_run)
+    job = Compression(model, chosen, plan_in, dtype, device, calibration, limit, deciding, after)
     report = job.run(plan_out, None if dry_run else out, form, as_json)
     if as_json:
         console.print_json(report)
@@ -183,6 +189,7 @@ class Compression:
         dtype, device: as given on the command line.
         budget: chooses the method's widths, where it is given.
         deciding: decides settings, and tells how draws of the data differ.
+        after: what is measured around it, and how the model is healed.
     """
 
     def __init__(
@@ -195,8 +202,9 @@ class Compression:
         calibration: Calibration | None = None,
         budget: Budget | None = None,
         deciding: Deciding | None = None,
+        after: After | None = None,
     ) -> None:
-        self.source, self.method, self.plan_in = source, method, plan_in
+        self.source, self.method, self.plan_in, self.after = source, method, plan_in, after
         self.dtype, self.device, self.calibration, self.budget = dtype, device, calibration, budget
         self.deciding = deciding or Deciding()
         self.told: dict[str, Any] = {}  # what --json prints of the planning
@@ -223,7 +231,7 @@ class Compression:
             raise FfnkitError(asked, what, "Take compact or standard; ffnkit tune --form apart keeps updates apart")
         if adapted and form != "apart":
             console.say("updates are merged into the weights, and fill what is zero; --form apart keeps them beside it")
-        before = ffnkit.inspect(model)
+        report: dict[str, Any] = {"model": self.source, "before": totals(ffnkit.inspect(model))}
         plan, widths = self.make_plan(model)
         if not as_json:
             console.out(str(plan) if widths is None else f"{widths}\n{plan}")
@@ -232,7 +240,7 @@ class Compression:
         if plan_out is not None:
             plan.save(plan_out)
             console.say(f"plan saved in {plan_out}")
-        report: dict[str, Any] = {"model": self.source, "plan": plan.description(), "before": totals(before)}
+        report["plan"] = plan.description()
         report |= self.told
         if plan.report:
             report["search"] = plan.report
@@ -240,10 +248,12 @@ class Compression:
             report["budget"] = widths.to_dict()
         if out is None:
             return report
-        ffnkit.apply(model, plan)
-        after = ffnkit.inspect(model)
-        report["after"] = totals(after)
-        report["saved"] = self.save(model, out, form, History.of(self.source).compressed(plan, before, after))
+        after = self.after or After(cost_tokens=0)
+        history = after.carry_out(model, plan, self.source, self.dtype, self.calibration or Calibration(), report)
+        report["after"] = totals(ffnkit.inspect(model))
+        if "cost" in report and not as_json:
+            show_cost(report["cost"])
+        report["saved"] = self.save(model, out, form, history)
         for name, saved in report["saved"].items():
             console.say(f"{name}: {saved['folder']}, {console.megabytes(saved['bytes'])}")
         return report
