@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from ffnkit.calibration.batches import Batch, evaluating, prepared
 from ffnkit.errors import FfnkitError
@@ -88,18 +89,16 @@ _NAMES = {
 
 
 def file_bytes(model: nn.Module) -> int:
-    """Bytes of the safetensors file that holds a model in compact form: its head, and each tensor once.
-
-    Tensors that transformers splits or joins while it writes (single experts) add to the head a little.
-    """
+    """Bytes of the safetensors file that holds a model in compact form: its head, and each tensor once."""
     held: list[tuple[str, Tensor]] = [*model.named_parameters(remove_duplicate=False)]
     held += model.named_buffers(remove_duplicate=False)
-    own = {name: value for name, value in held}
+    own = dict(held)
     first: dict[int, str] = {}
     stored = {}
     for name, value in plain_state(model).items():
         if first.setdefault(id(own.get(name, value)), name) == name:
-            stored[name] = value
+            stored[name] = value.to("meta")
+    stored = revert_weight_conversion(model, stored)  # as transformers names and splits what it writes
     ranks = {name: number for number, name in enumerate(_ORDER)}
     kinds = {name: _NAMES.get(value.dtype, "F8_E4M3") for name, value in stored.items()}
     head: dict[str, Any] = {"__metadata__": {"format": "pt"}}
