@@ -107,7 +107,7 @@ class Losses:
     ) -> None:
         self.space, self.model = space, space.model
         self.fitted, self.progress = fitted, progress
-        self.few, self.many = _spread(measured, FEW), _spread(measured, MANY)
+        self.few, self.many = (_joined(_spread(measured, tokens)) for tokens in (FEW, MANY))
         self.nested: dict[str, Nested] = {}
         self._heads: dict[str, Tensor] = {}
         self._whole: dict[int, Ending] = {}
