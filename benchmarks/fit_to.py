@@ -4,8 +4,8 @@
 
 MODEL, a folder, keeps this share of all its parameters in each arm: by ``fit-to``, by one width for all FFNs
 (``calibrated-fusion`` with refine=0), and by a window of whole layers (``layer-drop``). Calibration: half WikiText-2's
-validation split, half ffnkit's text of many kinds. Perplexity in windows of 512 tokens on WikiText-2's test split and on
-a text of another kind. Results are kept after each arm: run again, it goes on.
+validation split, half ffnkit's text of many kinds. Perplexity in windows of 512 tokens on WikiText-2's test split and
+on a text of another kind. Results are kept after each arm: run again, it goes on.
 """
 
 from __future__ import annotations

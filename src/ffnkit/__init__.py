@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ffnkit.analysis.study import analyze
     from ffnkit.budget.allocation import Allocation, allocate
+    from ffnkit.budget.fitting import FitTo
     from ffnkit.checkpoint.adapters import adapter, load_adapter, remove_adapter, save_adapter
     from ffnkit.checkpoint.apart import save_apart
     from ffnkit.checkpoint.export import export
@@ -47,6 +48,7 @@ __all__ = [
     "Prune",
     "RemoveHeads",
     "StructuredPruning",
+    "FitTo",
     "allocate",
     "Allocation",
     "apply",
@@ -81,6 +83,7 @@ _HOMES = {
     "SparseGrad": "methods.update.sparsegrad",
     "DSEE": "methods.update.dsee",
     "save_lora": "checkpoint.peft_lora",
+    "FitTo": "budget.fitting",
     "allocate": "budget.allocation",
     "Allocation": "budget.allocation",
     "apply": "surgery.apply",

@@ -18,7 +18,7 @@ from ffnkit.budget.targets import Target, check_key_values
 from ffnkit.calibration.batches import Batch
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Layers, need_data
-from ffnkit.plans import Draft, Progress
+from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc, check, told
 from ffnkit.surgery.apply import check_edits
 from ffnkit.surgery.trial import try_out
@@ -33,9 +33,9 @@ class FitTo:
     """Bring a model to a target of parameters, FLOPs, bytes, keys and values, or time, at the least loss.
 
     One of ``params``, ``flops``, ``bytes``, ``kv`` and ``latency`` is given: a share of what the model has (float), or
-    how much may be left (int). Single moves are foreseen: what their loss at the model's end is. Chosen together they are
-    assembled and measured on rows that no fit saw, against one share for all FFNs and layers alone; what was measured
-    corrects what is foreseen.
+    how much may be left (int). Single moves are foreseen: what their loss at the model's end is. Chosen together they
+    are assembled and measured on rows that no fit saw, against one share for all FFNs and layers alone; what was
+    measured corrects what is foreseen.
 
     Source: ours. The curves are those of data-aware fusion; block influence and greedy depth: ShortGPT (arXiv
         2403.03853), SLEB (arXiv 2402.09025).
@@ -84,6 +84,8 @@ class FitTo:
             what = f"{type(model).__name__} keeps no keys and values"
             raise FfnkitError(f"target {target}", what, "Take params, flops, bytes or latency")
         space = Space(model, counted, self.layers, parts, self.multiple)
+        for ffn in space.found:
+            ffn.check_plain(f"fitting {ffn.name}")
         least = space.whole - space.most()
         if target.kind != "latency" and least > space.limit:
             what = f"with {', '.join(parts)} of layers {self.layers} at least {least:,} of {space.whole:,} stay"
@@ -95,6 +97,8 @@ class FitTo:
         batches = list(need_data(data, self.name))
         space = self.chosen(model)
         target = self.target
+        for ffn in space.found:
+            check_weights(ffn.raw(), ffn.name)
         if target.kind == "kv":
             check_key_values(model, batches[0], f"target {target}")
         fitted, measured = held_out(batches)
@@ -145,7 +149,9 @@ class FitTo:
                 best = found, search
                 if ratio >= 0.98 * asked:
                     break
-            share = min(0.99, max(0.01, share + 0.9 * (asked - ratio) if ratio > asked else share + 0.5 * (asked - ratio)))
+            share = min(
+                0.99, max(0.01, share + 0.9 * (asked - ratio) if ratio > asked else share + 0.5 * (asked - ratio))
+            )
             space.limit = int(share * space.whole)
         if best is None:
             what = "what may go does not reach it by what was measured"
@@ -188,11 +194,15 @@ def _quantities(space: Space, choice: Choice) -> dict[str, dict[str, float]]:
 
 def _report(target: Target, space: Space, search: Search, found: Tried, speed: Speed | None) -> dict[str, Any]:
     """How the choice was made, as plain data."""
-    taken = [{"what": each.kind, "name": each.name, "saving": each.saving, "alone": each.alone} for each in found.choice.joint]
+    taken = [
+        {"what": each.kind, "name": each.name, "saving": each.saving, "alone": each.alone}
+        for each in found.choice.joint
+    ]
     tried = [
         {"how": each.label, "foreseen": each.foreseen, "measured": each.measured, "left": each.count,
          "goes": _counts(each.choice)} for each in search.tried
     ]  # fmt: skip
+    kept = found.choice.kept
     report: dict[str, Any] = {
         **asdict(target),
         "before": space.whole,
@@ -200,7 +210,7 @@ def _report(target: Target, space: Space, search: Search, found: Tried, speed: S
         "foreseen": found.foreseen,
         "measured": found.measured,
         "joint": taken,
-        "kept": {each.name: [each.whole, found.choice.kept[each.name]] for each in space.graded if each.name in found.choice.kept},
+        "kept": {each.name: [each.whole, kept[each.name]] for each in space.graded if each.name in kept},
         "tried": tried,
     }  # fmt: skip
     return report if speed is None else report | {"seconds of a batch": speed.last}

@@ -23,6 +23,7 @@ from ffnkit.plans import Progress
 from ffnkit.surgery.temporary import TemporaryPlan
 from ffnkit.surgery.writer import ModelWriter
 
+EXPECTED = 24  # choices that are measured, as progress tells it before it is known
 HELD = 4  # of so many rows one is held out of the fit, to measure on
 FEW, MANY = 256, 1024  # tokens on which single moves, and assembled models, are compared at least
 NARROWED = (0.25, 0.9)  # the share at which single FFNs are tried lies between
@@ -72,7 +73,9 @@ def _shape(row: Batch) -> Any:
 
 def _spread(rows: list[Batch], tokens: int) -> list[Batch]:
     """Some of the rows, from all parts of them, that hold about so many tokens."""
-    sizes = [max((v.shape[1] for v in row.values() if isinstance(v, Tensor) and v.ndim == 2), default=1) for row in rows]
+    sizes = [
+        max((v.shape[1] for v in row.values() if isinstance(v, Tensor) and v.ndim == 2), default=1) for row in rows
+    ]
     count = min(len(rows), max(1, -(-tokens * len(rows) // max(sum(sizes), 1))))
     return [rows[number * len(rows) // count] for number in range(count)]
 
@@ -112,6 +115,7 @@ class Losses:
         self._heads: dict[str, Tensor] = {}
         self._whole: dict[int, Ending] = {}
         self._narrow: dict[tuple[str, int], Edit] = {}
+        self._measurements = 0
 
     # --- one by one
 
@@ -119,9 +123,9 @@ class Losses:
     def foresee(self) -> None:
         """Fill in the losses of graded moves and of joint ones alone, block by block.
 
-        Of an FFN the curve is the squared error of its outputs, to scale by what one narrowing of its block moves at the
-        model's end. Of heads it is the share of what they give that goes, to scale by what leaving the attention out
-        moves. Layers, FFNs and attentions are left out, one at a time.
+        Of an FFN the curve is the squared error of its outputs, to scale by what one narrowing of its block moves at
+        the model's end. Of heads it is the share of what they give that goes, to scale by what leaving the attention
+        out moves. Layers, FFNs and attentions are left out, one at a time.
         """
         space, graded = self.space, {each.name: each for each in self.space.graded}
         scored = [each for each in space.attentions if each.name in graded]
@@ -129,9 +133,10 @@ class Losses:
         for each in scored:
             self._heads[each.name] = head_scores(each, "activation", torch.Generator(), rms)
         share = self._share()
-        with Blockwise(self.model, self.fitted, space.found) as runs, Blockwise(
-            self.model, self.few, space.found
-        ) as probe:
+        with (
+            Blockwise(self.model, self.fitted, space.found) as runs,
+            Blockwise(self.model, self.few, space.found) as probe,
+        ):
             ending = Ending(probe, space.found, FEW)
             for number, group in enumerate(runs.groups):
                 seen = observing(group, 0)
@@ -168,7 +173,9 @@ class Losses:
         for each in group:
             curve = curves[each.name]
             if curve is None or len(curve) != each.whole + 1:
-                curve = next((other for other in known if len(other) == each.whole + 1), known[0].new_zeros(each.whole + 1))
+                curve = next(
+                    (other for other in known if len(other) == each.whole + 1), known[0].new_zeros(each.whole + 1)
+                )
             each.costs = [float(curve[number]) * moved / max(errors, 1e-300) for number in each.options]
             each.costs[-1] = 0.0
 
@@ -224,8 +231,12 @@ class Losses:
     def _measured(self, edits: Sequence[Edit], rows: list[Batch], most: int) -> float:
         if most not in self._whole:
             self._whole[most] = Ending(Blockwise(self.model, rows, self.space.found), self.space.found, most)
+        self._measurements += 1
         with shown(self.model, edits):
-            return self._whole[most].gap()
+            gap = self._whole[most].gap()
+        if self.progress is not None:
+            self.progress(self._measurements, max(self._measurements + 1, EXPECTED), "choices measured")
+        return gap
 
     # --- once more
 

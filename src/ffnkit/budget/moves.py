@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffnkit.budget.targets import Target
-from ffnkit.edits import DropLayer, Edit, SetWidth, Tie
+from ffnkit.budget.targets import Target, window
+from ffnkit.edits import Edit, SetWidth, Tie
 from ffnkit.edits.heads import check_separable
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.heads import left_out, removal
@@ -174,8 +174,9 @@ class Space:
         block = block_name(name) or name
         inside = self.model.get_submodule(block).named_parameters()
         rows = tuple((path, tuple(p.shape), p.dtype) for path, p in inside)
-        layer = name if self.target.kind == "kv" else ""  # of keys and values layers may have windows of their own
-        key = (kind, name.removeprefix(block), layer, rows)
+        # layers may keep keys and values of windows of their own
+        windows = tuple(window(self.model, each) for each in self.attentions if each.name.startswith(f"{block}."))
+        key = (kind, name.removeprefix(block), windows if self.target.kind == "kv" else (), rows)
         if key not in self._saved:
             self._saved[key] = self.whole - self.count(edits)
         return self._saved[key]
@@ -188,7 +189,9 @@ class Space:
 
     def shapes(self, choice: Choice) -> list[Edit]:
         """A choice as edits without numbers, in normal form."""
-        edits: list[Edit] = [edit for each in choice.joint if each.kind in ("layers", "attention") for edit in each.edits]
+        edits: list[Edit] = [
+            edit for each in choice.joint if each.kind in ("layers", "attention") for edit in each.edits
+        ]
         for each in self.graded:
             if (kept := choice.kept.get(each.name, each.whole)) < each.whole:
                 heads = each.kind == "heads"

@@ -130,24 +130,33 @@ class Search:
     # --- neurons and heads
 
     def fill(self, joint: tuple[Joint, ...], *, uniform: bool = False) -> Choice | None:
-        """Joint moves, and the neurons and heads that go beside them to keep the target; None where too few can."""
-        covered = {name for each in joint for name in each.covers}
-        left = [each for each in self.graded if each.name not in covered]
-        if uniform or self.uniform:
-            left = [each for each in left if each.kind == "neurons"]
-        fixed = self.whole - sum(each.saving for each in joint) - sum(each.unit * each.whole for each in left)
-        budget = self.limit - fixed
+        """Joint moves, and the neurons and heads that go beside them to keep the target; None where too few can.
+
+        By the counts of single moves; :meth:`exact` keeps the true count.
+        """
+        return self._filled(joint, self.limit, uniform=uniform or self.uniform)
+
+    def exact(self, joint: tuple[Joint, ...], *, uniform: bool = False) -> Choice | None:
+        """The same by what the choice truly leaves."""
+        limit = self.limit
         for _ in range(TRIES):
-            kept = _even(left, budget) if uniform or self.uniform else self._cheapest(left, budget)
-            if kept is None:
-                return None
-            picked = {each.name: number for each, number in zip(left, kept, strict=True) if number < each.whole}
-            choice = Choice(joint, picked)
-            over = self.count(choice) - self.limit
+            choice = self._filled(joint, limit, uniform=uniform or self.uniform)
+            over = 0 if choice is None else self.count(choice) - self.limit
             if over <= 0:
                 return choice
-            budget -= over
+            limit -= over
         return None
+
+    def _filled(self, joint: tuple[Joint, ...], limit: int, *, uniform: bool) -> Choice | None:
+        covered = {name for each in joint for name in each.covers}
+        left = [each for each in self.graded if each.name not in covered]
+        if uniform:
+            left = [each for each in left if each.kind == "neurons"]
+        fixed = self.whole - sum(each.saving for each in joint) - sum(each.unit * each.whole for each in left)
+        kept = _even(left, limit - fixed) if uniform else self._cheapest(left, limit - fixed)
+        if kept is None:
+            return None
+        return Choice(joint, {e.name: number for e, number in zip(left, kept, strict=True) if number < e.whole})
 
     def _cheapest(self, left: list[Graded], budget: float) -> list[int] | None:
         """How many stay of each at the least foreseen loss; what still fits then comes back."""
@@ -179,7 +188,7 @@ class Search:
     # --- assembled
 
     def _try(self, label: str, joint: tuple[Joint, ...], *, uniform: bool = False) -> Tried | None:
-        choice = self.fill(joint, uniform=uniform)
+        choice = self.exact(joint, uniform=uniform)
         if choice is None:
             return None
         known = next((each for each in self.tried if each.choice.key == choice.key), None)

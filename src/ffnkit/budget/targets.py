@@ -118,7 +118,7 @@ def key_value_bytes(model: Any, tokens: int, read: int) -> int:
     """Bytes of the keys and values of one sequence of ``tokens`` tokens; of ``read`` tokens that an encoder reads."""
     size = 0
     for attention in _caching(model):
-        seen = read if attention.cross else min(tokens, _window(model, attention) or tokens)
+        seen = read if attention.cross else min(tokens, window(model, attention) or tokens)
         width = attention.linear("v").weight.element_size() * attention.head_dim
         size += 2 * attention.kv_heads * width * seen * (1 + len(attention.tied))
     return size
@@ -166,7 +166,7 @@ def _caching(model: Any) -> list[Attention]:
     return found if getattr(model, "get_output_embeddings", lambda: None)() is not None else []
 
 
-def _window(model: Any, attention: Attention) -> int | None:
+def window(model: Any, attention: Attention) -> int | None:
     """How many tokens an attention keeps at most, where it keeps not all."""
     config = model.config.get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None)

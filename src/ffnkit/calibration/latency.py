@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from ffnkit.errors import FfnkitError
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 

@@ -126,9 +126,7 @@ def removal(attention: Attention, index: Tensor, *, silent: bool = False) -> Sel
     units = attention.units
     gone = (units - len(index)) * attention.unit_parameters
     index = index.to(torch.int32)
-    return SelectHeads(
-        attention.name, index=index, heads=attention.heads, units=units, parameters=gone, silent=silent
-    )
+    return SelectHeads(attention.name, index=index, heads=attention.heads, units=units, parameters=gone, silent=silent)
 
 
 def left_out(attention: Attention) -> SelectHeads:
