@@ -9,6 +9,7 @@ from ffnkit.budget.moves import Choice, Graded, Joint
 from ffnkit.ops.knapsack import cheapest
 
 AGAIN = 6  # joint moves that are measured beside those that were taken, a step, at most
+CANDIDATES = 8  # joint moves of the least loss for what they save that may be exchanged for others
 HOPELESS = 3.0  # times the least loss that is foreseen: more joint moves are not tried then
 TRIES = 8  # to keep the true count where the counts of single moves do not quite add up
 
@@ -178,12 +179,12 @@ class Search:
             picked[place] += 1
             slack -= size
 
-    def foreseen(self, choice: Choice) -> float:
-        """The loss that a choice is foreseen to have."""
+    def foreseen(self, choice: Choice, of_joint: float | None = None) -> float:
+        """The loss that a choice is foreseen to have; ``of_joint``: that of its joint moves, where it is not asked."""
         costs = {each.name: dict(zip(each.options, each.costs, strict=True)) for each in self.graded}
         kinds = {each.name: each.kind for each in self.graded}
         graded = sum(self.scales[kinds[name]] * costs[name][number] for name, number in choice.kept.items())
-        return self.loss(choice.joint) + graded
+        return (self.loss(choice.joint) if of_joint is None else of_joint) + graded
 
     # --- assembled
 
@@ -223,8 +224,8 @@ class Search:
             at = best
 
     def _corrected(self, path: list[tuple[Joint, ...]]) -> list[tuple[Joint, ...]]:
-        """Factors of the foreseen losses from what the best choice has of each kind alone; and the path along which its
-        joint moves are exchanged: the one that gains most where it is undone goes, and others are found for it."""
+        """Factors of the foreseen losses from what the best choice has of each kind alone; and further sets of joint
+        moves, near those of the best choice."""
         best = self.best
         assert best is not None
         for kind in self.scales:
@@ -232,16 +233,29 @@ class Search:
             mine = {name: number for name, number in best.choice.kept.items() if name in names}
             if mine and (told := self.foreseen(Choice((), mine))) > 0:
                 self.scales[kind] *= max(self.assembled(Choice((), mine)) / told, 1e-3)
-        joint = best.choice.joint
-        if len(joint) < 2:
-            return path
-        without = {each: tuple(other for other in joint if other is not each) for each in joint}
-        worst = max(joint, key=lambda each: (self.loss(joint) - self.loss(without[each])) / each.saving)
-        rates = {id(each): each.alone / each.saving for each in self.joints}
-        others = [each for each in self.joints if each is not worst]
-        more = self._next(without[worst], others, rates)
-        ends = [without[worst]] + ([(*without[worst], more)] if more is not None else [])
-        return [*path, *ends]
+        return [*path, *self._near(best.choice.joint)]
+
+    def _near(self, joint: tuple[Joint, ...]) -> list[tuple[Joint, ...]]:
+        """Sets of joint moves with one more, one less or one exchanged: the few that are foreseen best as if losses
+        added up, of moves that lose least alone."""
+        cheap = sorted(self.joints, key=lambda each: each.alone / each.saving)[:CANDIDATES]
+        sets: dict[frozenset[int], tuple[Joint, ...]] = {}
+        for out in (None, *joint):
+            rest = tuple(each for each in joint if each is not out)
+            covered = {name for each in rest for name in each.covers}
+            free = [each for each in cheap if each not in joint and covered.isdisjoint(each.covers)]
+            for more in (None, *free):
+                found = rest if more is None else (*rest, more)
+                sets.setdefault(frozenset(map(id, found)), found)
+        rough: list[tuple[float, int, tuple[Joint, ...]]] = []
+        for number, found in enumerate(sets.values()):
+            choice = self.fill(found)
+            if choice is not None and all(map(self._bears, found)):
+                gone = sum(each.alone for each in joint if each not in found)
+                more_lost = sum(each.alone for each in found if each not in joint)
+                loss = self.loss(joint) - gone + more_lost + self.foreseen(choice, of_joint=0.0)
+                rough.append((loss, number, found))
+        return [found for *_, found in sorted(rough)[:AGAIN]]
 
 
 def _even(left: list[Graded], budget: float) -> list[int] | None:
