@@ -151,23 +151,38 @@ def test_moves_that_only_go_alone_are_not_taken_together() -> None:
     joints = [joint(name) for name in single]
     added = min(itertools.combinations(single, 2), key=lambda pair: sum(map(single.get, pair)))  # type: ignore[arg-type]
     assert set(added) == {"first", "second"} and loss(set(added), {}) > 10  # the control: adding up chooses wrongly
-    found = search(joints, [], loss, 60).run()
+    found = search(joints, [], loss, 60).run(0)
     assert found is not None and {each.name for each in found.choice.joint} == {"first", "other"}
     assert found.measured == pytest.approx(0.51)
 
 
 def test_what_is_measured_corrects_what_is_foreseen() -> None:
-    """Narrowing costs ten times what was foreseen; a layer goes instead, once that is known."""
-    graded = [Graded("ffn", "neurons", 10, [2, 4, 6, 8, 10], 4, [0.4, 0.3, 0.2, 0.1, 0.0])]
+    """Neurons cost ten times what was foreseen; heads go instead, once that is known."""
+    graded = [
+        Graded(name, kind, 10, [2, 4, 6, 8, 10], 4, [rate * k for k in (4, 3, 2, 1, 0)])
+        for name, kind, rate in (("ffn", "neurons", 0.1), ("attention", "heads", 0.3))
+    ]
 
-    def loss(gone: set[str], kept: Any) -> float:
-        return 0.9 * len(gone) + 10 * 0.1 * (10 - kept.get("ffn", 10)) / 2
+    def loss(_: set[str], kept: Any) -> float:
+        return 1.0 * (10 - kept.get("ffn", 10)) / 2 + 0.3 * (10 - kept.get("attention", 10)) / 2
 
-    plain = search([joint("layer")], graded, loss, 80)
+    once = search([], graded, loss, 80).run(0)
+    assert once is not None and "ffn" in once.choice.kept  # the control
+    found = search([], graded, loss, 80).run()
+    assert found is not None and set(found.choice.kept) == {"attention"} and found.measured < once.measured
+
+
+def test_the_target_is_kept_where_single_counts_do_not_add_up() -> None:
+    graded = [
+        Graded(f"ffn {n}", "neurons", 10, list(range(1, 11)), 2, [0.1 * (10 - k) for k in range(1, 11)]) for n in (0, 1)
+    ]
+    plain = search([], graded, lambda _, kept: sum(10 - kept.get(g.name, 10) for g in graded), 80)
+    count = plain.count
+    plain.count = lambda choice: count(choice) + 5 * len(choice.kept)
     told = plain.fill(())
-    assert told is not None and plain.foreseen(told) < plain.loss([plain.joints[0]])  # the control
+    assert told is not None and plain.count(told) > 80  # the control
     found = plain.run()
-    assert found is not None and found.measured == pytest.approx(0.9) and not found.choice.kept
+    assert found is not None and 70 <= found.count <= 80 and found.count == plain.count(found.choice)
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -176,7 +176,7 @@ def _bears(space: Space, joint: Joint) -> bool:
 
 def _bear(model: nn.Module, edits: Sequence[Any]) -> bool:
     try:
-        check_edits(model, tuple(edits))  # type: ignore[arg-type]
+        check_edits(model, tuple(edits))
         try_out(model, edits)
     except FfnkitError:
         return False

@@ -31,7 +31,7 @@ NARROWED = (0.25, 0.9)  # the share at which single FFNs are tried lies between
 
 def held_out(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Rows to fit on, and others to measure on: one row of ``HELD``, spread over all; a lone row is both."""
-    rows = [row for batch in kept(batches) for row in _rows(batch)]
+    rows: list[Batch] = [row for batch in kept(batches) for row in _rows(batch)]
     measured = rows[HELD - 1 :: HELD] or rows[-1:]
     fitted = [row for row in rows if not any(row is other for other in measured)] or rows
     return _joined(fitted), measured
@@ -78,6 +78,10 @@ def _spread(rows: list[Batch], tokens: int) -> list[Batch]:
     ]
     count = min(len(rows), max(1, -(-tokens * len(rows) // max(sum(sizes), 1))))
     return [rows[number * len(rows) // count] for number in range(count)]
+
+
+def _nearest(options: Sequence[int], wanted: float) -> int:
+    return min(options, key=lambda number: abs(number - wanted))
 
 
 @contextmanager
@@ -166,9 +170,8 @@ class Losses:
             for each in group:  # no token reached them: they cost nothing that is known
                 each.costs = [float(each.whole - number) * 1e-12 for number in each.options]
             return
-        starts = {each.name: min(each.options, key=lambda n, w=each.whole: abs(n - share * w)) for each in group}
-        changed = [(self.space.ffn(each.name), self.nested[each.name].neurons(starts[each.name])) for each in group]
-        moved = ending.moved([pair for pair in changed if starts[pair[0].name] < pair[0].width])
+        starts = {each.name: _nearest(each.options[:-1], share * each.whole) for each in group}
+        moved = ending.moved([(self.space.ffn(name), self.nested[name].neurons(n)) for name, n in starts.items()])
         errors = sum(float(curve[starts[name]]) for name, curve in curves.items() if curve is not None)
         for each in group:
             curve = curves[each.name]

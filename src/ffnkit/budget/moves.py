@@ -95,7 +95,7 @@ class Space:
         self.limit = target.limit(self.whole)
         known = attentions(model)
         self.attentions = [each for each in select(known, layers) if not _refused(each)] if known else []
-        self._every: dict[str, FFN | Attention] = {each.name: each for each in [*self.found, *self.attentions]}
+        self._every = [*(ffn.name for ffn in self.found), *(each.name for each in self.attentions)]
         self._saved: dict[Any, int] = {}
         self.blocks: dict[str, list[FFN]] = {}
         for ffn in self.found:

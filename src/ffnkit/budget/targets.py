@@ -88,7 +88,7 @@ _NAMES = {
 }  # fmt: skip
 
 
-def file_bytes(model: nn.Module) -> int:
+def file_bytes(model: Any) -> int:
     """Bytes of the safetensors file that holds a model in compact form: its head, and each tensor once."""
     held: list[tuple[str, Tensor]] = [*model.named_parameters(remove_duplicate=False)]
     held += model.named_buffers(remove_duplicate=False)
