@@ -119,7 +119,7 @@ class Losses:
         self._heads: dict[str, Tensor] = {}
         self._whole: dict[int, Ending] = {}
         self._narrow: dict[tuple[str, int], Edit] = {}
-        self._measurements = 0
+        self._steps = 0
 
     # --- one by one
 
@@ -142,7 +142,7 @@ class Losses:
             Blockwise(self.model, self.few, space.found) as probe,
         ):
             ending = Ending(probe, space.found, FEW)
-            for number, group in enumerate(runs.groups):
+            for group in runs.groups:
                 seen = observing(group, 0)
                 runs.watch(group, seen.update, last=True)
                 self.nested |= {ffn.name: Nested(ffn, seen) for ffn in group}
@@ -154,8 +154,7 @@ class Losses:
                 self._headings(block, graded, ending)
                 runs.advance(group)
                 probe.advance(group)
-                if self.progress is not None:
-                    self.progress(number + 1, len(runs.groups), f"losses of {block or group[0].name}")
+                self._tell(f"losses of {block or group[0].name}")
 
     def _share(self) -> float:
         """The share of the neurons at which FFNs are tried: what the target leaves them if nothing else goes."""
@@ -234,27 +233,31 @@ class Losses:
     def _measured(self, edits: Sequence[Edit], rows: list[Batch], most: int) -> float:
         if most not in self._whole:
             self._whole[most] = Ending(Blockwise(self.model, rows, self.space.found), self.space.found, most)
-        self._measurements += 1
         with shown(self.model, edits):
             gap = self._whole[most].gap()
-        if self.progress is not None:
-            self.progress(self._measurements, max(self._measurements + 1, EXPECTED), "choices measured")
+        self._tell("a choice measured")
         return gap
+
+    def _tell(self, what: str) -> None:
+        """A step is done: of a block, or of a choice."""
+        self._steps += 1
+        if self.progress is not None:
+            total = 2 * len(self.space.blocks) + EXPECTED  # how many choices there will be is not known
+            self.progress(self._steps, max(self._steps + 1, total), what)
 
     # --- once more
 
     @torch.no_grad()
     def refitted(self, choice: Choice) -> Losses:
         """The same with FFNs fitted to what they get where the choice's layers, heads and attentions are gone."""
-        fresh = Losses(self.space, self.fitted, [], None)
+        fresh = Losses(self.space, self.fitted, [])
         fresh.few, fresh.many, fresh._heads, fresh._whole = self.few, self.many, self._heads, self._whole
         gone = [edit for edit in self.edits(choice) if type(edit).silenced is not Edit.silenced]
         with shown(self.model, gone), Blockwise(self.model, self.fitted, self.space.found) as runs:
-            for number, group in enumerate(runs.groups):
+            for group in runs.groups:
                 seen = observing(group, 0)
                 runs.watch(group, seen.update, last=True)
                 fresh.nested |= {ffn.name: Nested(ffn, seen) for ffn in group}
                 runs.advance(group)
-                if self.progress is not None:
-                    self.progress(number + 1, len(runs.groups), f"fitting {block_name(group[0].name)} again")
+                self._tell(f"{block_name(group[0].name)} fitted again")
         return fresh
