@@ -1,11 +1,11 @@
 """One target for a model against narrowing alone and layers alone, before any tuning.
 
-    FFNKIT_DATA=... python benchmarks/fit_to.py MODEL [--params 0.8] [--tokens 4096] [--novel FILE] [--out FOLDER]
+    FFNKIT_DATA=... python benchmarks/fit_to.py MODEL [--params 0.8] [--tokens 4096] [--text FILE] [--novel FILE]
 
 MODEL, a folder, keeps this share of all its parameters in each arm: by ``fit-to``, by one width for all FFNs
 (``calibrated-fusion`` with refine=0), and by a window of whole layers (``layer-drop``). Calibration: half WikiText-2's
-validation split, half ffnkit's text of many kinds. Perplexity in windows of 512 tokens on WikiText-2's test split and
-on a text of another kind. Results are kept after each arm: run again, it goes on.
+validation split or the file ``--text``, half ffnkit's text of many kinds. Perplexity in windows of 512 tokens on
+WikiText-2's test split and on a text of another kind. Results are kept after each arm: run again, it goes on.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--params", type=float, default=0.8)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--text", type=Path, help="calibration text; WikiText-2's validation split unless given")
     parser.add_argument("--novel", type=Path, help="a text of another kind; stories unless given")
     parser.add_argument("--out", type=Path, default=common.RESULTS)
     given = parser.parse_args()
@@ -91,12 +92,13 @@ def main() -> None:
     whole = sum(p.numel() for p in base.parameters())
     conditions = {
         "model": given.model.name, "params": given.params, "tokens": given.tokens, "seed": SEED, "texts": list(held),
+        "text": given.text.parent.name if given.text else "wikitext2",
         "dtype": str(base.dtype).removeprefix("torch."), "measured": min(map(torch.Tensor.numel, held.values())),
     }  # fmt: skip
     results: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {}
     if results.get("conditions") != conditions:
         results = common.started() | {"conditions": conditions}
-    file = Path(os.environ["FFNKIT_DATA"]) / "wikitext2" / "validation.txt"
+    file = given.text or Path(os.environ["FFNKIT_DATA"]) / "wikitext2" / "validation.txt"
     for arm in ("uncompressed", *ARMS):
         if any(row["name"] == arm for row in results["rows"]):
             continue

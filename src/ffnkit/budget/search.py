@@ -155,14 +155,27 @@ class Search:
             left = [each for each in left if each.kind == "neurons"]
         fixed = self.whole - sum(each.saving for each in joint) - sum(each.unit * each.whole for each in left)
         kept = _even(left, limit - fixed) if uniform else self._cheapest(left, limit - fixed)
+        if uniform and kept is not None and not self.uniform:  # what one step of all would leave unused comes back
+            kept = self._cheapest(left, limit - fixed, kept)
         if kept is None:
             return None
         return Choice(joint, {e.name: number for e, number in zip(left, kept, strict=True) if number < e.whole})
 
-    def _cheapest(self, left: list[Graded], budget: float) -> list[int] | None:
-        """How many stay of each at the least foreseen loss; what still fits then comes back."""
-        sizes = [[-int(-each.unit * number // 1) for number in each.options] for each in left]
-        prices = [[self.scales[each.kind] * cost for cost in each.costs] for each in left]
+    def _cheapest(self, left: list[Graded], budget: float, around: list[int] | None = None) -> list[int] | None:
+        """How many stay of each at the least foreseen loss; what still fits then comes back.
+
+        Args:
+            around: as many stay of each, or a step more.
+        """
+        options = [each.options for each in left]
+        if around is not None:
+            options = [row[(at := row.index(number)) : at + 2] for row, number in zip(options, around, strict=True)]
+        sizes = [[-int(-each.unit * n // 1) for n in row] for each, row in zip(left, options, strict=True)]
+        costs = [dict(zip(each.options, each.costs, strict=True)) for each in left]
+        prices = [
+            [self.scales[each.kind] * cost[n] for n in row]
+            for each, cost, row in zip(left, costs, options, strict=True)
+        ]
         if sum(row[0] for row in sizes) > budget:
             return None
         picked = cheapest(sizes, prices, int(budget)) if left else []
@@ -174,7 +187,7 @@ class Search:
                 if at + 1 < len(row) and sizes[place][at + 1] - sizes[place][at] <= slack
             ]
             if not steps:
-                return [each.options[number] for each, number in zip(left, picked, strict=True)]
+                return [row[number] for row, number in zip(options, picked, strict=True)]
             _, size, place = max(steps, key=lambda step: step[0] / step[1])
             picked[place] += 1
             slack -= size
