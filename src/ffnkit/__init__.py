@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ffnkit.analysis.study import analyze
     from ffnkit.budget.allocation import Allocation, allocate
+    from ffnkit.budget.fitting import FitTo
     from ffnkit.calibration.stored import StatisticsFile
     from ffnkit.checkpoint.adapters import adapter, load_adapter, remove_adapter, save_adapter
     from ffnkit.checkpoint.apart import save_apart
@@ -53,6 +54,7 @@ __all__ = [
     "Prune",
     "RemoveHeads",
     "StructuredPruning",
+    "FitTo",
     "calibrate",
     "StatisticsFile",
     "allocate",
@@ -92,6 +94,7 @@ _HOMES = {
     "SparseGrad": "methods.update.sparsegrad",
     "DSEE": "methods.update.dsee",
     "save_lora": "checkpoint.peft_lora",
+    "FitTo": "budget.fitting",
     "calibrate": "methods.calibrating",
     "StatisticsFile": "calibration.stored",
     "allocate": "budget.allocation",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe.schema import NAMES, Arm, Recipe
-from ffnkit.recipe.settings import has_setting
+from ffnkit.recipe.settings import fit_to, has_setting
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,8 @@ def method_of(arm: Arm, seed: int, widths: Any = None) -> Any:
     """
     from ffnkit import methods
 
+    if arm.target is not None:
+        return fit_to(arm.target)
     settings = arm.placed if widths is None else {**arm.settings, "width": widths}
     return methods.build(arm.method, **seeded(arm.method, settings, seed))
 
