@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ffnkit import methods
 from ffnkit.errors import FfnkitError
+from ffnkit.recipe.learnt import check_learnt
 from ffnkit.recipe.searching import check_searcher
 from ffnkit.recipe.sources import Source, expand, method_of, neutral_texts, tuner_of
 from ffnkit.recipe.state import distilled, folder_digest
@@ -42,7 +43,9 @@ def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
                     if arm.budget is not None:
                         room(empty, arm.budget, method.layers, arm.multiple)
                 for spec in arm.prune:
-                    methods.build(spec.method, **spec.settings).chosen(empty)
+                    pruning = methods.build(spec.method, **spec.settings)
+                    pruning.chosen(empty)
+                    check_learnt(tuner_of(recipe, name), spec, pruning, empty)
             except FfnkitError as error:
                 raise error.within(f"arms.{name}") from None
     _targets(recipe, source)
