@@ -58,7 +58,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--train-file", help="images or text of your own, in place of the task's name")
     parser.add_argument("--data-dir", help="folder of TASK/...; else FFNKIT_DATA, else the hub")
     parser.add_argument("--model", choices=sum(KINDS.values(), ()), help="[vit, llama or marian, by the task]")
-    parser.add_argument("--tokenizer", help="a folder or a model of the hub; of a translator [made of its training texts]")
+    parser.add_argument(
+        "--tokenizer", help="a folder or a model of the hub; of a translator [made of its training texts]"
+    )
     parser.add_argument("--vocabulary", type=int, default=4000, help="tokens of a tokenizer that is made")
     parser.add_argument("--out", type=Path, help="folder of the checkpoint; a temporary one if left out")
     parser.add_argument("--seed", type=int, default=0)
@@ -180,14 +182,20 @@ def translator(preset: Preset, task: Any, kind: str, read: Any, dropout: float) 
         "decoder_start_token_id": read.pad_token_id,
     }
     if kind == "t5":
-        shape: dict[str, Any] = {"num_layers": preset.layers, "num_heads": preset.heads, "d_kv": preset.d // preset.heads}
-        config: Any = transformers.T5Config(
-            **ids, **shape, d_model=preset.d, d_ff=preset.ff, dropout_rate=dropout
-        )
+        shape: dict[str, Any] = {
+            "num_layers": preset.layers,
+            "num_heads": preset.heads,
+            "d_kv": preset.d // preset.heads,
+        }
+        config: Any = transformers.T5Config(**ids, **shape, d_model=preset.d, d_ff=preset.ff, dropout_rate=dropout)
         return transformers.T5ForConditionalGeneration(config), read
     sides: dict[str, Any] = {}
     for side in ("encoder", "decoder"):
-        sides |= {f"{side}_layers": preset.layers, f"{side}_attention_heads": preset.heads, f"{side}_ffn_dim": preset.ff}
+        sides |= {
+            f"{side}_layers": preset.layers,
+            f"{side}_attention_heads": preset.heads,
+            f"{side}_ffn_dim": preset.ff,
+        }
     config = transformers.MarianConfig(
         **ids,
         **sides,

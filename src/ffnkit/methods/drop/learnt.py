@@ -32,7 +32,9 @@ class Learnt:
 def of_heads(setting: str, by: str, found: Sequence[Attention]) -> list[Learnt]:
     """What scores of the heads of these attentions are read from; nothing where no tuning is needed."""
     if by == "update":
-        return [Learnt(setting, "update", f"query and value of {a.name}", (a.linear("q"), a.linear("v"))) for a in found]
+        return [
+            Learnt(setting, "update", f"query and value of {a.name}", (a.linear("q"), a.linear("v"))) for a in found
+        ]
     if by == "coefficients":
         return [Learnt(setting, "coefficients", f"the heads of {a.name}", (a.linear("o"),)) for a in found]
     return []
