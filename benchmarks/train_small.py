@@ -1,13 +1,15 @@
-"""Train small models from scratch: a ViT on images, a decoder on text. The studies of merging and fusing start here.
+"""Train small models from scratch: a ViT on images, a decoder on text, an encoder-decoder that translates. The studies
+of merging and fusing start here.
 
     python benchmarks/train_small.py                                   # a ViT on scikit-learn's digits, seconds
     python benchmarks/train_small.py cifar10 --layers 8 --steps 6000 --out vit
     python benchmarks/train_small.py tinystories --tokenizer stories260K --steps 4000 --out stories
     python benchmarks/train_small.py wikitext2 --model gpt2 --tokenizer gpt2 --out wiki
+    python benchmarks/train_small.py multi30k-de-en --layers 4 --out translator    # makes its tokenizer
 
 Interrupted? Run the same command again: it resumes. The result is a standard checkpoint with its processor or
-tokenizer, training.json (metrics, settings, speed) beside it. Any task of ``ffnkit tasks`` that classifies images or
-models language will do; of others the files of your own, with --train-file.
+tokenizer, training.json (metrics, settings, speed) beside it. Any task of ``ffnkit tasks`` that classifies images,
+models language or writes text for a prompt will do; of others the files of your own, with --train-file.
 """
 
 from __future__ import annotations
@@ -171,7 +173,7 @@ def made_tokenizer(texts: Any, size: int) -> Any:
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **names)
 
 
-def translator(preset: Preset, task: Any, kind: str, read: Any, dropout: float) -> tuple[Any, Any]:
+def translator(preset: Preset, kind: str, read: Any, dropout: float) -> tuple[Any, Any]:
     """An untrained Marian or T5 with ``layers`` on each side."""
     import transformers
 
@@ -216,6 +218,7 @@ def main() -> None:
     from ffnkit import tasks, tune
     from ffnkit.errors import FfnkitError
     from ffnkit.io.files import write_text
+    from ffnkit.tasks.generation.sets import add_special_tokens
 
     name = None if given.train_file else given.task
     try:
@@ -244,7 +247,8 @@ def main() -> None:
         else:
             texts = (text for row in splits.train for text in (row["prompt"], *row["references"]))
             made = task.load_tokenizer(given.tokenizer) if given.tokenizer else made_tokenizer(texts, given.vocabulary)
-            model, reader = translator(preset, task, kind, made, given.dropout)
+            add_special_tokens(made, task.special_tokens)
+            model, reader = translator(preset, kind, made, given.dropout)
         settings = tune.TrainSettings(
             learning_rate=preset.learning_rate,
             schedule=preset.schedule,  # type: ignore[arg-type]
