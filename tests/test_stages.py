@@ -298,6 +298,7 @@ def test_what_does_not_fit_the_model_is_said_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
+NARROW = {"method": "importance", "width": 0.5}
 NEURONS = {"method": "structured", "remove_neurons": 0.5}
 
 
@@ -315,7 +316,12 @@ NEURONS = {"method": "structured", "remove_neurons": 0.5}
         (DSEE, {**HALF, "mode": "WAB", "targets": "ffn"}, ["mode WAB", "targets ffn"]),
         ("full", {**HALF, "adapted_sparsity": 0.9}, ["adapted_sparsity", "tuner full"]),
         ("full", [HALF, {**HEADS, "by": "update"}], ["by update"]),
+        (None, {**HEADS, "by": "update"}, ["the model has no update on query and value"]),
+        (None, {**HALF, "mode": "NAB"}, ["mode NAB", "the model has no update"]),
+        (DSEE, {"method": "combined", "methods": [{**HEADS, "by": "coefficients"}, NARROW]}, ["by coefficients"]),
         # what is there, and what nobody asked for
+        (DSEE, {"method": "combined", "methods": [{**HEADS, "by": "update"}, NARROW]}, []),
+        (None, HALF, []),
         (DSEE, {**HEADS, "by": "update"}, []),
         ({**DSEE, "targets": "all"}, {**NEURONS, "remove_heads": 0.5, "by": "update"}, []),
         ({"name": "combined", "parts": [ENTRIES, DSEE]}, {**NEURONS, "remove_heads": 0.5, "by": "update"}, []),
@@ -328,7 +334,8 @@ NEURONS = {"method": "structured", "remove_neurons": 0.5}
 def test_pruning_by_what_no_tuning_leaves_is_refused_before_anything_runs(
     folder: Path, tuner: Any, prune: Any, words: list[str]
 ) -> None:
-    recipe = staged(folder, arms={"half": {"tuner": tuner, "prune": prune}})
+    compressed = {} if tuner is not None else {"half": {**prune}}  # by a method before all tuning
+    recipe = staged(folder, stages=["compress", *STAGES], arms=compressed or {"half": {"tuner": tuner, "prune": prune}})
     if not words:
         preflight(recipe)
         return

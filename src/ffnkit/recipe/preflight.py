@@ -40,12 +40,13 @@ def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
                 if arm.compressed:
                     method = method_of(arm, recipe.seeds[0])
                     method.chosen(empty)
+                    check_learnt(arm.settings, method, empty)
                     if arm.budget is not None:
                         room(empty, arm.budget, method.layers, arm.multiple)
                 for spec in arm.prune:
                     pruning = methods.build(spec.method, **spec.settings)
                     pruning.chosen(empty)
-                    check_learnt(tuner_of(recipe, name), spec, pruning, empty)
+                    check_learnt(spec.settings, pruning, empty, tuner_of(recipe, name))
             except FfnkitError as error:
                 raise error.within(f"arms.{name}") from None
     _targets(recipe, source)
