@@ -14,8 +14,13 @@ from ffnkit.calibration.batches import kept
 from ffnkit.edits import Edit, SelectHeads
 from ffnkit.edits.heads import check_separable
 from ffnkit.errors import FfnkitError
+<<<<<<< HEAD
+from ffnkit.methods.common import Batch, Layers, activity, generator, largest, need_data
+from ffnkit.methods.drop.learnt import Learnt, of_heads
+=======
 from ffnkit.methods.common import Batch, Layers, generator, largest, need_data
 from ffnkit.methods.drop.head_outputs import refitted_outputs, watch_outputs
+>>>>>>> main
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import bare_weight, features
@@ -91,6 +96,10 @@ class RemoveHeads:
             do = "Name a model with attention of a known layout (ffnkit.attention.ATTENTION_LAYOUTS)"
             raise FfnkitError(f"the heads of {type(model).__name__}", "none of its modules is a known attention", do)
         return self._left(select(found, self.layers))
+
+    def learnt(self, model: nn.Module) -> list[Learnt]:
+        """What the scores are read from that only a tuning leaves."""
+        return of_heads("by", self.by, [attention for attention, _ in self.chosen(model)])
 
     def _left(self, chosen: list[Attention]) -> list[tuple[Attention, int]]:
         if isinstance(self.remove, Mapping):
