@@ -14,13 +14,9 @@ from ffnkit.calibration.batches import kept
 from ffnkit.edits import Edit, SelectHeads
 from ffnkit.edits.heads import check_separable
 from ffnkit.errors import FfnkitError
-<<<<<<< HEAD
-from ffnkit.methods.common import Batch, Layers, activity, generator, largest, need_data
-from ffnkit.methods.drop.learnt import Learnt, of_heads
-=======
 from ffnkit.methods.common import Batch, Layers, generator, largest, need_data
 from ffnkit.methods.drop.head_outputs import refitted_outputs, watch_outputs
->>>>>>> main
+from ffnkit.methods.drop.learnt import Learnt, of_heads
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import bare_weight, features
@@ -149,17 +145,11 @@ class RemoveHeads:
         return Draft(tuple(edits), quantities)
 
 
-def removal(attention: Attention, index: Tensor, *, silent: bool = False) -> SelectHeads:
-    """The edit that keeps these units of an attention; ``silent``: and lets them give zeros."""
+def removal(attention: Attention, index: Tensor) -> SelectHeads:
+    """The edit that keeps these units of an attention."""
     units = attention.units
     gone = (units - len(index)) * attention.unit_parameters
-    index = index.to(torch.int32)
-    return SelectHeads(attention.name, index=index, heads=attention.heads, units=units, parameters=gone, silent=silent)
-
-
-def left_out(attention: Attention) -> SelectHeads:
-    """The edit that leaves an attention out: the fewest heads that its family bears stand in, and give zeros."""
-    return removal(attention, torch.arange(attention.multiple), silent=True)
+    return SelectHeads(attention.name, index=index.to(torch.int32), heads=attention.heads, units=units, parameters=gone)
 
 
 def units_left(remove: int | float, attention: Attention) -> int:
