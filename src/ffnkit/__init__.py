@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ffnkit.analysis.study import analyze
     from ffnkit.budget.allocation import Allocation, allocate
+    from ffnkit.calibration.stored import StatisticsFile
     from ffnkit.checkpoint.adapters import adapter, load_adapter, remove_adapter, save_adapter
     from ffnkit.checkpoint.apart import save_apart
     from ffnkit.checkpoint.export import export
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ffnkit.checkpoint.peft_lora import save_lora
     from ffnkit.checkpoint.save import save
     from ffnkit.errors import FfnkitError
+    from ffnkit.methods.calibrating import calibrate
     from ffnkit.methods.combined import Combined
     from ffnkit.methods.drop.heads import RemoveHeads
     from ffnkit.methods.drop.pruning import Prune
@@ -29,9 +31,11 @@ if TYPE_CHECKING:
     from ffnkit.model.families.ffns import LAYOUTS, Layout
     from ffnkit.model.inspect import inspect
     from ffnkit.plans import Plan
+    from ffnkit.report.costing import cost
     from ffnkit.surgery.apply import apply, fold
     from ffnkit.surgery.planning import plan
     from ffnkit.tune import trainable_parameters
+    from ffnkit.tune.healing.heal import heal
 
 
 __all__ = [
@@ -47,11 +51,15 @@ __all__ = [
     "Prune",
     "RemoveHeads",
     "StructuredPruning",
+    "calibrate",
+    "StatisticsFile",
     "allocate",
     "Allocation",
     "apply",
     "fold",
     "analyze",
+    "cost",
+    "heal",
     "save",
     "save_apart",
     "load",
@@ -81,11 +89,15 @@ _HOMES = {
     "SparseGrad": "methods.update.sparsegrad",
     "DSEE": "methods.update.dsee",
     "save_lora": "checkpoint.peft_lora",
+    "calibrate": "methods.calibrating",
+    "StatisticsFile": "calibration.stored",
     "allocate": "budget.allocation",
     "Allocation": "budget.allocation",
     "apply": "surgery.apply",
     "fold": "surgery.apply",
     "analyze": "analysis.study",
+    "cost": "report.costing",
+    "heal": "tune.healing.heal",
     "save": "checkpoint.save",
     "save_apart": "checkpoint.apart",
     "load": "checkpoint.load",

@@ -70,6 +70,14 @@ def out(text: str) -> None:
     print(text, flush=True)
 
 
+def megabytes(count: int) -> str:
+    """Bytes as MB, or kB or GB where that is more telling."""
+    for size, word in ((1e9, "GB"), (1e6, "MB")):
+        if count >= size:
+            return f"{count / size:.1f} {word}"
+    return f"{count / 1e3:.1f} kB"
+
+
 def print_json(value: Any) -> None:
     """Write ``value`` as JSON on stdout; what JSON lacks (NaN, paths, tuples) is made plain first."""
     out(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False))
@@ -142,15 +150,19 @@ def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
 
 def _lines(title: str) -> Callable[[int, int, str], None]:
     """Progress in lines of a log."""
-    start = told = time.monotonic()
+    start = told = phase = last = time.monotonic()
+    before = 0
 
     def step(done: int, total: int, what: str) -> None:
-        nonlocal told
+        nonlocal told, phase, last, before
         now = time.monotonic()
+        if done < before:  # steps of another kind, on which the earlier ones have no bearing
+            phase = last
+        before, last = done, now
         if now - told < EVERY or not done:
             return
         told = now
-        left = (now - start) * (total - done) / done
+        left = (now - phase) * (total - done) / done
         say(f"{title} {what}: {done} of {total} after {now - start:.0f} s, about {left:.0f} s left")
 
     return step

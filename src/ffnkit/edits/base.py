@@ -164,6 +164,11 @@ class Edit:
         return None
 
     @property
+    def neurons_kept(self) -> Tensor | None:
+        """Numbers of the neurons that stay whole, (width,) or (E, width) with experts; None where others come."""
+        return None
+
+    @property
     def repeats(self) -> bool:
         """Whether a plan may do it twice in one place."""
         return False

@@ -14,7 +14,9 @@ from ffnkit.methods.drop.pruning import Prune
 from ffnkit.methods.drop.structured import StructuredPruning
 from ffnkit.methods.drop.unstructured import Unstructured
 from ffnkit.methods.narrow.calibrated import CalibratedFusion
+from ffnkit.methods.narrow.closed_forms import ModeGpt, Surgeon
 from ffnkit.methods.narrow.clustering import Clustering
+from ffnkit.methods.narrow.flap import Flap
 from ffnkit.methods.narrow.fusion import Fusion
 from ffnkit.methods.narrow.mmd import Mmd
 from ffnkit.methods.narrow.reinit import Reinit
@@ -38,6 +40,9 @@ METHODS: tuple[Any, ...] = (
     Random,
     Magnitude,
     Importance,
+    Flap,
+    ModeGpt,
+    Surgeon,
     Reinit,
     Unstructured,
     Prune,

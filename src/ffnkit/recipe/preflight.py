@@ -11,7 +11,7 @@ from ffnkit import methods
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe.learnt import check_learnt
 from ffnkit.recipe.searching import check_searcher
-from ffnkit.recipe.sources import Source, expand, method_of, neutral_texts, tuner_of
+from ffnkit.recipe.sources import Source, calibration_texts, expand, method_of, neutral_texts, tuner_of
 from ffnkit.recipe.state import distilled, folder_digest
 
 if TYPE_CHECKING:
@@ -49,6 +49,12 @@ def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
                     check_learnt(spec.settings, pruning, empty, tuner_of(recipe, name))
             except FfnkitError as error:
                 raise error.within(f"arms.{name}") from None
+    try:
+        for file in calibration_texts(recipe):
+            if not os.path.isfile(file):
+                raise FfnkitError(f"text {file}", "there is no such file", "Check the path")
+    except FfnkitError as error:
+        raise error.within("calibration") from None
     _targets(recipe, source)
     _ = source.tokenizer
     for split in ("train", "dev", "report"):

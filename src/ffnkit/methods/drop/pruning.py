@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ffnkit.calibration.batches import telling
 from ffnkit.edits import Edit, Mask
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, generator, need_data
@@ -132,7 +133,11 @@ class Prune:
             if each.site:
                 each.module.check_plain(f"pruning {each.name}")
         self._check_updates(found)
-        norms = column_norms(model, need_data(data, self.name), found) if self.needs_data else {}
+        norms = (
+            column_norms(model, telling(need_data(data, self.name, beyond="inputs of linears"), progress), found)
+            if self.needs_data
+            else {}
+        )
         adapted = self.sparsity if self.adapted_sparsity is None else self.adapted_sparsity
         pools: list[tuple[float, Pool]] = [
             (self.sparsity, [(i, each) for i, each in enumerate(found) if not each.adapted]),

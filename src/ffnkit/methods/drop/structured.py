@@ -172,7 +172,9 @@ class StructuredPruning:
         if self.needs_data:
             heads = [t for t in targets if isinstance(t, Attention) and self.by == "activation"]
             ffns = [t for t in targets if isinstance(t, FFN) and self._by == "activation"]
-            rms = head_activity(model, need_data(data, self.name), heads, ffns)
+            rms = head_activity(
+                model, need_data(data, self.name, beyond="attention" if heads else None), heads, ffns, progress
+            )
         found = []
         for number, target in enumerate(targets):
             draw = generator(self.seed, number)

@@ -139,7 +139,9 @@ class Merging:
         candidates = self.chosen(model)
         held = None
         if self.needs_data:
-            held = self._features(model, candidates, need_data(data, self.name))
+            held = self._features(
+                model, candidates, need_data(data, self.name, beyond="features of layers, token by token")
+            )
         if self.groups == "similar":
             assert held is not None
             candidates = [self._similar(model, held)]

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import kept
+from ffnkit.calibration.batches import kept, telling
 from ffnkit.calibration.gradients import Receive, weight_gradients
 from ffnkit.edits import Edit, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
@@ -79,7 +79,7 @@ class SparseGrad(SparseGradSettings):
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         started = time.perf_counter()
         linears = self.chosen(model)
-        batches = kept(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
+        batches = kept(islice(need_data(data, self.name, beyond="gradients"), self.batches)) if self.needs_data else []
         work = _Work(self, model, linears, progress)
         if self.basis != "none":
             work.find_bases(batches)
@@ -125,7 +125,7 @@ class _Work:
                 grams[group] = Grams(*shapes[group], zeros=_zeros(gradient.device, large))
             grams[group].add(gradient)
 
-        weight_gradients(self.model, self._told(batches, "gradients"), self.linears, receive)
+        weight_gradients(self.model, telling(batches, self.progress, "gradients"), self.linears, receive)
         counts = {self.group[name]: self._count(name) for name in self.linears}
         for group in list(grams):
             left, right = grams.pop(group).bases(REACH if self.method.core < 1 else 1.0, counts[group])
@@ -150,10 +150,10 @@ class _Work:
             return receive
 
         first = batches[: len(batches) - judges]
-        weight_gradients(self.model, self._told(first, "energies"), self.linears, into(self.energies))
+        weight_gradients(self.model, telling(first, self.progress, "energies"), self.linears, into(self.energies))
         if judges:
             last = batches[len(first) :]
-            weight_gradients(self.model, self._told(last, "energies"), self.linears, into(self.fresh))
+            weight_gradients(self.model, telling(last, self.progress, "energies"), self.linears, into(self.fresh))
         for name in self.linears.keys() - self.energies.keys():  # no batch reached it: all of its entries are alike
             zeros = _zeros(own_weight(self.linears[name]).device, large)
             self.energies[name] = zeros(self._size(name), dtype=torch.float32)
@@ -264,12 +264,6 @@ class _Work:
         else:
             found = {name: largest(name) for name in self.linears}
         return {name: places.sort().values.to("cpu", torch.int32) for name, places in found.items()}
-
-    def _told(self, batches: list[Batch], what: str) -> Iterable[Batch]:
-        for number, batch in enumerate(batches):
-            yield batch
-            if self.progress is not None:
-                self.progress(number + 1, len(batches), what)
 
 
 def _zeros(device: torch.device, large: bool) -> Zeros:
