@@ -145,11 +145,17 @@ class RemoveHeads:
         return Draft(tuple(edits), quantities)
 
 
-def removal(attention: Attention, index: Tensor) -> SelectHeads:
-    """The edit that keeps these units of an attention."""
+def removal(attention: Attention, index: Tensor, *, silent: bool = False) -> SelectHeads:
+    """The edit that keeps these units of an attention; ``silent``: and lets them give zeros."""
     units = attention.units
     gone = (units - len(index)) * attention.unit_parameters
-    return SelectHeads(attention.name, index=index.to(torch.int32), heads=attention.heads, units=units, parameters=gone)
+    index = index.to(torch.int32)
+    return SelectHeads(attention.name, index=index, heads=attention.heads, units=units, parameters=gone, silent=silent)
+
+
+def left_out(attention: Attention) -> SelectHeads:
+    """The edit that leaves an attention out: the fewest heads that its family bears stand in, and give zeros."""
+    return removal(attention, torch.arange(attention.multiple), silent=True)
 
 
 def units_left(remove: int | float, attention: Attention) -> int:
