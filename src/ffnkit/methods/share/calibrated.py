@@ -39,7 +39,8 @@ class CalibratedMerging(Sharing):
     apart: choices are put in place for a moment and measured (``Drift``), the most harmless is taken, and so on.
 
     Source: ours. The choice is simultaneous orthogonal matching pursuit (Tropp et al. 2006); sharing: FFN merging
-        (arXiv 2501.06126); a difference of low rank beside shared layers: Relaxed Recursive Transformers (arXiv 2410.20672);
+        (arXiv 2501.06126); a difference of low rank beside shared layers: Relaxed Recursive Transformers (arXiv
+        2410.20672);
         least squares behind a choice: GRAIL (arXiv 2602.23795).
     """
 
