@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ffnkit.methods.drop.structured import StructuredPruning
     from ffnkit.methods.narrow.calibrated import CalibratedFusion
     from ffnkit.methods.narrow.fusion import Fusion
+    from ffnkit.methods.share.calibrated import CalibratedMerging
     from ffnkit.methods.share.merging import Merging
     from ffnkit.methods.update.dsee import DSEE
     from ffnkit.methods.update.sparsegrad import SparseGrad
@@ -45,6 +46,7 @@ __all__ = [
     "Fusion",
     "CalibratedFusion",
     "Merging",
+    "CalibratedMerging",
     "Combined",
     "SparseGrad",
     "DSEE",
@@ -82,6 +84,7 @@ _HOMES = {
     "Fusion": "methods.narrow.fusion",
     "CalibratedFusion": "methods.narrow.calibrated",
     "Merging": "methods.share.merging",
+    "CalibratedMerging": "methods.share.calibrated",
     "Combined": "methods.combined",
     "Prune": "methods.drop.pruning",
     "RemoveHeads": "methods.drop.heads",
