@@ -227,11 +227,11 @@ class _Work:
         parts: list[Tensor] = []
         if self.method.features in ("weights", "both"):
             parts.append(likeness(lifted(anchor.raw()), lifted(member.raw())))
-        for kind in self.method.compared if self.held is not None else ():
+        held = self.held
+        for kind in self.method.compared if held is not None else ():
+            assert held is not None
             if kind != "gate" or anchor.gated:
-                mine, other = (
-                    (self.held.get(ffn.name, kind), self._spread(ffn.name, kind)) for ffn in (anchor, member)
-                )
+                mine, other = ((held.get(ffn.name, kind), self._spread(ffn.name, kind)) for ffn in (anchor, member))
                 parts.append(correlation(mine[0], other[0], mine[1], other[1]))
         if not parts:
             return same, float("nan")
