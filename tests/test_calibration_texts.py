@@ -161,6 +161,4 @@ def test_command_line(bert: Path, tmp_path: Path) -> None:
     assert "shares sum to 1.4" in bad(*words, "--text", f"{tmp_path}/a.txt=0.7", "--text", f"{tmp_path}/b.txt=0.7")
     assert "no such file" in bad(*words, "--text", f"{tmp_path}/b.txt")
     assert "no --text to read it from" in bad(*words, *method, "--text-column", "body")
-    assert "uses no data" in bad(
-        "compress", bert, "--set", "width=0.5", "--method", "magnitude", "--decide", "--dry-run"
-    )
+    assert "uses no data" in bad(*words[:4], "--method", "magnitude", "--decide", "--dry-run")

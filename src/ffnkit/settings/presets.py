@@ -69,7 +69,7 @@ def unlike(cls: Any, given: Mapping[str, Any], name: str = "paper") -> str | Non
 def with_presets(cls: type[T]) -> type[T]:
     """Class decorator of a dataclass: what its preset says stands for what is not given. Below ``renamed``."""
     init = cls.__init__
-    names = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+    names = [each.name for each in dataclasses.fields(cls) if each.init and not each.kw_only]  # type: ignore[arg-type]
 
     @wraps(init)
     def with_values(self: Any, *args: Any, **given: Any) -> None:
