@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-
 @dataclass
 class State:
     """The global options of the running command."""
