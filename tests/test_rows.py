@@ -256,7 +256,7 @@ def test_what_scores_a_search_calibrates_nothing(
 
     monkeypatch.setattr("ffnkit.tune.scoring.with_score", note("scored"))
     monkeypatch.setattr("ffnkit.tune.calibration.calibration_batches", note("calibrated"))
-    calibration = Calibration("sst2", data_dir, None, None, 10, None, seed)
+    calibration = Calibration("sst2", data_dir, tokens=10, seed=seed)
     inner = methods.build("merging", window=2, score="accuracy")
     calibration.scored(methods.Combined([inner, methods.build("magnitude", width=0.5)]), str(bert))
     calibration.batches(None, str(bert))

@@ -16,6 +16,7 @@ from ffnkit.analysis.reference import Other, Reference, temporary_plan
 from ffnkit.analysis.result import Analysis, Row
 from ffnkit.analysis.scalar import singles
 from ffnkit.calibration.batches import Batch, kept, prepared
+from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import newly_initialized
 from ffnkit.model.ffn import FFN
@@ -59,7 +60,7 @@ def analyze(
     methods: Mapping[str, Given] | Iterable[Given] | Given = (),
     *,
     data: Iterable[Batch],
-    calibration: Iterable[Batch] | None = None,
+    calibration: Iterable[Batch] | StatisticsFile | None = None,
     against: nn.Module | Mapping[str, nn.Module] | None = None,
     errors: bool = True,
     ntk: bool | NtkSettings = True,
@@ -74,7 +75,8 @@ def analyze(
         model: the uncompressed model, with a head where kernels are wanted.
         methods: methods, plans or :class:`Candidate` s; named by a mapping's keys, else by the methods.
         data: batches for ``model(**batch)`` on which everything is measured; they are held.
-        calibration: batches for methods that measure activations; they should be other texts than ``data``.
+        calibration: batches for methods that measure activations, or statistics of a pass; they should be of other
+            texts than ``data``.
         against: compressed models, tuned or not, of the same class; a lone one is called "against".
         errors: measure FFN outputs and hidden states on all of ``data``.
         ntk: measure kernels on the first examples of ``data``; settings in place of True change how.
@@ -93,7 +95,9 @@ def analyze(
         _check_calibration(candidate.what, calibration)
     held = kept(data, "data")
     study = _Study(model, held, errors, NtkSettings() if ntk is True else ntk or None, progress)
-    calibrated = kept(calibration, "calibration") if calibration is not None else None
+    calibrated: Any = calibration
+    if calibration is not None and not isinstance(calibration, StatisticsFile):
+        calibrated = kept(calibration, "calibration")
     last: tuple[Any, Plan] | None = None  # the same method folded and not is planned once
     for name, candidate in candidates.items():
         if last is None or last[0] != candidate.what:
@@ -229,8 +233,8 @@ def _check_calibration(what: Method | Plan, calibration: Any) -> None:
         raise FfnkitError(f"analyze with {name}", "it measures activations, and no calibration is given", do)
 
 
-def _planned(model: nn.Module, what: Method | Plan, calibration: list[Batch] | None, progress: Progress | None) -> Plan:
+def _planned(model: nn.Module, what: Method | Plan, calibration: Any, progress: Progress | None) -> Plan:
     if isinstance(what, Plan):
         return what
     needed = bool(getattr(what, "needs_data", False))
-    return plan(model, what, data=calibration if needed else None, progress=progress)  # type: ignore[arg-type]
+    return plan(model, what, data=calibration if needed else None, progress=progress)

@@ -11,6 +11,7 @@ from torch import nn
 from ffnkit.budget.costs import costs_of
 from ffnkit.budget.sizes import Room, room
 from ffnkit.calibration.batches import Batch
+from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.errors import FfnkitError
 from ffnkit.ops.knapsack import cheapest
 from ffnkit.plans import Progress
@@ -77,7 +78,7 @@ def allocate(
     budget: float | int,
     *,
     layers: str = "all",
-    data: Iterable[Batch] | None = None,
+    data: Iterable[Batch] | StatisticsFile | None = None,
     multiple: int | None = None,
     uniform: bool = False,
     progress: Progress | None = None,
@@ -91,8 +92,8 @@ def allocate(
         budget: a share of the parameters of the FFNs' neurons (float, 0 to 1), or the number of parameters that
             these FFNs may have, output biases included (int). Experts count each, FFNs that share weights once.
         layers: which layers, e.g. "all", "last:8"; the others neither change nor count.
-        data: batches for ``model(**batch)``: each cost is then how far the model's end moves on them. Without data it
-            is the share of the FFN's weights, by neuron, that goes.
+        data: batches for ``model(**batch)``, or statistics of a pass over them: each cost is then how far the model's
+            end moves on them. Without data it is the share of the FFN's weights, by neuron, that goes.
         multiple: widths are multiples of it, the whole width aside; 64 for FFNs of 1024 neurons or more, else 8.
         uniform: the same share for all, the largest within the budget: a standard checkpoint then needs no padding.
             Costs are not estimated.

@@ -13,6 +13,7 @@ from ffnkit.budget.sizes import Room
 from ffnkit.calibration.batches import Batch
 from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.calibration.statistics import Statistics
+from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.methods.common import lifted, norms, singles
 from ffnkit.methods.narrow.calibrated import Part, observing
 from ffnkit.model.ffn import FFN
@@ -54,7 +55,7 @@ def from_data(room: Room, blockwise: Blockwise, progress: Progress | None = None
     costs: dict[str, Tensor] = {}
     for group in blockwise.groups:
         seen = observing(group, 0)
-        blockwise.watch(group, seen.update)
+        blockwise.see(group, seen)
         lost: dict[str, Tensor] = {}
         changed: list[tuple[FFN, Neurons]] = []
         starts = {ffn.name: max(1, round(room.share * ffn.width)) for ffn in group}
@@ -114,7 +115,9 @@ def _narrowed(old: Neurons, part: Part, width: int) -> tuple[Curve, Neurons]:
     return curve, narrow
 
 
-def costs_of(room: Room, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> list[Tensor]:
+def costs_of(
+    room: Room, model: nn.Module, data: Iterable[Batch] | StatisticsFile | None, progress: Progress | None
+) -> list[Tensor]:
     """The costs (ff + 1,) of every FFN: from data where there are any, else from the weights.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,24 @@ def check_batches(batches: Iterable[Batch], asked: str = ASKED) -> None:
 def kept(batches: Iterable[Batch], asked: str = ASKED) -> list[Batch]:
     """The same as a list, for several passes over what may be a generator."""
     return list(checked(batches, asked))
+
+
+def telling(
+    batches: Iterable[Batch], progress: Callable[[int, int, str], None] | None, what: str = "data"
+) -> Iterator[Batch]:
+    """The batches, with progress once the work on each is done; their number is not known of a generator."""
+    for number, batch in enumerate(batches, 1):
+        yield batch
+        if progress is not None:
+            progress(number, len(batches) if isinstance(batches, Sized) else number, what)
+
+
+def few_rows(batch: Batch, rows: int = 2) -> Batch:
+    """The first rows of a batch, where all of its tensors have the same number of rows; else the batch."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
+    if len({len(value) for value in tensors.values()}) != 1:
+        return batch
+    return {**batch, **{name: value[:rows] for name, value in tensors.items()}}
 
 
 def _fault(batch: Any) -> tuple[str, str] | None:

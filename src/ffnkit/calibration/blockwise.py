@@ -5,7 +5,7 @@ return the output that the last of them gave for this batch. Embeddings, masks a
 the model itself, so no family needs code here. Where a family does not bear that, blocks run again: those of a stack
 of which others take more than the last output (LLaVA's language model takes what the last vision layer but one gave),
 or whose own later blocks do (keys of earlier layers, sums over layers), and where shapes change between stages. The
-first batch is walked through beforehand to tell, at every block.
+first rows are walked through beforehand to tell, at every block.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import Batch, evaluating, forward, kept, prepared
+from ffnkit.calibration.batches import Batch, evaluating, few_rows, forward, kept, prepared
 from ffnkit.calibration.hooks import Receive, hooked
 from ffnkit.calibration.padding import TokenMasks
+from ffnkit.calibration.statistics import Statistics
+from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import run_uneven_experts
 from ffnkit.model.ffn import FFN
@@ -40,21 +42,27 @@ class Blockwise:
     Memory beyond the model: the batches, and one block's outputs for them.
 
     Args:
-        batches: keyword arguments of the model; labels may be among them.
+        batches: keyword arguments of the model; labels may be among them. Or statistics of a pass over them: then
+            :meth:`see` reads these, and the first batches, which lie beside them, are what the model runs on.
         found: the FFNs of interest, in any order.
 
     Attributes:
         groups: the FFNs by block, in the order in which the blocks run.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Batch], found: list[FFN]) -> None:
+    def __init__(self, model: nn.Module, batches: Iterable[Batch] | StatisticsFile, found: list[FFN]) -> None:
         self.model, self.found = model, found
+        self.stored = batches if isinstance(batches, StatisticsFile) else None
+        if isinstance(batches, StatisticsFile):
+            batches.check(model)
+            batches = batches.probe
         self.batches = [prepared(model, batch) for batch in kept(batches)]
         self.masks = TokenMasks.of_ffns(model, found)
         self.modules = dict(model.named_modules(remove_duplicate=False))
         by_block: dict[str, list[FFN]] = {}
         for ffn in found:
             by_block.setdefault(block_name(ffn.name), []).append(ffn)
+        whole, self.batches = self.batches, [dict(few_rows(self.batches[0]))]
         self.calls = self._order(list(by_block))
         silent = next((name for name in by_block if not self.calls.get(name)), None)
         if silent is not None:
@@ -69,6 +77,7 @@ class Blockwise:
         self._passed: str | None = None  # the block whose outputs are there since it was watched
         self._lent = ExitStack()
         self._walk()
+        self.batches = whole
 
     def __enter__(self) -> Blockwise:
         return self
@@ -99,6 +108,13 @@ class Blockwise:
                 if keep:
                     self._room(name)[number] = output
         self._passed = name if keep else None
+
+    def see(self, group: list[FFN], seen: Statistics[Any], *, last: bool = False) -> None:
+        """Let ``seen`` see every call of the FFNs of one block, over all batches; ``last`` as of :meth:`watch`."""
+        if self.stored is not None:
+            self.stored.fill(group, seen)
+        else:
+            self.watch(group, seen.update, last=last)
 
     def advance(self, group: list[FFN]) -> None:
         """Keep what this block, as it is now, gives for every batch; blocks that come later start from there."""
@@ -131,7 +147,7 @@ class Blockwise:
     # --- whether skipping is seen
 
     def _walk(self) -> None:
-        """Walk through the first batch, and note the lists whose blocks cannot be skipped.
+        """Walk through the first rows, and note the lists whose blocks cannot be skipped.
 
         Every block, and the end, is to get what it gets where all blocks run. Costs two passes of that batch, one
         block at a time, and a few numbers a token of each block.

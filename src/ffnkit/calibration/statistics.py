@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,8 @@ class _Sums:
 
 class NeuronSquares(_Sums):
     """Weighted sums of squares of each hidden neuron, (ff,), and of the weights, float64."""
+
+    stored: ClassVar[str] = "neurons"
 
     def update(self, acts: Activations) -> None:
         squares = acts.hidden.float().square()
@@ -162,11 +164,12 @@ class HeldInputs:
 
     Attributes:
         inputs: (n, d) each. weights: (n,) each, where tokens do not count alike. held: tokens in them.
+        offered: tokens that there were.
         probe: a few inputs and hidden activations, which tell the activation function.
     """
 
     def __init__(self, most: int) -> None:
-        self.most, self.held = most, 0
+        self.most, self.held, self.offered = most, 0, 0
         self.inputs: list[Tensor] = []
         self.weights: list[Tensor] = []
         self.probe: tuple[Tensor, ...] = ()
@@ -175,6 +178,7 @@ class HeldInputs:
         rows = acts.counted()
         if not self.probe:
             self.probe = tuple(value[:PROBE].float().clone() for value in (rows.input, rows.hidden))
+        self.offered += len(rows.input)
         self._take(rows.input, rows.weights)
 
     def _take(self, inputs: Tensor, weights: Tensor | None) -> None:
@@ -189,18 +193,26 @@ class HeldInputs:
         self.probe = self.probe or other.probe
         for number, inputs in enumerate(other.inputs):
             self._take(inputs, other.weights[number] if other.weights else None)
+        self.offered += other.offered
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {f"probe.{number}": value for number, value in enumerate(self.probe)}
+        if self.offered:
+            state["offered"] = torch.tensor(self.offered)
         if self.inputs:
             state["inputs"] = torch.cat(self.inputs)
         return state | ({"weights": torch.cat(self.weights)} if self.weights else {})
 
     def load(self, state: dict[str, Tensor]) -> None:
+        """Raises FfnkitError where fewer were held than this one would have held of the same tokens."""
         self.probe = tuple(state[name] for name in ("probe.0", "probe.1") if name in state)
-        self.inputs = [state["inputs"]] if "inputs" in state else []
-        self.weights = [state["weights"]] if "weights" in state else []
-        self.held = sum(map(len, self.inputs))
+        self.inputs, self.weights, self.held = [], [], 0
+        self.offered = int(state["offered"]) if "offered" in state else 0
+        if "inputs" in state:
+            self._take(state["inputs"], state.get("weights"))
+        if self.held < min(self.most, self.offered):
+            found = f"{self.held:,} of {self.offered:,} tokens were kept, and {self.most:,} are asked for"
+            raise FfnkitError("inputs for the regression", found, "Keep more when calibrating, or set tokens lower")
 
 
 class Rows:
@@ -286,6 +298,19 @@ class Statistics(Generic[A]):
             self.parts[key] = self._make(ffn.name)
         self.parts[key].update(acts)
 
+    def kind(self, name: str) -> str:
+        """What the accumulators of an FFN are called in files. Raises FfnkitError where they are none that are kept."""
+        kind = getattr(self._make(name), "stored", None)
+        if kind is None:
+            do = "Give the data themselves: batches, or --text or --task"
+            raise FfnkitError("statistics in a file", "they do not hold what is measured here", do)
+        return str(kind)
+
+    def put(self, name: str, expert: int, state: dict[str, Tensor]) -> None:
+        """Let an accumulator have seen what another one had."""
+        self.parts[name, expert] = self._make(name)
+        self.parts[name, expert].load(state)
+
     def get(self, name: str, expert: int = 0) -> A | None:
         """The accumulator; None where no token came."""
         return self.parts.get((name, expert))
@@ -342,8 +367,7 @@ class Statistics(Generic[A]):
             name, expert, rest = key.split(":")
             states.setdefault((name, int(expert)), {})[rest] = value
         for (name, expert), state in states.items():
-            statistics.parts[name, expert] = make(name)
-            statistics.parts[name, expert].load(state)
+            statistics.put(name, expert, state)
         return statistics
 
 

@@ -64,7 +64,11 @@ def chosen_methods(
 
 @dataclass(frozen=True)
 class Texts:
-    """What methods calibrate on and what is measured on: two parts of one source, with no text in common."""
+    """What methods calibrate on and what is measured on: two parts of one source, with no text in common.
+
+    Attributes:
+        mix: beside a text, the share of the calibration that is ffnkit's text of many kinds; None for the usual one.
+    """
 
     task: str | None
     data_dir: Path | None
@@ -74,6 +78,7 @@ class Texts:
     max_length: int
     tokenizer: str | None
     seed: int
+    mix: float | None = None
 
     def __post_init__(self) -> None:
         if self.text is not None and not self.text.is_file():
@@ -102,6 +107,7 @@ class Texts:
         """Batches to calibrate on, and batches to measure on."""
         from ffnkit import tasks
         from ffnkit.tune import CalibrationSettings, calibration_batches, drawn_batches, text_examples
+        from ffnkit.tune.calibration import mixed_batches
 
         few = CalibrationSettings(tokens=self.tokens, max_length=self.max_length)
         every = CalibrationSettings(tokens=EVERYTHING, max_length=self.max_length)
@@ -115,13 +121,13 @@ class Texts:
             return first, second
         from ffnkit.tasks.language_modelling.sets import read_texts
 
-        parts = []
-        for settings, texts in zip((few, every), halves(read_texts(Path(str(self.text)), "text")), strict=True):
-            examples, collate = text_examples(texts, tokenizer, model, self.max_length)
-            if settings is every:
-                examples = [examples[i] for i in range(min(len(examples), self.rows))]
-            parts.append(drawn_batches(examples, collate, settings, seed=self.seed))
-        return parts[0], parts[1]
+        fitted, measured = halves(read_texts(Path(str(self.text)), "text"))
+        if self.mix is not None:
+            few = few.model_copy(update={"mix": self.mix})
+        calibration = mixed_batches(model, tokenizer, [(fitted, 1.0)], few, seed=self.seed)
+        examples, collate = text_examples(measured, tokenizer, model, self.max_length)
+        examples = [examples[i] for i in range(min(len(examples), self.rows))]
+        return calibration, drawn_batches(examples, collate, every, seed=self.seed)
 
 
 def halves(texts: list[str]) -> tuple[list[str], list[str]]:

@@ -9,10 +9,11 @@ import typer
 
 from ffnkit.cli import console, options
 from ffnkit.cli.application import app
-from ffnkit.cli.data_options import DATA, DataDir, TaskName, Tokenizer
+from ffnkit.cli.data_options import DATA, DataDir, Mix, TaskName, Tokenizer
 from ffnkit.cli.outputs import check_output
 from ffnkit.errors import FfnkitError
 from ffnkit.io import quickstart
+from ffnkit.settings.calibration import TOKENS
 
 NTK = "The kernel (NTK)"
 ENERGY = "Gradients (--energy)"
@@ -43,14 +44,15 @@ def analyze(
     data_dir: DataDir = None,
     text: Annotated[
         Path | None,
-        typer.Option("--text", help="Text: its first half calibrates, its second measures.", rich_help_panel=DATA),
+        typer.Option("--text", help="Its first half calibrates (see --mix), the other measures.", rich_help_panel=DATA),
     ] = None,
+    mix: Mix = None,
     rows: Annotated[
         int, typer.Option("--rows", min=1, help="Most rows that are measured on.", rich_help_panel=DATA)
     ] = 512,
     tokens: Annotated[
         int, typer.Option("--calibration-tokens", min=1, help="For methods that use data.", rich_help_panel=DATA)
-    ] = 6400,
+    ] = TOKENS,
     max_length: Annotated[
         int, typer.Option("--max-length", min=2, help="Longer texts are cut, in tokens.", rich_help_panel=DATA)
     ] = 128,
@@ -152,7 +154,10 @@ def analyze(
         raise FfnkitError("ffnkit analyze", found, "Name the one thing that is measured on")
     if not errors and ntk is False:
         raise FfnkitError("ffnkit analyze", "--no-errors and --no-ntk leave nothing to do", "Leave out one of them")
-    texts = (task, data_dir, text, rows, tokens, max_length, tokenizer, seed)
+    if mix is not None and (text is None or similarity or energy):
+        found = "nothing is calibrated on a text here"
+        raise FfnkitError(f"--mix {mix:g}", found, "Leave it out, or give --methods and --text")
+    texts = (task, data_dir, text, rows, tokens, max_length, tokenizer, seed, 0.0 if similarity else mix)
     if similarity:
         from ffnkit.cli.similarity_job import compare
 

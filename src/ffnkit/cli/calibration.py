@@ -1,4 +1,4 @@
-"""The calibration data of ``ffnkit compress``."""
+"""The calibration data of ``ffnkit compress`` and ``calibrate``."""
 
 from __future__ import annotations
 
@@ -8,88 +8,150 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.cli.budgets import Budget
+from ffnkit.cli.data_options import CalibrationData
 from ffnkit.errors import FfnkitError
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """The data of a method that measures activations: a task's training rows, or a file of text and text of many kinds.
+class Calibration(CalibrationData):
+    """The data of a method that measures activations: a task's training rows, or texts and text of many kinds.
 
     Attributes:
-        mix: the share of the tokens that is ffnkit's text of many kinds, beside ``text``; None for the usual one. Where
-            neither task nor text is given, all of them are.
+        text: files, each with its share or not. mix: the share of the tokens that is ffnkit's text of many kinds,
+            beside these; None for the usual one. Where neither task nor text is given, all of them are.
+        seed: of the draw. statistics: a file of a pass over data, in the place of data.
     """
 
-    task: str | None
-    data_dir: Path | None
-    text: Path | None
-    mix: float | None
-    tokens: int
-    tokenizer: str | None
-    seed: int
+    seed: int = 0
+    statistics: Path | None = None
 
     @property
     def given(self) -> bool:
         """Whether data are named."""
-        return self.task is not None or self.text is not None
+        return self.task is not None or bool(self.text) or self.statistics is not None
+
+    @property
+    def named(self) -> str:
+        """The option that names the data."""
+        return "--statistics" if self.statistics is not None else "--task" if self.task is not None else "--text"
 
     def check(self, method: Any | None, budget: Budget | None = None) -> None:
         """Raises FfnkitError where data are missing, given twice, or of no use to the method."""
-        if self.task is not None and self.text is not None:
-            raise FfnkitError(f"--text {self.text}", f"--task {self.task} is given too", "Give one of the two")
-        if self.mix is not None and self.text is None:
-            raise FfnkitError(
-                f"--mix {self.mix:g}", "there is no --text to mix with", "Add --text FILE, or leave it out"
-            )
+        self.check_data()
         needed, used = getattr(method, "needs_data", False), budget is not None and budget.measures
         if self.given and not needed and not used and not _scored(method):
             name = getattr(method, "name", "the saved plan")
-            raise FfnkitError(f"--{'task' if self.task else 'text'}", f"{name} uses no data", "Leave it out")
-        if self.text is not None and not self.text.is_file():
-            raise FfnkitError(f"--text {self.text}", "there is no such file", "Name a text file")
+            raise FfnkitError(self.named, f"{name} uses no data", "Leave it out")
+
+    def check_data(self) -> None:
+        """Raises FfnkitError where options contradict each other, or name what is not there."""
+        text = (self.text or [""])[0]
+        beside = {"--task": self.task, "--text": text, "--mix": self.mix, "--text-column": self.text_column}
+        if self.statistics is not None:
+            if other := next((name for name, value in beside.items() if value not in (None, "")), None):
+                found = f"{other} is given too, and the statistics are of the data that they were made from"
+                raise FfnkitError(f"--statistics {self.statistics}", found, "Give one of the two")
+            if not self.statistics.is_file():
+                do = "Make it with ffnkit calibrate MODEL --text FILE --out FILE"
+                raise FfnkitError(f"--statistics {self.statistics}", "there is no such file", do)
+        if self.task is not None and text:
+            raise FfnkitError(f"--text {text}", f"--task {self.task} is given too", "Give one of the two")
+        for option, value in (("--mix", self.mix), ("--text-column", self.text_column)):
+            if value is not None and not text:
+                word = f"{value:g}" if isinstance(value, float) else value
+                do = "Add --text FILE, or leave it out"
+                raise FfnkitError(f"{option} {word}", f"there is no --text to {HOW[option]}", do)
+        for file in self.texts:
+            if not Path(file).expanduser().is_file():
+                raise FfnkitError(f"--text {file}", "there is no such file", "Name a text file")
         if self.task is not None:
             from ffnkit import tasks
 
             tasks.get(self.task)
 
+    @cached_property
+    def texts(self) -> dict[str, float]:
+        """The files and their shares of the tokens beside the text of many kinds."""
+        if not self.text:
+            return {}
+        from ffnkit.tune.calibration_text import shares
+
+        return dict(shares(self.text))
+
     def check_model(self, model: Any, method: Any) -> None:
         """Raises FfnkitError where a method needs data, none are named, and the model does not read text."""
-        if getattr(method, "needs_data", False) and not self.given and model.main_input_name != "input_ids":
-            found = f"it measures activations, no data are given, and {type(model).__name__} does not read text"
-            raise FfnkitError(f"--method {method.name}", found, "Add --task NAME")
+        if getattr(method, "needs_data", False) and not self.given:
+            self.check_reads(model, f"--method {method.name}: it measures activations")
+
+    def check_reads(self, model: Any, asked: str) -> None:
+        """Raises FfnkitError where no task is named and the model does not read text."""
+        if self.task is None and model.main_input_name != "input_ids":
+            asked, _, what = asked.partition(": ")
+            found = f"{what}, no data are given, and {type(model).__name__} does not read text"
+            raise FfnkitError(asked, found, "Add --task NAME")
 
     def scored(self, method: Any, source: str) -> Any:
         """The method with its ``score``, where it names a metric of the task, on rows held out of train."""
         if not _scored(method):
             return method
-        from ffnkit import tasks
         from ffnkit.tune import with_score
 
-        task = tasks.get(self.task) if self.task is not None else None
-        tokenizer = task.load_tokenizer(self.tokenizer or source) if task is not None else None
-        return with_score(method, task, tokenizer, self._splits.dev if task is not None else None)
-
-    def batches(self, model: Any, source: str) -> list[dict[str, Any]]:
-        """Padded batches for the model."""
-        from ffnkit import tasks
-        from ffnkit.tune import CalibrationSettings, calibration_batches
-
-        given = {"tokens": self.tokens, "text": str(self.text) if self.text else None, "mix": self.mix}
-        settings = CalibrationSettings.model_validate({k: v for k, v in given.items() if v is not None})
-        if self.task is None:
-            from ffnkit.tasks.models import load_tokenizer
-
-            return calibration_batches(model, load_tokenizer(self.tokenizer or source), settings, seed=self.seed)
-        task = tasks.get(self.task)
-        tokenizer = task.load_tokenizer(self.tokenizer or source)
-        return calibration_batches(model, tokenizer, settings, task=task, rows=self._splits.train, seed=self.seed)
+        if self.chosen is None:
+            return with_score(method, None, None, None)
+        return with_score(method, self.chosen, self.tokenizer_of(source), self.splits.dev)
 
     @cached_property
-    def _splits(self) -> Any:
-        """The task's rows, split once: what scores a search is out of what calibrates, whatever the seed."""
+    def chosen(self) -> Any:
+        """The task; None where none is named."""
         from ffnkit import tasks
 
-        return tasks.get(str(self.task)).splits(self.data_dir, seed=self.seed)
+        return tasks.get(self.task) if self.task is not None else None
+
+    def tokenizer_of(self, source: str) -> Any:
+        """The tokenizer of the task, or of text. Raises FfnkitError where there is none."""
+        from ffnkit.tasks.models import load_tokenizer
+
+        return (self.chosen.load_tokenizer if self.chosen else load_tokenizer)(self.tokenizer or source)
+
+    @property
+    def settings(self) -> Any:
+        """The same as settings of Python and recipes."""
+        from ffnkit.tune import CalibrationSettings
+
+        given = {"tokens": self.tokens, "text": self.texts, "mix": self.mix, "text_column": self.text_column}
+        return CalibrationSettings.model_validate(
+            {key: value for key, value in given.items() if value not in (None, {})}
+        )
+
+    def batches(self, model: Any, source: str, seed: int | None = None) -> Any:
+        """Padded batches for the model, drawn with ``seed`` or its own; or the statistics in their place."""
+        from ffnkit.tune import calibration_batches
+
+        if self.statistics is not None:
+            from ffnkit.calibration.stored import StatisticsFile
+
+            return StatisticsFile.load(self.statistics, model)
+        return self._drawn(calibration_batches, model, source, seed)
+
+    def deciding(self, model: Any, source: str) -> tuple[list[Any], list[Any]]:
+        """Batches to fit to, and batches of other text to decide on."""
+        from ffnkit.tune import deciding_batches
+
+        found: tuple[list[Any], list[Any]] = self._drawn(deciding_batches, model, source, None)
+        return found
+
+    def _drawn(self, draw: Any, model: Any, source: str, seed: int | None) -> Any:
+        seed = self.seed if seed is None else seed
+        rows = self.splits.train if self.chosen else None
+        return draw(model, self.tokenizer_of(source), self.settings, task=self.chosen, rows=rows, seed=seed)
+
+    @cached_property
+    def splits(self) -> Any:
+        """The task's rows, split once: what scores a search is out of what calibrates, whatever the seed."""
+        return self.chosen.splits(self.data_dir, seed=self.seed)
+
+
+HOW = {"--mix": "mix with", "--text-column": "read it from"}
 
 
 def _scored(method: Any) -> bool:

@@ -10,10 +10,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ffnkit.cli import console, describe, options, targets
+from ffnkit.cli.after import After, show_cost
 from ffnkit.cli.application import app
 from ffnkit.cli.budgets import Budget
 from ffnkit.cli.calibration import Calibration
-from ffnkit.cli.data_options import DATA, DataDir, TaskName, Tokenizer
+from ffnkit.cli.data_options import DATA, CalibrationData
+from ffnkit.cli.deciding import Deciding, spread_lines
+from ffnkit.cli.expecting import expecting
 from ffnkit.cli.history import History
 from ffnkit.cli.outputs import check_output
 from ffnkit.errors import FfnkitError
@@ -46,8 +49,10 @@ def inspect(model: options.Model, as_json: options.Json = False) -> None:
 
 
 @app.command(rich_help_panel=PANEL)
+@options.grouped
 def compress(
     model: options.Model,
+    *,
     method: Annotated[str | None, typer.Option("--method", "-m", help="One of 'ffnkit methods'.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", "-s", metavar="NAME=VALUE", help="A setting of the method; repeatable.")
@@ -72,26 +77,13 @@ def compress(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The folder to write. Whole or not there: never half.")
     ] = None,
-    task: TaskName = None,
-    data_dir: DataDir = None,
-    text: Annotated[
+    data: CalibrationData,
+    statistics: Annotated[
         Path | None,
-        typer.Option("--text", help="Calibration text: txt, jsonl, csv, parquet.", rich_help_panel=DATA),
+        typer.Option("--statistics", help="A file of 'ffnkit calibrate', in the place of data.", rich_help_panel=DATA),
     ] = None,
-    mix: Annotated[
-        float | None,
-        typer.Option(
-            "--mix",
-            min=0,
-            max=1,
-            help="With --text: share of the calibration that is ffnkit's own text of many kinds. \\[default: 0.5]",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    tokens: Annotated[
-        int, typer.Option("--calibration-tokens", min=1, help="Tokens of calibration data.", rich_help_panel=DATA)
-    ] = 6400,
-    tokenizer: Tokenizer = None,
+    deciding: Deciding,
+    after: After,
     form: Annotated[
         Form,
         typer.Option(
@@ -131,6 +123,9 @@ def compress(
     own, so that together they keep that share of the FFN parameters; equal ones unless --form is compact. --target is
     of the whole model: neurons, heads, FFNs, attentions, layers and sharing compete for it.
 
+    What it cost is measured on text that no fit sees, before and after (--cost-tokens). --heal 200k lets the compressed
+    model learn from the uncompressed one on so many tokens; what does not gain on held-out text is not kept.
+
     Tune the result: ffnkit tune small ...
     """
     if out is None and not dry_run:
@@ -142,8 +137,9 @@ def compress(
             check_target(out / part)
     if plan_out is not None:
         check_file(plan_out)
+    calibration = Calibration(**vars(data), seed=seed or 0, statistics=statistics)
     given_method = method
-    if method is None and plan_in is None and (task is not None or text is not None):
+    if method is None and plan_in is None and calibration.given:
         method = "calibrated-fusion"
     limit = Budget.read(budget, multiple if target is None else None, form, settings or [])
     named = "--budget" if limit is not None else "--target" if target is not None else None
@@ -156,10 +152,11 @@ def compress(
     else:
         pairs = [*(settings or []), *(limit.settings(method) if limit is not None else [])]
         chosen = choose_method(method, pairs, layers, seed, plan_in)
-    calibration = Calibration(task, data_dir, text, mix, tokens, tokenizer, seed or 0)
     calibration.check(chosen, limit)
+    deciding.check(chosen, calibration)
     console.quieten()
-    job = Compression(model, chosen, plan_in, dtype, device, calibration, limit)
+    after.check(dry_run)
+    job = Compression(model, chosen, plan_in, dtype, device, calibration, limit, deciding, after)
     report = job.run(plan_out, None if dry_run else out, form, as_json)
     if as_json:
         console.print_json(report)
@@ -208,6 +205,8 @@ class Compression:
         method, plan_in: what to do: a method, or a saved plan where there is no method.
         dtype, device: as given on the command line.
         budget: chooses the method's widths, where it is given.
+        deciding: decides settings, and tells how draws of the data differ.
+        after: what is measured around it, and how the model is healed.
     """
 
     def __init__(
@@ -219,9 +218,13 @@ class Compression:
         device: str,
         calibration: Calibration | None = None,
         budget: Budget | None = None,
+        deciding: Deciding | None = None,
+        after: After | None = None,
     ) -> None:
-        self.source, self.method, self.plan_in = source, method, plan_in
+        self.source, self.method, self.plan_in, self.after = source, method, plan_in, after
         self.dtype, self.device, self.calibration, self.budget = dtype, device, calibration, budget
+        self.deciding = deciding or Deciding()
+        self.told: dict[str, Any] = {}  # what --json prints of the planning
 
     def run(self, plan_out: Path | None, out: Path | None, form: Form, as_json: bool) -> dict[str, Any]:
         """Plan, show, apply and save; without ``out`` nothing is applied. Returns what --json prints."""
@@ -245,28 +248,31 @@ class Compression:
             raise FfnkitError(asked, what, "Take compact or standard; ffnkit tune --form apart keeps updates apart")
         if adapted and form != "apart":
             console.say("updates are merged into the weights, and fill what is zero; --form apart keeps them beside it")
-        before = ffnkit.inspect(model)
+        report: dict[str, Any] = {"model": self.source, "before": totals(ffnkit.inspect(model))}
         plan, widths = self.make_plan(model)
         if not as_json:
             console.out(str(plan) if widths is None else f"{widths}\n{plan}")
-            for line in [*searched(plan.report), *targets.told(plan.report)]:
+            for line in (*searched(plan.report), *targets.told(plan.report), *spread_lines(self.told)):
                 console.out(line)
         if plan_out is not None:
             plan.save(plan_out)
             console.say(f"plan saved in {plan_out}")
-        report: dict[str, Any] = {"model": self.source, "plan": plan.description(), "before": totals(before)}
+        report["plan"] = plan.description()
+        report |= self.told
         if plan.report:
             report["search"] = plan.report
         if widths is not None:
             report["budget"] = widths.to_dict()
         if out is None:
             return report
-        ffnkit.apply(model, plan)
-        after = ffnkit.inspect(model)
-        report["after"] = totals(after)
-        report["saved"] = self.save(model, out, form, History.of(self.source).compressed(plan, before, after))
+        after = self.after or After(cost_tokens=0)
+        history = after.carry_out(model, plan, self.source, self.dtype, self.calibration or Calibration(), report)
+        report["after"] = totals(ffnkit.inspect(model))
+        if "cost" in report and not as_json:
+            show_cost(report["cost"])
+        report["saved"] = self.save(model, out, form, history)
         for name, saved in report["saved"].items():
-            console.say(f"{name}: {saved['folder']}, {megabytes(saved['bytes'])}")
+            console.say(f"{name}: {saved['folder']}, {console.megabytes(saved['bytes'])}")
         return report
 
     def make_plan(self, model: Any) -> tuple[Any, Any]:
@@ -284,8 +290,13 @@ class Compression:
             method = self.calibration.scored(method, self.source)
         if self.budget is not None:
             method, widths = self.budget.settle(method, model, data)
-        with console.progress("planning") as step:
-            return ffnkit.plan(model, method, data=data if needed else None, progress=step), widths
+        if needed and self.calibration is not None:
+            method, self.told = self.deciding.settled(model, method, self.calibration, self.source)
+        with expecting(model, method, data if needed else None, self.told), console.progress("planning") as step:
+            plan = ffnkit.plan(model, method, data=data if needed else None, progress=step)
+        if needed and self.calibration is not None:
+            self.told |= self.deciding.spread(model, method, self.calibration, self.source)
+        return plan, widths
 
     def save(self, model: Any, out: Path, form: Form, history: History) -> dict[str, dict[str, Any]]:
         """Save in the form asked for, with tokenizer, card and history; all in place in one step."""
@@ -357,8 +368,3 @@ def weights_bytes(folder: Path) -> int:
     from ffnkit.report.measure import bytes_on_disk
 
     return bytes_on_disk(folder).weights
-
-
-def megabytes(count: int) -> str:
-    """Bytes as MB, or kB where that is more telling."""
-    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitWarning
+from ffnkit.io.progress import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-
-EVERY = 5.0  # seconds between lines of progress
 
 
 @dataclass
@@ -70,6 +68,14 @@ def out(text: str) -> None:
     print(text, flush=True)
 
 
+def megabytes(count: int) -> str:
+    """Bytes as MB, or kB or GB where that is more telling."""
+    for size, word in ((1e9, "GB"), (1e6, "MB")):
+        if count >= size:
+            return f"{count / size:.1f} {word}"
+    return f"{count / 1e3:.1f} kB"
+
+
 def print_json(value: Any) -> None:
     """Write ``value`` as JSON on stdout; what JSON lacks (NaN, paths, tuples) is made plain first."""
     out(json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False))
@@ -110,50 +116,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
     stdout().print(view)
 
 
-@contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr, moved by calls with (done, total, what); in a pipe a line every ``EVERY`` seconds.
-
-    Both tell the time since the start and the time that is left. Nothing with --quiet.
-    """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    if not sys.stderr.isatty():
-        yield _lines(title)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    shown = Console(file=sys.stderr)
-    with Progress(*columns, TimeRemainingColumn(), console=shown, disable=state.quiet, transient=True) as bars:
-        bar = bars.add_task(title, total=None)
-
-        def step(done: int, total: int, what: str) -> None:
-            bars.update(bar, completed=done, total=total, description=f"{title} {escape(what)}")
-
-        yield step
-
-
-def _lines(title: str) -> Callable[[int, int, str], None]:
-    """Progress in lines of a log."""
-    start = told = time.monotonic()
-
-    def step(done: int, total: int, what: str) -> None:
-        nonlocal told
-        now = time.monotonic()
-        if now - told < EVERY or not done:
-            return
-        told = now
-        left = (now - start) * (total - done) / done
-        say(f"{title} {what}: {done} of {total} after {now - start:.0f} s, about {left:.0f} s left")
-
-    return step
+def progress(title: str) -> AbstractContextManager[Callable[[int, int, str], None]]:
+    """A bar or lines on stderr (:func:`ffnkit.io.progress.shown`); nothing with --quiet."""
+    return shown(title, quiet=state.quiet)
 
 
 def stdout() -> Console:

@@ -1,4 +1,4 @@
-"""Options that ``ffnkit tune`` and ``eval`` share: the task, the data, and how text is decoded."""
+"""Options on data: what ``tune`` and ``eval`` share, and what ``compress`` and ``calibrate`` do."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from ffnkit.cli import training_options
 from ffnkit.errors import FfnkitError
 from ffnkit.settings import settings_of
+from ffnkit.settings.calibration import MIX, TEXT_COLUMN, TOKENS
 from ffnkit.tasks.fields import Head, Kind, LabelKind, TaskFields
 
 DATA = "Task and data"
@@ -33,6 +34,48 @@ Tokenizer = Annotated[
     str | None,
     typer.Option("--tokenizer", help="Model or folder of the tokenizer, if not MODEL.", rich_help_panel=DATA),
 ]
+
+
+Mix = Annotated[
+    float | None,
+    typer.Option(
+        "--mix",
+        min=0,
+        max=1,
+        help=f"With --text: share of the calibration that is ffnkit's own text of many kinds. \\[default: {MIX}]",
+        rich_help_panel=DATA,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """What ``compress`` and ``calibrate`` are told of calibration data; its fields are the options."""
+
+    task: TaskName = None
+    data_dir: DataDir = None
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--text",
+            metavar="FILE[=SHARE]",
+            help="Calibration text: txt, jsonl, csv, parquet, rows of messages too; repeatable, with shares or equal.",
+            rich_help_panel=DATA,
+        ),
+    ] = None
+    text_column: Annotated[
+        str | None,
+        typer.Option(
+            "--text-column",
+            help=f"Its column, where a text is a table. \\[default: {TEXT_COLUMN}]",
+            rich_help_panel=DATA,
+        ),
+    ] = None
+    mix: Mix = None
+    tokens: Annotated[
+        int, typer.Option("--calibration-tokens", "--tokens", min=1, help="Of calibration data.", rich_help_panel=DATA)
+    ] = TOKENS
+    tokenizer: Tokenizer = None
 
 
 @dataclass(frozen=True)

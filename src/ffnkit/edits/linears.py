@@ -1,4 +1,4 @@
-"""Edits that put something in the place of a plain linear of an FFN: a factor of its inputs, or a thin pair."""
+"""Edits of linears: a factor of inputs, a thin pair, or new numbers in any linear."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ffnkit.edits.base import Edit, Own, Shape, Stage, Writer
+from ffnkit.edits.base import Edit, Own, Quantities, Shape, Stage, Writer, notes
 from ffnkit.edits.fields import Site, Weights
 from ffnkit.edits.slicing import check_ffn_untied
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spooled
 from ffnkit.model.ffn import FFN
+from ffnkit.model.linear import check_editable, is_linear, is_transposed, stored_weight
 from ffnkit.nn.lowrank import LowRank
 from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.nn.scaled import Scaled
@@ -137,3 +138,55 @@ class FactorLinear(LinearEdit):
     def shapes(self, weight: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         *lead, out, inner = weight
         return (*lead, len(self.first), inner), (*lead, out, len(self.first))
+
+
+@dataclass(frozen=True, eq=False)
+class ReplaceLinear(Edit):
+    """New numbers in a linear of the shape that it has once its rows and columns have gone.
+
+    Attributes:
+        target: the linear's path. weight: (out, in). bias: (out,), None where it has none.
+    """
+
+    weight: Weights
+    bias: Weights | None = None
+
+    kind: ClassVar[str] = "ReplaceLinear"
+    stage: ClassVar[Stage] = Stage.SCALE
+    reshapes: ClassVar[bool] = False
+
+    @classmethod
+    def of(cls, linear: str, weight: Tensor, bias: Tensor | None) -> ReplaceLinear:
+        """The edit that gives a linear these numbers."""
+        return cls(linear, weight=spooled(weight), bias=None if bias is None else spooled(bias))
+
+    @classmethod
+    def lines(cls: type[Own], edits: Sequence[Own], quantities: Quantities) -> list[str]:
+        return [f"  {edit.target}  ->  new numbers{notes(quantities, edit.target)}" for edit in edits]
+
+    def check_fields(self) -> str:
+        fits = self.weight.ndim == 2 and (self.bias is None or tuple(self.bias.shape) == (len(self.weight),))
+        return "" if fits else "its weight and bias are none of a linear"
+
+    def check(self, writer: Writer) -> None:
+        linear = writer.module(self.target)
+        if not is_linear(linear):
+            raise FfnkitError(self.asked, "it is no linear", "Make the plan for this model")
+        check_editable(linear, self.target, self.asked)
+        if (linear.bias is None) != (self.bias is None):
+            what = "it has no bias, and one is given" if linear.bias is None else "it has a bias, and none is given"
+            raise FfnkitError(self.asked, what, "Make the plan for this model")
+        writer.check_untied(stored_weight(linear), writer.linears_of(stored_weight(linear)), self.asked)
+
+    def perform(self, writer: Writer) -> None:
+        linear = writer.module(self.target)
+        weight = self.weight.T if is_transposed(linear) else self.weight
+        held = stored_weight(linear)
+        if tuple(held.shape) != tuple(weight.shape):
+            here, given = tuple(held.shape), tuple(weight.shape)
+            raise FfnkitError(
+                self.asked, f"its weight is {here} where {given} is given", "Make the plan for this model"
+            )
+        writer.put(held, weight.clone(), [linear])  # a plan's tensors stay its own
+        if self.bias is not None:
+            writer.put(linear.bias, self.bias.clone(), [linear])

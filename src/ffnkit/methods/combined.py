@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 from torch import nn
 
 from ffnkit.calibration.batches import kept
+from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.edits import Edit, Stage
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch
@@ -71,7 +72,7 @@ class Combined:
                 _claim(by, ffn.name, method)
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
-        batches = None if data is None else kept(data)
+        batches = data if data is None or isinstance(data, StatisticsFile) else kept(data)
         edits: list[Edit] = []
         quantities: dict[str, dict[str, float]] = {}
         report: dict[str, Any] = {}

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import Batch, check_batches
+from ffnkit.calibration.batches import Batch, check_batches, telling
 from ffnkit.calibration.hooks import watch
 from ffnkit.calibration.statistics import NeuronSquares, Statistics
+from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.edits import ClusterNeurons
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
@@ -132,22 +133,46 @@ def generator(seed: int, *places: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed)
 
 
-def need_data(data: Iterable[Batch] | None, name: str) -> Iterable[Batch]:
-    """The data. Raises FfnkitError where there are none."""
+def need_data(
+    data: Iterable[Batch] | StatisticsFile | None, name: str, *, beyond: str | None = "the data themselves"
+) -> Any:
+    """The data.
+
+    Args:
+        beyond: what the method needs that statistics of hidden neurons (:func:`ffnkit.calibrate`) do not hold, in
+            words; None where it needs no more than these.
+
+    Raises:
+        FfnkitError: there are none, or statistics where they do not do.
+    """
     if data is None:
         do = "Give batches for model(**batch): fk.plan(model, method, data=batches), or --task / --text"
         raise FfnkitError(f"method {name}", "it measures activations, and no data are given", do)
-    check_batches(data)
+    if not isinstance(data, StatisticsFile):
+        check_batches(data)
+    elif beyond is not None:
+        found = f"it needs {beyond}, and statistics hold sums over hidden neurons"
+        raise FfnkitError(f"method {name}", found, "Give batches, or --task / --text, in their place")
     return data
 
 
-def activity(model: nn.Module, data: Iterable[Batch], found: list[FFN]) -> dict[str, Tensor]:
+def activity(
+    model: nn.Module, data: Iterable[Batch] | StatisticsFile, found: list[FFN], progress: Progress | None = None
+) -> dict[str, Tensor]:
     """rms of each hidden neuron over the tokens that count: (ff,), or (E, ff) with experts, float64; one pass.
 
     Experts that no token reached have zeros. Experts' tokens weigh by their squared routing weight.
+
+    Args:
+        data: batches, or statistics of a pass over them, which are read.
+        progress: called behind each batch.
     """
     seen = Statistics(lambda _: NeuronSquares())
-    watch(model, data, found, seen.update)
+    if isinstance(data, StatisticsFile):
+        data.check(model)
+        data.fill(found, seen)
+    else:
+        watch(model, telling(data, progress), found, seen.update)
 
     def rms(ffn: FFN, expert: int = 0) -> Tensor:
         part = seen.get(ffn.name, expert)

@@ -30,9 +30,10 @@ from ffnkit.settings.presets import filled
 from ffnkit.settings.words import in_words
 from ffnkit.tasks.fields import Head, Kind, LabelKind, TaskFields
 from ffnkit.tasks.settings import GenerationSettings, JudgeSettings
+from ffnkit.tune.healing.settings import HealSettings
 from ffnkit.tune.settings import CalibrationSettings, DistilSettings, TrainSettings
 
-Stage = Literal["compress", "distil", "tune", "prune", "recover", "evaluate", "export"]
+Stage = Literal["compress", "heal", "distil", "tune", "prune", "recover", "evaluate", "export"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 NAMES = {"inputs": "input"}  # fields of a task whose name in a recipe is another
 NONE = "none"  # the method of an arm that is left uncompressed
@@ -190,6 +191,7 @@ class Recipe(Part):
     tune: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
     recover: dict[str, Any] = Field(default_factory=dict)
     search: Search | None = None
+    heal: HealSettings = Field(default_factory=lambda: HealSettings.model_validate({}))
     distil: DistilSettings = Field(default_factory=lambda: DistilSettings.model_validate({}))
     generation: GenerationSettings = Field(default_factory=lambda: GenerationSettings.model_validate({}))
     evaluate_before: StrictBool = False
@@ -259,8 +261,9 @@ class Recipe(Part):
             fail(("stages",), "forgetting is measured in the stage evaluate", list(self.stages))
         if self.judge is not None and ("evaluate" not in self.stages or len(self.arms) < 2):
             fail(("judge",), "answers of two arms or more, of the stage evaluate, are compared", None)
-        if "distil" in self.stages and "compress" not in self.stages:
-            fail(("stages",), "distil needs compress before it", list(self.stages))
+        for then in ("heal", "distil"):
+            if then in self.stages and "compress" not in self.stages:
+                fail(("stages",), f"{then} needs compress before it", list(self.stages))
         return self
 
     def _check_training(self, name: str, stage: str, read: Callable[[str], TrainSettings]) -> list[InitErrorDetails]:
@@ -313,6 +316,8 @@ class Recipe(Part):
         """Plain data, as it stands in the file, defaults filled in."""
         later = ("forgetting", "judge", "search")  # of runs without them nothing is said
         data = {k: v for k, v in self.model_dump(mode="json").items() if v is not None or k not in later}
+        if "heal" not in self.stages:
+            del data["heal"]
         if self.search is not None:
             data["search"]["learning_rate"] = self.search.learning_rate.to_plain()
         for name, arm in self.arms.items():

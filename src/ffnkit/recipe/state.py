@@ -106,7 +106,7 @@ def base_facts(recipe: Recipe, model: str, data: str) -> dict[str, Any]:
         "tokenizer": recipe.tokenizer,
         "task": plain["task"],
         "limits": plain["limits"],
-        "stages": [stage for stage in recipe.stages if stage not in ("distil", "prune", "recover")],
+        "stages": [stage for stage in recipe.stages if stage not in ("heal", "distil", "prune", "recover")],
         "tune": {name: value for name, value in plain["tune"].items() if name not in HARMLESS},
         "generation": {name: value for name, value in plain["generation"].items() if name != "batch_size"},
         "evaluate_before": recipe.evaluate_before,
@@ -122,6 +122,9 @@ def unit_facts(recipe: Recipe, base: dict[str, Any], arm: str, seed: int) -> dic
     facts["arm"].pop("tuner", None)
     facts["calibration"] = calibration_facts(recipe) if measures(chosen) or prunes_by_data(chosen) else None
     facts["distil"] = distil_facts(recipe) if distilled(recipe, arm) else None
+    if healed(recipe, arm):
+        facts["heal"] = recipe.heal.model_dump(mode="json")
+        facts["calibration"] = calibration_facts(recipe)
     if recipe.forgetting is not None:
         path = Path(expand(recipe.forgetting))
         facts["forgetting"] = [recipe.forgetting, hashlib.sha256(path.read_bytes()).hexdigest()[:16]]
@@ -173,10 +176,15 @@ def distilled(recipe: Recipe, arm: str) -> bool:
     return "distil" in recipe.stages and recipe.arms[arm].compressed and recipe.arms[arm].distil
 
 
+def healed(recipe: Recipe, arm: str) -> bool:
+    """Whether an arm passes through the stage heal."""
+    return "heal" in recipe.stages and recipe.arms[arm].compressed
+
+
 def stages_of(recipe: Recipe, arm: str) -> list[str]:
     """The stages that a unit of this arm passes through."""
     skipped = set() if distilled(recipe, arm) else {"distil"}
-    skipped |= set() if recipe.arms[arm].compressed else {"compress"}
+    skipped |= set() if recipe.arms[arm].compressed else {"compress", "heal"}
     skipped |= set() if recipe.arms[arm].prune else {"prune", "recover"}
     stages: list[str] = [stage for stage in recipe.stages if stage not in skipped]
     if recipe.evaluate_before:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ffnkit.tune import tuners as tuners
     from ffnkit.tune.adapters import load_adapter as load_adapter
     from ffnkit.tune.calibration import calibration_batches as calibration_batches
+    from ffnkit.tune.calibration import deciding_batches as deciding_batches
     from ffnkit.tune.calibration import drawn_batches as drawn_batches
     from ffnkit.tune.checkpoints import clean as clean
     from ffnkit.tune.distil_loss import distillation_loss as distillation_loss
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "load_adapter": "adapters",
     "calibration_batches": "calibration",
+    "deciding_batches": "calibration",
     "drawn_batches": "calibration",
     "CalibrationSettings": "settings",
     "clean": "checkpoints",

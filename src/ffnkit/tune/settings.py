@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from ffnkit.settings.calibration import MIX, TEXT_COLUMN, TOKENS
 from ffnkit.settings.checked import Checked
 from ffnkit.settings.presets import Preset
 from ffnkit.tune.presets import TRAINING
@@ -179,9 +180,13 @@ class DistilSettings(Checked):
 class CalibrationSettings(Checked):
     """Which data a method sees that measures activations."""
 
-    tokens: Annotated[Count, Field(description="tokens in all, padding left out")] = 6400
+    tokens: Annotated[Count, Field(description="tokens in all, padding left out")] = TOKENS
     text: Annotated[
-        str | None, Field(description="a text file, or a table with a column of text; null: the task's rows")
+        str | list[str] | dict[str, NotNegative] | None,
+        Field(
+            description="a text file, or a table with a column of text or of messages; several: a list, or each with"
+            " its share; null: the task's rows"
+        ),
     ] = None
     mix: Annotated[
         float,
@@ -190,7 +195,7 @@ class CalibrationSettings(Checked):
             le=1,
             description="beside a text file, the share of tokens that is of ffnkit's text of many kinds",
         ),
-    ] = 0.5
-    text_column: Annotated[str, Field(description="the column of the text, where the file is a table")] = "text"
+    ] = MIX
+    text_column: Annotated[str, Field(description="the column of the text, where the file is a table")] = TEXT_COLUMN
     max_length: Annotated[Count, Field(description="longer texts are cut, in tokens")] = 128
     batch_size: Annotated[Count, Field(description="texts of a forward pass")] = 16

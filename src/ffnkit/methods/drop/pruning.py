@@ -11,9 +11,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ffnkit.calibration.batches import telling
 from ffnkit.edits import Edit, Mask
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, generator, need_data
+from ffnkit.methods.drop.learnt import Learnt
 from ffnkit.methods.drop.weights import Prunable, column_norms, prunable
 from ffnkit.ops.masks import lowest, lowest_of_groups, lowest_of_rows, read_pattern
 from ffnkit.plans import Draft, Progress
@@ -117,6 +119,13 @@ class Prune:
                     raise FfnkitError(f"pattern {self.pattern}", what, "Name other targets, or another pattern")
         return found
 
+    def learnt(self, model: nn.Module) -> list[Learnt]:
+        """What a mode of updates reads: weights without one are pruned by magnitude, so that one of all will do."""
+        linears = tuple(each.module for each in self.chosen(model) if not each.site)
+        asking = [] if self.mode in ("W", "random") else ["mode"]
+        asking += [] if self.adapted_sparsity is None else ["adapted_sparsity"]
+        return [Learnt(setting, "update", f"the weights of targets {self.targets}", linears) for setting in asking]
+
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         found = self.chosen(model)
         for each in found:
@@ -124,7 +133,11 @@ class Prune:
             if each.site:
                 each.module.check_plain(f"pruning {each.name}")
         self._check_updates(found)
-        norms = column_norms(model, need_data(data, self.name), found) if self.needs_data else {}
+        norms = (
+            column_norms(model, telling(need_data(data, self.name, beyond="inputs of linears"), progress), found)
+            if self.needs_data
+            else {}
+        )
         adapted = self.sparsity if self.adapted_sparsity is None else self.adapted_sparsity
         pools: list[tuple[float, Pool]] = [
             (self.sparsity, [(i, each) for i, each in enumerate(found) if not each.adapted]),

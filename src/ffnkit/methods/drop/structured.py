@@ -15,6 +15,7 @@ from ffnkit.edits.slicing import check_cuttable
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Layers, generator, largest, need_data
 from ffnkit.methods.drop.heads import By, head_activity, head_scores, removal
+from ffnkit.methods.drop.learnt import Learnt, of_heads, of_neurons
 from ffnkit.methods.drop.units import Units, cheapest_counts, neuron_scores, uniform_counts
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
@@ -130,6 +131,12 @@ class StructuredPruning:
                 found.append(ffn)
         return found
 
+    def learnt(self, model: nn.Module) -> list[Learnt]:
+        """What the scores are read from that only a tuning leaves."""
+        found, setting = self.chosen(model), "by" if self.neurons_by is None else "neurons_by"
+        heads = of_heads("by", self.by, [each for each in found if isinstance(each, Attention)])
+        return heads + of_neurons(setting, self._by, [each for each in found if isinstance(each, FFN)])
+
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         targets = self.chosen(model)
         units = self._units(model, targets, data, progress)
@@ -165,7 +172,9 @@ class StructuredPruning:
         if self.needs_data:
             heads = [t for t in targets if isinstance(t, Attention) and self.by == "activation"]
             ffns = [t for t in targets if isinstance(t, FFN) and self._by == "activation"]
-            rms = head_activity(model, need_data(data, self.name), heads, ffns)
+            rms = head_activity(
+                model, need_data(data, self.name, beyond="attention" if heads else None), heads, ffns, progress
+            )
         found = []
         for number, target in enumerate(targets):
             draw = generator(self.seed, number)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import kept
+from ffnkit.calibration.batches import kept, telling
 from ffnkit.calibration.gradients import weight_gradients
 from ffnkit.calibration.statistics import GradientSquares
 from ffnkit.edits import Edit, Train, UpdateLinear
@@ -82,8 +82,8 @@ class DSEE(DseeSettings):
         started = time.perf_counter()
         linears = self.chosen(model)
         lora = Lora() if self.lora is None else read_lora(self.lora).placed(model, linears)
-        batches = kept(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
-        squares = self._squares(model, linears, batches) if batches else {}
+        batches = kept(islice(need_data(data, self.name, beyond="gradients"), self.batches)) if self.needs_data else []
+        squares = self._squares(model, linears, batches, progress) if batches else {}
         roles = query_value(model, self.layers) if self.targets == "qv" else {}
         edits: list[Edit] = []
         for number, (name, linear) in enumerate(linears.items()):
@@ -148,11 +148,14 @@ class DSEE(DseeSettings):
             return support.svd(weight, self.rank, count, seed)
         return support.grebsmo(weight, count, seed=seed)
 
-    def _squares(self, model: nn.Module, linears: dict[str, nn.Module], batches: list[Batch]) -> dict[str, Tensor]:
+    def _squares(
+        self, model: nn.Module, linears: dict[str, nn.Module], batches: list[Batch], progress: Progress | None
+    ) -> dict[str, Tensor]:
         """Summed squares of each weight's gradients, (out, in) float32."""
         sizes = {name: quantized_features(linear) for name, linear in linears.items()}
         large = 4 * sum(out * inner for out, inner in sizes.values()) > IN_MEMORY
         sums = {n: GradientSquares(partial(spool, s, torch.float32) if large else None) for n, s in sizes.items()}
-        weight_gradients(model, batches, linears, lambda name, gradient: sums[name].update(gradient))
+        given = telling(batches, progress, "gradients")
+        weight_gradients(model, given, linears, lambda name, gradient: sums[name].update(gradient))
         # a module that no batch reached has no gradient: all of its entries are alike
         return {name: each.sums.get("squares", torch.zeros(sizes[name])) for name, each in sums.items()}

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import kept
+from ffnkit.calibration.batches import kept, telling
 from ffnkit.calibration.gradients import Receive, weight_gradients
 from ffnkit.edits import Edit, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
@@ -79,12 +79,16 @@ class SparseGrad(SparseGradSettings):
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         started = time.perf_counter()
         linears = self.chosen(model)
-        batches = kept(islice(need_data(data, self.name), self.batches)) if self.needs_data else []
+        batches = kept(islice(need_data(data, self.name, beyond="gradients"), self.batches)) if self.needs_data else []
         work = _Work(self, model, linears, progress)
+        # gradients that a basis was made from flatter it: entries are chosen on others
+        confined = self.basis != "none" and self.core < 1
+        chooses = self.choose == "gradient" and (self.selection not in EACH_STEP or confined)
+        parted = len(batches) // 3 if self.basis != "none" and chooses and len(batches) > 2 else 0
         if self.basis != "none":
-            work.find_bases(batches)
-        if self.choose == "gradient" and (self.selection not in EACH_STEP or self.basis != "none"):
-            work.find_energies(batches)
+            work.find_bases(batches[:parted] or batches)
+        if chooses:
+            work.find_energies(batches[parted:])
         elif self.choose == "magnitude":
             work.weigh()
         edits = work.edits()
@@ -125,7 +129,7 @@ class _Work:
                 grams[group] = Grams(*shapes[group], zeros=_zeros(gradient.device, large))
             grams[group].add(gradient)
 
-        weight_gradients(self.model, self._told(batches, "gradients"), self.linears, receive)
+        weight_gradients(self.model, telling(batches, self.progress, "gradients"), self.linears, receive)
         counts = {self.group[name]: self._count(name) for name in self.linears}
         for group in list(grams):
             left, right = grams.pop(group).bases(REACH if self.method.core < 1 else 1.0, counts[group])
@@ -140,9 +144,9 @@ class _Work:
 
         def into(sums: dict[str, Tensor]) -> Receive:
             def receive(name: str, gradient: Tensor) -> None:
-                exact = gradient.float()
-                self.totals[name] += float(exact.square().sum())
-                square = turned(exact, *self.bases.get(self.group[name], (None, None))).square()
+                self.totals[name] += float(gradient.float().square().sum())
+                # in the gradient's own dtype: squares are summed up and ranked, and bf16 products cost half
+                square = turned(gradient, *self.bases.get(self.group[name], (None, None))).float().square()
                 if name not in sums:
                     sums[name] = _zeros(square.device, large)(sizes[name], dtype=torch.float32)
                 sums[name] += square.to(sums[name].device)
@@ -150,10 +154,10 @@ class _Work:
             return receive
 
         first = batches[: len(batches) - judges]
-        weight_gradients(self.model, self._told(first, "energies"), self.linears, into(self.energies))
+        weight_gradients(self.model, telling(first, self.progress, "energies"), self.linears, into(self.energies))
         if judges:
             last = batches[len(first) :]
-            weight_gradients(self.model, self._told(last, "energies"), self.linears, into(self.fresh))
+            weight_gradients(self.model, telling(last, self.progress, "energies"), self.linears, into(self.fresh))
         for name in self.linears.keys() - self.energies.keys():  # no batch reached it: all of its entries are alike
             zeros = _zeros(own_weight(self.linears[name]).device, large)
             self.energies[name] = zeros(self._size(name), dtype=torch.float32)
@@ -264,12 +268,6 @@ class _Work:
         else:
             found = {name: largest(name) for name in self.linears}
         return {name: places.sort().values.to("cpu", torch.int32) for name, places in found.items()}
-
-    def _told(self, batches: list[Batch], what: str) -> Iterable[Batch]:
-        for number, batch in enumerate(batches):
-            yield batch
-            if self.progress is not None:
-                self.progress(number + 1, len(batches), what)
 
 
 def _zeros(device: torch.device, large: bool) -> Zeros:

@@ -94,6 +94,24 @@ def template_of(template: str | None, tokenizer: Any) -> str:
     return TEMPLATES[template].replace("BEGIN", "{{ bos_token }}" if first else "").replace("END", end)
 
 
+def rendered(tokenizer: Any, template: str, dialogues: Sequence[Messages], cue: bool) -> list[str]:
+    """The dialogues as text; with ``cue`` up to where the assistant is to go on.
+
+    Raises:
+        FfnkitError: the template refuses one of them, or is no template.
+    """
+    import jinja2
+
+    try:
+        made = tokenizer.apply_chat_template(
+            list(dialogues), chat_template=template, tokenize=False, add_generation_prompt=cue
+        )
+    except (jinja2.TemplateError, TypeError, KeyError) as error:
+        found = f"it refuses a dialogue ({' '.join(str(error).split())})"
+        raise FfnkitError("the chat template", found, "Name another one, as template") from error
+    return [str(text) for text in made]
+
+
 @dataclass
 class _Example:
     """Tokens and labels of a dialogue as far as it is read; the first ``opening`` tokens are the first prompt."""
@@ -128,21 +146,8 @@ class Chat(Sequences):
         self.end = self._turn_end()
 
     def rendered(self, dialogues: Sequence[Messages], cue: bool) -> list[str]:
-        """The dialogues as text; with ``cue`` up to where the assistant is to go on.
-
-        Raises:
-            FfnkitError: the template refuses one of them, or is no template.
-        """
-        import jinja2
-
-        try:
-            made = self.tokenizer.apply_chat_template(
-                list(dialogues), chat_template=self.template, tokenize=False, add_generation_prompt=cue
-            )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            found = f"it refuses a dialogue ({' '.join(str(error).split())})"
-            raise FfnkitError("the chat template", found, "Name another one, as template") from error
-        return [str(text) for text in made]
+        """The dialogues as text; as :func:`rendered`."""
+        return rendered(self.tokenizer, self.template, dialogues, cue)
 
     def openings(self, dialogues: Sequence[Messages]) -> list[Prompt]:
         """Prompts to be answered, cut to their room."""

@@ -1,0 +1,7 @@
+"""What calibration is unless it is told otherwise: what recipes, Python and the command line share. Light to import."""
+
+from __future__ import annotations
+
+TOKENS = 6400  # in all
+MIX = 0.5  # the share that is of the text of many kinds, beside texts of the user's own
+TEXT_COLUMN = "text"  # of tables
