@@ -107,7 +107,7 @@ def test_the_setting_that_loses_least_on_held_out_text_is_taken(monkeypatch: pyt
     assert decide(model, fit, held, method, {"ridge": (0.1,)}).method == method
     whole = fk.CalibratedFusion(0.5, sequential=True, refine=0)
     assert decide(model, fit, held, whole, {"ridge": (0.2,)}).tried
-    for wrong, given in ((fk.Fusion(0.5), None), (method, {"steps": (1,)})):
+    for wrong, given in ((methods.build("unstructured", width=0.5), None), (method, {"steps": (1,)})):
         with pytest.raises(FfnkitError, match="deciding settings"):
             decide(model, fit, held, wrong, given)  # type: ignore[arg-type]
 
