@@ -14,6 +14,7 @@ from families import FAMILIES
 from test_cli import bad, bert, good, verbosity
 
 import ffnkit as fk
+from ffnkit import methods
 from ffnkit.calibration import shipped
 from ffnkit.errors import FfnkitError
 from ffnkit.methods import deciding
@@ -149,6 +150,7 @@ def test_what_is_expected_grows_with_the_work(bert: Path) -> None:
     assert "expected: about" in said.stderr and report["took"]["seconds"] > 0 and report["expected"]["memory"] > 1e8
 
 
+@pytest.mark.slow
 def test_command_line(bert: Path, tmp_path: Path) -> None:
     words = ("compress", bert, "--set", "width=0.5", "--set", "refine=2", "--tokens", 200, "--dry-run")
     method = ("--method", "calibrated-fusion")
