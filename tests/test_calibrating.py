@@ -38,7 +38,7 @@ REFUSES: dict[str, dict[str, Any]] = {
     "sequential": {"name": "calibrated-fusion", "width": 0.5, "sequential": True},
     "heads": {"name": "structured", "by": "activation", "remove_heads": 0.5, "remove_neurons": 0.5},
     "attention": {"name": "heads", "by": "activation", "remove": 0.5},
-    "layers": {"name": "merging", "layers": "all"},
+    "layers": {"name": "merging", "layers": "all", "features": "up"},
     "gradients": {"name": "sparsegrad"},
     "inputs": {"name": "prune", "by": "wanda"},
 }

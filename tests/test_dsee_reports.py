@@ -247,6 +247,7 @@ def test_peft_reads_the_lora_config(finished: Path) -> None:
     assert LoraConfig(**{key: value for key, value in config.items() if key != "peft_type"}).r == 2
 
 
+@pytest.mark.slow
 def test_the_script(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(finished), "--out", str(tmp_path / "out")]) == 0
     assert "3 files" in capsys.readouterr().out and len(list((tmp_path / "out").iterdir())) == 3

@@ -57,6 +57,7 @@ def state(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_an_interrupted_tuning_is_kept_until_a_flag_gives_it_up(folder: Path, tmp_path: Path, stop: Stop) -> None:
     out, works = tmp_path / "out", tmp_path / ".out.tuning"
     good(*tune_words(folder, tmp_path / "whole", "--lr", "0.01"))

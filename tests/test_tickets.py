@@ -44,6 +44,7 @@ def weights(model: Any) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rewind", [0, 2])
 def test_rounds_are_those_of_a_plain_loop(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rewind: int

@@ -124,7 +124,6 @@ class Merging(Sharing):
                 model, candidates, need_data(data, self.name, beyond="features of layers, token by token")
             )
         if self.groups == "similar":
-            assert held is not None
             candidates = [self._similar(model, held)]
         work = _Work(self, held, progress, {pair for groups in candidates for pair in self._pairs(groups)})
         chosen, scores = best(model, candidates, self.score, lambda groups: work.edits(groups)[0], work.alike)
@@ -149,7 +148,7 @@ class Merging(Sharing):
             raise FfnkitError("features='gate'", f"{bare} has no gate", "Use features='up' or 'hidden'")
         return groups
 
-    def _similar(self, model: nn.Module, held: Features) -> list[list[FFN]]:
+    def _similar(self, model: nn.Module, held: Features | None) -> list[list[FFN]]:
         """Groups by average linkage over one minus the matched correlation: ``keep`` of them in each stack."""
         from scipy.cluster.hierarchy import fcluster, linkage
         from scipy.spatial.distance import squareform

@@ -36,3 +36,11 @@ class Masters:
             if master.data_ptr() != parameter.data_ptr():
                 parameter.copy_(master)
             master.grad = None
+
+    @torch.no_grad()
+    def back_to(self, values: list[Tensor]) -> None:
+        """The parameters, and their masters, as these are; what was averaged is forgotten."""
+        self.optimizer.state.clear()
+        for parameter, master, value in zip(self.parameters, self.masters, values, strict=True):
+            master.copy_(value)
+            parameter.copy_(value)

@@ -36,7 +36,7 @@ class HealSettings(Checked):
     ] = 0.0
     learning_rate: Annotated[
         Positive | None,
-        Field(description="peak rate of AdamW; null: by the share of the FFNs' parameters that is gone"),
+        Field(description="peak rate of AdamW; null: by the share of the FFNs that is gone, and the width"),
     ] = None
     rank: Annotated[Count, Field(description="of the adapters of lora")] = 16
     batch_size: Annotated[Count, Field(description="texts a step")] = 4
