@@ -220,6 +220,7 @@ def test_all_passes_are_in_eval_mode(name: str) -> None:
 # The command line ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command_line(bert: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n".join(["good fine great film"] * 90))
     (tmp_path / "b.csv").write_text("body,n\n" + "bad poor awful book,1\n" * 90)

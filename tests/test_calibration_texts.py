@@ -136,6 +136,7 @@ def test_the_judge_tells_what_a_loop_tells(family: str) -> None:
         assert next(iter(found.values())) > 0
 
 
+@pytest.mark.slow
 def test_what_is_expected_grows_with_the_work(bert: Path) -> None:
     model = FAMILIES["llama"].model()
     data = [FAMILIES["llama"].inputs(model, seed=seed) for seed in range(4)]

@@ -139,6 +139,7 @@ def test_a_language_model_is_measured_as_it_is(folder: Path) -> None:
     assert found["after"] == neutral_loss(tuned, tokenizer, TEXTS) != found["before"]
 
 
+@pytest.mark.slow
 def test_recipes_measure_it(folder: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "stages": ["tune", "evaluate"],
@@ -256,6 +257,7 @@ def test_the_script(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "results.json" in said and said.count("\n") == 1 and not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_failed_rows_say_so(finished: Path) -> None:
     content = json.loads((finished / "results.json").read_text())
     broken = content["rows"][0] | {"status": "failed", "error": "no memory", "metrics": {}, "dev_metric": None}

@@ -169,6 +169,7 @@ def test_the_command_line_says_what_labels_are(bert: Path, tmp_path: Path) -> No
 # ---- which rows
 
 
+@pytest.mark.slow
 def test_a_lone_file_is_evaluated_whole(bert: Path, tmp_path: Path) -> None:
     texts = [f"{a} {b} {c}" for a in WORDS[:6] for b in WORDS[6:] for c in "xy"]
     file = write(tmp_path / "t.csv", ["yes", "no"], texts)

@@ -103,6 +103,7 @@ def test_a_stopped_search_goes_on_and_ends_the_same(
     assert one == other and outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_rates_that_fail_are_told_and_not_chosen(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = tune.train
 

@@ -114,6 +114,7 @@ def test_killed_between_and_within_rounds(folder: Path, tmp_path: Path, monkeypa
     assert done["rounds"] == 2 and done["attempts"] == 3
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_come_is_told(folder: Path, tmp_path: Path) -> None:
     results = run(drawn(folder, rewind=99), tmp_path)
     assert "rewind 99: the first training was over before that step" in results.rows[0]["error"]

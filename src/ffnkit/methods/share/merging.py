@@ -150,7 +150,7 @@ class Merging(Sharing):
 
     def _similar(self, model: nn.Module, held: Features | None) -> list[list[FFN]]:
         """Groups by average linkage over one minus the matched correlation: ``keep`` of them in each stack."""
-        from scipy.cluster.hierarchy import fcluster, linkage
+        from scipy.cluster.hierarchy import cut_tree, linkage
         from scipy.spatial.distance import squareform
 
         assert self.keep is not None
@@ -166,7 +166,7 @@ class Merging(Sharing):
                 for j in range(i + 1, len(rows)):
                     distance[i, j] = distance[j, i] = 1 - work.pair(first, rows[j])[1]
             tree = linkage(squareform(distance.clamp_min(0).numpy(), checks=False), method="average")
-            labels = fcluster(tree, self.keep, criterion="maxclust")
+            labels = cut_tree(tree, self.keep)[:, 0]  # so many, also where distances are equal
             by_label: dict[int, list[FFN]] = defaultdict(list)
             for ffn, number in zip(rows, labels, strict=True):
                 by_label[int(number)].append(ffn)
