@@ -53,7 +53,8 @@ def kl(model: Any, original: Any, batches: list[Any]) -> float:
 )
 def test_every_family_heals(name: str, how: str) -> None:
     model, original, batches = pair(name)
-    more = {"whole": {}, "blocks": {"blocks": 0.5}, "lora": {"trains": "lora", "learning_rate": 1e-2}}[how]
+    more = {"blocks": 0.5 if how == "blocks" else 0.0}
+    more |= {"trains": "lora", "learning_rate": 1e-2} if how == "lora" else {}
     before, flags = kl(model, original, batches[:2]), [p.requires_grad for p in model.parameters()]
     weights = copy.deepcopy(original.state_dict())
     found = fk.heal(model, original, batches[2:], settings(**more), held={"held": batches[:2]})
