@@ -39,21 +39,20 @@ from ffnkit.tune.healing.settings import HealSettings
 WINDOW, SEED = 512, 0
 ARMS = {
     "fusion, healed": ("calibrated-fusion", {}, False),
-    "fusion, healed as a whole": ("calibrated-fusion", {"blocks": 0.0}, False),
-    "fusion, next token": ("calibrated-fusion", {"blocks": 0.0}, True),
+    "fusion, healed, a quarter layer by layer": ("calibrated-fusion", {"blocks": 0.25}, False),
+    "fusion, next token": ("calibrated-fusion", {}, True),
     "cut, healed": ("importance", {}, False),
 }
 
 
 @contextmanager
 def next_token(wanted: bool) -> Iterator[None]:
-    """The loss of the next token in the place of the original's answers, where something trains."""
+    """The loss of the next token in the place of the original's answers, in what is learned and in what decides."""
     distance = healing.whole_loss
 
     def loss(model: Any, original: Any, batch: Any, *how: Any) -> torch.Tensor:
-        return (
-            model(**batch, use_cache=False).loss if torch.is_grad_enabled() else distance(model, original, batch, *how)
-        )
+        found: torch.Tensor = model(**batch, use_cache=False).loss
+        return found
 
     healing.whole_loss = loss if wanted else distance
     try:
@@ -99,7 +98,9 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=0.75)
     parser.add_argument("--calibration", type=int, default=4096)
     parser.add_argument("--compressed", type=Path)
-    parser.add_argument("--other", type=Path, help="a file of another text, for the second perplexity")
+    parser.add_argument(
+        "--other", type=Path, help="a file of another text, or a task and its split: tinystories/validation"
+    )
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--only", nargs="+", choices=[*ARMS], default=[*ARMS])
@@ -109,7 +110,10 @@ def main() -> None:
     name = f"healing_{given.model.name.lower()}"
     tokenizer = load_tokenizer(given.model)
     texts = {"WikiText-2": text_of("wikitext2", "test")}
-    texts |= {given.other.stem: given.other.read_text(encoding="utf-8")} if given.other else {}
+    if given.other is not None and given.other.is_file():
+        texts[given.other.stem] = given.other.read_text(encoding="utf-8")
+    elif given.other is not None:
+        texts[given.other.parent.name] = text_of(given.other.parent.name, given.other.name)
     held = {name: windows(tokenizer, text)[: given.windows] for name, text in texts.items()}
     base: nn.Module = AutoModelForCausalLM.from_pretrained(given.model).eval()
     conditions = {

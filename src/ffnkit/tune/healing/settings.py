@@ -30,7 +30,7 @@ class HealSettings(Checked):
         Field(
             ge=0, le=1, description="share of the tokens on which each layer learns its own outputs, before the rest"
         ),
-    ] = 0.25
+    ] = 0.0
     states: Annotated[
         NotNegative, Field(description="weight of the hidden states of all layers beside the answers")
     ] = 0.0
