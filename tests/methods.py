@@ -25,10 +25,18 @@ OTHERS: dict[str, Callable[..., Any]] = {
     "clustering": lambda **more: methods.build("clustering", **{"width": 0.5, "restarts": 1} | more),
     "sketch": lambda **more: methods.build("sketch", **{"width": 0.5, "keep": 3} | more),
     "svd": lambda **more: methods.build("svd", **{"width": 0.5} | more),
+    "svd whitened": lambda **more: methods.build("svd", **{"width": 0.5, "whiten": True} | more),
     "mmd": lambda **more: methods.build("mmd", **{"width": 0.5, "steps": 3} | more),
     "random": lambda **more: methods.build("random", **{"width": 0.5} | more),
     "magnitude": lambda **more: methods.build("magnitude", **{"width": 0.5} | more),
     "importance": lambda **more: methods.build("importance", **{"width": 0.5} | more),
+    "flap": lambda **more: methods.build("flap", **{"width": 0.5} | more),
+    "modegpt": lambda **more: methods.build("modegpt", **{"width": 0.5} | more),
+    "obs": lambda **more: methods.build("obs", **{"width": 0.5} | more),
+    "fusion refitted": lambda **more: fk.Fusion(**{"width": 0.5, "restarts": 1, "refit": True} | more),
+    "magnitude refitted": lambda **more: methods.build(
+        "magnitude", **{"width": 0.5, "refit": True, "sequential": True} | more
+    ),
     "reinit": lambda **more: methods.build("reinit", **{"width": 0.5} | more),
     "unstructured": lambda **more: methods.build("unstructured", **{"width": 0.5} | more),
 }
@@ -38,6 +46,7 @@ FURTHER: dict[str, Callable[..., Any]] = {
     "merging": lambda **more: fk.Merging(**{"layers": "0-1"} | more),
     "prune": lambda **more: fk.Prune(**{"sparsity": 0.5} | more),
     "heads": lambda **more: fk.RemoveHeads(**{"remove": 1} | more),
+    "heads refitted": lambda **more: fk.RemoveHeads(**{"remove": 1, "refit": True} | more),
     "structured": lambda **more: fk.StructuredPruning(**{"remove_heads": 1, "remove_neurons": 0.5} | more),
     "layer-drop": lambda **more: methods.build("layer-drop", **{"layers": "last:1"} | more),
     "ffn-drop": lambda **more: methods.build("ffn-drop", **{"layers": "last:1"} | more),
@@ -51,6 +60,8 @@ EVERY = METHODS | OTHERS | FURTHER
 REFUSED = {
     ("svd", "mixtral"): "share one 3-D parameter",
     ("svd", "llama4"): "share one 3-D parameter",
+    ("svd whitened", "mixtral"): "share one 3-D parameter",
+    ("svd whitened", "llama4"): "share one 3-D parameter",
     ("merging", "switch"): "a group of one FFN",
     ("merging", "mixtral"): "one of a mixture of experts",
     ("merging", "llama4"): "a group of one FFN",
@@ -69,6 +80,7 @@ REFUSED = {
     )
     for family in ("mixtral", "llama4")
 }
+REFUSED |= {("flap", family): "no output bias" for family in ("llama", "phi3", "t5", "switch", "mixtral", "llama4")}
 REFUSED |= {("prefix", family): "do not bear it" for family in ("t5", "switch", "albert", "clip")}
 WITHOUT_BIASES = ("llama", "phi3", "t5", "switch", "mixtral", "llama4")
 REFUSED |= {("bitfit", family): "has no bias outside" for family in WITHOUT_BIASES}

@@ -20,6 +20,7 @@ from test_recipe_run import outcome as plain_outcome
 import ffnkit as fk
 from ffnkit.errors import FfnkitError
 from ffnkit.nn.adapter_layer import adapter_layers
+from ffnkit.recipe.preflight import preflight
 from ffnkit.recipe.schema import Recipe
 from ffnkit.recipe.state import Unit, unit_of
 from ffnkit.report.sparsity import sparsity
@@ -295,6 +296,53 @@ def test_what_does_not_fit_the_model_is_said_before_anything_starts(
     line = str(error.value)
     assert all(word in line for word in ["arms.half", *words]) and "\n" not in line, line
     assert not (tmp_path / "out").exists()
+
+
+NARROW = {"method": "importance", "width": 0.5}
+NEURONS = {"method": "structured", "remove_neurons": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("tuner", "prune", "words"),
+    [
+        ("full", {**HEADS, "by": "update"}, ["by update", "tuner full", "query and value"]),
+        ({"name": "lora", "rank": 2}, {**HEADS, "by": "update"}, ["tuner lora", "query and value"]),
+        (ENTRIES, {**HEADS, "by": "update"}, ["tuner sparsegrad", "query and value"]),  # it has them on FFNs
+        (ENTRIES, {**HEADS, "by": "coefficients"}, ["coefficients", "the heads of"]),
+        (DSEE, {**NEURONS, "remove_heads": 0, "by": "update"}, ["tuner dsee", "no update"]),  # it has them on attention
+        (DSEE, {**NEURONS, "remove_heads": 0.5, "by": "update"}, ["tuner dsee", "no update"]),
+        (DSEE, {**NEURONS, "remove_heads": 0, "neurons_by": "coefficients"}, ["neurons_by", "no coefficients"]),
+        ("ffn", {**HALF, "mode": "ABS"}, ["mode ABS", "tuner ffn"]),
+        (DSEE, {**HALF, "mode": "WAB", "targets": "ffn"}, ["mode WAB", "targets ffn"]),
+        ("full", {**HALF, "adapted_sparsity": 0.9}, ["adapted_sparsity", "tuner full"]),
+        ("full", [HALF, {**HEADS, "by": "update"}], ["by update"]),
+        (None, {**HEADS, "by": "update"}, ["the model has no update on query and value"]),
+        (None, {**HALF, "mode": "NAB"}, ["mode NAB", "the model has no update"]),
+        (DSEE, {"method": "combined", "methods": [{**HEADS, "by": "coefficients"}, NARROW]}, ["by coefficients"]),
+        # what is there, and what nobody asked for
+        (DSEE, {"method": "combined", "methods": [{**HEADS, "by": "update"}, NARROW]}, []),
+        (None, HALF, []),
+        (DSEE, {**HEADS, "by": "update"}, []),
+        ({**DSEE, "targets": "all"}, {**NEURONS, "remove_heads": 0.5, "by": "update"}, []),
+        ({"name": "combined", "parts": [ENTRIES, DSEE]}, {**NEURONS, "remove_heads": 0.5, "by": "update"}, []),
+        ({**ENTRIES, "coefficients": 0.1}, {**HEADS, "by": "coefficients"}, []),
+        (DSEE, {**HALF, "mode": "WAB"}, []),
+        ("full", HALF, []),
+        ("full", {**HALF, "mode": "W"}, []),
+    ],
+)
+def test_pruning_by_what_no_tuning_leaves_is_refused_before_anything_runs(
+    folder: Path, tuner: Any, prune: Any, words: list[str]
+) -> None:
+    compressed = {} if tuner is not None else {"half": {**prune}}  # by a method before all tuning
+    recipe = staged(folder, stages=["compress", *STAGES], arms=compressed or {"half": {"tuner": tuner, "prune": prune}})
+    if not words:
+        preflight(recipe)
+        return
+    with pytest.raises(FfnkitError) as error:
+        preflight(recipe)
+    line = str(error.value)
+    assert all(word in line for word in ["arms.half", *words]) and "\n" not in line, line
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
 LONGEST, AT_ROOT = 400, 6
 KINDS = {
     "ClusterNeurons", "DropLayer", "Edit", "FactorLinear", "LinearEdit", "Mask", "NeuronEdit", "ReplaceNeurons",
-    "ScaleInputs", "SelectHeads", "SelectNeurons", "SetWidth", "Tie", "Train", "UpdateLinear",
+    "ReplaceLinear", "ScaleInputs", "SelectHeads", "SelectNeurons", "SetWidth", "Tie", "Train", "UpdateLinear",
 }  # fmt: skip
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.plans import Progress
 
 Batch = Mapping[str, Any]
 
@@ -51,12 +50,22 @@ def kept(batches: Iterable[Batch], asked: str = ASKED) -> list[Batch]:
     return list(checked(batches, asked))
 
 
-def telling(batches: Iterable[Batch], progress: Progress | None, what: str = "data") -> Iterator[Batch]:
+def telling(
+    batches: Iterable[Batch], progress: Callable[[int, int, str], None] | None, what: str = "data"
+) -> Iterator[Batch]:
     """The batches, with progress once the work on each is done; their number is not known of a generator."""
     for number, batch in enumerate(batches, 1):
         yield batch
         if progress is not None:
             progress(number, len(batches) if isinstance(batches, Sized) else number, what)
+
+
+def few_rows(batch: Batch, rows: int = 2) -> Batch:
+    """The first rows of a batch, where all of its tensors have the same number of rows; else the batch."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
+    if len({len(value) for value in tensors.values()}) != 1:
+        return batch
+    return {**batch, **{name: value[:rows] for name, value in tensors.items()}}
 
 
 def _fault(batch: Any) -> tuple[str, str] | None:

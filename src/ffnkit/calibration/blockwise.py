@@ -5,7 +5,7 @@ return the output that the last of them gave for this batch. Embeddings, masks a
 the model itself, so no family needs code here. Where a family does not bear that, blocks run again: those of a stack
 of which others take more than the last output (LLaVA's language model takes what the last vision layer but one gave),
 or whose own later blocks do (keys of earlier layers, sums over layers), and where shapes change between stages. The
-first batch is walked through beforehand to tell, at every block.
+first rows are walked through beforehand to tell, at every block.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import Batch, evaluating, forward, kept, prepared
+from ffnkit.calibration.batches import Batch, evaluating, few_rows, forward, kept, prepared
 from ffnkit.calibration.hooks import Receive, hooked
 from ffnkit.calibration.padding import TokenMasks
 from ffnkit.calibration.statistics import Statistics
@@ -62,6 +62,7 @@ class Blockwise:
         by_block: dict[str, list[FFN]] = {}
         for ffn in found:
             by_block.setdefault(block_name(ffn.name), []).append(ffn)
+        whole, self.batches = self.batches, [dict(few_rows(self.batches[0]))]
         self.calls = self._order(list(by_block))
         silent = next((name for name in by_block if not self.calls.get(name)), None)
         if silent is not None:
@@ -76,6 +77,7 @@ class Blockwise:
         self._passed: str | None = None  # the block whose outputs are there since it was watched
         self._lent = ExitStack()
         self._walk()
+        self.batches = whole
 
     def __enter__(self) -> Blockwise:
         return self
@@ -145,7 +147,7 @@ class Blockwise:
     # --- whether skipping is seen
 
     def _walk(self) -> None:
-        """Walk through the first batch, and note the lists whose blocks cannot be skipped.
+        """Walk through the first rows, and note the lists whose blocks cannot be skipped.
 
         Every block, and the end, is to get what it gets where all blocks run. Costs two passes of that batch, one
         block at a time, and a few numbers a token of each block.

@@ -44,6 +44,7 @@ class StatisticsFile:
         path: the file. layers: how many experts each FFN has (1 where there are none), by name.
         held: inputs kept of each FFN, at most, for regressions.
         model: fingerprint of the model. data: fingerprints of the batches. dtype: of the weights.
+        tokens: of the data, padding too.
 
     Example:
         >>> statistics = fk.calibrate(model, batches)
@@ -69,6 +70,7 @@ class StatisticsFile:
             raise FfnkitError(asked, found, "Make it with ffnkit calibrate MODEL --out FILE")
         self.model, self.dtype, self.data = given["model"], given["dtype"], json.loads(given["data"])
         self.layers, self.held = json.loads(given["layers"]), int(given["held"])
+        self.tokens = int(given["tokens"])
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module | None = None) -> StatisticsFile:
@@ -164,7 +166,8 @@ class StatisticsWriter:
     """Writes such a file FFN by FFN; whole at :meth:`close` or not there.
 
     Args:
-        path: of the file to write. given: "model", "data", "layers", "held" and "dtype" of :class:`StatisticsFile`;
+        path: of the file to write.
+        given: "model", "data", "tokens", "layers", "held" and "dtype" of :class:`StatisticsFile`;
             numbers are stored in this dtype where that is exact. probe: the first batches.
     """
 
@@ -239,6 +242,13 @@ def first_batches(batches: Iterable[Batch]) -> list[Batch]:
         if tokens >= PROBED:
             break
     return taken
+
+
+def tokens_of(batch: Batch) -> int:
+    """Tokens of a batch, padding too; its rows where it has none."""
+    names = ("input_ids", "decoder_input_ids")
+    ids = next((batch[name] for name in names if isinstance(batch.get(name), Tensor)), None)
+    return int(ids.numel()) if ids is not None else next(len(v) for v in batch.values() if isinstance(v, Tensor))
 
 
 def _least(batch: Batch) -> int:

@@ -43,9 +43,10 @@ def fields(cls: Any) -> dict[str, dict[str, Any]]:
                 found[name]["default"] = info.get_default(call_default_factory=True)
             if info.description:
                 found[name]["help"] = info.description
-    if "preset" in found and (presets := presets_of(cls)):
+    chooser = getattr(cls, "chooses_preset", "preset")
+    if chooser in found and (presets := presets_of(cls)):
         said = "; ".join(f"{name}, of {preset}" for name, preset in presets.items())
-        found["preset"]["help"] = f"{found['preset']['help'].rstrip('.')}: {said}"
+        found[chooser]["help"] = f"{found[chooser]['help'].rstrip('.')}: {said}"
     return found
 
 

@@ -17,7 +17,7 @@ def expecting(model: Any, method: Any, data: Any, told: dict[str, Any]) -> Itera
     from ffnkit.report.measure import peak_memory
 
     with peak_memory() as peak:
-        found = expected(model, method, data if isinstance(data, list) else None)
+        found = expected(model, method, data)
         whole = peak.before_bytes + int(found.bytes)
         if found.work is not None:
             passes = f" ({found.passes:.0f} s of them passes over the data)" if found.passes >= 1 else ""

@@ -10,7 +10,7 @@ from ffnkit._registry import with_added
 from ffnkit.edits.base import Edit, Shape, Stage
 from ffnkit.edits.heads import SelectHeads
 from ffnkit.edits.layers import DropLayer
-from ffnkit.edits.linears import FactorLinear, LinearEdit, ScaleInputs
+from ffnkit.edits.linears import FactorLinear, KeepOwn, LinearEdit, ReplaceLinear, ScaleInputs
 from ffnkit.edits.masks import Mask
 from ffnkit.edits.neurons import ClusterNeurons, NeuronEdit, ReplaceNeurons, SelectNeurons, SetWidth
 from ffnkit.edits.ties import Tie
@@ -25,8 +25,10 @@ EDITS: tuple[type[Edit], ...] = (
     ReplaceNeurons,
     SetWidth,
     ScaleInputs,
+    KeepOwn,
     Tie,
     FactorLinear,
+    ReplaceLinear,
     Mask,
     UpdateLinear,
     Train,
@@ -38,9 +40,11 @@ __all__ = [
     "DropLayer",
     "Edit",
     "FactorLinear",
+    "KeepOwn",
     "LinearEdit",
     "Mask",
     "NeuronEdit",
+    "ReplaceLinear",
     "ReplaceNeurons",
     "ScaleInputs",
     "SelectHeads",

@@ -164,6 +164,11 @@ class Edit:
         return None
 
     @property
+    def neurons_kept(self) -> Tensor | None:
+        """Numbers of the neurons that stay whole, (width,) or (E, width) with experts; None where others come."""
+        return None
+
+    @property
     def repeats(self) -> bool:
         """Whether a plan may do it twice in one place."""
         return False
@@ -177,6 +182,11 @@ class Edit:
 
     def saved(self, shape: Shape) -> int:
         """Parameters that an FFN of this shape loses by it."""
+        return 0
+
+    @property
+    def kept_apart(self) -> int:
+        """Parameters that an FFN keeps of its own where it comes to share another's weights."""
         return 0
 
     @property

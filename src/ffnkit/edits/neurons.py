@@ -127,6 +127,10 @@ class SelectNeurons(NeuronEdit):
     formerly: ClassVar[tuple[str, ...]] = ("Keep",)
     bears_updates: ClassVar[bool] = True
 
+    @property
+    def neurons_kept(self) -> torch.Tensor | None:
+        return self.index
+
     def check_fields(self) -> str:
         rows = self.index.sort(-1).values
         if self.index.ndim not in (1, 2) or self.index.shape[-1] != self.width or bool((rows.diff() == 0).any()):

@@ -14,13 +14,16 @@ from ffnkit.methods.drop.pruning import Prune
 from ffnkit.methods.drop.structured import StructuredPruning
 from ffnkit.methods.drop.unstructured import Unstructured
 from ffnkit.methods.narrow.calibrated import CalibratedFusion
+from ffnkit.methods.narrow.closed_forms import ModeGpt, Surgeon
 from ffnkit.methods.narrow.clustering import Clustering
+from ffnkit.methods.narrow.flap import Flap
 from ffnkit.methods.narrow.fusion import Fusion
 from ffnkit.methods.narrow.mmd import Mmd
 from ffnkit.methods.narrow.reinit import Reinit
 from ffnkit.methods.narrow.selection import Importance, Magnitude, Random
 from ffnkit.methods.narrow.sketch import Sketch
 from ffnkit.methods.narrow.svd import Svd
+from ffnkit.methods.share.calibrated import CalibratedMerging
 from ffnkit.methods.share.merging import Merging
 from ffnkit.methods.update.dsee import DSEE
 from ffnkit.methods.update.sparsegrad import SparseGrad
@@ -31,6 +34,7 @@ METHODS: tuple[Any, ...] = (
     Fusion,
     CalibratedFusion,
     Merging,
+    CalibratedMerging,
     Clustering,
     Sketch,
     Svd,
@@ -38,6 +42,9 @@ METHODS: tuple[Any, ...] = (
     Random,
     Magnitude,
     Importance,
+    Flap,
+    ModeGpt,
+    Surgeon,
     Reinit,
     Unstructured,
     Prune,

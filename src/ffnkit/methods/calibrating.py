@@ -12,7 +12,15 @@ from torch import nn
 from ffnkit.calibration.batches import Batch, kept
 from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.calibration.statistics import NeuronSquares, Statistics, batch_fingerprint, model_fingerprint
-from ffnkit.calibration.stored import Make, StatisticsFile, StatisticsWriter, Together, first_batches, writing
+from ffnkit.calibration.stored import (
+    Make,
+    StatisticsFile,
+    StatisticsWriter,
+    Together,
+    first_batches,
+    tokens_of,
+    writing,
+)
 from ffnkit.errors import FfnkitError, FfnkitWarning
 from ffnkit.methods.narrow.calibrated import CalibratedFusion, Part
 from ffnkit.model.ffn import FFN
@@ -64,6 +72,7 @@ def calibrate(
     given = {
         "model": model_fingerprint(model),
         "data": [batch_fingerprint(batch) for batch in batches],
+        "tokens": sum(map(tokens_of, batches)),
         "layers": {ffn.name: max(ffn.experts, 1) for ffn in found},
         "held": held,
         "dtype": str(found[0].raw().up.dtype).removeprefix("torch."),
@@ -120,7 +129,14 @@ def merge(
         said = f"merging statistics: {again} of {len(data)} batches were there already, and count again"
         warnings.warn(said, FfnkitWarning, stacklevel=2)
     held = min(each.held for each in files)
-    given = {"model": first.model, "data": data, "layers": first.layers, "held": held, "dtype": first.dtype}
+    given = {
+        "model": first.model,
+        "data": data,
+        "tokens": sum(each.tokens for each in files),
+        "layers": first.layers,
+        "held": held,
+        "dtype": first.dtype,
+    }
     probe = first_batches(batch for each in files for batch in each.probe)
     make = _maker(first.layers, held)
     with writing(path, given, probe) as (writer, done):

@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ffnkit.calibration.batches import Batch, run
+from ffnkit.calibration.batches import Batch, few_rows, run
+from ffnkit.calibration.stored import StatisticsFile, tokens_of
 from ffnkit.model.ffn import FFN
 
 SIZE = 512  # of the matrices that tell the machine's rates
 SOLVED = 384
+WHILE = 0.15  # seconds that each rate is measured for
 
 
 @dataclass(frozen=True)
@@ -53,28 +55,28 @@ class Expected:
 
 
 @torch.no_grad()
-def expected(model: nn.Module, method: Any, batches: list[Batch] | None, tokens: int | None = None) -> Expected:
+def expected(model: nn.Module, method: Any, data: list[Batch] | StatisticsFile | None) -> Expected:
     """About how long planning takes, and how much memory.
 
-    The data's part is timed on a few rows, products and factorizations on small matrices; what a method computes it
-    says itself (``method.work(ffn, width, tokens)``); others are taken to be as quick as reading weights.
+    The pass over the data is timed on a few rows, products and factorizations on small matrices; what a method computes
+    it says itself (``method.work(ffn, width, tokens)``).
 
     Args:
-        batches: the data, for methods that need some; None where statistics take their place.
-        tokens: in all; counted in ``batches`` unless given.
+        data: batches, or statistics of a pass over them; None for methods that need none.
     """
     passes = held = 0.0
-    count = tokens or 0
-    if batches:
-        rows = {name: value[:2] if isinstance(value, Tensor) else value for name, value in batches[0].items()}
+    count, stored = 0, isinstance(data, StatisticsFile)
+    if data is not None:
+        batches = data.probe if isinstance(data, StatisticsFile) else data
+        rows = few_rows(batches[0])
         run(model, [rows])  # the first pass of a process is slower
         each = seconds(lambda: run(model, [rows]))
-        share = sum(map(_size, batches)) / max(_size(rows), 1)
-        passes = each * (share + 3 * _size(batches[0]) / max(_size(rows), 1))  # the first batch is walked through
-        count = tokens or sum(map(_size, batches))
+        sizes = sum(map(tokens_of, batches))
+        count = data.tokens if isinstance(data, StatisticsFile) else sizes
+        passes = each * (3 + sizes / max(tokens_of(rows), 1))  # the rows are walked through beforehand
         head = getattr(model, "get_output_embeddings", lambda: None)()
         wide = getattr(head, "out_features", 0) if head is not None else 0
-        held = _size(batches[0]) * 6.0 * wide
+        held = tokens_of(rows) * 6.0 * wide
     work = getattr(method, "work", None)
     if work is None:
         return Expected(passes, passes, None, held)
@@ -82,7 +84,7 @@ def expected(model: nn.Module, method: Any, batches: list[Batch] | None, tokens:
     costs = rates(next(model.parameters()).device)
     spent = sum(getattr(each, name) * cost for each in found for name, cost in costs.items())
     outputs = 4.0 * count * max((ffn.d for ffn, _ in method.chosen(model)), default=0)
-    held = max([held, *(each.held for each in found)]) + (outputs if batches else 0.0)
+    held = max([held, *(each.held for each in found)]) + (outputs if data is not None and not stored else 0.0)
     return Expected(passes + spent, passes, spent, held)
 
 
@@ -92,14 +94,19 @@ def rates(device: torch.device) -> dict[str, float]:
     b = torch.rand(SOLVED, SOLVED, dtype=torch.float64, device=device)
     gram = (b @ b.T).add_(torch.eye(SOLVED, dtype=torch.float64, device=device))
 
-    def least(work: Callable[[], Any]) -> float:
-        return min(seconds(work) for _ in range(5))
+    def mean(work: Callable[[], Any]) -> float:
+        """Over a while, so that what else the machine does is in it."""
+        work()
+        times = [seconds(work)]
+        while sum(times) < WHILE:
+            times.append(seconds(work))
+        return sum(times) / len(times)
 
     return {
-        "single": least(lambda: a @ a) / SIZE**3,
-        "double": least(lambda: torch.cholesky_inverse(torch.linalg.cholesky(gram))) / (SOLVED**3 / 2),
-        "numbers": least(lambda: a.sigmoid()) / SIZE**2,
-        "calls": least(lambda: [b[0, 0] + 1 for _ in range(100)]) / 200,
+        "single": mean(lambda: a @ a) / SIZE**3,
+        "double": mean(lambda: torch.cholesky_inverse(torch.linalg.cholesky(gram))) / (SOLVED**3 / 2),
+        "numbers": mean(lambda: a.sigmoid()) / SIZE**2,
+        "calls": mean(lambda: [b[0, 0] + 1 for _ in range(100)]) / 200,
     }
 
 
@@ -127,9 +134,3 @@ def fused(ffn: FFN, width: int, tokens: int, *, greedy: bool, refine: int, kept:
     held = 3 * 8 * ff**2 + (12 * kept * d + 20 * batch * width + 16 * matrices * d * width if refine else 0)
     single, double = gram + experts * regression + target, experts * (selecting + solving)
     return Work(single, double, numbers, 200 * steps, held)
-
-
-def _size(batch: Any) -> int:
-    """Tokens of a batch, padding too, or its rows where it has none."""
-    ids = next((v for n, v in batch.items() if n in ("input_ids", "decoder_input_ids") and isinstance(v, Tensor)), None)
-    return ids.numel() if ids is not None else next(len(v) for v in batch.values() if isinstance(v, Tensor))

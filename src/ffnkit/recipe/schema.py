@@ -17,6 +17,7 @@ from ffnkit.recipe.rates import ArmSearch, Rates, Search, check_trials, wrong_se
 from ffnkit.recipe.settings import (
     check_budget,
     check_method,
+    check_target,
     check_task,
     method_today,
     tuner_stays,
@@ -117,7 +118,8 @@ class Arm(Part):
     """One way to treat the model; the method's own settings stand beside ``method`` in the file.
 
     ``budget`` takes the place of the setting ``width``: widths by layer that keep to it, multiples of ``multiple``, or
-    one width for all with ``uniform``. ``tune`` holds the settings of the tuning that differ for this arm, such as its
+    one width for all with ``uniform``. ``target`` takes the place of a method: the settings of ``fit-to``, such as
+    ``{params: 0.8}``. ``tune`` holds the settings of the tuning that differ for this arm, such as its
     learning rate; ``search`` the rates that are tried for it. ``tickets`` prunes round by round before the tuning.
     ``prune`` names what the stage prune does between tuning and recovery, one method or several in turn; ``recover``
     the settings of the recovery that differ.
@@ -127,6 +129,7 @@ class Arm(Part):
     budget: Annotated[float, Field(strict=True, gt=0, lt=1)] | Count | None = None
     multiple: Count | None = None
     uniform: StrictBool | None = None
+    target: dict[str, Any] | None = None
     tuner: TunerSpec | None = None
     tune: dict[str, Any] | None = None
     prune: tuple[Pruning, ...] = ()
@@ -145,6 +148,8 @@ class Arm(Part):
         own = {key: value[key] for key in cls.model_fields if key in value and key != "settings"}
         settings = {key: item for key, item in value.items() if key not in own}
         method = own.get("method", NONE)
+        if own.get("target") is not None and (wrong := check_target(str(method), own)):
+            fail(("target",), wrong, own["target"])
         if isinstance(method, str):
             settings = settings_today(method_today, method, settings)
             complaint = check_budget(method, settings, own) or check_method(method, widened(settings, own))
@@ -160,7 +165,7 @@ class Arm(Part):
     @property
     def compressed(self) -> bool:
         """Whether a method is applied."""
-        return self.method != NONE
+        return self.method != NONE or self.target is not None
 
     @property
     def placed(self) -> dict[str, Any]:

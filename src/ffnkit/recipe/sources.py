@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe.schema import NAMES, Arm, Recipe
-from ffnkit.recipe.settings import has_setting
+from ffnkit.recipe.settings import fit_to, has_setting
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,8 @@ def method_of(arm: Arm, seed: int, widths: Any = None) -> Any:
     """
     from ffnkit import methods
 
+    if arm.target is not None:
+        return fit_to(arm.target)
     settings = arm.placed if widths is None else {**arm.settings, "width": widths}
     return methods.build(arm.method, **seeded(arm.method, settings, seed))
 
@@ -227,8 +229,9 @@ class Source:
         content = hashlib.sha256()
         for split in (self.splits.train, self.splits.dev, self.splits.report, *self.splits.extra.values()):
             content.update(b"split")
-            if "digest" in split.column_names:  # where an image is plays no part
-                split = split.remove_columns("image")
+            # where an image is plays no part; what holds rows together is in their texts
+            spare = ["image"] if "digest" in split.column_names else [self.splits.together]
+            split = split.remove_columns([name for name in spare if name in split.column_names])
             for rows in split.iter(batch_size=8192):
                 content.update(json.dumps(rows, sort_keys=True, default=str).encode())
         return content.hexdigest()[:16]

@@ -15,7 +15,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.files import read_json, write_text
 from ffnkit.io.folders import check_target
 from ffnkit.recipe.schema import Arm, Recipe, arm_dict, facts_today
-from ffnkit.recipe.sources import expand
+from ffnkit.recipe.sources import expand, method_of
 from ffnkit.tune.settings import HARMLESS
 
 FORMAT = 1  # of the folder; raised when an older one can no longer be continued
@@ -138,9 +138,7 @@ def unit_facts(recipe: Recipe, base: dict[str, Any], arm: str, seed: int) -> dic
 
 def measures(arm: Arm) -> bool:
     """Whether an arm's method measures activations on data."""
-    from ffnkit import methods
-
-    return arm.compressed and bool(getattr(methods.build(arm.method, **arm.placed), "needs_data", False))
+    return arm.compressed and bool(getattr(method_of(arm, 0), "needs_data", False))
 
 
 def prunes_by_data(arm: Arm) -> bool:

@@ -110,6 +110,49 @@ SPARSEGRAD = """@inproceedings{chekalina2024sparsegrad,
   year      = {2024},
   note      = {arXiv:2410.07383}
 }"""
+MODEGPT = """@inproceedings{lin2025modegpt,
+  title     = {{MoDeGPT}: Modular Decomposition for Large Language Model Compression},
+  author    = {Lin, Chi-Heng and Gao, Shangqian and Smith, James Seale and Patel, Abhishek and Tuli, Shikhar and Shen,
+               Yilin and Jin, Hongxia and Hsu, Yen-Chang},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025},
+  note      = {arXiv:2408.09632}
+}"""
+SLIMGPT = """@inproceedings{ling2024slimgpt,
+  title     = {{SlimGPT}: Layer-wise Structured Pruning for Large Language Models},
+  author    = {Ling, Gui and Wang, Ziyang and Yan, Yuliang and Liu, Qingwen},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2024},
+  note      = {arXiv:2412.18110}
+}"""
+ZIPLM = """@inproceedings{kurtic2023ziplm,
+  title     = {{ZipLM}: Inference-Aware Structured Pruning of Language Models},
+  author    = {Kurti{\\'c}, Eldar and Frantar, Elias and Alistarh, Dan},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2023},
+  note      = {arXiv:2302.04089}
+}"""
+FLAP = """@inproceedings{an2024flap,
+  title     = {Fluctuation-based Adaptive Structured Pruning for Large Language Models},
+  author    = {An, Yongqi and Zhao, Xu and Yu, Tao and Tang, Ming and Wang, Jinqiao},
+  booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
+  year      = {2024},
+  note      = {arXiv:2312.11983}
+}"""
+SVD_LLM = """@inproceedings{wang2025svdllm,
+  title     = {{SVD-LLM}: Truncation-aware Singular Value Decomposition for Large Language Model Compression},
+  author    = {Wang, Xin and Zheng, Yu and Wan, Zhongwei and Zhang, Mi},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2025},
+  note      = {arXiv:2403.07378}
+}"""
+GRAIL = """@inproceedings{tang2026grail,
+  title     = {{GRAIL}: Post-hoc Compensation by Linear Reconstruction for Compressed Networks},
+  author    = {Tang, Wenwu and Wang, Dong and Thiele, Lothar and Saukh, Olga},
+  booktitle = {Conference on Parsimony and Learning},
+  year      = {2026},
+  note      = {arXiv:2602.23795}
+}"""
 LORA = """@inproceedings{hu2022lora,
   title     = {{LoRA}: Low-Rank Adaptation of Large Language Models},
   author    = {Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and Li, Yuanzhi and Wang, Shean
@@ -179,14 +222,17 @@ FFNKIT = """@software{ffnkit,
 }"""
 OF_METHOD: dict[str, tuple[str, ...]] = {
     "fusion": (MLP_FUSION, MLP_FUSION_MOE),
-    "calibrated-fusion": (MLP_FUSION, PURSUIT, BRAIN_COMPRESSION),
+    "calibrated-fusion": (MLP_FUSION, PURSUIT, BRAIN_COMPRESSION, MODEGPT, GRAIL),
     "clustering": (MLP_FUSION,),
     "sketch": (MLP_FUSION,),
-    "svd": (MLP_FUSION, LOW_RANK),
+    "svd": (MLP_FUSION, LOW_RANK, SVD_LLM),
     "mmd": (MLP_FUSION, TWO_SAMPLE),
     "random": (MLP_FUSION,),
     "magnitude": (MLP_FUSION,),
     "importance": (IMPORTANCE, MINITRON),
+    "flap": (FLAP,),
+    "modegpt": (MODEGPT,),
+    "obs": (SLIMGPT, ZIPLM, BRAIN_COMPRESSION),
     "reinit": (MLP_FUSION,),
     "unstructured": (MLP_FUSION, CONNECTIONS),
     "prune": (DSEE, WANDA, CONNECTIONS),

@@ -41,9 +41,10 @@ def filled(cls: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """What was given, with the values of the preset that it names in the place of what was not.
 
     Args:
+        cls: chooses presets by its setting "preset", or the one that its attribute ``chooses_preset`` names.
         given: settings by their names of today. A preset that is not known fills nothing; whoever checks refuses it.
     """
-    chosen = given.get("preset")
+    chosen = given.get(getattr(cls, "chooses_preset", "preset"))
     preset = presets_of(cls).get(chosen) if isinstance(chosen, str) else None
     return dict(given) if preset is None else {**given, **{k: v for k, v in preset.values.items() if k not in given}}
 
@@ -68,7 +69,7 @@ def unlike(cls: Any, given: Mapping[str, Any], name: str = "paper") -> str | Non
 def with_presets(cls: type[T]) -> type[T]:
     """Class decorator of a dataclass: what its preset says stands for what is not given. Below ``renamed``."""
     init = cls.__init__
-    names = [field.name for field in dataclasses.fields(cls) if field.init]  # type: ignore[arg-type]
+    names = [each.name for each in dataclasses.fields(cls) if each.init and not each.kw_only]  # type: ignore[arg-type]
 
     @wraps(init)
     def with_values(self: Any, *args: Any, **given: Any) -> None:

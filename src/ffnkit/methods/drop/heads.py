@@ -10,16 +10,19 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.padding import TokenMasks
+from ffnkit.calibration.batches import kept
 from ffnkit.edits import Edit, SelectHeads
 from ffnkit.edits.heads import check_separable
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.common import Batch, Layers, activity, generator, largest, need_data
+from ffnkit.methods.common import Batch, Layers, generator, largest, need_data
+from ffnkit.methods.drop.head_outputs import refitted_outputs, watch_outputs
+from ffnkit.methods.drop.learnt import Learnt, of_heads
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import bare_weight, features
 from ffnkit.model.targets import select
 from ffnkit.nn.adapter_layer import AdapterLayer
+from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc, check, renamed
 
@@ -34,7 +37,8 @@ class RemoveHeads:
 
     Where several heads share a key and a value, whole groups go; with one key and value for all heads, queries go.
 
-    Source: DSEE (arXiv 2111.00160), structured pruning: by "update", remove 0.25.
+    Source: DSEE (arXiv 2111.00160), structured pruning: by "update", remove 0.25; of ``refit``, GRAIL (arXiv
+        2602.23795).
     """
 
     remove: Annotated[
@@ -55,6 +59,12 @@ class RemoveHeads:
     ] = "weight"
     layers: Layers = "all"
     seed: Annotated[int, Doc("of random scores.", at_least=0)] = 0
+    refit: Annotated[
+        bool, Doc("refit the output linears to what the attentions gave on data, by ridge regression (GRAIL).")
+    ] = False
+    ridge: Annotated[
+        float, Doc("of refit, towards the columns as they were, relative to the heads' mean square.", at_least=0)
+    ] = 0.1
 
     name: ClassVar[str] = "heads"
     summary: ClassVar[str] = "remove attention heads (structured pruning)"
@@ -63,7 +73,7 @@ class RemoveHeads:
     @property
     def needs_data(self) -> bool:
         """Whether activations are measured."""
-        return self.by == "activation"
+        return self.by == "activation" or self.refit
 
     @property
     def reads_weights(self) -> bool:
@@ -83,6 +93,10 @@ class RemoveHeads:
             raise FfnkitError(f"the heads of {type(model).__name__}", "none of its modules is a known attention", do)
         return self._left(select(found, self.layers))
 
+    def learnt(self, model: nn.Module) -> list[Learnt]:
+        """What the scores are read from that only a tuning leaves."""
+        return of_heads("by", self.by, [attention for attention, _ in self.chosen(model)])
+
     def _left(self, chosen: list[Attention]) -> list[tuple[Attention, int]]:
         if isinstance(self.remove, Mapping):
             known = {attention.name for attention in chosen}
@@ -94,6 +108,9 @@ class RemoveHeads:
         left = []
         for attention in chosen:
             check_separable(attention)
+            if self.refit and isinstance(attention.linear("o"), ReparametrizedLinear):
+                what = f"its output linear is edited already ({attention.linear('o').kind})"
+                raise FfnkitError(f"refitting {attention.name}", what, "Fold the model first, or leave refit out")
             share = self.remove[attention.name] if isinstance(self.remove, Mapping) else self.remove
             left.append((attention, units_left(share, attention)))
         if not any(keep < attention.units for attention, keep in left):
@@ -107,11 +124,9 @@ class RemoveHeads:
         quantities: dict[str, dict[str, float]] = {}
         targets = self.chosen(model)
         found = [attention for attention, keep in targets if keep < attention.units]
-        rms = (
-            head_activity(model, need_data(data, self.name, beyond="attention"), found, progress=progress)
-            if self.needs_data
-            else None
-        )
+        batches = kept(need_data(data, self.name, beyond="attention")) if self.needs_data else []
+        rms = head_activity(model, batches, found, progress=progress) if self.by == "activation" else None
+        stay: dict[str, Tensor] = {}
         for number, (attention, keep) in enumerate(targets):
             if keep < attention.units:
                 scores = head_scores(attention, self.by, generator(self.seed, number), rms)
@@ -120,16 +135,27 @@ class RemoveHeads:
                 lost = 1 - scores[index.long()].sum().item() / total if total > 0 else 0.0
                 quantities[attention.name] = {"score lost": lost}
                 edits.append(removal(attention, index))
+                stay[attention.name] = index
             if progress is not None:
                 progress(number + 1, len(targets), attention.name)
+        if self.refit:
+            for edit, error in refitted_outputs(model, batches, found, stay, self.ridge, progress):
+                edits.append(edit)
+                quantities[edit.target] = {"output error on the data": error}
         return Draft(tuple(edits), quantities)
 
 
-def removal(attention: Attention, index: Tensor) -> SelectHeads:
-    """The edit that keeps these units of an attention."""
+def removal(attention: Attention, index: Tensor, *, silent: bool = False) -> SelectHeads:
+    """The edit that keeps these units of an attention; ``silent``: and lets them give zeros."""
     units = attention.units
     gone = (units - len(index)) * attention.unit_parameters
-    return SelectHeads(attention.name, index=index.to(torch.int32), heads=attention.heads, units=units, parameters=gone)
+    index = index.to(torch.int32)
+    return SelectHeads(attention.name, index=index, heads=attention.heads, units=units, parameters=gone, silent=silent)
+
+
+def left_out(attention: Attention) -> SelectHeads:
+    """The edit that leaves an attention out: the fewest heads that its family bears stand in, and give zeros."""
+    return removal(attention, torch.arange(attention.multiple), silent=True)
 
 
 def units_left(remove: int | float, attention: Attention) -> int:
@@ -179,36 +205,15 @@ def head_activity(
     Args:
         beside: FFNs whose hidden neurons' rms (:func:`~ffnkit.methods.common.activity`) the same pass measures.
     """
-    masks = TokenMasks(model, {each.name: (each.stack, [each.name]) for each in found})
     sums = {attention.name: torch.zeros(attention.units, dtype=torch.float64) for attention in found}
     counts = {attention.name: 0.0 for attention in found}
 
-    def begin(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        masks.start(kwargs)
+    def note(attention: Attention, x: Tensor, _: Tensor, weights: Tensor) -> None:
+        squares = x.reshape(len(x), attention.units, -1).float().square().sum(-1)
+        sums[attention.name] += (weights @ squares).double().cpu()
+        counts[attention.name] += float(weights.sum())
 
-    def tap(attention: Attention) -> Callable[[nn.Module, Any], None]:
-        def note(_: nn.Module, args: Any) -> None:
-            x = args[0].detach()
-            squares = x.reshape(-1, attention.units, x.shape[-1] // attention.units).float().square().sum(-1)
-            mask = masks.of(attention.name, x)
-            weights = squares.new_ones(len(squares)) if mask is None else mask.to(squares)
-            sums[attention.name] += (weights @ squares).double().cpu()
-            counts[attention.name] += float(weights.sum())
-
-        return note
-
-    handles = [model.register_forward_pre_hook(begin, with_kwargs=True)]
-    handles += [attention.linear("o").register_forward_pre_hook(tap(attention)) for attention in found]
-    try:
-        with masks.watching():
-            neurons = activity(model, data, beside or [], progress)
-    finally:
-        for handle in handles:
-            handle.remove()
-    silent = [name for name, count in counts.items() if not count]
-    if silent:
-        do = "Give inputs of every stack (text, images, decoder inputs)"
-        raise FfnkitError("watching the attention", f"{silent[0]} did not run on the data given", do)
+    neurons = watch_outputs(model, data, found, note, beside, progress)
     return neurons | {name: (total / counts[name]).sqrt() for name, total in sums.items()}
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +24,17 @@ from ffnkit.ops.neurons import Neurons, concatenate
 from ffnkit.ops.subset import choose, leverage, outputs, refit
 from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc
+from ffnkit.settings.presets import Preset, with_presets
 
 logger = logging.getLogger(__name__)
 
 RIDGE = 1e-2  # of the selection, relative to the mean square of the activations
 COMPRESSED = "what each layer gets once those before it are compressed (sequential=true)"
 ROWS = 1024  # tokens that pass through an FFN at a time
+JUDGED = 2048  # tokens at most that are held out to judge a fit
 
 
+@with_presets
 @dataclass(frozen=True)
 class CalibratedFusion(Narrowing):
     """Narrow each FFN so that its output on data stays: choose neurons, refit the output layer, then all of it.
@@ -72,7 +75,16 @@ class CalibratedFusion(Narrowing):
         int, Doc("most tokens a layer that are held for the regression; the statistics use all.", at_least=1)
     ] = 16384
     seed: Annotated[int, Doc("of the regression's batches.", at_least=0)] = 0
+    effort: Annotated[
+        Literal["fast", "default", "best"],
+        Doc('values for what is not given: "fast" leaves the regression out, "best" takes about five times as long.'),
+    ] = "default"
 
+    chooses_preset: ClassVar[str] = "effort"
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "fast": Preset("closed forms alone", {"refine": 0}),
+        "best": Preset("each layer in turn, long regressions", {"sequential": True, "refine": 500}),
+    }
     name: ClassVar[str] = "calibrated-fusion"
     summary: ClassVar[str] = "keep the neurons that data need and refit the output layer: data-aware fusion"
     paper: ClassVar[str] = ""
@@ -130,7 +142,7 @@ class CalibratedFusion(Narrowing):
     def _fit(
         self, ffn: FFN, old: Neurons, seen: Part | None, width: int, number: int
     ) -> tuple[Neurons, Tensor, float, float]:
-        """One FFN or expert: neurons, factor, squared relative error, squared norm of the outputs."""
+        """One FFN or expert: neurons, factor, squared relative error held out, squared norm of outputs."""
         if width == old.ff:
             return old, old.up.new_ones(width), 0.0, 0.0
         if seen is None:  # an expert that no token reached: nothing is known but its weights
@@ -152,40 +164,61 @@ class CalibratedFusion(Narrowing):
         if old.down_bias is not None:
             lost = old.down.double() @ moments.mean() - down @ moments.mean()[kept]
             fresh = dataclasses.replace(fresh, down_bias=(old.down_bias.double() + lost).to(old.down_bias.dtype))
-        if self.refine and seen.held.inputs:
-            fresh, error = self._refined(ffn, old, fresh, seen.held, number, error)
+        activation = local.activation_of(old, *seen.held.probe, activations(ffn))
+        products = ffn.raw().up.dtype
+        if activation is None:
+            logger.warning("%s is not refined, its error is of fitted tokens: its activation is not known", ffn.name)
+        elif self.refine and seen.held.inputs:
+            fresh = self._refined(old, fresh, seen.held, activation, products, number)
+        if activation is not None and seen.apart.inputs:
+            error = held_out(old, fresh, seen.apart, activation, products)
         size = moments.absolute()
         factor = (size.sum() / size[kept].sum().clamp_min(1e-30)).clamp_min(1.0).float().item()
         scale = old.up.new_full((width,), factor)
         return dataclasses.replace(fresh, down=fresh.down / factor), scale, error, norm
 
     def _refined(
-        self, ffn: FFN, old: Neurons, start: Neurons, seen: HeldInputs, number: int, error: float
-    ) -> tuple[Neurons, float]:
+        self,
+        old: Neurons,
+        start: Neurons,
+        seen: HeldInputs,
+        activation: local.Activation,
+        products: torch.dtype,
+        number: int,
+    ) -> Neurons:
+        """``start`` after the regression, where that helps."""
         x = torch.cat(seen.inputs)
-        seen.inputs.clear()
-        probe = seen.probe
-        activation = local.activation_of(old, probe[0], probe[1], activations(ffn))
-        if activation is None:
-            logger.warning("%s is not refined: its activation is none that is known", ffn.name)
-            return start, error
         weights = torch.cat(seen.weights) if seen.weights else None
-        with torch.no_grad():
-            target = torch.cat([local.forward(old, rows, activation) for rows in x.split(ROWS)])
-        draw = generator(self.seed, number)
-        fitted = local.regress(start, x, target, activation, steps=self.refine, generator=draw, weights=weights)
-        if fitted is start:
-            return start, error
-        ones = x.new_ones(len(x)) if weights is None else weights
-        rest = total = 0.0
-        mean = (
-            (target.double() * ones.double()[:, None]).sum(0) / ones.double().sum() if old.down_bias is not None else 0
+        seen.inputs.clear()
+        return local.regress(
+            start,
+            x,
+            wide(old, x, activation, products),
+            activation,
+            steps=self.refine,
+            generator=generator(self.seed, number),
+            weights=weights,
+            products=products,
         )
-        for rows in torch.arange(len(x), device=x.device).split(ROWS):
-            gap = local.forward(fitted, x[rows], activation).double() - target[rows].double()
-            rest += (gap.square().sum(1) * ones[rows].double()).sum().item()
-            total += ((target[rows].double() - mean).square().sum(1) * ones[rows].double()).sum().item()
-        return fitted, rest / max(total, 1e-300)
+
+
+def wide(neurons: Neurons, x: Tensor, activation: local.Activation, products: torch.dtype) -> Tensor:
+    """The outputs (n, d), float32, for inputs x (n, d), some rows at a time."""
+    with torch.no_grad(), local.multiplying(x.device, products):
+        return torch.cat([local.forward(neurons, rows, activation).float() for rows in x.split(ROWS)])
+
+
+def held_out(
+    old: Neurons, new: Neurons, seen: HeldInputs, activation: local.Activation, products: torch.dtype
+) -> float:
+    """The squared error of the new outputs on tokens that no fit saw, relative to the old ones' spread."""
+    x = torch.cat(seen.inputs)
+    weights = torch.cat(seen.weights).double() if seen.weights else x.new_ones(len(x), dtype=torch.float64)
+    target = wide(old, x, activation, products).double()
+    gap = wide(new, x, activation, products).double() - target
+    centred = target - (weights @ target) / weights.sum().clamp_min(1e-300)
+    rest, total = (float(weights @ each.square().sum(1)) for each in (gap, centred))
+    return rest / total if total > 0 else 0.0
 
 
 class Part:
@@ -193,32 +226,41 @@ class Part:
 
     Attributes:
         moments: of the hidden activations. held: inputs for the regression, and what tells the activation.
+        apart: inputs that neither saw (:meth:`~ffnkit.calibration.hooks.Activations.apart`), to judge the fit by.
     """
 
     stored: ClassVar[str] = "fusion"
 
     def __init__(self, most: int) -> None:
-        self.hidden, self.held = HiddenMoments(), HeldInputs(most)
+        self.hidden, self.held, self.apart = HiddenMoments(), HeldInputs(most), HeldInputs(JUDGED)
 
     @property
     def moments(self) -> Moments:
         return self.hidden.moments
 
     def update(self, acts: Activations) -> None:
-        rows = acts.counted()
-        self.hidden.update(rows)
-        self.held.update(rows)
+        fitted, apart = acts.counted().apart()
+        self.hidden.update(fitted)
+        self.held.update(fitted)
+        if len(apart.input):
+            self.apart.update(apart)
 
     def merge(self, other: Part) -> None:
-        self.hidden.merge(other.hidden)
-        self.held.merge(other.held)
+        for mine, theirs in zip(self._parts().values(), other._parts().values(), strict=True):
+            mine.merge(theirs)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.hidden.state_dict() | {f"held.{name}": v for name, v in self.held.state_dict().items()}
+        return {
+            f"{name}.{key}": value for name, part in self._parts().items() for key, value in part.state_dict().items()
+        }
 
     def load(self, state: dict[str, Tensor]) -> None:
-        self.hidden.load({name: value for name, value in state.items() if not name.startswith("held.")})
-        self.held.load({name[5:]: value for name, value in state.items() if name.startswith("held.")})
+        for name, part in self._parts().items():
+            length = len(name) + 1
+            part.load({key[length:]: value for key, value in state.items() if key.startswith(f"{name}.")})
+
+    def _parts(self) -> dict[str, Any]:
+        return {"hidden": self.hidden, "held": self.held, "apart": self.apart}
 
 
 def observing(group: list[FFN], tokens: int) -> Statistics[Part]:

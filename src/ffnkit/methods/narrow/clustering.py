@@ -8,13 +8,14 @@ from typing import Annotated, ClassVar
 
 from torch import nn
 
-from ffnkit.methods.common import Batch, Narrowing, clusterings
+from ffnkit.methods.common import Batch, clusterings
+from ffnkit.methods.narrow.refitting import Refitting
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc
 
 
 @dataclass(frozen=True)
-class Clustering(Narrowing):
+class Clustering(Refitting):
     """Narrow each FFN to the centroids of its neurons, P^(1/2) on up, its bias and down.
 
     ``y = down P^(1/2) act(P^(1/2) (up x + up_bias)) + down_bias``. With ReLU this equals MLP Fusion and its kernel
@@ -32,7 +33,7 @@ class Clustering(Narrowing):
     summary: ClassVar[str] = "cluster neurons, the root of the cluster sizes on both sides (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
 
-    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+    def drafted(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         found = self.chosen(model)
         made = list(clusterings(found, progress, "clustering", self.seed, self.restarts, root=True))
         quantities = {edit.target: {"within-cluster variance": loss} for edit, loss in made}

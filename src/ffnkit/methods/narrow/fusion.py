@@ -9,7 +9,8 @@ from typing import Annotated, ClassVar, Literal
 from torch import nn
 
 from ffnkit.edits import Edit, ScaleInputs
-from ffnkit.methods.common import Batch, Narrowing, clusterings
+from ffnkit.methods.common import Batch, clusterings
+from ffnkit.methods.narrow.refitting import Refitting
 from ffnkit.ops.neurons import cluster_sizes
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc
@@ -18,7 +19,7 @@ from ffnkit.settings.presets import Preset, with_presets
 
 @with_presets
 @dataclass(frozen=True)
-class Fusion(Narrowing):
+class Fusion(Refitting):
     """Narrow each FFN to the centroids of its neurons, keeping its neural tangent kernel close.
 
     ``y = down P act(up x + up_bias) + down_bias`` with up, up_bias, down the centroids and P the cluster sizes. P is
@@ -48,7 +49,7 @@ class Fusion(Narrowing):
     summary: ClassVar[str] = "cluster neurons into a narrower FFN that keeps the neural tangent kernel (MLP Fusion)"
     paper: ClassVar[str] = "arXiv 2307.08941"
 
-    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+    def drafted(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
         quantities: dict[str, dict[str, float]] = {}
         found = self.chosen(model)

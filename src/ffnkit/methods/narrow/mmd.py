@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.edits import Edit, ReplaceNeurons
-from ffnkit.methods.common import Batch, Narrowing, each, generator, lifted, singles
+from ffnkit.methods.common import Batch, each, generator, lifted, singles
+from ffnkit.methods.narrow.refitting import Refitting
 from ffnkit.ops.local import forget
 from ffnkit.ops.neurons import Neurons, balance, concatenate
 from ffnkit.plans import Draft, Progress
@@ -22,7 +23,7 @@ AT_ONCE = 1024  # rows that are compared with all points at a time
 
 
 @dataclass(frozen=True)
-class Mmd(Narrowing):
+class Mmd(Refitting):
     """Move c points, random neurons at first, until their distribution is close to that of all neurons.
 
     The loss is the biased MMD^2 between the points and the rows [up, up_bias, down], with five kernels
@@ -42,7 +43,7 @@ class Mmd(Narrowing):
     summary: ClassVar[str] = "points whose distribution matches the neurons' (maximum mean discrepancy, baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
 
-    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+    def drafted(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
         quantities: dict[str, dict[str, float]] = {}
         for number, (ffn, width, neurons) in enumerate(each(self.chosen(model), progress, "matching")):

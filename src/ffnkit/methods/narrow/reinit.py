@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.edits import Edit, ReplaceNeurons
-from ffnkit.methods.common import Batch, Narrowing, Width, each, generator
+from ffnkit.methods.common import Batch, Width, each, generator
+from ffnkit.methods.narrow.refitting import Refitting
 from ffnkit.ops.neurons import Neurons
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc
 
 
 @dataclass(frozen=True)
-class Reinit(Narrowing):
+class Reinit(Refitting):
     """Replace each FFN by one of the given width with random weights, N(0, std^2), and zero biases.
 
     Source: the baseline of MLP Fusion (arXiv 2307.08941) with FFNs that are trained from scratch.
@@ -40,9 +41,13 @@ class Reinit(Narrowing):
     name: ClassVar[str] = "reinit"
     summary: ClassVar[str] = "narrow FFNs with random weights (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
-    reads_weights: ClassVar[bool] = False
 
-    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+    @property
+    def reads_weights(self) -> bool:
+        """Whether numbers of the model are in the plan."""
+        return self.refit
+
+    def drafted(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         config = getattr(model, "config", None)
         text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
         std = self.std or getattr(text, "initializer_range", None) or 0.02

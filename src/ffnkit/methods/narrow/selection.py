@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.edits import Edit, SelectNeurons
-from ffnkit.methods.common import Batch, Narrowing, activity, each, generator, largest, lifted, need_data, norms
-from ffnkit.methods.expecting import Work
+from ffnkit.methods.common import Batch, activity, each, generator, largest, lifted, need_data, norms
+from ffnkit.methods.expecting import Work, fused
+from ffnkit.methods.narrow.refitting import Refitting
 from ffnkit.model.ffn import FFN
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc
 
 
 @dataclass(frozen=True)
-class Random(Narrowing):
+class Random(Refitting):
     """Keep neurons drawn at random.
 
     Source: MLP Fusion (arXiv 2307.08941), the baseline of random sampling.
@@ -29,9 +30,13 @@ class Random(Narrowing):
     name: ClassVar[str] = "random"
     summary: ClassVar[str] = "keep random neurons (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
-    reads_weights: ClassVar[bool] = False
 
-    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+    @property
+    def reads_weights(self) -> bool:
+        """Whether numbers of the model are in the plan."""
+        return self.refit
+
+    def drafted(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
         for number, (ffn, width, neurons) in enumerate(each(self.chosen(model), progress, "pruning")):
             lead = range(max(neurons.experts, 1))
@@ -42,7 +47,7 @@ class Random(Narrowing):
 
 
 @dataclass(frozen=True)
-class Magnitude(Narrowing):
+class Magnitude(Refitting):
     """Keep the neurons with the largest weights: ||up_i|| ||down_i||, with a gate times ||gate_i||.
 
     A neuron goes whole: its row of up and gate, its biases and its column of down.
@@ -56,7 +61,7 @@ class Magnitude(Narrowing):
     summary: ClassVar[str] = "keep the neurons with the largest weights (structured pruning, baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
 
-    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+    def drafted(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
         quantities: dict[str, dict[str, float]] = {}
         for ffn, width, neurons in each(self.chosen(model), progress, "pruning"):
@@ -65,7 +70,7 @@ class Magnitude(Narrowing):
 
 
 @dataclass(frozen=True)
-class Importance(Narrowing):
+class Importance(Refitting):
     """Keep the neurons that add most to the output on data: rms(h_i) ||down_i||.
 
     Source: Molchanov et al., "Importance Estimation for Neural Network Pruning" (arXiv 1906.10771), and Minitron
@@ -76,13 +81,15 @@ class Importance(Narrowing):
     name: ClassVar[str] = "importance"
     summary: ClassVar[str] = "keep the neurons that add most to the output on data (structured pruning, baseline)"
     paper: ClassVar[str] = "arXiv 2407.14679"
-    needs_data: ClassVar[bool] = True
+    measures: ClassVar[bool] = True
 
     def work(self, ffn: FFN, width: int, tokens: int) -> Work:
-        """Sums of squares."""
+        """Sums of squares, and of a refit."""
+        if self.refit:
+            return fused(ffn, width, tokens, greedy=False, refine=0, kept=0)
         return Work(numbers=3 * tokens * ffn.active * ffn.width * max(ffn.experts, 1))
 
-    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+    def drafted(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         batches = need_data(data, self.name, beyond=None)
         found = self.chosen(model)
         for ffn, _ in found:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ffnkit.edits import Edit, ReplaceNeurons
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.common import Batch, Narrowing, each, generator, largest, lifted, norms, singles
+from ffnkit.methods.common import Batch, each, generator, largest, lifted, norms, singles
+from ffnkit.methods.narrow.refitting import Refitting
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons, concatenate
 from ffnkit.plans import Draft, Progress
@@ -19,7 +20,7 @@ from ffnkit.settings import Doc
 
 
 @dataclass(frozen=True)
-class Sketch(Narrowing):
+class Sketch(Refitting):
     """Project the neurons on random directions: W1 S, b1 S and S^T W2 with S ~ N(0, 1/c), (ff, c).
 
     The activation is applied to the sketched pre-activations, so this is a coarse stand-in: it keeps the linear part
@@ -63,7 +64,7 @@ class Sketch(Narrowing):
             raise FfnkitError(f"keep {keep} of {name}", f"its new width is {width}", f"Keep 0 to {width} neurons")
         return count
 
-    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+    def drafted(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []
         for number, (ffn, width, neurons) in enumerate(each(self.chosen(model), progress, "sketching")):
             kept = self._kept(width, ffn.name)

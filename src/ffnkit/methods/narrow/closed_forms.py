@@ -1,0 +1,146 @@
+"""Narrow FFNs in closed form from the second moments of their hidden activations: the published ways, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from torch import Tensor, nn
+
+from ffnkit.calibration.blockwise import Blockwise
+from ffnkit.edits import Edit, ReplaceNeurons
+from ffnkit.methods.common import Batch, Narrowing, largest, lifted, need_data, norms
+from ffnkit.methods.expecting import Work, fused
+from ffnkit.methods.narrow.calibrated import COMPRESSED, Part, observing
+from ffnkit.methods.narrow.refitting import block_by_block
+from ffnkit.model.ffn import FFN
+from ffnkit.ops.neurons import Neurons, concatenate
+from ffnkit.ops.subset import leverage, outputs, refit
+from ffnkit.ops.surgeon import surgeon
+from ffnkit.plans import Draft, Progress, check_weights
+from ffnkit.settings import Doc
+
+
+@dataclass(frozen=True)
+class ClosedForm(Narrowing):
+    """Whole neurons stay, and an output layer fitted to what the FFN gave, from the Gram matrix G of its activations.
+
+    Where the FFN has an output bias, G is centred and the bias takes over the means. Experts, each on its own tokens;
+    those that none reached keep the neurons with the largest weights.
+    """
+
+    sequential: Annotated[
+        bool, Doc("calibrate each layer on what the compressed layers before it give, else on the model as it was.")
+    ] = False
+
+    name: ClassVar[str]
+    needs_data: ClassVar[bool] = True
+
+    def work(self, ffn: FFN, width: int, tokens: int) -> Work:
+        """About what one FFN takes."""
+        return fused(ffn, width, tokens, greedy=False, refine=0, kept=0)
+
+    def closed(self, gram: Tensor, down: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """The neurons that stay (width,), ascending, and their output layer (d, width), of G (ff, ff) and W (d, ff)."""
+        raise NotImplementedError
+
+    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+        batches = need_data(data, self.name, beyond=COMPRESSED if self.sequential else None)
+        widths = {ffn.name: (ffn, width) for ffn, width in self.chosen(model)}
+        for name, (ffn, _) in widths.items():
+            ffn.check_plain(f"narrowing {name}")
+            check_weights(ffn.raw(), name)
+        edits: dict[str, Edit] = {}
+        quantities: dict[str, dict[str, float]] = {}
+        seen = observing([ffn for ffn, _ in widths.values()], 0)
+
+        def show(blocks: Blockwise, group: list[FFN], last: bool) -> None:
+            blocks.see(group, seen, last=last)
+
+        def fit(ffn: FFN) -> Neurons:
+            old, parts, errors = lifted(ffn.raw()), [], []
+            for number in range(max(ffn.experts, 1)):
+                single = old.expert(number) if ffn.experts else old
+                part, error = self._fit(single, seen.parts.pop((ffn.name, number), None), widths[ffn.name][1])
+                parts.append(part)
+                errors.append(error)
+            made = (concatenate(parts) if ffn.experts else parts[0]).to(ffn.raw().up.dtype)
+            edits[ffn.name] = ReplaceNeurons.of(ffn.name, made)
+            quantities[ffn.name] = {"output error on the data": sum(errors) / len(errors)}
+            return made
+
+        found = [ffn for ffn, _ in widths.values()]
+        block_by_block(model, batches, found, show, fit, progress, sequential=self.sequential)
+        return Draft(tuple(edits[name] for name in widths), quantities)
+
+    def _fit(self, old: Neurons, seen: Part | None, width: int) -> tuple[Neurons, float]:
+        """One FFN or expert, and the relative error of its outputs on the data."""
+        if width == old.ff:
+            return old, 0.0
+        if seen is None:
+            return old.take(largest(norms(old), width).long().to(old.up.device)), 0.0
+        moments, bias = seen.moments, old.down_bias
+        gram = moments.second(last=True) if bias is None else moments.centred(last=True)
+        kept, down = self.closed(gram, old.down, width)
+        gone = old.down.to(gram.dtype).clone()
+        gone[:, kept] -= down.to(gram.dtype)
+        error = (outputs(gram, gone) / max(outputs(gram, old.down), 1e-300)) ** 0.5
+        if bias is not None:
+            bias = (bias.double() + gone.double() @ moments.mean()).to(bias.dtype)
+        moments.forget()
+        return dataclasses.replace(old.take(kept), down=down.to(old.down.dtype), down_bias=bias), error
+
+
+@dataclass(frozen=True)
+class ModeGpt(ClosedForm):
+    """Keep the neurons with the largest ridge leverage scores and refit the output layer: MoDeGPT's FFN part.
+
+    Scores are diag(G (G + lambda I)^-1); the output layer is W G_:S (G_SS)^-1, by ``pull`` towards W_S.
+
+    Source: MoDeGPT (arXiv 2408.09632), type I (Nystroem).
+    Differs: ``pull`` is 0 there. Its types II and III narrow the heads of query and key, and of value and output; no
+        config of transformers has heads of other widths than ``head_dim`` for these, from which rotary frequencies
+        follow, too. So attentions stay whole; the method ``heads`` removes whole heads.
+    """
+
+    ridge: Annotated[
+        float, Doc("of the scores, relative to the mean square of the activations.", at_least=0, example=0.01)
+    ] = 1e-2
+    pull: Annotated[
+        float,
+        Doc("ridge of the refit, towards the old columns, relative to the same; 0 as published.", at_least=0),
+    ] = 1e-2
+
+    name: ClassVar[str] = "modegpt"
+    summary: ClassVar[str] = "keep neurons by leverage scores and refit the output layer (MoDeGPT, FFN part)"
+    paper: ClassVar[str] = "arXiv 2408.09632"
+
+    def closed(self, gram: Tensor, down: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        kept = largest(leverage(gram, self.ridge), width).long().to(gram.device)
+        return kept, refit(gram, down, kept, self.pull)[0]
+
+
+@dataclass(frozen=True)
+class Surgeon(ClosedForm):
+    """Take neurons away one at a time, each time the one that the outputs miss least; the others take over its part.
+
+    :func:`ffnkit.ops.surgeon.surgeon`.
+
+    Source: ZipLM (arXiv 2302.04089), SlimGPT (arXiv 2412.18110); optimal brain surgeon (Hassibi and Stork 1992).
+    Differs: SlimGPT's widths grow from layer to layer; here they are those asked for.
+    """
+
+    ridge: Annotated[
+        float,
+        Doc("damping, towards the old columns, relative to the mean square of the activations.", at_least=0),
+    ] = 1e-2
+    block: Annotated[int, Doc("neurons that go by the same scores; 1 scores anew after each.", at_least=1)] = 1
+
+    name: ClassVar[str] = "obs"
+    summary: ClassVar[str] = "neurons go one at a time, the others take over (optimal brain surgeon: SlimGPT, ZipLM)"
+    paper: ClassVar[str] = "arXiv 2412.18110"
+
+    def closed(self, gram: Tensor, down: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        return surgeon(gram, down, width, self.ridge, self.block)

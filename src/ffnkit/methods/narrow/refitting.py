@@ -1,0 +1,220 @@
+"""An output layer refitted behind whatever chose or made the narrow FFN's neurons."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
+
+from torch import Tensor, nn
+
+from ffnkit.calibration.batches import kept
+from ffnkit.calibration.blockwise import Blockwise
+from ffnkit.calibration.hooks import Activations
+from ffnkit.calibration.stored import StatisticsFile
+from ffnkit.edits import Edit, ReplaceNeurons, Stage
+from ffnkit.errors import FfnkitError
+from ffnkit.methods.common import Batch, Narrowing, lifted, need_data
+from ffnkit.model.ffn import FFN, activations
+from ffnkit.model.finding import ffns
+from ffnkit.ops import local
+from ffnkit.ops.neurons import Neurons, concatenate
+from ffnkit.ops.ridge import Pairs
+from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc, check
+from ffnkit.surgery.temporary import TemporaryPlan
+
+PROBE = 64  # tokens that tell which activation an FFN has
+
+
+@dataclass(frozen=True)
+class Refitting(Narrowing):
+    """Narrowing whose output layers can be refitted to data, whatever chose or made the neurons.
+
+    Source: of ``refit``, GRAIL (arXiv 2602.23795).
+    """
+
+    refit: Annotated[
+        bool, Doc("refit the output layers to what the FFNs gave on data, by ridge regression (GRAIL).")
+    ] = field(default=False, kw_only=True)
+    ridge: Annotated[
+        float,
+        Doc("of refit, towards the output layer as drafted, relative to the activations' mean square.", at_least=0),
+    ] = field(default=0.1, kw_only=True)
+    sequential: Annotated[
+        bool, Doc("refit each layer on what the compressed layers before it give, else on the model as it was.")
+    ] = field(default=False, kw_only=True)
+
+    name: ClassVar[str]
+    measures: ClassVar[bool] = False  # whether drafting itself needs data
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether activations are measured."""
+        return self.measures or self.refit
+
+    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+        check(self)
+        if not self.refit:
+            return self.drafted(model, data, progress)
+        batches = kept(need_data(data, self.name, beyond="what the new neurons give (refit=true)"))
+        first, second = _halves(progress)
+        return refitted(
+            model, batches, self.drafted(model, batches, first), self.ridge, second, sequential=self.sequential
+        )
+
+    def drafted(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+        """The draft as the method makes it, without a refit."""
+        raise NotImplementedError
+
+
+def refitted(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    draft: Draft,
+    ridge: float,
+    progress: Progress | None = None,
+    *,
+    sequential: bool = False,
+) -> Draft:
+    """A draft of narrower FFNs with their output layers, and output biases, refitted to what the FFNs gave.
+
+    Minimises ||H D^T + b - Y||_F^2 + lambda ||D - D_0||_F^2 over the tokens of the data: H what the drafted neurons
+    give on the FFN's inputs, Y what the FFN gave, D_0 the drafted output layer, lambda = ridge x the mean square of H.
+    b only where the FFN has an output bias. A factor that the draft keeps apart stays apart. Experts that no token
+    reached, and FFNs that keep their width, stay as drafted.
+
+    Raises:
+        FfnkitError: the draft makes new neurons, and the activation function is none that is known.
+
+    Source: GRAIL (arXiv 2602.23795), least squares behind any selection or folding. Differs: its ridge pulls towards
+        zero.
+    """
+    by_place: dict[str, list[Edit]] = {}
+    for edit in draft.edits:
+        by_place.setdefault(edit.target, []).append(edit)
+    own = {edit.target: edit for edit in draft.edits if edit.stage is Stage.NEURONS}
+    found = [ffn for ffn in ffns(model) if ffn.name in own and own[ffn.name].new_width != ffn.width]
+    fits: dict[str, _Refit] = {}
+    made: dict[str, Edit] = {}
+    quantities = {name: dict(values) for name, values in draft.quantities.items()}
+
+    def show(blocks: Blockwise, group: list[FFN], last: bool) -> None:
+        with TemporaryPlan(model, [edit for ffn in group for edit in by_place[ffn.name]]) as plan:
+            for ffn in group:
+                fits[ffn.name] = _Refit(ffn, plan.found[ffn.name], own[ffn.name].neurons_kept)
+        blocks.watch(group, lambda ffn, acts: fits[ffn.name].add(acts), last=last)
+
+    def fit(ffn: FFN) -> Neurons:
+        neurons, quantities.setdefault(ffn.name, {})["output error on the data"] = fits[ffn.name].solve(ridge)
+        scale = fits.pop(ffn.name).scale
+        stored = neurons if scale is None else neurons.scaled(1 / scale.to(neurons.down))
+        dtype = ffn.raw().up.dtype
+        made[ffn.name] = ReplaceNeurons.of(ffn.name, stored.to(dtype))
+        return neurons.to(dtype)
+
+    block_by_block(model, batches, found, show, fit, progress, sequential=sequential)
+    edits = [made.get(edit.target, edit) if edit.stage is Stage.NEURONS else edit for edit in draft.edits]
+    return Draft(tuple(edits), quantities, draft.report)
+
+
+def block_by_block(
+    model: nn.Module,
+    batches: Iterable[Batch] | StatisticsFile,
+    found: list[FFN],
+    show: Callable[[Blockwise, list[FFN], bool], None],
+    fit: Callable[[FFN], Neurons],
+    progress: Progress | None,
+    *,
+    sequential: bool,
+) -> None:
+    """Show each block's FFNs their data, then fit them, in the order in which the blocks run.
+
+    Args:
+        batches: or statistics of a pass over them, where ``show`` needs no more.
+        show: called with a block's FFNs: lets who fits them see what they do, by ``watch`` or ``see`` of
+            :class:`~ffnkit.calibration.blockwise.Blockwise`, whose ``last`` is the third argument.
+        fit: called with each of them afterwards; what it returns is what the later blocks run on where ``sequential``.
+    """
+    done = 0
+    if not found:
+        return
+    with Blockwise(model, batches, found) as blocks:
+        for group in blocks.groups:
+            show(blocks, group, not sequential)
+            for ffn in group:
+                neurons = fit(ffn)
+                if sequential:
+                    blocks.install(ffn, neurons)
+                done += 1
+                if progress is not None:
+                    progress(done, len(found), ffn.name)
+            blocks.advance(group)
+
+
+class _Refit:
+    """One FFN's drafted neurons and what they and the FFN gave on the same tokens, expert by expert.
+
+    Attributes:
+        scale: the factor that the draft keeps apart in front of the output layer, (ff,) or (E, ff), or None.
+    """
+
+    def __init__(self, ffn: FFN, drafted: FFN, kept: Tensor | None) -> None:
+        """``drafted`` is the same FFN with the draft's edits in the model."""
+        self.ffn, self.kept = ffn, kept
+        self.neurons = lifted(drafted.read())
+        scale = drafted.scale
+        self.scale = None if scale is None else scale.detach().clone()
+        self.pairs: dict[int, Pairs] = {}
+        self._activation: local.Activation | None = None
+
+    def add(self, acts: Activations) -> None:
+        rows = acts.counted()
+        if not len(rows.input):
+            return
+        number = rows.expert or 0
+        if number not in self.pairs:
+            self.pairs[number] = Pairs(self.neurons.ff, self.neurons.d, rows.hidden.device)
+        self.pairs[number].add(self._hidden(rows, number), rows.output, rows.weights)
+
+    def _hidden(self, rows: Activations, number: int) -> Tensor:
+        """What the drafted neurons give, (n, width)."""
+        experts = bool(self.ffn.experts)
+        if self.kept is not None:
+            kept = self.kept[number] if experts else self.kept
+            return rows.hidden.index_select(1, kept.long().to(rows.hidden.device))
+        if self._activation is None:
+            old = lifted(self.ffn.raw())
+            x, hidden = (value[:PROBE].to(old.up.dtype) for value in (rows.input, rows.hidden))
+            old = old.expert(number) if experts else old
+            self._activation = local.activation_of(old, x, hidden, activations(self.ffn))
+        if self._activation is None:
+            do = "Leave refit out, or choose whole neurons (magnitude, importance)"
+            raise FfnkitError(f"refitting {self.ffn.name}", "its activation is none that is known", do)
+        neurons = self.neurons.expert(number) if experts else self.neurons
+        return local.hidden(neurons, rows.input, self._activation)
+
+    def solve(self, ridge: float) -> tuple[Neurons, float]:
+        """The neurons, the factor in the output layer, and the relative error of the outputs, mean over experts."""
+        parts, errors = [], []
+        for number in range(max(self.ffn.experts, 1)):
+            single = self.neurons.expert(number) if self.ffn.experts else self.neurons
+            pairs = self.pairs.pop(number, None)
+            if pairs is not None:
+                down, bias, error = pairs.fit(single.down, single.down_bias, ridge)
+                single = dataclasses.replace(single, down=down.to(single.down.dtype), down_bias=bias)
+                errors.append(error)
+            parts.append(single)
+        neurons = concatenate(parts) if self.ffn.experts else parts[0]
+        return neurons, sum(errors) / max(len(errors), 1)
+
+
+def _halves(progress: Progress | None) -> tuple[Progress | None, Progress | None]:
+    """Progress of drafting and of refitting, as one."""
+    if progress is None:
+        return None, None
+    return (
+        lambda done, total, name: progress(done, 2 * total, name),
+        lambda done, total, name: progress(total + done, 2 * total, name),
+    )
