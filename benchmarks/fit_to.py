@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -41,11 +42,8 @@ def one_width(model: Any, share: float, data: Any) -> Any:
 
 def window(model: Any, share: float, data: Any) -> Any:
     total = sum(p.numel() for p in model.parameters())
-    for size in range(1, len(fk.inspect(model).rows)):
-        plan = fk.plan(model, LayerDrop(window=size), data=data)
-        if total - plan.saved_parameters <= share * total:
-            return plan
-    raise ValueError("no window is long enough")
+    layer = fk.plan(model, LayerDrop(layers="first:1")).saved_parameters
+    return fk.plan(model, LayerDrop(window=math.ceil((1 - share) * total / layer)), data=data)
 
 
 ARMS = {"fit-to": fitted, "one width": one_width, "a window of layers": window}

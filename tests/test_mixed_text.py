@@ -93,7 +93,7 @@ def test_a_text_that_fails_is_told(bert: Path, tmp_path: Path) -> None:
 
 def test_progress_in_a_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = 0.0
-    monkeypatch.setattr("ffnkit.cli.console.time.monotonic", lambda: now)
+    monkeypatch.setattr("ffnkit.io.progress.time.monotonic", lambda: now)
     with console.progress("planning") as step:
         for done in range(1, 31):
             now += 2

@@ -51,6 +51,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
+@pytest.mark.slow
 def test_each_arm_gets_the_best_of_its_rates_on_rows_of_train(folder: Path, tmp_path: Path, seen: list[Any]) -> None:
     recipe = searched(folder, seeds=[0], arms={"whole": {}, "half": {"method": "fusion", "width": 0.5}})
     results = run(recipe, tmp_path)
@@ -102,6 +103,7 @@ def test_a_stopped_search_goes_on_and_ends_the_same(
     assert one == other and outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_rates_that_fail_are_told_and_not_chosen(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = tune.train
 

@@ -83,6 +83,7 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # What a run leaves ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_say_what_the_stages_did(finished: Path) -> None:
     rows = {row["arm"]: row for row in json.loads((finished / "results.json").read_text())["rows"]}
     assert "pruning" not in rows["whole"] and set(rows["whole"]["seconds"]) == {"tune", "evaluate", "export"}
@@ -104,6 +105,7 @@ def test_rows_say_what_the_stages_did(finished: Path) -> None:
     assert trained["half"] == trained["whole"] < trained["both"] < trained["full"]
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_what_is_left(folder: Path, finished: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
@@ -126,6 +128,7 @@ def test_checkpoints_hold_what_is_left(folder: Path, finished: Path) -> None:
             assert zeros == pytest.approx(row["pruning"]["sparsity"]["merged"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_tables_show_zeros_where_an_arm_has_some(finished: Path) -> None:
     table = (finished / "table.md").read_text()
     assert "zeros (merged)" in table and "50.0% (" in table
@@ -134,6 +137,7 @@ def test_tables_show_zeros_where_an_arm_has_some(finished: Path) -> None:
     assert "zeros (merged)" in page and "method importance, width 0.5" in page
 
 
+@pytest.mark.slow
 def test_run_again_computes_nothing(folder: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
@@ -146,6 +150,7 @@ def test_run_again_computes_nothing(folder: Path, finished: Path, tmp_path: Path
 # Kills ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["both", *(pytest.param(a, marks=SLOW) for a in ("half", "entries", "lora", "full"))])
 def test_killed_at_every_marker(
     folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str
@@ -171,6 +176,7 @@ def test_killed_at_every_marker(
     assert json.loads((out / f"units/{arm}/seed-0/recover.json").read_text())["attempts"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 9, *(pytest.param(step, marks=SLOW) for step in (1, 5, 7, 11))])
 def test_killed_within_a_training(
     folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
@@ -194,6 +200,7 @@ def test_killed_within_a_training(
     assert outcome(out) == of(finished, "half")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [pytest.param(0, marks=SLOW), 1])
 @pytest.mark.parametrize("late", [False, True], ids=["before its plan is on disk", "behind it"])
 def test_killed_within_pruning(
@@ -216,6 +223,7 @@ def test_killed_within_pruning(
     assert outcome(out) == of(finished, "entries")
 
 
+@pytest.mark.slow
 def test_another_recovery_has_another_outcome(folder: Path, finished: Path, tmp_path: Path) -> None:
     """The control of the tests above: equal outcomes are no matter of course."""
     run(staged(folder, "half", recover={"learning_rate": 2e-3}, measure={"latency": False}), tmp_path / "out")
@@ -345,6 +353,7 @@ def test_pruning_by_what_no_tuning_leaves_is_refused_before_anything_runs(
     assert all(word in line for word in ["arms.half", *words]) and "\n" not in line, line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
@@ -366,6 +375,7 @@ def test_a_changed_stage_is_another_recipe(
     assert outcome(out) == outcome(finished)
 
 
+@pytest.mark.slow
 def test_a_changed_recovery_is_no_matter_to_arms_without_pruning(folder: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)

@@ -363,6 +363,7 @@ def test_layers_go_beside_ffns_that_others_share(tmp_path: Path) -> None:
         fk.plan(fresh, Both(*LayerDrop(layers="1").edits(fresh, [[ffns(fresh)[1]]]), shared))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_plan_tells_what_it_took_where_and_changes_nothing() -> None:
     model = FAMILIES["llama"].model()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -34,6 +34,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, *given: object) -> None:
 SMALL = ("--layers", 2, "--d", 16, "--heads", 2, "--ff", 24, "--steps", 2, "--batch-size", 4, "--eval-every", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["marian", "t5"])
 def test_a_translator_with_a_tokenizer_of_its_training_texts(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

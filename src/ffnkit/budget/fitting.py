@@ -104,7 +104,7 @@ class FitTo:
         fitted, measured = held_out(batches)
         _leave_out_unborne(space)
         if "sharing" in self.parts and not self.uniform and target.kind in COUNTED["sharing"]:
-            shared_pairs(space, fitted)
+            shared_pairs(space, fitted, progress)
         losses = Losses(space, fitted, measured, progress)
         losses.foresee()
         speed = Speed(model, measured[0]) if target.kind == "latency" else None

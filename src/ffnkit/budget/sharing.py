@@ -11,12 +11,13 @@ from ffnkit.calibration.batches import Batch
 from ffnkit.edits import Edit, Tie
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.share.windows import series
+from ffnkit.plans import Progress
 
 SHARING = ("calibrated-merging", "merging")  # the first that is there
 SETTINGS: dict[str, dict[str, Any]] = {"merging": {"correct": "output"}}
 
 
-def shared_pairs(space: Space, data: Iterable[Batch]) -> None:
+def shared_pairs(space: Space, data: Iterable[Batch], progress: Progress | None = None) -> None:
     """Add to a space the sharing of each pair of adjacent FFNs of one shape that its method bears.
 
     Pairs that overlap are drafted in two halves: each FFN is in one pair of a half.
@@ -30,7 +31,7 @@ def shared_pairs(space: Space, data: Iterable[Batch]) -> None:
             groups = [f"{stack}:{a.layer},{b.layer}" if stack else f"{a.layer},{b.layer}" for a, b in mine]
             try:
                 method = methods.build(name, groups=groups, **SETTINGS.get(name, {}))
-                edits = method.draft(space.model, batches if method.needs_data else None, None).edits
+                edits = method.draft(space.model, batches if method.needs_data else None, progress).edits
             except FfnkitError:  # of unlike shapes, of experts, tied already
                 continue
             for tie in (edit for edit in edits if edit.joins):

@@ -14,6 +14,7 @@ from ffnkit.cli import console, describe
 from ffnkit.cli.calibration import Calibration
 from ffnkit.cli.history import History
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import EVERY
 
 if TYPE_CHECKING:
     from ffnkit.report.costing import Before
@@ -216,5 +217,5 @@ class _timed:
         self.start = time.monotonic()
 
     def __exit__(self, *_: Any) -> None:
-        if (took := time.monotonic() - self.start) > console.EVERY:
+        if (took := time.monotonic() - self.start) > EVERY:
             console.say(f"{self.what} took {took:.0f} s")

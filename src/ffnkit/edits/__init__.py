@@ -10,9 +10,10 @@ from ffnkit._registry import with_added
 from ffnkit.edits.base import Edit, Shape, Stage
 from ffnkit.edits.heads import SelectHeads
 from ffnkit.edits.layers import DropLayer
-from ffnkit.edits.linears import FactorLinear, KeepOwn, LinearEdit, ReplaceLinear, ScaleInputs
+from ffnkit.edits.linears import FactorLinear, LinearEdit, ReplaceLinear, ScaleInputs
 from ffnkit.edits.masks import Mask
 from ffnkit.edits.neurons import ClusterNeurons, NeuronEdit, ReplaceNeurons, SelectNeurons, SetWidth
+from ffnkit.edits.own import KeepOwn
 from ffnkit.edits.ties import Tie
 from ffnkit.edits.updates import Train, UpdateLinear
 from ffnkit.errors import FfnkitError

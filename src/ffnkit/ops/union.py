@@ -17,6 +17,7 @@ from torch import Tensor
 from ffnkit.ops import local
 from ffnkit.ops.local import Activation
 from ffnkit.ops.neurons import Neurons
+from ffnkit.ops.ridge import factored, pulled
 from ffnkit.ops.subset import choose
 
 ROWS = 2048  # tokens at a time
@@ -112,13 +113,17 @@ def pooled(neurons: Neurons, members: list[Member], activation: Activation) -> P
 def with_one_bias(moments: Pooled, members: list[Member]) -> Pooled:
     """The moments around the mean of all members, where they are to share the output bias too."""
     scales = [member.scale for member in members]
-    mean = sum(s * m for s, m in zip(scales, moments.means, strict=True)) / sum(scales)
-    centre = sum(member.scale * member.centre.double() for member in members) / sum(scales)
+    mean = _mean(moments.means, scales)
+    centre = _mean([member.centre.double() for member in members], scales)
     gram, cross = moments.gram.clone(), moments.cross.clone()
     for member, own in zip(members, moments.means, strict=True):
         gram.addr_(own - mean, own - mean, alpha=member.scale)
         cross.addr_(own - mean, member.centre.double() - centre, alpha=member.scale)
     return Pooled(gram, cross, [mean] * len(members))
+
+
+def _mean(values: list[Tensor], weights: list[float]) -> Tensor:
+    return torch.stack([value * weight for value, weight in zip(values, weights, strict=True)]).sum(0) / sum(weights)
 
 
 def biases(neurons: Neurons, moments: Pooled, kept: Tensor, members: list[Member], *, one: bool) -> list[Tensor | None]:
@@ -128,8 +133,7 @@ def biases(neurons: Neurons, moments: Pooled, kept: Tensor, members: list[Member
     down = neurons.down.double()
     own = [m.centre.double() - down @ mean[kept] for m, mean in zip(members, moments.means, strict=True)]
     if one:
-        scales = [member.scale for member in members]
-        own = [sum(s * b for s, b in zip(scales, own, strict=True)) / sum(scales)] * len(members)  # type: ignore[list-item]
+        own = [_mean(own, [member.scale for member in members])] * len(members)
     return [bias.to(neurons.down.dtype) for bias in own]
 
 
@@ -146,9 +150,8 @@ def thin_difference(
     """
     weighted = (hidden * (tokens / tokens.sum())[:, None]).double()
     gram = weighted.T @ hidden.double()
-    gram.diagonal().add_(max(ridge * float(gram.diagonal().mean()), torch.finfo(torch.float64).tiny))
     root = dimensions.double().sqrt()
-    factor = torch.linalg.cholesky(gram)  # L L^T
+    factor, _ = factored(gram, ridge)  # L L^T
     white = torch.linalg.solve_triangular(factor, (weighted.T @ gap.double()) * root, upper=False)  # L^-1 C M^1/2
     left, values, right = torch.linalg.svd(white, full_matrices=False)
     rank = min(rank, len(values))
@@ -165,8 +168,7 @@ def choose_from(moments: Pooled, width: int, dimensions: Tensor, ridge: float) -
     of all of them, ``(G + ridge) W^T = C``, so that every step lowers the shared error most.
     """
     gram = moments.gram.float() if len(moments.gram) > 1024 else moments.gram
-    shift = ridge * moments.gram.diagonal().mean()
-    weight = solved(moments.gram, moments.cross, float(shift)).T
+    weight = torch.cholesky_solve(moments.cross, factored(moments.gram, ridge)[0]).T
     return choose(gram, weight * dimensions.double().sqrt()[:, None], width, ridge).order.sort().values.to(gram.device)
 
 
@@ -176,16 +178,6 @@ def fitted(neurons: Neurons, moments: Pooled, kept: Tensor, members: int, ridge:
     Minimises the shared error + lambda ||D - D_0||_F^2, lambda = ridge x the mean diagonal of G_SS, with D_0 the
     neurons' own columns over the number of members: each was written by one member, and the others did without it.
     """
-    square = moments.gram[kept[:, None], kept]
-    old = neurons.down[:, kept].double() / members
-    missing = moments.cross[kept] - square @ old.T
-    change = solved(square, missing, ridge * float(square.diagonal().mean()))
-    return dataclasses.replace(neurons.take(kept), down=(old + change.T).to(neurons.down.dtype).contiguous())
-
-
-def solved(gram: Tensor, right: Tensor, shift: float) -> Tensor:
-    """(G + shift I)^-1 B, float64; least squares where G has no inverse."""
-    square = gram.clone()
-    square.diagonal().add_(max(shift, torch.finfo(torch.float64).tiny))
-    factor, failed = torch.linalg.cholesky_ex(square)
-    return torch.linalg.lstsq(square, right).solution if int(failed) else torch.cholesky_solve(right, factor)
+    square, cross = moments.gram[kept[:, None], kept], moments.cross[kept].T
+    down = pulled(square, cross, neurons.down[:, kept] / members, ridge)
+    return dataclasses.replace(neurons.take(kept), down=down.to(neurons.down.dtype).contiguous())

@@ -39,8 +39,8 @@ class CalibratedMerging(Sharing):
     apart: choices are put in place for a moment and measured (``Drift``), the most harmless is taken, and so on.
 
     Source: ours. The choice is simultaneous orthogonal matching pursuit (Tropp et al. 2006); sharing: FFN merging
-        (arXiv 2501.06126); a difference of low rank beside shared layers: Relaxed Recursive Transformers (arXiv 2410.20672);
-        least squares behind a choice: GRAIL (arXiv 2602.23795).
+        (arXiv 2501.06126); a difference of low rank beside shared layers: Relaxed Recursive Transformers (arXiv
+        2410.20672); least squares behind a choice: GRAIL (arXiv 2602.23795).
     """
 
     refine: Annotated[int, Doc("regression steps; 0 leaves the chosen neurons' weights as they are.", at_least=0)] = 300
@@ -92,7 +92,8 @@ class CalibratedMerging(Sharing):
         found = [ffn for group in asked or rows for ffn in group]
         fit, held = apart(need_data(data, self.name))
         fitting = Fitting(model, found, fit, held, self.tokens)
-        groups, told = asked, {}
+        groups = asked
+        told: dict[str, float] = {}
         if self.searches:
             measure = Drift(model, held) if self.score is None else _lower(self.score, model)
             search = Search(

@@ -124,7 +124,6 @@ class Merging(Sharing):
                 model, candidates, need_data(data, self.name, beyond="features of layers, token by token")
             )
         if self.groups == "similar":
-            assert held is not None
             candidates = [self._similar(model, held)]
         work = _Work(self, held, progress, {pair for groups in candidates for pair in self._pairs(groups)})
         chosen, scores = best(model, candidates, self.score, lambda groups: work.edits(groups)[0], work.alike)
@@ -149,9 +148,9 @@ class Merging(Sharing):
             raise FfnkitError("features='gate'", f"{bare} has no gate", "Use features='up' or 'hidden'")
         return groups
 
-    def _similar(self, model: nn.Module, held: Features) -> list[list[FFN]]:
+    def _similar(self, model: nn.Module, held: Features | None) -> list[list[FFN]]:
         """Groups by average linkage over one minus the matched correlation: ``keep`` of them in each stack."""
-        from scipy.cluster.hierarchy import fcluster, linkage
+        from scipy.cluster.hierarchy import cut_tree, linkage
         from scipy.spatial.distance import squareform
 
         assert self.keep is not None
@@ -167,7 +166,7 @@ class Merging(Sharing):
                 for j in range(i + 1, len(rows)):
                     distance[i, j] = distance[j, i] = 1 - work.pair(first, rows[j])[1]
             tree = linkage(squareform(distance.clamp_min(0).numpy(), checks=False), method="average")
-            labels = fcluster(tree, self.keep, criterion="maxclust")
+            labels = cut_tree(tree, self.keep)[:, 0]  # so many, also where distances are equal
             by_label: dict[int, list[FFN]] = defaultdict(list)
             for ffn, number in zip(rows, labels, strict=True):
                 by_label[int(number)].append(ffn)
@@ -227,11 +226,11 @@ class _Work:
         parts: list[Tensor] = []
         if self.method.features in ("weights", "both"):
             parts.append(likeness(lifted(anchor.raw()), lifted(member.raw())))
-        for kind in self.method.compared if self.held is not None else ():
+        held = self.held
+        for kind in self.method.compared if held is not None else ():
+            assert held is not None
             if kind != "gate" or anchor.gated:
-                mine, other = (
-                    (self.held.get(ffn.name, kind), self._spread(ffn.name, kind)) for ffn in (anchor, member)
-                )
+                mine, other = ((held.get(ffn.name, kind), self._spread(ffn.name, kind)) for ffn in (anchor, member))
                 parts.append(correlation(mine[0], other[0], mine[1], other[1]))
         if not parts:
             return same, float("nan")
