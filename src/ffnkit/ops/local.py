@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ffnkit.ops.neurons import Neurons
 
 Activation = Callable[[Tensor], Tensor]
-STEP = 0.005  # Adam's step, relative to the rms of the tensor that it moves
+STEP = 0.02  # Adam's step, relative to the rms of the tensor that it moves
 
 
 def forward(neurons: Neurons, x: Tensor, activation: Activation) -> Tensor:
