@@ -32,7 +32,7 @@ KEPT = (
     *("parameters", "ffn_parameters", "trainable_parameters", "flops_per_token", "bytes_on_disk_compact", "settings"),
     *("latency_ratio", "latency_ratio_quartiles", "pruning", "neutral_loss", "layers", "parameters_removed"),
     *("updated_parameters", "trainable_body", "trainable_share", "samples_per_second", "steps_per_second"),
-    *("process_memory_bytes", "heads_removed", "neurons_removed", "zeros", "zeros_merged"),
+    *("learning_rate", "search", "process_memory_bytes", "heads_removed", "neurons_removed", "zeros", "zeros_merged"),
 )
 
 

@@ -44,6 +44,7 @@ OTHERS: dict[str, Callable[..., Any]] = {
 # What does other things than leave each FFN a width.
 FURTHER: dict[str, Callable[..., Any]] = {
     "merging": lambda **more: fk.Merging(**{"layers": "0-1"} | more),
+    "calibrated-merging": lambda **more: fk.CalibratedMerging(**{"layers": "0-1", "refine": 2} | more),
     "prune": lambda **more: fk.Prune(**{"sparsity": 0.5} | more),
     "heads": lambda **more: fk.RemoveHeads(**{"remove": 1} | more),
     "heads refitted": lambda **more: fk.RemoveHeads(**{"remove": 1, "refit": True} | more),
@@ -66,6 +67,10 @@ REFUSED = {
     ("merging", "mixtral"): "one of a mixture of experts",
     ("merging", "llama4"): "a group of one FFN",
     ("merging", "albert"): "layer 1 has no FFN",
+    ("calibrated-merging", "switch"): "a group of one FFN",
+    ("calibrated-merging", "mixtral"): "one of a mixture of experts",
+    ("calibrated-merging", "llama4"): "a group of one FFN",
+    ("calibrated-merging", "albert"): "layer 1 has no FFN",
     ("layer-drop", "albert"): "no layer of the stack is left",
 } | {
     (name, family): "3-D parameter"

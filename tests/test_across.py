@@ -79,6 +79,32 @@ def test_metrics_of_two_directions_have_no_average(tmp_path: Path) -> None:
     assert "No average" in found.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("metrics", "why"),
+    [
+        ({"sst2": "accuracy", "multi30k": "bleu"}, "accuracy (sst2) goes up to 1 and bleu (multi30k) goes up to 100"),
+        ({"e2e": "bleu", "webnlg": "meteor"}, "bleu (e2e) goes up to 100 and meteor (webnlg) goes up to 1"),
+        ({"e2e": "rougeL", "dart": "cider"}, "cider (dart) goes up to 10"),
+        ({"e2e": "nist", "dart": "bleu"}, "nist (e2e) has no greatest value"),
+        ({"mrpc": "accuracy", "stsb": "mse"}, "less is better of mse (stsb)"),
+        ({"wikitext2": "loss", "tinystories": "perplexity"}, "less is better of loss (wikitext2)"),
+        ({"sst2": "accuracy", "own": "of_somebody"}, "of_somebody (own) has no greatest value"),
+        ({"cola": "matthews", "stsb": "pearson", "cifar10": "top5"}, ""),  # all up to one
+        ({"e2e": "bleu", "coqa": "coqa_f1"}, ""),
+        ({"e2e": "nist", "dart": "nist"}, ""),  # one metric is one scale
+        ({"wikitext2": "perplexity", "tinystories": "perplexity"}, ""),
+    ],
+)
+def test_metrics_of_different_scales_have_no_average(tmp_path: Path, metrics: dict[str, str], why: str) -> None:
+    runs = [
+        run_of(tmp_path / task, task, [row("full", seed, 0.5, metric) for seed in (0, 1)], metric)
+        for task, metric in metrics.items()
+    ]
+    found = across(runs)
+    assert ("average" in found.rows[0]["metrics"]) == (not why)
+    assert found.notes[0] == "The average is over the tasks, seed by seed." if not why else why in found.notes[0]
+
+
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"rows": 3, "recipe": {}, "metric": "a"}'])
 def test_what_is_no_run_is_refused(content: str | None, tmp_path: Path) -> None:
     if content is not None:

@@ -263,6 +263,7 @@ def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
         fk.load(tmp_path / "a")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuner", [BOTTLENECK, PREFIX], ids=["bottleneck", "prefix"])
 def test_a_recipe_goes_on_behind_the_tuning(
     tuner: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

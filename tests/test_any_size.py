@@ -84,7 +84,7 @@ def test_data_of_one_token(method: str, name: str) -> None:
     data = [batch(model, 1, 1)]
     if method == "merging":
         with pytest.raises(FfnkitError, match=REFUSED[method]):
-            fk.plan(model, EVERY[method](), data=data)
+            fk.plan(model, EVERY[method](features="up"), data=data)
         return
     makes = {"heads": fk.RemoveHeads(remove=1)}
     made = makes[method] if method in makes else EVERY[method]()

@@ -227,4 +227,8 @@ def test_in_a_recipe(tmp_path: Path) -> None:
     assert rows["half"]["zeros_merged"] < 0.5
     assert "bytes_on_disk_apart" not in rows["whole"]
     table = (tmp_path / "run" / "table.md").read_text()
-    assert "disk, apart" in table and "50.0% (" in table and "disk, apart" in (tmp_path / "run/report.html").read_text()
+    assert (
+        "on disk apart" in table
+        and "50.0% (" in table
+        and "on disk apart" in (tmp_path / "run/report.html").read_text()
+    )

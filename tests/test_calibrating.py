@@ -38,7 +38,7 @@ REFUSES: dict[str, dict[str, Any]] = {
     "sequential": {"name": "calibrated-fusion", "width": 0.5, "sequential": True},
     "heads": {"name": "structured", "by": "activation", "remove_heads": 0.5, "remove_neurons": 0.5},
     "attention": {"name": "heads", "by": "activation", "remove": 0.5},
-    "layers": {"name": "merging", "layers": "all"},
+    "layers": {"name": "merging", "layers": "all", "features": "up"},
     "gradients": {"name": "sparsegrad"},
     "inputs": {"name": "prune", "by": "wanda"},
 }
@@ -220,6 +220,7 @@ def test_all_passes_are_in_eval_mode(name: str) -> None:
 # The command line ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_command_line(bert: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n".join(["good fine great film"] * 90))
     (tmp_path / "b.csv").write_text("body,n\n" + "bad poor awful book,1\n" * 90)

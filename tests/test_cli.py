@@ -468,7 +468,7 @@ def test_run_a_recipe(bert: Path, table: Path, tmp_path: Path) -> None:
 
 def test_a_search_tells_what_it_tried(bert: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("\n".join(" ".join(WORDS[i:]) for i in range(6)))
-    words = ("compress", bert, "-m", "merging", "--text", tmp_path / "notes.txt", "--dry-run")
+    words = ("compress", bert, "-m", "merging", "--set", "features=up", "--text", tmp_path / "notes.txt", "--dry-run")
     shown = good(*words, "--set", "window=2").stdout
     assert "tried in" in shown and "0-1" in shown.split("tried in")[1]
     assert "tried in" not in good(*words, "-l", "0-1").stdout

@@ -139,6 +139,7 @@ def test_a_language_model_is_measured_as_it_is(folder: Path) -> None:
     assert found["after"] == neutral_loss(tuned, tokenizer, TEXTS) != found["before"]
 
 
+@pytest.mark.slow
 def test_recipes_measure_it(folder: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "stages": ["tune", "evaluate"],
@@ -247,6 +248,7 @@ def test_peft_reads_the_lora_config(finished: Path) -> None:
     assert LoraConfig(**{key: value for key, value in config.items() if key != "peft_type"}).r == 2
 
 
+@pytest.mark.slow
 def test_the_script(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(finished), "--out", str(tmp_path / "out")]) == 0
     assert "3 files" in capsys.readouterr().out and len(list((tmp_path / "out").iterdir())) == 3
@@ -255,6 +257,7 @@ def test_the_script(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "results.json" in said and said.count("\n") == 1 and not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_failed_rows_say_so(finished: Path) -> None:
     content = json.loads((finished / "results.json").read_text())
     broken = content["rows"][0] | {"status": "failed", "error": "no memory", "metrics": {}, "dev_metric": None}

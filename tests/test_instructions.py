@@ -644,6 +644,7 @@ def test_tune_and_eval(files: Path, saved: Path, tmp_path: Path) -> None:
     assert other["metrics"]["loss"] != pytest.approx(report["metrics"]["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_recipes_tune_by_instructions(files: Path, saved: Path, tmp_path: Path) -> None:
     from ffnkit.recipe import run
 

@@ -57,6 +57,7 @@ def state(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_an_interrupted_tuning_is_kept_until_a_flag_gives_it_up(folder: Path, tmp_path: Path, stop: Stop) -> None:
     out, works = tmp_path / "out", tmp_path / ".out.tuning"
     good(*tune_words(folder, tmp_path / "whole", "--lr", "0.01"))
@@ -90,6 +91,7 @@ def test_an_interrupted_tuning_is_kept_until_a_flag_gives_it_up(folder: Path, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+@pytest.mark.slow
 def test_restart_begins_the_same_settings_anew(folder: Path, tmp_path: Path, stop: Stop) -> None:
     words = tune_words(folder, tmp_path / "out")
     stop.after(4, KeyboardInterrupt())

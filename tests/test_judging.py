@@ -315,6 +315,7 @@ def recipe_at(folder: Path, model: Path, **changes: Any) -> Any:
     return recipe_from(data | changes)
 
 
+@pytest.mark.slow
 def test_a_recipe_has_its_answers_judged_goes_on_and_stores_no_key(
     server: Server, decoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -229,7 +229,7 @@ def test_the_correction_is_the_least_squares_solution() -> None:
     held = Features(model, batches, found, {f.name: ["up", "input", "output"] for f in found}, 10_000)
     order = assign(correlation(*(held.get(f.name, "up") for f in found)))[None].to(torch.int32)
     fitted, errors = corrected(found, order, held, ridge=1e-9)
-    with temporarily(model, fk.plan(model, Merging(layers="0-1"), data=batches).edits):
+    with temporarily(model, fk.plan(model, Merging(layers="0-1", features="up"), data=batches).edits):
         plain = [f.raw().map(torch.clone) for f in found]
     inputs = torch.cat([held.get(f.name, "input") for f in found]).double()
     wanted = torch.cat([held.get(f.name, "output") for f in found]).double()
@@ -281,7 +281,7 @@ def test_experts_are_refused_and_data_are_asked_for_only_where_needed() -> None:
         fk.plan(model, Merging(layers="all"), data=data("mixtral", model))
     model = FAMILIES["bert"].model()
     with pytest.raises(FfnkitError, match="no data"):
-        fk.plan(model, Merging(layers="all"))
+        fk.plan(model, Merging(layers="all", features="up"))
     for settings in ({"match": False}, {"take": "anchor"}, {"take": "random"}):
         plan = fk.plan(model, Merging(layers="all", **settings))
         differ(FAMILIES["bert"], fk.apply(copy.deepcopy(model), plan), model)

@@ -23,12 +23,13 @@ UNKNOWN = 1  # what the text of many kinds is to a tokenizer of ten words
 def test_the_text_is_of_many_kinds() -> None:
     kinds = shipped.pieces()
     assert len(kinds) >= 12 and min(map(len, kinds.values())) >= 5
-    every = shipped.texts()
+    every = [text for part in ("fit", "decide", "report") for text in shipped.texts(shipped.kinds(part))]
     assert sorted(every) == sorted(piece for pieces in kinds.values() for piece in pieces)
     assert all(piece == piece.strip("\n") and len(piece) > 200 for piece in every)
     of = {piece: kind for kind, pieces in kinds.items() for piece in pieces}
+    every = shipped.texts()
     for start in range(0, len(every) - 40, 10):  # wherever a block is cut out, kinds mix
-        assert len({of[piece] for piece in every[start : start + 40]}) >= 10
+        assert len({of[piece] for piece in every[start : start + 40]}) >= 8
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_a_text_that_fails_is_told(bert: Path, tmp_path: Path) -> None:
 
 def test_progress_in_a_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = 0.0
-    monkeypatch.setattr("ffnkit.cli.console.time.monotonic", lambda: now)
+    monkeypatch.setattr("ffnkit.io.progress.time.monotonic", lambda: now)
     with console.progress("planning") as step:
         for done in range(1, 31):
             now += 2

@@ -353,3 +353,23 @@ def test_sigkill_in_processes_of_their_own(folder: Path, finished: Path, tmp_pat
     ours, whole = outcome(out), outcome(finished)
     assert ours["figures"] == whole["figures"][1:]
     assert ours["weights"].items() <= whole["weights"].items() and len(ours["weights"]) == 2
+
+
+def test_a_healed_arm(folder: Path, tmp_path: Path) -> None:
+    """What is healed is what is tuned and exported; arms without a method pass by; a kill changes nothing."""
+    stages = ["compress", "heal", "evaluate", "export"]
+    heal = {"tokens": "1k", "learning_rate": 1e-3, "checks": 2, "patience": 2}
+    recipe = recipe_of(folder, stages=stages, heal=heal, calibration={"max_length": 16})
+    plain = recipe_of(folder, stages=["compress", "evaluate", "export"])
+    assert run(recipe, tmp_path / "healed").ok and run(plain, tmp_path / "plain").ok
+    whole, half = json.loads((tmp_path / "healed" / "results.json").read_text())["rows"]
+    assert "heal" in half["seconds"] and "heal" not in whole["seconds"]
+    marker = json.loads((tmp_path / "healed" / "units" / "half" / "seed-0" / "heal.json").read_text())
+    assert marker["kept_at"] and all(marker["after"][name] < loss for name, loss in marker["before"].items())
+    first, second = (outcome(tmp_path / name)["weights"] for name in ("healed", "plain"))
+    differ = {name for name in first if first[name] != second[name]}
+    assert differ == {name for name in first if "/half/" in name}
+    with pytest.raises(FfnkitError, match="heal needs compress"):
+        recipe_of(folder, stages=["heal", "tune"], arms={"whole": {}})
+    with pytest.raises(FfnkitError, match="heal.tokens"):
+        recipe_of(folder, stages=stages, heal={"tokens": "many"})

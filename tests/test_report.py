@@ -20,7 +20,7 @@ from torch import nn
 from ffnkit.errors import FfnkitError
 from ffnkit.report import environment, measure
 from ffnkit.report.card import CardInfo, LayerWidth, Metric, layer_widths, model_card
-from ffnkit.report.columns import cells
+from ffnkit.report.columns import COLUMNS, all_notes, cells
 from ffnkit.report.formats import to_csv, to_markdown, to_rich
 from ffnkit.report.page import PageInfo, page, write_page
 from ffnkit.report.table import Stat, summarize
@@ -204,6 +204,10 @@ def test_unmeasured_values_are_named_and_never_numbers() -> None:
     assert lines[1][header.index("parameters")] == "not measured"
     assert "latency (ratio)" not in header and "nan" not in to_markdown(summary)
     assert "Not measured: in FFNs, trained" in to_markdown(summary)
+    (told,) = [note for note in all_notes(summary) if note.startswith("Not measured")]
+    names = told.removeprefix("Not measured: ").removesuffix(".").split(", ")
+    assert {"on disk compact", "on disk standard"} <= set(names)
+    assert set(names) <= {head for head, _ in COLUMNS.values()}, "a name with a comma reads as two"
 
 
 @pytest.mark.parametrize(

@@ -169,6 +169,7 @@ def test_the_command_line_says_what_labels_are(bert: Path, tmp_path: Path) -> No
 # ---- which rows
 
 
+@pytest.mark.slow
 def test_a_lone_file_is_evaluated_whole(bert: Path, tmp_path: Path) -> None:
     texts = [f"{a} {b} {c}" for a in WORDS[:6] for b in WORDS[6:] for c in "xy"]
     file = write(tmp_path / "t.csv", ["yes", "no"], texts)
@@ -297,7 +298,8 @@ def test_recipes_score_on_dev_in_every_stage(tmp_path: Path, monkeypatch: pytest
         ({"method": "layer-drop", "window": 1}, True),
         ({"method": "layer-drop", "window": 1, "score": "accuracy"}, False),
         ({"method": "merging", "layers": "0-1", "match": False}, False),
-        ({"method": "merging", "layers": "0-1"}, True),
+        ({"method": "merging", "layers": "0-1"}, False),
+        ({"method": "merging", "layers": "0-1", "features": "up"}, True),
         ({"method": "calibrated-fusion", "width": 0.5}, True),
         ({"method": "calibrated-fusion", "budget": 0.5}, True),
         ({"method": "fusion", "width": 0.5}, False),

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_benchmarks_of_papers import story
 from test_recipe_run import outcome, recipe_of, run, tiny
 
-from ffnkit import tune
+from ffnkit import tasks, tune
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe import searching
+from ffnkit.recipe.rates import Search
 from ffnkit.recipe.schema import Recipe
 
 RATES = [1e-5, 1e-2]
@@ -49,6 +51,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return calls
 
 
+@pytest.mark.slow
 def test_each_arm_gets_the_best_of_its_rates_on_rows_of_train(folder: Path, tmp_path: Path, seen: list[Any]) -> None:
     recipe = searched(folder, seeds=[0], arms={"whole": {}, "half": {"method": "fusion", "width": 0.5}})
     results = run(recipe, tmp_path)
@@ -100,6 +103,7 @@ def test_a_stopped_search_goes_on_and_ends_the_same(
     assert one == other and outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_rates_that_fail_are_told_and_not_chosen(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = tune.train
 
@@ -202,3 +206,27 @@ def test_a_range_by_optuna_is_the_same_when_it_goes_on(folder: Path) -> None:
         assert 1e-5 <= rate <= 1e-2 and rate == searching._suggested(rates, trials, True, 0)
         trials.append({"learning_rate": rate, "score": None if number == 1 else -abs(rate - 1e-3)})
     assert len({trial["learning_rate"] for trial in trials}) == 6
+
+
+def test_what_belongs_together_stays_on_one_side_of_the_rows_kept_apart(tmp_path: Path) -> None:
+    (tmp_path / "coqa").mkdir()
+    for name, numbers in {"train": range(20), "dev": range(90, 93)}.items():
+        rows = {"version": "1.0", "data": [story(number) for number in numbers]}
+        (tmp_path / "coqa" / f"coqa-{name}-v1.0.json").write_text(json.dumps(rows))
+
+    def drawn(rows: int, **limits: Any) -> tuple[Any, int]:
+        splits = tasks.get("coqa").splits(tmp_path, dev=6, **limits)
+        source: Any = types.SimpleNamespace(splits=splits, task=tasks.get("coqa"))
+        return searching._apart(source, Search.model_validate({"learning_rate": RATES, "rows": rows}))
+
+    splits, count = drawn(10)
+    assert count == len(splits.dev) == 12 and len(splits.train) == 54 - 12  # whole stories, 10 rows or more
+    assert not set(splits.train["story"]) & set(splits.dev["story"])
+    assert set(splits.report["story"]) == {story(number)["story"] for number in range(90, 93)}
+    with pytest.raises(FfnkitError, match="one story, and stay on one side"):
+        drawn(1, train_limit=2, seed=next(seed for seed in range(99) if one_story(tmp_path, seed)))
+
+
+def one_story(folder: Path, seed: int) -> bool:
+    """Whether the two rows that are drawn with this seed are of one story."""
+    return len(set(tasks.get("coqa").splits(folder, dev=6, train_limit=2, seed=seed).train["story"])) == 1

@@ -20,6 +20,7 @@ from test_recipe_run import outcome as plain_outcome
 import ffnkit as fk
 from ffnkit.errors import FfnkitError
 from ffnkit.nn.adapter_layer import adapter_layers
+from ffnkit.recipe.preflight import preflight
 from ffnkit.recipe.schema import Recipe
 from ffnkit.recipe.state import Unit, unit_of
 from ffnkit.report.sparsity import sparsity
@@ -82,6 +83,7 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # What a run leaves ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_say_what_the_stages_did(finished: Path) -> None:
     rows = {row["arm"]: row for row in json.loads((finished / "results.json").read_text())["rows"]}
     assert "pruning" not in rows["whole"] and set(rows["whole"]["seconds"]) == {"tune", "evaluate", "export"}
@@ -103,6 +105,7 @@ def test_rows_say_what_the_stages_did(finished: Path) -> None:
     assert trained["half"] == trained["whole"] < trained["both"] < trained["full"]
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_what_is_left(folder: Path, finished: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
@@ -125,6 +128,7 @@ def test_checkpoints_hold_what_is_left(folder: Path, finished: Path) -> None:
             assert zeros == pytest.approx(row["pruning"]["sparsity"]["merged"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_tables_show_zeros_where_an_arm_has_some(finished: Path) -> None:
     table = (finished / "table.md").read_text()
     assert "zeros (merged)" in table and "50.0% (" in table
@@ -133,6 +137,7 @@ def test_tables_show_zeros_where_an_arm_has_some(finished: Path) -> None:
     assert "zeros (merged)" in page and "method importance, width 0.5" in page
 
 
+@pytest.mark.slow
 def test_run_again_computes_nothing(folder: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
@@ -145,6 +150,7 @@ def test_run_again_computes_nothing(folder: Path, finished: Path, tmp_path: Path
 # Kills ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ["both", *(pytest.param(a, marks=SLOW) for a in ("half", "entries", "lora", "full"))])
 def test_killed_at_every_marker(
     folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arm: str
@@ -170,6 +176,7 @@ def test_killed_at_every_marker(
     assert json.loads((out / f"units/{arm}/seed-0/recover.json").read_text())["attempts"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 9, *(pytest.param(step, marks=SLOW) for step in (1, 5, 7, 11))])
 def test_killed_within_a_training(
     folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
@@ -193,6 +200,7 @@ def test_killed_within_a_training(
     assert outcome(out) == of(finished, "half")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [pytest.param(0, marks=SLOW), 1])
 @pytest.mark.parametrize("late", [False, True], ids=["before its plan is on disk", "behind it"])
 def test_killed_within_pruning(
@@ -215,6 +223,7 @@ def test_killed_within_pruning(
     assert outcome(out) == of(finished, "entries")
 
 
+@pytest.mark.slow
 def test_another_recovery_has_another_outcome(folder: Path, finished: Path, tmp_path: Path) -> None:
     """The control of the tests above: equal outcomes are no matter of course."""
     run(staged(folder, "half", recover={"learning_rate": 2e-3}, measure={"latency": False}), tmp_path / "out")
@@ -297,6 +306,54 @@ def test_what_does_not_fit_the_model_is_said_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
+NARROW = {"method": "importance", "width": 0.5}
+NEURONS = {"method": "structured", "remove_neurons": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("tuner", "prune", "words"),
+    [
+        ("full", {**HEADS, "by": "update"}, ["by update", "tuner full", "query and value"]),
+        ({"name": "lora", "rank": 2}, {**HEADS, "by": "update"}, ["tuner lora", "query and value"]),
+        (ENTRIES, {**HEADS, "by": "update"}, ["tuner sparsegrad", "query and value"]),  # it has them on FFNs
+        (ENTRIES, {**HEADS, "by": "coefficients"}, ["coefficients", "the heads of"]),
+        (DSEE, {**NEURONS, "remove_heads": 0, "by": "update"}, ["tuner dsee", "no update"]),  # it has them on attention
+        (DSEE, {**NEURONS, "remove_heads": 0.5, "by": "update"}, ["tuner dsee", "no update"]),
+        (DSEE, {**NEURONS, "remove_heads": 0, "neurons_by": "coefficients"}, ["neurons_by", "no coefficients"]),
+        ("ffn", {**HALF, "mode": "ABS"}, ["mode ABS", "tuner ffn"]),
+        (DSEE, {**HALF, "mode": "WAB", "targets": "ffn"}, ["mode WAB", "targets ffn"]),
+        ("full", {**HALF, "adapted_sparsity": 0.9}, ["adapted_sparsity", "tuner full"]),
+        ("full", [HALF, {**HEADS, "by": "update"}], ["by update"]),
+        (None, {**HEADS, "by": "update"}, ["the model has no update on query and value"]),
+        (None, {**HALF, "mode": "NAB"}, ["mode NAB", "the model has no update"]),
+        (DSEE, {"method": "combined", "methods": [{**HEADS, "by": "coefficients"}, NARROW]}, ["by coefficients"]),
+        # what is there, and what nobody asked for
+        (DSEE, {"method": "combined", "methods": [{**HEADS, "by": "update"}, NARROW]}, []),
+        (None, HALF, []),
+        (DSEE, {**HEADS, "by": "update"}, []),
+        ({**DSEE, "targets": "all"}, {**NEURONS, "remove_heads": 0.5, "by": "update"}, []),
+        ({"name": "combined", "parts": [ENTRIES, DSEE]}, {**NEURONS, "remove_heads": 0.5, "by": "update"}, []),
+        ({**ENTRIES, "coefficients": 0.1}, {**HEADS, "by": "coefficients"}, []),
+        (DSEE, {**HALF, "mode": "WAB"}, []),
+        ("full", HALF, []),
+        ("full", {**HALF, "mode": "W"}, []),
+    ],
+)
+def test_pruning_by_what_no_tuning_leaves_is_refused_before_anything_runs(
+    folder: Path, tuner: Any, prune: Any, words: list[str]
+) -> None:
+    compressed = {} if tuner is not None else {"half": {**prune}}  # by a method before all tuning
+    recipe = staged(folder, stages=["compress", *STAGES], arms=compressed or {"half": {"tuner": tuner, "prune": prune}})
+    if not words:
+        preflight(recipe)
+        return
+    with pytest.raises(FfnkitError) as error:
+        preflight(recipe)
+    line = str(error.value)
+    assert all(word in line for word in ["arms.half", *words]) and "\n" not in line, line
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
@@ -318,6 +375,7 @@ def test_a_changed_stage_is_another_recipe(
     assert outcome(out) == outcome(finished)
 
 
+@pytest.mark.slow
 def test_a_changed_recovery_is_no_matter_to_arms_without_pruning(folder: Path, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)

@@ -119,6 +119,7 @@ def test_panels_lines_and_scales() -> None:
     assert labels == ["merged-a (n = 1)", "merged-b (n = 1)", "x (n = 1)"]
 
 
+@pytest.mark.slow
 def test_a_run_tells_them(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     """Through the recipe: windows that were searched, layers that were named, several methods in one plan."""
     arms: dict[str, Any] = {

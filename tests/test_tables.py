@@ -129,6 +129,7 @@ def test_a_table_is_no_recipe_and_a_file_without_a_small_variant_says_so(tmp_pat
         load_any(path, small=True)
 
 
+@pytest.mark.slow
 def test_a_cell_that_cannot_run_leaves_the_others_alone(tmp_path: Path) -> None:
     words = [f"w{n}" for n in range(10)]
     bert, table_file = tmp_path / "bert", tmp_path / "train.csv"

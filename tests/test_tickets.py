@@ -44,6 +44,7 @@ def weights(model: Any) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rewind", [0, 2])
 def test_rounds_are_those_of_a_plain_loop(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rewind: int
@@ -113,6 +114,7 @@ def test_killed_between_and_within_rounds(folder: Path, tmp_path: Path, monkeypa
     assert done["rounds"] == 2 and done["attempts"] == 3
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_come_is_told(folder: Path, tmp_path: Path) -> None:
     results = run(drawn(folder, rewind=99), tmp_path)
     assert "rewind 99: the first training was over before that step" in results.rows[0]["error"]

@@ -86,6 +86,7 @@ def test_where_a_module_computes() -> None:
     assert placement._runs_on({"": "cpu", "a": "disk"}, "a.b") == torch.device("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_compiled_it_gives_the_same_and_the_gradient_is_the_sum(name: str, tmp_path: Path) -> None:
     model = tied(name)

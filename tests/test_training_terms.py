@@ -147,6 +147,7 @@ def test_a_training_moves_what_was_compressed_by_a_share_of_the_step(tmp_path: P
     assert all(float(whole[name].abs().max()) > 0 for name in slow)
 
 
+@pytest.mark.slow
 def test_a_kill_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(out: Path) -> Any:
         model: Any = bert()

@@ -127,6 +127,7 @@ def test_marian_reads_one_language_and_writes_the_other(marian: Path, tmp_path: 
     assert shifted[0, 0] == model.generation_config.decoder_start_token_id == tokenizer.pad_token_id
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
 def test_marian_learns_a_few_sentences_by_heart(marian: Path, tmp_path: Path) -> None:
     """What is decoded greedily and with beams is what was trained: target side, start and end fit together."""

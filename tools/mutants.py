@@ -553,8 +553,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     M(
         "mse-more-is-better",
-        '"mse": Metric("regression", _mse, greater_is_better=False)',
-        '"mse": Metric("regression", _mse)',
+        '"mse": Metric("regression", _mse, greater_is_better=False, greatest=None)',
+        '"mse": Metric("regression", _mse, greatest=None)',
         "test_tasks.py test_tune.py",
         "metric or better or mse or regression",
     ),

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from ffnkit.analysis.study import analyze
     from ffnkit.budget.allocation import Allocation, allocate
+    from ffnkit.budget.fitting import FitTo
     from ffnkit.calibration.stored import StatisticsFile
     from ffnkit.checkpoint.adapters import adapter, load_adapter, remove_adapter, save_adapter
     from ffnkit.checkpoint.apart import save_apart
@@ -25,15 +26,18 @@ if TYPE_CHECKING:
     from ffnkit.methods.drop.structured import StructuredPruning
     from ffnkit.methods.narrow.calibrated import CalibratedFusion
     from ffnkit.methods.narrow.fusion import Fusion
+    from ffnkit.methods.share.calibrated import CalibratedMerging
     from ffnkit.methods.share.merging import Merging
     from ffnkit.methods.update.dsee import DSEE
     from ffnkit.methods.update.sparsegrad import SparseGrad
     from ffnkit.model.families.ffns import LAYOUTS, Layout
     from ffnkit.model.inspect import inspect
     from ffnkit.plans import Plan
+    from ffnkit.report.costing import cost
     from ffnkit.surgery.apply import apply, fold
     from ffnkit.surgery.planning import plan
     from ffnkit.tune import trainable_parameters
+    from ffnkit.tune.healing.heal import heal
 
 
 __all__ = [
@@ -43,12 +47,14 @@ __all__ = [
     "Fusion",
     "CalibratedFusion",
     "Merging",
+    "CalibratedMerging",
     "Combined",
     "SparseGrad",
     "DSEE",
     "Prune",
     "RemoveHeads",
     "StructuredPruning",
+    "FitTo",
     "calibrate",
     "StatisticsFile",
     "allocate",
@@ -56,6 +62,8 @@ __all__ = [
     "apply",
     "fold",
     "analyze",
+    "cost",
+    "heal",
     "save",
     "save_apart",
     "load",
@@ -78,6 +86,7 @@ _HOMES = {
     "Fusion": "methods.narrow.fusion",
     "CalibratedFusion": "methods.narrow.calibrated",
     "Merging": "methods.share.merging",
+    "CalibratedMerging": "methods.share.calibrated",
     "Combined": "methods.combined",
     "Prune": "methods.drop.pruning",
     "RemoveHeads": "methods.drop.heads",
@@ -85,6 +94,7 @@ _HOMES = {
     "SparseGrad": "methods.update.sparsegrad",
     "DSEE": "methods.update.dsee",
     "save_lora": "checkpoint.peft_lora",
+    "FitTo": "budget.fitting",
     "calibrate": "methods.calibrating",
     "StatisticsFile": "calibration.stored",
     "allocate": "budget.allocation",
@@ -92,6 +102,8 @@ _HOMES = {
     "apply": "surgery.apply",
     "fold": "surgery.apply",
     "analyze": "analysis.study",
+    "cost": "report.costing",
+    "heal": "tune.healing.heal",
     "save": "checkpoint.save",
     "save_apart": "checkpoint.apart",
     "load": "checkpoint.load",

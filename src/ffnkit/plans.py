@@ -75,12 +75,12 @@ class Plan:
     def saved(self, name: str) -> int:
         """Parameters that one FFN loses; its output bias stays. Zeros of a mask are stored, and not counted.
 
-        An FFN that shares another's weights loses all of its own.
+        An FFN that shares another's weights loses all of its own but what it keeps beside them.
         """
         shape, mine = self.shapes[name], self._of(name)
         sizes = {type(edit) if edit.new_width is not None else id(edit): edit.saved(shape) for edit in mine}
         whole = [edit.saved(shape) for edit in mine if edit.joins and edit.saved(shape)]
-        return whole[-1] if whole else sum(sizes.values())
+        return whole[-1] - sum(edit.kept_apart for edit in mine) if whole else sum(sizes.values())
 
     def _of(self, name: str) -> list[Edit]:
         """The edits that change an FFN."""

@@ -28,8 +28,8 @@ class Ending:
     there: they may not be trained yet.
     """
 
-    def __init__(self, blockwise: Blockwise, found: list[FFN]) -> None:
-        """Runs the model as it is. Memory beyond it: the outputs compared, for about ``TOKENS`` tokens."""
+    def __init__(self, blockwise: Blockwise, found: list[FFN], most: int = TOKENS) -> None:
+        """Runs the model as it is. Memory beyond it: the outputs compared, for about ``most`` tokens."""
         self.blockwise, self.found = blockwise, found
         head = getattr(blockwise.model, "get_output_embeddings", lambda: None)()
         self.written = head is not None
@@ -41,23 +41,27 @@ class Ending:
             outputs = self._outputs(number)
             self.reference.append(outputs)
             tokens += min(len(value) for value in outputs.values())
-            if tokens >= TOKENS or tokens * max(value.shape[-1] for value in outputs.values()) >= ENTRIES:
+            if tokens >= most or tokens * max(value.shape[-1] for value in outputs.values()) >= ENTRIES:
                 break
 
-    @torch.no_grad()
     def moved(self, changed: list[tuple[FFN, Neurons]]) -> float:
-        """The mean divergence a token, or the relative squared difference, with other neurons in some FFNs.
+        """:meth:`gap` with other neurons in some FFNs."""
+        with _lent(changed):
+            return self.gap()
+
+    @torch.no_grad()
+    def gap(self) -> float:
+        """The mean divergence a token, or the relative squared difference, of the model as it is now.
 
         The blocks that ``blockwise`` has behind it are not run.
         """
         gaps: dict[str, float] = {}
         norms: dict[str, float] = {}
-        with _lent(changed):
-            for number, wanted in enumerate(self.reference):
-                for name, value in self._outputs(number).items():
-                    gap, norm = self._compare(value, wanted[name])
-                    gaps[name] = gaps.get(name, 0.0) + gap
-                    norms[name] = norms.get(name, 0.0) + norm
+        for number, wanted in enumerate(self.reference):
+            for name, value in self._outputs(number).items():
+                gap, norm = self._compare(value, wanted[name])
+                gaps[name] = gaps.get(name, 0.0) + gap
+                norms[name] = norms.get(name, 0.0) + norm
         # a divergence is not below 0 but for rounding, and no narrowing gains by that
         return max(0.0, sum(gaps[name] / max(norms[name], 1e-300) for name in gaps))
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.plans import Progress
 
 Batch = Mapping[str, Any]
 
@@ -51,7 +50,9 @@ def kept(batches: Iterable[Batch], asked: str = ASKED) -> list[Batch]:
     return list(checked(batches, asked))
 
 
-def telling(batches: Iterable[Batch], progress: Progress | None, what: str = "data") -> Iterator[Batch]:
+def telling(
+    batches: Iterable[Batch], progress: Callable[[int, int, str], None] | None, what: str = "data"
+) -> Iterator[Batch]:
     """The batches, with progress once the work on each is done; their number is not known of a generator."""
     for number, batch in enumerate(batches, 1):
         yield batch

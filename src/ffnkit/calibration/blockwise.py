@@ -62,7 +62,7 @@ class Blockwise:
         by_block: dict[str, list[FFN]] = {}
         for ffn in found:
             by_block.setdefault(block_name(ffn.name), []).append(ffn)
-        whole, self.batches = self.batches, [few_rows(self.batches[0])]
+        whole, self.batches = self.batches, [dict(few_rows(self.batches[0]))]
         self.calls = self._order(list(by_block))
         silent = next((name for name in by_block if not self.calls.get(name)), None)
         if silent is not None:

@@ -75,8 +75,12 @@ def check_contents(model: PreTrainedModel, described: dict[str, Any], stored: Sh
                     _compare(own, found)
                 if found := _below(there, paths):
                     _compare(_below(wanted, paths), found)
-            elif found := found or _below(there, paths):
-                raise FfnkitError(ASKED, f"{min(found)} is in the file, and its FFN is said to be another one's", _DO)
+                continue
+            found = found or _below(there, paths)
+            apart = {name for name in {**found, **_below(wanted, paths)} if ffn.is_own(name.removeprefix(f"{owner}."))}
+            if others := found.keys() - apart:
+                raise FfnkitError(ASKED, f"{min(others)} is in the file, and its FFN is said to be another one's", _DO)
+            _compare({name: wanted[name] for name in apart if name in wanted}, found)
     for name, module in model.named_modules():
         if name not in inside and (is_linear(module) or isinstance(module, ReparametrizedLinear)):
             own, found = _below(wanted, (f"{name}.",)), _below(there, (f"{name}.",))

@@ -63,14 +63,14 @@ def standard_state(model: PreTrainedModel, found: list[FFN], targets: dict[str, 
         short = targets[ffn.name] - ffn.width
         if not ffn.special and not short and not ffn.tied:
             continue
-        neurons = ffn.read()
-        if short:
-            neurons = pad(neurons, targets[ffn.name])
-        values = _named_values(ffn, neurons)
-        for owner in ffn.owners:
+        values: dict[str, Tensor] = {}
+        for owner in ffn.apart():
+            if not values or ffn.differing:
+                neurons = owner.read()
+                values = _named_values(ffn, pad(neurons, targets[ffn.name]) if short else neurons)
             for name, value in values.items():
-                state[f"{owner}.{name}"] = value.detach() if owner == ffn.name else value.detach().clone()
-            for name in _special_names(ffn, owner, state):
+                state[f"{owner.name}.{name}"] = value.detach() if owner.name == ffn.name else value.detach().clone()
+            for name in _special_names(ffn, owner.name, state):
                 del state[name]
     for name, layer in standing_apart(model, found).items():
         own = [key for key in state if key.startswith(f"{name}.") and key.rpartition(".")[2] not in ("weight", "bias")]

@@ -121,11 +121,11 @@ class Texts:
             return first, second
         from ffnkit.tasks.language_modelling.sets import read_texts
 
-        first, second = halves(read_texts(Path(str(self.text)), "text"))
+        fitted, measured = halves(read_texts(Path(str(self.text)), "text"))
         if self.mix is not None:
             few = few.model_copy(update={"mix": self.mix})
-        calibration = mixed_batches(model, tokenizer, [(first, 1.0)], few, seed=self.seed)
-        examples, collate = text_examples(second, tokenizer, model, self.max_length)
+        calibration = mixed_batches(model, tokenizer, [(fitted, 1.0)], few, seed=self.seed)
+        examples, collate = text_examples(measured, tokenizer, model, self.max_length)
         examples = [examples[i] for i in range(min(len(examples), self.rows))]
         return calibration, drawn_batches(examples, collate, every, seed=self.seed)
 

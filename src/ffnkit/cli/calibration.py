@@ -94,12 +94,24 @@ class Calibration(CalibrationData):
         """The method with its ``score``, where it names a metric of the task, on rows held out of train."""
         if not _scored(method):
             return method
-        from ffnkit import tasks
         from ffnkit.tune import with_score
 
-        task = tasks.get(self.task) if self.task is not None else None
-        tokenizer = task.load_tokenizer(self.tokenizer or source) if task is not None else None
-        return with_score(method, task, tokenizer, self._splits.dev if task is not None else None)
+        if self.chosen is None:
+            return with_score(method, None, None, None)
+        return with_score(method, self.chosen, self.tokenizer_of(source), self.splits.dev)
+
+    @cached_property
+    def chosen(self) -> Any:
+        """The task; None where none is named."""
+        from ffnkit import tasks
+
+        return tasks.get(self.task) if self.task is not None else None
+
+    def tokenizer_of(self, source: str) -> Any:
+        """The tokenizer of the task, or of text. Raises FfnkitError where there is none."""
+        from ffnkit.tasks.models import load_tokenizer
+
+        return (self.chosen.load_tokenizer if self.chosen else load_tokenizer)(self.tokenizer or source)
 
     @property
     def settings(self) -> Any:
@@ -129,23 +141,14 @@ class Calibration(CalibrationData):
         return found
 
     def _drawn(self, draw: Any, model: Any, source: str, seed: int | None) -> Any:
-        from ffnkit import tasks
-
         seed = self.seed if seed is None else seed
-        if self.task is None:
-            from ffnkit.tasks.models import load_tokenizer
-
-            return draw(model, load_tokenizer(self.tokenizer or source), self.settings, seed=seed)
-        task = tasks.get(self.task)
-        tokenizer = task.load_tokenizer(self.tokenizer or source)
-        return draw(model, tokenizer, self.settings, task=task, rows=self._splits.train, seed=seed)
+        rows = self.splits.train if self.chosen else None
+        return draw(model, self.tokenizer_of(source), self.settings, task=self.chosen, rows=rows, seed=seed)
 
     @cached_property
-    def _splits(self) -> Any:
+    def splits(self) -> Any:
         """The task's rows, split once: what scores a search is out of what calibrates, whatever the seed."""
-        from ffnkit import tasks
-
-        return tasks.get(str(self.task)).splits(self.data_dir, seed=self.seed)
+        return self.chosen.splits(self.data_dir, seed=self.seed)
 
 
 HOW = {"--mix": "mix with", "--text-column": "read it from"}

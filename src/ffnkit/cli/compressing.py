@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ffnkit.cli import console, describe, options
+from ffnkit.cli import console, describe, options, targets
+from ffnkit.cli.after import After, show_cost
 from ffnkit.cli.application import app
 from ffnkit.cli.budgets import Budget
 from ffnkit.cli.calibration import Calibration
@@ -64,7 +65,14 @@ def compress(
         float | None, typer.Option("--budget", help="Share (or number) of FFN parameters left; sets widths by layer.")
     ] = None,
     multiple: Annotated[
-        int | None, typer.Option("--multiple", min=1, help="With --budget: widths are multiples of it. \\[64 or 8]")
+        int | None, typer.Option("--multiple", min=1, help="With --budget, --target: a width's unit. \\[64 or 8]")
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", metavar="KIND=AMOUNT", help="params, flops, bytes, kv or latency that stay."),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option("--context", min=1, help="With --target kv: tokens of a sequence. \\[4096]")
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The folder to write. Whole or not there: never half.")
@@ -75,6 +83,7 @@ def compress(
         typer.Option("--statistics", help="A file of 'ffnkit calibrate', in the place of data.", rich_help_panel=DATA),
     ] = None,
     deciding: Deciding,
+    after: After,
     form: Annotated[
         Form,
         typer.Option(
@@ -103,13 +112,19 @@ def compress(
 
       ffnkit compress roberta-base [cyan]--budget 0.5[/cyan] --text notes.txt --out small
 
+      ffnkit compress ./llama [cyan]--target params=0.8[/cyan] --text notes.txt --out small
+
     With --task or --text, calibrated-fusion is the method unless another is named: it measures activations on a few
     thousand tokens and keeps far more of the model than methods that see the weights only. Beside --text, half of them
     are text of many kinds that comes with ffnkit (--mix), since what is fitted to one kind of text loses on others;
     where no data are named, all of them are.
 
     A width such as 0.25 is a share of the neurons, a whole number counts them. --budget gives each layer a width of its
-    own, so that together they keep that share of the FFN parameters; equal ones unless --form is compact.
+    own, so that together they keep that share of the FFN parameters; equal ones unless --form is compact. --target is
+    of the whole model: neurons, heads, FFNs, attentions, layers and sharing compete for it.
+
+    What it cost is measured on text that no fit sees, before and after (--cost-tokens). --heal 200k lets the compressed
+    model learn from the uncompressed one on so many tokens; what does not gain on held-out text is not kept.
 
     Tune the result: ffnkit tune small ...
     """
@@ -123,17 +138,25 @@ def compress(
     if plan_out is not None:
         check_file(plan_out)
     calibration = Calibration(**vars(data), seed=seed or 0, statistics=statistics)
+    given_method = method
     if method is None and plan_in is None and calibration.given:
         method = "calibrated-fusion"
-    limit = Budget.read(budget, multiple, form, settings or [])
-    if limit is not None and plan_in is not None:
-        raise FfnkitError(f"--plan {plan_in}", "--budget is given too", "Leave it out: the plan holds the widths")
-    pairs = [*(settings or []), *(limit.settings(method) if limit is not None else [])]
-    chosen = choose_method(method, pairs, layers, seed, plan_in)
+    limit = Budget.read(budget, multiple if target is None else None, form, settings or [])
+    named = "--budget" if limit is not None else "--target" if target is not None else None
+    if named is not None and plan_in is not None:
+        raise FfnkitError(f"--plan {plan_in}", f"{named} is given too", "Leave it out: the plan holds the decisions")
+    if target is not None and limit is not None:
+        raise FfnkitError(f"--target {target}", "--budget is given too", "Give one of the two")
+    if target is not None:
+        chosen = targets.fitting(target, context, given_method, settings or [], layers, multiple, form)
+    else:
+        pairs = [*(settings or []), *(limit.settings(method) if limit is not None else [])]
+        chosen = choose_method(method, pairs, layers, seed, plan_in)
     calibration.check(chosen, limit)
     deciding.check(chosen, calibration)
     console.quieten()
-    job = Compression(model, chosen, plan_in, dtype, device, calibration, limit, deciding)
+    after.check(dry_run)
+    job = Compression(model, chosen, plan_in, dtype, device, calibration, limit, deciding, after)
     report = job.run(plan_out, None if dry_run else out, form, as_json)
     if as_json:
         console.print_json(report)
@@ -183,6 +206,7 @@ class Compression:
         dtype, device: as given on the command line.
         budget: chooses the method's widths, where it is given.
         deciding: decides settings, and tells how draws of the data differ.
+        after: what is measured around it, and how the model is healed.
     """
 
     def __init__(
@@ -195,8 +219,9 @@ class Compression:
         calibration: Calibration | None = None,
         budget: Budget | None = None,
         deciding: Deciding | None = None,
+        after: After | None = None,
     ) -> None:
-        self.source, self.method, self.plan_in = source, method, plan_in
+        self.source, self.method, self.plan_in, self.after = source, method, plan_in, after
         self.dtype, self.device, self.calibration, self.budget = dtype, device, calibration, budget
         self.deciding = deciding or Deciding()
         self.told: dict[str, Any] = {}  # what --json prints of the planning
@@ -223,16 +248,16 @@ class Compression:
             raise FfnkitError(asked, what, "Take compact or standard; ffnkit tune --form apart keeps updates apart")
         if adapted and form != "apart":
             console.say("updates are merged into the weights, and fill what is zero; --form apart keeps them beside it")
-        before = ffnkit.inspect(model)
+        report: dict[str, Any] = {"model": self.source, "before": totals(ffnkit.inspect(model))}
         plan, widths = self.make_plan(model)
         if not as_json:
             console.out(str(plan) if widths is None else f"{widths}\n{plan}")
-            for line in (*searched(plan.report), *spread_lines(self.told)):
+            for line in (*searched(plan.report), *targets.told(plan.report), *spread_lines(self.told)):
                 console.out(line)
         if plan_out is not None:
             plan.save(plan_out)
             console.say(f"plan saved in {plan_out}")
-        report: dict[str, Any] = {"model": self.source, "plan": plan.description(), "before": totals(before)}
+        report["plan"] = plan.description()
         report |= self.told
         if plan.report:
             report["search"] = plan.report
@@ -240,10 +265,12 @@ class Compression:
             report["budget"] = widths.to_dict()
         if out is None:
             return report
-        ffnkit.apply(model, plan)
-        after = ffnkit.inspect(model)
-        report["after"] = totals(after)
-        report["saved"] = self.save(model, out, form, History.of(self.source).compressed(plan, before, after))
+        after = self.after or After(cost_tokens=0)
+        history = after.carry_out(model, plan, self.source, self.dtype, self.calibration or Calibration(), report)
+        report["after"] = totals(ffnkit.inspect(model))
+        if "cost" in report and not as_json:
+            show_cost(report["cost"])
+        report["saved"] = self.save(model, out, form, history)
         for name, saved in report["saved"].items():
             console.say(f"{name}: {saved['folder']}, {console.megabytes(saved['bytes'])}")
         return report

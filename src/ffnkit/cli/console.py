@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitWarning
+from ffnkit.io.progress import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-EVERY = 5.0  # seconds between lines of progress
 
 
 @dataclass
@@ -118,54 +115,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
     stdout().print(view)
 
 
-@contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar on stderr, moved by calls with (done, total, what); in a pipe a line every ``EVERY`` seconds.
-
-    Both tell the time since the start and the time that is left. Nothing with --quiet.
-    """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    if not sys.stderr.isatty():
-        yield _lines(title)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    shown = Console(file=sys.stderr)
-    with Progress(*columns, TimeRemainingColumn(), console=shown, disable=state.quiet, transient=True) as bars:
-        bar = bars.add_task(title, total=None)
-
-        def step(done: int, total: int, what: str) -> None:
-            bars.update(bar, completed=done, total=total, description=f"{title} {escape(what)}")
-
-        yield step
-
-
-def _lines(title: str) -> Callable[[int, int, str], None]:
-    """Progress in lines of a log."""
-    start = told = phase = last = time.monotonic()
-    before = 0
-
-    def step(done: int, total: int, what: str) -> None:
-        nonlocal told, phase, last, before
-        now = time.monotonic()
-        if done < before:  # steps of another kind, on which the earlier ones have no bearing
-            phase = last
-        before, last = done, now
-        if now - told < EVERY or not done:
-            return
-        told = now
-        left = (now - phase) * (total - done) / done
-        say(f"{title} {what}: {done} of {total} after {now - start:.0f} s, about {left:.0f} s left")
-
-    return step
+def progress(title: str) -> AbstractContextManager[Callable[[int, int, str], None]]:
+    """A bar or lines on stderr (:func:`ffnkit.io.progress.shown`); nothing with --quiet."""
+    return shown(title, quiet=state.quiet)
 
 
 def stdout() -> Console:

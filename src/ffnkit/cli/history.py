@@ -25,6 +25,8 @@ class History:
         training: settings of the last tuning.
         task, metrics: what it was measured on last, and the figures.
         kind: the hub's name of the kind of that task.
+        cost: what the last compression lost, as :meth:`ffnkit.report.cost.Cost.to_dict` gives it.
+        healing: settings of the healing after it.
     """
 
     base_model: str
@@ -35,6 +37,8 @@ class History:
     task: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     kind: str = "text-classification"
+    cost: dict[str, Any] = field(default_factory=dict)
+    healing: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: str) -> History:
@@ -56,11 +60,12 @@ class History:
         widths = {row.name: row.width for row in after.rows}
         started = {name: width for name, width, _ in self.layers}
         layers = tuple((row.name, started.get(row.name, row.width), widths.get(row.name)) for row in before.rows)
-        return replace(self, method=plan.method, settings=dict(plan.settings), layers=layers, task=None, metrics={})
+        fresh: dict[str, Any] = {"task": None, "metrics": {}, "cost": {}, "healing": {}}
+        return replace(self, method=plan.method, settings=dict(plan.settings), layers=layers, **fresh)
 
     def tuned(self, training: dict[str, Any], task: str, metrics: dict[str, float], kind: str) -> History:
-        """With a tuning and what was measured after it."""
-        return replace(self, training=training, task=task, metrics=metrics, kind=kind)
+        """With a tuning and what was measured after it; what was measured before it holds no more."""
+        return replace(self, training=training, task=task, metrics=metrics, kind=kind, cost={})
 
     def write(self, folder: Path) -> None:
         """Put the history beside the weights."""
@@ -86,6 +91,8 @@ class History:
             layers=[LayerWidth(*row) for row in self.layers],
             metrics=figures,
             training=self.training,
+            cost=self.cost,
+            healing=self.healing,
             versions=versions(),
             auto_class="AutoModelForSequenceClassification" if is_own(model) else type(model).__name__,
             own_class=is_own(model),

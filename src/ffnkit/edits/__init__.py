@@ -13,6 +13,7 @@ from ffnkit.edits.layers import DropLayer
 from ffnkit.edits.linears import FactorLinear, LinearEdit, ReplaceLinear, ScaleInputs
 from ffnkit.edits.masks import Mask
 from ffnkit.edits.neurons import ClusterNeurons, NeuronEdit, ReplaceNeurons, SelectNeurons, SetWidth
+from ffnkit.edits.own import KeepOwn
 from ffnkit.edits.ties import Tie
 from ffnkit.edits.updates import Train, UpdateLinear
 from ffnkit.errors import FfnkitError
@@ -25,6 +26,7 @@ EDITS: tuple[type[Edit], ...] = (
     ReplaceNeurons,
     SetWidth,
     ScaleInputs,
+    KeepOwn,
     Tie,
     FactorLinear,
     ReplaceLinear,
@@ -39,6 +41,7 @@ __all__ = [
     "DropLayer",
     "Edit",
     "FactorLinear",
+    "KeepOwn",
     "LinearEdit",
     "Mask",
     "NeuronEdit",

@@ -185,6 +185,11 @@ class Edit:
         return 0
 
     @property
+    def kept_apart(self) -> int:
+        """Parameters that an FFN keeps of its own where it comes to share another's weights."""
+        return 0
+
+    @property
     def saved_elsewhere(self) -> int:
         """Parameters that go outside of the FFNs that it touches."""
         return 0

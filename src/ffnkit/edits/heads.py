@@ -38,12 +38,14 @@ class SelectHeads(Edit):
         target: the attention's name. index: int32 numbers, ascending, of the units that stay: heads, or groups of
             heads that share a key and a value.
         heads, units: how many there are before. parameters: those that go.
+        silent: what stays gives zeros: the attention is left out, and a module that its family knows stands there.
     """
 
     index: Places
     heads: Size
     units: Size
     parameters: Count
+    silent: bool = False
 
     kind: ClassVar[str] = "SelectHeads"
     formerly: ClassVar[tuple[str, ...]] = ("Heads",)
@@ -80,8 +82,9 @@ class SelectHeads(Edit):
         lines = []
         for edit in found:
             units = f" ({edit.units} -> {len(edit.index)} groups)" if edit.units != edit.heads else ""
+            zeros = " of zeros" if edit.silent else ""
             lines.append(
-                f"  {edit.target:<{width}}  {edit.heads} heads  ->  {edit.left}{units},"
+                f"  {edit.target:<{width}}  {edit.heads} heads  ->  {edit.left}{units}{zeros},"
                 f" {edit.parameters:,} parameters fewer{notes(quantities, edit.target)}"
             )
         return lines
@@ -121,11 +124,15 @@ class SelectHeads(Edit):
             attention = writer.attention(self.target)
             self._check_index(attention, self.asked)
             keep_heads(writer, attention, attention.members(self.index))
+            if self.silent:
+                output = attention.linear("o")
+                writer.put(stored_weight(output), torch.zeros_like(stored_weight(output)), [output])
 
     def silenced(self, writer: Writer) -> list[Any]:
-        """The other heads hand zeros to the output linear."""
+        """The other heads, and all where the attention is left out, hand zeros to the output linear."""
         attention = writer.attention(self.target)
-        stay = attention.columns()[attention.members(self.index)["q"]].flatten()
+        heads = attention.members(self.index)["q"][: 0 if self.silent else None]
+        stay = attention.columns()[heads].flatten()
 
         def zeroed(_: nn.Module, args: tuple[Any, ...]) -> Any:
             mask = torch.zeros(args[0].shape[-1], dtype=args[0].dtype).index_fill_(0, stay, 1.0)

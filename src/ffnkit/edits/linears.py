@@ -1,4 +1,4 @@
-"""Edits of linears: a factor of an FFN linear's inputs, a thin pair in its place, or new numbers in any linear."""
+"""Edits of linears: a factor of inputs, a thin pair, or new numbers in any linear."""
 
 from __future__ import annotations
 

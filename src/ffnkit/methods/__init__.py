@@ -23,6 +23,7 @@ from ffnkit.methods.narrow.reinit import Reinit
 from ffnkit.methods.narrow.selection import Importance, Magnitude, Random
 from ffnkit.methods.narrow.sketch import Sketch
 from ffnkit.methods.narrow.svd import Svd
+from ffnkit.methods.share.calibrated import CalibratedMerging
 from ffnkit.methods.share.merging import Merging
 from ffnkit.methods.update.dsee import DSEE
 from ffnkit.methods.update.sparsegrad import SparseGrad
@@ -33,6 +34,7 @@ METHODS: tuple[Any, ...] = (
     Fusion,
     CalibratedFusion,
     Merging,
+    CalibratedMerging,
     Clustering,
     Sketch,
     Svd,

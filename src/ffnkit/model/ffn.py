@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -106,6 +106,23 @@ class FFN:
         """Every owner of these weights by name, this one first."""
         return {self.name: self.module, **self.tied}
 
+    @property
+    def differing(self) -> tuple[str, ...]:
+        """Sites at which each owner has something of its own beside the weight that they share."""
+        if self.layout.experts:
+            return ()
+        linears = {site: self.linear(site) for site in self.sites}
+        return tuple(s for s, linear in linears.items() if isinstance(linear, ReparametrizedLinear) and linear.own)
+
+    def is_own(self, name: str) -> bool:
+        """Whether a tensor, by its name below an owner, is that owner's alone where several share the weights."""
+        places = tuple(f"{self.path(site)}." for site in self.differing)
+        return name.startswith(places) and not name.endswith(".weight") if places else False
+
+    def apart(self) -> list[FFN]:
+        """Each owner as an FFN of its own, this one first: their weights differ where :attr:`differing` says so."""
+        return [replace(self, name=name, module=module, tied={}) for name, module in self.owners.items()]
+
     def path(self, site: str) -> str:
         """Path of a site ("up", "gate", "down") below the owner."""
         path = getattr(self.layout, site)
@@ -130,11 +147,11 @@ class FFN:
         return list(dict.fromkeys(owner.get_submodule(self.path(site)) for owner in self.owners.values()))
 
     def parameters(self) -> list[nn.Parameter]:
-        """The FFN's parameters, each once."""
+        """The FFN's parameters, each once; those that places which share it have of their own too."""
         if self.layout.experts:
             return [self.module._parameters[self.path(site)] for site in self.sites]  # type: ignore[misc]
-        modules = dict.fromkeys(self.linear(site) for site in self.sites)
-        return [parameter for module in modules for parameter in parameters(module)]
+        found = (p for site in self.sites for linear in self.linears(site) for p in parameters(linear))
+        return list(dict.fromkeys(found))
 
     @property
     def sites(self) -> tuple[str, ...]:

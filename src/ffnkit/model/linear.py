@@ -119,8 +119,8 @@ def output_width(linear: nn.Module) -> int:
 def flops(linear: nn.Module) -> float:
     """Multiplications and additions of the weight for one token."""
     bare = unwrapped(linear)
-    if isinstance(bare, ReparametrizedLinear) and bare.thin:
-        return sum(flops(bare.get_submodule(name)) for name in bare.thin)
+    if isinstance(bare, ReparametrizedLinear):
+        return sum(flops(bare.get_submodule(name)) for name in bare.thin) if bare.thin else bare.flops
     out, inner = features(bare)
     return 2.0 * (out * inner)
 

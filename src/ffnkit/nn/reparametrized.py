@@ -16,11 +16,14 @@ class ReparametrizedLinear(nn.Module, ABC):
     outputs. Libraries that look for linears leave it alone or say so.
 
     Attributes:
-        kind: its name in checkpoints. transposed: whether the weight lies as (in, out), as in a Conv1D.
+        kind: its name in checkpoints.
+        own: whether what stands beside the weight is of its place alone where several places share the weight.
+        transposed: whether the weight lies as (in, out), as in a Conv1D.
         bias: (out,) or None, taken over from the plain layer.
     """
 
     kind: ClassVar[str]
+    own: ClassVar[bool] = False
     transposed: bool
     bias: nn.Parameter | None
 
@@ -52,6 +55,12 @@ class ReparametrizedLinear(nn.Module, ABC):
     @abstractmethod
     def features(self) -> tuple[int, int]:
         """(out, in)."""
+
+    @property
+    def flops(self) -> float:
+        """Multiplications and additions for one token."""
+        out, inner = self.features
+        return 2.0 * out * inner
 
     @property
     def thin(self) -> tuple[str, ...]:

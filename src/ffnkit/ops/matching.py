@@ -1,4 +1,4 @@
-"""Which neuron of one FFN does what which neuron of another does: correlations of features, and the best pairing.
+"""Which neuron of one FFN does what which neuron of another does: by features or by weights, and the best pairing.
 
 Features are (n, p) float32 on the same n tokens, in memory or memory-mapped; they are read a slice of rows at a time.
 """
@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
+
+from ffnkit.ops.neurons import Neurons
 
 ROWS = 2048  # at a time
 
@@ -54,6 +57,25 @@ def _standard(rows: Tensor, of: Spread) -> Tensor:
     floor = of.size.max().clamp_min(torch.finfo(torch.float64).tiny) * 1e-12
     inverse = torch.where(of.size > floor, 1 / of.size.clamp_min(floor), 0.0).to(rows.device)
     return ((rows.double() - of.mean.to(rows.device)) * inverse).float()
+
+
+def likeness(x: Neurons, y: Neurons) -> Tensor:
+    """How alike the neurons of two FFNs are by what they read and write: (p, q), -1 to 1; no data.
+
+    The mean of the cosines of their rows of up and of gate, each with its bias, and of their columns of down. Cosines,
+    since a neuron may hand a factor from one to the other. Copies in another order have likeness 1 with their own.
+    """
+    total = torch.zeros(x.ff, y.ff, dtype=x.up.dtype, device=x.up.device)
+    parts = [_parts(x), _parts(y)]
+    for mine, other in zip(*parts, strict=True):
+        total.addmm_(normalize(mine), normalize(other.to(mine)).T)
+    return total / len(parts[0])
+
+
+def _parts(neurons: Neurons) -> list[Tensor]:
+    """(ff, columns) of each kind of weight."""
+    pairs = [(neurons.up, neurons.up_bias), (neurons.gate, neurons.gate_bias), (neurons.down.mT, None)]
+    return [w if bias is None else torch.cat((w, bias[:, None]), 1) for w, bias in pairs if w is not None]
 
 
 def assign(similarity: Tensor) -> Tensor:

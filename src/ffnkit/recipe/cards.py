@@ -9,6 +9,7 @@ from ffnkit.io import quickstart
 from ffnkit.io.architectures import is_own
 from ffnkit.model.linear import added_to
 from ffnkit.recipe.searching import found_of, rate_of
+from ffnkit.recipe.sources import method_of
 from ffnkit.recipe.state import Unit, unit_of, zeros_of
 from ffnkit.report import environment
 from ffnkit.report.card import CardInfo, Form, LayerWidth, Metric, model_card
@@ -36,13 +37,15 @@ def card_of(
     """
     arm = recipe.arms[unit.arm]
     evaluated = unit.marker("evaluate") or {}
-    budget = {key: value for key, value in arm if key in ("budget", "multiple", "uniform") and value is not None}
+    budget = {
+        key: value for key, value in arm if key in ("budget", "multiple", "uniform", "target") and value is not None
+    }
     settings: dict[str, Any] = {"seed": unit.seed, **budget, **arm.settings} if arm.compressed else {}
     return model_card(
         CardInfo(
             base_model=quickstart.HUB if recipe.model == quickstart.NAME else recipe.model,
             form="added" if added_to(model) else form,
-            method=arm.method if arm.compressed else None,
+            method=method_of(arm, unit.seed).name if arm.compressed else None,
             settings=settings,
             layers=_widths(model, before) if arm.compressed else (),
             metrics=_metrics(recipe, unit, task, evaluated.get("metrics", {})),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ffnkit import methods
 from ffnkit.errors import FfnkitError
+from ffnkit.recipe.learnt import check_learnt
 from ffnkit.recipe.searching import check_searcher
 from ffnkit.recipe.sources import Source, calibration_texts, expand, method_of, neutral_texts, tuner_of
 from ffnkit.recipe.state import distilled, folder_digest
@@ -39,10 +40,13 @@ def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
                 if arm.compressed:
                     method = method_of(arm, recipe.seeds[0])
                     method.chosen(empty)
+                    check_learnt(arm.settings, method, empty)
                     if arm.budget is not None:
                         room(empty, arm.budget, method.layers, arm.multiple)
                 for spec in arm.prune:
-                    methods.build(spec.method, **spec.settings).chosen(empty)
+                    pruning = methods.build(spec.method, **spec.settings)
+                    pruning.chosen(empty)
+                    check_learnt(spec.settings, pruning, empty, tuner_of(recipe, name))
             except FfnkitError as error:
                 raise error.within(f"arms.{name}") from None
     try:

@@ -14,7 +14,19 @@ from ffnkit.recipe.schema import Arm, Recipe
 from ffnkit.recipe.searching import found_of
 from ffnkit.recipe.state import TRAINED, Unit, arm_dict, check_there, stages_of, unit_of, write_json, zeros_of
 
-STAGE_MARKERS = ("compress", "distil", "search", "before", "tickets", "tune", "prune", "recover", "evaluate", "export")
+STAGE_MARKERS = (
+    "compress",
+    "heal",
+    "distil",
+    "search",
+    "before",
+    "tickets",
+    "tune",
+    "prune",
+    "recover",
+    "evaluate",
+    "export",
+)
 _PRUNING = {"kept", "sparsity", "merging"}  # figures of the stages prune and recover
 
 

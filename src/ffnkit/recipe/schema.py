@@ -17,6 +17,7 @@ from ffnkit.recipe.rates import ArmSearch, Rates, Search, check_trials, wrong_se
 from ffnkit.recipe.settings import (
     check_budget,
     check_method,
+    check_target,
     check_task,
     method_today,
     tuner_stays,
@@ -29,9 +30,10 @@ from ffnkit.settings.presets import filled
 from ffnkit.settings.words import in_words
 from ffnkit.tasks.fields import Head, Kind, LabelKind, TaskFields
 from ffnkit.tasks.settings import GenerationSettings, JudgeSettings
+from ffnkit.tune.healing.settings import HealSettings
 from ffnkit.tune.settings import CalibrationSettings, DistilSettings, TrainSettings
 
-Stage = Literal["compress", "distil", "tune", "prune", "recover", "evaluate", "export"]
+Stage = Literal["compress", "heal", "distil", "tune", "prune", "recover", "evaluate", "export"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 NAMES = {"inputs": "input"}  # fields of a task whose name in a recipe is another
 NONE = "none"  # the method of an arm that is left uncompressed
@@ -116,7 +118,8 @@ class Arm(Part):
     """One way to treat the model; the method's own settings stand beside ``method`` in the file.
 
     ``budget`` takes the place of the setting ``width``: widths by layer that keep to it, multiples of ``multiple``, or
-    one width for all with ``uniform``. ``tune`` holds the settings of the tuning that differ for this arm, such as its
+    one width for all with ``uniform``. ``target`` takes the place of a method: the settings of ``fit-to``, such as
+    ``{params: 0.8}``. ``tune`` holds the settings of the tuning that differ for this arm, such as its
     learning rate; ``search`` the rates that are tried for it. ``tickets`` prunes round by round before the tuning.
     ``prune`` names what the stage prune does between tuning and recovery, one method or several in turn; ``recover``
     the settings of the recovery that differ.
@@ -126,6 +129,7 @@ class Arm(Part):
     budget: Annotated[float, Field(strict=True, gt=0, lt=1)] | Count | None = None
     multiple: Count | None = None
     uniform: StrictBool | None = None
+    target: dict[str, Any] | None = None
     tuner: TunerSpec | None = None
     tune: dict[str, Any] | None = None
     prune: tuple[Pruning, ...] = ()
@@ -144,6 +148,8 @@ class Arm(Part):
         own = {key: value[key] for key in cls.model_fields if key in value and key != "settings"}
         settings = {key: item for key, item in value.items() if key not in own}
         method = own.get("method", NONE)
+        if own.get("target") is not None and (wrong := check_target(str(method), own)):
+            fail(("target",), wrong, own["target"])
         if isinstance(method, str):
             settings = settings_today(method_today, method, settings)
             complaint = check_budget(method, settings, own) or check_method(method, widened(settings, own))
@@ -159,7 +165,7 @@ class Arm(Part):
     @property
     def compressed(self) -> bool:
         """Whether a method is applied."""
-        return self.method != NONE
+        return self.method != NONE or self.target is not None
 
     @property
     def placed(self) -> dict[str, Any]:
@@ -185,6 +191,7 @@ class Recipe(Part):
     tune: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
     recover: dict[str, Any] = Field(default_factory=dict)
     search: Search | None = None
+    heal: HealSettings = Field(default_factory=lambda: HealSettings.model_validate({}))
     distil: DistilSettings = Field(default_factory=lambda: DistilSettings.model_validate({}))
     generation: GenerationSettings = Field(default_factory=lambda: GenerationSettings.model_validate({}))
     evaluate_before: StrictBool = False
@@ -254,8 +261,9 @@ class Recipe(Part):
             fail(("stages",), "forgetting is measured in the stage evaluate", list(self.stages))
         if self.judge is not None and ("evaluate" not in self.stages or len(self.arms) < 2):
             fail(("judge",), "answers of two arms or more, of the stage evaluate, are compared", None)
-        if "distil" in self.stages and "compress" not in self.stages:
-            fail(("stages",), "distil needs compress before it", list(self.stages))
+        for then in ("heal", "distil"):
+            if then in self.stages and "compress" not in self.stages:
+                fail(("stages",), f"{then} needs compress before it", list(self.stages))
         return self
 
     def _check_training(self, name: str, stage: str, read: Callable[[str], TrainSettings]) -> list[InitErrorDetails]:
@@ -308,6 +316,8 @@ class Recipe(Part):
         """Plain data, as it stands in the file, defaults filled in."""
         later = ("forgetting", "judge", "search")  # of runs without them nothing is said
         data = {k: v for k, v in self.model_dump(mode="json").items() if v is not None or k not in later}
+        if "heal" not in self.stages:
+            del data["heal"]
         if self.search is not None:
             data["search"]["learning_rate"] = self.search.learning_rate.to_plain()
         for name, arm in self.arms.items():

@@ -118,7 +118,8 @@ def _tried(
 
 
 def _apart(source: Source, wanted: Search) -> tuple[Any, int]:
-    """The splits of a trial, whose dev is drawn from train, classes in their proportions; and how many it has."""
+    """The splits of a trial, whose dev is drawn from train, and how many rows it has: classes in their proportions, and
+    what belongs together (the questions on a story) on one side."""
     import dataclasses
 
     from ffnkit.tasks.rows.splitting import carve, share
@@ -130,7 +131,10 @@ def _apart(source: Source, wanted: Search) -> tuple[Any, int]:
     labels = train["label"] if "label" in train.column_names else []
     classes = bool(len(labels)) and all(isinstance(label, int) for label in labels)
     table = {"row": list(range(len(train)))} | ({"label": list(labels)} if classes else {})
-    rest, apart = (part["row"] for part in carve(table, "label", count, wanted.seed, classes))
+    if splits.together is not None:
+        table[splits.together] = list(train[splits.together])
+    drawn = carve(table, "label", count, wanted.seed, classes, splits.together)
+    rest, apart = (part["row"] for part in drawn)
     trial = dataclasses.replace(splits, train=train.select(rest), dev=train.select(apart))
     return trial, len(apart)
 

@@ -91,6 +91,29 @@ def check_budget(name: str, settings: Mapping[str, Any], own: Mapping[str, Any])
     return None
 
 
+def fit_to(target: Mapping[str, Any]) -> Any:
+    """The method of an arm with a target. Raises FfnkitError on a setting that it does not have, or a wrong target."""
+    from ffnkit.budget.fitting import FitTo
+    from ffnkit.settings import build
+
+    made = build(FitTo, target, "target")
+    _ = made.target
+    return made
+
+
+def check_target(name: str, own: Mapping[str, Any]) -> str | None:
+    """What is wrong with an arm's target beside its method, or None."""
+    if name != "none":
+        return f"is given beside the method {name}, and all that can go competes for it; Leave one of the two out"
+    if not isinstance(own["target"], Mapping):
+        return "is no mapping; Write `target: {params: 0.8}`"
+    try:
+        fit_to(own["target"])
+    except FfnkitError as error:
+        return f"{error.asked}: {error.found}; {error.do}"
+    return None
+
+
 def _wrong_width(width: Any) -> str | None:
     """What is wrong with a width whatever the model; a model may be too narrow for it still."""
     if isinstance(width, bool) or not isinstance(width, int | float):

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe.schema import NAMES, Arm, Recipe
-from ffnkit.recipe.settings import has_setting
+from ffnkit.recipe.settings import fit_to, has_setting
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ffnkit.tasks import AnyTask, Splits
-    from ffnkit.tune import TrainSettings
+    from ffnkit.tune import CalibrationSettings, TrainSettings
 
 HUB_SET = "hub:"  # what the name of a data set of the hub begins with
 
@@ -59,6 +59,8 @@ def method_of(arm: Arm, seed: int, widths: Any = None) -> Any:
     """
     from ffnkit import methods
 
+    if arm.target is not None:
+        return fit_to(arm.target)
     settings = arm.placed if widths is None else {**arm.settings, "width": widths}
     return methods.build(arm.method, **seeded(arm.method, settings, seed))
 
@@ -188,8 +190,24 @@ class Source:
         """Batches for methods that measure activations: of the training rows, or of the file that is named."""
         from ffnkit.tune import calibration_batches
 
-        settings = self.recipe.calibration.model_copy(update={"text": calibration_texts(self.recipe) or None})
-        return calibration_batches(model, self.tokenizer, settings, task=self.task, rows=self.splits.train, seed=seed)
+        rows = self.splits.train
+        return calibration_batches(model, self.tokenizer, self._calibrating, task=self.task, rows=rows, seed=seed)
+
+    @property
+    def _calibrating(self) -> CalibrationSettings:
+        return self.recipe.calibration.model_copy(update={"text": calibration_texts(self.recipe) or None})
+
+    def healed(self, model: PreTrainedModel, seed: int) -> dict[str, Any]:
+        """Heal a compressed model, in place, on what calibrates; how it went comes back."""
+        from ffnkit.tune.healing.data import healing_data
+        from ffnkit.tune.healing.heal import heal
+
+        recipe, splits = self.recipe, self.splits
+        rows = {"task": self.task, "rows": splits.train, "dev": splits.dev}
+        parts, held = healing_data(model, self.tokenizer, recipe.heal, self._calibrating, seed=seed, **rows)
+        original = self.model(seed).to(self.device)  # type: ignore[arg-type]
+        found = heal(model.to(self.device), original, parts, recipe.heal, held=held, seed=seed)  # type: ignore[arg-type]
+        return found.to_dict()
 
     def dev_batches(self, model: PreTrainedModel, settings: TrainSettings) -> list[dict[str, Any]]:
         """All rows of dev with their labels."""
@@ -211,8 +229,9 @@ class Source:
         content = hashlib.sha256()
         for split in (self.splits.train, self.splits.dev, self.splits.report, *self.splits.extra.values()):
             content.update(b"split")
-            if "digest" in split.column_names:  # where an image is plays no part
-                split = split.remove_columns("image")
+            # where an image is plays no part; what holds rows together is in their texts
+            spare = ["image"] if "digest" in split.column_names else [self.splits.together]
+            split = split.remove_columns([name for name in spare if name in split.column_names])
             for rows in split.iter(batch_size=8192):
                 content.update(json.dumps(rows, sort_keys=True, default=str).encode())
         return content.hexdigest()[:16]

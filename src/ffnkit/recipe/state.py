@@ -15,7 +15,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.files import read_json, write_text
 from ffnkit.io.folders import check_target
 from ffnkit.recipe.schema import Arm, Recipe, arm_dict, facts_today
-from ffnkit.recipe.sources import expand
+from ffnkit.recipe.sources import expand, method_of
 from ffnkit.tune.settings import HARMLESS
 
 FORMAT = 1  # of the folder; raised when an older one can no longer be continued
@@ -106,7 +106,7 @@ def base_facts(recipe: Recipe, model: str, data: str) -> dict[str, Any]:
         "tokenizer": recipe.tokenizer,
         "task": plain["task"],
         "limits": plain["limits"],
-        "stages": [stage for stage in recipe.stages if stage not in ("distil", "prune", "recover")],
+        "stages": [stage for stage in recipe.stages if stage not in ("heal", "distil", "prune", "recover")],
         "tune": {name: value for name, value in plain["tune"].items() if name not in HARMLESS},
         "generation": {name: value for name, value in plain["generation"].items() if name != "batch_size"},
         "evaluate_before": recipe.evaluate_before,
@@ -122,6 +122,9 @@ def unit_facts(recipe: Recipe, base: dict[str, Any], arm: str, seed: int) -> dic
     facts["arm"].pop("tuner", None)
     facts["calibration"] = calibration_facts(recipe) if measures(chosen) or prunes_by_data(chosen) else None
     facts["distil"] = distil_facts(recipe) if distilled(recipe, arm) else None
+    if healed(recipe, arm):
+        facts["heal"] = recipe.heal.model_dump(mode="json")
+        facts["calibration"] = calibration_facts(recipe)
     if recipe.forgetting is not None:
         path = Path(expand(recipe.forgetting))
         facts["forgetting"] = [recipe.forgetting, hashlib.sha256(path.read_bytes()).hexdigest()[:16]]
@@ -135,9 +138,7 @@ def unit_facts(recipe: Recipe, base: dict[str, Any], arm: str, seed: int) -> dic
 
 def measures(arm: Arm) -> bool:
     """Whether an arm's method measures activations on data."""
-    from ffnkit import methods
-
-    return arm.compressed and bool(getattr(methods.build(arm.method, **arm.placed), "needs_data", False))
+    return arm.compressed and bool(getattr(method_of(arm, 0), "needs_data", False))
 
 
 def prunes_by_data(arm: Arm) -> bool:
@@ -175,10 +176,15 @@ def distilled(recipe: Recipe, arm: str) -> bool:
     return "distil" in recipe.stages and recipe.arms[arm].compressed and recipe.arms[arm].distil
 
 
+def healed(recipe: Recipe, arm: str) -> bool:
+    """Whether an arm passes through the stage heal."""
+    return "heal" in recipe.stages and recipe.arms[arm].compressed
+
+
 def stages_of(recipe: Recipe, arm: str) -> list[str]:
     """The stages that a unit of this arm passes through."""
     skipped = set() if distilled(recipe, arm) else {"distil"}
-    skipped |= set() if recipe.arms[arm].compressed else {"compress"}
+    skipped |= set() if recipe.arms[arm].compressed else {"compress", "heal"}
     skipped |= set() if recipe.arms[arm].prune else {"prune", "recover"}
     stages: list[str] = [stage for stage in recipe.stages if stage not in skipped]
     if recipe.evaluate_before:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ffnkit.tune import TrainSettings
 
 Say = Callable[[str], None]
-PLAN, DISTILLED, TUNED = "plan", "distilled.safetensors", "tuned.safetensors"
+HEALED, PLAN, DISTILLED, TUNED = "healed.safetensors", "plan", "distilled.safetensors", "tuned.safetensors"
 ADAPTER, PRUNED, RECOVERED = "adapter", "pruned-{}", "recovered.safetensors"
 APART: Literal["apart"] = "apart"
 
@@ -114,8 +114,8 @@ class _Job:
             _read(model, work / TUNED)
             if (work / ADAPTER).exists():
                 ffnkit.apply(model, ffnkit.Plan.load(work / ADAPTER))
-        elif self.unit.marker("distil"):
-            _read(model, work / DISTILLED)
+        elif self.unit.marker("distil") or self.unit.marker("heal"):
+            _read(model, work / (DISTILLED if self.unit.marker("distil") else HEALED))
         if self.unit.marker("prune"):
             for number in range(len(self.arm.prune)):
                 ffnkit.apply(model, ffnkit.Plan.load(work / PRUNED.format(number)))
@@ -151,6 +151,12 @@ class _Job:
 
         sizes = {"batch_size": self.training.eval_batch_size, "max_length": self.training.max_length}
         return with_score(method, self.source.task, self.source.tokenizer, self.source.splits.dev, **sizes)
+
+    def heal(self) -> dict[str, Any]:
+        """Let the compressed model learn from the uncompressed one, before it is tuned."""
+        figures = self.source.healed(self.model, self.unit.seed)
+        _write(self.model, self.unit.work / HEALED)
+        return figures
 
     def distil(self) -> dict[str, Any]:
         """Fit the narrow model to the uncompressed one, or to a tuned teacher, which is freed afterwards."""

@@ -104,6 +104,7 @@ def _fields_at(path: tuple[str | int, ...], data: dict[str, Any]) -> list[str]:
         TaskSpec,
         TrainSettings,
     )
+    from ffnkit.tune.healing.settings import HealSettings
 
     if not path:
         return list(Recipe.model_fields)
@@ -113,7 +114,7 @@ def _fields_at(path: tuple[str | int, ...], data: dict[str, Any]) -> list[str]:
         "task": TaskSpec,
         "measure": Measure,
     }
-    parts |= {"tune": TrainSettings, "distil": DistilSettings, "generation": GenerationSettings}
+    parts |= {"tune": TrainSettings, "heal": HealSettings, "distil": DistilSettings, "generation": GenerationSettings}
     if len(path) == 1 and path[0] in parts:
         return list(parts[str(path[0])].model_fields)
     here: Any = data

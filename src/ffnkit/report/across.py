@@ -12,7 +12,7 @@ from typing import Any
 from ffnkit.errors import FfnkitError
 from ffnkit.report.table import VALUES, Row, Summary, summarize
 from ffnkit.tasks.classification.glue import PARTS, task_score
-from ffnkit.tasks.metrics import greater_is_better
+from ffnkit.tasks.metrics import greater_is_better, greatest
 
 AVERAGE, GLUE = "average", "glue"
 
@@ -119,10 +119,15 @@ def _no_average(metrics: Mapping[str, str]) -> str:
     """Why tasks have no average, "" where they have one."""
     if len(metrics) < 2:
         return "there is one task"
-    low = [named(*pair) for pair in metrics.items() if not greater_is_better(pair[1])]
-    if low and len(set(metrics.values())) > 1:
-        return f"less is better of {low[0]}, and other metrics are beside it"
-    return ""
+    ends: dict[float, str] = {}
+    for task, metric in metrics.items() if len(set(metrics.values())) > 1 else ():
+        if not greater_is_better(metric):
+            return f"less is better of {named(task, metric)}, and other metrics are beside it"
+        if (end := greatest(metric)) is None:
+            return f"{named(task, metric)} has no greatest value, and other metrics are beside it"
+        ends.setdefault(end, named(task, metric))
+    scales = [f"{name} goes up to {end:g}" for end, name in ends.items()]
+    return " and ".join(scales) if len(scales) > 1 else ""
 
 
 def _together(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from ffnkit.errors import FfnkitError
 from ffnkit.io.markdown import inline
 from ffnkit.report.citations import FFNKIT, OF_METHOD, OWN
+from ffnkit.report.cost import Cost
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -71,6 +72,8 @@ class CardInfo:
         layers: width of every FFN before and after.
         metrics: measured figures.
         training: settings of tuning and distillation, as names and values.
+        cost: what the compression lost, as :meth:`ffnkit.report.cost.Cost.to_dict` gives it.
+        healing: settings of the healing after it, as names and values.
         figures: other measured values by name ("parameters", "latency of a batch of 32"), already in words.
         versions: of packages, as ``ffnkit.report.measure.versions`` gives them.
         citations: BibTeX entries beyond those of the method and ffnkit.
@@ -88,6 +91,8 @@ class CardInfo:
     layers: Sequence[LayerWidth] = ()
     metrics: Sequence[Metric] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
+    cost: Mapping[str, Any] = field(default_factory=dict)
+    healing: Mapping[str, Any] = field(default_factory=dict)
     figures: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     citations: Sequence[str] = ()
@@ -145,6 +150,8 @@ def model_card(info: CardInfo) -> str:
         _what(info),
         "## How to open it\n\n" + _opening(info),
         "## Measured figures\n\n" + _figures(info),
+        *(["## What the compression cost\n\n" + _cost(info.cost)] if info.cost else []),
+        *(["## How it was healed\n\n" + _pairs(info.healing)] if info.healing else []),
         "## How it was tuned\n\n" + (_pairs(info.training) or "Not tuned, or not recorded."),
         "## Limitations\n\n" + _limits(info),
         *(["## Versions\n\n" + _pairs(info.versions)] if info.versions else []),
@@ -265,6 +272,11 @@ def _figures(info: CardInfo) -> str:
     lost = [metric.name for metric in info.metrics if not math.isfinite(metric.value)]
     left_out = f"\n\nNot finite, and so left out: {', '.join(lost)}." if lost else ""
     return scores + left_out + "\n\n" + (_pairs(info.figures) or f"Size, speed and memory: {NOT_MEASURED}.")
+
+
+def _cost(data: Mapping[str, Any]) -> str:
+    said = "On text that nothing was fitted to. KL in nats a token."
+    return f"{Cost.from_dict(data).markdown()}\n\n{said}"
 
 
 def _metric_line(metric: Metric) -> str:

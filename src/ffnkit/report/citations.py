@@ -239,6 +239,7 @@ OF_METHOD: dict[str, tuple[str, ...]] = {
     "heads": (DSEE,),
     "structured": (DSEE, CONVOLUTIONAL),
     "merging": (MERGING,),
+    "calibrated-merging": (MERGING, PURSUIT, GRAIL),
     "ffn-drop": (MERGING,),
     "layer-drop": (MERGING,),
     "combined": (),
@@ -263,6 +264,7 @@ OF_TUNER: dict[str, tuple[str, ...]] = {
 """What a tuner builds on, by its name; nothing: no paper describes it (it is ours, or training as anyone does it)."""
 OWN = {
     "calibrated-fusion": "The method calibrated-fusion has no paper of its own; it builds on what is cited here.",
+    "calibrated-merging": "The method calibrated-merging has no paper of its own; it builds on what is cited here.",
     "combined": "The method combined has no paper of its own; cite the methods that it combines.",
 }
 """Said beside the citations of a method that no paper describes."""

@@ -28,7 +28,7 @@ AXES = {
     "trainable_parameters": ("parameters that train", 1e6),
     "zeros": ("zeros among the weights (%)", 0.01),
     "heads_removed": ("heads that went (%)", 0.01),
-    "bytes_on_disk_compact": ("bytes on disk, compact", 1e6),
+    "bytes_on_disk_compact": ("bytes on disk (compact)", 1e6),
     "latency_s": ("latency (ms)", 1e-3),
 }  # what a plot may stand against, and the unit; the first of those that part most arms
 APART = 0.01  # of the range of an axis: figures that are nearer to each other lie on one spot

@@ -52,7 +52,14 @@ class SparseGradSettings:
     )
     targets: Annotated[str, Doc('"ffn", "attention", "all", or a regular expression over module names.')] = "ffn"
     layers: Annotated[str, Doc("of which layers FFNs are taken.")] = "all"
-    batches: Annotated[int, Doc("most batches that are read.", at_least=1)] = 30
+    batches: Annotated[
+        int,
+        Doc(
+            "most batches that are read: a third of them for the bases, the others for the choice of entries; all for "
+            "the bases where each step chooses in the whole of them.",
+            at_least=1,
+        ),
+    ] = 5
     every: Annotated[int, Doc("steps between refreshes.", at_least=1)] = 100
     modules_to_train: Annotated[
         Sequence[str],

@@ -17,6 +17,7 @@ from ffnkit.model import trainable
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import check_untouched, walk
 from ffnkit.nn.adapter_layer import AdapterLayer, adapter_layers
+from ffnkit.nn.differing import Differing
 from ffnkit.nn.expert_weights import folded, parametrized_weights, remove_parametrizations
 from ffnkit.nn.lowrank import LowRank
 from ffnkit.nn.masked import Masked
@@ -25,9 +26,10 @@ from ffnkit.plans import Plan
 from ffnkit.surgery import compressed, description
 from ffnkit.surgery.journal import journal
 from ffnkit.surgery.meta import rehearse, structure
+from ffnkit.surgery.untie import own_weights, part, settle
 from ffnkit.surgery.writer import ModelWriter, put
 
-SAVING = (LowRank.kind, Masked.kind)  # layers with which something is lost that a method saved
+SAVING = (LowRank.kind, Masked.kind, Differing.kind)  # layers with which something is lost that a method saved
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -91,8 +93,9 @@ def fold(model: Model, *, masked: bool = False, keep: Collection[str] = ()) -> M
     Where it fails, the model is as it was. Where thin pairs are multiplied out it says so, for the model grows.
 
     Args:
-        keep: kinds of layers that stay: "lowrank" (thin pairs, whose product has more parameters) and "masked" (masks,
-            whose zeros later training would fill). ``SAVING`` is both.
+        keep: kinds of layers that stay: "lowrank" (thin pairs, whose product has more parameters), "masked" (masks,
+            whose zeros later training would fill) and "differing" (FFNs that share their weights and keep something of
+            their own: folded, each has weights of its own). ``SAVING`` is all of them.
         masked: where an update goes into a weight that holds zeros (it was pruned), these stay zero; what the update
             did there is lost, so outputs change. Without it the update fills them.
     """
@@ -102,10 +105,17 @@ def fold(model: Model, *, masked: bool = False, keep: Collection[str] = ()) -> M
         keys, original = description.width_keys(model, found), description.original_widths(model, found)
         named = trainable.flags_by_name(model)
         _say_growth(model, keep)
+        differing = [ffn for ffn in found if ffn.differing and ffn.tied and Differing.kind not in keep]
+        parted = part(model, differing, "folding what shares an FFN")
         fold_layers(model, model, keep=keep)
         trainable.renew(model, named)
         _plain_again(model, lambda layer: layer.fold(layer.folded(masked=masked)))
-        description.update_config(model, keys, original)
+        for each in parted:
+            own_weights(model, each)
+        if parted:
+            settle(model, parted, untied=parted)
+        else:
+            description.update_config(model, keys, original)
     return model
 
 
@@ -116,6 +126,10 @@ def _say_growth(model: nn.Module, keep: Collection[str]) -> None:
     if then > now:
         what = f"{len(pairs)} thin pairs of {now:,} parameters are multiplied out to {then:,}"
         logger.warning("folding %s: %s", type(model).__name__, what)
+    several = [f for f in ffns(model) if f.differing and f.tied] if Differing.kind not in keep else []
+    if several:
+        what = f"{sum(len(f.owners) for f in several)} layers that share {len(several)} FFNs get weights of their own"
+        logger.warning("folding %s: %s", type(model).__name__, what)
 
 
 def fold_layers(model: nn.Module, *within: nn.Module, keep: Collection[str] = ()) -> None:
@@ -123,7 +137,7 @@ def fold_layers(model: nn.Module, *within: nn.Module, keep: Collection[str] = ()
 
     So do layers of the kinds ``keep``.
 
-    What layers share they share afterwards: the weight of each is computed once.
+    What layers share they share afterwards, unless they differ: the weight of each is computed once.
     """
     inside = dict.fromkeys(inner for module in within for inner in module.modules())
     weights: dict[int, nn.Parameter] = {}
@@ -142,11 +156,13 @@ def fold_layers(model: nn.Module, *within: nn.Module, keep: Collection[str] = ()
             places.setdefault(module, []).append(name)
     for special, names in places.items():
         stored = special.stored
-        if id(stored) not in weights:
+        if special.own:
+            weights[id(special)] = special.folded()
+        elif id(stored) not in weights:
             fresh = special.folded()
             same = fresh.shape == stored.shape and stored is special._parameters.get("weight")
             weights[id(stored)] = put(stored, fresh, ()) if same else fresh
-        plain = special.fold(weights[id(stored)])
+        plain = special.fold(weights[id(special if special.own else stored)])
         for name in names:
             model.set_submodule(name, plain)
 

@@ -33,8 +33,10 @@ def without_layers(model: PreTrainedModel, layers: Iterable[str]) -> dict[str, s
     by_holder: dict[str, list[str]] = defaultdict(list)
     for layer in dict.fromkeys(layers):
         by_holder[layer.rpartition(".")[0]].append(layer)
-    if any(ffn.tied for ffn in ffns(model)):
-        raise FfnkitError("dropping layers", "some layers share an FFN", "Drop layers first, then merge")
+    gone = tuple(f"{layer}." for each in by_holder.values() for layer in each)
+    for ffn in ffns(model):
+        if inside := [name for name in ffn.owners if ffn.tied and f"{name}.".startswith(gone)]:
+            raise FfnkitError("dropping layers", f"{inside[0]} shares its FFN", "Drop layers first, then merge")
     stacks = [_shorter(model, holder, gone) for holder, gone in by_holder.items()]
     shorten(model, stacks)
     renamed: dict[str, str] = {}

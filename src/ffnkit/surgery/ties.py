@@ -35,7 +35,7 @@ def declare_tied(model: PreTrainedModel, ffn: FFN, twins: list[str]) -> None:
     state = ffn.module.state_dict(keep_vars=True)
     sites = tuple(f"{ffn.path(site)}." for site in ffn.sites) if not ffn.layout.experts else ()
     exact = {ffn.path(site) for site in ffn.sites} if ffn.layout.experts else set()
-    own = [name for name in state if name in exact or name.startswith(sites or PREFIX)]
+    own = [n for n in state if (n in exact or n.startswith(sites or PREFIX)) and not ffn.is_own(n)]
     pairs = {f"{twin}.{name}": f"{ffn.name}.{name}" for twin in twins for name in own}
     model._tied_weights_keys = {**(getattr(model, "_tied_weights_keys", None) or {}), **pairs}
     # On loading only parameters can be tied; a twin's factor is missing then, and comes back with ``share_twins``.

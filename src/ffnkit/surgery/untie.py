@@ -48,12 +48,17 @@ def untie(model: PreTrainedModel) -> list[UntiedFfn]:
     asked = f"taking the shared FFNs of {type(model).__name__} apart"
     if not found:
         raise FfnkitError(asked, "no FFN is shared", "Leave the setting out, or merge FFNs first")
-    all_found = ffns(model)
-    keys, widths = description.width_keys(model, all_found), description.original_widths(model, all_found)
     for ffn in found:
         if ffn.layout.experts:
             raise FfnkitError(asked, f"{ffn.name} holds experts in one parameter", "Adapt shared FFNs together")
-    return [_parted(model, ffn, keys, widths, asked) for ffn in found]
+    return part(model, found, asked)
+
+
+def part(model: PreTrainedModel, shared: Iterable[FFN], asked: str) -> list[UntiedFfn]:
+    """:func:`untie` for these FFNs alone."""
+    found = ffns(model)
+    keys, widths = description.width_keys(model, found), description.original_widths(model, found)
+    return [_parted(model, ffn, keys, widths, asked) for ffn in shared]
 
 
 def _parted(model: PreTrainedModel, ffn: FFN, keys: Keys, widths: dict[str, int], asked: str) -> UntiedFfn:
@@ -108,7 +113,7 @@ def settle(model: PreTrainedModel, parted: Iterable[UntiedFfn], *, untied: Itera
     """Make config and declarations say which FFNs are shared after :func:`rejoin` and :func:`own_weights`.
 
     Args:
-        parted: all that :func:`part` gave. untied: those of them that have weights of their own for good.
+        parted: all that :func:`untie` gave. untied: those of them that have weights of their own for good.
     """
     known: dict[str, Any] = (description.description(model) or {}).get("ffns", {})
     keys: Keys = {name: None if row["key"] is None else tuple(row["key"]) for name, row in known.items()}

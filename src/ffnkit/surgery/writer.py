@@ -153,7 +153,8 @@ class ModelWriter:
         """Let the owner ``name`` use the weights of the owner ``source`` of ``ffn``.
 
         An owner that holds nothing else is replaced as a whole: libraries that exchange its linears (adapters,
-        wrappers) then do so for all places at once. Elsewhere the linears are shared.
+        wrappers) then do so for all places at once. Elsewhere the linears are shared, or the weight alone where each
+        has something of its own beside it.
         """
         first, owner = ffn.owners[source], self.model.get_submodule(name)
         if owner is not first:
@@ -169,7 +170,12 @@ class ModelWriter:
                 self.model.set_submodule(name, first)
             else:
                 for site in ffn.sites:
-                    owner.set_submodule(ffn.path(site), first.get_submodule(ffn.path(site)))
+                    mine: Any = owner.get_submodule(ffn.path(site))
+                    theirs: Any = first.get_submodule(ffn.path(site))
+                    if site in ffn.differing:
+                        mine._parameters["weight"] = theirs._parameters["weight"]
+                    else:
+                        owner.set_submodule(ffn.path(site), theirs)
         if name != ffn.name:
             ffn.tied[name] = self.model.get_submodule(name)
             self._ffns.pop(name, None)
@@ -302,7 +308,8 @@ def _exchangeable(first: nn.Module, owner: nn.Module, ffn: FFN) -> bool:
     inside = {id(p) for site in ffn.sites for p in first.get_submodule(ffn.path(site)).parameters()}
     facts = [{k: v for k, v in vars(m).items() if type(v) in (int, float, str, bool)} for m in (first, owner)]
     return (
-        type(first) is type(owner)
+        not ffn.differing
+        and type(first) is type(owner)
         and facts[0] == facts[1]
         and all(id(p) in inside for p in first.parameters())
         and not [name for name, _ in first.named_buffers() if not name.startswith(tuple(map(ffn.path, ffn.sites)))]

@@ -45,7 +45,11 @@ class Tuner(Checked):
     routers: Routers = Field("trained", description=ROUTERS)
 
     def prepare(
-        self, model: nn.Module, data: Iterable[Mapping[str, Any]] | None = None, keep: Path | None = None
+        self,
+        model: nn.Module,
+        data: Iterable[Mapping[str, Any]] | None = None,
+        keep: Path | None = None,
+        progress: bool = False,
     ) -> nn.Module:
         """Set what trains, in place; the model to train comes back.
 
@@ -55,6 +59,7 @@ class Tuner(Checked):
         Args:
             data: batches with labels, for tuners that read gradients.
             keep: a file that holds the plan of a run that goes on: read where it is there, else written.
+            progress: tell on stderr where long work is.
 
         Raises:
             FfnkitError: settings that do not fit the model: routers that it has not, targets that match nothing;
@@ -67,7 +72,7 @@ class Tuner(Checked):
         if added := added_to(model):
             what, do = f"it carries a {added} that no weight can hold", "take it off (tune.remove_added)"
             raise FfnkitError(f"tuner {self.name} on {type(model).__name__}", what, f"Edit before it comes, or {do}")
-        with lifecycle.preparing(model, data, keep) as preparation:
+        with lifecycle.preparing(model, data, keep, progress) as preparation:
             return self.put_on(model, preparation)
 
     def finish(self, model: nn.Module) -> nn.Module:

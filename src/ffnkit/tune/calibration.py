@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ffnkit.calibration import shipped
+from ffnkit.calibration.parts import Part, texts_of
 from ffnkit.tune.calibration_text import read_calibration, shares
 from ffnkit.tune.distil_text import text_examples
 from ffnkit.tune.settings import CalibrationSettings
@@ -46,10 +47,13 @@ def calibration_batches(
     return mixed_batches(model, tokenizer, own_texts(tokenizer, settings), settings, seed=seed)
 
 
-def own_texts(tokenizer: Any, settings: CalibrationSettings) -> list[tuple[list[str], float]]:
-    """The texts of each file that ``settings.text`` names, and their shares; none where it names none."""
-    given = shares(settings.text)
-    return [(read_calibration(file, settings.text_column, tokenizer), share) for file, share in given]
+def own_texts(tokenizer: Any, settings: CalibrationSettings, part: Part = "fit") -> list[tuple[list[str], float]]:
+    """Texts of each file that ``settings.text`` names, as much of them as belongs to a part, and the file's share.
+
+    None where no file is named.
+    """
+    files = [(read_calibration(file, settings.text_column, tokenizer), share) for file, share in shares(settings.text)]
+    return [(found, share) for texts, share in files if (found := texts_of(texts, part))]
 
 
 def mixed_batches(
@@ -65,7 +69,7 @@ def mixed_batches(
 
     Args:
         own: texts and their share of what is theirs, 1 - mix. Where there are none, all is of the text of many kinds.
-        kinds: of that text; None takes all of them.
+        kinds: of that text; None takes all that may be fitted.
     """
     mix = settings.mix if own else 1.0
     parts = [(texts, (1 - mix) * share) for texts, share in own]
@@ -109,7 +113,7 @@ def deciding_batches(
             )
             for part, each in ((order[:cut], settings), (order[cut:], few))
         )
-    every = list(shipped.pieces())
+    every = shipped.kinds()
     held = every[1::3]
     fitted = [kind for kind in every if kind not in held]
     own = own_texts(tokenizer, settings)

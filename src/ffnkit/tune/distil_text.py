@@ -27,7 +27,7 @@ def distil_examples(
     if settings.text is not None:
         from ffnkit.tasks.language_modelling.sets import read_texts
 
-        if settings.hard_weight and not _writes(model):
+        if settings.hard_weight and not writes(model):
             found = f"text file {settings.text} has no labels for a {type(model).__name__}"
             raise FfnkitError("distillation with hard_weight", found, "Set hard_weight to 0, or leave out the text")
         texts = read_texts(settings.text, settings.text_column)
@@ -57,7 +57,7 @@ def text_examples(texts: Sequence[str], tokenizer: Any, model: nn.Module, max_le
         raise FfnkitError("distillation text", "there is none", "Give at least one text that is not blank")
     if tokenizer.pad_token_id is None:
         raise FfnkitError("distillation text", "the tokenizer has no padding token", "Set tokenizer.pad_token")
-    if _writes(model):
+    if writes(model):
         return _blocks(texts, tokenizer, model, max_length)
     from transformers import DataCollatorWithPadding
 
@@ -67,7 +67,7 @@ def text_examples(texts: Sequence[str], tokenizer: Any, model: nn.Module, max_le
     return _pieces(texts, tokenizer, length), DataCollatorWithPadding(tokenizer)
 
 
-def _writes(model: nn.Module) -> bool:
+def writes(model: nn.Module) -> bool:
     """Whether the model gives text, so that texts are their own labels."""
     return bool(getattr(model, "can_generate", lambda: False)())
 

@@ -137,10 +137,17 @@ class Preparation:
 
     Attributes:
         data: batches with labels, or None. keep: a file for the tuner's plan, or None.
+        progress: whether long work tells on stderr where it is.
     """
 
-    def __init__(self, model: nn.Module, data: Iterable[Mapping[str, Any]] | None = None, keep: Path | None = None):
-        self.model, self.data, self.keep = model, data, keep
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Mapping[str, Any]] | None = None,
+        keep: Path | None = None,
+        progress: bool = False,
+    ):
+        self.model, self.data, self.keep, self.progress = model, data, keep, progress
         self._last: list[Undo] = []
         self.from_here()
 
@@ -176,11 +183,14 @@ class Preparation:
 
 @contextmanager
 def preparing(
-    model: nn.Module, data: Iterable[Mapping[str, Any]] | None = None, keep: Path | None = None
+    model: nn.Module,
+    data: Iterable[Mapping[str, Any]] | None = None,
+    keep: Path | None = None,
+    progress: bool = False,
 ) -> Iterator[Preparation]:
     """A tuner prepares the model inside the block: where it fails the model is as before, else it can be undone."""
     with journal(model):
-        preparation = Preparation(model, data, keep)
+        preparation = Preparation(model, data, keep, progress)
         yield preparation
         model.__dict__[_NOTE] = preparation.note()
 

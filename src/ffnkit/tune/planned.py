@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ffnkit.checkpoint.adapters import save_adapter
 from ffnkit.checkpoint.apart import save_apart
+from ffnkit.io.progress import shown
 from ffnkit.methods.update.coefficients import with_coefficients
 from ffnkit.model.trainable import remember
 from ffnkit.plans import Plan
@@ -31,7 +32,8 @@ def put_on(model: nn.Module, tuner: Updating, preparation: Preparation) -> nn.Mo
     if keep is not None and keep.is_file():
         made = Plan.load(keep)
     else:
-        made = plan(model, cast(Any, tuner.method), data=cast(Any, preparation.data))
+        with shown(f"planning {tuner.name}", quiet=not preparation.progress) as step:
+            made = plan(model, cast(Any, tuner.method), data=cast(Any, preparation.data), progress=step)
         if tuner.coefficients:
             made = with_coefficients(model, made, tuner.coefficients)
         if keep is not None:

@@ -114,7 +114,7 @@ def train(
     with checkpoints.claimed(out_dir, facts), dropped, training_run(model, undo=not go_on):
         seed_everything(seed)
         plain = body_size(model)
-        tuned = model if go_on else _prepared(model, tuner, task, tokenizer, data, settings, seed, Path(out_dir))
+        tuned = model if go_on else _prepared(model, tuner, task, tokenizer, data, settings, seed, out_dir, progress)
         trained = counts_of(tuned, plain)
         if not trained.trainable:
             raise FfnkitError(f"tuner {tuner.name}", "no parameter of the model trains", "Choose another tuner")
@@ -151,7 +151,15 @@ def train(
 
 
 def _prepared(
-    model: nn.Module, tuner: Tuner, task: Any, tokenizer: Any, data: Any, s: TrainSettings, seed: int, out: Path
+    model: nn.Module,
+    tuner: Tuner,
+    task: Any,
+    tokenizer: Any,
+    data: Any,
+    s: TrainSettings,
+    seed: int,
+    out: str | Path,
+    progress: bool,
 ) -> nn.Module:
     """What trains; gradients that choose it come from training rows, and a run that goes on keeps the choice."""
     if tuner.method is None:
@@ -159,13 +167,13 @@ def _prepared(
     from ffnkit.tune.calibration import first_batches
 
     wanted = tuner.method
-    batches, kept = None, out / checkpoints.PLAN
-    if checkpoints.newest(out) is None:
+    batches, kept = None, Path(out) / checkpoints.PLAN
+    if checkpoints.newest(Path(out)) is None:
         kept.unlink(missing_ok=True)
     if wanted.needs_data and not kept.is_file():
         batches = first_batches(data, task.collator(tokenizer, model), s.batch_size, wanted.batches, seed=seed)
     on_device(lambda: model.to("cuda"))
-    result = tuner.prepare(model, batches, kept)
+    result = tuner.prepare(model, batches, kept, progress)
     seed_everything(seed)
     return result
 

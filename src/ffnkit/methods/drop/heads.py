@@ -16,6 +16,7 @@ from ffnkit.edits.heads import check_separable
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Layers, generator, largest, need_data
 from ffnkit.methods.drop.head_outputs import refitted_outputs, watch_outputs
+from ffnkit.methods.drop.learnt import Learnt, of_heads
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import bare_weight, features
@@ -92,6 +93,10 @@ class RemoveHeads:
             raise FfnkitError(f"the heads of {type(model).__name__}", "none of its modules is a known attention", do)
         return self._left(select(found, self.layers))
 
+    def learnt(self, model: nn.Module) -> list[Learnt]:
+        """What the scores are read from that only a tuning leaves."""
+        return of_heads("by", self.by, [attention for attention, _ in self.chosen(model)])
+
     def _left(self, chosen: list[Attention]) -> list[tuple[Attention, int]]:
         if isinstance(self.remove, Mapping):
             known = {attention.name for attention in chosen}
@@ -140,11 +145,17 @@ class RemoveHeads:
         return Draft(tuple(edits), quantities)
 
 
-def removal(attention: Attention, index: Tensor) -> SelectHeads:
-    """The edit that keeps these units of an attention."""
+def removal(attention: Attention, index: Tensor, *, silent: bool = False) -> SelectHeads:
+    """The edit that keeps these units of an attention; ``silent``: and lets them give zeros."""
     units = attention.units
     gone = (units - len(index)) * attention.unit_parameters
-    return SelectHeads(attention.name, index=index.to(torch.int32), heads=attention.heads, units=units, parameters=gone)
+    index = index.to(torch.int32)
+    return SelectHeads(attention.name, index=index, heads=attention.heads, units=units, parameters=gone, silent=silent)
+
+
+def left_out(attention: Attention) -> SelectHeads:
+    """The edit that leaves an attention out: the fewest heads that its family bears stand in, and give zeros."""
+    return removal(attention, torch.arange(attention.multiple), silent=True)
 
 
 def units_left(remove: int | float, attention: Attention) -> int:

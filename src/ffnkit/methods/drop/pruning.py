@@ -15,6 +15,7 @@ from ffnkit.calibration.batches import telling
 from ffnkit.edits import Edit, Mask
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, generator, need_data
+from ffnkit.methods.drop.learnt import Learnt
 from ffnkit.methods.drop.weights import Prunable, column_norms, prunable
 from ffnkit.ops.masks import lowest, lowest_of_groups, lowest_of_rows, read_pattern
 from ffnkit.plans import Draft, Progress
@@ -117,6 +118,13 @@ class Prune:
                     what = f"{each.label} has {each.shape[-1]} inputs, no multiple of {size}"
                     raise FfnkitError(f"pattern {self.pattern}", what, "Name other targets, or another pattern")
         return found
+
+    def learnt(self, model: nn.Module) -> list[Learnt]:
+        """What a mode of updates reads: weights without one are pruned by magnitude, so that one of all will do."""
+        linears = tuple(each.module for each in self.chosen(model) if not each.site)
+        asking = [] if self.mode in ("W", "random") else ["mode"]
+        asking += [] if self.adapted_sparsity is None else ["adapted_sparsity"]
+        return [Learnt(setting, "update", f"the weights of targets {self.targets}", linears) for setting in asking]
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         found = self.chosen(model)

@@ -15,6 +15,7 @@ from ffnkit.edits.slicing import check_cuttable
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Layers, generator, largest, need_data
 from ffnkit.methods.drop.heads import By, head_activity, head_scores, removal
+from ffnkit.methods.drop.learnt import Learnt, of_heads, of_neurons
 from ffnkit.methods.drop.units import Units, cheapest_counts, neuron_scores, uniform_counts
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
@@ -129,6 +130,12 @@ class StructuredPruning:
                 check_cuttable(ffn, f"removing neurons of {ffn.name}")
                 found.append(ffn)
         return found
+
+    def learnt(self, model: nn.Module) -> list[Learnt]:
+        """What the scores are read from that only a tuning leaves."""
+        found, setting = self.chosen(model), "by" if self.neurons_by is None else "neurons_by"
+        heads = of_heads("by", self.by, [each for each in found if isinstance(each, Attention)])
+        return heads + of_neurons(setting, self._by, [each for each in found if isinstance(each, FFN)])
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         targets = self.chosen(model)

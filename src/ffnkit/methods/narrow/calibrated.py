@@ -164,7 +164,8 @@ class CalibratedFusion(Narrowing):
         if old.down_bias is not None:
             lost = old.down.double() @ moments.mean() - down @ moments.mean()[kept]
             fresh = dataclasses.replace(fresh, down_bias=(old.down_bias.double() + lost).to(old.down_bias.dtype))
-        activation = local.activation_of(old, *seen.held.probe, activations(ffn))
+        x, hidden = seen.held.probe
+        activation = local.activation_of(old, x, hidden, activations(ffn))
         products = ffn.raw().up.dtype
         if activation is None:
             logger.warning("%s is not refined, its error is of fitted tokens: its activation is not known", ffn.name)

@@ -15,23 +15,22 @@ from ffnkit.calibration.features import Features
 from ffnkit.edits import Edit, ReplaceNeurons, Tie
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, generator, lifted, need_data
+from ffnkit.methods.share.grouping import Group, Sharing
 from ffnkit.methods.share.refitting import corrected
-from ffnkit.methods.share.windows import Score, best, label, score_name, series, windows
+from ffnkit.methods.share.windows import Groups, Score, best, label, score_name, series
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
-from ffnkit.model.targets import select
-from ffnkit.ops.matching import Spread, assign, correlation, matched, spread
+from ffnkit.ops.matching import Spread, assign, correlation, likeness, matched, spread
 from ffnkit.plans import Draft, Progress, check_weights
-from ffnkit.settings import Doc, check, told
+from ffnkit.settings import Doc, check
 from ffnkit.settings.presets import Preset, with_presets
 
-Group = str | Sequence[int]
 Pair = tuple[Tensor, float]
 
 
 @with_presets
 @dataclass(frozen=True)
-class Merging:
+class Merging(Sharing):
     """Let several layers share one FFN: the mean of their FFNs, neurons matched by what they do on data.
 
     One of ``layers``, ``groups``, ``window``, ``keep`` and ``remove`` says which. In models of two stacks each stack
@@ -42,7 +41,6 @@ class Merging:
         has its own count of tokens.
     """
 
-    layers: Annotated[str | None, Doc('one group, e.g. "4-7" or "all".')] = None
     groups: Annotated[
         Literal["similar"] | Sequence[Group] | None,
         Doc(
@@ -51,23 +49,18 @@ class Merging:
             "each stack."
         ),
     ] = None
-    window: Annotated[int | None, Doc("number of adjacent layers; the best window is searched for.", at_least=2)] = None
-    keep: Annotated[int | None, Doc("FFNs left in each stack, which says how long the window is.", at_least=1)] = None
-    remove: Annotated[
-        float | None,
-        Doc("the least share of each stack's FFNs to save, which says it too.", above=0, below=1, example=0.5),
-    ] = None
     anchor: Annotated[
         Literal["first", "middle", "last"],
         Doc('the FFN whose order of neurons the others take: "first", "middle" or "last" of its group.'),
     ] = "first"
     features: Annotated[
-        Literal["up", "gate", "hidden", "sum"],
+        Literal["weights", "up", "gate", "hidden", "sum", "both"],
         Doc(
-            'what is compared: "up" (the outputs of up; before the activation where there is no '
-            'gate), "gate", "hidden" (what down receives), or "sum" of their correlations.'
+            'what is compared: "weights" (cosines of what a neuron reads and writes; no data), on data "up" (the '
+            'outputs of up; before the activation where there is no gate), "gate", "hidden" (what down receives), '
+            '"sum" of their correlations; or "both", weights and that sum.'
         ),
-    ] = "up"
+    ] = "weights"
     match: Annotated[
         bool, Doc('whether neurons are matched; False takes them in the order in which they lie ("vanilla").')
     ] = True
@@ -104,34 +97,22 @@ class Merging:
 
     @property
     def needs_data(self) -> bool:
-        """Whether features are needed: to match, to search, to choose groups or to correct."""
-        searches = self.groups == "similar" or (self._searches and self.score is None)
+        """Whether features on data are needed: to match, to search, to choose groups or to correct."""
+        searches = self.groups == "similar" or (self.searches and self.score is None)
         matches = self.match and self.take == "mean"
-        return matches or searches or self.correct != "none"
-
-    @property
-    def _searches(self) -> bool:
-        return any(value is not None for value in (self.window, self.remove)) or (
-            self.keep is not None and self.groups is None
-        )
+        return (self.features != "weights" and (matches or searches)) or self.correct != "none"
 
     def settings(self) -> dict[str, Any]:
-        own = told(self)
-        own["score"] = score_name(self.score)
-        if self.groups is not None and self.groups != "similar":
-            own["groups"] = [g if isinstance(g, str) else list(g) for g in self.groups]
-        return own
+        return super().settings() | {"score": score_name(self.score)}
 
     def check(self) -> None:
-        """Raises FfnkitError on settings that contradict each other or lie out of range."""
+        if self.groups != "similar":
+            super().check()
+            return
         check(self)
         given = [k for k in ("layers", "groups", "window", "keep", "remove") if getattr(self, k) is not None]
-        wanted = "layers='4-7', groups=['0-3', [5, 7]], window=4, keep=3 or remove=0.5"
-        if self.groups == "similar":
-            if given != ["groups", "keep"]:
-                raise FfnkitError("groups='similar'", f"given are {', '.join(given)}", "Give keep= with it, no other")
-        elif len(given) != 1:
-            raise FfnkitError("merging", f"{', '.join(given) or 'nothing'} says which layers", f"Give one: {wanted}")
+        if given != ["groups", "keep"]:
+            raise FfnkitError("groups='similar'", f"given are {', '.join(given)}", "Give keep= with it, no other")
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         self.check()
@@ -143,7 +124,6 @@ class Merging:
                 model, candidates, need_data(data, self.name, beyond="features of layers, token by token")
             )
         if self.groups == "similar":
-            assert held is not None
             candidates = [self._similar(model, held)]
         work = _Work(self, held, progress, {pair for groups in candidates for pair in self._pairs(groups)})
         chosen, scores = best(model, candidates, self.score, lambda groups: work.edits(groups)[0], work.alike)
@@ -156,62 +136,21 @@ class Merging:
 
     # --- which layers
 
-    def chosen(self, model: nn.Module) -> list[list[list[FFN]]]:
-        """The groups to choose among: a list of groups for each choice, one choice where nothing is searched.
-
-        Raises:
-            FfnkitError: layers that are not there, in two groups, or alone in theirs; windows that do not fit;
-                mixtures of experts; FFNs of unlike shape in one group.
-        """
+    def chosen(self, model: nn.Module) -> list[Groups]:
+        if self.groups != "similar":
+            return super().chosen(model)
         self.check()
-        found = ffns(model)
-        if self.groups == "similar":
-            return [self._checked([rows for rows in series(found) if len(rows) > 1])]
-        if not self._searches:
-            asked = [self.layers] if self.layers is not None else list(self.groups or ())
-            groups = [rows for one in asked for rows in series(select(found, _expression(one)))]
-            return [self._checked(groups)]
-        rows = [one for one in series(found) if len(one) > 1 and not one[0].experts and one[0].active == 1]
-        if not rows:
-            self._checked(series(found))
-            raise FfnkitError("merging", "no two FFNs of the model lie in one stack", "Use a narrowing method")
-        found_windows = windows(rows, [self._length(len(one)) for one in rows], least=2)
-        return [self._checked(groups) for groups in found_windows]
+        return [self.fitting([rows for rows in series(ffns(model)) if len(rows) > 1])]
 
-    def _length(self, layers: int) -> int:
-        """The window's length in a stack of so many FFNs."""
-        if self.window is not None:
-            return self.window
-        if self.keep is not None:
-            return layers - self.keep + 1
-        assert self.remove is not None
-        return next(k for k in range(1, layers + 1) if (k - 1) / layers >= self.remove - 1e-9 or k == layers)
-
-    def _checked(self, groups: list[list[FFN]]) -> list[list[FFN]]:
-        seen: set[str] = set()
-        for group in groups:
-            names = ", ".join(ffn.name for ffn in group)
-            if len(group) < 2:
-                raise FfnkitError(f"merging {names}", "a group of one FFN", "Name at least two layers a group")
-            for ffn in group:
-                if ffn.experts or ffn.active < 1:
-                    what = "it is one of a mixture of experts, which see different tokens"
-                    raise FfnkitError(f"merging {ffn.name}", what, "Use a narrowing method such as fusion")
-                if ffn.name in seen:
-                    raise FfnkitError(f"merging {ffn.name}", "it is in two groups", "Name each layer once")
-                seen.add(ffn.name)
-                ffn.check_plain(f"merging {ffn.name}")
-                mine, first = (_signature(each) for each in (ffn, group[0]))
-                if mine != first:
-                    what = f"{ffn.name} is {mine} and {group[0].name} is {first}"
-                    raise FfnkitError(f"merging {names}", what, "Name layers whose FFNs have one shape")
-                if self.features == "gate" and not ffn.gated:
-                    raise FfnkitError("features='gate'", f"{ffn.name} has no gate", "Use features='up' or 'hidden'")
+    def fitting(self, groups: Groups) -> Groups:
+        bare = next((ffn.name for group in super().fitting(groups) for ffn in group if not ffn.gated), None)
+        if self.features == "gate" and bare is not None:
+            raise FfnkitError("features='gate'", f"{bare} has no gate", "Use features='up' or 'hidden'")
         return groups
 
-    def _similar(self, model: nn.Module, held: Features) -> list[list[FFN]]:
+    def _similar(self, model: nn.Module, held: Features | None) -> list[list[FFN]]:
         """Groups by average linkage over one minus the matched correlation: ``keep`` of them in each stack."""
-        from scipy.cluster.hierarchy import fcluster, linkage
+        from scipy.cluster.hierarchy import cut_tree, linkage
         from scipy.spatial.distance import squareform
 
         assert self.keep is not None
@@ -227,7 +166,7 @@ class Merging:
                 for j in range(i + 1, len(rows)):
                     distance[i, j] = distance[j, i] = 1 - work.pair(first, rows[j])[1]
             tree = linkage(squareform(distance.clamp_min(0).numpy(), checks=False), method="average")
-            labels = fcluster(tree, self.keep, criterion="maxclust")
+            labels = cut_tree(tree, self.keep)[:, 0]  # so many, also where distances are equal
             by_label: dict[int, list[FFN]] = defaultdict(list)
             for ffn, number in zip(rows, labels, strict=True):
                 by_label[int(number)].append(ffn)
@@ -241,12 +180,22 @@ class Merging:
         at = {"first": 0, "middle": len(group) // 2, "last": len(group) - 1}[self.anchor]
         return [group[at], *group[:at], *group[at + 1 :]]
 
+    @property
+    def compared(self) -> list[str]:
+        """The kinds of features whose correlations are added."""
+        several: dict[str, list[str]] = {
+            "weights": [],
+            "sum": ["up", "gate", "hidden"],
+            "both": ["up", "gate", "hidden"],
+        }
+        return several.get(self.features, [self.features])
+
     def _pairs(self, groups: list[list[FFN]]) -> set[tuple[str, str]]:
         return {(anchor.name, ffn.name) for anchor, *rest in map(self.placed, groups) for ffn in rest}
 
     def _features(self, model: nn.Module, candidates: list[list[list[FFN]]], data: Iterable[Batch]) -> Features:
         found = list({ffn.name: ffn for groups in candidates for group in groups for ffn in group}.values())
-        wanted = {"sum": ["up", "gate", "hidden"]}.get(self.features, [self.features])
+        wanted = self.compared
         needed = ["input", "output"] if self.correct == "output" else []
         kinds = {f.name: [k for k in wanted if k != "gate" or f.gated] + needed for f in found}
         return Features(model, data, found, kinds, self.tokens)
@@ -274,20 +223,22 @@ class _Work:
 
     def _matched(self, anchor: FFN, member: FFN) -> Pair:
         same = torch.arange(anchor.width)
-        if self.held is None:
+        parts: list[Tensor] = []
+        if self.method.features in ("weights", "both"):
+            parts.append(likeness(lifted(anchor.raw()), lifted(member.raw())))
+        held = self.held
+        for kind in self.method.compared if held is not None else ():
+            assert held is not None
+            if kind != "gate" or anchor.gated:
+                mine, other = ((held.get(ffn.name, kind), self._spread(ffn.name, kind)) for ffn in (anchor, member))
+                parts.append(correlation(mine[0], other[0], mine[1], other[1]))
+        if not parts:
             return same, float("nan")
-        total: Tensor | None = None
-        kinds = ["up", "gate", "hidden"] if self.method.features == "sum" else [self.method.features]
-        kinds = [kind for kind in kinds if kind != "gate" or anchor.gated]
-        for kind in kinds:
-            parts = [(self.held.get(ffn.name, kind), self._spread(ffn.name, kind)) for ffn in (anchor, member)]
-            one = correlation(parts[0][0], parts[1][0], parts[0][1], parts[1][1])
-            total = one if total is None else total.add_(one)
-        assert total is not None
+        total = parts[0] if len(parts) == 1 else torch.stack([part.to(parts[0]) for part in parts]).mean(0)
         start = time.perf_counter()
         order = assign(total) if self.method.match else same
         self.assigning += time.perf_counter() - start
-        return order, matched(total, order) / len(kinds)
+        return order, matched(total, order)
 
     def _spread(self, name: str, kind: str) -> Spread:
         if (name, kind) not in self.spreads:
@@ -331,15 +282,6 @@ class _Work:
                 edits.append(drawn)
             edits.append(Tie(anchor.name, members=names, average=average, orders=orders))
         return edits, quantities
-
-
-def _expression(group: Group) -> str:
-    return group if isinstance(group, str) else ",".join(str(number) for number in group)
-
-
-def _signature(ffn: FFN) -> str:
-    bias = "with" if ffn.raw().down_bias is not None else "without"
-    return f"{ffn.d} x {ffn.width}{' gated' if ffn.gated else ''} {bias} bias"
 
 
 def _random(ffn: FFN, draw: torch.Generator) -> Any:

@@ -81,10 +81,14 @@ class SparseGrad(SparseGradSettings):
         linears = self.chosen(model)
         batches = kept(islice(need_data(data, self.name, beyond="gradients"), self.batches)) if self.needs_data else []
         work = _Work(self, model, linears, progress)
+        # gradients that a basis was made from flatter it: entries are chosen on others
+        confined = self.basis != "none" and self.core < 1
+        chooses = self.choose == "gradient" and (self.selection not in EACH_STEP or confined)
+        parted = len(batches) // 3 if self.basis != "none" and chooses and len(batches) > 2 else 0
         if self.basis != "none":
-            work.find_bases(batches)
-        if self.choose == "gradient" and (self.selection not in EACH_STEP or self.basis != "none"):
-            work.find_energies(batches)
+            work.find_bases(batches[:parted] or batches)
+        if chooses:
+            work.find_energies(batches[parted:])
         elif self.choose == "magnitude":
             work.weigh()
         edits = work.edits()
@@ -140,9 +144,9 @@ class _Work:
 
         def into(sums: dict[str, Tensor]) -> Receive:
             def receive(name: str, gradient: Tensor) -> None:
-                exact = gradient.float()
-                self.totals[name] += float(exact.square().sum())
-                square = turned(exact, *self.bases.get(self.group[name], (None, None))).square()
+                self.totals[name] += float(gradient.float().square().sum())
+                # in the gradient's own dtype: squares are summed up and ranked, and bf16 products cost half
+                square = turned(gradient, *self.bases.get(self.group[name], (None, None))).float().square()
                 if name not in sums:
                     sums[name] = _zeros(square.device, large)(sizes[name], dtype=torch.float32)
                 sums[name] += square.to(sums[name].device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,8 +66,10 @@ class GenerationTask(Writer):
         return replace(self, data=replace(self.data, metrics=tuple(dict.fromkeys(map(check, metrics)))))
 
     def splits(self, data_dir: str | Path | None = None, **limits: Any) -> Splits[Dataset]:
-        """One row a prompt: "prompt", "references", "segments"; see :meth:`.sets.TextData.splits`."""
-        return self.data.splits(data_dir, **limits).map(_dataset)
+        """One row a prompt: "prompt", "references", "segments", and the column of ``together`` where there is one; see
+        :meth:`.sets.TextData.splits`."""
+        found = self.data.splits(data_dir, **limits)
+        return found.map(functools.partial(_dataset, together=found.together))
 
     def encode(self, dataset: Dataset, tokenizer: Any, max_length: int = 128, *, model: Any = None) -> Dataset:
         """One example a reference: ``input_ids``, ``labels`` (-100 over the prompt), ``token_type_ids`` for GPT-2.
@@ -152,18 +155,17 @@ def generation_task(
     )
 
 
-def _dataset(table: Table) -> Dataset:
+def _dataset(table: Table, together: str | None) -> Dataset:
     import pyarrow
     from datasets import Dataset
 
     strings = pyarrow.list_(pyarrow.string())
     segments = [[list(pair) for pair in row] for row in table["segments"]]
-    return Dataset(
-        pyarrow.table(
-            {
-                "prompt": pyarrow.array(table["prompt"], pyarrow.string()),
-                "references": pyarrow.array(table["references"], strings),
-                "segments": pyarrow.array(segments, pyarrow.list_(strings)),
-            }
-        )
-    )
+    columns = {
+        "prompt": pyarrow.array(table["prompt"], pyarrow.string()),
+        "references": pyarrow.array(table["references"], strings),
+        "segments": pyarrow.array(segments, pyarrow.list_(strings)),
+    }
+    if together is not None:
+        columns[together] = pyarrow.array(table[together], pyarrow.string())
+    return Dataset(pyarrow.table(columns))

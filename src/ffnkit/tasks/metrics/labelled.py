@@ -19,6 +19,7 @@ class Metric:
     kind: str
     score: Callable[[np.ndarray, np.ndarray], float]
     greater_is_better: bool = True
+    greatest: float | None = 1.0  # that it can have
 
 
 def _accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
@@ -76,7 +77,7 @@ METRICS: dict[str, Metric] = {
     "matthews": Metric("classification", _matthews),
     "pearson": Metric("regression", _pearson),
     "spearman": Metric("regression", _spearman),
-    "mse": Metric("regression", _mse, greater_is_better=False),
+    "mse": Metric("regression", _mse, greater_is_better=False, greatest=None),
 }
 
 

@@ -25,11 +25,12 @@ class TextMetric:
 
     Attributes:
         score: the figure.
-        scale: its worst and best value, in words; None bounds nothing.
+        scale: its worst and best value, in words.
         description: variant, tokens and how several references count.
         greater_is_better: whether more is better.
         reads_sources: whether it looks at what the model read, too.
         ready: raises FfnkitError where something that it needs is not on this machine.
+        greatest: the greatest value that it can have; None: there is none.
     """
 
     score: Score
@@ -38,6 +39,7 @@ class TextMetric:
     greater_is_better: bool = True
     reads_sources: bool = False
     ready: Callable[[], object] | None = None
+    greatest: float | None = 100.0
 
 
 def score(
@@ -313,11 +315,14 @@ METRICS: dict[str, TextMetric] = {
     "bleu_lower": TextMetric(
         functools.partial(_of_sacrebleu, "bleu_lower"), "0 to 100", "corpus BLEU-4 in lower case, tokens of mteval-v13a"
     ),
-    "nist": TextMetric(_tokenized(tokens, _nist), "0 upwards", "NIST-5 in lower case, tokens of mteval-v13a"),
+    "nist": TextMetric(
+        _tokenized(tokens, _nist), "0 upwards", "NIST-5 in lower case, tokens of mteval-v13a", greatest=None
+    ),
     "meteor": TextMetric(
         _tokenized(tokens, _meteor),
         "0 to 1",
         "mean of inputs, parameters of 2007, tokens of mteval-v13a in lower case, the best reference counts",
+        greatest=1.0,
     ),
     "rougeL": _rouge_metric("rougeL", "the longest common subsequence"),
     "rouge1": _rouge_metric("rouge1", "words"),
@@ -327,6 +332,7 @@ METRICS: dict[str, TextMetric] = {
         _tokenized(words, _cider),
         "0 to 10",
         "CIDEr-D, document frequencies of these references, words of mteval-v13a in lower case without punctuation",
+        greatest=10.0,
     ),
     "chrf": TextMetric(
         functools.partial(_of_sacrebleu, "chrf"), "0 to 100", "chrF2 of characters, the best reference counts"
@@ -336,6 +342,7 @@ METRICS: dict[str, TextMetric] = {
         "0 upwards, 100 is as many edits as the references have words on average",
         "edits a word in lower case, words cut at white space, the closest reference counts",
         greater_is_better=False,
+        greatest=None,
     ),
     "exact_match": TextMetric(
         _mean(_exact_match, 100.0),
@@ -359,7 +366,10 @@ METRICS: dict[str, TextMetric] = {
         "COMET of the model that FFNKIT_COMET names, mean of inputs, the best reference counts",
         reads_sources=True,
         ready=_comet_ready,
+        greatest=1.0,
     ),
-    "accuracy": TextMetric(_mean(_same, 1.0), "0 to 1", "share of texts equal to a reference, white space aside"),
+    "accuracy": TextMetric(
+        _mean(_same, 1.0), "0 to 1", "share of texts equal to a reference, white space aside", greatest=1.0
+    ),
 }
 """By name, in the order of the documentation."""

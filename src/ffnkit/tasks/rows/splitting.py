@@ -33,6 +33,7 @@ class Splits(Generic[Rows]):
         extra: further rows to report on, by name ("mismatched", "test").
         source: where the rows come from.
         notes: what was dropped and carved, and what a reader of the figures must know.
+        together: a column whose equal values stay on one side of every further cut (``Source.together``).
     """
 
     train: Rows
@@ -41,12 +42,13 @@ class Splits(Generic[Rows]):
     extra: Mapping[str, Rows] = field(default_factory=dict)
     source: str = ""
     notes: tuple[str, ...] = ()
+    together: str | None = None
 
     def map(self, function: Callable[[Rows], Other]) -> Splits[Other]:
         """The rows of every split in another form."""
         extra = {name: function(rows) for name, rows in self.extra.items()}
         train, dev, report = (function(rows) for rows in (self.train, self.dev, self.report))
-        return Splits(train, dev, report, extra, self.source, self.notes)
+        return Splits(train, dev, report, extra, self.source, self.notes, self.together)
 
 
 @dataclass(frozen=True)
@@ -136,10 +138,16 @@ def carve(
 
     Both keep the order of ``table``. No class loses its last row to the carved side. With ``together`` the rows of a
     value of that column go as one, until there are ``count`` or more; the last value stays.
+
+    Raises:
+        FfnkitError: all rows have one value of ``together``.
     """
     rng = np.random.default_rng(seed)
     chosen = np.zeros(size(table), dtype=bool)
     if together is not None:
+        if len(set(table[together])) < 2:
+            found = f"all {size(table)} rows have one {together}, and stay on one side"
+            raise FfnkitError(f"carving out {count} rows", found, "Give more rows, or a larger limit of them")
         chosen[_whole(table[together], count, rng)] = 1
     elif stratified:
         chosen[_stratified(np.asarray(table[label]), count, rng)] = 1
@@ -251,7 +259,7 @@ def divide(
     for note in said:
         logger.info("%s: %s", asked, note)
     first, second, third = (cut.pop(name) for name in ("train", "dev", "report"))
-    return Splits(first, second, third, cut, read.where, tuple(said))
+    return Splits(first, second, third, cut, read.where, tuple(said), read.together)
 
 
 def _apart(

@@ -1,0 +1,223 @@
+"""A model brought to a target: neurons, heads, FFNs, attentions, layers and sharing compete, and the loss decides."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar
+
+from torch import nn
+
+from ffnkit.budget.losses import Losses, held_out
+from ffnkit.budget.moves import PARTS, Choice, Joint, Space
+from ffnkit.budget.search import Search, Tried
+from ffnkit.budget.sharing import shared_pairs
+from ffnkit.budget.speed import Speed
+from ffnkit.budget.targets import Target, check_key_values
+from ffnkit.calibration.batches import Batch
+from ffnkit.errors import FfnkitError
+from ffnkit.methods.common import Layers, need_data
+from ffnkit.plans import Draft, Progress, check_weights
+from ffnkit.settings import Doc, check, told
+from ffnkit.surgery.apply import check_edits
+from ffnkit.surgery.trial import try_out
+
+UNIFORM = ("neurons", "layers")  # what saves something in a standard checkpoint
+COUNTED = {"sharing": ("params", "bytes")}  # targets to which a part gives nothing otherwise
+LATENCY_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class FitTo:
+    """Bring a model to a target of parameters, FLOPs, bytes, keys and values, or time, at the least loss.
+
+    One of ``params``, ``flops``, ``bytes``, ``kv`` and ``latency`` is given: a share of what the model has (float), or
+    how much may be left (int). Single moves are foreseen: what their loss at the model's end is. Chosen together they
+    are assembled and measured on rows that no fit saw, against one share for all FFNs and layers alone; what was
+    measured corrects what is foreseen.
+
+    Source: ours. The curves are those of data-aware fusion; block influence and greedy depth: ShortGPT (arXiv
+        2403.03853), SLEB (arXiv 2402.09025).
+    """
+
+    params: Annotated[float | int | None, Doc("parameters, a shared one once.")] = None
+    flops: Annotated[float | int | None, Doc("FLOPs a token, as inspect counts them.")] = None
+    bytes: Annotated[float | int | None, Doc("bytes of the compact checkpoint's weights.")] = None
+    kv: Annotated[float | int | None, Doc("bytes of keys and values at ``context`` tokens.")] = None
+    latency: Annotated[float | None, Doc("seconds of a batch of the data, on this machine.")] = None
+    context: Annotated[int, Doc("tokens of a sequence whose keys and values are counted.", at_least=1)] = 4096
+    layers: Layers = "all"
+    parts: Annotated[
+        Sequence[str],
+        Doc("what may go; sharing lets adjacent layers use one FFN.", choices=PARTS),
+    ] = PARTS
+    multiple: Annotated[
+        int | None, Doc("widths are multiples of it; none: 64, and 8 below 1024 neurons.", at_least=1)
+    ] = None
+    uniform: Annotated[bool, Doc("one share for all FFNs, and whole layers: as standard checkpoints have it.")] = False
+    rounds: Annotated[int, Doc("how often what was measured corrects the choice.", at_least=0)] = 2
+
+    name: ClassVar[str] = "fit-to"
+    summary: ClassVar[str] = "bring a model to one target by all that can go"
+    paper: ClassVar[str] = ""
+    needs_data: ClassVar[bool] = True
+
+    def settings(self) -> dict[str, Any]:
+        return told(self)
+
+    @property
+    def target(self) -> Target:
+        """The one target. Raises FfnkitError where none or several are given."""
+        given = {kind: getattr(self, kind) for kind in ("params", "flops", "bytes", "kv", "latency")}
+        return Target.of(given, self.context)
+
+    def chosen(self, model: nn.Module) -> Space:
+        """What may go. Raises FfnkitError where settings, layers or the target do not fit the model."""
+        check(self)
+        target = self.target
+        counted = Target("flops", target.amount) if target.kind == "latency" else target
+        parts = [each for each in self.parts if target.kind in COUNTED.get(each, (target.kind,))]
+        if self.uniform:
+            parts = [each for each in parts if each in UNIFORM]
+        if target.kind == "kv" and not target.count(model):
+            what = f"{type(model).__name__} keeps no keys and values"
+            raise FfnkitError(f"target {target}", what, "Take params, flops, bytes or latency")
+        space = Space(model, counted, self.layers, parts, self.multiple)
+        for ffn in space.found:
+            ffn.check_plain(f"fitting {ffn.name}")
+        least = space.whole - space.most()
+        if target.kind != "latency" and least > space.limit:
+            what = f"with {', '.join(parts)} of layers {self.layers} at least {least:,} of {space.whole:,} stay"
+            raise FfnkitError(f"target {target}", what, "Give a larger one, more layers, or more parts")
+        return space
+
+    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+        started = time.perf_counter()
+        batches = list(need_data(data, self.name))
+        space = self.chosen(model)
+        target = self.target
+        for ffn in space.found:
+            check_weights(ffn.raw(), ffn.name)
+        if target.kind == "kv":
+            check_key_values(model, batches[0], f"target {target}")
+        fitted, measured = held_out(batches)
+        _leave_out_unborne(space)
+        if "sharing" in self.parts and not self.uniform and target.kind in COUNTED["sharing"]:
+            shared_pairs(space, fitted, progress)
+        losses = Losses(space, fitted, measured, progress)
+        losses.foresee()
+        speed = Speed(model, measured[0]) if target.kind == "latency" else None
+        found, search = self._searched(space, losses, speed)
+        if found is None:
+            do = "Give a larger one, more layers, or more parts"
+            raise FfnkitError(f"target {target}", "what may go does not reach it", do)
+        edits = losses.edits(found.choice)
+        if found.choice.joint or any(each.kind == "heads" for each in space.graded):
+            again = losses.refitted(found.choice)
+            if (loss := again.assembled(found.choice)) < found.measured:
+                found = Tried(f"{found.label}, fitted again", found.choice, found.foreseen, loss, found.count)
+                search.tried.append(found)
+                edits = again.edits(found.choice)
+        report = _report(target, space, search, found, speed) | {"seconds": time.perf_counter() - started}
+        return Draft(tuple(edits), _quantities(space, found.choice), {"target": report})
+
+    def _searched(self, space: Space, losses: Losses, speed: Speed | None) -> tuple[Tried | None, Search]:
+        """The best choice; of time, that with the FLOPs under which the time is kept."""
+        asked = float(self.target.amount)
+        share = asked
+        best: tuple[Tried | None, Search] | None = None
+        for _ in range(LATENCY_ROUNDS if speed is not None else 1):
+            search = Search(
+                space.graded,
+                space.joints,
+                space.whole,
+                space.limit,
+                losses.together,
+                losses.assembled,
+                lambda choice: space.count(space.shapes(choice)),
+                lambda joint: _bears(space, joint),
+                self.uniform,
+            )
+            found = search.run(self.rounds)
+            if speed is None:
+                return found, search
+            if found is None:
+                break
+            ratio = speed.ratio(losses.edits(found.choice))
+            if ratio <= asked:
+                best = found, search
+                if ratio >= 0.98 * asked:
+                    break
+            share = min(
+                0.99, max(0.01, share + 0.9 * (asked - ratio) if ratio > asked else share + 0.5 * (asked - ratio))
+            )
+            space.limit = int(share * space.whole)
+        if best is None:
+            what = "what may go does not reach it by what was measured"
+            raise FfnkitError(f"target {self.target}", what, "Give a larger one, or time it on an idle machine")
+        return best
+
+
+def _leave_out_unborne(space: Space) -> None:
+    """Heads of families whose forward does not bear it are no choice: one attention of each structure is tried."""
+    verdicts: dict[Any, bool] = {}
+    for each in space.attentions:
+        key = (type(each.inner), each.heads, each.kv_heads, each.cross)
+        if key not in verdicts:
+            verdicts[key] = _bear(space.model, [e for j in space.joints if j.name == each.name for e in j.edits])
+        if not verdicts[key]:
+            space.leave_out(each.name)
+
+
+def _bears(space: Space, joint: Joint) -> bool:
+    return joint.kind != "layers" or _bear(space.model, joint.edits)
+
+
+def _bear(model: nn.Module, edits: Sequence[Any]) -> bool:
+    try:
+        check_edits(model, tuple(edits))
+        try_out(model, edits)
+    except FfnkitError:
+        return False
+    return True
+
+
+def _quantities(space: Space, choice: Choice) -> dict[str, dict[str, float]]:
+    """What was foreseen of each place that changes."""
+    found = {each.name: {"foreseen loss": each.alone} for each in choice.joint}
+    for each in space.graded:
+        if each.name in choice.kept:
+            found[each.name] = {"foreseen loss": each.costs[each.options.index(choice.kept[each.name])]}
+    return found
+
+
+def _report(target: Target, space: Space, search: Search, found: Tried, speed: Speed | None) -> dict[str, Any]:
+    """How the choice was made, as plain data."""
+    taken = [
+        {"what": each.kind, "name": each.name, "saving": each.saving, "alone": each.alone}
+        for each in found.choice.joint
+    ]
+    tried = [
+        {"how": each.label, "foreseen": each.foreseen, "measured": each.measured, "left": each.count,
+         "goes": _counts(each.choice)} for each in search.tried
+    ]  # fmt: skip
+    kept = found.choice.kept
+    report: dict[str, Any] = {
+        **asdict(target),
+        "before": space.whole,
+        "left": found.count,
+        "foreseen": found.foreseen,
+        "measured": found.measured,
+        "joint": taken,
+        "kept": {each.name: [each.whole, kept[each.name]] for each in space.graded if each.name in kept},
+        "tried": tried,
+    }  # fmt: skip
+    return report if speed is None else report | {"seconds of a batch": speed.last}
+
+
+def _counts(choice: Choice) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for each in choice.joint:
+        counts[each.kind] = counts.get(each.kind, 0) + 1
+    return counts | ({"narrowed": len(choice.kept)} if choice.kept else {})

@@ -1,0 +1,263 @@
+"""What moves cost a model: foreseen one by one, and measured where they are made together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffnkit.budget.moves import Choice, Graded, Joint, Space
+from ffnkit.budget.nested import Nested
+from ffnkit.budget.probe import Ending
+from ffnkit.calibration.batches import Batch, kept
+from ffnkit.calibration.blockwise import Blockwise
+from ffnkit.edits import Edit, ReplaceNeurons
+from ffnkit.methods.common import largest
+from ffnkit.methods.drop.heads import head_activity, head_scores, left_out, removal
+from ffnkit.methods.narrow.calibrated import observing
+from ffnkit.model.finding import block_name
+from ffnkit.plans import Progress
+from ffnkit.surgery.temporary import TemporaryPlan
+from ffnkit.surgery.writer import ModelWriter
+
+EXPECTED = 24  # choices that are measured, as progress tells it before it is known
+HELD = 4  # of so many rows one is held out of the fit, to measure on
+FEW, MANY = 256, 1024  # tokens on which single moves, and assembled models, are compared at least
+NARROWED = (0.25, 0.9)  # the share at which single FFNs are tried lies between
+
+
+def held_out(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """Rows to fit on, and others to measure on: one row of ``HELD``, spread over all; a lone row is both."""
+    rows: list[Batch] = [row for batch in kept(batches) for row in _rows(batch)]
+    measured = rows[HELD - 1 :: HELD] or rows[-1:]
+    fitted = [row for row in rows if not any(row is other for other in measured)] or rows
+    return _joined(fitted), measured
+
+
+def _rows(batch: Batch) -> Iterator[dict[str, Any]]:
+    tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
+    count = len(tensors[0]) if tensors and all(len(value) == len(tensors[0]) for value in tensors) else 1
+    if count == 1:
+        yield dict(batch)
+        return
+    for number in range(count):
+        pick = slice(number, number + 1)
+        yield {k: v[pick] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
+
+
+def _joined(rows: list[Batch], most: int = 16) -> list[Batch]:
+    """Rows of one shape in batches again, in their order."""
+    batches: list[Batch] = []
+    held: list[Batch] = []
+
+    def close() -> None:
+        if held:
+            tensors = {k: isinstance(v, Tensor) and v.ndim > 0 for k, v in held[0].items()}
+            batches.append({k: torch.cat([r[k] for r in held]) if tensors[k] else v for k, v in held[0].items()})
+            held.clear()
+
+    for row in rows:
+        if held and (len(held) == most or _shape(row) != _shape(held[0])):
+            close()
+        held.append(row)
+    close()
+    return batches
+
+
+def _shape(row: Batch) -> Any:
+    return {k: (tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v for k, v in row.items()}
+
+
+def _spread(rows: list[Batch], tokens: int) -> list[Batch]:
+    """Some of the rows, from all parts of them, that hold about so many tokens."""
+    sizes = [
+        max((v.shape[1] for v in row.values() if isinstance(v, Tensor) and v.ndim == 2), default=1) for row in rows
+    ]
+    count = min(len(rows), max(1, -(-tokens * len(rows) // max(sum(sizes), 1))))
+    return [rows[number * len(rows) // count] for number in range(count)]
+
+
+def _nearest(options: Sequence[int], wanted: float) -> int:
+    return min(options, key=lambda number: abs(number - wanted))
+
+
+@contextmanager
+def shown(model: nn.Module, edits: Sequence[Edit]) -> Iterator[None]:
+    """The model gives what it gives with the edits while the block runs; names stay as they are."""
+    hooked = [edit for edit in edits if type(edit).silenced is not Edit.silenced]
+    rest = [edit for edit in edits if type(edit).silenced is Edit.silenced]
+    with ExitStack() as stack:
+        writer = ModelWriter(model)
+        for edit in hooked:
+            for handle in edit.silenced(writer):
+                stack.callback(handle.remove)
+        if rest:
+            stack.enter_context(TemporaryPlan(model, rest))
+        yield
+
+
+class Losses:
+    """Losses of a model's moves on data; the model is left as it is.
+
+    Args:
+        space: what may go. fitted, measured: batches of :func:`held_out`.
+
+    Attributes:
+        nested: the FFNs at every width, by name.
+    """
+
+    def __init__(
+        self, space: Space, fitted: list[Batch], measured: list[Batch], progress: Progress | None = None
+    ) -> None:
+        self.space, self.model = space, space.model
+        self.fitted, self.progress = fitted, progress
+        self.few, self.many = (_joined(_spread(measured, tokens)) for tokens in (FEW, MANY))
+        self.nested: dict[str, Nested] = {}
+        self._heads: dict[str, Tensor] = {}
+        self._whole: dict[int, Ending] = {}
+        self._narrow: dict[tuple[str, int], Edit] = {}
+        self._steps = 0
+
+    # --- one by one
+
+    @torch.no_grad()
+    def foresee(self) -> None:
+        """Fill in the losses of graded moves and of joint ones alone, block by block.
+
+        Of an FFN the curve is the squared error of its outputs, to scale by what one narrowing of its block moves at
+        the model's end. Of heads it is the share of what they give that goes, to scale by what leaving the attention
+        out moves. Layers, FFNs and attentions are left out, one at a time.
+        """
+        space, graded = self.space, {each.name: each for each in self.space.graded}
+        scored = [each for each in space.attentions if each.name in graded]
+        rms = head_activity(self.model, self.few, scored) if scored else {}
+        for each in scored:
+            self._heads[each.name] = head_scores(each, "activation", torch.Generator(), rms)
+        share = self._share()
+        with (
+            Blockwise(self.model, self.fitted, space.found) as runs,
+            Blockwise(self.model, self.few, space.found) as probe,
+        ):
+            ending = Ending(probe, space.found, FEW)
+            for group in runs.groups:
+                seen = observing(group, 0)
+                runs.watch(group, seen.update, last=True)
+                self.nested |= {ffn.name: Nested(ffn, seen) for ffn in group}
+                block = block_name(group[0].name)
+                self._narrowings([graded[ffn.name] for ffn in group if ffn.name in graded], ending, share)
+                for joint in space.joints:
+                    if joint.block == block:
+                        joint.alone = self._alone(joint, ending)
+                self._headings(block, graded, ending)
+                runs.advance(group)
+                probe.advance(group)
+                self._tell(f"losses of {block or group[0].name}")
+
+    def _share(self) -> float:
+        """The share of the neurons at which FFNs are tried: what the target leaves them if nothing else goes."""
+        size = sum(each.unit * each.whole for each in self.space.graded if each.kind == "neurons")
+        left = 1 - (self.space.whole - self.space.limit) / size if size else 0.5
+        return min(max(left, NARROWED[0]), NARROWED[1])
+
+    def _narrowings(self, group: list[Graded], ending: Ending, share: float) -> None:
+        curves = {each.name: self.nested[each.name].lost for each in group}
+        known = [curve for curve in curves.values() if curve is not None]
+        if not known:
+            for each in group:  # no token reached them: they cost nothing that is known
+                each.costs = [float(each.whole - number) * 1e-12 for number in each.options]
+            return
+        starts = {each.name: _nearest(each.options[:-1], share * each.whole) for each in group}
+        moved = ending.moved([(self.space.ffn(name), self.nested[name].neurons(n)) for name, n in starts.items()])
+        errors = sum(float(curve[starts[name]]) for name, curve in curves.items() if curve is not None)
+        for each in group:
+            curve = curves[each.name]
+            if curve is None or len(curve) != each.whole + 1:
+                curve = next(
+                    (other for other in known if len(other) == each.whole + 1), known[0].new_zeros(each.whole + 1)
+                )
+            each.costs = [float(curve[number]) * moved / max(errors, 1e-300) for number in each.options]
+            each.costs[-1] = 0.0
+
+    def _alone(self, joint: Joint, ending: Ending) -> float:
+        with shown(self.model, self.edits(Choice((joint,)))):
+            return ending.gap()
+
+    def _headings(self, block: str, graded: dict[str, Graded], ending: Ending) -> None:
+        alone = {each.name: each.alone for each in self.space.joints if each.kind == "attention"}
+        for attention in self.space.attentions:
+            each = graded.get(attention.name)
+            if each is None or block_name(attention.name) != block:
+                continue
+            if attention.name not in alone:
+                with shown(self.model, [left_out(attention)]):
+                    alone[attention.name] = ending.gap()
+            squares = self._heads[attention.name].square().sort().values
+            gone = torch.cat((squares.new_zeros(1), squares.cumsum(0))) / squares.sum().clamp_min(1e-300)
+            each.costs = [float(gone[each.whole - number]) * alone[attention.name] for number in each.options]
+
+    # --- together
+
+    def edits(self, choice: Choice) -> list[Edit]:
+        """A choice as edits of the model, in normal form."""
+        early = [edit for each in choice.joint if each.kind in ("layers", "attention") for edit in each.edits]
+        graded: list[Edit] = []
+        for each in self.space.graded:
+            if (kept := choice.kept.get(each.name, each.whole)) == each.whole:
+                continue
+            if each.kind == "heads":
+                graded.append(removal(self.space.attention(each.name), largest(self._heads[each.name], kept)))
+            else:
+                graded.append(self._narrowed(each.name, kept))
+        silent = [self._narrowed(each.name, 0) for each in choice.joint if each.kind == "ffns"]
+        shared = [edit for each in choice.joint if each.kind == "sharing" for edit in each.edits]
+        return [*early, *graded, *silent, *shared]
+
+    def _narrowed(self, name: str, width: int) -> Edit:
+        """The edit that narrows an FFN; large numbers lie in temporary files."""
+        if (name, width) not in self._narrow:
+            self._narrow[name, width] = ReplaceNeurons.of(name, self.nested[name].neurons(width))
+        return self._narrow[name, width]
+
+    def together(self, joint: tuple[Joint, ...]) -> float:
+        """The loss of joint moves without others, on few tokens."""
+        return self._measured(self.edits(Choice(joint)), self.few, FEW)
+
+    def assembled(self, choice: Choice) -> float:
+        """The loss of a choice."""
+        return self._measured(self.edits(choice), self.many, MANY)
+
+    @torch.no_grad()
+    def _measured(self, edits: Sequence[Edit], rows: list[Batch], most: int) -> float:
+        if most not in self._whole:
+            self._whole[most] = Ending(Blockwise(self.model, rows, self.space.found), self.space.found, most)
+        with shown(self.model, edits):
+            gap = self._whole[most].gap()
+        self._tell("a choice measured")
+        return gap
+
+    def _tell(self, what: str) -> None:
+        """A step is done: of a block, or of a choice."""
+        self._steps += 1
+        if self.progress is not None:
+            total = 2 * len(self.space.blocks) + EXPECTED  # how many choices there will be is not known
+            self.progress(self._steps, max(self._steps + 1, total), what)
+
+    # --- once more
+
+    @torch.no_grad()
+    def refitted(self, choice: Choice) -> Losses:
+        """The same with FFNs fitted to what they get where the choice's layers, heads and attentions are gone."""
+        fresh = Losses(self.space, self.fitted, [])
+        fresh.few, fresh.many, fresh._heads, fresh._whole = self.few, self.many, self._heads, self._whole
+        gone = [edit for edit in self.edits(choice) if type(edit).silenced is not Edit.silenced]
+        with shown(self.model, gone), Blockwise(self.model, self.fitted, self.space.found) as runs:
+            for group in runs.groups:
+                seen = observing(group, 0)
+                runs.watch(group, seen.update, last=True)
+                fresh.nested |= {ffn.name: Nested(ffn, seen) for ffn in group}
+                runs.advance(group)
+                self._tell(f"{block_name(group[0].name)} fitted again")
+        return fresh

@@ -1,0 +1,53 @@
+"""How long a model takes with edits, to what it takes without: measured in turn on this machine."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ffnkit.calibration.batches import Batch, model_inputs, prepared
+from ffnkit.calibration.latency import latency
+from ffnkit.edits import Edit
+from ffnkit.surgery.temporary import TemporaryPlan
+
+ROUNDS, ROWS = 7, 8
+
+
+class Speed:
+    """Seconds of a batch of a model with edits and without.
+
+    Args:
+        row: inputs of one row, repeated to ``ROWS``.
+
+    Attributes:
+        last: medians of seconds before and after, and of their ratio, as they were measured last.
+    """
+
+    def __init__(self, model: nn.Module, row: Batch) -> None:
+        self.model = model
+        given = model_inputs(model, prepared(model, row))
+        self.batch = {k: _repeated(v) for k, v in given.items()}
+        self.last: dict[str, float] = {}
+
+    def ratio(self, edits: Sequence[Edit]) -> float:
+        """The median over rounds of the seconds with the edits to those without."""
+        plan = TemporaryPlan(self.model, edits)
+        before, after = [], []
+        for number in range(ROUNDS):
+            first = 2 if number == 0 else 0
+            before.append(self._seconds(first))
+            with plan:
+                after.append(self._seconds(first))
+        ratio = statistics.median(b / a for a, b in zip(before, after, strict=True))
+        self.last = {"before": statistics.median(before), "after": statistics.median(after), "ratio": ratio}
+        return ratio
+
+    def _seconds(self, warmup: int) -> float:
+        return latency(self.model, self.batch, repeats=3, warmup=warmup).median
+
+
+def _repeated(value: Any) -> Any:
+    return value.repeat(ROWS, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value

@@ -1,0 +1,130 @@
+"""Sharing fitted to data: the best neurons of all members, then an output layer and all weights fitted to each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from torch import nn
+
+from ffnkit.calibration.drift import Drift, apart
+from ffnkit.edits import Edit
+from ffnkit.errors import FfnkitError
+from ffnkit.methods.common import Batch, need_data
+from ffnkit.methods.share.fitting import Fit, Fitting
+from ffnkit.methods.share.grouping import Sharing
+from ffnkit.methods.share.search import Search
+from ffnkit.methods.share.windows import Score, label, score_name
+from ffnkit.model.ffn import FFN
+from ffnkit.plans import Draft, Progress
+from ffnkit.settings import Doc
+
+
+@dataclass(frozen=True)
+class CalibratedMerging(Sharing):
+    """Let several layers share one FFN that is fitted to all of them on data.
+
+    On the tokens of the data, with what each member receives and gives, errors relative to its own outputs as the next
+    norm reads them:
+    1. the shared neurons are chosen one after the other from those of *all* members, by how much each lowers the error
+       of all outputs (``ops.union``);
+    2. the output layer is refitted to all members in closed form, the ridge towards the columns as they were;
+    3. ``refine`` steps of regression fit all weights, kept only where rows that were not fitted gain;
+    4. each member keeps a factor for each hidden neuron and an output bias of its own (``extras``), and if asked for a
+       difference of low rank (``extra_rank``).
+
+    Which layers share (``window``, ``keep``, ``remove``) is found by what sharing does to the model's end on rows kept
+    apart: choices are put in place for a moment and measured (``Drift``), the most harmless is taken, and so on.
+
+    Source: ours. The choice is simultaneous orthogonal matching pursuit (Tropp et al. 2006); sharing: FFN merging
+        (arXiv 2501.06126); a difference of low rank beside shared layers: Relaxed Recursive Transformers (arXiv
+        2410.20672); least squares behind a choice: GRAIL (arXiv 2602.23795).
+    """
+
+    refine: Annotated[int, Doc("regression steps; 0 leaves the chosen neurons' weights as they are.", at_least=0)] = 300
+    extras: Annotated[
+        bool, Doc("whether each member keeps a factor for each hidden neuron, and an output bias, of its own.")
+    ] = True
+    extra_rank: Annotated[
+        int, Doc("rank of a difference of the output layer that each member keeps of its own.", at_least=0)
+    ] = 0
+    ridge: Annotated[
+        float,
+        Doc("of the refit, towards the old columns, relative to the mean square of the activations.", at_least=0),
+    ] = 1e-2
+    score: Annotated[
+        Score | None,
+        Doc(
+            "what tells the best choice of layers: None, how far the model's end moves on rows kept apart; or a "
+            "function of the model that gives a number, higher is better; or, where a task is at hand, its metric."
+        ),
+    ] = None
+    tries: Annotated[
+        int, Doc("choices of layers that are fitted and measured at each step of a search, at most.", at_least=1)
+    ] = 8
+    tokens: Annotated[int, Doc("most tokens that a layer is fitted to.", at_least=4)] = 16384
+    seed: Annotated[int, Doc("of the regression's batches.", at_least=0)] = 0
+
+    name: ClassVar[str] = "calibrated-merging"
+    summary: ClassVar[str] = "let several layers share one FFN that is fitted to all of them on data"
+    paper: ClassVar[str] = ""
+    needs_data: ClassVar[bool] = True
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"score": score_name(self.score)}
+
+    def check(self) -> None:
+        super().check()
+        if self.extra_rank and not self.extras:
+            what = "members are to have nothing of their own (extras=False)"
+            raise FfnkitError(f"extra_rank={self.extra_rank}", what, "Leave extras on, or extra_rank out")
+
+    def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+        started = time.perf_counter()
+        self.check()
+        if isinstance(self.score, str):
+            do = "Give a function of the model, or a task: ffnkit.tune.scorer makes one"
+            raise FfnkitError(f"score={self.score}", "the name of a metric alone cannot be computed", do)
+        asked = [] if self.searches else self.chosen(model)[0]
+        rows = self.stacks(model) if self.searches else []
+        found = [ffn for group in asked or rows for ffn in group]
+        fit, held = apart(need_data(data, self.name))
+        fitting = Fitting(model, found, fit, held, self.tokens)
+        groups = asked
+        told: dict[str, float] = {}
+        if self.searches:
+            measure = Drift(model, held) if self.score is None else _lower(self.score, model)
+            search = Search(
+                model, measure, lambda group: self._fit(fitting, group, 0).edits(group, self.extras), progress
+            )
+            groups, told = search.run(rows, [self.length(len(one)) for one in rows], self.window, self.tries)
+            self.fitting(groups)
+        edits: list[Edit] = []
+        quantities: dict[str, dict[str, float]] = {}
+        for number, group in enumerate(groups, 1):
+            done = self._fit(fitting, group, self.refine)
+            edits += done.edits(group, self.extras)
+            for ffn, error in zip(group, done.errors, strict=True):
+                quantities[ffn.name] = {"output error on rows kept apart": error**0.5}
+            if progress is not None:
+                progress(number, len(groups), group[0].name)
+        report: dict[str, Any] = {"groups": [[ffn.name for ffn in group] for group in groups], "layers": label(groups)}
+        if told:
+            report["search"] = told
+        return Draft(_in_order(edits), quantities, report | {"seconds": time.perf_counter() - started})
+
+    def _fit(self, fitting: Fitting, group: list[FFN], refine: int) -> Fit:
+        return fitting.of(
+            group, refine=refine, ridge=self.ridge, extras=self.extras, rank=self.extra_rank, seed=self.seed
+        )
+
+
+def _lower(score: Any, model: nn.Module) -> Any:
+    """A score as something of which less is better."""
+    return lambda: -float(score(model))
+
+
+def _in_order(edits: list[Edit]) -> tuple[Edit, ...]:
+    return tuple(sorted(edits, key=lambda edit: edit.stage))

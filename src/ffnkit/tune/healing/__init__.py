@@ -1,0 +1,1 @@
+"""Healing: a compressed model learns from the one that it was, on text without labels."""

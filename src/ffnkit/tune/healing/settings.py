@@ -1,0 +1,45 @@
+"""How a compressed model is healed; light to import."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from ffnkit.settings.amounts import amount
+from ffnkit.settings.checked import Checked
+from ffnkit.tune.settings import Count, NotNegative, Positive
+
+Tokens = Annotated[int, Field(gt=0), BeforeValidator(amount)]
+
+
+class HealSettings(Checked):
+    """How long a compressed model learns from the uncompressed one, what of it trains, and how fast."""
+
+    tokens: Annotated[
+        Tokens, Field(description="tokens in all, such as 200k or 1m; texts are read again as needed")
+    ] = 200_000
+    trains: Annotated[
+        Literal["ffn", "lora", "all"],
+        Field(
+            description="ffn: the FFNs and all norms; lora: adapters on the FFNs, merged at the end; all: everything"
+        ),
+    ] = "ffn"
+    blocks: Annotated[
+        float,
+        Field(
+            ge=0, le=1, description="share of the tokens on which each layer learns its own outputs, before the rest"
+        ),
+    ] = 0.0
+    states: Annotated[
+        NotNegative, Field(description="weight of the hidden states of all layers beside the answers")
+    ] = 0.0
+    learning_rate: Annotated[
+        Positive | None,
+        Field(description="peak rate of AdamW; null: by the share of the FFNs that is gone, and the width"),
+    ] = None
+    rank: Annotated[Count, Field(description="of the adapters of lora")] = 16
+    batch_size: Annotated[Count, Field(description="texts a step")] = 4
+    max_length: Annotated[Count, Field(description="tokens of a text; longer ones come in pieces")] = 256
+    checks: Annotated[Count, Field(description="how often the loss on held-out text is measured; the best is kept")] = 8
+    patience: Annotated[Count, Field(description="measurements without a gain after which it stops")] = 3

@@ -1,0 +1,209 @@
+"""What a compression cost: figures against slow loops, on text that no fit has seen."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES
+from test_cli import bad, bert, good
+from test_healing import small
+from torch.nn import functional as F
+
+import ffnkit as fk
+from ffnkit.calibration import shipped
+from ffnkit.calibration.parts import texts_of
+from ffnkit.report.cost import Cost
+from ffnkit.report.costing import Before, repetition
+from ffnkit.tasks.models import load_tokenizer
+from ffnkit.tune import CalibrationSettings, calibration_batches
+from ffnkit.tune.apart import is_masked, kept_apart
+
+__all__ = ["bert", "small"]  # fixtures
+
+
+def pair(name: str) -> tuple[Any, Any, list[dict[str, Any]]]:
+    family = FAMILIES[name]
+    original: Any = family.model()
+    model = copy.deepcopy(original)
+    fk.apply(model, fk.plan(model, fk.Fusion(0.5)))
+    batches = [family.inputs(original, seed=seed) for seed in range(3)]
+    if family.kind in ("text", "seq2seq"):
+        for batch in batches:
+            batch["labels"] = batch["decoder_input_ids" if family.kind == "seq2seq" else "input_ids"].clone()
+    return original, model, batches
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decoder_against_a_loop(dtype: torch.dtype) -> None:
+    original, model, batches = pair("llama")
+    original, model = original.to(dtype), model.to(dtype)
+    found = fk.cost(original, model, batches)
+    kl = same = loss = 0.0
+    count = 0
+    for batch in batches:
+        first, second = original(**batch).logits.float(), model(**batch).logits.float()
+        for row in range(len(first)):
+            for at in range(first.shape[1] - 1):
+                if not (batch["attention_mask"][row, at] and batch["attention_mask"][row, at + 1]):
+                    continue
+                p, q = F.log_softmax(first[row, at], -1), F.log_softmax(second[row, at], -1)
+                kl += float((p.exp() * (p - q)).sum())
+                same += int(p.argmax() == q.argmax())
+                loss -= float(q[batch["input_ids"][row, at + 1]])
+                count += 1
+    figures = found.stages["compressed"].places["data"]
+    assert found.rows["data"] == count
+    assert figures["kl"] == pytest.approx(kl / count, rel=1e-4)
+    assert figures["agreement"] == same / count
+    assert figures["perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-4)
+    assert set(found.stages["uncompressed"].places["data"]) == {"perplexity"}
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "gpt2", "mixtral", "vit", "bert"])
+def test_kinds_of_models(name: str) -> None:
+    original, model, batches = pair(name)
+    figures = fk.cost(original, model, batches).stages["compressed"].places["data"]
+    assert figures["kl"] > 0 and 0 <= figures["agreement"] <= 1
+    again = fk.cost(original, original, batches).stages["compressed"].places["data"]
+    assert again["kl"] == pytest.approx(0, abs=1e-6) and again["agreement"] == 1
+    assert ("perplexity" in figures) == (name in ("t5", "bart", "gpt2", "mixtral"))
+
+
+@torch.no_grad()
+def test_an_encoder_without_a_head() -> None:
+    family = FAMILIES["bert"]
+    torch.manual_seed(0)
+    original = transformers.BertModel(family.config()).eval()
+    model = copy.deepcopy(original)
+    fk.apply(model, fk.plan(model, fk.Fusion(0.5)))
+    batch = {k: v for k, v in family.inputs(original).items() if k != "labels"}
+    kept = batch["attention_mask"].bool()
+    first, second = original(**batch).last_hidden_state[kept], model(**batch).last_hidden_state[kept]
+    wanted = (first - second).square().sum() / (first - first.mean(0)).square().sum()
+    figures = fk.cost(original, model, [batch]).stages["compressed"].places["data"]
+    assert figures == {"error": pytest.approx(float(wanted), rel=1e-4)}
+
+
+def test_no_second_model_is_needed() -> None:
+    """What was said before is kept, so that the very model can be changed in place, several times."""
+    original, model, batches = pair("llama")
+    twice = fk.cost(original, model, batches).to_dict()["stages"]["compressed"]
+    before = Before(original, {"data": batches})
+    fk.apply(original, fk.plan(original, fk.Fusion(0.5)))
+    assert before.compare(original).to_dict()["stages"]["compressed"] == twice
+    again = Cost.from_dict(json.loads(json.dumps(before.compare(original, "healed").to_dict())))
+    assert list(again.stages) == ["uncompressed", "compressed", "healed"]
+    assert again.table() == before.cost.table() and again.markdown().count("\n") == len(again.table()[1]) + 1
+
+
+def test_repetition_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = FAMILIES["llama"].model()
+    written = [[1, 2, 3, 4, 1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8]]  # 5 4-grams each, one of the first row twice
+    monkeypatch.setattr(original, "generate", lambda input_ids, **_: torch.cat([input_ids, torch.tensor(written)], 1))
+    assert repetition(original, torch.ones(2, 3, dtype=torch.long)) == pytest.approx(0.1)
+
+
+def test_a_masked_model_is_asked_for_what_is_masked(small: tuple[Path, Path]) -> None:
+    tokenizer = load_tokenizer(small[0])
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    torch.manual_seed(0)
+    config = FAMILIES["bert"].config()
+    config.vocab_size = len(tokenizer)
+    original: Any = transformers.BertForMaskedLM(config).eval()
+    assert is_masked(original) and not is_masked(FAMILIES["llama"].model())
+    batch = kept_apart(original, tokenizer, CalibrationSettings(), "report", 400)["out"][0]
+    asked = batch["labels"] != -100
+    assert 0 < asked.float().mean() < 0.2 and (batch["input_ids"][asked] == tokenizer.mask_token_id).all()
+    found = fk.cost(original, copy.deepcopy(original), [batch])
+    figures = found.stages["compressed"].places["data"]
+    assert figures["perplexity"] > 1 and figures["agreement"] == 1 and found.rows["data"] == int(asked.sum())
+
+
+# --- kept apart ------------------------------------------------------------------------------------------------------
+
+
+def long_texts(count: int, words: int) -> list[str]:
+    return [" ".join(f"w{text}-{number}" for number in range(words)) for text in range(count)]
+
+
+@pytest.mark.parametrize(("count", "words"), [(1, 9000), (7, 900), (400, 20)])
+def test_every_word_is_in_one_part(count: int, words: int) -> None:
+    texts = long_texts(count, words)
+    found = {part: set(" ".join(texts_of(texts, part)).split()) for part in ("fit", "decide", "report")}
+    whole = set(" ".join(texts).split())
+    assert found["fit"] | found["decide"] | found["report"] == whole
+    assert sum(map(len, found.values())) == len(whole)  # none in two
+    assert 0.7 < len(found["fit"]) / len(whole) < 0.9
+    assert all(len(found[part]) > 0.04 * len(whole) for part in ("decide", "report"))
+
+
+def test_short_and_repeated_texts() -> None:
+    assert texts_of(["a few words"], "fit") == ["a few words"] and not texts_of(["a few words"], "report")
+    same = ["one and the same line of words"] * 400
+    assert texts_of(same, "fit") and not texts_of(same, "report") and not texts_of(same, "decide")
+
+
+def test_kinds_that_no_fit_sees() -> None:
+    fit, decide, report = (set(shipped.texts(shipped.kinds(part))) for part in ("fit", "decide", "report"))
+    assert fit and decide and report and not fit & decide and not fit & report and not decide & report
+    assert fit | decide | report == {text for each in shipped.pieces().values() for text in each}
+
+
+def test_no_fit_sees_what_is_reported(small: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 tokens in a row that are reported on are in no batch of calibration or healing."""
+    from ffnkit.tune.healing.data import healing_data
+    from ffnkit.tune.healing.settings import HealSettings
+
+    folder, text = small
+    model, tokenizer = fk.load(folder), load_tokenizer(folder)
+    settings = CalibrationSettings(text=str(text), tokens=10**6, mix=0.5)
+
+    def runs(batches: Any) -> set[tuple[int, ...]]:
+        rows = [row.tolist() for batch in batches for row in batch["input_ids"]]
+        found = {tuple(row[at : at + 32]) for row in rows for at in range(len(row) - 31)}
+        return {run for run in found if 0 not in run}  # 0: padding
+
+    def overlap() -> float:
+        apart = kept_apart(model, tokenizer, settings, "report", 10**6)
+        reported = [batch for batches in apart.values() for batch in batches]
+        fitted = runs(calibration_batches(model, tokenizer, settings))
+        learned, held = healing_data(model, tokenizer, HealSettings(tokens=10**6), settings)
+        fitted |= runs(batch for batches, _ in learned for batch in batches)
+        fitted |= runs(batch for batches in held.values() for batch in batches)
+        wanted = runs(reported)
+        return len(wanted & fitted) / len(wanted)
+
+    assert overlap() == 0
+    monkeypatch.setattr("ffnkit.tune.calibration.texts_of", lambda texts, part: list(texts))
+    assert overlap() > 0.1
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_command_line(bert: Path, small: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, text = small
+    words = ("--method", "fusion", "--set", "width=0.5", "--cost-tokens", 200)
+    shown = good("compress", folder, *words, "--out", tmp_path / "a")
+    assert "text of other kinds" in shown.stdout and "repeated 4-grams" in shown.stdout
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(shipped.pieces()["code"]))
+    report = json.loads(
+        good("compress", folder, *words, "--cost-text", other, "--out", tmp_path / "b", "--json").stdout
+    )
+    assert report["cost"]["on"]["out"] == "other.txt" and "healing" not in report
+    assert "What the compression cost" in (tmp_path / "b" / "README.md").read_text()
+    without = json.loads(good("compress", folder, *words[:-1], 0, "--out", tmp_path / "c", "--json").stdout)
+    assert "cost" not in without and "What the compression cost" not in (tmp_path / "c" / "README.md").read_text()
+    tuned = fk.load(tmp_path / "b")
+    assert tuned.config.num_hidden_layers == 2
+    assert "same greedy answer" in good("compress", bert, *words, "--out", tmp_path / "d").stdout
+    assert "0" in bad("compress", folder, *words[:-1], -1, "--out", tmp_path / "e")

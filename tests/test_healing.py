@@ -1,0 +1,268 @@
+"""Healing: a compressed model learns from the one that it was; what does not gain is not kept."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES
+from family import redraw
+from test_cli import bad, good
+from torch import nn
+
+import ffnkit as fk
+from ffnkit.calibration import shipped
+from ffnkit.errors import FfnkitError
+from ffnkit.settings.amounts import amount
+from ffnkit.tune import zeros
+from ffnkit.tune.healing import heal as module
+from ffnkit.tune.healing.loss import Blocks, whole_loss
+from ffnkit.tune.healing.masters import Masters
+from ffnkit.tune.healing.settings import HealSettings
+
+KINDS = ("llama", "bert", "gpt2", "mixtral", "t5", "bart", "vit")
+
+
+def settings(**given: Any) -> HealSettings:
+    return HealSettings.model_validate({"tokens": 250, "learning_rate": 3e-3, "checks": 4, **given})
+
+
+def pair(name: str, **how: Any) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """A narrowed model, its original, and batches of it."""
+    family = FAMILIES[name]
+    original: Any = family.model().to(how.pop("dtype", torch.float32))
+    model = copy.deepcopy(original)
+    fk.apply(model, fk.plan(model, how.pop("method", fk.Fusion(0.5))))
+    return model, original, [family.inputs(original, seed=seed) for seed in range(12)]
+
+
+def kl(model: Any, original: Any, batches: list[Any]) -> float:
+    kind = module.kind_of(original, batches[0])
+    with torch.no_grad():
+        return sum(whole_loss(model, original, batch, kind).item() for batch in batches) / len(batches)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [*((name, "blocks") for name in KINDS), *((name, "lora") for name in ("llama", "t5")), ("llama", "whole")],
+)
+def test_every_family_heals(name: str, how: str) -> None:
+    model, original, batches = pair(name)
+    more = {"blocks": 0.5 if how == "blocks" else 0.0}
+    more |= {"trains": "lora", "learning_rate": 1e-2} if how == "lora" else {}
+    before, flags = kl(model, original, batches[:2]), [p.requires_grad for p in model.parameters()]
+    weights = copy.deepcopy(original.state_dict())
+    found = fk.heal(model, original, batches[2:], settings(**more), held={"held": batches[:2]})
+    assert found.kept_at and found.after["held"] < found.before["held"] == pytest.approx(before, rel=1e-4)
+    assert kl(model, original, batches[:2]) == pytest.approx(found.after["held"], rel=2e-3)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(torch.equal(value, weights[key]) for key, value in original.state_dict().items())
+    assert bool(found.block_steps) == (how == "blocks")
+
+
+def test_a_model_without_a_head_learns_hidden_states() -> None:
+    family = FAMILIES["bert"]
+    torch.manual_seed(0)
+    original = transformers.BertModel(family.config()).eval()
+    model = copy.deepcopy(original)
+    fk.apply(model, fk.plan(model, fk.Fusion(0.5)))
+    batches = [family.inputs(original, seed=seed) for seed in range(8)]
+    batches = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+    assert module.kind_of(original, batches[0]) == "states"
+    found = fk.heal(model, original, batches, settings())
+    assert found.after["held"] < found.before["held"]
+
+
+def test_what_gains_nothing_is_not_kept() -> None:
+    model, original, batches = pair("llama")
+    weights = copy.deepcopy(model.state_dict())
+    found = fk.heal(model, original, batches, settings(learning_rate=50.0))
+    assert not found.kept_at and found.after == found.before and "gained nothing" in str(found)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_worse_on_one_text_is_no_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, original, batches = pair("llama")
+    losses = iter([{"in": 1.0, "out": 1.0}, {"in": 0.1, "out": 1.01}, *[{"in": 0.1, "out": 1.2}] * 20])
+    monkeypatch.setattr(module._Run, "_held", lambda self: next(losses))
+    weights = copy.deepcopy(model.state_dict())
+    found = fk.heal(model, original, batches, settings())
+    assert not found.kept_at
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_interrupted_it_has_the_best_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, original, batches = pair("llama")
+    flags = [p.requires_grad for p in model.parameters()]
+    said = model(**batches[0]).logits.detach()
+
+    def stop(done: int, total: int, what: str) -> None:
+        raise KeyboardInterrupt
+
+    for trains in ("ffn", "lora"):
+        with pytest.raises(KeyboardInterrupt):
+            fk.heal(model, original, batches, settings(trains=trains), progress=stop)
+        assert [p.requires_grad for p in model.parameters()] == flags
+        assert not any("lora" in name for name, _ in model.named_modules())
+        assert torch.allclose(model(**batches[0]).logits, said, atol=1e-5)  # lora folds factors
+
+
+@pytest.mark.parametrize("trains", ["ffn", "lora", "all"])
+def test_zeros_stay_zeros_and_ties_stay_ties(trains: str) -> None:
+    tied = fk.Merging(groups=((0, 1),), match=False)
+    for method in (fk.Prune(0.5), tied):
+        model, original, batches = pair("llama", method=method)
+        noted = zeros.note(fk.fold(copy.deepcopy(model), masked=True))
+        found = fk.heal(model, original, batches, settings(trains=trains))
+        assert found.kept_at
+        assert len({id(f.module) for f in _ffns(model)}) == len({id(f.module) for f in _ffns(copy.deepcopy(model))})
+        now = zeros.note(fk.fold(copy.deepcopy(model), masked=True))
+        assert {name: bits.tolist() for name, (bits, _) in now.items()} == {
+            name: bits.tolist() for name, (bits, _) in noted.items()
+        }
+        assert bool(noted) == (method is not tied)
+
+
+def _ffns(model: nn.Module) -> list[Any]:
+    from ffnkit.model.finding import ffns
+
+    return ffns(model)
+
+
+def test_plain_zeros_stay_too() -> None:
+    model, original, batches = pair("bert", method=fk.Prune(0.5))
+    fk.fold(model, masked=True)
+    noted = zeros.note(model)
+    assert noted and fk.heal(model, original, batches, settings()).kept_at
+    assert {name: bits.tolist() for name, (bits, _) in zeros.note(model).items()} == {
+        name: bits.tolist() for name, (bits, _) in noted.items()
+    }
+
+
+def test_a_model_in_bf16_learns_steps_below_its_grid() -> None:
+    model, original, batches = pair("llama", dtype=torch.bfloat16)
+    found = fk.heal(model, original, batches, settings(learning_rate=1e-3))
+    assert found.after["held"] < found.before["held"] and next(model.parameters()).dtype == torch.bfloat16
+    # a hundred steps of 1e-4 move 1.0 by a hundredth; added one by one to bf16 they would be lost
+    weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    masters = Masters([weight], {})
+    for _ in range(100):
+        weight.grad = torch.ones_like(weight)
+        masters.step(1e-4, most=1e9)
+    assert weight.detach().float().tolist() == pytest.approx([0.99] * 3, abs=4e-3)
+
+
+def test_a_layer_learns_from_its_own_inputs_alone() -> None:
+    """Gradients block by block equal those of a loop that runs each layer on what the original's got."""
+    model, original, batches = pair("llama")
+    blocks = Blocks(model, original)
+    assert len(blocks) == 3
+    blocks.learn(batches[0])
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    seen: dict[int, Any] = {}
+    handles = [
+        layer.register_forward_hook(lambda _, a, k, out, n=n: seen.update({n: (a, k, out)}), with_kwargs=True)
+        for n, layer in enumerate(original.model.layers)
+    ]
+    with torch.no_grad():
+        original(**{k: v for k, v in batches[0].items() if k != "labels"}, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    mask = batches[0]["attention_mask"].float()
+    for number, layer in enumerate(model.model.layers):
+        args, kwargs, wanted = seen[number]
+        ours = layer(*args, **kwargs)
+        size = (wanted - wanted.mean(-1, keepdim=True)).square().sum(-1) + 1e-6
+        (((ours - wanted).square().sum(-1) / size * mask).sum() / mask.sum()).backward()
+    again = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(found) == len(again) and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, again, strict=True))
+
+
+def test_counts_as_people_write_them() -> None:
+    for word, count in {"200k": 200_000, "1m": 1_000_000, "1.5M": 1_500_000, "200_000": 200_000, " 7 ": 7}.items():
+        assert amount(word) == count
+    assert HealSettings.model_validate({"tokens": "2k"}).tokens == 2000
+    for wrong in ("k", "1.5", "-3", "200kb", "0", 0, True, 1.5):
+        with pytest.raises(ValueError):
+            HealSettings.model_validate({"tokens": wrong})
+
+
+def test_refusals() -> None:
+    model, original, batches = pair("llama")
+    with pytest.raises(FfnkitError, match="too few batches"):
+        fk.heal(model, original, batches[:1], settings())
+    with pytest.raises(FfnkitError, match="no batches"):
+        fk.heal(model, original, [], settings())
+
+
+def test_texts_are_learned_by_their_shares() -> None:
+    sizes = {"a": 40, "b": 10}
+    parts = [([{"input_ids": torch.full((1, size), ord(name))}] * 3, 0.5) for name, size in sizes.items()]
+    order = module._Order(parts, seed=0)
+    seen = [order.next()["input_ids"] for _ in range(50)]
+    spent = {name: sum(x.numel() for x in seen if int(x[0, 0]) == ord(name)) for name in sizes}
+    assert abs(spent["a"] - spent["b"]) <= 40
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A small decoder with a tokenizer of pieces of words, and a file of text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("decoder")
+    plain = Tokenizer(models.BPE(unk_token="[UNK]"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["[PAD]", "[UNK]", "</s>"]
+    plain.train_from_iterator(shipped.texts(), trainers.BpeTrainer(vocab_size=300, special_tokens=special))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]", eos_token="</s>"
+    )
+    tokenizer.save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=300, max_position_embeddings=128, **sizes)
+    model = transformers.LlamaForCausalLM(config)
+    redraw(model, seed=0)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    text = folder / "own.txt"
+    # in no order that the text of many kinds has
+    words = sorted(word for word in set(" ".join(shipped.texts()).split()) if len(word) < 12)
+    drawn = torch.randint(len(words), (200, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    text.write_text("\n\n".join(" ".join(words[number] for number in row) for row in drawn))
+    return folder, text
+
+
+def test_command_line(small: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, text = small
+    words = ("compress", folder, "--method", "calibrated-fusion", "--set", "width=0.5", "--calibration-tokens", 300)
+    words = (*words, "--text", text, "--cost-tokens", 300)
+    ran = good(*words, "--heal", "2k", "--heal-set", "learning_rate=0.01", "--out", tmp_path / "out", "--json")
+    report = json.loads(ran.stdout)
+    stages = report["cost"]["stages"]
+    assert list(stages) == ["uncompressed", "compressed", "healed"]
+    for place in ("in", "out"):
+        assert stages["healed"]["places"][place]["kl"] < stages["compressed"]["places"][place]["kl"]
+    assert report["healing"]["kept_at"] and set(report["healing"]["after"]) == {"in", "out"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "own.txt, kept apart" in card and "## How it was healed" in card
+    history = json.loads((tmp_path / "out" / "ffnkit.json").read_text())
+    assert history["cost"] == report["cost"] and history["healing"]["tokens"] == 2000
+    healed = fk.load(tmp_path / "out")
+    assert next(healed.parameters()).dtype == torch.bfloat16
+    assert "--heal" in good("compress", "--help").stdout
+    for wrong, told in {
+        ("--heal", "many"): "200k",
+        ("--heal-set", "rank=4"): "there is no --heal",
+        ("--heal", "2k", "--heal-set", "speed=4"): "speed",
+        ("--heal", "2k", "--heal-set", "blocks=2"): "blocks",
+        ("--cost-text", "missing.txt"): "no such file",
+    }.items():
+        assert told in bad(*words, *wrong, "--out", tmp_path / "x"), wrong
+    assert "--dry-run" in bad(*words, "--heal", "2k", "--dry-run")
+    assert not (tmp_path / "x").exists()
