@@ -75,6 +75,7 @@ DEAD = ("dead", "no output", "constant", "alike", "a model of zeros")
 FAMILY = ("bert", "gpt2", "llama", "t5", "switch", "mixtral", "albert", "vit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "how"), [("bert", "dead"), ("llama", "alike")])
 def test_every_plan_is_finite(family: str, how: str) -> None:
     for name, method in EVERY.items():

@@ -266,6 +266,7 @@ def test_encoder_decoders_have_a_perplexity(kind: str, made: Any) -> None:
     assert found.loss == pytest.approx(total / len(ids), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not {"FFNKIT_DATA", "FFNKIT_MODELS"} <= set(os.environ), reason="needs data and models")
 def test_stories_are_likely_to_the_model_that_learned_them() -> None:
     folder, task = Path(os.environ["FFNKIT_MODELS"]) / "stories260K", tasks.get("tinystories")
@@ -840,6 +841,7 @@ def test_tune_and_eval_of_files(files: Path, saved: Any, tmp_path: Path) -> None
     assert (tmp_path / "again.jsonl").read_text().splitlines() == written
 
 
+@pytest.mark.slow
 def test_tune_on_plain_text_and_by_words(files: Path, saved: Any, tmp_path: Path) -> None:
     plain = ("--train-file", files / "stories.txt", "--max-length", 32, "--steps", 2)
     report = ffnkit_command("tune", saved["llama"], *plain, "--out", tmp_path / "text")

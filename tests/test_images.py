@@ -428,6 +428,7 @@ def test_a_recipe_of_images(folder: Path, vit: Path) -> None:
         recipe_from({**data, "task": {"train": str(folder), "label": "colour", "kind": "image-classification"}})
 
 
+@pytest.mark.slow
 def test_the_command_line(folder: Path, vit: Path, tmp_path: Path) -> None:
     small, tuned = tmp_path / "small", tmp_path / "tuned"
     good("compress", vit, "--task", f"images:{folder}", "--set", "width=0.5", "--out", small)

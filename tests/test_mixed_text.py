@@ -65,6 +65,7 @@ def test_without_a_text_all_of_it_is_of_many_kinds(bert: Path) -> None:
             CalibrationSettings(mix=wrong)
 
 
+@pytest.mark.slow
 def test_command_line(bert: Path, own: Path, tmp_path: Path) -> None:
     words = ("compress", bert, "--method", "calibrated-fusion", "--set", "width=0.5", "--calibration-tokens", 200)
     digests = []

@@ -126,6 +126,7 @@ def both(name: str, first: str, stage: str, folder: Path) -> None:
     assert report.output_error is not None and report.output_error < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", slow_but({"factored", "pruned"}, FIRST))
 @pytest.mark.parametrize("name", ["bert", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "t5", "gpt2"))])
 def test_no_stage_loses_what_an_earlier_one_saved(name: str, first: str, tmp_path: Path) -> None:

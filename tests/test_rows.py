@@ -153,6 +153,7 @@ def test_recipes_and_old_names_say_what_labels_are(tmp_path: Path) -> None:
     assert facts_today(stored)["task"] == new.to_dict()["task"]
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_labels_are(bert: Path, tmp_path: Path) -> None:
     texts = [f"{a} {b} {c}" for a in WORDS[:6] for b in WORDS[6:] for c in "xy"]
     file = write(tmp_path / "t.csv", ["0", "1"], texts)

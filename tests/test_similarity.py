@@ -85,6 +85,7 @@ def test_rbf_cka_is_the_definition() -> None:
     assert gram_cka(rbf_gram(x), rbf_gram(torch.ones_like(x))) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5", "bart", "marian", "switch"])
 def test_encoder_to_decoder(name: str, tmp_path: Path) -> None:
     """Against means that hooks of the test take, text by text, without padding."""

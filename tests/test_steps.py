@@ -43,6 +43,7 @@ ACCUMULATED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ACCUMULATED)
 @pytest.mark.parametrize("small", [8, 5])
 def test_accumulation_is_a_larger_batch(kind: str, small: int, tmp_path: Path) -> None:

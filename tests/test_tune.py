@@ -434,6 +434,7 @@ def batches_seen(monkeypatch: pytest.MonkeyPatch, run: Any) -> list[list[list[in
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grouped", [False, True])
 def test_equal_seeds_see_the_same_batches(grouped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(make: Any, where: str, **more: Any) -> list[list[list[int]]]:
@@ -540,6 +541,7 @@ def test_a_kill_changes_nothing(name: str, tmp_path: Path, monkeypatch: pytest.M
     assert [e["loss"] for e in again.losses] == [e["loss"] for e in whole.losses]
 
 
+@pytest.mark.slow
 def test_the_state_of_the_generators_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: with another state of torch's generator a resumed run ends elsewhere."""
     more = {"eval_every": 4, "keep_best": False}
