@@ -104,11 +104,8 @@ def main() -> None:
     tokenizer = load_tokenizer(given.model)
     base = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
     held = {text: windows(tokenizer, text_of(*place)) for text, place in TEXTS.items()}
-    stored = given.out / f"{name}.json"
     conditions = {"model": given.model.name, "width": given.width, "tokens": given.tokens, "seed": SEED}
-    results: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {}
-    if results.get("conditions") != conditions:
-        results = common.started() | {"conditions": conditions}
+    results = common.resumed(given.out, name, conditions)
     if not results["rows"]:
         results["rows"].append({"name": "uncompressed"} | {text: perplexity(base, ids) for text, ids in held.items()})
     file = Path(os.environ["FFNKIT_DATA"]) / "wikitext2" / "validation.txt"

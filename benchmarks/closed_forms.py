@@ -12,7 +12,6 @@ each arm: run again, it goes on.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
@@ -83,7 +82,6 @@ def main() -> None:
     texts = {"WikiText-2": text_of("wikitext2", "test")}
     texts |= {"novel": given.novel.read_text(encoding="utf-8")} if given.novel else {}
     held = {key: windows(tokenizer, text)[:: max(1, 16 // given.windows)] for key, text in texts.items()}
-    stored = given.out / f"{name}.json"
     conditions = {
         "model": given.model.name,
         "width": given.width,
@@ -93,9 +91,7 @@ def main() -> None:
         "dtype": given.dtype,
         "seed": SEED,
     }
-    results: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {}
-    if results.get("conditions") != conditions:
-        results = common.started() | {"conditions": conditions}
+    results = common.resumed(given.out, name, conditions)
     settings = tune.CalibrationSettings(
         tokens=given.tokens,
         text=str(Path(os.environ["FFNKIT_DATA"]) / "wikitext2" / "validation.txt"),

@@ -130,6 +130,13 @@ def started() -> dict[str, Any]:
     return {"machine": measure.machine(), "versions": measure.versions(), "load": [load_average()], "rows": []}
 
 
+def resumed(out: Path, name: str, conditions: dict[str, Any]) -> dict[str, Any]:
+    """The results that NAME.json holds, to go on from, if they were taken under these conditions; else a fresh head."""
+    stored = out / f"{name}.json"
+    results: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {}
+    return results if results.get("conditions") == conditions else started() | {"conditions": conditions}
+
+
 def footer(results: dict[str, Any], threads: int | None = None) -> list[str]:
     """The machine and the versions, as lines of a list."""
     machine, versions = results["machine"], results["versions"]

@@ -11,7 +11,6 @@ WikiText-2's test split and on a text of another kind. Results are kept after ea
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import time
@@ -85,7 +84,6 @@ def main() -> None:
     other = given.novel.read_text(encoding="utf-8") if given.novel else text_of("tinystories", "validation")
     texts = {"WikiText-2": text_of("wikitext2", "test"), "a novel" if given.novel else "stories": other}
     held = {text: windows(tokenizer, content)[:: 16 // given.windows] for text, content in texts.items()}
-    stored = given.out / f"{name}.json"
     base = AutoModelForCausalLM.from_pretrained(given.model).eval()
     whole = sum(p.numel() for p in base.parameters())
     conditions = {
@@ -93,9 +91,7 @@ def main() -> None:
         "text": given.text.parent.name if given.text else "wikitext2",
         "dtype": str(base.dtype).removeprefix("torch."), "measured": min(map(torch.Tensor.numel, held.values())),
     }  # fmt: skip
-    results: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {}
-    if results.get("conditions") != conditions:
-        results = common.started() | {"conditions": conditions}
+    results = common.resumed(given.out, name, conditions)
     file = given.text or Path(os.environ["FFNKIT_DATA"]) / "wikitext2" / "validation.txt"
     for arm in ("uncompressed", *ARMS):
         if any(row["name"] == arm for row in results["rows"]):

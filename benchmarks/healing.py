@@ -13,7 +13,6 @@ WikiText-2's test split and of another text (a FILE, say a novel). Results are k
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import time
@@ -120,10 +119,8 @@ def main() -> None:
         **{"model": given.model.name, "width": given.width, "windows": given.windows, "tokens": given.tokens},
         **{"dtype": str(next(base.parameters()).dtype).removeprefix("torch."), "seed": SEED},
     }
-    stored = given.out / f"{name}.json"
-    results: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {}
-    if results.get("conditions") != conditions:
-        results = common.started() | {"conditions": conditions, "texts": [*texts]}
+    results = common.resumed(given.out, name, conditions)
+    results.setdefault("texts", [*texts])
 
     def measured(name: str, model: nn.Module) -> dict[str, Any]:
         return next((row for row in results["rows"] if row["name"] == name), None) or keep(

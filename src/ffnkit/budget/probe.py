@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffnkit.calibration.batches import first_tensor
 from ffnkit.calibration.blockwise import Blockwise
+from ffnkit.calibration.drift import divergence
 from ffnkit.calibration.padding import TokenMasks
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name
@@ -69,11 +71,7 @@ class Ending:
         """What differs, and what it is relative to."""
         if not self.written:
             return (value - wanted).square().sum().item(), wanted.square().sum().item()
-        gap = 0.0
-        for new, old in zip(value.split(256), wanted.split(256), strict=True):
-            first, second = old.float().log_softmax(-1), new.float().log_softmax(-1)
-            gap += (first.exp() * (first - second)).sum().item()
-        return gap, float(len(value))
+        return divergence(value, wanted), float(len(value))
 
     def _outputs(self, number: int) -> dict[str, Tensor]:
         """What is compared of one batch, by name: (tokens that count, columns)."""
@@ -94,17 +92,9 @@ class Ending:
 def _keeping(caught: dict[str, Tensor], name: str) -> Any:
     def hook(_: nn.Module, __: Any, output: Any) -> None:
         logits = getattr(output, "logits", None) if name == "" else None
-        caught[name] = (logits if logits is not None else _first(output)).detach()
+        caught[name] = (logits if logits is not None else first_tensor(output)).detach()
 
     return hook
-
-
-def _first(output: Any) -> Tensor:
-    """The first tensor of an output."""
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if hasattr(output, "values") else output
-    return next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
 
 
 def _counted(value: Tensor, mask: Tensor | None) -> Tensor:

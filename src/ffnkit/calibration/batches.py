@@ -60,6 +60,14 @@ def telling(
             progress(number, len(batches) if isinstance(batches, Sized) else number, what)
 
 
+def first_tensor(output: Any) -> Tensor:
+    """The first floating tensor of what a module gives."""
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if hasattr(output, "values") else output
+    return next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
+
+
 def few_rows(batch: Batch, rows: int = 2) -> Batch:
     """The first rows of a batch, where all of its tensors have the same number of rows; else the batch."""
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import Batch, evaluating, forward, has_decoder, kept, prepared
+from ffnkit.calibration.batches import Batch, evaluating, first_tensor, forward, has_decoder, kept, prepared
 
 TOKENS = 2048  # that are compared, at least, where there are so many
 ROWS = 256  # whose distributions are compared at a time
@@ -41,15 +41,14 @@ class Drift:
         gap = norm = 0.0
         mean = torch.cat([r.float() for r in self.reference]).mean(0) if not self.written else None
         for batch, was in zip(self.batches, self.reference, strict=True):
-            for now, old in zip(self._gives(batch).split(ROWS), was.split(ROWS), strict=True):
-                now, old = now.float(), old.float()
-                if mean is None:
-                    theirs = old.log_softmax(-1)
-                    gap += float((theirs.exp() * (theirs - now.log_softmax(-1))).sum())
-                    norm += len(old)
-                else:
-                    gap += float((now - old).square().sum())
-                    norm += float((old - mean).square().sum())
+            now = self._gives(batch)
+            if mean is None:
+                gap, norm = gap + divergence(now, was), norm + len(was)
+                continue
+            for ours, theirs in zip(now.split(ROWS), was.split(ROWS), strict=True):
+                ours, theirs = ours.float(), theirs.float()
+                gap += float((ours - theirs).square().sum())
+                norm += float((theirs - mean).square().sum())
         return max(gap, 0.0) / max(norm, 1e-30)
 
     @torch.no_grad()
@@ -63,19 +62,20 @@ class Drift:
                 output = forward(self.model, batch)
         finally:
             handle.remove()
-        value = output.logits if self.written else _first(caught[-1] if caught else output)
+        value = output.logits if self.written else first_tensor(caught[-1] if caught else output)
         mask = batch.get("decoder_attention_mask" if has_decoder(self.model) else "attention_mask")
         flat = value.detach().reshape(-1, value.shape[-1])
         counts = isinstance(mask, Tensor) and mask.shape == value.shape[:-1]
         return flat[mask.reshape(-1) > 0] if counts else flat  # type: ignore[union-attr]
 
 
-def _first(output: Any) -> Tensor:
-    """The first floating tensor of an output."""
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if hasattr(output, "values") else output
-    return next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
+def divergence(new: Tensor, old: Tensor) -> float:
+    """The sum over rows of KL(old, new), of logits (n, V) both; some rows at a time, in float32."""
+    gap = 0.0
+    for ours, theirs in zip(new.split(ROWS), old.split(ROWS), strict=True):
+        first, second = theirs.float().log_softmax(-1), ours.float().log_softmax(-1)
+        gap += (first.exp() * (first - second)).sum().item()
+    return gap
 
 
 def apart(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:

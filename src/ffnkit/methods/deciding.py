@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import Batch, kept, run
+from ffnkit.calibration.batches import Batch, first_tensor, kept, run
 from ffnkit.edits import Edit
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.calibrating import calibrate
@@ -81,7 +81,7 @@ class Judge:
 
         def note(_: nn.Module, __: Any, output: Any) -> None:
             value = getattr(output, "logits", None) if self.writes else None
-            caught.append((value if value is not None else _first(output)).detach())
+            caught.append((value if value is not None else first_tensor(output)).detach())
 
         handle = (self.model if self.writes else body(self.model)).register_forward_hook(note)
         try:
@@ -114,13 +114,6 @@ class Judge:
             labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         wanted = labels[counted].masked_fill(labels[counted].eq(-100), -1)
         return wanted.to(next(self.model.parameters()).device) if len(wanted) == count else None
-
-
-def _first(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if hasattr(output, "values") else output
-    return next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ffnkit.ops.ridge import factored
+
 AT_ONCE = 512  # scores are computed anew at least so many times
 DELAY = 32  # neurons whose effect on what is left of the outputs is subtracted together
 COLUMNS = 1024  # of a matrix that is widened to float64 at a time
@@ -133,16 +135,8 @@ def leverage(gram: Tensor, ridge: float, down: Tensor | None = None) -> Tensor:
     Source: MoDeGPT (arXiv 2408.09632), the FFN part; optimal brain surgeon (Hassibi and Stork 1992), OBC (arXiv
         2208.11580) with a whole column as the unit.
     """
-    shift = max(ridge * gram.diagonal().mean().item(), torch.finfo(gram.dtype).tiny)
-    while True:
-        shifted = gram.clone()
-        shifted.diagonal().add_(shift)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if not int(failed):
-            break
-        # less ridge than rounding
-        shift = max(10 * shift, torch.finfo(gram.dtype).eps * gram.abs().max().item())
-    inverse = torch.cholesky_inverse(factor, out=shifted).diagonal()
+    factor, shift = factored(gram, ridge)
+    inverse = torch.cholesky_inverse(factor).diagonal()
     return 1 - shift * inverse if down is None else down.to(gram.dtype).square().sum(0) / inverse
 
 
