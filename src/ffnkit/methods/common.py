@@ -27,6 +27,9 @@ from ffnkit.settings import Doc, check, told
 
 Width = int | float | Mapping[str, int]
 Layers = Annotated[str, Doc('which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".')]
+Sequential = Annotated[
+    bool, Doc("calibrate each layer on what the compressed layers before it give, else on the model as it was.")
+]
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.calibration.hooks import Activations
 from ffnkit.calibration.statistics import HeldInputs, HiddenMoments, Statistics
 from ffnkit.edits import Edit, ReplaceNeurons, ScaleInputs
-from ffnkit.methods.common import Batch, Narrowing, generator, largest, lifted, need_data, norms
+from ffnkit.methods.common import Batch, Narrowing, Sequential, generator, largest, lifted, need_data, norms
 from ffnkit.methods.expecting import Work, fused
+from ffnkit.methods.narrow.refitting import block_by_block
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.ops import local
 from ffnkit.ops.moments import Moments
@@ -54,9 +55,7 @@ class CalibratedFusion(Narrowing):
         (arXiv 2602.23795); the kernel that p keeps: MLP Fusion (arXiv 2307.08941).
     """
 
-    sequential: Annotated[
-        bool, Doc("calibrate each layer on what the compressed layers before it give, else on the model as it was.")
-    ] = False
+    sequential: Sequential = False
     refine: Annotated[
         int, Doc("regression steps; 0 leaves the chosen neurons' own weights as they are.", at_least=0)
     ] = 100
@@ -103,26 +102,22 @@ class CalibratedFusion(Narrowing):
             check_weights(ffn.raw(), ffn.name)
         by_name: dict[str, list[Edit]] = {}
         quantities: dict[str, dict[str, float]] = {}
-        with Blockwise(model, batches, [ffn for ffn, _ in found]) as blocks:
-            for group in blocks.groups:
-                seen = observing(group, self.tokens if self.refine else 0)
-                blocks.see(group, seen, last=not self.sequential)
-                made: dict[str, Neurons] = {}
-                for ffn in group:
-                    neurons, factor, error = self._narrow(ffn, seen, widths[ffn.name])
-                    rewrite = ReplaceNeurons.of(ffn.name, neurons)
-                    by_name[ffn.name] = [rewrite]
-                    if widths[ffn.name] < ffn.width:
-                        by_name[ffn.name].append(ScaleInputs(ffn.name, site="down", scale=factor))
-                    if self.sequential:
-                        made[ffn.name] = rewrite.neurons().scaled(factor)
-                    quantities[ffn.name] = {"output error on the data": error}
-                    if progress is not None:
-                        progress(len(by_name), len(found), ffn.name)
-                if self.sequential:
-                    for ffn in group:
-                        blocks.install(ffn, made.pop(ffn.name))
-                blocks.advance(group)
+        narrow = [ffn for ffn, _ in found]
+        seen = observing(narrow, self.tokens if self.refine else 0)
+
+        def show(blocks: Blockwise, group: list[FFN], last: bool) -> None:
+            blocks.see(group, seen, last=last)
+
+        def fit(ffn: FFN) -> Neurons:
+            neurons, factor, error = self._narrow(ffn, seen, widths[ffn.name])
+            rewrite = ReplaceNeurons.of(ffn.name, neurons)
+            by_name[ffn.name] = [rewrite]
+            if widths[ffn.name] < ffn.width:
+                by_name[ffn.name].append(ScaleInputs(ffn.name, site="down", scale=factor))
+            quantities[ffn.name] = {"output error on the data": error}
+            return rewrite.neurons().scaled(factor)
+
+        block_by_block(model, batches, narrow, show, fit, progress, sequential=self.sequential)
         return Draft(tuple(edit for ffn, _ in found for edit in by_name[ffn.name]), quantities)
 
     def _narrow(self, ffn: FFN, seen: Statistics[Part], width: int) -> tuple[Neurons, Tensor, float]:

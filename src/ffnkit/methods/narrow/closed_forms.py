@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.edits import Edit, ReplaceNeurons
-from ffnkit.methods.common import Batch, Narrowing, largest, lifted, need_data, norms
+from ffnkit.methods.common import Batch, Narrowing, Sequential, largest, lifted, need_data, norms
 from ffnkit.methods.expecting import Work, fused
 from ffnkit.methods.narrow.calibrated import COMPRESSED, Part, observing
 from ffnkit.methods.narrow.refitting import block_by_block
@@ -31,9 +31,7 @@ class ClosedForm(Narrowing):
     those that none reached keep the neurons with the largest weights.
     """
 
-    sequential: Annotated[
-        bool, Doc("calibrate each layer on what the compressed layers before it give, else on the model as it was.")
-    ] = False
+    sequential: Sequential = False
 
     name: ClassVar[str]
     needs_data: ClassVar[bool] = True
