@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
-from methods import KINDS, OTHERS, crossed
+from methods import KINDS, OTHERS, REFUSED, crossed
 from test_contract import EXACT, RELOADED, compare, differ, same, snapshot
 from tolerance import assert_close, relative_error
 from torch import nn
@@ -39,17 +39,12 @@ def planned(name: str, method: str, model: nn.Module | None = None, batches: int
     return fk.plan(model, OTHERS[method](**more), data=data)
 
 
-def refused(method: str, name: str) -> bool:
-    """Thin pairs cannot stand in the place of experts that share one 3-D parameter."""
-    return method == "svd" and FAMILIES[name].has_experts
-
-
 @EACH
 def test_plan_apply_fold_save_and_export(method: str, name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
     model = family.model()
-    if refused(method, name):
-        with pytest.raises(FfnkitError, match="3-D parameter"):
+    if (method, name) in REFUSED:
+        with pytest.raises(FfnkitError, match=REFUSED[method, name]):
             planned(name, method)
         return
     before, classes = snapshot(model), [type(m) for m in model.modules()]
