@@ -21,7 +21,7 @@ FAST = {
         "test_sizes_that_are": 3,
     },
     "test_apart.py": {
-        "test_opened_it_is_the_same_model": 4,
+        "test_opened_it_is_the_same_model": 3,
     },
     "test_apply.py": {
         "test_what_fails_half_way_leaves": 4,
@@ -34,6 +34,9 @@ FAST = {
     "test_budget.py": {
         "test_the_applied_model_keeps_the_budget": 6,
         "test_methods_take_it_and_plans_keep_it": 5,
+    },
+    "test_calibrating.py": {
+        "test_statistics_give_the_very_plans": 3,
     },
     "test_cli.py": {
         "test_run_a_recipe": 0,
@@ -52,9 +55,9 @@ FAST = {
     },
     "test_contract.py": {
         "test_compact_checkpoints_reload": 10,
-        "test_a_fresh_process_opens": 6,
-        "test_a_fresh_process_without_ffnkit_opens": 6,
-        "test_a_fresh_process_without_ffnkit_refuses": 6,
+        "test_a_fresh_process_opens": 4,
+        "test_a_fresh_process_without_ffnkit_opens": 4,
+        "test_a_fresh_process_without_ffnkit_refuses": 3,
         "test_transformers_own_classes_open": 6,
         "test_fusing_to_the_full_width": 4,
         "test_planning_changes_nothing": 4,
@@ -64,12 +67,12 @@ FAST = {
         "test_tuners_keep_the_contract": 8,
     },
     "test_cutting_masks.py": {
-        "test_heads": 3,
-        "test_ffns_and_layers": 4,
+        "test_heads": 2,
+        "test_ffns_and_layers": 2,
         "test_neurons": 4,
     },
     "test_damaged.py": {
-        "test_what_is_damaged_at_random": 1,
+        "test_what_is_damaged_at_random": 0,
     },
     "test_dead_ffns.py": {
         "test_weights_that_no_gradient_reaches": 2,
@@ -108,7 +111,7 @@ FAST = {
         "test_a_plan_is_refused_by_other_weights": 5,
         "test_config_and_tensors_keep_the_dtype": 7,
         "test_no_compact_checkpoint_opens": 0,
-        "test_a_part_of_a_composite": 3,
+        "test_a_part_of_a_composite": 2,
     },
     "test_formulas.py": {
         "test_a_sketch_keeps_squares": 1,
@@ -118,8 +121,9 @@ FAST = {
         "test_recipes_write": 0,
         "test_greedy_decoding_is_the_slow_loop": 3,
         "test_label_words_are_learnt": 1,
-        "test_accumulation_weights": 1,
+        "test_accumulation_weights": 0,
         "test_recipes_model_text": 0,
+        "test_stories_are_likely": 0,
     },
     "test_heads.py": {
         "test_removing_equals_zeroing": 14,
@@ -152,7 +156,7 @@ FAST = {
     "test_lifecycle.py": {
         "test_preparing_is_all_or_nothing": 5,
         "test_the_next_tuner_finds": 8,
-        "test_a_run_that_stopped_goes_on": 1,
+        "test_a_run_that_stopped_goes_on": 0,
         "test_finishing_can_be_done_again": 5,
         "test_a_run_that_stops": 3,
     },
@@ -164,13 +168,16 @@ FAST = {
         "test_a_plan_serves_many_models": 1,
         "test_plan_apply_fold_save_and_export": 7,
     },
+    "test_mixed_text.py": {
+        "test_command_line": 0,
+    },
     "test_moe.py": {
         "test_compression_leaves_the_routers": 8,
         "test_routers_train_or_stay": 5,
         "test_a_killed_run_ends": 0,
         "test_distillation_runs": 3,
         "test_the_chain_comes_back": 0,
-        "test_frozen_routers": 1,
+        "test_frozen_routers": 0,
     },
     "test_old_files.py": {
         "test_plans": 11,
@@ -193,6 +200,7 @@ FAST = {
     },
     "test_recipe_run.py": {
         "test_killed_at_every_marker": 0,
+        "test_killed_within_tuning": 0,
     },
     "test_reparametrized.py": {
         "test_it_is_refused_in_one_line": 4,
@@ -206,13 +214,14 @@ FAST = {
     "test_search.py": {
         "test_a_stopped_search_goes_on": 0,
         "test_each_arm_gets_the_best": 1,
+        "test_rates_that_fail": 0,
     },
     "test_sharding.py": {
         "test_two_processes_end_where_one_does": 0,
     },
     "test_similarity.py": {
-        "test_matrices_of_every_stack": 2,
-        "test_encoder_to_decoder": 1,
+        "test_matrices_of_every_stack": 1,
+        "test_encoder_to_decoder": 0,
     },
     "test_sparse_steps.py": {
         "test_the_trajectory_is": 4,
@@ -243,19 +252,23 @@ FAST = {
         "test_a_run_tells_them": 1,
     },
     "test_tasks.py": {
-        "test_real_rows": 4,
+        "test_real_rows": 2,
     },
     "test_tickets.py": {
         "test_rounds_are_those": 1,
         "test_killed_between_and_within": 0,
+        "test_a_step_that_does_not_come": 0,
     },
     "test_tied_lora.py": {
-        "test_tuning_with_an_adapter_for_each_layer": 1,
+        "test_tuning_with_an_adapter_for_each_layer": 0,
         "test_each_layer_has_its_adapter": 2,
+    },
+    "test_tied_placement.py": {
+        "test_compiled_it_gives": 0,
     },
     "test_tied_quantized.py": {
         "test_a_tied_model_is_quantized": 3,
-        "test_tuning_over_a_quantized_base": 1,
+        "test_tuning_over_a_quantized_base": 0,
     },
     "test_tied_training.py": {
         "test_a_trainer_of_the_users_own": 2,
@@ -263,6 +276,9 @@ FAST = {
     },
     "test_token_masks.py": {
         "test_moments_of_padded_batches": 6,
+    },
+    "test_train_small.py": {
+        "test_a_translator_with_a_tokenizer": 0,
     },
     "test_training_presets.py": {
         "test_dropout_is_that_of_a_model": 0,
@@ -274,11 +290,13 @@ FAST = {
         "test_marian_learns_a_few": 1,
     },
     "test_tune.py": {
-        "test_a_kill_changes_nothing": 1,
-        "test_a_half_written_checkpoint": 1,
+        "test_a_kill_changes_nothing": 0,
+        "test_a_half_written_checkpoint": 0,
         "test_training_learns": 3,
         "test_a_moved_folder_resumes": 0,
         "test_a_fused_model_trains": 0,
+        "test_equal_seeds_see": 1,
+        "test_the_best_checkpoint_comes_back": 1,
     },
 }
 

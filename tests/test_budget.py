@@ -299,6 +299,7 @@ def test_edited_ffns_are_refused() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the command line
+@pytest.mark.slow
 def test_compress_with_a_budget(bert: Path, tmp_path: Path) -> None:  # noqa: F811
     (tmp_path / "notes.txt").write_text("good film\n\nbad meal day\n\nfine book\n\nawful film day\n" * 4)
     words = ("compress", bert, "--budget", "0.5", "--multiple", "4")

@@ -104,6 +104,7 @@ def test_a_killed_recovery_ends_as_one_that_was_not(
     assert all(torch.equal(value, reloaded[name]) for name, value in again.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_command(marian: Path, tmp_path: Path) -> None:  # noqa: F811
     data = multi30k(tmp_path)
     result = invoke(

@@ -85,6 +85,7 @@ def run_package(text: str, folder: Path) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_the_package_of_the_page_on_adding_keeps_the_contract(tmp_path: Path) -> None:
     status, printed = run_package((DOCS / "adding.md").read_text(encoding="utf-8"), tmp_path)
     assert status == 0, printed

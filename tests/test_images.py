@@ -307,6 +307,7 @@ def test_calibration_counts_patches(folder: Path, vit: Path, deit: Path) -> None
 # ---- training, evaluation, compression
 
 
+@pytest.mark.slow
 def test_digits_are_learnt_and_compressed(vit: Path, tmp_path: Path) -> None:
     task = tasks.get("digits")
     splits = task.splits(train_limit=400, report_limit=100)

@@ -355,6 +355,7 @@ def test_sigkill_in_processes_of_their_own(folder: Path, finished: Path, tmp_pat
     assert ours["weights"].items() <= whole["weights"].items() and len(ours["weights"]) == 2
 
 
+@pytest.mark.slow
 def test_a_healed_arm(folder: Path, tmp_path: Path) -> None:
     """What is healed is what is tuned and exported; arms without a method pass by; a kill changes nothing."""
     stages = ["compress", "heal", "evaluate", "export"]

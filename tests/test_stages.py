@@ -414,6 +414,7 @@ def test_coefficients_are_drawn_until_they_have_chosen(
     assert pulls == [{0.3}, {0.0}]
 
 
+@pytest.mark.slow
 def test_zeros_from_before_tuning_are_told_too(folder: Path, tmp_path: Path) -> None:
     arms = {"early": {"method": "prune", "sparsity": 0.5}, "whole": {}}
     recipe = staged(
