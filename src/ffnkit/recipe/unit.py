@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import ffnkit
 from ffnkit.checkpoint.adapters import is_adapted
 from ffnkit.io.files import replacing, write_text
+from ffnkit.io.progress import phase
 from ffnkit.model.linear import added_to
 from ffnkit.nn.coefficients import set_l1
 from ffnkit.recipe import searching, sources, tickets
@@ -41,7 +42,7 @@ def run_unit(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Say, bars: 
     Args:
         facts: what its figures depend on; stored with it.
         say: takes one line of progress.
-        bars: show the Trainer's progress bars.
+        bars: whether trainings tell where they are.
     """
     if unit.marker("unit") is None:
         shutil.rmtree(unit.folder, ignore_errors=True)
@@ -57,7 +58,8 @@ def run_unit(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Say, bars: 
         write_text(began, str(attempts))
         say(f"  {stage} ..." + (" (taken up again)" if attempts > 1 else ""))
         start = time.perf_counter()
-        figures = getattr(job, stage)()
+        with phase(stage):
+            figures = getattr(job, stage)()
         seconds = time.perf_counter() - start
         seconds = max(seconds, figures.pop("train_seconds", 0.0))  # those of attempts that were killed count too
         unit.mark(stage, {"seconds": seconds, "attempts": attempts, **figures})
