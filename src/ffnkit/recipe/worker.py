@@ -15,6 +15,7 @@ from typing import Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import read_json
+from ffnkit.io.progress import shown
 from ffnkit.recipe.schema import Recipe, facts_today, recipe_from
 from ffnkit.recipe.state import Unit, digest, unit_of
 
