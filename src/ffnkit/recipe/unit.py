@@ -21,6 +21,7 @@ from ffnkit.recipe.schema import Recipe
 from ffnkit.recipe.state import TRAINED, Unit, digest, measures, stages_of
 from ffnkit.report import environment, measure
 from ffnkit.report.card import Form
+from ffnkit.report.curves import curve_of
 from ffnkit.report.sparsity import merge_costs, sparsity, units_removed
 from ffnkit.surgery.apply import SAVING
 from ffnkit.surgery.compressed import compressed_parameters
@@ -306,6 +307,7 @@ class _Job:
             "steps": result.steps,
             "best_step": getattr(result, "best_step", None),
             "dev_metric": result.best_metric,
+            "curve": curve_of(result.losses, result.history, result.best_metric_name),
             **{name: getattr(result, name) for name in TRAINED},
             "peak_memory_bytes": result.peak_tensors,
             "process_memory_bytes": peak.peak_bytes,
@@ -317,6 +319,8 @@ class _Job:
         counts = {name: value for name, value in measure.figures(self.model).items() if name != "trainable_parameters"}
         before = self.source.empty()
         found = {**self._metrics(keep=True), **counts, **units_removed(self.model, before)}
+        splits = self.source.splits
+        found["rows"] = {name: len(getattr(splits, name)) for name in ("train", "dev", "report")}
         found["parameters_removed"] = 1 - counts["parameters"] / sum(p.numel() for p in before.parameters())
         if (text := self.recipe.forgetting) is not None:
             from ffnkit.report.forgetting import forgetting
