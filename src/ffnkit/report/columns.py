@@ -228,6 +228,6 @@ def all_notes(summary: Summary) -> list[str]:
     told = [f"{text[0].upper()}{text[1:]}." for key, text in TOLD.items() if key in shown]
     if any(setting(arm, SETTINGS["share"]) != "–" for arm in summary.arms):
         told.append(
-            "Share: of its neurons that an FFN keeps, or of a weight's entries that an update changes, or their number."
+            "Share: of its neurons that an FFN keeps, or of the entries that an update changes; above 1 a number."
         )
     return [*summary.notes, *told, *([f"Not measured: {', '.join(missing)}."] if missing else [])]
