@@ -11,6 +11,7 @@ from ffnkit.cli import console, options
 from ffnkit.cli.application import app
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import read_json
+from ffnkit.io.progress import aside
 
 if TYPE_CHECKING:
     from ffnkit.recipe import Results, Table
@@ -63,7 +64,8 @@ def run(
         raise FfnkitError(f"--only {only[0]}", "the recipe is one run, not a table", "Leave it out")
     from ffnkit.recipe import run as run_recipe
 
-    results = run_recipe(loaded, folder, **how)
+    with aside():  # its units show their own progress, each in a process of its own
+        results = run_recipe(loaded, folder, **how)
     if as_json:
         console.print_json(console.read_json(folder / "results.json"))
     else:
@@ -79,7 +81,8 @@ def _run_table(table: Table, folder: Path, how: dict[str, Any], as_json: bool) -
     """Run every cell and print what came; the exit code of the worst."""
     from ffnkit.recipe import Results, run_table
 
-    found = run_table(table, folder, **how)
+    with aside():
+        found = run_table(table, folder, **how)
     if as_json:
         files = {name: folder / name / "results.json" for name in found}
         console.print_json({name: console.read_json(path) for name, path in files.items() if path.is_file()})

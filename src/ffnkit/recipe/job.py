@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import disk_errors
+from ffnkit.io.progress import shown
 from ffnkit.io.workspace import held, made
 from ffnkit.recipe import results as written
 from ffnkit.recipe.results import Results
@@ -55,7 +55,8 @@ def run(
     out, say = Path(out), sayer(progress)
     check_out(out)
     say(f"{recipe.name}: {len(recipe.arms)} arms x {len(recipe.seeds)} seeds in {out}")
-    model, data = preflight(recipe, say)
+    with shown("looking at the model and the data", quiet=not progress):
+        model, data = preflight(recipe, say)
     if (told := widened(model_name(recipe))) is not None:
         say(told)
     base = base_facts(recipe, model, data)
@@ -69,8 +70,9 @@ def run(
         metric = _metric(recipe)
         try:
             _run_units(recipe, out, units, metric, say, isolate, progress)
-            _measure(recipe, out, remeasure, say)
-            unjudged = _judge(recipe, out, say)
+            with shown("after the units", quiet=not progress):
+                _measure(recipe, out, remeasure, say)
+                unjudged = _judge(recipe, out, say)
         except KeyboardInterrupt:
             written.write(recipe, written.collect(recipe, out, metric), pages=False)
             say("Stopped. What is finished is kept; run the same command to continue.")
@@ -98,16 +100,17 @@ def _run_units(
     isolate: bool,
     progress: bool,
 ) -> None:
-    start, bars = time.perf_counter(), progress and sys.stderr.isatty()
+    start = time.perf_counter()
     for number, (unit, facts) in enumerate(units.items(), 1):
         if unit.done:
             say(f"[{number}/{len(units)}] {unit.name}: done before")
             continue
         say(f"[{number}/{len(units)}] {unit.name} ({_clock(time.perf_counter() - start)} so far)")
         if isolate:
-            good = run_apart(out, unit, progress=progress, bars=bars)
+            good = run_apart(out, unit, progress=progress)
         else:
-            good = run_here(recipe, unit, facts, say, bars)
+            with shown(unit.name, quiet=not progress):
+                good = run_here(recipe, unit, facts, say, progress)
         if not good:
             say(f"  failed: {(unit.marker('failed') or {}).get('error')}")
         written.write(recipe, written.collect(recipe, out, metric), pages=False)

@@ -211,7 +211,7 @@ def zeros_of(recipe: Recipe, unit: Unit) -> dict[str, Any]:
 
 # --------------------------------------------------------------------------------------- the output folder
 OURS = (
-    *("run.json", "results.json", "results.csv", "table.md", "report.html", "latency.json"),
+    *("run.json", "results.json", "results.csv", "table.md", "report.html", "latency.json", "recipe.yaml"),
     *("judging.json", "judgements.jsonl", "units"),
 )
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import ffnkit
 from ffnkit.checkpoint.adapters import is_adapted
 from ffnkit.io.files import replacing, write_text
+from ffnkit.io.progress import phase
 from ffnkit.model.linear import added_to
 from ffnkit.nn.coefficients import set_l1
 from ffnkit.recipe import searching, sources, tickets
@@ -20,6 +21,7 @@ from ffnkit.recipe.schema import Recipe
 from ffnkit.recipe.state import TRAINED, Unit, digest, measures, stages_of
 from ffnkit.report import environment, measure
 from ffnkit.report.card import Form
+from ffnkit.report.curves import curve_of
 from ffnkit.report.sparsity import merge_costs, sparsity, units_removed
 from ffnkit.surgery.apply import SAVING
 from ffnkit.surgery.compressed import compressed_parameters
@@ -41,7 +43,7 @@ def run_unit(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Say, bars: 
     Args:
         facts: what its figures depend on; stored with it.
         say: takes one line of progress.
-        bars: show the Trainer's progress bars.
+        bars: whether trainings tell where they are.
     """
     if unit.marker("unit") is None:
         shutil.rmtree(unit.folder, ignore_errors=True)
@@ -57,7 +59,8 @@ def run_unit(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Say, bars: 
         write_text(began, str(attempts))
         say(f"  {stage} ..." + (" (taken up again)" if attempts > 1 else ""))
         start = time.perf_counter()
-        figures = getattr(job, stage)()
+        with phase(stage):
+            figures = getattr(job, stage)()
         seconds = time.perf_counter() - start
         seconds = max(seconds, figures.pop("train_seconds", 0.0))  # those of attempts that were killed count too
         unit.mark(stage, {"seconds": seconds, "attempts": attempts, **figures})
@@ -304,6 +307,7 @@ class _Job:
             "steps": result.steps,
             "best_step": getattr(result, "best_step", None),
             "dev_metric": result.best_metric,
+            "curve": curve_of(result.losses, result.history, result.best_metric_name),
             **{name: getattr(result, name) for name in TRAINED},
             "peak_memory_bytes": result.peak_tensors,
             "process_memory_bytes": peak.peak_bytes,
@@ -315,6 +319,8 @@ class _Job:
         counts = {name: value for name, value in measure.figures(self.model).items() if name != "trainable_parameters"}
         before = self.source.empty()
         found = {**self._metrics(keep=True), **counts, **units_removed(self.model, before)}
+        splits = self.source.splits
+        found["rows"] = {name: len(getattr(splits, name)) for name in ("train", "dev", "report")}
         found["parameters_removed"] = 1 - counts["parameters"] / sum(p.numel() for p in before.parameters())
         if (text := self.recipe.forgetting) is not None:
             from ffnkit.report.forgetting import forgetting

@@ -15,19 +15,20 @@ from typing import Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import read_json
+from ffnkit.io.progress import shown
 from ffnkit.recipe.schema import Recipe, facts_today, recipe_from
 from ffnkit.recipe.state import Unit, digest, unit_of
 
 FAILED, STOPPED = 1, 130
 
 
-def run_apart(out: Path, unit: Unit, *, progress: bool, bars: bool) -> bool:
+def run_apart(out: Path, unit: Unit, *, progress: bool) -> bool:
     """Run a unit of the recipe stored in ``out`` in a new process; False when it failed.
 
     The child ends when this process does: it watches a pipe that closes with us.
     """
     command = [sys.executable, "-m", "ffnkit.recipe.worker", str(out), unit.arm, str(unit.seed)]
-    command += ["--progress"] * progress + ["--bars"] * bars
+    command += ["--progress"] * progress
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -94,22 +95,22 @@ def _main(arguments: list[str]) -> int:
     out, arm, seed = Path(arguments[0]), arguments[1], int(arguments[2])
     threading.Thread(target=_watch, args=(sys.stdin.fileno(),), daemon=True).start()
     _hush()
-    progress, bars = "--progress" in arguments, "--bars" in arguments
+    progress = "--progress" in arguments
     stored = read_json(out / "run.json") or {}
     recipe = recipe_from(stored.get("recipe"), str(out / "run.json"))
     unit = unit_of(out, arm, seed)
     facts = stored["units"][f"{arm}/{seed}"]
     found = unit.marker("unit")
     if found is not None and digest(facts_today(found["facts"])) != digest(facts):
-        shown = FfnkitError(unit.name, "is of another recipe", "Give another --out, or --restart")
-        record(unit, str(shown))
+        record(unit, str(FfnkitError(unit.name, "is of another recipe", "Give another --out, or --restart")))
         return FAILED
 
     def say(line: str) -> None:
         if progress:
             print(line, file=sys.stderr, flush=True)
 
-    return 0 if run_here(recipe, unit, facts, say, bars) else FAILED
+    with shown(unit.name, quiet=not progress):
+        return 0 if run_here(recipe, unit, facts, say, progress) else FAILED
 
 
 def _hush() -> None:

@@ -23,9 +23,7 @@ def chosen_metric(task: Any, settings: TrainSettings) -> str:
     return metric
 
 
-def training_arguments(
-    s: TrainSettings, metric: str, out_dir: str | Path, seed: int, progress: bool
-) -> TrainingArguments:
+def training_arguments(s: TrainSettings, metric: str, out_dir: str | Path, seed: int) -> TrainingArguments:
     """The settings for transformers. Raises FfnkitError for fp16 without a GPU and for what transformers refuses."""
     on_cpu = s.device == "cpu" or not torch.accelerator.is_available()
     if s.precision == "fp16" and on_cpu:
@@ -63,7 +61,7 @@ def training_arguments(
             logging_steps=s.logging_every,
             logging_nan_inf_filter=False,
             report_to=s.report_to,
-            disable_tqdm=not progress,
+            disable_tqdm=True,  # ours is shown
             seed=seed,
             data_seed=seed,
             use_cpu=on_cpu,
