@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ffnkit.edits.base import Edit, Own, Quantities, Stage, Writer, notes
+from ffnkit.edits.base import Edit, Quantities, Stage, Writer, notes
 from ffnkit.edits.fields import Count, Weights
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spooled
