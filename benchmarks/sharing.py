@@ -29,6 +29,7 @@ from scipy.stats import spearmanr
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import ffnkit as fk
+from ffnkit import methods
 from ffnkit.io.quickstart import model_path
 from ffnkit.tasks.models import load_tokenizer
 
@@ -49,7 +50,7 @@ def story_arms() -> Iterator[tuple[str, str, Made]]:
         yield layers, "shared, fitted", sharing(layers=layers)
         yield layers, "merged, refitted", lambda layers=layers: fk.Merging(layers=layers, correct="output")
     for layer in range(5):
-        yield str(layer), "left out", lambda layer=layer: fk.FfnDrop(layers=str(layer))
+        yield str(layer), "left out", lambda layer=layer: methods.build("ffn-drop", layers=str(layer))
     for keep in (4, 3, 2):
         yield f"{5 - keep} of 5", "shared, searched", sharing(keep=keep)
 
@@ -60,7 +61,7 @@ def sentence_arms() -> Iterator[tuple[str, str, Made]]:
     for remove in (1, 2, 3):
         yield f"{remove} of 6", "shared, searched", sharing(keep=6 - remove)
     yield "3 of 6", "shared, searched by window", sharing(window=4)
-    yield "3 of 6", "left out, searched", lambda: fk.FfnDrop(window=3)
+    yield "3 of 6", "left out, searched", lambda: methods.build("ffn-drop", window=3)
 
 
 def stories(tokens: int) -> tuple[Callable[[], Any], list[dict[str, Any]], Callable[[Any], float]]:

@@ -8,7 +8,7 @@ weight holds a factor for each dimension, its bias a shift.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,9 +62,16 @@ class _Sums:
 
 
 def stand_ins(
-    model: nn.Module, batches: list[Batch], gaps: list[Gap], progress: Progress | None = None
+    model: nn.Module,
+    batches: list[Batch],
+    gaps: list[Gap],
+    progress: Progress | None = None,
+    beside: Sequence[Edit] = (),
 ) -> tuple[list[Edit], dict[str, dict[str, float]]]:
     """The edits that let what stays stand for what goes, and what was measured, by the gap's name.
+
+    Args:
+        gaps: in the order of the stream. beside: what else becomes of the model.
 
     For each gap in turn, with those before it closed: ``sum over tokens of ||z - a x - b||^2 / ||z||^2`` is least, z
     what left the gap in the model as it is and x what arrives there now. a is a number in a residual stream and one of
@@ -87,7 +94,7 @@ def stand_ins(
         seen = _Seen(model, gap, place)
         dropped = [*closed, *gap.edits] if gap.stays or place.last else closed
         sums = _Sums()
-        now = TemporaryPlan(model, [*dropped, *fixed, *_written(factors)])
+        now = TemporaryPlan(model, [*dropped, *beside, *fixed, *_written(factors)])
         for batch in batches:
             sums.add(*seen.both(prepared(model, batch), now))
         if place.norm:
@@ -106,7 +113,8 @@ def stand_ins(
         closed += gap.edits
         if progress is not None:
             progress(number, len(gaps), gap.name)
-    return [*fixed, *_written(factors)], told
+    gone = tuple(f"{layer}." for gap in gaps if not gap.stays for layer in gap.layers)
+    return [*fixed, *(edit for edit in _written(factors) if not edit.target.startswith(gone))], told
 
 
 def _written(factors: Mapping[str, tuple[float, int]]) -> list[Edit]:
