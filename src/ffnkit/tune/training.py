@@ -199,7 +199,7 @@ def _digest(dataset: Any) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for batch in dataset.iter(batch_size=4096):
         labels = batch["labels"] if "labels" in batch else batch.get("label")
-        ids = batch["digest"] if "digest" in batch else [list(map(int, ids)) for ids in batch["input_ids"]]
+        ids = batch["digest" if "digest" in batch else "input_ids"]
         plain = [label if isinstance(label, list) else float(label) for label in labels]
         digest.update(json.dumps([ids, plain]).encode())
     return f"{len(dataset)}:{digest.hexdigest()}"
