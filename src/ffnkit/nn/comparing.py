@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-RECORD = "ffnkit_comparison"
 SCALE = 20.0
 """What cosines are multiplied by before an exponential, as sentence-transformers does."""
 
@@ -55,14 +54,11 @@ class Compared(ModelOutput):
 
 
 def compare(model: nn.Module, comparison: Comparison) -> None:
-    """Have a model without a head compare texts, in place. Applied again, the later comparison holds."""
-    if RECORD not in vars(model):
-        model.__class__ = _comparing(type(model))
-    vars(model)[RECORD] = comparison
+    """Have a model without a head compare texts, in place; whatever is built of its class does so too."""
+    model.__class__ = _comparing(type(model), comparison)
 
 
-@functools.cache
-def _comparing(base: Any) -> type[nn.Module]:
+def _comparing(base: Any, comparison: Comparison) -> type[nn.Module]:
     signature = inspect.signature(base.forward)
     labels = inspect.Parameter("labels", inspect.Parameter.KEYWORD_ONLY, default=None)
     own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
@@ -70,9 +66,6 @@ def _comparing(base: Any) -> type[nn.Module]:
 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        comparison: Comparison | None = vars(self).get(RECORD)
-        if comparison is None:  # another model of this class
-            return base.forward(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
         output = base.forward(self, *args, **{**kwargs, "return_dict": True})
         pooled = comparison.pooled(output.last_hidden_state, given.get("input_ids"), given.get("attention_mask"))
