@@ -71,6 +71,8 @@ def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
             raise error.within("forgetting") from None
     if recipe.judge is not None:
         _judges(recipe, source)
+    if recipe.lm_eval is not None:
+        _asks_the_harness(recipe, source)
     if any(distilled(recipe, name) for name in recipe.arms):
         _distils(recipe, source)
     folder = Path(source.model_name)
@@ -107,6 +109,18 @@ def _judges(recipe: Recipe, source: Source) -> None:
             check_name(expand_model(settings.model))
     except FfnkitError as error:
         raise error if error.asked == "judge" else error.within("judge") from None
+
+
+def _asks_the_harness(recipe: Recipe, source: Source) -> None:
+    """Refuse tasks that the harness does not know, and a model that it cannot ask."""
+    from ffnkit.report import harness
+
+    assert recipe.lm_eval is not None
+    try:
+        harness.check(recipe.lm_eval)
+        harness.check_writes(source.empty(), recipe.lm_eval)
+    except FfnkitError as error:
+        raise error.within("lm_eval") from None
 
 
 def _distils(recipe: Recipe, source: Source) -> None:

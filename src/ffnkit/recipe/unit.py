@@ -322,6 +322,9 @@ class _Job:
             found["neutral_loss"] = forgetting(
                 self.source.model_name, self.model, self.source.tokenizer, sources.neutral_texts(text)
             )
+        if (measured := self.source.harness(self.model, self.bars)) is not None:
+            found["metrics"] |= measured.named()
+            found["lm_eval"] = measured.to_dict()
         return found
 
     def _metrics(self, keep: bool) -> dict[str, Any]:
