@@ -17,7 +17,6 @@ from ffnkit.io.loading import hub_or_cache, load_tokenizer
 from ffnkit.tasks.settings import HarnessSettings
 
 INSTALL = "pip install 'ffnkit[eval]'"
-_YAML = (".yaml", ".yml")
 _LOGGERS = ("lm_eval", "lm-eval")
 
 
@@ -148,28 +147,16 @@ def _indexed(manager: Any, paths: tuple[str, ...]) -> Any:
     return manager(include_path=list(paths) or None)
 
 
-def _tasks(settings: HarnessSettings, manager: Any) -> list[Any]:
-    """The tasks as the harness takes them: names and patterns that it knows, and YAML files."""
-    tasks: list[Any] = []
+def _tasks(settings: HarnessSettings, manager: Any) -> list[str]:
+    """The tasks that names and patterns stand for."""
+    tasks: list[str] = []
     for name in settings.tasks:
-        if name.endswith(_YAML):
-            tasks.append(_from_file(Path(os.path.expandvars(name)).expanduser()))
-            continue
         found = manager.match_tasks([name])
         if not found:
             do = "See 'lm_eval ls tasks', or name a folder with your own by --include-path"
             raise FfnkitError(f"lm-eval {name}", "the harness knows no such task", do)
         tasks += found
     return tasks
-
-
-def _from_file(path: Path) -> dict[str, Any]:
-    from lm_eval.utils import load_yaml_config
-
-    if not path.is_file():
-        raise FfnkitError(f"lm-eval {path}", "there is no such file", "Name a task, or a YAML file that holds one")
-    config: dict[str, Any] = load_yaml_config(str(path))
-    return config
 
 
 @contextlib.contextmanager
