@@ -13,6 +13,7 @@ from ffnkit.recipe.learnt import check_learnt
 from ffnkit.recipe.searching import check_searcher
 from ffnkit.recipe.sources import Source, calibration_texts, expand, method_of, neutral_texts, tuner_of
 from ffnkit.recipe.state import distilled, folder_digest
+from ffnkit.tune.tracking import trackers
 
 if TYPE_CHECKING:
     from ffnkit.recipe.schema import Recipe
@@ -29,6 +30,8 @@ def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
             columns or labels. The line names the arm or the field.
     """
     check_searcher(recipe)
+    for name in recipe.arms:
+        trackers(recipe.tune_of(name).report_to)
     source = Source(recipe)
     changed = {name: arm for name, arm in recipe.arms.items() if arm.compressed or arm.prune}
     if changed:

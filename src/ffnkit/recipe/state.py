@@ -214,7 +214,7 @@ def zeros_of(recipe: Recipe, unit: Unit) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------- the output folder
 OURS = (
     *("run.json", "results.json", "results.csv", "table.md", "report.html", "latency.json"),
-    *("judging.json", "judgements.jsonl", "units"),
+    *("judging.json", "judgements.jsonl", "logs", "units"),
 )
 
 

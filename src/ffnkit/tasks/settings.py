@@ -73,7 +73,7 @@ class HarnessSettings(Checked):
 
     tasks: Annotated[
         tuple[str, ...],
-        Field(min_length=1, description="names or patterns of its tasks, or YAML files; a list, or commas"),
+        Field(min_length=1, description="its tasks, by name or pattern"),
     ]
     include_path: tuple[str, ...] = Field(default=(), description="folders with YAML files of further tasks")
     num_fewshot: Annotated[
@@ -84,9 +84,7 @@ class HarnessSettings(Checked):
         Field(description="questions of a task, or a share of them; null: all"),
     ] = None
     batch_size: Annotated[Count | Literal["auto"], Field(description="questions at a time, or auto")] = 1
-    max_length: Annotated[Count | None, Field(description="tokens that the model reads; null: as its config says")] = (
-        None
-    )
+    max_length: Annotated[Count | None, Field(description="tokens that a model reads; null: by its config")] = None
     add_bos_token: bool | None = Field(default=None, description="begin each text with the tokenizer's first token")
     apply_chat_template: bool = Field(default=False, description="ask by the tokenizer's chat template")
     fewshot_as_multiturn: bool = Field(default=True, description="with it, examples are turns of a dialogue")
