@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ffnkit.checkpoint.companions import write_companions
 from ffnkit.checkpoint.dtypes import main_dtype, write_dtypes
-from ffnkit.checkpoint.save import short_card, write_companions
+from ffnkit.checkpoint.save import short_card
 from ffnkit.checkpoint.standard import padded_widths, standard_config, standard_generation_config, standard_state
 from ffnkit.errors import FfnkitError
 from ffnkit.io.architectures import is_own

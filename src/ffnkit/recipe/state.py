@@ -169,6 +169,8 @@ def unit_facts(recipe: Recipe, base: dict[str, Any], arm: str, seed: int) -> dic
     if recipe.forgetting is not None:
         path = Path(expand(recipe.forgetting))
         facts["forgetting"] = [recipe.forgetting, hashlib.sha256(path.read_bytes()).hexdigest()[:16]]
+    if recipe.lm_eval is not None:
+        facts["lm_eval"] = recipe.lm_eval.model_dump(mode="json", exclude={"batch_size"})
     if recipe.search is not None:
         rates = recipe.rates_of(arm).to_plain()
         facts["search"] = {**recipe.search.model_dump(mode="json"), "learning_rate": rates}
@@ -253,7 +255,7 @@ def zeros_of(recipe: Recipe, unit: Unit) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------- the output folder
 OURS = (
     *("run.json", "results.json", "results.csv", "table.md", "report.html", "latency.json", "recipe.yaml"),
-    *("judging.json", "judgements.jsonl", "units"),
+    *("judging.json", "judgements.jsonl", "logs", "units"),
 )
 
 

@@ -17,7 +17,7 @@ from ffnkit.io.files import replacing, write_text
 from ffnkit.io.progress import phase
 from ffnkit.model.linear import added_to
 from ffnkit.nn.coefficients import set_l1
-from ffnkit.recipe import searching, sources, tickets
+from ffnkit.recipe import searching, sources, tickets, tracked
 from ffnkit.recipe.cards import card_of
 from ffnkit.recipe.schema import Recipe
 from ffnkit.recipe.state import TRAINED, Unit, digest, measures, stages_of, unit_of
@@ -50,6 +50,7 @@ def run_unit(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Say, bars: 
     """
     if unit.marker("unit") is None:
         shutil.rmtree(unit.folder, ignore_errors=True)
+        tracked.clear(recipe, unit)
         unit.mark("unit", {"arm": unit.arm, "seed": unit.seed, "fingerprint": digest(facts), "facts": facts})
     unit.unmark("failed")
     unit.work.mkdir(parents=True, exist_ok=True)
@@ -71,6 +72,7 @@ def run_unit(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Say, bars: 
         unit.mark(stage, {"seconds": seconds, "attempts": attempts, **figures})
         say(f"  {stage} {seconds:.1f} s{_told(figures)}")
     job.forget()
+    tracked.tell(recipe, unit, unit.work / PLAN)
     unit.mark("end", {"versions": environment.versions(), "machine": environment.machine()})
     shutil.rmtree(unit.work, ignore_errors=True)
     unit.mark("done", {})
@@ -316,6 +318,7 @@ class _Job:
                 out_dir=out or self.unit.work / stage,
                 progress=self.bars,
                 generation=self.recipe.generation,
+                run=tracked.run_of(self.recipe, self.unit, stage, out),
                 **how,
             )
         figures = {
@@ -344,6 +347,9 @@ class _Job:
             found["neutral_loss"] = forgetting(
                 self.source.model_name, self.model, self.source.tokenizer, sources.neutral_texts(text)
             )
+        if (measured := self.source.harness(self.model, self.bars)) is not None:
+            found["metrics"] |= measured.named()
+            found["lm_eval"] = measured.to_dict()
         return found
 
     def _metrics(self, keep: bool) -> dict[str, Any]:

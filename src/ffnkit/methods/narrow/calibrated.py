@@ -156,9 +156,7 @@ class CalibratedFusion(Narrowing):
         block_by_block(model, batches, narrow, show, fit, progress, sequential=sequential)
         return Draft(tuple(edit for ffn, _ in found for edit in by_name[ffn.name]), quantities)
 
-    def _narrow(
-        self, ffn: FFN, seen: Statistics[Part], width: int, reading: Reading
-    ) -> tuple[Neurons, Tensor, float]:
+    def _narrow(self, ffn: FFN, seen: Statistics[Part], width: int, reading: Reading) -> tuple[Neurons, Tensor, float]:
         """New neurons (factor divided out of down), the factor (width,) or (E, width), the relative output error."""
         old = lifted(ffn.raw())
         parts = []
