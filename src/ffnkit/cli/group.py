@@ -65,11 +65,13 @@ def hoist(words: list[str]) -> list[str]:
 
 def renamed(words: list[str]) -> list[str]:
     """``words`` with the options of today in the place of old ones, each of which is told."""
+    end = words.index("--") if "--" in words else len(words)  # what follows is another program's
+    words, rest = words[:end], words[end:]
     for old, new in OLD_OPTIONS.items():
         if any(word.partition("=")[0] == old for word in words):
             warnings.warn(f"option {old} is called {new} now; the old name will go", RenamedWarning, stacklevel=2)
             words = [word.replace(old, new, 1) if word.partition("=")[0] == old else word for word in words]
-    return words
+    return words + rest
 
 
 def filled(words: list[str]) -> list[str]:
