@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 @app.command(rich_help_panel="The main job")
 def run(
     recipe: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE]", help="A YAML recipe; none: the quickstart.", show_default=False)
+        Path | None,
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="A YAML recipe, or a name of `ffnkit recipes`; none: the quickstart.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where results go. \\[default: ffnkit-out/<recipe's name>]")
@@ -56,13 +61,13 @@ def run(
 
       ffnkit run                          [dim]# the quickstart[/dim]
 
-      ffnkit run recipes/sst2_minilm.yaml [cyan]--out runs/sst2[/cyan]
+      ffnkit run sst2_minilm [cyan]--out runs/sst2[/cyan]
 
-      ffnkit run recipes/papers/sparsegrad_glue.yaml [cyan]--small --out runs/glue[/cyan]
+      ffnkit run papers/sparsegrad_glue [cyan]--small --out runs/glue[/cyan]
 
-      ffnkit run recipes/sst2_minilm.yaml [cyan]--jobs 2[/cyan] --out runs/sst2
+      ffnkit run sst2_minilm [cyan]--jobs 2[/cyan] --out runs/sst2
 
-      ffnkit run recipes/sst2_minilm.yaml [cyan]--ray[/cyan] --out /shared/runs/sst2
+      ffnkit run sst2_minilm [cyan]--ray[/cyan] --out /shared/runs/sst2
     """
     from ffnkit.recipe import Table, load_any, quickstart
 
