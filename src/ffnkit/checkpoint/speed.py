@@ -136,7 +136,7 @@ def _built(model: PreTrainedModel, config: Any, widths: Mapping[Any, int]) -> nn
     other._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         made = type(model)(other)
-    made = made.to_empty(device=model.device).to(model.dtype)
+    made = made.to_empty(device=model.device).to(dtype=model.dtype)  # type: ignore[arg-type]
     for tensor in (*made.parameters(), *made.buffers()):
         if tensor.is_floating_point():
             tensor.normal_(std=0.02)

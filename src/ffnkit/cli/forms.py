@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from ffnkit.cli import console
 from ffnkit.errors import FfnkitError
@@ -76,7 +76,7 @@ def warn_planned(model: Any, plan: Any) -> None:
     from ffnkit.surgery.meta import rehearse
 
     with contextlib.suppress(FfnkitError):  # a plan that does not fit is refused where it is applied
-        if said := saves_nothing(model, rehearse(model, plan.edits)):
+        if said := saves_nothing(model, cast(Any, rehearse(model, plan.edits))):
             console.say(said)
 
 

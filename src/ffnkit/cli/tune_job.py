@@ -296,7 +296,7 @@ class TuneJob:
         form = forms.settled(self.form, model) if self.fold or self.form != "auto" else "compact"
         write = {"apart": ffnkit.save_apart, "standard": ffnkit.export}.get(form, ffnkit.save)
         with staging(self.out) as temporary:
-            write(model, temporary, tokenizer=tokenizer, card=history.card(model, form))  # type: ignore[operator]
+            write(model, temporary, tokenizer=tokenizer, card=history.card(model, form))  # type: ignore[operator, arg-type]
             history.write(temporary)
             found.write(temporary, self.task)
             if (self.work / LOGS).is_dir():
