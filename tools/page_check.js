@@ -16,7 +16,6 @@ const puppeteer = require("puppeteer-core");
     for (const width of [400, 1280]) {
       for (const scheme of ["light", "dark"]) {
         const page = await browser.newPage();
-        await page.setJavaScriptEnabled(true);
         await page.setViewport({ width, height: 900 });
         await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value: scheme }]);
         await page.goto("file://" + path.resolve(file));
