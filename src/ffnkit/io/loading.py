@@ -23,6 +23,7 @@ from ffnkit.io import quickstart
 from ffnkit.io.apart import ADAPTERS, base_of, is_apart, with_updates
 from ffnkit.io.fitting import check_fits, is_head
 from ffnkit.io.progress import phase
+from ffnkit.io.sentences import sentence_folder
 from ffnkit.io.sizes import check_config, checkpoint_files, stored_shapes
 from ffnkit.io.workspace import put_aside
 
@@ -141,6 +142,8 @@ def check_name(name_or_dir: str | Path) -> str:
     if os.path.isdir(path):
         if is_apart(path):
             return str(base_of(path))
+        if (held := sentence_folder(path)) is not None:
+            return str(held.root / held.transformer)
         if not any((path / file).is_file() for file in ("config.json", "tokenizer_config.json")):
             if any((path / file).is_file() for file in ADAPTERS):
                 do = "Open the model that it was made for, then fk.load_adapter (tune.load_adapter where it is LoRA)"

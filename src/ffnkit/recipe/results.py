@@ -97,6 +97,8 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
     row |= zeros_of(recipe, unit)
     if forgotten := marks["evaluate"].get("neutral_loss"):
         row["neutral_loss"] = forgotten
+    if asked := marks["evaluate"].get("lm_eval"):
+        row["lm_eval"] = asked
     if recipe.evaluate_before:
         row["metrics_before"] = marks["before"].get("metrics", {})
     for name in ("parameters", "ffn_parameters", "flops_per_token", "ffn_flops_per_token"):

@@ -27,10 +27,12 @@ def encoded_rows(task: Any, dataset: Any, tokenizer: Any, max_length: int, model
 
 
 def lengths(dataset: Any) -> np.ndarray:
-    """The number of tokens of each example of an encoded dataset; of images, which are all of one size, 1."""
+    """The number of tokens of each example of an encoded dataset, of the longest text where it has several; of images,
+    which are all of one size, 1."""
     if "input_ids" not in dataset.column_names:
         return np.ones(len(dataset), dtype=np.int64)
-    return np.array([len(ids) for ids in dataset["input_ids"]], dtype=np.int64)
+    rows = dataset["input_ids"]
+    return np.array([max(map(len, ids)) if isinstance(ids[0], list) else len(ids) for ids in rows], dtype=np.int64)
 
 
 def by_length(dataset: Any) -> np.ndarray:

@@ -22,7 +22,7 @@ from ffnkit.surgery.compressed import compressed_parameters
 from ffnkit.tasks.encoding.packing import pack
 from ffnkit.tasks.running import encoded_rows, lengths
 from ffnkit.tasks.settings import GenerationSettings
-from ffnkit.tune import checkpoints, masks
+from ffnkit.tune import checkpoints, masks, tracking
 from ffnkit.tune.allocations import Allocations
 from ffnkit.tune.arguments import chosen_metric, training_arguments
 from ffnkit.tune.dropout import dropout_at
@@ -55,6 +55,7 @@ def train(
     go_on: bool = False,
     merge: bool = True,
     snapshot: tuple[int, str | Path] | None = None,
+    run: tracking.Run | None = None,
 ) -> TrainResult:
     """Fine-tune ``model`` on ``splits.train``; ``splits.dev`` picks the checkpoint. ``splits.report`` is not read.
 
@@ -77,6 +78,8 @@ def train(
         go_on: updates that are on the model (of "sparsegrad", "dsee", ...) train on, with what trained beside them;
             without them, or without this, the tuner begins anew.
         snapshot: a step and a file (safetensors) that gets the weights after it.
+        run: name and folder of the run for the trackers that ``report_to`` names; by default those of ``out_dir``,
+            whose ``logs`` they write to.
         merge: put such updates into the weights at the end; else they stay on the model.
 
     Raises:
@@ -97,7 +100,8 @@ def train(
     for name, split in (("train", data), ("dev", dev)):
         if len(split) == 0:
             raise FfnkitError(f"training on {task.name}", f"the {name} split is empty", "Give more rows")
-    arguments = training_arguments(settings, metric, out_dir, seed)
+    run = run or tracking.Run(Path(out_dir).name, Path(out_dir) / tracking.LOGS)
+    arguments = training_arguments(settings, metric, out_dir, seed, run.name)
     go_on = go_on and is_adapted(model)
     model = model if go_on else undone(model)
     if settings.compressed_rate_factor != 1 and not compressed_parameters(model):
@@ -112,8 +116,8 @@ def train(
     if not merge and tuner.method is not None:
         masks.say_lost(model)
     dropped = dropout_at(model, settings.dropout)
-    display = shown("tuning", quiet=not progress)
-    with display, checkpoints.claimed(out_dir, facts), dropped, training_run(model, undo=not go_on):
+    display, logged = shown("tuning", quiet=not progress), tracking.tracked(run, settings.report_to)
+    with display, checkpoints.claimed(out_dir, facts), dropped, training_run(model, undo=not go_on), logged:
         seed_everything(seed)
         plain = body_size(model)
         tuned = model if go_on else _prepared(model, tuner, task, tokenizer, data, settings, seed, out_dir, progress)
@@ -203,7 +207,7 @@ def _digest(dataset: Any) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for batch in counted(dataset.iter(batch_size=4096), "reading rows", -(-len(dataset) // 4096)):
         labels = batch["labels"] if "labels" in batch else batch.get("label")
-        ids = batch["digest"] if "digest" in batch else [list(map(int, ids)) for ids in batch["input_ids"]]
+        ids = batch["digest" if "digest" in batch else "input_ids"]
         plain = [label if isinstance(label, list) else float(label) for label in labels]
         digest.update(json.dumps([ids, plain]).encode())
     return f"{len(dataset)}:{digest.hexdigest()}"
