@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,30 @@ def text_of(logs: Path, name: str) -> str:
     return str(found.decode())
 
 
+def records(data: bytes, block: int = 32768, header: int = 7) -> Iterator[bytes]:
+    """The records of a file in LevelDB's log format, as wandb writes them: after 7 bytes of its own, in blocks, each part
+    with checksum (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last)."""
+    place, held = header, b""
+    while place + header <= len(data):
+        if block - place % block < header:  # padding at a block's end
+            place += block - place % block
+            continue
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        held += data[place + header : place + header + length]
+        place += header + length
+        if kind in (1, 4):
+            yield held
+            held = b""
+
+
 def wandb_runs(logs: Path) -> list[dict[str, Any]]:
-    """What wandb's own store holds of each offline run: its name, project, settings, history and summary."""
+    """What wandb's files hold of each offline run: its name, project, settings, history and summary."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     runs = []
     for path in sorted(logs.rglob("*.wandb")):
-        store, told = DataStore(), {"config": {}, "history": [], "summary": {}}
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
+        told: dict[str, Any] = {"config": {}, "history": [], "summary": {}}
+        for data in records(path.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             kind = record.WhichOneof("record_type")
@@ -64,9 +79,10 @@ def wandb_runs(logs: Path) -> list[dict[str, Any]]:
                 told |= {"name": record.run.display_name, "project": record.run.project, "id": record.run.run_id}
             items = {"run": record.run.config, "config": record.config, "summary": record.summary}.get(kind)
             for item in getattr(items, "update", ()):
-                told["summary" if kind == "summary" else "config"][item.key] = json.loads(item.value_json)  # type: ignore[index]
+                name = item.key or "/".join(item.nested_key)
+                told["summary" if kind == "summary" else "config"][name] = json.loads(item.value_json)
             if kind == "history":
-                told["history"].append({i.key or ".".join(i.nested_key): i.value_json for i in record.history.item})  # type: ignore[attr-defined]
+                told["history"].append({each.key or ".".join(each.nested_key) for each in record.history.item})
         runs.append(told)
     return runs
 
