@@ -49,8 +49,8 @@ def text_of(logs: Path, name: str) -> str:
 
 
 def records(data: bytes, block: int = 32768, header: int = 7) -> Iterator[bytes]:
-    """The records of a file in LevelDB's log format, as wandb writes them: after 7 bytes of its own, in blocks, each part
-    with checksum (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last)."""
+    """The records of a file in LevelDB's log format, as wandb writes them: behind 7 bytes of its own, in blocks, each
+    part with checksum (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last)."""
     place, held = header, b""
     while place + header <= len(data):
         if block - place % block < header:  # padding at a block's end
