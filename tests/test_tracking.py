@@ -91,7 +91,8 @@ def wandb_runs(logs: Path) -> list[dict[str, Any]]:
 def test_a_recipe_s_units(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     tune = {"learning_rate": 3e-3, "steps": 4, "batch_size": 8, "max_length": 16, "eval_every": 2, "logging_every": 1}
-    recipe = recipe_of(folder, seeds=[0, 3], tune={**tune, "report_to": "tensorboard"})
+    stages = ["compress", "tune", "evaluate", "export"]
+    recipe = recipe_of(folder, seeds=[3], stages=stages, tune={**tune, "report_to": "tensorboard"})
     results = run(recipe, tmp_path / "out")
     assert results.ok, results.failed
     for row in results.rows:
@@ -102,14 +103,8 @@ def test_a_recipe_s_units(folder: Path, tmp_path: Path) -> None:
         assert found["size/flops_per_token"][-1][1] == pytest.approx(row["flops_per_token"])
         assert found["size/bytes_on_disk_compact"][-1][1] == pytest.approx(row["bytes_on_disk_compact"])
         assert f"{recipe.name}/{row['arm']}/seed-{row['seed']}" in text_of(logs, "args")
-    assert "24 -> 12" in text_of(tmp_path / "out/logs/half/seed-0", "plan") or "12 neurons" in text_of(
-        tmp_path / "out/logs/half/seed-0", "plan"
-    )
+    assert "12 neurons" in text_of(tmp_path / "out/logs/half/seed-3", "plan")
     assert not list((tmp_path / "out" / "units").rglob("events.*"))  # nothing is left where checkpoints were
-    again = run(recipe, tmp_path / "out", restart=True)  # what is deleted goes with its logs
-    assert again.ok
-    steps = [step for step, _ in scalars(tmp_path / "out/logs/half/seed-3")["train/loss"]]
-    assert steps == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
@@ -136,7 +131,8 @@ def test_wandb_offline(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     tune = {"learning_rate": 3e-3, "steps": 2, "batch_size": 8, "max_length": 16, "eval_every": 2, "logging_every": 1}
     arms = {"whole": {}, "half": {"method": "fusion", "width": 0.5}}
-    recipe = recipe_of(folder, name="own", arms=arms, tune={**tune, "report_to": ["wandb"]})
+    stages = ["compress", "tune", "evaluate"]
+    recipe = recipe_of(folder, name="own", stages=stages, arms=arms, tune={**tune, "report_to": ["wandb"]})
     results = run(recipe, tmp_path / "out")
     assert results.ok, results.failed
     for row in results.rows:
