@@ -56,8 +56,8 @@ def write_companions(model: Any, directory: Path, tokenizer: Any) -> None:
     roots = [source] if held is None else list(dict.fromkeys((source, held.root)))
     behind = [] if held is None else [row["path"] for row in held.behind]
     for root in roots:
-        for name in _travelling(root, directory, {*own, *OWN, *behind}):
-            _copy(root / name, directory / name)
+        for path in _travelling(root, directory, {*own, *OWN, *behind}):
+            _copy(root / path, directory / path)
     if held is not None and _embeds(model, source):
         _write_modules(held, source, directory)
 

@@ -13,7 +13,8 @@ from ffnkit.checkpoint.dtypes import tell_recast, write_dtypes
 from ffnkit.io.apart import ADAPTER, BASE
 from ffnkit.io.architectures import is_own
 from ffnkit.io.folders import staging
-from ffnkit.io.loading import check_weights
+from ffnkit.io.loading import check_weights, no_bars
+from ffnkit.io.progress import phase
 from ffnkit.model.finding import ffns, has_ffns
 from ffnkit.model.inspect import inspect
 from ffnkit.model.linear import added_to, check_untouched
@@ -54,7 +55,7 @@ def save(
     tell_recast(model)
     if adapter_layers(model):  # weights are saved with the updates in them
         save_pretrained_kwargs = {"state_dict": plain_state(model), **save_pretrained_kwargs}
-    with staging(directory) as temporary:
+    with phase(f"saving {directory}"), no_bars(), staging(directory) as temporary:
         model.save_pretrained(temporary, **save_pretrained_kwargs)
         write_dtypes(model, temporary)
         write_companions(model, temporary, tokenizer)

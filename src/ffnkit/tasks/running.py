@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ffnkit.io.progress import counted
 from ffnkit.tasks.protocol import Collate
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def token_loss(model: Any, data: Any, collate: Collate, batch_size: int) -> tupl
     device = next(model.parameters()).device
     total, count = 0.0, 0
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
+        for start in counted(range(0, len(order), batch_size), "evaluating"):
             rows = [data[int(i)] for i in order[start : start + batch_size]]
             batch = {name: value.to(device) for name, value in collate(rows).items()}
             losses, counts = row_losses(model, batch)

@@ -25,7 +25,7 @@ def chosen_metric(task: Any, settings: TrainSettings) -> str:
 
 
 def training_arguments(
-    s: TrainSettings, metric: str, out_dir: str | Path, seed: int, progress: bool, name: str | None = None
+    s: TrainSettings, metric: str, out_dir: str | Path, seed: int, name: str | None = None
 ) -> TrainingArguments:
     """The settings for transformers; ``name`` is what trackers call the run.
 
@@ -68,7 +68,7 @@ def training_arguments(
             logging_nan_inf_filter=False,
             report_to=trackers(s.report_to),
             run_name=name,
-            disable_tqdm=not progress,
+            disable_tqdm=True,  # ours is shown
             seed=seed,
             data_seed=seed,
             use_cpu=on_cpu,
