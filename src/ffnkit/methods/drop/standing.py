@@ -142,7 +142,7 @@ def _held(
     told = {"factor": float(factor), "output error on the data": error}
     if float(factor) < LEAST:
         return [], {}, told
-    moved = [] if shift is None else [Rescale.of(gap.bias, torch.ones(1), shift / factor)]
+    moved: list[Edit] = [] if shift is None else [Rescale.of(gap.bias, torch.ones(1), shift / factor)]
     return moved, {path: (1 / float(factor), offset) for path, offset in offsets.items()}, told
 
 
