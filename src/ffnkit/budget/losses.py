@@ -216,7 +216,7 @@ class Losses:
             if (kept := choice.kept.get(each.name, each.whole)) == each.whole:
                 continue
             if each.kind == "heads":
-                graded.append(removal(self.space.attention(each.name), largest(self._heads[each.name], kept)))
+                graded.append(removal(self.space.attention(each.name), self.stay(each.name, kept)))
             else:
                 graded.append(self._narrowed(each.name, kept))
         silent = [self._narrowed(each.name, 0) for each in choice.joint if each.kind == "ffns"]
@@ -235,7 +235,15 @@ class Losses:
 
     def assembled(self, choice: Choice) -> float:
         """The loss of a choice."""
-        return self._measured(self.edits(choice), self.many, MANY)
+        return self.measured(self.edits(choice))
+
+    def measured(self, edits: Sequence[Edit]) -> float:
+        """The loss of edits; heads that go leave zeros in their places, and so do linears behind them not shrink."""
+        return self._measured(edits, self.many, MANY)
+
+    def stay(self, attention: str, kept: int) -> Tensor:
+        """Numbers of the heads (or groups) that stay where so many do, int32, ascending."""
+        return largest(self._heads[attention], kept)
 
     @torch.no_grad()
     def _measured(self, edits: Sequence[Edit], rows: list[Batch], most: int) -> float:

@@ -76,7 +76,7 @@ class CalibratedFusion(Narrowing):
     metric: Annotated[
         Literal["fisher", "norm"],
         Doc(
-            'what errors of the outputs count by in the choice: "fisher", what they do to the model\'s own distribution, '
+            'what errors of the outputs count by in the choice: "fisher", what they do to the answers of the model, '
             'or "norm", what they do to what the next norm gives.'
         ),
     ] = "fisher"
@@ -156,9 +156,7 @@ class CalibratedFusion(Narrowing):
         block_by_block(model, batches, narrow, show, fit, progress, sequential=sequential)
         return Draft(tuple(edit for ffn, _ in found for edit in by_name[ffn.name]), quantities)
 
-    def _narrow(
-        self, ffn: FFN, seen: Statistics[Part], width: int, reading: Reading
-    ) -> tuple[Neurons, Tensor, float]:
+    def _narrow(self, ffn: FFN, seen: Statistics[Part], width: int, reading: Reading) -> tuple[Neurons, Tensor, float]:
         """New neurons (factor divided out of down), the factor (width,) or (E, width), the relative output error."""
         old = lifted(ffn.raw())
         parts = []
@@ -292,7 +290,7 @@ def held_out(
 
 
 class Beyond:
-    """Sums over tokens of what outputs are to be more than they are (``Activations.missing``), with hidden activations."""
+    """Sums over tokens of what outputs are to be more than they are (``Activations.missing``), with hidden units."""
 
     def __init__(self) -> None:
         self._count = 0.0
