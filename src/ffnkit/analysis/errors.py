@@ -92,7 +92,9 @@ class _Read:
     def add(self, actual: Tensor, expected: Tensor, weights: Tensor) -> None:
         actual, expected, weights = (each.double().cpu() for each in (actual, expected, weights))
         self.weight += float(weights.sum())
-        self.sums += torch.stack([weights @ each for each in ((actual - expected).square(), expected.square(), expected)])
+        self.sums += torch.stack(
+            [weights @ each for each in ((actual - expected).square(), expected.square(), expected)]
+        )
 
     def error(self) -> float:
         gap, squares, sums = self.sums

@@ -84,9 +84,7 @@ def _mean(curves: list[Tensor]) -> Tensor | None:
     return torch.stack(curves).mean(0) if curves else None
 
 
-def _measured(
-    ffn: FFN, seen: Statistics[Part], width: int, dimensions: Tensor
-) -> tuple[Tensor | None, Neurons]:
+def _measured(ffn: FFN, seen: Statistics[Part], width: int, dimensions: Tensor) -> tuple[Tensor | None, Neurons]:
     """The squared error at each width, summed over tokens and experts, and the FFN narrowed to ``width``."""
     total: Tensor | None = None
     parts: list[Neurons] = []
