@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ffnkit.calibration.stored import StatisticsFile
     from ffnkit.tasks import AnyTask, Splits
     from ffnkit.tune import CalibrationSettings, TrainSettings
 
@@ -101,6 +102,14 @@ def calibration_texts(recipe: Recipe) -> dict[str, float]:
     from ffnkit.tune.calibration_text import shares
 
     return {expand(file): share for file, share in shares(recipe.calibration.text)}
+
+
+def statistics_of(recipe: Recipe) -> StatisticsFile | None:
+    """The statistics that take the place of calibration data. Raises FfnkitError where the file cannot be read."""
+    from ffnkit.calibration.stored import StatisticsFile
+
+    file = recipe.calibration.statistics
+    return None if file is None else StatisticsFile(expand(file))
 
 
 def task_of(recipe: Recipe) -> AnyTask:
@@ -195,10 +204,14 @@ class Source:
                 grow(model, self.tokenizer, tokens)
         return model
 
-    def calibration(self, model: PreTrainedModel, seed: int) -> list[dict[str, Any]]:
-        """Batches for methods that measure activations: of the training rows, or of the file that is named."""
+    def calibration(self, model: PreTrainedModel, seed: int) -> list[dict[str, Any]] | StatisticsFile:
+        """Batches for methods that measure activations: of the training rows, or of the file that is named; or the
+        statistics in their place."""
         from ffnkit.tune import calibration_batches
 
+        if (opened := statistics_of(self.recipe)) is not None:
+            opened.check(model)
+            return opened
         rows = self.splits.train
         return calibration_batches(model, self.tokenizer, self._calibrating, task=self.task, rows=rows, seed=seed)
 
