@@ -21,7 +21,7 @@ from ffnkit.recipe import searching, sources, tickets, tracked
 from ffnkit.recipe.cards import card_of
 from ffnkit.recipe.schema import Recipe
 from ffnkit.recipe.state import TRAINED, Unit, digest, measures, stages_of, unit_of
-from ffnkit.recipe.weights import read_weights, write_weights
+from ffnkit.recipe.stored import read_weights, write_weights
 from ffnkit.report import environment, measure
 from ffnkit.report.card import Form
 from ffnkit.report.curves import curve_of
@@ -348,9 +348,7 @@ class _Job:
             found["neutral_loss"] = forgetting(
                 self.source.model_name, self.model, self.source.tokenizer, sources.neutral_texts(text)
             )
-        if (measured := self.source.harness(self.model, self.bars)) is not None:
-            found["metrics"] |= measured.named()
-            found["lm_eval"] = measured.to_dict()
+        self.source.add_harness(found, self.model, self.bars)
         return found
 
     def _metrics(self, keep: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A unit's weights between its stages."""
+"""The weights of a unit between its stages: a file, read into a model of the same form."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def write_weights(model: PreTrainedModel, path: Path) -> None:
-    """All of them; tied ones once."""
+    """All of a model's tensors, in one step."""
     from safetensors.torch import save_model
 
     with replacing(path) as new:
@@ -20,7 +20,7 @@ def write_weights(model: PreTrainedModel, path: Path) -> None:
 
 
 def read_weights(model: PreTrainedModel, path: Path) -> None:
-    """Into a model of the same shape, in place."""
+    """Put the tensors of a file into a model."""
     from safetensors.torch import load_model
 
     load_model(model, str(path))
