@@ -7,11 +7,12 @@ DEMO_OUT ?= demo-out
 
 BIN := .venv/bin
 READY := .venv/.ready
+DOCS_READY := .venv/.docs-ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow architectures lint fuzz kill bench clean
+.PHONY: help demo test test-slow docs architectures lint fuzz kill bench clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +39,13 @@ lint: $(READY) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+$(DOCS_READY): $(READY)
+	$(PIP) -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(DOCS_READY) ## the documentation site, into build/site; a broken link or name stops it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 architectures: $(READY) ## edit, reopen and compare every architecture that can be built tiny (about 15 minutes)
 	$(ONE_THREAD) $(BIN)/python tools/architectures.py

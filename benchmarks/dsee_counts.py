@@ -4,7 +4,7 @@
 
 On MiniLM: half of the weights go by one-shot magnitude, in one pool, or by the update of query and value, in a pool of
 their own, and the update, dense as any that trained, is merged. Supports are of 64 entries in query and value of the
-first three layers. Forward passes of the merged models of recipes/dsee_sst2.yaml take turns, on one thread.
+first three layers. Forward passes of the merged models of dsee_sst2.yaml take turns, on one thread.
 """
 
 from __future__ import annotations

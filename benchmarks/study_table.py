@@ -1,6 +1,6 @@
 """Table and plot of a study for benchmarks/results, those of the report, from one or several runs.
 
-    ffnkit run recipes/merging_vit.yaml --out runs/merging-vit
+    ffnkit run merging_vit --out runs/merging-vit
     python benchmarks/study_table.py runs/merging-vit --plot --out benchmarks/results/merging_vit
 
 Several folders, say of seeds that ran apart, are read as one study; arms and seeds of the recipe that did not run are

@@ -10,7 +10,7 @@ import pytest
 from test_recipe_run import tiny
 
 from ffnkit.errors import FfnkitError
-from ffnkit.recipe import load_recipe, quickstart
+from ffnkit.recipe import load_recipe, quickstart, shipped
 from ffnkit.recipe.loading import parse
 from ffnkit.recipe.preflight import preflight
 from ffnkit.recipe.schema import recipe_from
@@ -45,9 +45,9 @@ def test_a_good_recipe_is_read(tmp_path: Path) -> None:
 
 def test_the_recipes_that_ship_are_good() -> None:
     assert list(quickstart().arms) == ["uncompressed", "fusion-50"]
-    shipped = list((ROOT / "recipes").glob("*.yaml"))
-    assert shipped
-    for path in shipped:
+    files = list(shipped.FOLDER.glob("*.yaml"))
+    assert files
+    for path in files:
         whole = load_recipe(path)
         small = load_recipe(path, small=True) if "\nsmall:" in path.read_text() else whole
         assert small.arms and small.arms.keys() <= whole.arms.keys()
@@ -150,3 +150,16 @@ def test_an_arm_may_have_settings_of_its_own(tmp_path: Path) -> None:
     for wrong, named in (("learning_rat: 1e-3", "learning_rat"), ("learning_rate: fast", "learning_rate")):
         with pytest.raises(FfnkitError, match=f"arms.half.tune.{named}"):
             load(tmp_path, text.replace("learning_rate: 1e-3", wrong))
+
+
+def test_a_recipe_that_ships_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert {"sst2_minilm", "papers/sparsegrad_glue"} <= set(shipped.names())
+    assert load_recipe("sst2_minilm").name == "sst2-minilm"
+    assert all(len(shipped.about(name)) > 20 for name in shipped.names())
+    Path("sst2_minilm").write_text(GOOD, encoding="utf-8")  # a file of one's own goes first
+    assert load_recipe("sst2_minilm").name != "sst2-minilm"
+    with pytest.raises(FfnkitError, match="there is no such file.*ffnkit recipes"):
+        load_recipe("sst2_minilms")
+    with pytest.raises(FfnkitError, match="ffnkit recipes"):
+        shipped.path("../loading")

@@ -20,7 +20,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.model.finding import ffns
 from ffnkit.model.targets import targets
 from ffnkit.nn.adapter_layer import adapter_layers
-from ffnkit.recipe import Recipe, Table, load_any, load_recipe, run, run_table
+from ffnkit.recipe import Recipe, Table, load_any, load_recipe, run, run_table, shipped
 from ffnkit.recipe.loading import parse_any
 from ffnkit.recipe.schema import recipe_from
 from ffnkit.recipe.sources import tuner_of
@@ -155,7 +155,7 @@ def test_a_cell_that_cannot_run_leaves_the_others_alone(tmp_path: Path) -> None:
     assert again["tiny"].rows[0]["metrics"] == results["rows"][0]["metrics"]  # type: ignore[union-attr]
 
 
-PAPERS = sorted((Path(__file__).parents[1] / "recipes" / "papers").glob("*.yaml"))
+PAPERS = sorted((shipped.FOLDER / "papers").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("small", [False, True], ids=["whole", "small"])
@@ -185,7 +185,7 @@ def test_on_oasst1_every_arm_trains_ffn_weights_alone(small: bool) -> None:
         assert trained and all(any(place in n for place in ffn) for n in trained), (name, trained)
 
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+RECIPES = sorted(shipped.FOLDER.rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -256,6 +256,7 @@ def shortened(recipe: Recipe) -> Recipe:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # of the papers' own settings some take minutes beside other work
 @pytest.mark.parametrize(
     "path",
     [

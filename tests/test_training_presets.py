@@ -14,6 +14,7 @@ from test_tune import assert_same, bert, fit, killed_at, weights
 from torch import nn
 
 from ffnkit.errors import FfnkitError
+from ffnkit.recipe import shipped
 from ffnkit.recipe.loading import load_recipe
 from ffnkit.recipe.schema import recipe_from
 from ffnkit.tune import TrainSettings
@@ -21,8 +22,6 @@ from ffnkit.tune.arguments import training_arguments
 from ffnkit.tune.dropout import dropout_at
 from ffnkit.tune.settings import Training
 from ffnkit.tune.training import HARMLESS
-
-RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 @pytest.mark.parametrize("name", TrainSettings.presets)
@@ -32,7 +31,7 @@ def test_every_preset_is_whole(name: str, tmp_path: Path) -> None:
     made = TrainSettings(preset=name)  # type: ignore[arg-type]
     assert {key: getattr(made, key) for key in values} == dict(values)
     assert TrainSettings(preset=name, epochs=2, steps=None).epochs == 2  # type: ignore[arg-type]
-    arguments = training_arguments(made, "accuracy", tmp_path, 0, progress=False)
+    arguments = training_arguments(made, "accuracy", tmp_path, 0)
     assert arguments.learning_rate == values["learning_rate"]
     recipe = recipe_from({"name": "r", "model": "m", "task": "sst2", "tune": {"preset": name}, "arms": {"a": {}}})
     assert recipe.tune.batch_size == values["batch_size"] and recipe.tune.model_dump()["preset"] == name
@@ -96,7 +95,7 @@ def test_every_kind_of_dropout(name: str) -> None:
 
 
 def test_recipes_name_presets_that_are_there() -> None:
-    for path in RECIPES.rglob("*.yaml"):
+    for path in shipped.FOLDER.rglob("*.yaml"):
         if "preset:" in path.read_text() and path.parent.name != "papers":
             load_recipe(path)
     assert json.dumps(TrainSettings(preset="mlp-fusion-switch").model_dump())

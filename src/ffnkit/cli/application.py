@@ -29,7 +29,6 @@ app = typer.Typer(
     help=HELP,
     rich_markup_mode="rich",
     no_args_is_help=False,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
@@ -58,3 +57,5 @@ def ffnkit(
         raise typer.Exit
     if context.invoked_subcommand is None:
         console.out(context.get_help().rstrip())
+    else:
+        context.with_resource(console.progress(context.invoked_subcommand))

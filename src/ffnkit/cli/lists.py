@@ -1,8 +1,10 @@
-"""``ffnkit methods``, ``tuners`` and ``tasks``."""
+"""``ffnkit methods``, ``tuners``, ``tasks`` and ``recipes``."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from ffnkit.cli import console, describe
 from ffnkit.cli.application import app
@@ -53,6 +55,36 @@ def tasks(as_json: Json = False) -> None:
         return
     cells = [(r["name"], r["kind"], ", ".join(r["text"]), r["label"], ", ".join(r["metrics"])) for r in rows]
     console.table("Tasks", ("name", "kind", "text", "label", "metrics (the first decides)"), cells)
+
+
+@app.command(rich_help_panel=PANEL)
+def recipes(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="Print this one, to start one of your own from.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Every recipe that comes with ffnkit; with a name, the file itself.
+
+    [bold]Examples[/bold]
+
+      ffnkit recipes
+
+      ffnkit recipes sst2_minilm > mine.yaml
+
+      ffnkit run sst2_minilm [cyan]--out runs/sst2[/cyan]
+    """
+    from ffnkit.recipe import shipped
+
+    if name is not None:
+        console.out(shipped.path(name).read_text(encoding="utf-8").rstrip())
+        return
+    rows = [{"name": each, "about": shipped.about(each)} for each in shipped.names()]
+    if as_json:
+        console.print_json(rows)
+        return
+    console.table("Recipes: ffnkit run NAME", ("name", "what it compares"), [(r["name"], r["about"]) for r in rows])
 
 
 def show(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -11,6 +11,7 @@ from ffnkit.cli import console, options
 from ffnkit.cli.application import app
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import read_json
+from ffnkit.io.progress import aside
 
 if TYPE_CHECKING:
     from ffnkit.recipe import Results, Table
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
 @app.command(rich_help_panel="The main job")
 def run(
     recipe: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE]", help="A YAML recipe; none: the quickstart.", show_default=False)
+        Path | None,
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="A YAML recipe, or a name of `ffnkit recipes`; none: the quickstart.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where results go. \\[default: ffnkit-out/<recipe's name>]")
@@ -55,13 +61,13 @@ def run(
 
       ffnkit run                          [dim]# the quickstart[/dim]
 
-      ffnkit run recipes/sst2_minilm.yaml [cyan]--out runs/sst2[/cyan]
+      ffnkit run sst2_minilm [cyan]--out runs/sst2[/cyan]
 
-      ffnkit run recipes/papers/sparsegrad_glue.yaml [cyan]--small --out runs/glue[/cyan]
+      ffnkit run papers/sparsegrad_glue [cyan]--small --out runs/glue[/cyan]
 
-      ffnkit run recipes/sst2_minilm.yaml [cyan]--jobs 2[/cyan] --out runs/sst2
+      ffnkit run sst2_minilm [cyan]--jobs 2[/cyan] --out runs/sst2
 
-      ffnkit run recipes/sst2_minilm.yaml [cyan]--ray[/cyan] --out /shared/runs/sst2
+      ffnkit run sst2_minilm [cyan]--ray[/cyan] --out /shared/runs/sst2
     """
     from ffnkit.cli.searching import carry_out
     from ffnkit.recipe import Table, load_any, quickstart
@@ -85,7 +91,8 @@ def run(
         raise FfnkitError(f"--only {only[0]}", "the recipe is one run, not a table", "Leave it out")
     from ffnkit.recipe import run as run_recipe
 
-    results = run_recipe(loaded, folder, **how)
+    with aside():  # its units show their own progress, each in a process of its own
+        results = run_recipe(loaded, folder, **how)
     if as_json:
         console.print_json(console.read_json(folder / "results.json"))
     else:
@@ -101,7 +108,8 @@ def _run_table(table: Table, folder: Path, how: dict[str, Any], as_json: bool) -
     """Run every cell and print what came; the exit code of the worst."""
     from ffnkit.recipe import Results, run_table
 
-    found = run_table(table, folder, **how)
+    with aside():
+        found = run_table(table, folder, **how)
     if as_json:
         files = {name: folder / name / "results.json" for name in found}
         console.print_json({name: console.read_json(path) for name, path in files.items() if path.is_file()})

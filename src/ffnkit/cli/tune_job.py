@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from ffnkit.cli import console, describe, options
+from ffnkit.cli import console, describe, forms, options
 from ffnkit.cli.eval_job import Measured, generation_built, load_tokenizer, tell
 from ffnkit.cli.history import History, public_name
 from ffnkit.errors import FfnkitError
@@ -23,7 +23,7 @@ from ffnkit.io.apart import is_apart
 from ffnkit.io.files import read_json, write_text
 from ffnkit.io.folders import staging
 
-SETTINGS = "settings.json"
+SETTINGS, LOGS = "settings.json", "logs"
 HIDDEN = ("task", "files", "teacher_files", "distil_files")  # parts of the fingerprint that no reader wants
 
 
@@ -46,17 +46,19 @@ class TuneJob:
     tokenizer: str | None = None
     generation_settings: dict[str, Any] = field(default_factory=dict)
     restart: bool = False
-    form: Literal["compact", "apart"] = "compact"
+    form: Literal["auto", "compact", "standard", "apart"] = "auto"
     flags: dict[str, str] = field(default_factory=dict)  # the options that gave settings of the training
+    last: str = field(default="", init=False)  # how the result is used elsewhere
 
     def __post_init__(self) -> None:
-        from ffnkit.tune import tuners
+        from ffnkit.tune import tracking, tuners
         from ffnkit.tune.settings import DistilSettings, TrainSettings
 
         kind, own = tuners.kind(self.tuner), ("routers", "tied", "quantize")
         flags = {name: f"--{name}" for name in own if name in self.tuner_settings}
         self.tuner_built = describe.build(kind, self.tuner_settings, f"tuner {self.tuner}", "--tuner-set", flags)
         self.train_settings = describe.build(TrainSettings, self.settings, "the training", "--set", self.flags)
+        tracking.trackers(self.train_settings.report_to)
         self.generation = generation_built(self.generation_settings)
         if self.form == "apart" and self.tuner_built.method is None:
             asked, what = "--form apart", f"the tuner {self.tuner} puts no updates beside weights"
@@ -135,6 +137,7 @@ class TuneJob:
             generation=self.generation,
             go_on=adapted,
             merge=self.form != "apart",
+            run=self.tracked,
         )
         found = Measured.of(
             result.model, tokenizer, self.task, splits, self.train_settings.max_length, generation=self.generation
@@ -142,8 +145,33 @@ class TuneJob:
         if self.fold and self.form != "apart" and not self.tuner_built.stays:
             ffnkit.fold(result.model, keep=SAVING)
         report = self.report(result, found.to_dict(), splits, time.perf_counter() - start)
+        self.tell(result.model, report)
         self.save(result.model, tokenizer, report, found)
         return report
+
+    @property
+    def tracked(self) -> Any:
+        """The run as trackers know it."""
+        from ffnkit.tune.tracking import Run
+
+        return Run(f"{self.out.resolve().name}/seed-{self.seed}", self.work / LOGS)
+
+    def tell(self, model: Any, report: dict[str, Any]) -> None:
+        """Log settings, sizes, FLOPs and the report's figures with the trackers that are named."""
+        from ffnkit.report import measure
+        from ffnkit.tune import tracking
+
+        if not tracking.trackers(self.train_settings.report_to):
+            return
+        history = History.of(self.model)
+        figures = tracking.numbers({"report": {**report["metrics"], **report.get("extra", {})}})
+        figures |= tracking.numbers({"size": measure.figures(model)})
+        chosen = {"model": self.model, "task": self.task.name, "tuner": self.tuner, "seed": self.seed}
+        chosen |= {"tuner settings": self.tuner_settings, "training": self.train_settings.model_dump(mode="json")}
+        chosen |= {"method": history.method or "none", "method settings": history.settings}
+        plan = "\n".join(f"{name}: {before} -> {after} neurons" for name, before, after in history.layers)
+        record = tracking.Record(chosen, figures, {"plan": plan} if plan else {})
+        tracking.tell(self.tracked, self.train_settings.report_to, record)
 
     def distil(self, model: Any, tokenizer: Any, splits: Any) -> None:
         """Match the teacher's hidden states, its answers, or both; the teacher is freed afterwards."""
@@ -202,11 +230,13 @@ class TuneJob:
                     shutil.rmtree(part)
             else:
                 console.say("resuming the run that was interrupted")
+        if self.restart or not self.parts():
+            shutil.rmtree(self.work / LOGS, ignore_errors=True)
         write_text(self.work / SETTINGS, json.dumps(self.plain_facts, indent=2))
 
     def parts(self) -> list[Path]:
         """What earlier runs with these settings left: folders of checkpoints, and of a distillation."""
-        return [path for path in self.work.iterdir() if path.is_dir()]
+        return [path for path in self.work.iterdir() if path.is_dir() and path.name != LOGS]
 
     def facts(self) -> dict[str, Any]:
         """What the tuned weights depend on."""
@@ -262,18 +292,24 @@ class TuneJob:
         training |= {"distilled from": public_name(self.teacher)} if self.teacher else {}
         training |= {key: value for key, value in self.train_settings.model_dump(mode="json").items()}
         history = History.of(self.model).tuned(training, self.task.name, report["metrics"], self.task.pipeline_tag)
-        write = ffnkit.save_apart if self.form == "apart" else ffnkit.save
+        # what was to stay unfolded only the compact form holds
+        form = forms.settled(self.form, model) if self.fold or self.form != "auto" else "compact"
+        write = {"apart": ffnkit.save_apart, "standard": ffnkit.export}.get(form, ffnkit.save)
         with staging(self.out) as temporary:
-            write(model, temporary, tokenizer=tokenizer, card=history.card(model, self.form))
+            write(model, temporary, tokenizer=tokenizer, card=history.card(model, form))  # type: ignore[operator, arg-type]
             history.write(temporary)
             found.write(temporary, self.task)
+            if (self.work / LOGS).is_dir():
+                shutil.copytree(self.work / LOGS, temporary / LOGS, symlinks=True)
             write_text(temporary / "metrics.json", json.dumps(console.plain(report), indent=2) + "\n")
         shutil.rmtree(self.works, ignore_errors=True)
+        self.last = forms.elsewhere(form, self.out, model)
 
 
 def has_files(work: Path) -> bool:
     """Whether a run left something to go on from, a checkpoint or the state of a distillation."""
-    return any(path.is_file() for path in work.glob("*/*/*")) or any(work.glob("distil/*.safetensors"))
+    inner = (path for path in work.glob("*/*/*") if path.relative_to(work).parts[0] != LOGS)
+    return any(path.is_file() for path in inner) or any(work.glob("distil/*.safetensors"))
 
 
 def digest(facts: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import disk_errors
+from ffnkit.io.progress import shown
 from ffnkit.io.workspace import held, made
 from ffnkit.recipe import cluster, pool
 from ffnkit.recipe import results as written
@@ -68,7 +69,8 @@ def run(
     check_shares(shares, isolate)
     check_out(out)
     say(f"{recipe.name}: {len(recipe.arms)} arms x {len(recipe.seeds)} seeds in {out}")
-    model, data = preflight(recipe, say)
+    with shown("looking at the model and the data", quiet=not progress):
+        model, data = preflight(recipe, say)
     if (told := widened(model_name(recipe))) is not None:
         say(told)
     base = base_facts(recipe, model, data)
@@ -82,8 +84,9 @@ def run(
         metric = _metric(recipe)
         try:
             _run_units(recipe, out, units, metric, isolate, progress, shares)
-            _measure(recipe, out, remeasure, say)
-            unjudged = _judge(recipe, out, say)
+            with shown("after the units", quiet=not progress):
+                _measure(recipe, out, remeasure, say)
+                unjudged = _judge(recipe, out, say)
         except KeyboardInterrupt:
             written.write(recipe, written.collect(recipe, out, metric), pages=False)
             say("Stopped. What is finished is kept; run the same command to continue.")
@@ -137,7 +140,8 @@ def _run_units(
         else:
             for unit in left:
                 board.begins(unit.name)
-                good = run_here(recipe, unit, units[unit], board.say, board.terminal)
+                with shown(unit.name, quiet=not progress):
+                    good = run_here(recipe, unit, units[unit], board.say, progress)
                 board.ends(unit.name, good, (unit.marker("failed") or {}).get("error", ""))
                 over()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.yaml_text import read_yaml
+from ffnkit.recipe import shipped
 from ffnkit.recipe.schema import Recipe, recipe_from
 from ffnkit.recipe.tables import Table, is_table, table_from, variant
 
@@ -58,6 +59,7 @@ def load_recipe(path: str | Path, *, any_template: bool = False, small: bool = F
     """Read and check a YAML recipe.
 
     Args:
+        path: of the file, or the name of a recipe that comes with ffnkit (``ffnkit recipes``).
         any_template: let it name a chat template outside of its own folder and the working folder; what a template
             says is saved with the models, so that a recipe of somebody else could carry a file away.
         small: its small variant.
@@ -70,6 +72,8 @@ def load_recipe(path: str | Path, *, any_template: bool = False, small: bool = F
 
 def load_any(path: str | Path, *, any_template: bool = False, small: bool = False) -> Recipe | Table:
     """Read and check a YAML recipe, or a table of recipes; arguments and errors as :func:`load_recipe`."""
+    if (name := str(path)) in shipped.names() and not Path(path).exists():
+        path = shipped.path(name)
     found = parse_any(read_text(path), str(path), small=small)
     if not any_template:
         for recipe in found.cells.values() if isinstance(found, Table) else (found,):
@@ -84,7 +88,8 @@ def read_text(path: str | Path) -> str:
             content = file.read(LONGEST + 1)
         text = content.decode("utf-8")
     except FileNotFoundError:
-        raise FfnkitError(f"recipe {path}", "there is no such file", "Give the path of a YAML recipe") from None
+        do = "Give the path of a YAML recipe, or a name of `ffnkit recipes`"
+        raise FfnkitError(f"recipe {path}", "there is no such file", do) from None
     except (OSError, ValueError) as error:
         found = f"cannot be read ({getattr(error, 'strerror', None) or error})"
         raise FfnkitError(f"recipe {path}", found, "Give the path of a YAML recipe") from None

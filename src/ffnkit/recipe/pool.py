@@ -45,7 +45,6 @@ def run_units(
             out,
             unit,
             progress=board.shown,
-            bars=board.terminal and alone,
             environment=shares.environment(slot),
             told=None if alone else board.teller(unit.name),
         )

@@ -12,7 +12,18 @@ from pydantic import Field, StrictBool, ValidationError, field_validator, model_
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ffnkit.errors import FfnkitError, RenamedWarning
-from ffnkit.recipe.parts import Count, Limits, Measure, Part, Pruning, Tickets, TunerSpec, settings_today, wrong_tickets
+from ffnkit.recipe.parts import (
+    Calibration,
+    Count,
+    Limits,
+    Measure,
+    Part,
+    Pruning,
+    Tickets,
+    TunerSpec,
+    settings_today,
+    wrong_tickets,
+)
 from ffnkit.recipe.rates import ArmSearch, Rates, Search, check_trials, wrong_search
 from ffnkit.recipe.settings import (
     check_budget,
@@ -29,9 +40,9 @@ from ffnkit.settings import settings_of
 from ffnkit.settings.presets import filled
 from ffnkit.settings.words import in_words
 from ffnkit.tasks.fields import Head, Kind, LabelKind, TaskFields
-from ffnkit.tasks.settings import GenerationSettings, JudgeSettings
+from ffnkit.tasks.settings import GenerationSettings, HarnessSettings, JudgeSettings
 from ffnkit.tune.healing.settings import HealSettings
-from ffnkit.tune.settings import CalibrationSettings, DistilSettings, TrainSettings
+from ffnkit.tune.settings import DistilSettings, TrainSettings
 
 Stage = Literal["compress", "heal", "distil", "tune", "prune", "recover", "evaluate", "export"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -183,7 +194,7 @@ class Recipe(Part):
     task: TaskSpec
     data_dir: str | None = None
     limits: Limits = Limits()
-    calibration: CalibrationSettings = Field(default_factory=lambda: CalibrationSettings.model_validate({}))
+    calibration: Calibration = Field(default_factory=lambda: Calibration.model_validate({}))
     seeds: tuple[Annotated[int, Field(strict=True, ge=0)], ...] = (0,)
     stages: tuple[Stage, ...] = ("compress", "tune", "evaluate", "export")
     tuner: TunerSpec = TunerSpec()
@@ -197,6 +208,7 @@ class Recipe(Part):
     evaluate_before: StrictBool = False
     forgetting: str | None = None
     judge: JudgeSettings | None = None
+    lm_eval: HarnessSettings | None = None
     export: Literal["none", "compact", "standard", "both", "apart", "all"] = "both"
     export_seeds: Literal["first", "all"] = "first"
     measure: Measure = Measure()
@@ -259,6 +271,8 @@ class Recipe(Part):
             check_trials(self)
         if self.forgetting is not None and "evaluate" not in self.stages:
             fail(("stages",), "forgetting is measured in the stage evaluate", list(self.stages))
+        if self.lm_eval is not None and "evaluate" not in self.stages:
+            fail(("stages",), "lm_eval is measured in the stage evaluate", list(self.stages))
         if self.judge is not None and ("evaluate" not in self.stages or len(self.arms) < 2):
             fail(("judge",), "answers of two arms or more, of the stage evaluate, are compared", None)
         for then in ("heal", "distil"):
@@ -314,7 +328,7 @@ class Recipe(Part):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it stands in the file, defaults filled in."""
-        later = ("forgetting", "judge", "search")  # of runs without them nothing is said
+        later = ("forgetting", "judge", "lm_eval", "search")  # of runs without them nothing is said
         data = {k: v for k, v in self.model_dump(mode="json").items() if v is not None or k not in later}
         if "heal" not in self.stages:
             del data["heal"]

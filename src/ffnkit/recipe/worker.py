@@ -15,6 +15,7 @@ from typing import Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import read_json
+from ffnkit.io.progress import shown
 from ffnkit.recipe.schema import Recipe, facts_today, recipe_from
 from ffnkit.recipe.state import Unit, digest, unit_of
 
@@ -39,13 +40,12 @@ class Child:
         unit: Unit,
         *,
         progress: bool,
-        bars: bool = False,
         environment: Mapping[str, str] | None = None,
         told: Callable[[str], None] | None = None,
     ) -> None:
         self.unit = unit
         command = [sys.executable, "-m", "ffnkit.recipe.worker", str(out), unit.arm, str(unit.seed)]
-        command += ["--progress"] * progress + ["--bars"] * bars
+        command += ["--progress"] * progress
         paths = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
         variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(environment or {})}
         # A group of its own: Ctrl-C reaches us alone, and we end the child, which then prints no traceback.
@@ -138,7 +138,7 @@ def main(arguments: list[str]) -> int:
 def _main(arguments: list[str]) -> int:
     out, arm, seed = Path(arguments[0]), arguments[1], int(arguments[2])
     threading.Thread(target=watch, args=(sys.stdin.fileno(),), daemon=True).start()
-    progress, bars = "--progress" in arguments, "--bars" in arguments
+    progress = "--progress" in arguments
 
     def say(line: str) -> None:
         if progress:
@@ -151,10 +151,10 @@ def _main(arguments: list[str]) -> int:
     facts = stored["units"][f"{arm}/{seed}"]
     found = unit.marker("unit")
     if found is not None and digest(facts_today(found["facts"])) != digest(facts):
-        shown = FfnkitError(unit.name, "is of another recipe", "Give another --out, or --restart")
-        record(unit, str(shown))
+        record(unit, str(FfnkitError(unit.name, "is of another recipe", "Give another --out, or --restart")))
         return FAILED
-    return 0 if run_here(recipe, unit, facts, say, bars) else FAILED
+    with shown(unit.name, quiet=not progress):
+        return 0 if run_here(recipe, unit, facts, say, progress) else FAILED
 
 
 def hush() -> None:

@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.yaml_text import read_yaml
+from ffnkit.recipe import shipped
 from ffnkit.recipe.loading import read_text
 from ffnkit.recipe.parts import Count, Limits, Measure, Part
 from ffnkit.recipe.schema import TaskSpec
@@ -94,6 +95,8 @@ def read_search(path: str | Path) -> SearchRecipe | None:
     Raises:
         FfnkitError: the file cannot be read, or a field is wrong.
     """
+    if str(path) in shipped.names() and not Path(path).exists():
+        return None  # a recipe that comes with ffnkit
     data = read_yaml(read_text(path), str(path))
     return search_from(data, str(path)) if is_search(data) else None
 

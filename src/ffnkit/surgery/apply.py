@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ffnkit.edits import Edit
 from ffnkit.edits.order import check_normal
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import counted
 from ffnkit.model import trainable
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import check_untouched, walk
@@ -58,7 +59,9 @@ def carry_out(model: nn.Module, edits: Iterable[Edit], plan: Plan | None = None)
         plan.check_weights(model)
     writer = check_edits(model, edits, rehearsed=plan is not None and structure(model) in plan.rehearsed)
     with journal(model):
-        compressed.mark(model, compressed.places(edits))
+        if places := compressed.places(edits):
+            compressed.mark(model, places)
+            compressed.leave_name(model)
         writer.carry_out(edits)
 
 
@@ -201,7 +204,7 @@ def _plain_again(model: nn.Module, plain_of: Callable[[AdapterLayer], Any]) -> N
     for name, module in walk(model):
         if isinstance(module, AdapterLayer):
             places.setdefault(module, []).append(name)
-    for layer, names in places.items():
+    for layer, names in counted(places.items(), "folding", len(places)):
         plain = plain_of(layer)
         trainable.hand_on(model, layer.base, plain.weight)
         for name in names:

@@ -1,0 +1,38 @@
+"""What the documentation site needs beside the pages: hooks of mkdocs.yml, run by `make docs`.
+
+The first page of the site is README.md, and the stored results that pages link to are pages of it too, so that there is
+one text of each.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """README as the first page, results as pages below ``results/``, their pictures beside them."""
+    files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text(encoding="utf-8")))
+    for path in sorted(RESULTS.glob("*.md")):
+        files.append(File.generated(config, f"results/{path.name}", content=path.read_text(encoding="utf-8")))
+    for path in sorted({*RESULTS.glob("*.png"), *RESULTS.glob("*.json")}):
+        files.append(File.generated(config, f"results/{path.name}", content=path.read_bytes()))
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    files.append(File.generated(config, "changelog.md", content=changes))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Links as they work in the repository become links as they work in the site."""
+    if page.file.src_uri == "index.md":
+        markdown = markdown.replace("](CHANGELOG.md", "](changelog.md").replace("](benchmarks/results/", "](results/")
+    if page.file.src_uri in ("index.md", "changelog.md"):
+        markdown = markdown.replace("](docs/", "](").replace('src="docs/', 'src="')
+    up = "../" if "/" in page.file.src_uri else ""
+    return re.sub(r"\]\((?:\.\./)+benchmarks/results/", f"]({up}results/", markdown)
