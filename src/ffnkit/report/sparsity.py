@@ -192,7 +192,7 @@ def _loss(model: nn.Module, batches: list[Mapping[str, Any]]) -> float:
     return total / weight
 
 
-def shares_of(model: nn.Module) -> dict[str, float]:
+def shares_of(model: PreTrainedModel) -> dict[str, float]:
     """The share of zeros in the model's linears: as they are, and merged in either way."""
     found = sparsity(model).to_dict()
     return {name: found[name] for name in ("zeros", "merged", "masked")}
