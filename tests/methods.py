@@ -51,6 +51,8 @@ FURTHER: dict[str, Callable[..., Any]] = {
     "structured": lambda **more: fk.StructuredPruning(**{"remove_heads": 1, "remove_neurons": 0.5} | more),
     "layer-drop": lambda **more: methods.build("layer-drop", **{"layers": "last:1"} | more),
     "ffn-drop": lambda **more: methods.build("ffn-drop", **{"layers": "last:1"} | more),
+    "layer-drop refitted": lambda **more: methods.build("layer-drop", **{"layers": "last:1", "refit": True} | more),
+    "ffn-drop refitted": lambda **more: methods.build("ffn-drop", **{"layers": "last:1", "refit": True} | more),
     "combined": lambda **more: fk.Combined([fk.Fusion(width=0.5, restarts=1), fk.RemoveHeads(remove=1)]),
     "sparsegrad": lambda **more: fk.SparseGrad(**{"density": 0.1, "batches": 1} | more),
     "dsee": lambda **more: fk.DSEE(**{"rank": 2, "nonzeros": 4} | more),
@@ -72,6 +74,10 @@ REFUSED = {
     ("calibrated-merging", "llama4"): "a group of one FFN",
     ("calibrated-merging", "albert"): "layer 1 has no FFN",
     ("layer-drop", "albert"): "no layer of the stack is left",
+    ("layer-drop refitted", "albert"): "it runs 3 times in a pass",
+    ("ffn-drop refitted", "albert"): "it runs 3 times in a pass",
+    ("layer-drop refitted", "clip"): "not every reader is a norm",
+    ("ffn-drop refitted", "clip"): "not every reader is a norm",
 } | {
     (name, family): "3-D parameter"
     for name in (

@@ -18,19 +18,19 @@ from torch import nn
 import ffnkit as fk
 from ffnkit import methods
 from ffnkit.analysis.similarity import similarity
+from ffnkit.calibration.drift import Drift
 from ffnkit.calibration.gradients import weight_gradients
 from ffnkit.calibration.stored import PROBED, StatisticsFile, StatisticsWriter
 from ffnkit.errors import FfnkitError, FfnkitWarning
 from ffnkit.methods.calibrating import merge
-from ffnkit.methods.deciding import Judge
 from ffnkit.model.finding import ffns
 from ffnkit.ops.moments import Moments
 
 _ = (bert, verbosity)  # fixtures
 TAKES: dict[str, dict[str, Any]] = {
-    "fusion": {"name": "calibrated-fusion", "width": 0.5, "refine": 3},
-    "greedy": {"name": "calibrated-fusion", "width": 0.25, "refine": 0, "select": "greedy"},
-    "few": {"name": "calibrated-fusion", "width": 0.5, "refine": 3, "tokens": 20},
+    "fusion": {"name": "calibrated-fusion", "width": 0.5, "refine": 3, "sequential": False},
+    "greedy": {"name": "calibrated-fusion", "effort": "fast", "width": 0.25, "select": "greedy"},
+    "few": {"name": "calibrated-fusion", "effort": "fast", "width": 0.5, "refine": 3, "tokens": 20},
     "importance": {"name": "importance", "width": 0.5},
     "neurons": {"name": "structured", "by": "activation", "remove_heads": 0, "remove_neurons": 0.5},
 }
@@ -194,7 +194,7 @@ PASSES: dict[str, Callable[..., Any]] = {
         for row in fk.analyze(model, [fk.CalibratedFusion(0.5, refine=2)], data=data, calibration=data, ntk=False).rows
     ],
     "similarity": lambda model, data: {k: v for k, v in similarity(model, data).to_dict().items() if k != "seconds"},
-    "judge": lambda model, data: Judge(model, data).measure(),
+    "judge": lambda model, data: Drift(model, data).measure(),
 }
 
 
@@ -233,7 +233,7 @@ def test_command_line(bert: Path, tmp_path: Path) -> None:
     good("calibrate", bert, "--text", tmp_path / "b.csv", "--text-column", "body", "--tokens", 100, "--out", two)
     good("calibrate", bert, "--merge", one, two, "--out", both)
     assert StatisticsFile(both).data == StatisticsFile(one).data + StatisticsFile(two).data
-    narrow = ("compress", bert, "--set", "width=0.5")
+    narrow = ("compress", bert, "--set", "width=0.5", "--set", "sequential=false")
     for number, given in enumerate((texts, ("--statistics", one), ("--statistics", both))):
         good(*narrow, *given, "--out", tmp_path / str(number))
     weights = [(tmp_path / str(number) / "model.safetensors").read_bytes() for number in range(3)]
@@ -246,8 +246,8 @@ def test_command_line(bert: Path, tmp_path: Path) -> None:
     out = ("--out", tmp_path / "x")
     assert "--text is given too" in bad(*narrow, *texts, "--statistics", one, *out)
     assert "no such file" in bad(*narrow, "--statistics", tmp_path / "no", *out)
-    assert "sequential" in bad(*narrow, "--set", "sequential=true", "--statistics", one, *out)
-    assert "uses no data" in bad(*narrow, "--method", "magnitude", "--statistics", one, *out)
+    assert "sequential" in bad(*narrow[:4], "--set", "sequential=true", "--statistics", one, *out)
+    assert "uses no data" in bad(*narrow[:4], "--method", "magnitude", "--statistics", one, *out)
     assert "--merge" in bad("calibrate", bert, one, *out)
     assert "files are named" in bad("calibrate", bert, "--merge", one, *out)
     assert "data are named too" in bad("calibrate", bert, "--merge", one, two, *texts, *out)
@@ -259,8 +259,8 @@ def test_the_first_batches_hold_enough_tokens_for_every_stack() -> None:
 
     ids, mask = torch.zeros(8, 100, dtype=torch.long), torch.zeros(8, 100, dtype=torch.long)
     mask[:, :50] = 1
-    assert len(first_batches([{"input_ids": ids}] * 5)) == -(-PROBED // 800)
-    assert len(first_batches([{"input_ids": ids, "attention_mask": mask}] * 5)) == -(-PROBED // 400)
+    assert len(first_batches([{"input_ids": ids}] * 30)) == -(-PROBED // 800)
+    assert len(first_batches([{"input_ids": ids, "attention_mask": mask}] * 30)) == -(-PROBED // 400)
     few = torch.full((8, 100), -100)
     few[:, :30] = 1
     assert len(first_batches([{"input_ids": ids, "labels": few}] * 9)) == -(-PROBED // 240)

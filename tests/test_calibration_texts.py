@@ -16,9 +16,10 @@ from test_cli import bad, bert, good, verbosity
 import ffnkit as fk
 from ffnkit import methods
 from ffnkit.calibration import shipped
+from ffnkit.calibration.drift import Drift
 from ffnkit.errors import FfnkitError
 from ffnkit.methods import deciding
-from ffnkit.methods.deciding import Judge, decide
+from ffnkit.methods.deciding import decide
 from ffnkit.methods.expecting import expected
 from ffnkit.tune import CalibrationSettings, calibration_batches, deciding_batches
 from ffnkit.tune.calibration_text import read_calibration, shares
@@ -95,12 +96,12 @@ def test_decided_on_are_texts_that_nothing_is_fitted_to(bert: Path, monkeypatch:
 def test_the_setting_that_loses_least_on_held_out_text_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     model = FAMILIES["llama"].model()
     fit, held = ([FAMILIES["llama"].inputs(model, seed=seed) for seed in part] for part in (range(3), range(9, 12)))
-    method = fk.CalibratedFusion(0.5, refine=0, ridge=1e-6)  # fitted to few tokens: it loses elsewhere
+    method = fk.CalibratedFusion(0.5, effort="fast", ridge=1e-6)  # fitted to few tokens: it loses elsewhere
     decision = decide(model, fit, held, method, {"ridge": (0.1, 100.0), "select": ("greedy",)})
     losses = [(trial["KL"], trial["given"]) for trial in decision.tried]
     assert len(losses) == 4 and decision.method == dataclasses.replace(method, **min(losses, key=lambda x: x[0])[1])
     assert decision.method.ridge > 1e-6
-    judge = Judge(model, held)
+    judge = Drift(model, held)
     for trial in losses[:2]:  # what a trial tells is what the plan from the data themselves does
         plan = fk.plan(model, dataclasses.replace(method, **trial[1]), data=fit)
         assert deciding.moved(model, plan.edits, judge)["KL"] == pytest.approx(trial[0], rel=1e-6)
@@ -119,7 +120,7 @@ def test_the_judge_tells_what_a_loop_tells(family: str) -> None:
     batch = FAMILIES[family].inputs(model, seed=3)
     if family == "llama":
         batch = {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"].eq(0), -100)}
-    judge = Judge(model, [batch])
+    judge = Drift(model, [batch])
     before = judge.measure()
     assert next(iter(before.values())) == 0.0
     with torch.no_grad():

@@ -78,8 +78,8 @@ FAMILY = ("bert", "gpt2", "llama", "t5", "switch", "mixtral", "albert", "vit")
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "how"), [("bert", "dead"), ("llama", "alike")])
 def test_every_plan_is_finite(family: str, how: str) -> None:
-    for name, method in EVERY.items():
-        check(case_of(family), name, method(), lambda model: kill(model, how))
+    for name in (name for name in EVERY if (name, family) not in REFUSED):
+        check(case_of(family), name, EVERY[name](), lambda model: kill(model, how))
 
 
 @pytest.mark.slow

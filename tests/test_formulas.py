@@ -168,7 +168,7 @@ def test_adam_gets_its_own_factors(tmp_path: Path) -> None:
     from ffnkit.tune.arguments import training_arguments
 
     settings = TrainSettings(betas=(0.8, 0.95), eps=1e-7, weight_decay=0.03, learning_rate=2e-4)
-    found = training_arguments(settings, "accuracy", tmp_path, 3, False)
+    found = training_arguments(settings, "accuracy", tmp_path, 3)
     assert (found.adam_beta1, found.adam_beta2, found.adam_epsilon) == (0.8, 0.95, 1e-7)
     assert (found.weight_decay, found.learning_rate, found.seed, found.data_seed) == (0.03, 2e-4, 3, 3)
 

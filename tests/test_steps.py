@@ -69,7 +69,7 @@ def test_weight_decay_leaves_factors_alone(tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in fk.apply(model, plan).parameters():
             parameter.copy_(torch.ones_like(parameter)) if parameter.is_floating_point() else None
-    arguments = training_arguments(settings(weight_decay=0.5), "accuracy", tmp_path, 0, False)
+    arguments = training_arguments(settings(weight_decay=0.5), "accuracy", tmp_path, 0)
     loop = Loop(model=model, args=arguments, train_dataset=rows(4, 0), eval_dataset=rows(4, 1))
     optimizer = loop.create_optimizer()
     for parameter in model.parameters():

@@ -18,7 +18,8 @@ MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
 LONGEST, AT_ROOT = 400, 6
 KINDS = {
     "ClusterNeurons", "DropLayer", "Edit", "FactorLinear", "LinearEdit", "Mask", "NeuronEdit", "ReplaceNeurons",
-    "ReplaceLinear", "ScaleInputs", "SelectHeads", "SelectNeurons", "SetWidth", "Tie", "Train", "UpdateLinear",
+    "KeepOwn", "ReplaceLinear", "Rescale", "ScaleInputs", "SelectHeads", "SelectNeurons", "SetWidth", "Tie", "Train",
+    "UpdateLinear",
 }  # fmt: skip
 
 

@@ -256,6 +256,7 @@ def shortened(recipe: Recipe) -> Recipe:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # of the papers' own settings some take minutes beside other work
 @pytest.mark.parametrize(
     "path",
     [

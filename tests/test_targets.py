@@ -15,13 +15,16 @@ from test_cli import bad, bert, good, llama, verbosity  # noqa: F401
 from tolerance import assert_close, assert_differs
 
 import ffnkit as fk
-from ffnkit.budget.losses import Losses, held_out
+from ffnkit.budget.losses import Losses, held_out, shown
+from ffnkit.budget.mending import gaps_closed, heads_refitted
 from ffnkit.budget.moves import PARTS, Choice, Graded, Joint, Space
 from ffnkit.budget.nested import Nested, tail_errors
 from ffnkit.budget.search import Search
+from ffnkit.budget.speed import Speed
 from ffnkit.budget.targets import Target, check_key_values, file_bytes, key_value_bytes
 from ffnkit.calibration.blockwise import Blockwise
-from ffnkit.edits import DropLayer, Tie
+from ffnkit.edits import DropLayer, ReplaceLinear, Rescale, Tie
+from ffnkit.edits.order import check_normal
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.heads import left_out
 from ffnkit.methods.drop.layers import LayerDrop
@@ -31,6 +34,7 @@ from ffnkit.model.finding import ffns
 from ffnkit.ops.subset import refit
 from ffnkit.recipe.schema import recipe_from
 from ffnkit.recipe.sources import method_of
+from ffnkit.surgery.temporary import temporarily
 
 QUICK: dict[str, Any] = {"rounds": 0, "parts": ("neurons", "layers")}
 
@@ -110,6 +114,20 @@ def test_a_target_of_time_is_measured() -> None:
     seconds = plan.report["target"]["seconds of a batch"]
     assert seconds["ratio"] <= 0.9 and seconds["after"] < seconds["before"]
     assert any(isinstance(edit, DropLayer) for edit in plan.edits)
+
+
+def test_the_time_that_is_told_is_that_of_the_choice_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later round that misses the target changes nothing."""
+    ratios = iter((0.7, 0.97, 0.96, 0.95, 0.94))
+
+    def ratio(speed: Speed, _: Any) -> float:
+        speed.last = {"before": 1.0, "after": (found := next(ratios)), "ratio": found}
+        return found
+
+    monkeypatch.setattr(Speed, "ratio", ratio)
+    model = FAMILIES["llama"].model()
+    plan = fk.plan(model, fk.FitTo(latency=0.9, rounds=0, parts=("layers",)), data=batches("llama", model))
+    assert plan.report["target"]["seconds of a batch"]["ratio"] == 0.7
 
 
 def test_a_standard_checkpoint_needs_no_padding(tmp_path: Path) -> None:
@@ -459,3 +477,53 @@ def test_a_wrong_target_in_a_recipe_is_one_line(arm: dict[str, Any], words: str)
     with pytest.raises(FfnkitError, match=words) as caught:
         recipe_from(recipe(**arm))
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------ mending
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_an_assembled_choice_is_mended_and_measured(name: str) -> None:
+    """Outputs of fewer heads are refitted, and a factor closes the gap of a layer; each stays where it is measured
+    better, and what is measured is what the plan gives."""
+    model = FAMILIES[name].model()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.25)
+    rows = batches(name, model, 8)
+    space = Space(model, Target("params", 0.6), "all", ("heads", "layers"))
+    losses = Losses(space, *held_out(rows))
+    losses.foresee()
+    [layer] = [each for each in space.joints if each.kind == "layers" and each.block.endswith(".1")]
+    heads = next(each for each in space.graded if each.kind == "heads" and not each.name.startswith(layer.block))
+    choice = Choice((layer,), {heads.name: heads.options[0]})
+    edits, seen = losses.edits(choice), losses.edits(choice)
+    for mend, kind in ((heads_refitted, ReplaceLinear), (gaps_closed, Rescale)):
+        with shown(model, seen):
+            plain = FAMILIES[name].outputs(model, rows[0])
+        made, beside = mend(losses, choice, edits)
+        assert made and {type(edit) for edit in made} == {kind}
+        edits, seen = [*edits, *made], [*seen, *beside]
+        with shown(model, seen):
+            tried = FAMILIES[name].outputs(model, rows[0])
+        with temporarily(model, edits):
+            given = FAMILIES[name].outputs(model, rows[0])
+        for key, value in given.items():
+            assert_close(tried[key], value, rel=1e-4, what=key)
+            assert_differs(plain[key], value, rel=1e-3, what=key)
+    check_normal(edits)
+
+
+@pytest.mark.slow
+def test_a_plan_takes_what_mends_and_tells_it() -> None:
+    model = FAMILIES["llama"].model()
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.25)
+    plan = fk.plan(model, fk.FitTo(params=0.6, parts=("heads", "layers"), rounds=0), data=batches("llama", model, 8))
+    told = plan.report["target"]
+    mended = [each for each in told["tried"] if "refitted" in each["how"] or "factor" in each["how"]]
+    assert mended and told["measured"] == min(each["measured"] for each in told["tried"])
+    assert any(isinstance(edit, ReplaceLinear | Rescale) for edit in plan.edits)
+    fk.apply(model, plan)

@@ -31,7 +31,7 @@ def test_every_preset_is_whole(name: str, tmp_path: Path) -> None:
     made = TrainSettings(preset=name)  # type: ignore[arg-type]
     assert {key: getattr(made, key) for key in values} == dict(values)
     assert TrainSettings(preset=name, epochs=2, steps=None).epochs == 2  # type: ignore[arg-type]
-    arguments = training_arguments(made, "accuracy", tmp_path, 0, progress=False)
+    arguments = training_arguments(made, "accuracy", tmp_path, 0)
     assert arguments.learning_rate == values["learning_rate"]
     recipe = recipe_from({"name": "r", "model": "m", "task": "sst2", "tune": {"preset": name}, "arms": {"a": {}}})
     assert recipe.tune.batch_size == values["batch_size"] and recipe.tune.model_dump()["preset"] == name

@@ -187,8 +187,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     M(
         "refit-towards-zero",
-        "missing = cross - square @ old",
-        "missing, old = cross, torch.zeros_like(old)",
+        "missing = (cross.double() - start @ square).T",
+        "start, missing = torch.zeros_like(start), cross.double().T",
         "test_methods.py",
         "greedy or refit",
     ),

@@ -22,6 +22,7 @@ from ffnkit.edits.order import check_normal
 from ffnkit.edits.slicing import check_cuttable
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import replacing
+from ffnkit.io.progress import phase
 from ffnkit.model.digests import Digests, digests, other_weights
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
@@ -346,8 +347,8 @@ def plan(
     check_untouched(model, f"{method.name} on {type(model).__name__}")
     try:
         shapes = {ffn.name: Shape.of(ffn) for ffn in ffns(model)}
-        with torch.no_grad():
-            draft = method.draft(model, data, progress)
+        with torch.no_grad(), phase(f"planning {method.name}") as step:
+            draft = method.draft(model, data, progress or step)
     except FfnkitError as error:
         asked = f"{method.name} on {type(model).__name__}"
         raise error.within(asked) from error

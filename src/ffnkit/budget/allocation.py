@@ -13,6 +13,7 @@ from ffnkit.budget.sizes import Room, room
 from ffnkit.calibration.batches import Batch
 from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import phase
 from ffnkit.ops.knapsack import cheapest
 from ffnkit.plans import Progress
 
@@ -106,7 +107,8 @@ def allocate(
         space = room(model, budget, layers, multiple)
         if uniform:
             return _allocation(space, space.uniform(), None, "")
-        costs = costs_of(space, model, data, progress)
+        with phase("widths by layer") as step:
+            costs = costs_of(space, model, data, progress or step)
         prices = [[float(cost[width]) for width in widths] for cost, widths in zip(costs, space.widths, strict=True)]
         picked = cheapest(space.sizes(), prices, space.budget)
     except FfnkitError as error:

@@ -51,7 +51,7 @@ def from_data(room: Room, blockwise: Blockwise, progress: Progress | None = None
 
     Memory beyond the model: the statistics of one block, the curves, and what the probe compares.
     """
-    ending = Ending(blockwise, room.found)
+    ending = Ending(blockwise)
     costs: dict[str, Tensor] = {}
     for group in blockwise.groups:
         seen = observing(group, 0)

@@ -141,7 +141,7 @@ class Losses:
             Blockwise(self.model, self.fitted, space.found) as runs,
             Blockwise(self.model, self.few, space.found) as probe,
         ):
-            ending = Ending(probe, space.found, FEW)
+            ending = Ending(probe, FEW)
             for group in runs.groups:
                 seen = observing(group, 0)
                 runs.watch(group, seen.update, last=True)
@@ -183,7 +183,7 @@ class Losses:
 
     def _alone(self, joint: Joint, ending: Ending) -> float:
         with shown(self.model, self.edits(Choice((joint,)))):
-            return ending.gap()
+            return ending()
 
     def _headings(self, block: str, graded: dict[str, Graded], ending: Ending) -> None:
         alone = {each.name: each.alone for each in self.space.joints if each.kind == "attention"}
@@ -193,7 +193,7 @@ class Losses:
                 continue
             if attention.name not in alone:
                 with shown(self.model, [left_out(attention)]):
-                    alone[attention.name] = ending.gap()
+                    alone[attention.name] = ending()
             squares = self._heads[attention.name].square().sort().values
             gone = torch.cat((squares.new_zeros(1), squares.cumsum(0))) / squares.sum().clamp_min(1e-300)
             each.costs = [float(gone[each.whole - number]) * alone[attention.name] for number in each.options]
@@ -208,7 +208,7 @@ class Losses:
             if (kept := choice.kept.get(each.name, each.whole)) == each.whole:
                 continue
             if each.kind == "heads":
-                graded.append(removal(self.space.attention(each.name), largest(self._heads[each.name], kept)))
+                graded.append(removal(self.space.attention(each.name), self.stay(each.name, kept)))
             else:
                 graded.append(self._narrowed(each.name, kept))
         silent = [self._narrowed(each.name, 0) for each in choice.joint if each.kind == "ffns"]
@@ -227,14 +227,22 @@ class Losses:
 
     def assembled(self, choice: Choice) -> float:
         """The loss of a choice."""
-        return self._measured(self.edits(choice), self.many, MANY)
+        return self.measured(self.edits(choice))
+
+    def measured(self, edits: Sequence[Edit]) -> float:
+        """The loss of edits; heads that go leave zeros in their places, and so do linears behind them not shrink."""
+        return self._measured(edits, self.many, MANY)
+
+    def stay(self, attention: str, kept: int) -> Tensor:
+        """Numbers of the heads (or groups) that stay where so many do, int32, ascending."""
+        return largest(self._heads[attention], kept)
 
     @torch.no_grad()
     def _measured(self, edits: Sequence[Edit], rows: list[Batch], most: int) -> float:
         if most not in self._whole:
-            self._whole[most] = Ending(Blockwise(self.model, rows, self.space.found), self.space.found, most)
+            self._whole[most] = Ending(Blockwise(self.model, rows, self.space.found), most)
         with shown(self.model, edits):
-            gap = self._whole[most].gap()
+            gap = self._whole[most]()
         self._tell("a choice measured")
         return gap
 

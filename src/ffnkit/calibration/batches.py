@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import counted
 
 Batch = Mapping[str, Any]
 
@@ -228,7 +229,8 @@ def run(
     """
     count = 0
     with evaluating(model):
-        for given in checked(batches, asked):
+        total = len(batches) if isinstance(batches, Sized) else 0
+        for given in counted(checked(batches, asked), "batches", total):
             batch = prepared(model, given)
             if before is not None:
                 before(batch)

@@ -86,6 +86,11 @@ class Blockwise:
         """The model is as it was before the first :meth:`install`."""
         self._lent.close()
 
+    @property
+    def skips(self) -> bool:
+        """Whether no block of these FFNs runs again once it is behind us, nor sees another call of theirs."""
+        return not self._alone and all(self._stops(g) and self._skips(block_name(g[0].name)) for g in self.groups)
+
     def install(self, ffn: FFN, neurons: Neurons) -> None:
         """Let an FFN run with other neurons, of any width, until the block of ``with`` ends."""
         self._lent.enter_context(with_neurons(ffn, neurons))

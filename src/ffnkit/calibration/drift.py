@@ -1,16 +1,20 @@
-"""How far a model that is changed for a while moves from what it was, on a few rows kept apart."""
+"""How far a model that is changed, for a while or for good, moves from what it was, on rows that no fit saw: one rule."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, evaluating, first_tensor, forward, has_decoder, kept, prepared
+from ffnkit.calibration.padding import TokenMasks
+from ffnkit.model.trainable import body
 
 TOKENS = 2048  # that are compared, at least, where there are so many
+ENTRIES = 1 << 27  # numbers of outputs that are held at most: 256 MiB in bfloat16
 ROWS = 256  # whose distributions are compared at a time
 
 
@@ -18,55 +22,91 @@ class Drift:
     """What a model gave on some batches, and how far it is from that now.
 
     Of a model that writes it is the Kullback-Leibler divergence of the next token's distribution, the mean over tokens.
-    Of any other it is the squared difference of the hidden states behind its last layer, relative to their variance:
-    heads are left out, for they may not be trained yet.
+    Of any other it is the squared difference of what its body gives, relative to the variance of that: heads are left
+    out, for they may not be trained yet. Every search, budget, decision and report measures by it.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Batch], tokens: int = TOKENS) -> None:
-        """Runs the model as it is. Memory: what is compared, for about ``tokens`` tokens, in the model's dtype."""
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        tokens: int = TOKENS,
+        *,
+        run: Callable[[int], Any] | None = None,
+    ) -> None:
+        """Runs the model as it is. Memory: what is compared, for about ``tokens`` tokens, in the model's dtype.
+
+        Args:
+            run: lets the model run on one of the batches, by its number, where passes are cut short.
+        """
+        self.model, self._run = model, run
         self.written = getattr(model, "get_output_embeddings", lambda: None)() is not None
+        self._masks = TokenMasks(model, {"": ("decoder" if has_decoder(model) else "", ())})
         self.batches: list[dict[str, Any]] = []
         self.reference: list[Tensor] = []
-        seen = 0
+        seen = held = 0
         for batch in kept(batches):
             self.batches.append(prepared(model, batch))
-            self.reference.append(self._gives(self.batches[-1]))
-            seen += len(self.reference[-1])
-            if seen >= tokens:
+            self.reference.append(self._gives(len(self.batches) - 1)[0])
+            seen, held = seen + len(self.reference[-1]), held + self.reference[-1].numel()
+            if seen >= tokens or held >= ENTRIES:
                 break
 
     def __call__(self) -> float:
         """How far the model is now from what it was; 0 where nothing changed."""
-        gap = norm = 0.0
-        mean = torch.cat([r.float() for r in self.reference]).mean(0) if not self.written else None
-        for batch, was in zip(self.batches, self.reference, strict=True):
-            now = self._gives(batch)
-            if mean is None:
-                gap, norm = gap + divergence(now, was), norm + len(was)
+        return next(iter(self.measure().values()))
+
+    def measure(self) -> dict[str, float]:
+        """ "KL" or "error" (see above), and "perplexity" where the batches have labels of texts."""
+        gap = norm = lost = 0.0
+        asked = 0
+        mean = None if self.written else torch.cat([r.float() for r in self.reference]).mean(0)
+        for number, was in enumerate(self.reference):
+            now, labels = self._gives(number)
+            if mean is not None:
+                for ours, theirs in zip(now.split(ROWS), was.split(ROWS), strict=True):
+                    gap += float((ours.float() - theirs.float()).square().sum())
+                    norm += float((theirs.float() - mean).square().sum())
                 continue
-            for ours, theirs in zip(now.split(ROWS), was.split(ROWS), strict=True):
-                ours, theirs = ours.float(), theirs.float()
-                gap += float((ours - theirs).square().sum())
-                norm += float((theirs - mean).square().sum())
-        return max(gap, 0.0) / max(norm, 1e-30)
+            gap, norm = gap + divergence(now, was), norm + len(was)
+            if labels is not None:
+                lost += float(nn.functional.cross_entropy(now.float(), labels, reduction="sum", ignore_index=-100))
+                asked += int(labels.ne(-100).sum())
+        figures = {"KL" if self.written else "error": max(gap, 0.0) / max(norm, 1e-30)}
+        return figures | ({"perplexity": math.exp(min(lost / asked, 700.0))} if asked else {})
 
     @torch.no_grad()
-    def _gives(self, batch: dict[str, Any]) -> Tensor:
-        """(tokens that count, columns) of what is compared."""
+    def _gives(self, number: int) -> tuple[Tensor, Tensor | None]:
+        """(tokens that count, columns) of what is compared, and what each of them is to write, if that is known."""
         caught: list[Any] = []
-        base = getattr(self.model, "base_model", self.model)
-        handle = base.register_forward_hook(lambda _, __, output: caught.append(output))
+        end, batch = self.model if self.written else body(self.model), self.batches[number]
+        handle = end.register_forward_hook(lambda _, __, output: caught.append(output))
         try:
             with evaluating(self.model):
-                output = forward(self.model, batch)
+                if self._run is not None:
+                    self._run(number)
+                else:
+                    forward(self.model, batch)
         finally:
             handle.remove()
-        value = output.logits if self.written else first_tensor(caught[-1] if caught else output)
-        mask = batch.get("decoder_attention_mask" if has_decoder(self.model) else "attention_mask")
-        flat = value.detach().reshape(-1, value.shape[-1])
-        counts = isinstance(mask, Tensor) and mask.shape == value.shape[:-1]
-        return flat[mask.reshape(-1) > 0] if counts else flat  # type: ignore[union-attr]
+        logits = getattr(caught[-1], "logits", None) if self.written else None
+        value = (first_tensor(caught[-1]) if logits is None else logits).detach()
+        self._masks.start(batch)
+        mask = self._masks.of("", value, quiet=True)
+        flat, labels = value.reshape(-1, value.shape[-1]), self._labels(batch, value)
+        if mask is None:
+            return flat, labels
+        return flat[mask > 0], None if labels is None else labels[mask > 0]
+
+    def _labels(self, batch: Batch, value: Tensor) -> Tensor | None:
+        """What every place is to write (tokens,), -100 where it is not asked for; None of a model of other labels."""
+        labels, whole = batch.get("labels"), has_decoder(self.model)
+        writes = whole or bool(getattr(self.model, "can_generate", lambda: False)())
+        if not self.written or not writes or not isinstance(labels, Tensor) or labels.shape != value.shape[:-1]:
+            return None
+        if not whole:  # the next one's
+            labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        return labels.reshape(-1).to(value.device)
 
 
 def divergence(new: Tensor, old: Tensor) -> float:

@@ -30,6 +30,7 @@ class Activations:
         weights: (n,) how much each token counts: 0 for padding, the squared routing weight for experts that share a
             3-D parameter; None where all count alike.
         expert: the expert's number, or None.
+        missing: (n, d) what the output is to give beyond ``output`` (``calibration.streams``); None where nothing.
     """
 
     input: Tensor
@@ -37,6 +38,7 @@ class Activations:
     output: Tensor
     weights: Tensor | None = None
     expert: int | None = None
+    missing: Tensor | None = None
 
     def kept(self) -> Activations:
         """The tokens that count."""
@@ -50,15 +52,13 @@ class Activations:
 
         Runs of ``RUN`` tokens are held out, since neighbours are alike; single ones where the call is short.
         """
-        places = torch.arange(len(self.input), device=self.input.device)
-        run = RUN if len(places) >= 10 * RUN else 1
-        out = places // run % 10 == 9
+        out = held_out(len(self.input)).to(self.input.device)
         return self.take(~out), self.take(out)
 
     def take(self, chosen: Tensor) -> Activations:
         """These tokens, by a mask or by their places."""
-        weights = None if self.weights is None else self.weights[chosen]
-        return Activations(self.input[chosen], self.hidden[chosen], self.output[chosen], weights, self.expert)
+        weights, missing = (None if each is None else each[chosen] for each in (self.weights, self.missing))
+        return Activations(self.input[chosen], self.hidden[chosen], self.output[chosen], weights, self.expert, missing)
 
     def counted(self) -> Activations:
         """The tokens that count, with weights only where they do not count alike."""
@@ -66,6 +66,12 @@ class Activations:
         if kept.weights is None or kept.expert is not None:
             return kept
         return replace(kept, weights=None)  # a mask: what is left counts alike
+
+
+def held_out(tokens: int) -> Tensor:
+    """(tokens,) bool: those of a call that :meth:`Activations.apart` holds out."""
+    places = torch.arange(tokens)
+    return places // (RUN if tokens >= 10 * RUN else 1) % 10 == 9
 
 
 Receive = Callable[[FFN, Activations], None]

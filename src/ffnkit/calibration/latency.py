@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import counted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -83,7 +84,7 @@ def latencies(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     sync = _synchronizer([*models.values()], batch)
     with _evaluating(models.values()), _threads(threads), torch.inference_mode():
-        for turn in range(warmup + repeats):
+        for turn in counted(range(warmup + repeats), "measuring latency"):
             start = turn % len(names)
             for name in names[start:] + names[:start]:
                 elapsed = _timed(models[name], batch or {}, sync)

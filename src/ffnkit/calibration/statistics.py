@@ -164,6 +164,7 @@ class HeldInputs:
 
     Attributes:
         inputs: (n, d) each. weights: (n,) each, where tokens do not count alike. held: tokens in them.
+        missing: (n, d) each, where the FFN is to give more than it gives; not in files.
         offered: tokens that there were.
         probe: a few inputs and hidden activations, which tell the activation function.
     """
@@ -172,6 +173,7 @@ class HeldInputs:
         self.most, self.held, self.offered = most, 0, 0
         self.inputs: list[Tensor] = []
         self.weights: list[Tensor] = []
+        self.missing: list[Tensor] = []
         self.probe: tuple[Tensor, ...] = ()
 
     def update(self, acts: Activations) -> None:
@@ -179,14 +181,16 @@ class HeldInputs:
         if not self.probe:
             self.probe = tuple(value[:PROBE].float().clone() for value in (rows.input, rows.hidden))
         self.offered += len(rows.input)
-        self._take(rows.input, rows.weights)
+        self._take(rows.input, rows.weights, rows.missing)
 
-    def _take(self, inputs: Tensor, weights: Tensor | None) -> None:
+    def _take(self, inputs: Tensor, weights: Tensor | None, missing: Tensor | None = None) -> None:
         room = self.most - self.held
         if room > 0:
             self.inputs.append(inputs[:room].float())
             if weights is not None:
                 self.weights.append(weights[:room].float())
+            if missing is not None:
+                self.missing.append(missing[:room].float())
             self.held += len(self.inputs[-1])
 
     def merge(self, other: HeldInputs) -> None:

@@ -24,7 +24,7 @@ from ffnkit.model.ffn import FFN
 
 FORMAT = "ffnkit calibration 1"
 PROBE = "probe"  # begins the names of the batches that lie in the file
-PROBED = 1024  # tokens that these hold, where there are so many: what budgets look at the model's end with
+PROBED = 4096  # tokens that these hold, where there are so many: for metrics of errors, and for the model's end
 KEYS = 16  # tensors of one FFN or expert, at most
 NARROW = (torch.bfloat16, torch.float16)  # dtypes in which what a model of theirs gave is stored, where that is exact
 

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ffnkit.checkpoint.companions import write_companions
 from ffnkit.checkpoint.dtypes import main_dtype, write_dtypes
-from ffnkit.checkpoint.save import short_card, write_companions
+from ffnkit.checkpoint.save import short_card
 from ffnkit.checkpoint.standard import padded_widths, standard_config, standard_generation_config, standard_state
 from ffnkit.errors import FfnkitError
 from ffnkit.io.architectures import is_own
 from ffnkit.io.folders import staging
-from ffnkit.io.loading import check_weights, open_errors, run_uneven_experts
+from ffnkit.io.loading import check_weights, no_bars, open_errors, run_uneven_experts
+from ffnkit.io.progress import phase
 from ffnkit.model import probe, running
 from ffnkit.model.attention import attentions
 from ffnkit.model.ffn import FFN
@@ -96,17 +98,19 @@ def export(
     state = standard_state(model, found, targets)
     own = {id(t): t for t in [*model.parameters(), *_persistent_buffers(model)]}
     _say_growth(model, found, targets, sum(p.numel() for p in model.parameters()), state)
-    with staging(directory) as temporary:
+    with phase(f"exporting {directory}"), staging(directory) as temporary:
         with torch.device("meta"):
             skeleton = type(model)(config)
         if (generation := standard_generation_config(model)) is not None:
             skeleton.generation_config = generation
         tied = skeleton.all_tied_weights_keys if hasattr(skeleton, "all_tied_weights_keys") else {}
-        skeleton.save_pretrained(
-            temporary, state_dict={k: v for k, v in state.items() if k not in tied}, **save_pretrained_kwargs
-        )
+        with no_bars():
+            skeleton.save_pretrained(
+                temporary, state_dict={k: v for k, v in state.items() if k not in tied}, **save_pretrained_kwargs
+            )
         write_dtypes(model, temporary)
-        checked = _verify(model, temporary, state)
+        with phase("opening and comparing"), no_bars():
+            checked = _verify(model, temporary, state)
         write_companions(model, temporary, tokenizer)
         (temporary / "README.md").write_text(card or short_card(model, compact=False), encoding="utf-8")
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))

@@ -213,6 +213,20 @@ AutoHfQuantizer.supports_quant_method = staticmethod(  # type: ignore[method-ass
 )
 
 
+def _known(read: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' reading of a config, which tools call with that of a model: ours names its method to it."""
+
+    def from_dict(cls: Any, stored: dict[str, Any]) -> Any:
+        return read(cls, {**stored, "quant_method": QUANT_METHOD} if is_compact(stored) else stored)
+
+    return from_dict
+
+
+AutoQuantizationConfig.from_dict = classmethod(  # type: ignore[method-assign, assignment]
+    _known(AutoQuantizationConfig.from_dict.__func__)  # type: ignore[attr-defined]
+)
+
+
 _THIN = ("first", "second")  # the parameters of a thin pair in format 1
 
 

@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from ffnkit.checkpoint.added import without_added, write_added
+from ffnkit.checkpoint.companions import write_companions
 from ffnkit.checkpoint.dtypes import tell_recast, write_dtypes
 from ffnkit.io.apart import ADAPTER, BASE
 from ffnkit.io.architectures import is_own
 from ffnkit.io.folders import staging
-from ffnkit.io.loading import check_weights
+from ffnkit.io.loading import check_weights, no_bars
+from ffnkit.io.progress import phase
 from ffnkit.model.finding import ffns, has_ffns
 from ffnkit.model.inspect import inspect
 from ffnkit.model.linear import added_to, check_untouched
 from ffnkit.nn.adapter_layer import adapter_layers, plain_state
 from ffnkit.surgery.description import description, is_plain_model, original_widths, update_config, width_keys
-
-# What travels with a model besides weights and config; written by tokenizers, processors and generation.
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "source.spm",
-    "target.spm",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "feature_extractor_config.json",
-    "normalizer.json",
-)
 
 
 def save(
@@ -60,7 +39,8 @@ def save(
     Args:
         model: a transformers model, edited or not.
         directory: the output folder.
-        tokenizer: tokenizer or processor to save along; None copies the files of where the model came from.
+        tokenizer: tokenizer or processor to save along, in place of that of where the model came from. All other files
+            there (processors, templates, the modules of sentence-transformers) are copied in any case.
         card: text of README.md; None writes a short one about the shape.
 
     Raises:
@@ -75,7 +55,7 @@ def save(
     tell_recast(model)
     if adapter_layers(model):  # weights are saved with the updates in them
         save_pretrained_kwargs = {"state_dict": plain_state(model), **save_pretrained_kwargs}
-    with staging(directory) as temporary:
+    with phase(f"saving {directory}"), no_bars(), staging(directory) as temporary:
         model.save_pretrained(temporary, **save_pretrained_kwargs)
         write_dtypes(model, temporary)
         write_companions(model, temporary, tokenizer)
@@ -105,34 +85,6 @@ def _sync_config(model: PreTrainedModel) -> None:
     keys, original = width_keys(model, found), original_widths(model, found)
     if description(model) is not None or not is_plain_model(model, found, keys, original):
         update_config(model, keys, original)
-
-
-def write_companions(model: PreTrainedModel, directory: Path, tokenizer: Any) -> None:
-    """Tokenizer, processor and chat template: saved from the object given, else copied from the model's source."""
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
-        return
-    source = getattr(model.config, "_name_or_path", "") or getattr(model, "name_or_path", "")
-    if not source:
-        return
-    for name in _COMPANIONS:
-        path = _source_file(str(source), name)
-        if path is not None and not (directory / name).exists():
-            shutil.copyfile(path, directory / name)
-
-
-def _source_file(source: str, name: str) -> Path | None:
-    if Path(source).is_dir():
-        path = Path(source) / name
-        return path if path.is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = try_to_load_from_cache(source, name)
-    except HFValidationError:
-        return None
-    return Path(cached) if isinstance(cached, str) else None
 
 
 def short_card(model: PreTrainedModel, *, compact: bool) -> str:

@@ -57,3 +57,5 @@ def ffnkit(
         raise typer.Exit
     if context.invoked_subcommand is None:
         console.out(context.get_help().rstrip())
+    else:
+        context.with_resource(console.progress(context.invoked_subcommand))

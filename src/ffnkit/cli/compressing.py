@@ -276,7 +276,7 @@ class Compression:
         return report
 
     def make_plan(self, model: Any) -> tuple[Any, Any]:
-        """The saved plan, or the method's own, with its progress layer by layer; and the widths under a budget."""
+        """The saved plan, or the method's own; and the widths under a budget."""
         import ffnkit
 
         if self.method is None:
@@ -292,8 +292,8 @@ class Compression:
             method, widths = self.budget.settle(method, model, data)
         if needed and self.calibration is not None:
             method, self.told = self.deciding.settled(model, method, self.calibration, self.source)
-        with expecting(model, method, data if needed else None, self.told), console.progress("planning") as step:
-            plan = ffnkit.plan(model, method, data=data if needed else None, progress=step)
+        with expecting(model, method, data if needed else None, self.told):
+            plan = ffnkit.plan(model, method, data=data if needed else None)
         if needed and self.calibration is not None:
             self.told |= self.deciding.spread(model, method, self.calibration, self.source)
         return plan, widths

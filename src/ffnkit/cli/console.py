@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitWarning
-from ffnkit.io.progress import shown
+from ffnkit.io.progress import Step, clear, shown
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,6 +64,7 @@ def say(line: str) -> None:
 
 def out(text: str) -> None:
     """Write a result on stdout as it is."""
+    clear()
     print(text, flush=True)
 
 
@@ -115,7 +116,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
     stdout().print(view)
 
 
-def progress(title: str) -> AbstractContextManager[Callable[[int, int, str], None]]:
+def progress(title: str) -> AbstractContextManager[Step]:
     """A bar or lines on stderr (:func:`ffnkit.io.progress.shown`); nothing with --quiet."""
     return shown(title, quiet=state.quiet)
 
@@ -124,6 +125,7 @@ def stdout() -> Console:
     """A rich console on stdout. In a pipe, where no width is known, it is wide enough that no row is broken."""
     from rich.console import Console
 
+    clear()
     return Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200, highlight=False)
 
 
@@ -135,10 +137,12 @@ def escape(text: str) -> str:
 
 
 def quieten() -> None:
-    """Set the libraries' own logs and progress bars by --quiet and --verbose. Imports transformers."""
+    """Set the libraries' own logs by --verbose; their bars are off, for ours are shown. Imports transformers."""
     import datasets
     import transformers
 
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     if state.verbose:
         transformers.logging.set_verbosity_info()
         return
@@ -146,6 +150,3 @@ def quieten() -> None:
     datasets.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("once", category=FfnkitWarning)
-    if state.quiet or not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
-        datasets.disable_progress_bars()

@@ -61,11 +61,12 @@ class Deciding:
         if not self.draws:
             return {}
         import ffnkit
-        from ffnkit.methods.deciding import Judge, moved
+        from ffnkit.calibration.drift import Drift
+        from ffnkit.methods.deciding import JUDGED, moved
 
         rows: list[dict[str, Any]] = []
         _, held = calibration.deciding(model, source)
-        judge = Judge(model, held)
+        judge = Drift(model, held, JUDGED)
         with console.progress("drawing") as step:
             for number in range(self.draws):
                 drawn = dataclasses.replace(calibration, seed=calibration.seed + number)

@@ -17,6 +17,7 @@ from ffnkit.settings.words import in_words
 
 GLOBAL_FLAGS = ("--debug", "--quiet", "--verbose")
 OLD_OPTIONS = {"--sites": "--targets"}  # work still, with one line
+BARE = {"--ray": "auto"}  # options that may stand without their value, and what it is then
 NO_SPACE = "writing the output: no space left on the disk. Free some space or choose another --out"
 _PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 BAD_INPUT, INTERNAL, INTERRUPTED = 2, 1, 130
@@ -45,7 +46,9 @@ class Group(TyperGroup):
         with warnings.catch_warnings():
             console.show_warnings()
             try:
-                code = super().main(renamed(words), prog_name, complete_var, False, windows_expand_args, **extra)
+                code = super().main(
+                    filled(renamed(words)), prog_name, complete_var, False, windows_expand_args, **extra
+                )
                 if code == INTERRUPTED:  # typer makes an exit code of Ctrl-C
                     raise KeyboardInterrupt
             except BaseException as error:
@@ -67,6 +70,12 @@ def renamed(words: list[str]) -> list[str]:
             warnings.warn(f"option {old} is called {new} now; the old name will go", RenamedWarning, stacklevel=2)
             words = [word.replace(old, new, 1) if word.partition("=")[0] == old else word for word in words]
     return words
+
+
+def filled(words: list[str]) -> list[str]:
+    """``words`` with the value of an option that stands without it."""
+    alone = [after.startswith("-") or after.endswith((".yaml", ".yml")) for after in [*words[1:], "--"]]
+    return [f"{word}={BARE[word]}" if word in BARE and bare else word for word, bare in zip(words, alone, strict=True)]
 
 
 def report(error: BaseException, debug: bool) -> int:

@@ -11,6 +11,7 @@ from ffnkit.cli import console, options
 from ffnkit.cli.application import app
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import read_json
+from ffnkit.io.progress import aside
 
 if TYPE_CHECKING:
     from ffnkit.recipe import Results, Table
@@ -31,6 +32,16 @@ def run(
         list[str] | None,
         typer.Option("--only", metavar="CELL", help="Of a table: these cells, such as 'bert-base/*'. Repeat for more."),
     ] = None,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", min=1, help="Units at once, each in a process with its share of threads.")
+    ] = 1,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Of each unit. \\[default: all cores, or their share]")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="[ADDRESS]", help="Run units on this Ray cluster; no address: the one at hand."),
+    ] = None,
     any_template: Annotated[
         bool, typer.Option("--any-template", help="Let the recipe name a chat template anywhere on this machine.")
     ] = False,
@@ -48,6 +59,10 @@ def run(
       ffnkit run sst2_minilm [cyan]--out runs/sst2[/cyan]
 
       ffnkit run papers/sparsegrad_glue [cyan]--small --out runs/glue[/cyan]
+
+      ffnkit run sst2_minilm [cyan]--jobs 2[/cyan] --out runs/sst2
+
+      ffnkit run sst2_minilm [cyan]--ray[/cyan] --out /shared/runs/sst2
     """
     from ffnkit.recipe import Table, load_any, quickstart
 
@@ -57,13 +72,15 @@ def run(
     folder = out if out is not None else Path("ffnkit-out") / loaded.name
     console.quieten()
     how: dict[str, Any] = {"progress": not console.state.quiet, "restart": restart, "remeasure": remeasure}
+    how |= {"jobs": jobs, "threads": threads, "ray": ray}
     if isinstance(loaded, Table):
         raise typer.Exit(_run_table(loaded.only(only) if only else loaded, folder, how, as_json))
     if only:
         raise FfnkitError(f"--only {only[0]}", "the recipe is one run, not a table", "Leave it out")
     from ffnkit.recipe import run as run_recipe
 
-    results = run_recipe(loaded, folder, **how)
+    with aside():  # its units show their own progress, each in a process of its own
+        results = run_recipe(loaded, folder, **how)
     if as_json:
         console.print_json(console.read_json(folder / "results.json"))
     else:
@@ -79,7 +96,8 @@ def _run_table(table: Table, folder: Path, how: dict[str, Any], as_json: bool) -
     """Run every cell and print what came; the exit code of the worst."""
     from ffnkit.recipe import Results, run_table
 
-    found = run_table(table, folder, **how)
+    with aside():
+        found = run_table(table, folder, **how)
     if as_json:
         files = {name: folder / name / "results.json" for name in found}
         console.print_json({name: console.read_json(path) for name, path in files.items() if path.is_file()})

@@ -23,7 +23,7 @@ from ffnkit.io.apart import is_apart
 from ffnkit.io.files import read_json, write_text
 from ffnkit.io.folders import staging
 
-SETTINGS = "settings.json"
+SETTINGS, LOGS = "settings.json", "logs"
 HIDDEN = ("task", "files", "teacher_files", "distil_files")  # parts of the fingerprint that no reader wants
 
 
@@ -50,13 +50,14 @@ class TuneJob:
     flags: dict[str, str] = field(default_factory=dict)  # the options that gave settings of the training
 
     def __post_init__(self) -> None:
-        from ffnkit.tune import tuners
+        from ffnkit.tune import tracking, tuners
         from ffnkit.tune.settings import DistilSettings, TrainSettings
 
         kind, own = tuners.kind(self.tuner), ("routers", "tied", "quantize")
         flags = {name: f"--{name}" for name in own if name in self.tuner_settings}
         self.tuner_built = describe.build(kind, self.tuner_settings, f"tuner {self.tuner}", "--tuner-set", flags)
         self.train_settings = describe.build(TrainSettings, self.settings, "the training", "--set", self.flags)
+        tracking.trackers(self.train_settings.report_to)
         self.generation = generation_built(self.generation_settings)
         if self.form == "apart" and self.tuner_built.method is None:
             asked, what = "--form apart", f"the tuner {self.tuner} puts no updates beside weights"
@@ -135,6 +136,7 @@ class TuneJob:
             generation=self.generation,
             go_on=adapted,
             merge=self.form != "apart",
+            run=self.tracked,
         )
         found = Measured.of(
             result.model, tokenizer, self.task, splits, self.train_settings.max_length, generation=self.generation
@@ -142,8 +144,33 @@ class TuneJob:
         if self.fold and self.form != "apart" and not self.tuner_built.stays:
             ffnkit.fold(result.model, keep=SAVING)
         report = self.report(result, found.to_dict(), splits, time.perf_counter() - start)
+        self.tell(result.model, report)
         self.save(result.model, tokenizer, report, found)
         return report
+
+    @property
+    def tracked(self) -> Any:
+        """The run as trackers know it."""
+        from ffnkit.tune.tracking import Run
+
+        return Run(f"{self.out.resolve().name}/seed-{self.seed}", self.work / LOGS)
+
+    def tell(self, model: Any, report: dict[str, Any]) -> None:
+        """Log settings, sizes, FLOPs and the report's figures with the trackers that are named."""
+        from ffnkit.report import measure
+        from ffnkit.tune import tracking
+
+        if not tracking.trackers(self.train_settings.report_to):
+            return
+        history, own = History.of(self.model), ("metrics", "extra", "speed")
+        figures = tracking.numbers({"report": {name: report[name] for name in own if name in report}})
+        figures |= tracking.numbers({"size": measure.figures(model)})
+        chosen = {"model": self.model, "task": self.task.name, "tuner": self.tuner, "seed": self.seed}
+        chosen |= {"tuner settings": self.tuner_settings, "training": self.train_settings.model_dump(mode="json")}
+        chosen |= {"method": history.method or "none", "method settings": history.settings}
+        plan = "\n".join(f"{name}: {before} -> {after} neurons" for name, before, after in history.layers)
+        record = tracking.Record(chosen, figures, {"plan": plan} if plan else {})
+        tracking.tell(self.tracked, self.train_settings.report_to, record)
 
     def distil(self, model: Any, tokenizer: Any, splits: Any) -> None:
         """Match the teacher's hidden states, its answers, or both; the teacher is freed afterwards."""
@@ -202,11 +229,13 @@ class TuneJob:
                     shutil.rmtree(part)
             else:
                 console.say("resuming the run that was interrupted")
+        if self.restart or not self.parts():
+            shutil.rmtree(self.work / LOGS, ignore_errors=True)
         write_text(self.work / SETTINGS, json.dumps(self.plain_facts, indent=2))
 
     def parts(self) -> list[Path]:
         """What earlier runs with these settings left: folders of checkpoints, and of a distillation."""
-        return [path for path in self.work.iterdir() if path.is_dir()]
+        return [path for path in self.work.iterdir() if path.is_dir() and path.name != LOGS]
 
     def facts(self) -> dict[str, Any]:
         """What the tuned weights depend on."""
@@ -267,13 +296,16 @@ class TuneJob:
             write(model, temporary, tokenizer=tokenizer, card=history.card(model, self.form))
             history.write(temporary)
             found.write(temporary, self.task)
+            if (self.work / LOGS).is_dir():
+                shutil.copytree(self.work / LOGS, temporary / LOGS, symlinks=True)
             write_text(temporary / "metrics.json", json.dumps(console.plain(report), indent=2) + "\n")
         shutil.rmtree(self.works, ignore_errors=True)
 
 
 def has_files(work: Path) -> bool:
     """Whether a run left something to go on from, a checkpoint or the state of a distillation."""
-    return any(path.is_file() for path in work.glob("*/*/*")) or any(work.glob("distil/*.safetensors"))
+    inner = (path for path in work.glob("*/*/*") if path.relative_to(work).parts[0] != LOGS)
+    return any(path.is_file() for path in inner) or any(work.glob("distil/*.safetensors"))
 
 
 def digest(facts: dict[str, Any]) -> str:

@@ -8,15 +8,16 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ffnkit.cli import console, describe, options
+from ffnkit.cli import console, describe, harness_job, options
 from ffnkit.cli.application import app
-from ffnkit.cli.data_options import DATA, Data
+from ffnkit.cli.data_options import DATA, OPTIONS, Data
 from ffnkit.cli.outputs import check_output
 from ffnkit.cli.training_options import FLAGS, TRAINING, Told, Training
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import check_file
 
 RESULT = "Result"
+HARNESS = "lm-evaluation-harness"
 
 
 def setting(flag: str, text: str, **kwargs: Any) -> Any:
@@ -167,8 +168,29 @@ def evaluate(
             "--split", help="report: what tune reports on; dev: a part of train; all: a lone file; test: GLUE's server."
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Texts at a time.")] = 64,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Texts at a time. \\[default: 64; with --lm-eval 1]")
+    ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Rows; all by default.")] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            "--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, by commas.", rich_help_panel=HARNESS
+        ),
+    ] = None,
+    include_path: Annotated[
+        list[Path] | None,
+        typer.Option("--include-path", help="A folder of further tasks; repeatable.", rich_help_panel=HARNESS),
+    ] = None,
+    lm_eval_set: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lm-eval-set",
+            metavar="NAME=VALUE",
+            help="num_fewshot, gen_kwargs, ...; repeatable.",
+            rich_help_panel=HARNESS,
+        ),
+    ] = None,
     device: options.Device = "auto",
     predictions: Annotated[
         Path | None,
@@ -190,9 +212,21 @@ def evaluate(
       ffnkit eval tuned --task webnlg [cyan]--generation-set num_beams=4 --predictions written.jsonl[/cyan]
 
       ffnkit eval tuned --task mnli [cyan]--split test --predictions glue[/cyan]   [dim]# MNLI-m.tsv, MNLI-mm.tsv[/dim]
+
+      ffnkit eval small [cyan]--lm-eval hellaswag,arc_easy --limit 200 --lm-eval-set num_fewshot=5[/cyan]
     """
     from ffnkit.cli.eval_job import EvalJob, generation_built, submit
 
+    if lm_eval is not None:
+        refuse_beside(data, {"--split": split, "--predictions": predictions})
+        asked = harness_job.settings(lm_eval, include_path or [], limit, batch_size, lm_eval_set or [])
+        console.quieten()
+        report = harness_job.run(model, asked, data.tokenizer, options.pick_device(device))
+        console.print_json(report) if as_json else harness_job.show(report)
+        return
+    for flag, value in (("--include-path", include_path), ("--lm-eval-set", lm_eval_set)):
+        if value:
+            raise FfnkitError(f"{flag} {value[0]}", "there is no --lm-eval", "Add --lm-eval TASKS")
     split = split or ("all" if data.lone else "report")
     if predictions is not None and split != "test":
         check_file(predictions)
@@ -201,7 +235,16 @@ def evaluate(
     place = options.pick_device(device)
     generation = generation_built(describe.parse_settings(data.generation_set or [], "--generation-set"))
     job = EvalJob(
-        model, chosen, data.data_dir, split, batch_size, data.max_length or 128, limit, seed, place, data.tokenizer
+        model,
+        chosen,
+        data.data_dir,
+        split,
+        batch_size or 64,
+        data.max_length or 128,
+        limit,
+        seed,
+        place,
+        data.tokenizer,
     )
     if split == "test":
         report = submit(job, predictions)
@@ -215,6 +258,15 @@ def evaluate(
         console.print_json(report)
     else:
         show(report, chosen)
+
+
+def refuse_beside(data: Any, others: dict[str, Any]) -> None:
+    """Raises FfnkitError where a task of ours is named beside those of the harness."""
+    own = {OPTIONS[name]: getattr(data, name) for name in OPTIONS} | {"--max-length": data.max_length, **others}
+    for flag, value in own.items():
+        if value not in (None, ()):
+            do = "Leave it out; --lm-eval-set says what the harness is asked"
+            raise FfnkitError(f"{flag} {value}", "--lm-eval is given too", do)
 
 
 def show(report: dict[str, Any], task: Any) -> None:

@@ -14,6 +14,7 @@ from ffnkit.edits.linears import FactorLinear, LinearEdit, ReplaceLinear, ScaleI
 from ffnkit.edits.masks import Mask
 from ffnkit.edits.neurons import ClusterNeurons, NeuronEdit, ReplaceNeurons, SelectNeurons, SetWidth
 from ffnkit.edits.own import KeepOwn
+from ffnkit.edits.rescale import Rescale
 from ffnkit.edits.ties import Tie
 from ffnkit.edits.updates import Train, UpdateLinear
 from ffnkit.errors import FfnkitError
@@ -30,6 +31,7 @@ EDITS: tuple[type[Edit], ...] = (
     Tie,
     FactorLinear,
     ReplaceLinear,
+    Rescale,
     Mask,
     UpdateLinear,
     Train,
@@ -47,6 +49,7 @@ __all__ = [
     "NeuronEdit",
     "ReplaceLinear",
     "ReplaceNeurons",
+    "Rescale",
     "ScaleInputs",
     "SelectHeads",
     "SelectNeurons",

@@ -22,6 +22,8 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io import quickstart
 from ffnkit.io.apart import ADAPTERS, base_of, is_apart, with_updates
 from ffnkit.io.fitting import check_fits, is_head
+from ffnkit.io.progress import phase
+from ffnkit.io.sentences import sentence_folder
 from ffnkit.io.sizes import check_config, checkpoint_files, stored_shapes
 from ffnkit.io.workspace import put_aside
 
@@ -70,7 +72,7 @@ def load_with_info(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> t
 
             config = kwargs.get("config") or read_config(name, trust_remote_code=kwargs["trust_remote_code"])
             check_config(auto_class, config, stored, f"model {name}")
-    with open_errors(f"model {name}"), hub_or_cache(), _held_reports() as held:
+    with phase(f"loading {name}"), open_errors(f"model {name}"), hub_or_cache(), _held_reports() as held:
         model, info = auto_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     check_fits(model, info, name, _architectures(name, **kwargs) if info["missing_keys"] else [], redraw=redraw)
     if not _only_head(model, info):
@@ -140,6 +142,8 @@ def check_name(name_or_dir: str | Path) -> str:
     if os.path.isdir(path):
         if is_apart(path):
             return str(base_of(path))
+        if (held := sentence_folder(path)) is not None:
+            return str(held.root / held.transformer)
         if not any((path / file).is_file() for file in ("config.json", "tokenizer_config.json")):
             if any((path / file).is_file() for file in ADAPTERS):
                 do = "Open the model that it was made for, then fk.load_adapter (tune.load_adapter where it is LoRA)"

@@ -38,6 +38,7 @@ def regress(
     steps: int,
     generator: torch.Generator,
     weights: Tensor | None = None,
+    dimensions: Tensor | None = None,
     batch: int = 1024,
     products: torch.dtype | None = None,
 ) -> Neurons:
@@ -47,7 +48,7 @@ def regress(
     comes back.
 
     Args:
-        x, target: (n, d), float32. weights: (n,) how much each token counts.
+        x, target: (n, d), float32. weights: (n,) how much each token counts. dimensions: (d,) each dimension.
         steps: of Adam, with the step falling to zero along a cosine.
         products: dtype of the matrix products (:func:`multiplying`); weights, errors and steps stay as they are.
     """
@@ -58,7 +59,7 @@ def regress(
 
     def error(neurons: Neurons, rows: Tensor) -> Tensor:
         with multiplying(x.device, products):
-            return _loss(neurons, x[rows], target[rows], activation, _rows(weights, rows))
+            return _loss(neurons, x[rows], target[rows], activation, _rows(weights, rows), dimensions)
 
     def fit(steps: int, size: float) -> Neurons:
         """``start`` after so many steps of this size; as it is where a quarter of them has made it no better."""
@@ -105,8 +106,16 @@ def _rows(weights: Tensor | None, rows: Tensor) -> Tensor | None:
     return None if weights is None else weights[rows]
 
 
-def _loss(neurons: Neurons, x: Tensor, target: Tensor, activation: Activation, weights: Tensor | None) -> Tensor:
-    squared = (forward(neurons, x, activation).to(target.dtype) - target).square().mean(1)
+def _loss(
+    neurons: Neurons,
+    x: Tensor,
+    target: Tensor,
+    activation: Activation,
+    weights: Tensor | None,
+    dimensions: Tensor | None,
+) -> Tensor:
+    squared = (forward(neurons, x, activation).to(target.dtype) - target).square()
+    squared = squared.mean(1) if dimensions is None else squared @ dimensions / len(dimensions)
     return squared.mean() if weights is None else (squared * weights).sum() / weights.sum().clamp_min(1e-30)
 
 

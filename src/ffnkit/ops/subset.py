@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ffnkit.ops.ridge import factored
+from ffnkit.ops.ridge import factored, pulled
 
 AT_ONCE = 512  # scores are computed anew at least so many times
 DELAY = 32  # neurons whose effect on what is left of the outputs is subtracted together
@@ -118,6 +118,18 @@ class Left:
         self.sizes = torch.linalg.vector_norm(self.rows, dim=1).square_()
 
 
+def weighed(rows: Tensor, metric: Tensor) -> Tensor:
+    """Rows of outputs (d, k) in a metric M: R (d, k) with R^T R = rows^T M rows, so that plain squares count as M does.
+
+    Args:
+        metric: (d,), weights of the dimensions, or (d, d), symmetric and positive definite.
+    """
+    metric = metric.to(rows.device)
+    if metric.ndim == 1:
+        return rows * metric.to(rows.dtype).sqrt()[:, None]
+    return torch.linalg.cholesky(metric.double()).T.to(rows.dtype) @ rows
+
+
 def outputs(gram: Tensor, down: Tensor) -> float:
     """||H W^T||_F^2 of Gram matrix and output layer (d, ff)."""
     weight = down.to(gram.dtype)
@@ -140,12 +152,18 @@ def leverage(gram: Tensor, ridge: float, down: Tensor | None = None) -> Tensor:
     return 1 - shift * inverse if down is None else down.to(gram.dtype).square().sum(0) / inverse
 
 
-def refit(gram: Tensor, down: Tensor, kept: Tensor, ridge: float) -> tuple[Tensor, float]:
+def refit(
+    gram: Tensor, down: Tensor, kept: Tensor, ridge: float, missing: Tensor | None = None
+) -> tuple[Tensor, float]:
     """The output layer (d, width) of the neurons ``kept`` that does on the data what the whole one did.
 
     Minimises ||H W^T - H_S D^T||_F^2 + lambda ||D - W_S||_F^2 with lambda = ridge x the mean diagonal of G_SS:
-    ``D = W_S + W_R G_RS (G_SS + lambda I)^-1`` with R the neurons that go; in float64. The ridge pulls towards the
-    columns as they were: much of it leaves plain cutting, where one that pulls towards zero would leave nothing.
+    ``D = W_S + W_R G_RS (G_SS + lambda I)^-1`` with R the neurons that go (:func:`~ffnkit.ops.ridge.pulled`), float64.
+    The ridge pulls towards the columns as they were: much of it leaves plain cutting, where one that pulls towards zero
+    would leave nothing.
+
+    Args:
+        missing: (d, ff) E^T H of what the outputs are to give beyond H W^T, E (n, d); they are H W^T + E then.
 
     Returns:
         D, and how much of the squared norm of the outputs it explains: ||H W^T||_F^2 - ||H W^T - H_S D^T||_F^2.
@@ -153,17 +171,11 @@ def refit(gram: Tensor, down: Tensor, kept: Tensor, ridge: float) -> tuple[Tenso
     Source: GRAIL (arXiv 2602.23795), least squares behind any selection. Differs: its ridge pulls towards zero.
     """
     square = gram[kept[:, None], kept].double()
-    shift = max(ridge * square.diagonal().mean().item(), torch.finfo(torch.float64).tiny)
     cross = square.new_zeros(len(kept), len(down))  # G_{S,:} W^T
     for part in torch.arange(gram.shape[1], device=gram.device).split(COLUMNS):
         cross += gram[kept[:, None], part].double() @ down[:, part].double().T
-    old = down[:, kept].double().T
-    missing = cross - square @ old  # G_SR W_R^T
-    square.diagonal().add_(shift)
-    factor, failed = torch.linalg.cholesky_ex(square)
-    # Neurons that are linearly dependent, and no ridge: no factor.
-    change = torch.linalg.lstsq(square, missing).solution if int(failed) else torch.cholesky_solve(missing, factor)
-    square.diagonal().sub_(shift)
-    fitted = old + change
-    explained = float((fitted * (cross.mul_(2).addmm_(square, fitted, alpha=-1))).sum())
-    return fitted.T, explained
+    if missing is not None:
+        cross += missing[:, kept].double().T
+    fitted = pulled(square, cross.T, down[:, kept], ridge)
+    explained = float((fitted.T * (cross.mul_(2).addmm_(square, fitted.T, alpha=-1))).sum())
+    return fitted, explained

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,12 +11,17 @@ from typing import Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import disk_errors
+from ffnkit.io.progress import shown
 from ffnkit.io.workspace import held, made
+from ffnkit.recipe import cluster, pool
 from ffnkit.recipe import results as written
+from ffnkit.recipe.board import Board
 from ffnkit.recipe.results import Results
 from ffnkit.recipe.schema import Recipe
+from ffnkit.recipe.searching import found_of
+from ffnkit.recipe.shares import Shares
 from ffnkit.recipe.state import Unit, base_facts, check_out, check_same, clear_out, unit_facts, unit_of, write_json
-from ffnkit.recipe.worker import run_apart, run_here
+from ffnkit.recipe.worker import run_here
 
 Say = Callable[[str], None]
 
@@ -30,6 +34,9 @@ def run(
     restart: bool = False,
     remeasure: bool = False,
     isolate: bool = True,
+    jobs: int = 1,
+    threads: int | None = None,
+    ray: str | None = None,
 ) -> Results:
     """Run what is missing of a recipe in ``out`` and write its results.
 
@@ -43,6 +50,11 @@ def run(
         restart: delete what an earlier run left in ``out``.
         remeasure: measure the latencies again.
         isolate: give each unit a process of its own, which makes its peak memory its own.
+        jobs: units that run at once on this machine, each with its share of threads and one GPU. Figures are those of
+            one after the other, to the bit where a unit has as many ``threads``; latencies are measured after all.
+        threads: of each unit; None: all cores, or with ``jobs`` its share of them.
+        ray: run units as tasks of the Ray cluster at this address ("auto": the one at hand); ``out`` is then a folder
+            that all of its nodes see.
 
     Raises:
         FfnkitError: something is wrong with the recipe, its model, its data or ``out``; nothing was trained then.
@@ -53,9 +65,12 @@ def run(
     from ffnkit.recipe.sources import model_name
 
     out, say = Path(out), sayer(progress)
+    shares = Shares(jobs, threads, ray)
+    check_shares(shares, isolate)
     check_out(out)
     say(f"{recipe.name}: {len(recipe.arms)} arms x {len(recipe.seeds)} seeds in {out}")
-    model, data = preflight(recipe, say)
+    with shown("looking at the model and the data", quiet=not progress):
+        model, data = preflight(recipe, say)
     if (told := widened(model_name(recipe))) is not None:
         say(told)
     base = base_facts(recipe, model, data)
@@ -68,9 +83,10 @@ def run(
         write_json(out / "run.json", {"recipe": recipe.to_dict(), "units": stored})
         metric = _metric(recipe)
         try:
-            _run_units(recipe, out, units, metric, say, isolate, progress)
-            _measure(recipe, out, remeasure, say)
-            unjudged = _judge(recipe, out, say)
+            _run_units(recipe, out, units, metric, isolate, progress, shares)
+            with shown("after the units", quiet=not progress):
+                _measure(recipe, out, remeasure, say)
+                unjudged = _judge(recipe, out, say)
         except KeyboardInterrupt:
             written.write(recipe, written.collect(recipe, out, metric), pages=False)
             say("Stopped. What is finished is kept; run the same command to continue.")
@@ -94,23 +110,48 @@ def _run_units(
     out: Path,
     units: dict[Unit, dict[str, Any]],
     metric: str,
-    say: Say,
     isolate: bool,
     progress: bool,
+    shares: Shares,
 ) -> None:
-    start, bars = time.perf_counter(), progress and sys.stderr.isatty()
-    for number, (unit, facts) in enumerate(units.items(), 1):
-        if unit.done:
-            say(f"[{number}/{len(units)}] {unit.name}: done before")
-            continue
-        say(f"[{number}/{len(units)}] {unit.name} ({_clock(time.perf_counter() - start)} so far)")
-        if isolate:
-            good = run_apart(out, unit, progress=progress, bars=bars)
-        else:
-            good = run_here(recipe, unit, facts, say, bars)
-        if not good:
-            say(f"  failed: {(unit.marker('failed') or {}).get('error')}")
+    searches: dict[str, Unit] = {}  # who finds the rate of an arm
+    if recipe.search is not None:
+        searches = {unit.arm: unit for unit in reversed(units) if not found_of(unit)}
+
+    def first(unit: Unit) -> Unit | None:
+        finder = searches.get(unit.arm)
+        return None if finder == unit else finder
+
+    def over(*_: Any) -> None:
         written.write(recipe, written.collect(recipe, out, metric), pages=False)
+
+    with Board(len(units), shown=progress, side_by_side=shares.jobs > 1 or shares.ray is not None) as board:
+        left = []
+        for unit in units:
+            if unit.done:
+                board.before(unit.name)
+            else:
+                unit.unmark("failed")
+                left.append(unit)
+        if shares.ray is not None:
+            cluster.run_units(out, left, shares, board, over, first)
+        elif isolate:
+            pool.run_units(out, left, shares, board, over, lambda unit: (before := first(unit)) is None or before.over)
+        else:
+            for unit in left:
+                board.begins(unit.name)
+                with shown(unit.name, quiet=not progress):
+                    good = run_here(recipe, unit, units[unit], board.say, progress)
+                board.ends(unit.name, good, (unit.marker("failed") or {}).get("error", ""))
+                over()
+
+
+def check_shares(shares: Shares, isolate: bool = True) -> None:
+    """Raises FfnkitError where units cannot be shared out so."""
+    if not isolate and (shares.jobs > 1 or shares.ray is not None):
+        raise FfnkitError("isolate=False", "units side by side need processes of their own", "Leave it out")
+    if shares.ray is not None:
+        cluster.installed()
 
 
 def _measure(recipe: Recipe, out: Path, again: bool, say: Say) -> None:
@@ -135,10 +176,6 @@ def _judge(recipe: Recipe, out: Path, say: Say) -> str:
     if problem:
         say(f"the answers were not judged to the end: {problem}")
     return problem
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def sayer(progress: bool) -> Say:

@@ -21,7 +21,7 @@ def run_table(table: Table, out: str | Path, progress: bool = True, **how: Any) 
     Where there are several tasks, ``out/MODEL`` gets one table over them, as :func:`ffnkit.report.across.across` makes.
 
     Args:
-        how: ``restart``, ``remeasure`` and ``isolate`` of :func:`ffnkit.recipe.run`.
+        how: ``restart``, ``remeasure``, ``isolate``, ``jobs``, ``threads`` and ``ray`` of :func:`ffnkit.recipe.run`.
 
     Returns:
         By cell its results, or why it has none.

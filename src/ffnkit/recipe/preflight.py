@@ -13,6 +13,7 @@ from ffnkit.recipe.learnt import check_learnt
 from ffnkit.recipe.searching import check_searcher
 from ffnkit.recipe.sources import Source, calibration_texts, expand, method_of, neutral_texts, tuner_of
 from ffnkit.recipe.state import distilled, folder_digest
+from ffnkit.tune.tracking import trackers
 
 if TYPE_CHECKING:
     from ffnkit.recipe.schema import Recipe
@@ -29,6 +30,8 @@ def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
             columns or labels. The line names the arm or the field.
     """
     check_searcher(recipe)
+    for name in recipe.arms:
+        trackers(recipe.tune_of(name).report_to)
     source = Source(recipe)
     changed = {name: arm for name, arm in recipe.arms.items() if arm.compressed or arm.prune}
     if changed:
@@ -71,6 +74,8 @@ def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
             raise error.within("forgetting") from None
     if recipe.judge is not None:
         _judges(recipe, source)
+    if recipe.lm_eval is not None:
+        _asks_the_harness(recipe, source)
     if any(distilled(recipe, name) for name in recipe.arms):
         _distils(recipe, source)
     folder = Path(source.model_name)
@@ -107,6 +112,18 @@ def _judges(recipe: Recipe, source: Source) -> None:
             check_name(expand_model(settings.model))
     except FfnkitError as error:
         raise error if error.asked == "judge" else error.within("judge") from None
+
+
+def _asks_the_harness(recipe: Recipe, source: Source) -> None:
+    """Refuse tasks that the harness does not know, and a model that it cannot ask."""
+    from ffnkit.report import harness
+
+    assert recipe.lm_eval is not None
+    try:
+        harness.check(recipe.lm_eval)
+        harness.check_writes(source.empty(), recipe.lm_eval)
+    except FfnkitError as error:
+        raise error.within("lm_eval") from None
 
 
 def _distils(recipe: Recipe, source: Source) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ffnkit.io.files import read_json, write_text
+from ffnkit.io.files import read_json
 from ffnkit.recipe import judging
-from ffnkit.recipe.schema import Arm, Recipe
+from ffnkit.recipe.schema import Recipe
 from ffnkit.recipe.searching import found_of
 from ffnkit.recipe.state import TRAINED, Unit, arm_dict, check_there, stages_of, unit_of, write_json, zeros_of
 
@@ -66,10 +66,11 @@ class Results:
         """Means and spreads, one line an arm (``ffnkit.report.table.Summary``)."""
         from ffnkit.report.table import summarize
 
-        return summarize(_reported(self.rows), self.metric, arms=self.arms, seeds=self.seeds)
+        return summarize(reported(self.rows), self.metric, arms=self.arms, seeds=self.seeds)
 
 
-def _reported(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def reported(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of units that were begun."""
     return [row for row in rows if row["status"] != "not run"]
 
 
@@ -96,6 +97,8 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
     row |= zeros_of(recipe, unit)
     if forgotten := marks["evaluate"].get("neutral_loss"):
         row["neutral_loss"] = forgotten
+    if asked := marks["evaluate"].get("lm_eval"):
+        row["lm_eval"] = asked
     if recipe.evaluate_before:
         row["metrics_before"] = marks["before"].get("metrics", {})
     for name in ("parameters", "ffn_parameters", "flops_per_token", "ffn_flops_per_token"):
@@ -120,15 +123,32 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
     row["seconds"] = {stage: marks[stage]["seconds"] for stage in stages if "seconds" in marks[stage]}
     row["attempts"] = {stage: marks[stage]["attempts"] for stage in stages if marks[stage].get("attempts", 1) > 1}
     row["settings"] = arm_dict(arm) | {"tuner": recipe.tuner_of(unit.arm).model_dump()}
+    if "tune" in recipe.stages:
+        row["tuner"] = tuner_told(recipe, unit.arm)
     row["checkpoints"] = {
         form: str((unit.folder / form).relative_to(unit.folder.parents[2]))
         for form in ("compact", "standard", "apart")
         if done and (unit.folder / form).is_dir()
     }
+    row["predictions"] = {
+        path.stem.removeprefix("predictions-"): str(path.relative_to(unit.folder.parents[2]))
+        for path in sorted(unit.folder.glob("predictions-*.jsonl"))
+    }
+    for name, stage in (("rows", "evaluate"), ("curve", "tune")):
+        if name in marks[stage]:
+            row[name] = marks[stage][name]
     row["versions"], row["machine"] = end.get("versions", {}), end.get("machine", {})
     if failed and not done:
         row["error"] = failed["error"]
     return row
+
+
+def tuner_told(recipe: Recipe, arm: str) -> dict[str, Any]:
+    """The tuner of an arm with all of its settings, those that are not given among them."""
+    from ffnkit.recipe.sources import tuner_of
+
+    tuner = tuner_of(recipe, arm)
+    return {"name": tuner.name, **tuner.model_dump(mode="json", exclude={"adapter_dir", "apart_dir"})}
 
 
 def _layers(report: Mapping[str, Any]) -> str:
@@ -171,49 +191,7 @@ def write(recipe: Recipe, results: Results, *, pages: bool) -> None:
     if found := judging.found_in(recipe, results.out):
         content["judging"] = {name: value for name, value in found.items() if name != "pairs"}
     write_json(results.out / "results.json", plain(content))
-    if pages and _reported(results.rows):
-        _pages(recipe, results)
+    if pages and reported(results.rows):
+        from ffnkit.recipe.pages import write_pages
 
-
-def _said(arm: Arm) -> dict[str, Any]:
-    """What the page says of an arm; nothing of one that is trained as the recipe says and left whole."""
-    whole = arm_dict(arm)
-    return whole if arm.compressed else {k: v for k, v in whole.items() if k in ("tuner", "tune", "prune", "recover")}
-
-
-def _pages(recipe: Recipe, results: Results) -> None:
-    from ffnkit.io.markdown import one_line, paragraphs
-    from ffnkit.report import formats
-    from ffnkit.report import judging as compared
-    from ffnkit.report.page import PageInfo, write_page
-
-    summary = results.summary()
-    notes = [recipe.notes] if recipe.notes else []
-    opening = f"# {one_line(recipe.name)}\n\n" + "".join(map(paragraphs, notes))
-    found = judging.found_in(recipe, results.out)
-    verdicts, said = compared.lines(found.get("arms", {})), compared.notes(found) if found else []
-    table = opening + formats.to_markdown(summary)
-    if found:
-        shown = formats.markdown_table(compared.HEADER, verdicts) + "\n" if verdicts else ""
-        table += f"\n## Answers compared\n\n{shown}{formats.markdown_notes(said)}"
-    write_text(results.out / "table.md", table)
-    write_text(results.out / "results.csv", formats.to_csv(summary))
-    last: dict[str, Any] = next((row for row in reversed(results.rows) if row["status"] == "done"), {})
-    info = PageInfo(
-        title=recipe.name,
-        model=recipe.model,
-        task=recipe.task.where,
-        metric=results.metric,
-        split_policy="checkpoints chosen on a part of the training data; reported once on the split kept for it",
-        rows=_reported(results.rows),
-        arms={name: _said(arm) for name, arm in recipe.arms.items()},
-        settings={"tuner": recipe.tuner.name, **{f"tune {k}": v for k, v in recipe.tune.model_dump().items()}},
-        seeds=recipe.seeds,
-        versions=last.get("versions", {}),
-        machine=last.get("machine", {}),
-        notes=notes,
-        verdicts=[list(compared.HEADER), *verdicts] if verdicts else [],
-        verdict_notes=said,
-        answers=judging.side_by_side(recipe, results.out),
-    )
-    write_page(results.out / "report.html", info)
+        write_pages(recipe, results)

@@ -29,7 +29,7 @@ from ffnkit.settings import settings_of
 from ffnkit.settings.presets import filled
 from ffnkit.settings.words import in_words
 from ffnkit.tasks.fields import Head, Kind, LabelKind, TaskFields
-from ffnkit.tasks.settings import GenerationSettings, JudgeSettings
+from ffnkit.tasks.settings import GenerationSettings, HarnessSettings, JudgeSettings
 from ffnkit.tune.healing.settings import HealSettings
 from ffnkit.tune.settings import CalibrationSettings, DistilSettings, TrainSettings
 
@@ -197,6 +197,7 @@ class Recipe(Part):
     evaluate_before: StrictBool = False
     forgetting: str | None = None
     judge: JudgeSettings | None = None
+    lm_eval: HarnessSettings | None = None
     export: Literal["none", "compact", "standard", "both", "apart", "all"] = "both"
     export_seeds: Literal["first", "all"] = "first"
     measure: Measure = Measure()
@@ -259,6 +260,8 @@ class Recipe(Part):
             check_trials(self)
         if self.forgetting is not None and "evaluate" not in self.stages:
             fail(("stages",), "forgetting is measured in the stage evaluate", list(self.stages))
+        if self.lm_eval is not None and "evaluate" not in self.stages:
+            fail(("stages",), "lm_eval is measured in the stage evaluate", list(self.stages))
         if self.judge is not None and ("evaluate" not in self.stages or len(self.arms) < 2):
             fail(("judge",), "answers of two arms or more, of the stage evaluate, are compared", None)
         for then in ("heal", "distil"):
@@ -314,7 +317,7 @@ class Recipe(Part):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it stands in the file, defaults filled in."""
-        later = ("forgetting", "judge", "search")  # of runs without them nothing is said
+        later = ("forgetting", "judge", "lm_eval", "search")  # of runs without them nothing is said
         data = {k: v for k, v in self.model_dump(mode="json").items() if v is not None or k not in later}
         if "heal" not in self.stages:
             del data["heal"]

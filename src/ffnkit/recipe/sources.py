@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ffnkit.report.harness import HarnessFigures
     from ffnkit.tasks import AnyTask, Splits
     from ffnkit.tune import CalibrationSettings, TrainSettings
 
@@ -136,6 +137,15 @@ class Source:
         """The model's own tokenizer, or the one that the recipe names."""
         name = self.recipe.tokenizer
         return self.task.load_tokenizer(expand_model(name) if name else self.model_name)
+
+    def harness(self, model: PreTrainedModel, progress: bool) -> HarnessFigures | None:
+        """What lm-evaluation-harness measures of a model, with the tokenizer as it lies beside the source."""
+        from ffnkit.report.harness import harness
+
+        settings, name = self.recipe.lm_eval, self.recipe.tokenizer
+        if settings is None:
+            return None
+        return harness(model, settings, expand_model(name) if name else self.model_name, progress=progress)
 
     @property
     def device(self) -> torch.device:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
-from contextlib import suppress
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import read_json, write_text
 from ffnkit.io.folders import check_target
+from ffnkit.io.workspace import held
 from ffnkit.recipe.schema import Arm, Recipe, arm_dict, facts_today
 from ffnkit.recipe.sources import expand, method_of
 from ffnkit.tune.settings import HARMLESS
@@ -62,6 +64,45 @@ class Unit:
     def done(self) -> bool:
         """Whether every stage is finished."""
         return self.marker("done") is not None
+
+    @property
+    def begun(self) -> bool:
+        """Whether something of it is on disk."""
+        return self.marker("unit") is not None
+
+    @property
+    def over(self) -> bool:
+        """Whether nobody will go on with it in this run: it is done, or it failed."""
+        return self.done or self.marker("failed") is not None
+
+    @contextmanager
+    def held(self, wait: float = 15.0) -> Iterator[None]:
+        """Hold the unit: a process that outlived its run, on this host or another, may still be at work on it.
+
+        Args:
+            wait: seconds until it is given up.
+
+        Raises:
+            FfnkitError: it is at work on it still.
+        """
+        check_there(self.folder.parents[2])
+        place, until = self.folder.parent / f".{self.folder.name}", time.monotonic() + wait
+        with ExitStack() as stack:
+            while True:
+                place.mkdir(parents=True, exist_ok=True)
+                try:
+                    stack.enter_context(held(place, f"running {self.name}", "another process is at work on it"))
+                    break
+                except FileNotFoundError:  # the other one has just removed it
+                    continue
+                except FfnkitError:
+                    if time.monotonic() > until:
+                        raise
+                    time.sleep(0.1)
+            try:
+                yield
+            finally:
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def unit_of(out: Path, arm: str, seed: int) -> Unit:
@@ -128,6 +169,8 @@ def unit_facts(recipe: Recipe, base: dict[str, Any], arm: str, seed: int) -> dic
     if recipe.forgetting is not None:
         path = Path(expand(recipe.forgetting))
         facts["forgetting"] = [recipe.forgetting, hashlib.sha256(path.read_bytes()).hexdigest()[:16]]
+    if recipe.lm_eval is not None:
+        facts["lm_eval"] = recipe.lm_eval.model_dump(mode="json", exclude={"batch_size"})
     if recipe.search is not None:
         rates = recipe.rates_of(arm).to_plain()
         facts["search"] = {**recipe.search.model_dump(mode="json"), "learning_rate": rates}
@@ -211,8 +254,8 @@ def zeros_of(recipe: Recipe, unit: Unit) -> dict[str, Any]:
 
 # --------------------------------------------------------------------------------------- the output folder
 OURS = (
-    *("run.json", "results.json", "results.csv", "table.md", "report.html", "latency.json"),
-    *("judging.json", "judgements.jsonl", "units"),
+    *("run.json", "results.json", "results.csv", "table.md", "report.html", "latency.json", "recipe.yaml"),
+    *("judging.json", "judgements.jsonl", "logs", "units"),
 )
 
 

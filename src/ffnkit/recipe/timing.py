@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.io.files import read_json
+from ffnkit.io.progress import counted
 from ffnkit.recipe.sources import Source
 from ffnkit.recipe.state import digest, unit_of, write_json
 
@@ -38,7 +39,8 @@ def measure_latency(recipe: Recipe, out: Path, *, again: bool = False) -> bool:
     if not again and (read_json(out / "latency.json") or {}).get("fingerprint") == key:
         return False
     source = Source(recipe)
-    models = {arm: source.task.load_model(str(folder)).to(source.device) for arm, folder in folders.items()}
+    opened = counted(folders.items(), "opening for the latencies", len(folders))
+    models = {arm: source.task.load_model(str(folder)).to(source.device) for arm, folder in opened}
     batch = batch_for(next(iter(models.values())), recipe.measure.batch_size, recipe.measure.length)
     taken = measure.latencies(models, batch, repeats=recipe.measure.repeats)
     first = next(iter(recipe.arms))

@@ -6,20 +6,24 @@ import gc
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import ffnkit
 from ffnkit.checkpoint.adapters import is_adapted
+from ffnkit.errors import FfnkitError
 from ffnkit.io.files import replacing, write_text
+from ffnkit.io.progress import phase
 from ffnkit.model.linear import added_to
 from ffnkit.nn.coefficients import set_l1
-from ffnkit.recipe import searching, sources, tickets
+from ffnkit.recipe import searching, sources, tickets, tracked
 from ffnkit.recipe.cards import card_of
 from ffnkit.recipe.schema import Recipe
-from ffnkit.recipe.state import TRAINED, Unit, digest, measures, stages_of
+from ffnkit.recipe.state import TRAINED, Unit, digest, measures, stages_of, unit_of
 from ffnkit.report import environment, measure
 from ffnkit.report.card import Form
+from ffnkit.report.curves import curve_of
 from ffnkit.report.sparsity import merge_costs, sparsity, units_removed
 from ffnkit.surgery.apply import SAVING
 from ffnkit.surgery.compressed import compressed_parameters
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 HEALED, PLAN, DISTILLED, TUNED = "healed.safetensors", "plan", "distilled.safetensors", "tuned.safetensors"
+POLL, IDLE = 0.2, 20.0  # seconds
 ADAPTER, PRUNED, RECOVERED = "adapter", "pruned-{}", "recovered.safetensors"
 APART: Literal["apart"] = "apart"
 
@@ -41,10 +46,11 @@ def run_unit(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Say, bars: 
     Args:
         facts: what its figures depend on; stored with it.
         say: takes one line of progress.
-        bars: show the Trainer's progress bars.
+        bars: whether trainings tell where they are.
     """
     if unit.marker("unit") is None:
         shutil.rmtree(unit.folder, ignore_errors=True)
+        tracked.clear(recipe, unit)
         unit.mark("unit", {"arm": unit.arm, "seed": unit.seed, "fingerprint": digest(facts), "facts": facts})
     unit.unmark("failed")
     unit.work.mkdir(parents=True, exist_ok=True)
@@ -52,20 +58,35 @@ def run_unit(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Say, bars: 
     for stage in stages_of(recipe, unit.arm):
         if unit.marker(stage) is not None:
             continue
+        if stage == "export":
+            _await_reference(recipe, unit)
         began = unit.work / f"began-{stage}"
         attempts = int(began.read_text() or 0) + 1 if began.exists() else 1
         write_text(began, str(attempts))
         say(f"  {stage} ..." + (" (taken up again)" if attempts > 1 else ""))
         start = time.perf_counter()
-        figures = getattr(job, stage)()
+        with phase(stage):
+            figures = getattr(job, stage)()
         seconds = time.perf_counter() - start
         seconds = max(seconds, figures.pop("train_seconds", 0.0))  # those of attempts that were killed count too
         unit.mark(stage, {"seconds": seconds, "attempts": attempts, **figures})
         say(f"  {stage} {seconds:.1f} s{_told(figures)}")
     job.forget()
+    tracked.tell(recipe, unit, unit.work / PLAN)
     unit.mark("end", {"versions": environment.versions(), "machine": environment.machine()})
     shutil.rmtree(unit.work, ignore_errors=True)
     unit.mark("done", {})
+
+
+def _await_reference(recipe: Recipe, unit: Unit) -> None:
+    """Wait until the first arm, which may be at work beside us, has the figures that our card compares with."""
+    reference, idle = unit_of(unit.folder.parents[2], next(iter(recipe.arms)), unit.seed), 0.0
+    if reference == unit or "evaluate" not in recipe.stages:
+        return
+    while reference.begun and not reference.over and reference.marker("evaluate") is None and idle < IDLE:
+        time.sleep(POLL)
+        with suppress(FfnkitError), reference.held(wait=0.0):
+            idle += POLL  # nobody is at work on it
 
 
 def _told(figures: dict[str, Any]) -> str:
@@ -297,6 +318,7 @@ class _Job:
                 out_dir=out or self.unit.work / stage,
                 progress=self.bars,
                 generation=self.recipe.generation,
+                run=tracked.run_of(self.recipe, self.unit, stage, out),
                 **how,
             )
         figures = {
@@ -304,6 +326,7 @@ class _Job:
             "steps": result.steps,
             "best_step": getattr(result, "best_step", None),
             "dev_metric": result.best_metric,
+            "curve": curve_of(result.losses, result.history, result.best_metric_name),
             **{name: getattr(result, name) for name in TRAINED},
             "peak_memory_bytes": result.peak_tensors,
             "process_memory_bytes": peak.peak_bytes,
@@ -315,6 +338,8 @@ class _Job:
         counts = {name: value for name, value in measure.figures(self.model).items() if name != "trainable_parameters"}
         before = self.source.empty()
         found = {**self._metrics(keep=True), **counts, **units_removed(self.model, before)}
+        splits = self.source.splits
+        found["rows"] = {name: len(getattr(splits, name)) for name in ("train", "dev", "report")}
         found["parameters_removed"] = 1 - counts["parameters"] / sum(p.numel() for p in before.parameters())
         if (text := self.recipe.forgetting) is not None:
             from ffnkit.report.forgetting import forgetting
@@ -322,6 +347,9 @@ class _Job:
             found["neutral_loss"] = forgetting(
                 self.source.model_name, self.model, self.source.tokenizer, sources.neutral_texts(text)
             )
+        if (measured := self.source.harness(self.model, self.bars)) is not None:
+            found["metrics"] |= measured.named()
+            found["lm_eval"] = measured.to_dict()
         return found
 
     def _metrics(self, keep: bool) -> dict[str, Any]:

@@ -9,52 +9,96 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import read_json
+from ffnkit.io.progress import shown
 from ffnkit.recipe.schema import Recipe, facts_today, recipe_from
 from ffnkit.recipe.state import Unit, digest, unit_of
 
 FAILED, STOPPED = 1, 130
+ROOT = str(Path(__file__).resolve().parents[2])  # where the package lies
 
 
-def run_apart(out: Path, unit: Unit, *, progress: bool, bars: bool) -> bool:
-    """Run a unit of the recipe stored in ``out`` in a new process; False when it failed.
+class Child:
+    """A unit of the recipe stored in ``out``, at work in a process of its own.
 
-    The child ends when this process does: it watches a pipe that closes with us.
+    It ends when this process does: it watches a pipe that closes with us. A second process for the same unit is refused
+    by the lock on the unit's folder.
+
+    Args:
+        environment: variables beside ours, such as those that share out threads and GPUs.
+        told: takes the lines that it prints; None: they go to our stderr.
     """
-    command = [sys.executable, "-m", "ffnkit.recipe.worker", str(out), unit.arm, str(unit.seed)]
-    command += ["--progress"] * progress + ["--bars"] * bars
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    # A group of its own: Ctrl-C reaches us alone, and we end the child, which then prints no traceback.
-    with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, process_group=0) as child:
+
+    def __init__(
+        self,
+        out: Path,
+        unit: Unit,
+        *,
+        progress: bool,
+        environment: Mapping[str, str] | None = None,
+        told: Callable[[str], None] | None = None,
+    ) -> None:
+        self.unit = unit
+        command = [sys.executable, "-m", "ffnkit.recipe.worker", str(out), unit.arm, str(unit.seed)]
+        command += ["--progress"] * progress
+        paths = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
+        variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(environment or {})}
+        # A group of its own: Ctrl-C reaches us alone, and we end the child, which then prints no traceback.
+        errors = None if told is None else subprocess.PIPE
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=errors, env=variables, process_group=0)
+        if told is not None:
+            self._reader = threading.Thread(target=self._read, args=(told,), daemon=True)
+            self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    def ended(self) -> int | None:
+        """The exit code, less than 0 where a signal ended it; None while it is at work."""
+        code = self._process.poll()
+        if code is not None:
+            self._close()
+        return code
+
+    def stop(self) -> None:
+        """Give the process the time to end by itself, then end it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         try:
-            code = child.wait()
-        except BaseException:
-            _stop(child)
-            raise
-    if code < 0:
-        hint = " (out of memory?)" if -code == signal.SIGKILL else ""
-        record(unit, f"the process was ended by {signal.Signals(-code).name}{hint}")
-    elif code and unit.marker("failed") is None:
-        record(unit, f"the process ended with code {code}")
-    return code == 0
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._close()
 
+    def judge(self, code: int) -> bool:
+        """Whether the unit is done; where it is not, the reason is in its folder."""
+        if code < 0:
+            hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+            record(self.unit, f"the process was ended by {signal.Signals(-code).name}{hint}")
+        elif code and self.unit.marker("failed") is None:
+            record(self.unit, f"the process ended with code {code}")
+        return code == 0
 
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    """Give the child the time to end by itself, then end it."""
-    assert child.stdin is not None
-    child.stdin.close()
-    try:
-        child.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
+    def _read(self, told: Callable[[str], None]) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            if text := line.decode(errors="replace").rstrip():
+                told(text)
+
+    def _close(self) -> None:
+        for stream in (self._process.stdin, self._process.stderr):
+            if stream is self._process.stderr and stream is not None:
+                self._reader.join(timeout=5)
+            if stream is not None:
+                stream.close()
 
 
 def run_here(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Callable[[str], None], bars: bool) -> bool:
@@ -62,7 +106,8 @@ def run_here(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Callable[[s
     from ffnkit.recipe.unit import run_unit
 
     try:
-        run_unit(recipe, unit, facts, say, bars)
+        with unit.held():
+            run_unit(recipe, unit, facts, say, bars)
     except Exception as error:
         line = str(error) if isinstance(error, FfnkitError) else f"{type(error).__name__}: {error}"
         record(unit, " ".join(line.split()), traceback.format_exc())
@@ -93,23 +138,23 @@ def main(arguments: list[str]) -> int:
 def _main(arguments: list[str]) -> int:
     out, arm, seed = Path(arguments[0]), arguments[1], int(arguments[2])
     threading.Thread(target=_watch, args=(sys.stdin.fileno(),), daemon=True).start()
+    progress = "--progress" in arguments
+
+    def say(line: str) -> None:
+        if progress:
+            print(line, file=sys.stderr, flush=True)
+
     _hush()
-    progress, bars = "--progress" in arguments, "--bars" in arguments
     stored = read_json(out / "run.json") or {}
     recipe = recipe_from(stored.get("recipe"), str(out / "run.json"))
     unit = unit_of(out, arm, seed)
     facts = stored["units"][f"{arm}/{seed}"]
     found = unit.marker("unit")
     if found is not None and digest(facts_today(found["facts"])) != digest(facts):
-        shown = FfnkitError(unit.name, "is of another recipe", "Give another --out, or --restart")
-        record(unit, str(shown))
+        record(unit, str(FfnkitError(unit.name, "is of another recipe", "Give another --out, or --restart")))
         return FAILED
-
-    def say(line: str) -> None:
-        if progress:
-            print(line, file=sys.stderr, flush=True)
-
-    return 0 if run_here(recipe, unit, facts, say, bars) else FAILED
+    with shown(unit.name, quiet=not progress):
+        return 0 if run_here(recipe, unit, facts, say, progress) else FAILED
 
 
 def _hush() -> None:

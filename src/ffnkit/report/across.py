@@ -25,7 +25,7 @@ class Across:
         rows: as ``ffnkit.report.table`` has them: metrics are named "accuracy (sst2)", and "average" where the arm ran
             on every task; other figures are means over the tasks, seconds are sums.
         arms, models, tasks: in the order in which they came. metric: what is compared: the average, where there is one.
-        notes: what the table needs to be read with.
+        notes: what the table needs to be read with. folders: of the runs.
     """
 
     rows: list[dict[str, Any]]
@@ -34,6 +34,7 @@ class Across:
     tasks: tuple[str, ...]
     metric: str
     notes: tuple[str, ...]
+    folders: tuple[str, ...] = ()
 
     def summary(self) -> Summary:
         """Means and spreads, one line an arm."""
@@ -68,7 +69,7 @@ def across(runs: Sequence[str | Path]) -> Across:
                 if first != number:
                     _check_model(found[first], run, f"{row['arm']} with seed {row['seed']} on {task}")
                     doubled[first, number, task] = doubled.get((first, number, task), 0) + 1
-                there.setdefault((row["arm"], row["seed"]), row)
+                there.setdefault((row["arm"], row["seed"]), {**row, "folder": _folder(runs[number])})
     if not any(by_task.values()):
         raise FfnkitError("a table over runs", "no row of them is finished", "Run them to their end")
     arms = tuple(dict.fromkeys(arm for run in found for arm in run["recipe"]["arms"]))
@@ -81,7 +82,12 @@ def across(runs: Sequence[str | Path]) -> Across:
         f"{task}: {count} of the rows of {runs[other]} are left out, for {runs[first]} has the same arms and seeds."
         for (first, other, task), count in doubled.items()
     ]
-    return Across(rows, arms, models, tuple(by_task), metric, (*_notes(arms, rows, metrics, why_not), *notes))
+    told = (*_notes(arms, rows, metrics, why_not), *notes)
+    return Across(rows, arms, models, tuple(by_task), metric, told, tuple(map(_folder, runs)))
+
+
+def _folder(run: str | Path) -> str:
+    return str(run if Path(run).is_dir() else Path(run).parent)
 
 
 def _check_model(first: Mapping[str, Any], other: Mapping[str, Any], what: str) -> None:
@@ -158,6 +164,15 @@ def _together(
     if layers:  # of each task, where they are not the same on all
         same = len(set(layers.values())) == 1
         row["layers"] = next(iter(layers.values())) if same else "; ".join(f"{t}: {v}" for t, v in layers.items())
+    first = next(iter(mine.values()), {})
+    row |= {key: first[key] for key in ("settings", "tuner") if first.get(key)}
+    for key in ("checkpoints", "predictions"):
+        paths = {
+            f"{name} ({task})": f"{each['folder']}/{path}"
+            for task, each in mine.items()
+            for name, path in (each.get(key) or {}).items()
+        }
+        row |= {key: paths} if paths else {}
     for key in VALUES:
         if values := _measured(each.get(key) for each in mine.values()):
             row[key] = math.fsum(values) / len(values)

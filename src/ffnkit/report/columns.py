@@ -4,52 +4,48 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ffnkit.report.table import Arm, Difference, Stat, Summary
 
-
-def parameters(stat: Stat) -> str:
-    return _scaled(stat.mean, ((1e9, "B"), (1e6, "M"), (1e3, "k")))
-
-
-def operations(stat: Stat) -> str:
-    return _scaled(stat.mean, ((1e9, "G"), (1e6, "M"), (1e3, "k")))
+Shown = Callable[[Sequence[float]], list[str]]  # the figures of a column, all in one unit
+COUNTS = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
-def size(stat: Stat) -> str:
-    return _scaled(stat.mean, ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")))
+def scaled(units: Sequence[tuple[float, str]]) -> Shown:
+    """Four digits or so in the largest unit of which the least figure is a tenth, else in the smallest one."""
+
+    def shown(values: Sequence[float]) -> list[str]:
+        least = min((abs(value) for value in values if value), default=0.0)
+        size, name = next((unit for unit in units if least >= unit[0] / 10), units[-1])
+        if max(map(abs, values), default=0.0) < size:  # all of them are fractions of it
+            size, name = next((unit for unit in units if unit[0] < size), (size, name))
+        return [f"{_digits(value / size)} {name}" for value in values]
+
+    return shown
 
 
-def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
-    """Four digits at most, in the largest unit that the value reaches, else in the smallest one."""
-    unit, name = next((pair for pair in units if value >= pair[0]), units[-1])
-    value /= unit
-    return f"{value:.{2 if value < 100 else 1 if value < 1000 else 0}f} {name}"
+def _digits(value: float) -> str:
+    return f"{value:,.{2 if abs(value) < 100 else 1 if abs(value) < 1000 else 0}f}"
 
 
-def milliseconds(stat: Stat) -> str:
-    return f"{stat.mean * 1e3:.1f} ms"
+def each(text: str, scale: float = 1.0) -> Shown:
+    """The same format for every figure."""
+    return lambda values: [text.format(value * scale) for value in values]
 
 
-def duration(stat: Stat) -> str:
-    return f"{stat.mean:.1f} s" if stat.mean < 600 else f"{stat.mean / 60:.1f} min"
+def durations(values: Sequence[float]) -> list[str]:
+    """Seconds, or minutes where they are many."""
+    minutes = max(values, default=0.0) >= 600
+    return [f"{value / 60:.1f} min" if minutes else f"{value:.1f} s" for value in values]
 
 
-def share(stat: Stat) -> str:
-    return f"{stat.mean:.1%}"
-
-
-def small_share(stat: Stat) -> str:
-    return f"{stat.mean:.2%}"
-
-
-def rate(stat: Stat) -> str:
-    return f"{stat.mean:.3g}"
-
-
-def change(stat: Stat) -> str:
-    return f"{stat.mean:+.4f}"
+parameters = scaled(COUNTS)
+operations = scaled(((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")))
+sizes = scaled(((1e9, "GB"), (1e6, "MB"), (1e3, "kB")))
+step_times = scaled(((1.0, "s"), (1e-3, "ms")))
+milliseconds, rates, whole = each("{:.1f} ms", 1e3), each("{:.3g}"), each("{:,.0f}")
+share, small_share, change = each("{:.1%}"), each("{:.2%}"), each("{:+.4f}")
 
 
 COLUMNS = {
@@ -59,39 +55,42 @@ COLUMNS = {
     "trainable_parameters": ("trained", parameters),
     "updated_parameters": ("a step", parameters),
     "trainable_share": ("without head", small_share),
-    "samples_per_second": ("samples/s", rate),
-    "steps_per_second": ("steps/s", rate),
-    "peak_memory_bytes": ("peak memory", size),
-    "learning_rate": ("rate found", rate),
+    "samples_per_second": ("samples/s", rates),
+    "seconds_per_step": ("a step takes", step_times),
+    "peak_memory_bytes": ("peak memory", sizes),
+    "learning_rate": ("rate found", rates),
     "flops_per_token": ("FLOPs/token", operations),
-    "bytes_on_disk_compact": ("on disk compact", size),
-    "bytes_on_disk_standard": ("on disk standard", size),
-    "bytes_on_disk_apart": ("on disk apart", size),
+    "bytes_on_disk_compact": ("on disk compact", sizes),
+    "bytes_on_disk_standard": ("on disk standard", sizes),
+    "bytes_on_disk_apart": ("on disk apart", sizes),
     "latency_s": ("latency (ratio)", milliseconds),
     "zeros": ("zeros (merged)", share),
     "heads_removed": ("heads gone", share),
     "neurons_removed": ("neurons gone", share),
     "forgetting": ("forgetting", change),
+    "rows": ("rows", whole),
 }
 LAYERS = "layers"
+SETTINGS = {"rank": ("rank",), "share": ("width", "budget", "count", "density", "nonzeros", "sparsity")}
 SIZES, TRAINING = (
     ("parameters", "ffn_parameters", "parameters_removed"),
     (
         *("trainable_parameters", "updated_parameters", "trainable_share"),
-        *("samples_per_second", "steps_per_second", "peak_memory_bytes", "learning_rate"),
+        *("samples_per_second", "seconds_per_step", "peak_memory_bytes", "learning_rate"),
     ),
 )  # of which tables are made beside that of what the model costs
 # of arms with updates, of those that were pruned, of recipes with a neutral text, of rows of older runs
 OPTIONAL = (
     *("bytes_on_disk_apart", "zeros", "heads_removed", "neurons_removed", "parameters_removed", "forgetting"),
     "learning_rate",
-    *("updated_parameters", "trainable_share", "samples_per_second", "steps_per_second"),
+    *("updated_parameters", "trainable_share", "samples_per_second", "seconds_per_step", "rows"),
 )
 TOLD = {
     "parameters_removed": "saved: of the parameters of the model that was not compressed",
     "updated_parameters": "a step: numbers that a step of the optimizer changes",
     "trainable_share": "without head: what trains beside the task head, as a share of the model without it",
     "peak_memory_bytes": "peak memory: of tensors, in training steps",
+    "rows": "rows: of the split that is reported",
 }
 
 
@@ -112,18 +111,69 @@ def difference(delta: Difference | None) -> str:
 
 def cells(summary: Summary) -> tuple[list[str], list[list[str]]]:
     """Headers and one list of strings an arm; columns that no arm has are left out, and ``unmeasured`` names them."""
-    columns = [key for key in COLUMNS if any(_shown(arm, key) for arm in summary.arms)]
-    compared = any(arm.difference for arm in summary.arms)
-    timed = any(arm.seconds for arm in summary.arms)
-    header = ["arm", "seeds", *_beside(summary), *summary.metrics, *(["difference [95%]"] if compared else [])]
-    header += [COLUMNS[key][0] for key in columns] + (["time"] if timed else [])
-    return header, [_line(arm, summary, columns, compared, timed, len(header)) for arm in summary.arms]
+    columns = {"arm": [arm.name for arm in summary.arms], "seeds": [str(len(arm.seeds)) for arm in summary.arms]}
+    columns |= _beside(summary)
+    columns |= {name: [score(arm.metrics.get(name)) for arm in summary.arms] for name in summary.metrics}
+    if any(arm.difference for arm in summary.arms):
+        columns[compared(summary)] = [difference(arm.difference) for arm in summary.arms]
+    told = {head: [setting(arm, names) for arm in summary.arms] for head, names in SETTINGS.items()}
+    columns |= {head: column for head, column in told.items() if set(column) != {"–"}}
+    for key in COLUMNS:
+        if any(_shown(arm, key) for arm in summary.arms):
+            columns[COLUMNS[key][0]] = _column(summary.arms, key)
+    if any(arm.seconds for arm in summary.arms):
+        total = [math.fsum(stat.mean for stat in arm.seconds.values()) if arm.seconds else None for arm in summary.arms]
+        columns["time"] = filled(total, durations)
+    lines = [list(line) for line in zip(*columns.values(), strict=True)]
+    for arm, line in zip(summary.arms, lines, strict=True):
+        if not arm.run:
+            line[2:] = ["not run"] * (len(line) - 2)
+    return list(columns), lines
 
 
-def _beside(summary: Summary) -> list[str]:
-    """The heads of columns that stand before the metrics, where an arm has such: layers, the metric before tuning."""
-    layers = [LAYERS] if any(arm.layers for arm in summary.arms) else []
-    return layers + ([f"{summary.metric} before"] if any(arm.before for arm in summary.arms) else [])
+def compared(summary: Summary) -> str:
+    """The head of the column of differences."""
+    return f"{summary.metric} difference [95%]"
+
+
+def filled(values: Sequence[float | None], shown: Shown, empty: str = "not measured") -> list[str]:
+    """The figures of a column, and ``empty`` where there is none."""
+    known = iter(shown([value for value in values if value is not None]))
+    return [empty if value is None else next(known) for value in values]
+
+
+def _column(arms: Sequence[Arm], key: str) -> list[str]:
+    """The figures of all arms, with what stands in brackets beside them."""
+    means = [arm.values[key].mean if key in arm.values else None for arm in arms]
+    texts = filled(means, COLUMNS[key][1], "–" if key in OPTIONAL else "not measured")
+    for number, arm in enumerate(arms):
+        if key == "zeros" and "zeros_merged" in arm.values:
+            texts[number] += f" ({share([arm.values['zeros_merged'].mean])[0]})"
+        if key == "latency_s" and key in arm.values and arm.latency_ratio:
+            texts[number] += f" ({arm.latency_ratio.mean:.2f})"
+    return texts
+
+
+def _beside(summary: Summary) -> dict[str, list[str]]:
+    """Columns that stand before the metrics where an arm has such: layers, the metric before tuning."""
+    arms, found = summary.arms, dict[str, list[str]]()
+    if any(arm.layers for arm in arms):
+        found[LAYERS] = [chosen(arm.layers) for arm in arms]
+    if any(arm.before for arm in arms):
+        found[f"{summary.metric} before"] = ["–" if arm.before is None else score(arm.before) for arm in arms]
+    return found
+
+
+def setting(arm: Arm, names: Sequence[str]) -> str:
+    """What an arm's method, else its tuner, has under the first of these names that one of the two has."""
+    own, tuner = arm.settings, arm.settings.get("tuner")
+    for name in names:
+        for each in (own, tuner if isinstance(tuner, Mapping) else {}):
+            value = each.get(name)
+            if isinstance(value, bool) or value is None:
+                continue
+            return f"{value:g}" if isinstance(value, int | float) else "by layer"
+    return "–"
 
 
 def chosen(layers: Sequence[str]) -> str:
@@ -165,33 +215,6 @@ def _further(metrics: Sequence[str]) -> list[set[str]]:
     return list(found.values())
 
 
-def _line(arm: Arm, summary: Summary, columns: list[str], compared: bool, timed: bool, width: int) -> list[str]:
-    if not arm.run:
-        return [arm.name, "0"] + ["not run"] * (width - 2)
-    beside = {LAYERS: chosen(arm.layers), f"{summary.metric} before": "–" if arm.before is None else score(arm.before)}
-    line = [
-        arm.name,
-        str(len(arm.seeds)),
-        *(beside[head] for head in _beside(summary)),
-        *(score(arm.metrics.get(name)) for name in summary.metrics),
-    ]
-    line += [difference(arm.difference)] if compared else []
-    line += [_value(arm, key) for key in columns]
-    if timed:
-        total = math.fsum(stat.mean for stat in arm.seconds.values())
-        line.append(duration(Stat(total, None, 1)) if arm.seconds else "not measured")
-    return line
-
-
-def _value(arm: Arm, key: str) -> str:
-    if key not in arm.values:
-        return "–" if key in OPTIONAL else "not measured"
-    text = COLUMNS[key][1](arm.values[key])
-    if key == "zeros" and "zeros_merged" in arm.values:
-        return f"{text} ({share(arm.values['zeros_merged'])})"
-    return f"{text} ({arm.latency_ratio.mean:.2f})" if key == "latency_s" and arm.latency_ratio else text
-
-
 def unmeasured(summary: Summary) -> list[str]:
     """The columns that no arm has a value for."""
     found = {key for arm in summary.arms for key in arm.values}
@@ -203,4 +226,8 @@ def all_notes(summary: Summary) -> list[str]:
     missing = unmeasured(summary) if any(arm.run for arm in summary.arms) else []
     shown = {key for key in TOLD if any(_shown(arm, key) for arm in summary.arms)}
     told = [f"{text[0].upper()}{text[1:]}." for key, text in TOLD.items() if key in shown]
+    if any(setting(arm, SETTINGS["share"]) != "–" for arm in summary.arms):
+        told.append(
+            "Share: of its neurons that an FFN keeps, or of the entries that an update changes; above 1 a number."
+        )
     return [*summary.notes, *told, *([f"Not measured: {', '.join(missing)}."] if missing else [])]

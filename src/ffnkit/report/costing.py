@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, evaluating, kept
 from ffnkit.io.files import spooled
+from ffnkit.io.progress import counted
 from ffnkit.report.cost import GRAM, Cost, Figures
 from ffnkit.tune.answers import Answers, Kind, answers, kind_of
 from ffnkit.tune.distil_logits import softened_kl
@@ -78,7 +79,7 @@ class Before:
         first = place not in self._answers
         sums = _Sums()
         held = self._answers.setdefault(place, [])
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(counted(batches, "what it costs")):
             said = answers(model, batch, self.kind)
             if first:
                 held.append(spooled(said.values))

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 
 from ffnkit.calibration.batches import evaluating
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import counted
 from ffnkit.model.trainable import body
 from ffnkit.tasks.encoding.sequences import affixes, positions
 
@@ -70,7 +71,7 @@ def neutral_loss(
     draw = torch.Generator().manual_seed(seed)
     total, count = 0.0, 0
     with evaluating(model):
-        for start in range(0, len(blocks), batch_size):
+        for start in counted(range(0, len(blocks), batch_size), "neutral text"):
             inputs, labels = _batch(blocks[start : start + batch_size], tokenizer, kind, draw)
             logits = model(**{name: value.to(device) for name, value in inputs.items()}).logits
             if kind == "causal":

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import counted
 
 Verdict = Literal["A", "B", "C", ""]
 """The first answer, the second, neither; "" where the judge said none of these."""
@@ -121,7 +122,7 @@ def judged(
         FfnkitError: the judge cannot be asked; the verdicts until then are kept.
     """
     found = []
-    for number, pair in enumerate(pairs):
+    for number, pair in enumerate(counted(pairs, "judging")):
         told(number, len(pairs))
         if pair.answer.split() == pair.other.split():
             found.append(Outcome(0))

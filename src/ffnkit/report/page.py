@@ -1,4 +1,4 @@
-"""The report: one HTML file without outside assets, for light and dark screens and for paper."""
+"""The report: one HTML file without outside assets or scripts, for screens of any width and for paper."""
 
 from __future__ import annotations
 
@@ -7,45 +7,16 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ffnkit.io.files import write_text
-from ffnkit.report.columns import all_notes, blocks, duration
-from ffnkit.report.plot import heading, metric_plot
+from ffnkit.report.columns import all_notes, blocks, durations, filled
+from ffnkit.report.conclusions import conclusions
+from ffnkit.report.curves import curves
+from ffnkit.report.plot import AXES, heading, trade_offs
+from ffnkit.report.style import STYLE, choosing
 from ffnkit.report.table import Row, Summary, summarize
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --soft: #60666d; --line: #d9dde1; --paper: #fff; --tint: #f5f6f8;
-  --mark: #b25000; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --soft: #9aa2ab; --line: #363c43; --paper: #15181b;
-  --tint: #1e2226; --mark: #f0a860; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 76rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 .4rem; text-wrap: balance; }
-h2 { font-size: 1.15rem; margin: 2.4rem 0 .7rem; }
-p, li { max-width: 46rem; }
-.lead { color: var(--soft); margin-top: 0; }
-.scroll { overflow-x: auto; margin-bottom: 1.4rem; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .8rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: baseline;
-  white-space: nowrap; }
-th { font-weight: 600; color: var(--soft); }
-thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
-tr > :first-child { text-align: left; padding-left: 0; }
-tbody th { color: var(--ink); }
-.notrun td { color: var(--soft); font-style: italic; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .3rem 1.5rem; margin: 0; font-size: .9375rem; }
-dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
-details { border-bottom: 1px solid var(--line); padding: .4rem 0; } details dl { margin: .6rem 0; }
-details dd { white-space: pre-wrap; } summary { cursor: pointer; }
-.notes { border-left: 3px solid var(--mark); background: var(--tint); padding: .7rem 1rem .7rem 1.9rem; margin: 1rem 0;
-  max-width: 50rem; font-size: .9375rem; }
-svg { max-width: 100%; height: auto; display: block; }
-figure { margin: 0; } figcaption { color: var(--soft); font-size: .875rem; margin-top: .4rem; max-width: 46rem; }
-footer { margin-top: 3rem; color: var(--soft); font-size: .875rem; }
-@media (max-width: 40rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
-@media print { body { max-width: none; padding: 0; } .scroll { overflow: visible; } h2 { break-after: avoid; } }
-"""
 HEAD = """<!doctype html>
 <html lang="en">
 <head>
@@ -68,6 +39,8 @@ class PageInfo:
         seeds: the seeds that were asked for.
         versions, machine: as ``ffnkit.report.measure`` gives them.
         notes: further lines for the notes.
+        command: what makes the run again, as it is typed. recipe: the text of its file.
+        links: {what: path} of files and folders, from the folder of the page.
         verdicts, verdict_notes: a table of compared answers, its head first, and what it needs to be read with.
         answers: prompts with {"prompt", "references", "answers": {arm: text}, "verdicts": {arm: word}}.
     """
@@ -84,6 +57,9 @@ class PageInfo:
     versions: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    command: str = ""
+    recipe: str = ""
+    links: Mapping[str, str] = field(default_factory=dict)
     verdicts: Sequence[Sequence[str]] = ()
     verdict_notes: Sequence[str] = ()
     answers: Sequence[Mapping[str, Any]] = ()
@@ -97,23 +73,28 @@ def write_page(path: str | Path, info: PageInfo) -> None:
 def page(info: PageInfo) -> str:
     """The report as one HTML document."""
     summary = summarize(info.rows, info.metric, arms=list(info.arms) or None, seeds=info.seeds or None)
+    plots = trade_offs(summary)
+    lead = f"{info.model} on {info.task}, by {info.metric}"
     parts = [
-        f"<h1>{escape(info.title)}</h1>",
-        f'<p class="lead">{escape(info.model)} on {escape(info.task)}, by {escape(info.metric)}</p>',
-        _results(summary, info.notes),
-        _plot(summary),
+        f'<header><h1>{escape(info.title)}</h1>\n<p class="lead">{escape(lead)}</p></header>\n<main>',
+        _section("What to conclude", _listed(conclusions(summary), "told") + _listed(info.notes, "notes")),
+        _results(summary),
+        _plots(summary, plots),
+        _curves(summary, info.metric),
         _section("Answers compared", _verdicts(info)),
         _section("Answers side by side", "".join(map(_answers, info.answers))),
+        _section("Files", _files(info)),
         _section("What was run", _run(info)),
         _section("Arms", _pairs({name: _settings(value) or "as it is" for name, value in info.arms.items()})),
         _section("Learning rates tried", _tried(info.rows)),
         _section("Time by stage", _stages(summary)),
         _section("Machine", _pairs(_machine(info.machine))),
         _section("Versions", _pairs(info.versions)),
-        "<footer>Written by ffnkit.</footer>",
+        "</main>\n<footer>Written by ffnkit.</footer>",
     ]
     body = "\n".join(part for part in parts if part)
-    head = f"<title>{escape(info.title)}</title>\n<style>{STYLE}</style>\n</head>\n"
+    style = STYLE + choosing([str(key) for key in plots])
+    head = f"<title>{escape(info.title)}</title>\n<style>{style}</style>\n</head>\n"
     return f"{HEAD}{head}<body>\n{body}\n</body>\n</html>\n"
 
 
@@ -121,32 +102,70 @@ def _section(title: str, body: str) -> str:
     return f"<section><h2>{escape(title)}</h2>\n{body}</section>" if body else ""
 
 
-def _results(summary: Summary, notes: Sequence[str]) -> str:
+def _results(summary: Summary) -> str:
     classes = ["" if arm.run else "notrun" for arm in summary.arms]
-    listed = _listed((*notes, *all_notes(summary)))
-    tables = "".join(_table(header, lines, classes) for header, lines in blocks(summary))
-    return _section("Results", tables + listed)
+    tables = [
+        _table(header, lines, classes, f"results, table {number}")
+        for number, (header, lines) in enumerate(blocks(summary), 1)
+    ]
+    return _section("Results", "".join(tables) + _listed(all_notes(summary), "notes"))
 
 
-def _listed(notes: Sequence[str]) -> str:
+def _listed(notes: Sequence[str], name: str) -> str:
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return f'<ul class="notes">{items}</ul>' if items else ""
+    return f'<ul class="{name}">{items}</ul>\n' if items else ""
 
 
-def _plot(summary: Summary) -> str:
-    svg = metric_plot(summary)
-    if svg is None:
+def _plots(summary: Summary, plots: Mapping[str | None, Sequence[str]]) -> str:
+    """The metric against one of several costs, which radio buttons choose; the first is chosen to begin with."""
+    if not plots:
         return ""
+    buttons = [
+        f'<label for="axis-{key}"><input type="radio" name="axis" id="axis-{key}"{" checked" * (not number)}> '
+        f"{escape(AXES[key][0])}</label>"
+        for number, key in enumerate(plots)
+        if key is not None
+    ]
+    control = f"<fieldset><legend>Against</legend>{''.join(buttons)}</fieldset>\n" if len(buttons) > 1 else ""
     caption = (
-        "Large marks: mean over seeds, with one standard deviation. Small dots: single seeds. "
-        "Arms of the same size stand side by side; the dashed line is the first arm."
+        "Marks: mean over seeds, with one standard deviation; ticks: single seeds. All stand where their figure is; "
+        "of arms on one spot the later marks are the smaller ones. The dashed line is the first arm."
     )
-    return _section(heading(summary), f"<figure>{svg}<figcaption>{caption}</figcaption></figure>")
+    figures = [
+        f'<figure class="axis-{key}"><div class="plots">{"".join(each)}</div>'
+        f"<figcaption>{escape(heading(summary, key))}. {caption}</figcaption></figure>"
+        for key, each in plots.items()
+    ]
+    costs = " against what it costs" if None not in plots else ""
+    return _section(f"{summary.metric}{costs}", control + "\n".join(figures))
+
+
+def _curves(summary: Summary, metric: str) -> str:
+    shown = curves(summary, metric)
+    caption = "Mean over an arm's seeds. The loss is a mean since the point before."
+    figure = f'<figure><div class="plots">{"".join(shown)}</div><figcaption>{caption}</figcaption></figure>'
+    return _section("Loss curves", figure if shown else "")
+
+
+def _files(info: PageInfo) -> str:
+    """Links to every checkpoint and file of predictions, unit by unit, and to the files of the run."""
+    lines = [
+        [str(row["arm"]), str(row["seed"]), _links(row.get("checkpoints") or {}), _links(row.get("predictions") or {})]
+        for row in info.rows
+        if row.get("checkpoints") or row.get("predictions")
+    ]
+    heads = ["arm", "seed", "checkpoints", "predictions by split"]
+    table = _table(heads, lines, label="files of each unit", name="words", markup=True) if lines else ""
+    return table + (f"<p>{_links(info.links)}</p>\n" if info.links else "")
+
+
+def _links(paths: Mapping[str, str]) -> str:
+    return ", ".join(f'<a href="{escape(quote(path))}">{escape(str(name))}</a>' for name, path in paths.items()) or "–"
 
 
 def _verdicts(info: PageInfo) -> str:
-    table = _table(info.verdicts[0], info.verdicts[1:]) if info.verdicts else ""
-    return table + _listed(info.verdict_notes)
+    table = _table(info.verdicts[0], info.verdicts[1:], label="answers compared") if info.verdicts else ""
+    return table + _listed(info.verdict_notes, "notes")
 
 
 def _answers(row: Mapping[str, Any]) -> str:
@@ -168,7 +187,12 @@ def _run(info: PageInfo) -> str:
         "seeds": ", ".join(str(seed) for seed in info.seeds),
         **{name: _value(value) for name, value in info.settings.items()},
     }
-    return _pairs({name: value for name, value in about.items() if value})
+    told = _pairs({name: value for name, value in about.items() if value})
+    if info.command:
+        told += f"<h3>Again</h3>\n<pre><code>{escape(info.command)}</code></pre>\n"
+    if info.recipe:
+        told += f"<details><summary>The recipe</summary>\n<pre><code>{escape(info.recipe)}</code></pre></details>\n"
+    return told
 
 
 def _tried(rows: Sequence[Row]) -> str:
@@ -186,21 +210,21 @@ def _tried(rows: Sequence[Row]) -> str:
         return ""
     most = max(map(len, lines.values()))
     header = ["arm", *(f"trial {number}" for number in range(1, most))]
-    return (
-        _table(header, [line + [""] * (most - len(line)) for line in lines.values()]) + "<p class='lead'>* chosen.</p>"
-    )
+    whole = [line + [""] * (most - len(line)) for line in lines.values()]
+    return _table(header, whole, label="learning rates tried") + "<p class='lead'>* chosen.</p>"
 
 
 def _stages(summary: Summary) -> str:
     stages = list(dict.fromkeys(stage for arm in summary.arms for stage in arm.seconds))
     if not stages:
         return ""
-    lines = [
-        [arm.name, *(duration(arm.seconds[stage]) if stage in arm.seconds else "–" for stage in stages)]
-        for arm in summary.arms
-        if arm.run
+    arms = [arm for arm in summary.arms if arm.run]
+    columns = [
+        filled([arm.seconds[stage].mean if stage in arm.seconds else None for arm in arms], durations, "–")
+        for stage in stages
     ]
-    return _table(["arm", *stages], lines) + "<p class='lead'>Mean over seeds.</p>"
+    lines = [[arm.name, *line] for arm, *line in zip(arms, *columns, strict=True)]
+    return _table(["arm", *stages], lines, label="time by stage") + "<p class='lead'>Mean over seeds.</p>"
 
 
 def _machine(machine: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,14 +235,24 @@ def _machine(machine: Mapping[str, Any]) -> dict[str, Any]:
     return shown
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
+def _table(
+    header: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    classes: Sequence[str] = (),
+    label: str = "",
+    name: str = "",
+    markup: bool = False,
+) -> str:
+    """A table in a region that the keyboard can scroll; with ``markup`` cells but the first two are HTML already."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = ""
     for index, line in enumerate(lines):
-        name = f' class="{classes[index]}"' if index < len(classes) and classes[index] else ""
-        rest = "".join(f"<td>{escape(cell)}</td>" for cell in line[1:])
-        body += f'<tr{name}><th scope="row">{escape(line[0])}</th>{rest}</tr>\n'
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n'
+        kind = f' class="{classes[index]}"' if index < len(classes) and classes[index] else ""
+        rest = "".join(f"<td>{cell if markup and n > 1 else escape(cell)}</td>" for n, cell in enumerate(line) if n)
+        body += f'<tr{kind}><th scope="row">{escape(line[0])}</th>{rest}</tr>\n'
+    table = f"<table{f' class={chr(34)}{name}{chr(34)}' if name else ''}><thead><tr>{head}</tr></thead>"
+    region = f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">'
+    return f"{region}{table}\n<tbody>{body}</tbody></table></div>\n"
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

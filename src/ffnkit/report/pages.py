@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from pathlib import Path
 
 from ffnkit.io.files import disk_errors, write_text
@@ -10,6 +12,13 @@ from ffnkit.io.markdown import one_line, paragraphs
 from ffnkit.report import formats
 from ffnkit.report.across import Across
 from ffnkit.report.page import PageInfo, write_page
+from ffnkit.report.table import Row
+
+
+def _seen_from(out: Path, row: Row) -> Row:
+    """A row whose paths lead from the folder of the page."""
+    found = {key: row[key] for key in ("checkpoints", "predictions") if key in row}
+    return {**row, **{k: {n: os.path.relpath(path, out) for n, path in each.items()} for k, each in found.items()}}
 
 
 def write(out: str | Path, found: Across) -> None:
@@ -30,8 +39,13 @@ def write(out: str | Path, found: Across) -> None:
             task=", ".join(found.tasks),
             metric=found.metric,
             split_policy="as the runs say, each for its task",
-            rows=found.rows,
-            arms={arm: {} for arm in found.arms},
+            rows=[_seen_from(out, row) for row in found.rows],
+            arms={arm.name: arm.settings for arm in summary.arms},
             notes=found.notes,
+            command=shlex.join(["ffnkit", "report", *found.folders, "--out", str(out)]),
+            links={
+                **{name: name for name in ("results.json", "results.csv", "table.md")},
+                **{f"report of {each}": f"{os.path.relpath(each, out)}/report.html" for each in found.folders},
+            },
         )
         write_page(out / "report.html", info)

@@ -1,13 +1,16 @@
-"""The one plot of the report: the metric against what tells the arms apart, before tuning and after, as inline SVG."""
+"""The plots of the report: the metric against what an arm costs, before tuning and after, as inline SVG."""
 
 from __future__ import annotations
 
 import html
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Literal, cast
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any, Literal
 
 from ffnkit.report.table import Arm, Stat, Summary
 
@@ -21,56 +24,84 @@ INK = "#010203"
 COLOURS = ("#2f86c9", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 MARKERS = "osD^vPX*"
 AXES = {
-    "parameters": ("parameters", 1e6),
-    "ffn_parameters": ("parameters in FFNs", 1e6),
-    "flops_per_token": ("FLOPs a token", 1e6),
-    "updated_parameters": ("numbers that a step changes", 1e6),
-    "trainable_parameters": ("parameters that train", 1e6),
-    "zeros": ("zeros among the weights (%)", 0.01),
-    "heads_removed": ("heads that went (%)", 0.01),
-    "bytes_on_disk_compact": ("bytes on disk (compact)", 1e6),
-    "latency_s": ("latency (ms)", 1e-3),
-}  # what a plot may stand against, and the unit; the first of those that part most arms
+    "parameters": ("parameters", 1e6, "parameters (millions)"),
+    "ffn_parameters": ("parameters in FFNs", 1e6, "parameters in FFNs (millions)"),
+    "flops_per_token": ("FLOPs a token", 1e6, "FLOPs a token (millions)"),
+    "updated_parameters": ("numbers that a step changes", 1e6, "numbers that a step changes (millions)"),
+    "trainable_parameters": ("parameters that train", 1e6, "parameters that train (millions)"),
+    "zeros": ("zeros among the weights", 0.01, "zeros among the weights (%)"),
+    "heads_removed": ("heads that went", 0.01, "heads that went (%)"),
+    "bytes_on_disk_compact": ("bytes on disk", 1e6, "MB on disk (compact)"),
+    "latency_s": ("latency", 1e-3, "latency of a batch (ms)"),
+    "peak_memory_bytes": ("peak memory", 1e6, "peak memory of tensors in training (MB)"),
+    "seconds_per_step": ("seconds a step", 1.0, "seconds a training step"),
+}  # what a plot may stand against: its name, the unit, and the label of the axis
+NOISY = ("latency_s", "peak_memory_bytes", "seconds_per_step")  # these part any arms
+ALWAYS = ("parameters", "flops_per_token", "latency_s", "bytes_on_disk_compact")  # offered wherever they are measured
 APART = 0.01  # of the range of an axis: figures that are nearer to each other lie on one spot
 MARK = 7.0  # points, the width of a mark
+WIDTH = 4.9  # inches, 350 points: the letters keep their size on a narrow screen
+LINE = 0.2  # inches, of a legend
 WIDE = 20.0  # a ratio of largest to smallest from which a scale is logarithmic
 Measured = tuple[Stat | None, Mapping[Any, float]]  # mean and deviation, and each seed's value
 _SERIES = re.compile(r"(.+)-[^-]+")
 
 
-def metric_plot(summary: Summary) -> str | None:
-    """An ``<svg>`` of the metric: mean, standard deviation, and each seed as a faint dot; before tuning beside it.
+def trade_offs(summary: Summary) -> dict[str | None, list[str]]:
+    """For each figure that an arm costs, ``<svg>`` elements of the metric against it: before tuning, where that was
+    measured, and after. That of :func:`against` comes first; {} where no arm has the metric.
 
-    It stands against what tells the arms apart (:func:`against`). Arms "NAME-..." of several sizes are a line. Text and
-    axes take the colour of the surrounding page. None when no arm has the metric.
+    Marks are means with one standard deviation, ticks are seeds. Arms "NAME-..." of several sizes are a line. Text is
+    text; it and the axes take the colour of the surrounding page.
     """
     arms = [arm for arm in summary.arms if summary.metric in arm.metrics]
     if not arms:
-        return None
+        return {}
+    first = against(summary)
+    keys = [key for key in AXES if key != first and _offered(key, arms)]
+    found: dict[str | None, list[str]] = {}
+    for key in [first, *keys]:
+        figures = [_narrow(summary, key, when) for when in _placed(summary, key).panels]
+        words = heading(summary, key)
+        found[key] = [svg(figure, words, f"{key}-{n}") for n, figure in enumerate(figures)]
+    return found
+
+
+def _offered(key: str, arms: Sequence[Arm]) -> bool:
+    """Whether a plot may stand against it: arms differ in it, or it is one of those that are asked for."""
+    values = [arm.values[key].mean for arm in arms if key in arm.values]
+    return bool(values) and (key in ALWAYS or _spots(values) > 1)
+
+
+def svg(figure: Figure, words: str, name: str) -> str:
+    """A figure as an ``<svg>`` element with text that is text; ``name`` tells its parts from those of others."""
     from matplotlib import rc_context
 
-    with rc_context({"svg.fonttype": "path", "svg.hashsalt": "ffnkit", "font.size": 10}):
-        figure = drawn(summary)
-        text = io.StringIO()
+    text = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": f"ffnkit {name}"}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _inline(text.getvalue(), heading(summary))
+    return _inline(text.getvalue(), words, name)
 
 
-def heading(summary: Summary) -> str:
-    """What the plot shows, in words."""
-    key = against(summary)
-    return f"{summary.metric} against {AXES[key][0].partition(' (')[0]}" if key else summary.metric
+def heading(summary: Summary, key: str | None = None) -> str:
+    """What a plot against ``key`` shows, in words; without it the one of :func:`against`."""
+    key = key or against(summary)
+    return f"{summary.metric} against {AXES[key][0]}" if key else summary.metric
 
 
 def against(summary: Summary) -> str | None:
-    """The figure that the plot stands against; None where the arms differ in none.
+    """The figure that tells the arms apart; None where they differ in none.
 
-    The first of :data:`AXES` that parts at least half as many arms as that which parts most.
+    The first of :data:`AXES` that parts at least half as many arms as that which parts most; one that is measured with
+    noise only where no other parts any.
     """
     arms = [arm for arm in summary.arms if summary.metric in arm.metrics]
     spots = {key: _spots([arm.values[key].mean for arm in arms if key in arm.values]) for key in AXES}
-    most = max(spots.values())
-    return next((key for key in AXES if spots[key] > 1 and 2 * spots[key] >= most), None)
+    for keys in ([key for key in AXES if key not in NOISY], NOISY):
+        most = max(spots[key] for key in keys)
+        if most > 1:
+            return next(key for key in keys if spots[key] > 1 and 2 * spots[key] >= most)
+    return None
 
 
 def _spots(values: Sequence[float]) -> int:
@@ -80,36 +111,80 @@ def _spots(values: Sequence[float]) -> int:
     return sum(b - a > least for a, b in pairwise(ordered)) + bool(ordered)
 
 
-def drawn(summary: Summary) -> Figure:
-    """The plot as a figure of matplotlib: a panel before tuning, where that was measured, and one of the outcome."""
-    from matplotlib.figure import Figure
+@dataclass(frozen=True)
+class _Placed:
+    """Arms with their places on an axis, their looks, and what was measured when: the panels of a plot."""
 
-    key = against(summary)
+    key: str | None
+    arms: list[Arm]
+    places: list[float]
+    looks: list[tuple[str, str, int, float]]
+    panels: dict[str, list[Measured]]
+
+
+def _placed(summary: Summary, key: str | None) -> _Placed:
     arms = [arm for arm in summary.arms if summary.metric in arm.metrics and (key is None or key in arm.values)]
     places = [arm.values[key].mean / AXES[key][1] if key else float(n) for n, arm in enumerate(arms)]
     before: list[Measured] = [(arm.before, arm.before_by_seed) for arm in arms]
     after: list[Measured] = [(arm.metrics[summary.metric], arm.by_seed) for arm in arms]
-    shown = [("before tuning", before), ("after tuning", after)] if any(s for s, _ in before) else [("", after)]
-    figure = Figure(figsize=(3.6 * (1 + len(shown)), 3.6), layout="constrained")
-    every = figure.subplots(1, len(shown), squeeze=False)[0]
-    looks = _looks(arms, places, joined=key is not None)
-    for axes, (title, panel) in zip(every, shown, strict=True):
-        axes.set_title(title, color=INK, fontsize=10)
-        _panel(axes, panel, places, looks)
-        axes.set_ylabel(_plain(summary.metric))
-        axes.set_xlabel(AXES[key][0] + (" (millions)" if AXES[key][1] == 1e6 else "") if key else "")
-        axes.margins(x=0.08, y=0.15)
-        _scale(axes, "y", [v for stat, seeds in panel if stat for v in (stat.mean, *seeds.values())])
-        axes.autoscale_view()
-        _ink(axes)
+    shown = {"before tuning": before, "after tuning": after} if any(s for s, _ in before) else {"": after}
+    return _Placed(key, arms, places, _looks(arms, places, joined=key is not None), shown)
+
+
+def drawn(summary: Summary) -> Figure:
+    """The plot as a figure of matplotlib: a panel before tuning, where that was measured, and one of the outcome."""
+    from matplotlib.figure import Figure
+
+    placed = _placed(summary, against(summary))
+    count = len(placed.panels)
+    figure = Figure(figsize=(3.6 * (1 + count), 3.6), layout="constrained")
+    every = figure.subplots(1, count, squeeze=False)[0]
+    for axes, title in zip(every, placed.panels, strict=True):
+        _fill(axes, summary.metric, placed, title)
     handles, labels = every[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False, labelcolor=INK)
-    for axes in every:
-        if key is None:
-            axes.set_xticks([])
-        elif not _scale(axes, "x", places) and 0 <= min(places) < max(places) / 2:
-            axes.set_xlim(left=0)
     return figure
+
+
+def _narrow(summary: Summary, key: str | None, title: str) -> Figure:
+    """One panel that can be read on a telephone, with its legend below."""
+    placed = _placed(summary, key)
+    with panel([look[1] for look in placed.looks]) as (figure, axes):
+        _fill(axes, summary.metric, placed, title)
+    return figure
+
+
+@contextmanager
+def panel(names: Sequence[str]) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of one panel, to be filled, with room for a legend of these names below it."""
+    from matplotlib.figure import Figure
+
+    shown = ["\n".join(wrap(name, 48)) for name in dict.fromkeys(names)]
+    columns = 2 if max(map(len, shown)) <= 20 else 1
+    below = 0.65 + LINE * -(-sum(1 + name.count("\n") for name in shown) // columns)
+    figure = Figure(figsize=(WIDTH, 2.6 + below))
+    axes = figure.subplots()
+    figure.subplots_adjust(left=0.16, right=0.98, top=1 - 0.3 / (2.6 + below), bottom=below / (2.6 + below))
+    yield figure, axes
+    handles, labels = axes.get_legend_handles_labels()
+    legend: dict[str, Any] = {"loc": "lower center", "frameon": False, "labelcolor": INK, "fontsize": 9}
+    figure.legend(handles, ["\n".join(wrap(label, 48)) for label in labels], ncols=columns, **legend)
+
+
+def _fill(axes: Axes, metric: str, placed: _Placed, title: str) -> None:
+    measured, places, key = placed.panels[title], placed.places, placed.key
+    axes.set_title(title, color=INK, fontsize=10)
+    _panel(axes, measured, places, placed.looks)
+    axes.set_ylabel(plain(metric))
+    axes.set_xlabel(AXES[key][2] if key else "")
+    axes.margins(x=0.08, y=0.15)
+    _scale(axes, "y", [v for stat, seeds in measured if stat for v in (stat.mean, *seeds.values())])
+    axes.autoscale_view()
+    ink(axes)
+    if key is None:
+        axes.set_xticks([])
+    elif not _scale(axes, "x", places) and 0 <= min(places) < max(places) / 2:
+        axes.set_xlim(left=0)
 
 
 def _scale(axes: Axes, side: Literal["x", "y"], values: Sequence[float]) -> bool:
@@ -169,13 +244,9 @@ def _draw(
     *,
     first: bool,
 ) -> None:
-    from matplotlib.transforms import offset_copy
-
     (_, label, number, width), (stat, by_seed) = look, measured
     assert stat is not None
     colour = COLOURS[number % len(COLOURS)]
-    figure = cast("Figure", axes.figure)
-    beside = offset_copy(axes.transData, figure, x=0.75 * MARK, units="points")
     style: dict[str, Any] = {
         "color": colour,
         "marker": MARKERS[number % len(MARKERS)],
@@ -184,20 +255,21 @@ def _draw(
         "lw": 1.5,
         "ls": "",
     }
-    told = _plain(label) if first else "_nolegend_"
+    told = plain(label) if first else "_nolegend_"
     axes.errorbar(size, stat.mean, yerr=stat.std, label=told, **style)
     seeds = list(by_seed.values())
-    axes.scatter([size] * len(seeds), seeds, s=14, color=colour, alpha=0.6, lw=0, transform=beside)
+    if len(seeds) > 1:  # ticks that are wider than the mark, where the figure is
+        axes.scatter([size] * len(seeds), seeds, s=(2 * MARK) ** 2, marker="_", color=colour, alpha=0.7, lw=1)
     ends = (stat.mean - (stat.std or 0), stat.mean + (stat.std or 0))
     axes.update_datalim([(size, value) for value in (*seeds, *ends)])
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text as it is: no mathematics between dollar signs, and no leading underscore, which hides a label."""
     return text.replace("$", r"\$") if not text.startswith("_") else " " + text.replace("$", r"\$")
 
 
-def _ink(axes: Axes) -> None:
+def ink(axes: Axes) -> None:
     axes.tick_params(colors=INK)
     axes.grid(color=INK, alpha=0.15, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -209,8 +281,9 @@ def _ink(axes: Axes) -> None:
     axes.yaxis.label.set_color(INK)
 
 
-def _inline(svg: str, label: str) -> str:
+def _inline(text: str, label: str, name: str) -> str:
     """The ``<svg>`` element alone, as wide as its place allows, in the colour of the page's text."""
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").strip()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
+    text = text[text.index("<svg") :].replace(INK, "currentColor").strip()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", text)  # unique in a page of several
+    return text.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)

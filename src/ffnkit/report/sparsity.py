@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ffnkit.calibration.batches import evaluating, forward, prepared
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import counted
 from ffnkit.methods.drop.weights import Prunable, prunable
 from ffnkit.model.inspect import inspect
 from ffnkit.model.linear import stored_weight
@@ -178,7 +179,7 @@ def _linear(layer: AdapterLayer, weight: Tensor, x: Tensor) -> Tensor:
 def _loss(model: nn.Module, batches: list[Mapping[str, Any]]) -> float:
     total = weight = 0.0
     with evaluating(model):
-        for batch in batches:
+        for batch in counted(batches, "costs of merging"):
             output = forward(model, prepared(model, batch), labels=True)
             loss, labels = getattr(output, "loss", None), batch.get("labels")
             if loss is None or labels is None:

@@ -10,7 +10,8 @@ training steps), ``process_memory_bytes``, ``learning_rate`` and ``search`` {tri
 rate was searched), ``zeros`` and ``zeros_merged`` (shares of the weights, of arms that were pruned),
 ``heads_removed``, ``neurons_removed`` and ``parameters_removed`` (shares of them), ``metrics_before`` (tuning)
 {name: value}, ``layers`` (in words, which were merged or dropped), ``neutral_loss`` {before, after}, ``seconds``
-{stage: seconds}, ``error``.
+{stage: seconds}, ``rows`` {train, dev, report: their number}, ``curve`` {loss, metric: [[step, value], ...]},
+``settings`` and ``tuner`` of the arm, ``checkpoints`` and ``predictions`` {name: path in the run's folder}, ``error``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ VALUES = (
     "trainable_share",
     "samples_per_second",
     "steps_per_second",
+    "seconds_per_step",
     "learning_rate",
     "flops_per_token",
     "bytes_on_disk_compact",
@@ -48,7 +50,10 @@ VALUES = (
     "neurons_removed",
     "parameters_removed",
     "forgetting",
+    "rows",
 )
+ALIKE = 0.005  # a share by which figures of one model may differ: the names in a file take bytes too
+SAME = ("parameters", "ffn_parameters", "flops_per_token", "bytes_on_disk_compact")
 Row = Mapping[str, Any]
 
 
@@ -76,6 +81,27 @@ class Difference:
     high: float | None
     n: int
 
+    @property
+    def beyond_chance(self) -> bool | None:
+        """Whether the interval leaves out 0; None where the seeds give none: there is one, or all are alike."""
+        if self.low is None or self.high is None or self.low == self.high:
+            return None
+        return self.low > 0 or self.high < 0
+
+
+def paired(ours: Mapping[Any, float], theirs: Mapping[Any, float]) -> Difference | None:
+    """Ours less theirs over the seeds {seed: value} that both have; None where they share none."""
+    deltas = [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
+    if not deltas:
+        return None
+    stat = Stat.of(deltas)
+    if stat.std is None:
+        return Difference(stat.mean, None, None, 1)
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, stat.n - 1)) * stat.std / math.sqrt(stat.n)
+    return Difference(stat.mean, stat.mean - half, stat.mean + half, stat.n)
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -83,6 +109,8 @@ class Arm:
 
     Attributes:
         before: the compared metric before tuning. layers: which were merged or dropped, of each seed.
+        settings: of its method and tuner, with those of the tuner that are not given.
+        curves: of each seed, what "loss" and "metric" (on dev) were at which step.
     """
 
     name: str
@@ -97,6 +125,8 @@ class Arm:
     latency_ratio: Stat | None = None
     ratio_range: tuple[float, float] | None = None
     seconds: dict[str, Stat] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    curves: tuple[Mapping[str, Sequence[Sequence[float]]], ...] = ()
 
     @property
     def run(self) -> bool:
@@ -158,24 +188,36 @@ def _arm(name: str, rows: Mapping[Any, Row], first: Mapping[Any, Row], metric: s
     before = {seed: _number((row.get("metrics_before") or {}).get(metric)) for seed, row in rows.items()}
     untuned = {seed: value for seed, value in before.items() if value is not None}
     ratio = Stat(1.0, None, len(rows)) if rows is first and rows else _latency_ratio(rows, first)
+    mine, base = _by_seed(rows, metric), _by_seed(first, metric)
+    last: Row = list(rows.values())[-1] if rows else {}
     return Arm(
         name=name,
         seeds=tuple(rows),
         metrics=_stats({key: [_metric(row, key) for row in rows.values()] for key in metrics}),
-        by_seed={seed: value for seed, row in rows.items() if (value := _metric(row, metric)) is not None},
+        by_seed=mine,
         before=Stat.of(list(untuned.values())) if untuned else None,
         before_by_seed=untuned,
         layers=tuple(row["layers"] for row in rows.values() if row.get("layers")),
-        difference=None if rows is first else _difference(rows, first, metric),
+        difference=None if rows is first else paired(mine, base),
         values=_stats({key: [_number(_value(row, key)) for row in rows.values()] for key in VALUES}),
         latency_ratio=ratio,
         ratio_range=None if ratio is None else _ratio_range(rows, ratio),
         seconds=_stats({key: [_number(row.get("seconds", {}).get(key)) for row in rows.values()] for key in stages}),
+        settings={**(last.get("settings") or {}), **({"tuner": last["tuner"]} if last.get("tuner") else {})},
+        curves=tuple(row["curve"] for row in rows.values() if row.get("curve")),
     )
 
 
+def _by_seed(rows: Mapping[Any, Row], metric: str) -> dict[Any, float]:
+    return {seed: value for seed, row in rows.items() if (value := _metric(row, metric)) is not None}
+
+
 def _value(row: Row, key: str) -> Any:
-    """A value of a row; forgetting is by how much the loss on neutral text grew."""
+    """A value of a row; forgetting is by how much the loss on neutral text grew, rows are those of the report."""
+    if key == "rows":
+        return (row.get("rows") or {}).get("report")
+    if key == "seconds_per_step" and (speed := _number(row.get("steps_per_second"))):
+        return 1 / speed
     if key != "forgetting":
         return row.get(key)
     losses = [_number((row.get("neutral_loss") or {}).get(when)) for when in ("before", "after")]
@@ -198,24 +240,6 @@ def _stats(values: Mapping[str, Sequence[float | None]]) -> dict[str, Stat]:
     return {key: Stat.of(column) for key, column in measured.items() if column}
 
 
-def _paired(rows: Mapping[Any, Row], first: Mapping[Any, Row], metric: str) -> list[float]:
-    pairs = [(_metric(row, metric), _metric(first[seed], metric)) for seed, row in rows.items() if seed in first]
-    return [a - b for a, b in pairs if a is not None and b is not None]
-
-
-def _difference(rows: Mapping[Any, Row], first: Mapping[Any, Row], metric: str) -> Difference | None:
-    deltas = _paired(rows, first, metric)
-    if not deltas:
-        return None
-    stat = Stat.of(deltas)
-    if stat.std is None:
-        return Difference(stat.mean, None, None, 1)
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, stat.n - 1)) * stat.std / math.sqrt(stat.n)
-    return Difference(stat.mean, stat.mean - half, stat.mean + half, stat.n)
-
-
 def _latency_ratio(rows: Mapping[Any, Row], first: Mapping[Any, Row]) -> Stat | None:
     """Ratios taken in alternation where the rows have them, else of the seconds of the same seeds."""
     ratios = [r for row in rows.values() if (r := _number(row.get("latency_ratio"))) is not None]
@@ -236,12 +260,15 @@ def _ratio_range(rows: Mapping[Any, Row], ratio: Stat) -> tuple[float, float]:
 
 # --------------------------------------------------------------------------------------------------- notes
 def _notes(arms: Sequence[Arm], metric: str, seeds: Sequence[Any] | None, rows: Sequence[Row]) -> list[str]:
-    notes = [f"{arm.name}: not run." for arm in arms if not arm.run]
+    absent = ", ".join(arm.name for arm in arms if not arm.run)
+    notes = [f"Not run: {absent}."] if absent else []
     notes += [f"{row['arm']}, seed {row['seed']}: failed ({row['error']})." for row in rows if row.get("error")]
+    lacking: dict[str, list[str]] = {}
     for arm in arms:
-        missing = [str(seed) for seed in seeds or () if arm.run and seed not in arm.seeds]
+        missing = ", ".join(str(seed) for seed in seeds or () if arm.run and seed not in arm.seeds)
         if missing:
-            notes.append(f"{arm.name}: not run for seed {', '.join(missing)}.")
+            lacking.setdefault(missing, []).append(arm.name)
+    notes += [f"Not run for seed {missing}: {', '.join(names)}." for missing, names in lacking.items()]
     unheard = dict.fromkeys((row.get("neutral_loss") or {}).get("note") for row in rows)
     notes += [f"Forgetting was not measured: {note}." for note in unheard if note]
     notes += _search_notes(rows)
@@ -249,15 +276,34 @@ def _notes(arms: Sequence[Arm], metric: str, seeds: Sequence[Any] | None, rows: 
     if not run:
         return notes
     if run[0] is arms[0] and len(run) > 1:
-        notes.append(f"Differences are to {arms[0].name}, paired by seed; the interval is 95% (t, n-1).")
+        notes.append(f"Differences of {metric} are to {arms[0].name}, paired by seed; the interval is 95% (t, n-1).")
     fewest = min(len(arm.by_seed) for arm in run)
     if fewest == 1:
         notes.append("One seed for some arms: no spread and no interval can be given for them.")
     if fewest < FEW_SEEDS:
         notes.append(f"Fewer than {FEW_SEEDS} seeds: small differences of {metric} may be chance.")
-    notes.append("The spread is over seeds; it does not hold the chance in which examples the split has.")
+    notes.append(f"The spread is over seeds; it does not hold the chance in which {_counted(run)} the split has.")
     notes += _direction_notes([metric, *(name for arm in run for name in arm.metrics)])
     return notes + _latency_notes(run, rows)
+
+
+def _counted(arms: Sequence[Arm]) -> str:
+    """The rows that the metric was measured on, where their number is known and the same."""
+    counts = {arm.values["rows"].mean for arm in arms if "rows" in arm.values}
+    return f"{counts.pop():,.0f} examples" if len(counts) == 1 else "examples"
+
+
+def alike(arm: Arm, other: Arm) -> bool:
+    """Whether two arms are models of one form, so that their speeds differ by chance alone."""
+    known = [key for key in SAME if key in arm.values or key in other.values]
+    masked = ["zeros"] if "zeros" in arm.values or "zeros" in other.values else []
+    return bool(known) and all(_same(arm.values.get(key), other.values.get(key)) for key in known + masked)
+
+
+def _same(one: Stat | None, other: Stat | None) -> bool:
+    if one is None or other is None:
+        return False
+    return abs(one.mean - other.mean) <= ALIKE * max(abs(one.mean), abs(other.mean))
 
 
 def _search_notes(rows: Sequence[Row]) -> list[str]:
@@ -288,7 +334,7 @@ def _latency_notes(arms: Sequence[Arm], rows: Sequence[Row]) -> list[str]:
     notes = []
     for arm in arms[1:]:
         ratio = arm.latency_ratio
-        if ratio is None or arm.ratio_range is None:
+        if ratio is None or arm.ratio_range is None or alike(arm, arms[0]):
             continue
         low, high = arm.ratio_range
         if ratio.mean > SLOWER and low > 1:

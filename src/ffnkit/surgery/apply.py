@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ffnkit.edits import Edit
 from ffnkit.edits.order import check_normal
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import counted
 from ffnkit.model import trainable
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import check_untouched, walk
@@ -201,7 +202,7 @@ def _plain_again(model: nn.Module, plain_of: Callable[[AdapterLayer], Any]) -> N
     for name, module in walk(model):
         if isinstance(module, AdapterLayer):
             places.setdefault(module, []).append(name)
-    for layer, names in places.items():
+    for layer, names in counted(places.items(), "folding", len(places)):
         plain = plain_of(layer)
         trainable.hand_on(model, layer.base, plain.weight)
         for name in names:

@@ -15,6 +15,7 @@ from ffnkit.edits.base import Edit
 from ffnkit.edits.slicing import set_width
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import run_uneven_experts
+from ffnkit.io.progress import counted
 from ffnkit.model import trainable
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
@@ -224,7 +225,7 @@ class ModelWriter:
         found = list(self._ffns.values())
         keys, original = description.width_keys(self.model, found), description.original_widths(self.model, found)
         with torch.no_grad():
-            for edit in edits:
+            for edit in edits if self.empty else counted(edits, "applying"):
                 edit.perform(self)
             self._settle(keys, original)
 

@@ -13,6 +13,7 @@ from ffnkit.tasks import get, labelled
 from ffnkit.tasks.classification.label_words import WordsTask
 from ffnkit.tasks.classification.own import file_task
 from ffnkit.tasks.classification.task import Task
+from ffnkit.tasks.embeddings import task as embeddings
 from ffnkit.tasks.fields import TaskFields
 from ffnkit.tasks.generation.own import template_parts
 from ffnkit.tasks.generation.task import GenerationTask, generation_task
@@ -71,6 +72,9 @@ class Choice(TaskFields):
             found = "is missing: a task of files with labels needs train, text and label"
             do = "Name a column of text, or inputs and a target for a generation task"
             return "text", found, f"{do}; the columns of dialogues ({forms.FORMS}) were not found: {self._columns}"
+        if self.is_triplets:
+            other = next((name for name in ("metric", "label_kind", "kind", "template") if getattr(self, name)), None)
+            return (other, "triplets have no labels, and one metric", "Leave it out") if other else None
         if self.label is None:
             do = f"Name one; for {LANGUAGE} give a .txt file or the kind {LANGUAGE}"
             return (
@@ -103,6 +107,11 @@ class Choice(TaskFields):
         if any(each not in (None, ()) for each in named):
             return False
         return forms.form_of(forms.columns_at(self.train)) is not None
+
+    @property
+    def is_triplets(self) -> bool:
+        """Whether files hold an anchor, a near text and a far one in each row."""
+        return self.head == embeddings.HEAD and self.label is None and len(self.text) == 3
 
     @property
     def is_images(self) -> bool:
@@ -169,9 +178,12 @@ def choose(
     elif choice.is_language:
         more = {"column": choice.text[0]} if choice.text else {}
         task = text_task(**files, **more)
+    elif choice.is_triplets:
+        return embeddings.triplet_task(**files, text=choice.text)
     else:
         assert choice.label is not None
-        more = {"metric": choice.metric, "label_kind": choice.label_kind, "label_names": label_names}
+        kind = "number" if choice.head == embeddings.HEAD else choice.label_kind
+        more = {"metric": choice.metric, "label_kind": kind, "label_names": label_names}
         task = file_task(**files, text=tuple(choice.text), label=choice.label, **more)
     return _adapted(task, choice)
 
@@ -191,6 +203,10 @@ def _adapted(task: AnyTask, choice: Choice) -> AnyTask:
         if not isinstance(task, Task):
             raise FfnkitError("head 'words'", f"task {task.name} is a {task.kind}", "Leave it out")
         task = WordsTask(task)
+    if choice.head == embeddings.HEAD:
+        if not isinstance(task, Task):
+            raise FfnkitError("head 'cosine'", f"task {task.name} is a {task.kind}", "Leave it out")
+        task = embeddings.similarity_task(task)
     if choice.metric is None or choice.name is None:
         return task
     if isinstance(task, GenerationTask | InstructionTask):

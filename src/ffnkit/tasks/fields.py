@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from ffnkit.settings import Doc
 
 Kind = Literal["language-modelling", "image-classification", "instruction"]
-Head = Literal["class", "words"]
+Head = Literal["class", "words", "cosine"]
 LabelKind = Literal["class", "number"]
 
 
@@ -24,7 +24,7 @@ class TaskFields:
     ] = None
     validation: Annotated[str | Path | None, Doc("Your own file for the reported figure.")] = None
     test: Annotated[str | Path | None, Doc("Your own file of further rows to report on.")] = None
-    text: Annotated[Sequence[str], Doc("A column of text; give two for pairs. Of images the image's column.")] = ()
+    text: Annotated[Sequence[str], Doc("A column of text; 2 for pairs, 3 for triplets. Of images the image's.")] = ()
     label: Annotated[str | None, Doc("The column of labels.")] = None
     inputs: Annotated[Sequence[str], Doc("A column that the prompt is made of; repeatable.")] = ()
     target: Annotated[str | None, Doc("The column of texts to generate.")] = None
@@ -33,4 +33,4 @@ class TaskFields:
     label_kind: Annotated[LabelKind | None, Doc("What labels are, where they do not say so: class, number.")] = None
     kind: Annotated[Kind | None, Doc("For a column of plain text; images; dialogues.")] = None
     stride: Annotated[int | None, Doc("Of the perplexity; half of max_length by default.", at_least=1)] = None
-    head: Annotated[Head | None, Doc("words: classify by label words, with a model that writes.")] = None
+    head: Annotated[Head | None, Doc("words: by label words, with a model that writes; cosine: of embeddings.")] = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ffnkit.io.progress import counted
 from ffnkit.tasks.protocol import Collate
 
 if TYPE_CHECKING:
@@ -26,10 +27,12 @@ def encoded_rows(task: Any, dataset: Any, tokenizer: Any, max_length: int, model
 
 
 def lengths(dataset: Any) -> np.ndarray:
-    """The number of tokens of each example of an encoded dataset; of images, which are all of one size, 1."""
+    """The number of tokens of each example of an encoded dataset, of the longest text where it has several; of images,
+    which are all of one size, 1."""
     if "input_ids" not in dataset.column_names:
         return np.ones(len(dataset), dtype=np.int64)
-    return np.array([len(ids) for ids in dataset["input_ids"]], dtype=np.int64)
+    rows = dataset["input_ids"]
+    return np.array([max(map(len, ids)) if isinstance(ids[0], list) else len(ids) for ids in rows], dtype=np.int64)
 
 
 def by_length(dataset: Any) -> np.ndarray:
@@ -97,7 +100,7 @@ def token_loss(model: Any, data: Any, collate: Collate, batch_size: int) -> tupl
     device = next(model.parameters()).device
     total, count = 0.0, 0
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
+        for start in counted(range(0, len(order), batch_size), "evaluating"):
             rows = [data[int(i)] for i in order[start : start + batch_size]]
             batch = {name: value.to(device) for name, value in collate(rows).items()}
             losses, counts = row_losses(model, batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
@@ -66,3 +66,34 @@ class JudgeSettings(Checked):
         if parts.username is not None or parts.query or parts.fragment:
             raise ValueError("holds more than host and path; a key is read from FFNKIT_JUDGE_KEY alone")
         return url.rstrip("/")
+
+
+class HarnessSettings(Checked):
+    """What lm-evaluation-harness is asked; what is left out is as the harness has it."""
+
+    tasks: Annotated[
+        tuple[str, ...],
+        Field(min_length=1, description="its tasks, by name or pattern"),
+    ]
+    include_path: tuple[str, ...] = Field(default=(), description="folders with YAML files of further tasks")
+    num_fewshot: Annotated[
+        Annotated[int, Field(ge=0)] | None, Field(description="examples before each question; null: as the task says")
+    ] = None
+    limit: Annotated[
+        Count | Annotated[float, Field(gt=0, lt=1)] | None,
+        Field(description="questions of a task, or a share of them; null: all"),
+    ] = None
+    batch_size: Annotated[Count | Literal["auto"], Field(description="questions at a time, or auto")] = 1
+    max_length: Annotated[Count | None, Field(description="tokens that a model reads; null: by its config")] = None
+    add_bos_token: bool | None = Field(default=None, description="begin each text with the tokenizer's first token")
+    apply_chat_template: bool = Field(default=False, description="ask by the tokenizer's chat template")
+    fewshot_as_multiturn: bool = Field(default=True, description="with it, examples are turns of a dialogue")
+    system_instruction: str | None = Field(default=None, description="text before all questions")
+    gen_kwargs: str | None = Field(default=None, description="settings of decoding, as 'temperature=0,top_k=1'")
+    bootstrap_iters: Annotated[Annotated[int, Field(ge=0)], Field(description="of standard errors; 0: none")] = 100_000
+    unsafe_code: bool = Field(default=False, description="run tasks that run code which the model wrote")
+
+    @field_validator("tasks", "include_path", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

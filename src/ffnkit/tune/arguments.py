@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from ffnkit.errors import FfnkitError
 from ffnkit.tasks.metrics import greater_is_better
 from ffnkit.tune.settings import TrainSettings
+from ffnkit.tune.tracking import trackers
 
 
 def chosen_metric(task: Any, settings: TrainSettings) -> str:
@@ -24,9 +25,12 @@ def chosen_metric(task: Any, settings: TrainSettings) -> str:
 
 
 def training_arguments(
-    s: TrainSettings, metric: str, out_dir: str | Path, seed: int, progress: bool
+    s: TrainSettings, metric: str, out_dir: str | Path, seed: int, name: str | None = None
 ) -> TrainingArguments:
-    """The settings for transformers. Raises FfnkitError for fp16 without a GPU and for what transformers refuses."""
+    """The settings for transformers; ``name`` is what trackers call the run.
+
+    Raises FfnkitError for fp16 without a GPU and for what transformers refuses.
+    """
     on_cpu = s.device == "cpu" or not torch.accelerator.is_available()
     if s.precision == "fp16" and on_cpu:
         raise FfnkitError("precision 'fp16'", "there is no GPU to train on", "Use bf16 or fp32")
@@ -62,8 +66,9 @@ def training_arguments(
             restore_callback_states_from_checkpoint=True,
             logging_steps=s.logging_every,
             logging_nan_inf_filter=False,
-            report_to=s.report_to,
-            disable_tqdm=not progress,
+            report_to=trackers(s.report_to),
+            run_name=name,
+            disable_tqdm=True,  # ours is shown
             seed=seed,
             data_seed=seed,
             use_cpu=on_cpu,

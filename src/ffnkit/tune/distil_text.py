@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import counted
 from ffnkit.tasks.encoding.sequences import positions
 from ffnkit.tune.distil_data import Collate
 from ffnkit.tune.settings import DistilSettings
@@ -86,7 +87,7 @@ def _blocks(texts: list[str], tokenizer: Any, model: nn.Module, max_length: int)
 def _pieces(texts: list[str], tokenizer: Any, length: int) -> list[dict[str, Any]]:
     """A row a text, or more where it is too long and the tokenizer can give the rest."""
     rows: list[dict[str, Any]] = []
-    for start in range(0, len(texts), _BATCH):
+    for start in counted(range(0, len(texts), _BATCH), "reading tokens"):
         read = tokenizer(
             texts[start : start + _BATCH],
             truncation=True,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffnkit.io.progress import Step, shown
 from ffnkit.tune.distil_data import Data
 from ffnkit.tune.distil_head import settle_heads
 from ffnkit.tune.distil_loss import distillation_loss
@@ -102,8 +103,8 @@ def distil(
     source = Data(data, collate, settings.batch_size, seed)
     total = source.steps(settings.epochs) if settings.steps is None else settings.steps
     state = State.load(out_dir, parameters, _run(settings, seed, total, parameters))
-    with only(student, parameters), in_eval(student), in_eval(teacher):
-        _fit(student, teacher, source, settings, state, parameters, total, progress)
+    with only(student, parameters), in_eval(student), in_eval(teacher), shown("distilling", quiet=not progress) as step:
+        _fit(student, teacher, source, settings, state, parameters, total, step)
     return _result(tuple(f.name for f in chosen), head, state, parameters, settings, total)
 
 
@@ -115,20 +116,17 @@ def _fit(
     state: State,
     parameters: Mapping[str, nn.Parameter],
     total: int,
-    progress: bool,
+    step: Step,
 ) -> None:
     """Adam steps from ``state`` to ``total``; the learning rate is a function of the step alone."""
-    from tqdm.auto import tqdm
-
     optimizer = torch.optim.Adam(
         [parameters[name] for name in parameters], lr=settings.learning_rate, betas=settings.betas, eps=settings.eps
     )
     state.restore(optimizer, parameters)
     device = next(student.parameters()).device
     batches = source.batches(start=len(state.losses), total=total)
-    bar = tqdm(batches, initial=len(state.losses), total=total, desc="distil", disable=not progress, leave=False)
     since = time.perf_counter()
-    for batch in bar:
+    for batch in batches:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, len(state.losses), total)
         optimizer.zero_grad(set_to_none=True)
@@ -139,8 +137,7 @@ def _fit(
             nn.utils.clip_grad_norm_(list(parameters.values()), settings.max_grad_norm)
         optimizer.step()
         state.add(loss.item(), {name: part.item() for name, part in parts.items()})
-        if len(state.losses) % settings.logging_every == 0:
-            bar.set_postfix(loss=f"{state.losses[-1]:.4g}")
+        step(len(state.losses), total, f"loss {state.losses[-1]:.4g}")
         if len(state.losses) % settings.save_every == 0 or len(state.losses) == total:
             now = time.perf_counter()
             state.seconds, since = state.seconds + now - since, now

@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState, ProgressCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import replacing
 from ffnkit.io.loading import no_bars
+from ffnkit.io.progress import Step
 from ffnkit.model.trainable import parts_of
 from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.surgery.compressed import compressed_parameters
@@ -296,13 +297,19 @@ class Epochs(TrainerCallback):
         self.collate.epoch = int(state.epoch or 0)
 
 
-class QuietProgress(ProgressCallback):
-    """The progress bars without a printed dictionary at each entry of the log."""
+class Telling(TrainerCallback):
+    """Tells where the training is, with the last figures of its log."""
+
+    def __init__(self, step: Step) -> None:
+        self.step, self.what = step, ""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.step(state.global_step, state.max_steps, self.what)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is not None and logs:
-            shown = {k.removeprefix("eval_"): f"{v:.4g}" for k, v in logs.items() if _shown(k, v)}
-            self.training_bar.set_postfix(shown)
+        shown = [f"{k.removeprefix('eval_')} {v:.4g}" for k, v in (logs or {}).items() if _shown(k, v)]
+        self.what = ", ".join(shown[:2]) or self.what
 
 
 def _shown(key: str, value: Any) -> bool:

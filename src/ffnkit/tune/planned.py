@@ -32,8 +32,8 @@ def put_on(model: nn.Module, tuner: Updating, preparation: Preparation) -> nn.Mo
     if keep is not None and keep.is_file():
         made = Plan.load(keep)
     else:
-        with shown(f"planning {tuner.name}", quiet=not preparation.progress) as step:
-            made = plan(model, cast(Any, tuner.method), data=cast(Any, preparation.data), progress=step)
+        with shown(tuner.name, quiet=not preparation.progress):
+            made = plan(model, cast(Any, tuner.method), data=cast(Any, preparation.data))
         if tuner.coefficients:
             made = with_coefficients(model, made, tuner.coefficients)
         if keep is not None:

@@ -13,20 +13,21 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback
 
 from ffnkit.checkpoint.adapters import is_adapted
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import counted, phase, shown
 from ffnkit.surgery.compressed import compressed_parameters
 from ffnkit.tasks.encoding.packing import pack
 from ffnkit.tasks.running import encoded_rows, lengths
 from ffnkit.tasks.settings import GenerationSettings
-from ffnkit.tune import checkpoints, masks
+from ffnkit.tune import checkpoints, masks, tracking
 from ffnkit.tune.allocations import Allocations
 from ffnkit.tune.arguments import chosen_metric, training_arguments
 from ffnkit.tune.dropout import dropout_at
 from ffnkit.tune.lifecycle import training_run, undone
-from ffnkit.tune.loop import Clock, Epochs, Loop, QuietProgress, Saving, Snapshot
+from ffnkit.tune.loop import Clock, Epochs, Loop, Saving, Snapshot, Telling
 from ffnkit.tune.outcome import TrainResult, body_size, counts_of, on_device, result_of
 from ffnkit.tune.settings import HARMLESS, TrainSettings
 from ffnkit.tune.tuners import Tuner, finish, get, prepare
@@ -54,6 +55,7 @@ def train(
     go_on: bool = False,
     merge: bool = True,
     snapshot: tuple[int, str | Path] | None = None,
+    run: tracking.Run | None = None,
 ) -> TrainResult:
     """Fine-tune ``model`` on ``splits.train``; ``splits.dev`` picks the checkpoint. ``splits.report`` is not read.
 
@@ -71,11 +73,13 @@ def train(
         tuner: what trains: a name, a mapping of name and settings, or a tuner.
         seed: order of the data, dropout, adapters. The head is drawn when the model is loaded, by the caller.
         out_dir: folder for checkpoints, of this run only.
-        progress: progress bars.
+        progress: tell on stderr where it is: bars in a terminal, lines in a log.
         generation: how texts are decoded where ``best_metric`` is a metric of generated text.
         go_on: updates that are on the model (of "sparsegrad", "dsee", ...) train on, with what trained beside them;
             without them, or without this, the tuner begins anew.
         snapshot: a step and a file (safetensors) that gets the weights after it.
+        run: name and folder of the run for the trackers that ``report_to`` names; by default those of ``out_dir``,
+            whose ``logs`` they write to.
         merge: put such updates into the weights at the end; else they stay on the model.
 
     Raises:
@@ -96,7 +100,8 @@ def train(
     for name, split in (("train", data), ("dev", dev)):
         if len(split) == 0:
             raise FfnkitError(f"training on {task.name}", f"the {name} split is empty", "Give more rows")
-    arguments = training_arguments(settings, metric, out_dir, seed, progress)
+    run = run or tracking.Run(Path(out_dir).name, Path(out_dir) / tracking.LOGS)
+    arguments = training_arguments(settings, metric, out_dir, seed, run.name)
     go_on = go_on and is_adapted(model)
     model = model if go_on else undone(model)
     if settings.compressed_rate_factor != 1 and not compressed_parameters(model):
@@ -111,7 +116,8 @@ def train(
     if not merge and tuner.method is not None:
         masks.say_lost(model)
     dropped = dropout_at(model, settings.dropout)
-    with checkpoints.claimed(out_dir, facts), dropped, training_run(model, undo=not go_on):
+    display, logged = shown("tuning", quiet=not progress), tracking.tracked(run, settings.report_to)
+    with display, checkpoints.claimed(out_dir, facts), dropped, training_run(model, undo=not go_on), logged:
         seed_everything(seed)
         plain = body_size(model)
         tuned = model if go_on else _prepared(model, tuner, task, tokenizer, data, settings, seed, out_dir, progress)
@@ -141,7 +147,9 @@ def train(
             if snapshot is not None:
                 loop.add_callback(Snapshot(*snapshot))
             on_device(torch.cuda.reset_peak_memory_stats)
-            state = _run_or_resume(loop, out_dir, settings)
+            with phase("training") as step:
+                loop.add_callback(Telling(step))
+                state = _run_or_resume(loop, out_dir, settings)
         _leave(loop, use_cache, own_forward)
         done = cast(PreTrainedModel, finish(tuned, tuner, merge=merge).eval())
         result = result_of(loop, state, done, settings, metric, trained)
@@ -197,9 +205,9 @@ def _run(
 
 def _digest(dataset: Any) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for batch in dataset.iter(batch_size=4096):
+    for batch in counted(dataset.iter(batch_size=4096), "reading rows", -(-len(dataset) // 4096)):
         labels = batch["labels"] if "labels" in batch else batch.get("label")
-        ids = batch["digest"] if "digest" in batch else [list(map(int, ids)) for ids in batch["input_ids"]]
+        ids = batch["digest" if "digest" in batch else "input_ids"]
         plain = [label if isinstance(label, list) else float(label) for label in labels]
         digest.update(json.dumps([ids, plain]).encode())
     return f"{len(dataset)}:{digest.hexdigest()}"
@@ -229,9 +237,6 @@ def _loop(
     except (ValueError, ImportError) as error:
         raise FfnkitError("training", str(error), "Change the settings or the model") from error
     loop.remove_callback(PrinterCallback)
-    if not arguments.disable_tqdm:
-        loop.remove_callback(ProgressCallback)
-        loop.add_callback(QuietProgress)
     return loop
 
 
@@ -248,8 +253,6 @@ def _run_or_resume(loop: Loop, out_dir: str | Path, settings: TrainSettings) -> 
         loop.train(resume_from_checkpoint=None if last is None else str(last))
     except BaseException:
         for callback in loop.callback_handler.callbacks:
-            if (bar := getattr(callback, "training_bar", None)) is not None:
-                bar.close()  # what is said next begins on a line of its own
             if isinstance(callback, Allocations):
                 callback.close()
         raise

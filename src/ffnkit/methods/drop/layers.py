@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ffnkit.calibration.batches import kept
 from ffnkit.calibration.features import Passage, passages
 from ffnkit.edits import DropLayer, Edit, ReplaceNeurons
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, need_data
+from ffnkit.methods.drop.gaps import Gap, ffns_alone, mean_outputs, whole_layers
+from ffnkit.methods.drop.standing import stand_ins
 from ffnkit.methods.share.windows import Groups, Score, best, label, score_name, series, windows
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
@@ -40,10 +43,22 @@ class _Drop:
         ),
     ] = None
 
+    refit: Annotated[
+        bool,
+        Doc(
+            "let what stays stand for what goes: a factor fitted to data, in weights that are there "
+            "(and a shift, where there is a bias to hold it)."
+        ),
+    ] = False
+
     name: ClassVar[str]
 
     def edits(self, model: nn.Module, groups: Groups) -> list[Edit]:
         """What drops these groups."""
+        raise NotImplementedError
+
+    def gaps(self, model: nn.Module, groups: Groups, batches: list[Batch]) -> list[Gap]:
+        """The same as gaps in the stream of hidden states, from the first to the last."""
         raise NotImplementedError
 
     def worth(self, window: list[Passage]) -> tuple[float, float]:
@@ -52,13 +67,13 @@ class _Drop:
 
     @property
     def needs_data(self) -> bool:
-        """Whether what a window does is measured."""
-        return self.window is not None and self.score is None
+        """Whether what a window does is measured, or what stays is refitted."""
+        return self.refit or (self.window is not None and self.score is None)
 
     @property
     def reads_weights(self) -> bool:
-        """Whether the window is searched for."""
-        return self.window is not None
+        """Whether the window is searched for, or what stays is refitted."""
+        return self.window is not None or self.refit
 
     def settings(self) -> dict[str, Any]:
         return dataclasses.asdict(dataclasses.replace(self, score=None)) | {"score": score_name(self.score)}
@@ -79,8 +94,10 @@ class _Drop:
         started = time.perf_counter()
         choices = self.chosen(model)
         scores: list[float] = []
-        if len(choices) > 1 and self.score is None:
-            scores = _proxies(model, need_data(data, self.name), choices, self.worth)
+        searched = len(choices) > 1 and self.score is None
+        batches = kept(need_data(data, self.name, beyond="hidden states")) if searched or self.refit else []
+        if searched:
+            scores = _proxies(model, batches, choices, self.worth)
         places = {id(groups): number for number, groups in enumerate(choices)}
         chosen, tried = best(
             model, choices, self.score, partial(self.edits, model), lambda groups: scores[places[id(groups)]]
@@ -88,8 +105,12 @@ class _Drop:
         report: dict[str, Any] = {"groups": [[ffn.name for ffn in group] for group in chosen], "layers": label(chosen)}
         if tried:
             report["search"] = tried
-        seconds = {"seconds": time.perf_counter() - started}
-        return Draft(tuple(self.edits(model, chosen)), {}, report | seconds)
+        edits, told = self.edits(model, chosen), dict[str, dict[str, float]]()
+        if self.refit:
+            gaps = self.gaps(model, chosen, batches)
+            held, told = stand_ins(model, batches, gaps, progress)
+            edits = [*(edit for gap in gaps for edit in gap.edits), *held]
+        return Draft(tuple(edits), told, report | {"seconds": time.perf_counter() - started})
 
 
 @dataclass(frozen=True)
@@ -99,7 +120,7 @@ class LayerDrop(_Drop):
     One of ``layers`` and ``window`` says which. In models of two stacks both lose the same numbers.
 
     Source: the baseline of Verma et al. (arXiv 2501.06126); the similarity is the block influence of Men et al.,
-        ShortGPT (arXiv 2403.03853).
+        ShortGPT (arXiv 2403.03853); of ``refit`` Prune&Comp (arXiv 2507.18212) and LinearPatch (arXiv 2505.24680).
     """
 
     name: ClassVar[str] = "layer-drop"
@@ -108,6 +129,9 @@ class LayerDrop(_Drop):
 
     def edits(self, model: nn.Module, groups: Groups) -> list[Edit]:
         return _gone(model, groups)
+
+    def gaps(self, model: nn.Module, groups: Groups, batches: list[Batch]) -> list[Gap]:
+        return whole_layers(model, groups, lambda group: _gone(model, [group]))
 
     def worth(self, window: list[Passage]) -> tuple[float, float]:
         return _likeness(window)
@@ -120,7 +144,9 @@ class FfnDrop(_Drop):
     The neuron gives no output and gets no gradient where the activation is 0 at 0 (GELU, ReLU, SiLU); it makes the
     checkpoint one of ordinary FFNs. One of ``layers`` and ``window`` says which.
 
-    Source: a baseline of FFN merging, asked for by its reviewers (arXiv 2501.06126).
+    With ``refit`` an output bias gives the FFN's mean output in its place, where there is such a bias.
+
+    Source: a baseline of FFN merging, asked for by its reviewers (arXiv 2501.06126); of ``refit`` as for layers.
     """
 
     name: ClassVar[str] = "ffn-drop"
@@ -129,6 +155,10 @@ class FfnDrop(_Drop):
 
     def edits(self, model: nn.Module, groups: Groups) -> list[Edit]:
         return _silent(model, groups)
+
+    def gaps(self, model: nn.Module, groups: Groups, batches: list[Batch]) -> list[Gap]:
+        means = mean_outputs(model, batches, [ffn for group in groups for ffn in group])
+        return ffns_alone(model, groups, lambda ffn: _silent(model, [[ffn]], means))
 
     def worth(self, window: list[Passage]) -> tuple[float, float]:
         return _added(window)
@@ -148,12 +178,16 @@ def _gone(model: nn.Module, groups: Groups) -> list[Edit]:
     return edits
 
 
-def _silent(model: nn.Module, groups: Groups) -> list[Edit]:
+def _silent(model: nn.Module, groups: Groups, means: Mapping[str, Tensor] | None = None) -> list[Edit]:
+    """``means``: what an output bias gives in an FFN's place, by its name."""
     edits: list[Edit] = []
     for ffn in (ffn for group in groups for ffn in group):
         ffn.check_plain(f"dropping {ffn.name}", but=(Masked.kind,))
         first = torch.zeros(1, dtype=torch.long, device=ffn.raw().up.device)
-        edits.append(ReplaceNeurons.of(ffn.name, ffn.raw().take(first).map(torch.zeros_like)))
+        nothing = ffn.raw().take(first).map(torch.zeros_like)
+        if means and nothing.down_bias is not None:
+            nothing = dataclasses.replace(nothing, down_bias=means[ffn.name].to(nothing.down_bias))
+        edits.append(ReplaceNeurons.of(ffn.name, nothing))
     return edits
 
 

@@ -152,12 +152,13 @@ def truncated(weight: Tensor, rank: int, second: Tensor | None = None) -> tuple[
             of E ||W x||^2, and so is the norm that it loses.
     """
     exact = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-    if second is None:
+    silent = second is not None and not bool(second.any())  # inputs of zeros: any weights do, these as they are
+    if second is None or silent:
         u, s, vt = torch.linalg.svd(exact, full_matrices=False)
     else:
         lower = factored(second.double(), WHITE)[0]
         u, s, vt = torch.linalg.svd(exact.double() @ lower, full_matrices=False)
         vt = torch.linalg.solve_triangular(lower, vt, upper=False, left=False)
     root = s[:rank].sqrt()
-    lost = s[rank:].double().square().sum().item()
+    lost = 0.0 if silent else s[rank:].double().square().sum().item()
     return (root[:, None] * vt[:rank]).to(weight.dtype), (u[:, :rank] * root).to(weight.dtype), lost

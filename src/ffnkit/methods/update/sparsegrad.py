@@ -18,6 +18,7 @@ from ffnkit.calibration.gradients import Receive, weight_gradients
 from ffnkit.edits import Edit, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import spool
+from ffnkit.io.progress import counted
 from ffnkit.methods.common import Batch, generator, need_data, plain_linears
 from ffnkit.model.linear import features, own_weight
 from ffnkit.nn.quantized import is_quantized_linear
@@ -131,7 +132,7 @@ class _Work:
 
         weight_gradients(self.model, telling(batches, self.progress, "gradients"), self.linears, receive)
         counts = {self.group[name]: self._count(name) for name in self.linears}
-        for group in list(grams):
+        for group in counted(list(grams), "bases"):
             left, right = grams.pop(group).bases(REACH if self.method.core < 1 else 1.0, counts[group])
             self.bases[group] = left.rows, right.rows
 
@@ -169,7 +170,7 @@ class _Work:
 
     def weigh(self) -> None:
         """The squares of the weight's own entries, in the basis."""
-        for name, linear in self.linears.items():
+        for name, linear in counted(self.linears.items(), "energies", len(self.linears)):
             weight = own_weight(linear).float()
             self.energies[name] = turned(weight, *self.bases.get(self.group[name], (None, None))).square()
             self.totals[name] = float(weight.square().sum())
@@ -178,11 +179,11 @@ class _Work:
         """One edit for each linear that gets entries."""
         method = self.method
         counts = {name: self._count(name) for name in self.linears}
-        for name in self.linears:
+        for name in counted(self.linears, "cores"):
             self._confine(name, counts[name])
         pairs, chosen = self._pairs(), self._chosen(counts)
         edits: list[Edit] = []
-        for number, name in enumerate(self.linears):
+        for number, name in enumerate(counted(self.linears, "entries")):
             given: dict[str, Any] = {"selection": method.selection, "order": number}
             parts: dict[str, Tensor] = {}
             if self.group[name] in pairs:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ffnkit.io.progress import counted
 from ffnkit.tasks.protocol import Collate, Evaluation
 from ffnkit.tasks.running import by_length, encoded_rows, evaluating, forward_names, logits_of
 
@@ -63,7 +64,7 @@ class Classifier:
         predictions: list[np.ndarray] = []
         losses: list[float] = []
         with evaluating(model):
-            for start in range(0, len(order), batch_size):
+            for start in counted(range(0, len(order), batch_size), "evaluating"):
                 rows = [data[int(i)] for i in order[start : start + batch_size]]
                 batch = {name: value.to(device) for name, value in collate(rows).items()}
                 output = model(**batch)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import counted
 from ffnkit.tasks.classification.task import Task
 from ffnkit.tasks.generation.writer import Writer
 from ffnkit.tasks.protocol import Evaluation
@@ -156,7 +157,7 @@ class WordsTask(Writer):
         collate = self.collator(tokenizer, model)
         likely, tokens = np.empty((len(prompts), size)), np.empty((len(prompts), size), dtype=np.int64)
         with evaluating(model):
-            for start in range(0, len(order), batch_size):
+            for start in counted(range(0, len(order), batch_size), "evaluating"):
                 chosen = order[start : start + batch_size]
                 examples = [data[int(row) * size + word] for row in chosen for word in range(size)]
                 batch = {name: value.to(device) for name, value in collate(examples).items()}

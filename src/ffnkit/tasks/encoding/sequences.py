@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import counted
 from ffnkit.tasks.running import IGNORED, is_seq2seq
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ class Sequences:
 
     def _coded(self, texts: Sequence[str], *, special: bool = True, text_target: bool = False) -> list[list[int]]:
         coded: list[list[int]] = []
-        for start in range(0, len(texts), _BATCH):
+        for start in counted(range(0, len(texts), _BATCH), "reading tokens"):
             part = list(texts[start : start + _BATCH])
             given: dict[str, Any] = {"text_target": part} if text_target else {"text": part}
             coded += self.tokenizer(**given, add_special_tokens=special, verbose=False)["input_ids"]

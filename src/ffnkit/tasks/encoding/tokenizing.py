@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import counted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,7 +35,7 @@ def encode(dataset: Dataset, text: tuple[str, ...], label: str, kind: str, token
     limit = min(max_length, int(tokenizer.model_max_length))
     between = "\n" if pair and least - 1 == tokenizer.num_special_tokens_to_add(pair=False) + 1 else ""
     batches = []
-    for start in range(0, len(dataset), _BATCH):
+    for start in counted(range(0, len(dataset), _BATCH), "reading tokens"):
         rows = dataset[start : start + _BATCH]
         texts = [rows[text[0]]] + ([[between + second for second in rows[text[1]]]] if pair else [])
         ids = tokenizer(*texts, truncation=True, max_length=limit, padding=False)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ffnkit.io.progress import counted
 from ffnkit.tasks.encoding.collate import Padded
 from ffnkit.tasks.encoding.sequences import Prompt, Sequences
 from ffnkit.tasks.running import evaluating, is_seq2seq
@@ -48,7 +49,7 @@ def decode(
     found: dict[int, str] = {}
     start = time.perf_counter()
     with evaluating(model), _generation_config(inner, sequences, settings, most), torch.no_grad():
-        for place in range(0, len(order), settings.batch_size):
+        for place in counted(range(0, len(order), settings.batch_size), "writing answers"):
             rows = order[place : place + settings.batch_size]
             batch = collate([_row(prompts[i]) for i in rows])
             output = inner.generate(

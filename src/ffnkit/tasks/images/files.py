@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import counted
 from ffnkit.tasks.rows.splitting import Table
 
 SEPARATOR = "::"
@@ -183,7 +184,7 @@ def listed(path: str | Path) -> tuple[Table, int]:
         places = [place for name, place in found if _is_image(name)]
         table: Table = {
             "image": [f"{path.resolve()}{SEPARATOR}{place}" for place in places],
-            "digest": [digest(held.read(place)) for place in places],
+            "digest": [digest(held.read(place)) for place in counted(places, "reading images")],
             "label": classes,
         }
     except FfnkitError:

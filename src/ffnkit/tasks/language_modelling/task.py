@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import counted
 from ffnkit.tasks.generation.writer import Writer, perplexity
 from ffnkit.tasks.language_modelling import sets
 from ffnkit.tasks.protocol import Evaluation
@@ -138,7 +139,7 @@ def stream(texts: Sequence[str], tokenizer: Any, seq2seq: bool) -> list[int]:
     elif not before and not after and tokenizer.eos_token_id is not None:
         before = [int(tokenizer.eos_token_id)]
     ids: list[int] = []
-    for start in range(0, len(texts), _BATCH):
+    for start in counted(range(0, len(texts), _BATCH), "reading tokens"):
         read = tokenizer(list(texts[start : start + _BATCH]), add_special_tokens=False, verbose=False)["input_ids"]
         ids.extend(chain.from_iterable([*before, *each, *after] for each in read))
     return ids

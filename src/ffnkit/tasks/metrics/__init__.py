@@ -8,7 +8,7 @@ from typing import Any
 def greater_is_better(name: str) -> bool:
     """Whether more of a metric is better: of labels, of generated text, or the loss and the perplexity."""
     known = _known(name)
-    return known.greater_is_better if known else name not in ("loss", "perplexity", "bits_per_byte")
+    return known.greater_is_better if known else not name.endswith(("loss", "perplexity", "bits_per_byte"))
 
 
 def greatest(name: str) -> float | None:

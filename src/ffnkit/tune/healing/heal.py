@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, kept
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import counted, phase
 from ffnkit.ops.masks import unpacked
 from ffnkit.tune import zeros
 from ffnkit.tune.answers import Kind, kind_of
@@ -123,7 +124,8 @@ def heal(
         tuned = tuner.prepare(model)
         try:
             run = _Run(tuned, original, settings, kind, decide, noted, rate)
-            run.go(_Order(parts, seed), progress)
+            with phase("healing") as step:
+                run.go(_Order(parts, seed), progress or step)
         finally:
             tuner.finish(tuned)
             zeros.restore(model, noted)
@@ -190,7 +192,7 @@ class _Run:
         self.share = 1.0  # of the rate: halved where a state was no better than the best
         self.least = 1.0  # of the mean over held-out texts of loss over loss before
 
-    def go(self, order: _Order, progress: Progress | None) -> None:
+    def go(self, order: _Order, progress: Progress) -> None:
         start, wanted = time.perf_counter(), self.settings.tokens
         result = self.result
         result.before = result.after = self._held()
@@ -213,9 +215,8 @@ class _Run:
                 self.masters.step(result.learning_rate * self._schedule(result.tokens / wanted))
                 result.tokens += size_of(batch)
                 result.steps += 1
-                if progress is not None:
-                    what = "layer by layer" if here else "as a whole"
-                    progress(min(result.tokens, wanted), wanted, what)
+                what = "layer by layer" if here else "as a whole"
+                progress(min(result.tokens, wanted), wanted, what)
                 if result.tokens >= due or result.tokens >= wanted:
                     due += wanted / self.settings.checks
                     if self._check():
@@ -252,7 +253,9 @@ class _Run:
     def _held(self) -> dict[str, float]:
         """The mean loss of each held-out text."""
         return {
-            name: sum(whole_loss(self.model, self.original, batch, self.kind).item() for batch in batches)
+            name: sum(
+                whole_loss(self.model, self.original, batch, self.kind).item() for batch in counted(batches, "checking")
+            )
             / len(batches)
             for name, batches in self.decide.items()
         }

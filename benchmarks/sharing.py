@@ -1,0 +1,188 @@
+"""What fitted sharing loses before any tuning: a story teller's perplexity, and MiniLM on STS-B.
+
+    FFNKIT_DATA=... FFNKIT_MODELS=... python benchmarks/sharing.py [--tokens 16384] [--only stories minilm]
+        [--out FOLDER]
+
+stories260K: every group of adjacent layers shares one FFN (``calibrated-merging``, calibrated on stories of the train
+split), beside the same pair without one of its FFNs (``ffn-drop``, the better of the two) and beside merging with the
+output layer refitted. Perplexity on 8,192 tokens of the validation split in windows of 512. MiniLM: Spearman on STS-B's
+validation split, cosine of mean embeddings; half of the FFNs saved by three pairs, by a search for as many, and by
+leaving out three FFNs. Calibration there: sentences of the train split. Results are kept after each arm: run again, it
+goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from carry_over import SEED, WINDOW, WINDOWS, perplexity, text_of, windows
+from scipy.stats import spearmanr
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import ffnkit as fk
+from ffnkit import methods
+from ffnkit.io.quickstart import model_path
+from ffnkit.tasks.models import load_tokenizer
+
+BATCH = 64
+PAIRS = ["0-1", "1-2", "2-3", "3-4"]
+RUNS = ["0-2", "1-3", "2-4", "0-4"]
+THREE_PAIRS = {"groups": ["0-1", "2-3", "4-5"]}
+Made = Callable[[], Any]
+
+
+def sharing(**which: Any) -> Made:
+    return lambda: fk.CalibratedMerging(**which)
+
+
+def story_arms() -> Iterator[tuple[str, str, Made]]:
+    """(layers, how, the method)."""
+    for layers in (*PAIRS, *RUNS):
+        yield layers, "shared, fitted", sharing(layers=layers)
+        yield layers, "merged, refitted", lambda layers=layers: fk.Merging(layers=layers, correct="output")
+    for layer in range(5):
+        yield str(layer), "left out", lambda layer=layer: methods.build("ffn-drop", layers=str(layer))
+    for keep in (4, 3, 2):
+        yield f"{5 - keep} of 5", "shared, searched", sharing(keep=keep)
+
+
+def sentence_arms() -> Iterator[tuple[str, str, Made]]:
+    yield "0-1, 2-3, 4-5", "shared, fitted", sharing(**THREE_PAIRS)
+    yield "0-1, 2-3, 4-5", "merged, refitted", lambda: fk.Merging(**THREE_PAIRS, correct="output")
+    for remove in (1, 2, 3):
+        yield f"{remove} of 6", "shared, searched", sharing(keep=6 - remove)
+    yield "3 of 6", "shared, searched by window", sharing(window=4)
+    yield "3 of 6", "left out, searched", lambda: methods.build("ffn-drop", window=3)
+
+
+def stories(tokens: int) -> tuple[Callable[[], Any], list[dict[str, Any]], Callable[[Any], float]]:
+    """What opens the model, its calibration batches, and what measures it."""
+    folder = Path(os.environ["FFNKIT_MODELS"]) / "stories260K"
+    tokenizer = load_tokenizer(folder)
+    held = windows(tokenizer, text_of("tinystories", "validation"))
+    ids = tokenizer(text_of("tinystories", "train"), return_tensors="pt", verbose=False).input_ids[0]
+    rows = ids[: tokens // WINDOW * WINDOW].view(-1, WINDOW)
+    data = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(4)]
+    return (
+        lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
+        data,
+        lambda model: perplexity(model, held),
+    )
+
+
+def sentences(tokens: int) -> tuple[Callable[[], Any], list[dict[str, Any]], Callable[[Any], float]]:
+    folder = model_path()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    train, rows = (
+        [json.loads(line) for line in (Path(os.environ["FFNKIT_DATA"]) / "stsb" / f"{split}.jsonl").open()]
+        for split in ("train", "validation")
+    )
+    texts = [row[key] for row in train for key in ("sentence1", "sentence2")]
+    data, seen = [], 0
+    for start in range(0, len(texts), BATCH):
+        data.append(dict(tokenizer(texts[start : start + BATCH], padding=True, return_tensors="pt")))
+        seen += int(data[-1]["attention_mask"].sum())
+        if seen >= tokens:
+            break
+
+    @torch.no_grad()
+    def embedded(model: Any, key: str) -> torch.Tensor:
+        parts = []
+        for start in range(0, len(rows), BATCH):
+            texts = [row[key] for row in rows[start : start + BATCH]]
+            given = tokenizer(texts, padding=True, return_tensors="pt")
+            mask = given["attention_mask"][..., None].float()
+            parts.append((model(**given).last_hidden_state * mask).sum(1) / mask.sum(1))
+        return torch.cat(parts)
+
+    def measured(model: Any) -> float:
+        likeness = torch.cosine_similarity(embedded(model, "sentence1"), embedded(model, "sentence2"))
+        return float(spearmanr(likeness.numpy(), [row["label"] for row in rows]).statistic)
+
+    return lambda: AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), data, measured
+
+
+def page(results: dict[str, Any]) -> str:
+    """The Markdown page."""
+    said = results["conditions"]
+    lines = [["layers", "how", said["metric"], "parameters saved", "planning, s of the processor"]]
+    lines.append([":--", ":--", "--:", "--:", "--:"])
+    for row in results["rows"]:
+        saved, took = f"{row.get('saved', 0):,}", f"{row.get('processor seconds', 0):.0f}"
+        lines.append([row.get("found", row["layers"]), row["how"], f"{row['value']:.{said['digits']}f}", saved, took])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    means = [f"- Geometric mean of the pairs, {how}: {value:.2f}." for how, value in results.get("pairs", {}).items()]
+    notes = [
+        f"- {said['model']}, {said['tokens']:,} tokens of calibration, no tuning; {said['measured']}; one draw.",
+        *means,
+        *common.footer(results),
+    ]
+    return f"# Fitted sharing ({said['model']})\n\n{table}\n\n" + "\n".join(notes) + "\n"
+
+
+def pairs(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The geometric mean over adjacent pairs of each way; of leaving out, the better FFN of each pair."""
+    by = {(row["layers"], row["how"]): row["value"] for row in rows}
+    found: dict[str, list[float]] = {}
+    for pair in PAIRS:
+        for how in ("shared, fitted", "merged, refitted"):
+            found.setdefault(how, []).extend(by[pair, how] for _ in range((pair, how) in by))
+        alone = [by[one, "left out"] for one in pair.split("-") if (one, "left out") in by]
+        found.setdefault("the better FFN left out", []).extend(min(alone) for _ in range(len(alone) == 2))
+    whole = {how: values for how, values in found.items() if len(values) == len(PAIRS)}
+    return {how: math.exp(sum(map(math.log, values)) / len(values)) for how, values in whole.items()}
+
+
+def study(name: str, arms: Any, opened: Any, tokens: int, said: dict[str, Any], out: Path) -> None:
+    open_model, data, measure = opened(tokens)
+    conditions = said | {"tokens": tokens, "seed": SEED}
+    results = common.resumed(out, name, conditions)
+    if not results["rows"]:
+        results["rows"].append({"layers": "", "how": "uncompressed", "value": measure(open_model())})
+    for layers, how, make in arms():
+        if any((row["layers"], row["how"]) == (layers, how) for row in results["rows"]):
+            continue
+        model = open_model()
+        before = sum(p.numel() for p in model.parameters())
+        start, busy = time.perf_counter(), time.process_time()
+        method = make()
+        plan = fk.plan(model, method, data=data if method.needs_data else None)
+        row = {"layers": layers, "how": how}
+        row |= {"seconds": time.perf_counter() - start, "processor seconds": time.process_time() - busy}
+        fk.apply(model, plan)
+        row |= {"value": measure(model), "saved": before - sum(p.numel() for p in model.parameters())}
+        row |= {"found": plan.report["layers"], "search": plan.report["search"]} if "search" in plan.report else {}
+        print(row, flush=True)
+        results["rows"].append(row)
+        if name.endswith("stories260k"):
+            results["pairs"] = pairs(results["rows"])
+        common.write(out, name, results, page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--only", nargs="+", choices=["stories", "minilm"], default=["stories", "minilm"])
+    parser.add_argument("--out", type=Path, default=common.RESULTS)
+    given = parser.parse_args()
+    if "stories" in given.only:
+        measured = f"perplexity on {WINDOW * WINDOWS:,} tokens of other stories in windows of {WINDOW}"
+        said = {"model": "stories260K", "metric": "perplexity", "digits": 2, "measured": measured}
+        study("sharing_stories260k", story_arms, stories, given.tokens, said, given.out)
+    if "minilm" in given.only:
+        measured = "Spearman on STS-B's validation split, cosine of mean embeddings"
+        said = {"model": "all-MiniLM-L6-v2", "metric": "Spearman", "digits": 4, "measured": measured}
+        study("sharing_minilm", sentence_arms, sentences, given.tokens, said, given.out)
+
+
+if __name__ == "__main__":
+    main()

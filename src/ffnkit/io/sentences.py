@@ -1,0 +1,77 @@
+"""Folders of sentence-transformers: a transformer and the modules behind it (pooling, dense layers, normalizing).
+
+DIR/modules.json     the modules in their order, each with its folder
+DIR/                 the transformer's files; in older folders they are in DIR/0_Transformer
+DIR/1_Pooling, ...   the modules behind it
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ffnkit.errors import FfnkitError
+from ffnkit.io.files import read_json
+
+MODULES = "modules.json"
+OWN = (MODULES, "config_sentence_transformers.json", "sentence_bert_config.json")
+"""What such a folder holds beside the modules and the files of any transformer."""
+
+
+@dataclass(frozen=True)
+class SentenceFolder:
+    """Where the parts of a sentence-transformers model are.
+
+    Attributes:
+        root: the folder that holds modules.json.
+        rows: the modules as that file says them, in their order.
+        transformer: the path in ``root`` of the one with a transformers model; "" where it is the root itself.
+    """
+
+    root: Path
+    rows: tuple[dict[str, Any], ...]
+    transformer: str
+
+    @property
+    def behind(self) -> list[dict[str, Any]]:
+        """The modules behind the transformer."""
+        return [row for row in self.rows if row["path"] != self.transformer]
+
+    def flat(self) -> list[dict[str, Any]]:
+        """The rows of a folder that holds the transformer's files itself."""
+        return [{**row, "path": "" if row["path"] == self.transformer else row["path"]} for row in self.rows]
+
+
+def sentence_folder(folder: str | Path) -> SentenceFolder | None:
+    """What a folder, or the one around it where it is named as its transformer, holds; None: no sentence-transformers.
+
+    Raises:
+        FfnkitError: several of its modules hold a transformers model.
+    """
+    path = Path(folder)
+    own = _read(path)
+    if own is not None:
+        return own
+    above = _read(path.parent) if (path.parent / MODULES).is_file() else None
+    return above if above is not None and above.transformer == path.name else None
+
+
+def _read(root: Path) -> SentenceFolder | None:
+    try:
+        rows = json.loads((root / MODULES).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and _inside(row.get("path")) for row in rows):
+        return None
+    held = [row["path"] for row in rows if "model_type" in (read_json(root / row["path"] / "config.json") or {})]
+    if len(held) > 1:
+        found = f"several of its modules are transformers: {', '.join(held)}"
+        raise FfnkitError(f"model {root}", found, "Compress each of these folders by itself")
+    return SentenceFolder(root, tuple(rows), held[0]) if held else None
+
+
+def _inside(path: Any) -> bool:
+    """Whether a module's path is one below the folder."""
+    return isinstance(path, str) and not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts

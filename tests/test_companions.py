@@ -1,0 +1,176 @@
+"""What lies beside a model travels with it, through every entry point; sentence-transformers stay what they are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_recipe_run import recipe_of, run, tiny
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner
+
+import ffnkit as fk
+from ffnkit.cli.program import app
+from ffnkit.errors import FfnkitError
+
+HALF = ("--method", "fusion", "--set", "width=0.5", "--cost-tokens", "0")
+TRAVELS = {
+    "preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json", "LICENSE", "own_code.py",
+    "additional_chat_templates/tool.jinja", "chat_template.jinja", "labels/names.txt",
+}  # fmt: skip
+STAYS = {
+    "pytorch_model.bin", "onnx/model.onnx", "onnx/config.json", "trainer_state.json", "all_results.json", ".git/HEAD",
+    "model.safetensors.index.json", "params.json", "predictions.jsonl",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tiny(tmp_path_factory.mktemp("beside"))
+    for name in TRAVELS | STAYS - {"pytorch_model.bin", "model.safetensors.index.json"}:
+        (base / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / "model" / name).write_text("{}" if name.endswith(".json") else name)
+    return base
+
+
+def sentences(model: Path, folder: Path, *, nested: bool = False) -> Path:
+    """The model as the transformer of a sentence-transformers folder, with a dense layer behind it."""
+    inner = folder / "0_Transformer" if nested else folder
+    shutil.copytree(model, inner)
+    kinds = {"1_Pooling": "Pooling", "2_Dense": "Dense", "3_Normalize": "Normalize"}
+    rows = [{"path": "0_Transformer" if nested else "", "type": "sentence_transformers.models.Transformer"}]
+    rows += [{"path": name, "type": f"sentence_transformers.models.{kind}"} for name, kind in kinds.items()]
+    (folder / "modules.json").write_text(json.dumps([{"idx": i, "name": str(i), **row} for i, row in enumerate(rows)]))
+    (inner / "sentence_bert_config.json").write_text('{"max_seq_length": 12, "do_lower_case": false}')
+    (folder / "config_sentence_transformers.json").write_text('{"similarity_fn_name": "cosine"}')
+    for name in ("1_Pooling", "2_Dense"):
+        (folder / name).mkdir()
+    pooling = {"word_embedding_dimension": 16, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    dense = {
+        "in_features": 16,
+        "out_features": 6,
+        "bias": True,
+        "activation_function": "torch.nn.modules.activation.Tanh",
+    }
+    (folder / "2_Dense" / "config.json").write_text(json.dumps(dense))
+    weights = {"linear.weight": torch.randn(6, 16, generator=torch.manual_seed(0)), "linear.bias": torch.zeros(6)}
+    save_file(weights, folder / "2_Dense" / "model.safetensors")
+    return folder
+
+
+def inside(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def cli(*words: object) -> None:
+    found = CliRunner().invoke(app, [*map(str, words), "--quiet"])
+    assert found.exit_code == 0, found.output
+
+
+def test_in_python(source: Path, tmp_path: Path) -> None:
+    for name, tokenizer in (("copied", None), ("given", AutoTokenizer.from_pretrained(source / "model"))):
+        model = fk.load(source / "model")
+        fk.apply(model, fk.plan(model, fk.Fusion(width=0.5)))
+        fk.save(model, tmp_path / name, tokenizer=tokenizer)
+        found = inside(tmp_path / name)
+        assert found >= TRAVELS and not STAYS & found, found
+        assert "tokenizer.json" in found
+    fk.export(model, tmp_path / "standard")
+    assert inside(tmp_path / "standard") >= TRAVELS
+    assert (tmp_path / "standard" / "README.md").read_text() != "README.md"
+
+
+def test_a_folder_inside_the_source_is_not_copied_into_itself(source: Path) -> None:
+    model = fk.load(source / "model")
+    for _ in range(2):  # the second time it lies there
+        fk.save(model, source / "model" / "out" / "small")
+        assert not any(name.startswith("out") for name in inside(source / "model" / "out" / "small"))
+    shutil.rmtree(source / "model" / "out")
+
+
+@pytest.mark.slow
+def test_by_the_command_line_and_a_recipe(source: Path, tmp_path: Path) -> None:
+    cli("compress", source / "model", *HALF, "--form", "both", "--out", tmp_path / "small")
+    table = ("--train-file", source / "train.csv", "--text-column", "text", "--label-column", "label")
+    steps = ("--steps", 1, "--batch-size", 4, "--max-length", 16)
+    cli("tune", tmp_path / "small" / "compact", *table, *steps, "--out", tmp_path / "tuned")
+    cli("tune", source / "model", *table, *steps, "--tuner", "dsee", "--form", "apart", "--out", tmp_path / "apart")
+    cli("export", tmp_path / "tuned", "--out", tmp_path / "final")
+    folders = [tmp_path / name for name in ("small/compact", "small/standard", "tuned", "apart/base", "final")]
+    run(recipe_of(source, stages=["compress", "evaluate", "export"]), tmp_path / "run")
+    folders += [tmp_path / f"run/units/half/seed-0/{form}" for form in ("compact", "standard")]
+    for folder in folders:
+        found = inside(folder)
+        assert found >= TRAVELS and not STAYS & found, (folder, found)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_sentence_transformers_stay_whole(source: Path, tmp_path: Path, nested: bool) -> None:
+    whole = sentences(source / "model", tmp_path / "st", nested=nested)
+    model = fk.load(whole)
+    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5)))
+    fk.save(model, tmp_path / "small")
+    again = fk.load(tmp_path / "small")
+    fk.export(again, tmp_path / "plain")
+    wanted = {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
+    wanted |= {"1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "preprocessor_config.json"}
+    for folder in (tmp_path / "small", tmp_path / "plain"):
+        assert wanted <= inside(folder)
+        assert [row["path"] for row in json.loads((folder / "modules.json").read_text())][:2] == ["", "1_Pooling"]
+        assert not any(name.startswith("0_Transformer") for name in inside(folder))
+    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain")
+    fk.save(classifier, tmp_path / "classifier")  # with another head it is no model of embeddings
+    assert not {"modules.json", "1_Pooling/config.json"} & inside(tmp_path / "classifier")
+
+
+def test_modules_outside_of_the_folder_are_none(source: Path, tmp_path: Path) -> None:
+    whole = sentences(source / "model", tmp_path / "st")
+    rows = json.loads((whole / "modules.json").read_text())
+    rows[1]["path"] = "../outside"
+    (whole / "modules.json").write_text(json.dumps(rows))
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_text("kept")
+    fk.save(fk.load(whole), tmp_path / "deep" / "small")
+    assert not list((tmp_path / "deep").rglob("secret"))
+
+
+def test_two_transformers_in_a_folder_are_refused(source: Path, tmp_path: Path) -> None:
+    whole = sentences(source / "model", tmp_path / "st")
+    shutil.copytree(source / "model", whole / "1_Pooling", dirs_exist_ok=True)
+    with pytest.raises(FfnkitError, match="several of its modules are transformers"):
+        fk.load(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_library_opens_them(source: Path, tmp_path: Path, nested: bool) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    whole = sentences(source / "model", tmp_path / "st", nested=nested)
+    before = library.SentenceTransformer(str(whole), device="cpu")
+    model = fk.load(whole)
+    fk.apply(model, fk.plan(model, fk.Fusion(width=0.25)))
+    fk.save(model, tmp_path / "compact")
+    fk.export(model, tmp_path / "standard")
+    texts = ["good film", "the plot was very poor"]
+    found = []
+    for name in ("compact", "standard"):
+        opened: Any = library.SentenceTransformer(str(tmp_path / name), device="cpu")
+        assert opened.max_seq_length == before.max_seq_length == 12
+        assert [type(each) for each in opened] == [type(each) for each in before]
+        found.append(torch.as_tensor(opened.encode(texts)))
+    assert found[0].shape == before.encode(texts).shape == (2, 6)
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(found[0], torch.as_tensor(before.encode(texts)), atol=1e-4)  # it is compressed
+
+
+def test_a_base_without_a_list_of_modules_is_a_plain_model(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source / "model", tmp_path / "model")
+    (tmp_path / "model" / "modules.json").write_text("[1, 2]")
+    assert type(fk.load(tmp_path / "model")) is type(AutoModel.from_pretrained(source / "model"))
