@@ -43,8 +43,8 @@ class Nested:
         dimensions: (d,) how much an error of each dimension of the outputs counts (``calibration.reading``).
 
     Attributes:
-        lost: (ff + 1,) float64, the squared output error at each width, as its reader weighs it, summed over tokens and experts; None where no
-            token reached it.
+        lost: (ff + 1,) float64, the squared output error at each width, as its reader weighs it, summed over tokens and
+            experts; None where no token reached it.
     """
 
     def __init__(self, ffn: FFN, seen: Statistics[Part], dimensions: Tensor) -> None:
