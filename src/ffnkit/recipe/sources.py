@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ffnkit.calibration.stored import StatisticsFile
-    from ffnkit.report.harness import HarnessFigures
     from ffnkit.tasks import AnyTask, Splits
     from ffnkit.tune import CalibrationSettings, TrainSettings
 
@@ -147,14 +146,14 @@ class Source:
         name = self.recipe.tokenizer
         return self.task.load_tokenizer(expand_model(name) if name else self.model_name)
 
-    def harness(self, model: PreTrainedModel, progress: bool) -> HarnessFigures | None:
-        """What lm-evaluation-harness measures of a model, with the tokenizer as it lies beside the source."""
+    def add_harness(self, found: dict[str, Any], model: PreTrainedModel, progress: bool) -> None:
+        """Add what lm-evaluation-harness measures of a model, with the tokenizer as it lies beside the source."""
         from ffnkit.report.harness import harness
 
         settings, name = self.recipe.lm_eval, self.recipe.tokenizer
-        if settings is None:
-            return None
-        return harness(model, settings, expand_model(name) if name else self.model_name, progress=progress)
+        if settings is not None:
+            measured = harness(model, settings, expand_model(name) if name else self.model_name, progress=progress)
+            found |= {"metrics": found["metrics"] | measured.named(), "lm_eval": measured.to_dict()}
 
     @property
     def device(self) -> torch.device:
