@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ffnkit.plans import Plan
     from ffnkit.report.costing import cost
     from ffnkit.surgery.apply import apply, fold
+    from ffnkit.stream.job import compress
     from ffnkit.surgery.planning import plan
     from ffnkit.tune import trainable_parameters
     from ffnkit.tune.healing.heal import heal
@@ -60,6 +61,7 @@ __all__ = [
     "allocate",
     "Allocation",
     "apply",
+    "compress",
     "fold",
     "analyze",
     "cost",
@@ -100,6 +102,7 @@ _HOMES = {
     "allocate": "budget.allocation",
     "Allocation": "budget.allocation",
     "apply": "surgery.apply",
+    "compress": "stream.job",
     "fold": "surgery.apply",
     "analyze": "analysis.study",
     "cost": "report.costing",

@@ -118,6 +118,28 @@ def umask() -> int:
 
 
 SPOOL_FROM = 1 << 20  # bytes; smaller tensors stay in memory
+SHARD = "2GB"  # of the files of a checkpoint that is written without being whole in memory
+_folder: list[Path] = []  # where large new tensors go meanwhile; empty: they stay in memory
+
+
+@contextmanager
+def in_files(folder: Path) -> Iterator[None]:
+    """While the block runs, what :func:`held` gives back lies in files of ``folder``, which have no names."""
+    _folder.append(folder)
+    try:
+        yield
+    finally:
+        _folder.pop()
+
+
+def are_in_files() -> bool:
+    """Whether new tensors go into files (:func:`in_files`)."""
+    return bool(_folder)
+
+
+def held(tensor: Tensor) -> Tensor:
+    """A new tensor of a model: as it is, or in a file inside of :func:`in_files`."""
+    return spooled(tensor) if _folder and tensor.device.type == "cpu" else tensor
 
 
 def spooled(tensor: Tensor) -> Tensor:
@@ -127,7 +149,7 @@ def spooled(tensor: Tensor) -> Tensor:
     own = tensor.detach().cpu().contiguous()
     if own.numel() * own.element_size() < SPOOL_FROM:
         return own.clone() if own.data_ptr() == tensor.data_ptr() else own
-    with tempfile.NamedTemporaryFile(prefix="ffnkit-") as file, disk_errors(tempfile.gettempdir()):
+    with _nameless() as file:
         file.write(own.view(-1).view(torch.uint8).numpy().data)
         file.flush()
         return _mapped(file.name, own.shape, own.dtype)
@@ -138,9 +160,17 @@ def spool(shape: Sequence[int], dtype: dtype) -> Tensor:
 
     The file has no name any more once it is mapped: it goes with the last tensor that uses it, however we end.
     """
-    with tempfile.NamedTemporaryFile(prefix="ffnkit-") as file, disk_errors(tempfile.gettempdir()):
+    with _nameless() as file:
         file.truncate(math.prod(shape) * dtype.itemsize)
         return _mapped(file.name, shape, dtype)
+
+
+@contextmanager
+def _nameless() -> Iterator[Any]:
+    """A file to fill and to map, whose name goes when the block ends."""
+    folder = _folder[-1] if _folder else Path(tempfile.gettempdir())
+    with tempfile.NamedTemporaryFile(prefix="ffnkit-", dir=folder) as file, disk_errors(folder):
+        yield file
 
 
 def _mapped(name: str, shape: Sequence[int], dtype: dtype) -> Tensor:

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 _REPORTERS = ("transformers.modeling_utils", "transformers.utils.loading_report")
 # Settings of from_pretrained that find the config as well as the weights.
 HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "force_download")
+_PIECE = 1 << 22  # numbers that are summed at a time: in a wider dtype they are copied
 _NOT_HERE = "there is no such folder"
 _FLOATS = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
 
@@ -257,7 +258,9 @@ def check_weights(model: Any, name: str) -> None:
             bad = torch.isnan if not isinstance(tensor, torch.nn.Parameter) else _not_finite
             wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
             # A finite sum clears a tensor; only the others are looked at number by number.
-            if torch.isfinite(tensor.sum(dtype=wide)) or not (count := int(bad(tensor).sum())):
+            parts = tensor.view(-1).split(_PIECE) if tensor.is_contiguous() else (tensor,)
+            sums = torch.stack([part.sum(dtype=wide) for part in parts or (tensor,)])
+            if bool(sums.isfinite().all()) or not (count := sum(int(bad(part).sum()) for part in parts)):
                 continue
             found = f"{count} of {tensor.numel()} numbers of {key} are NaN or infinite"
             raise FfnkitError(f"model {name}", found, "Use another checkpoint, or one from before training diverged")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ffnkit.edits.base import Edit
 from ffnkit.edits.slicing import set_width
 from ffnkit.errors import FfnkitError
+from ffnkit.io import files
 from ffnkit.io.loading import run_uneven_experts
 from ffnkit.io.progress import counted
 from ffnkit.model import trainable
@@ -268,7 +269,7 @@ def put(old: nn.Parameter, value: Tensor, within: Iterable[nn.Module]) -> nn.Par
     Else a new parameter takes its place wherever these modules hold it; it trains where that one did. The old tensor
     itself keeps its bits.
     """
-    new = value.detach().to(device=old.device, dtype=old.dtype).contiguous()
+    new = files.held(value.detach().to(device=old.device, dtype=old.dtype).contiguous())
     if new.data_ptr() == old.data_ptr() and not new.is_meta:
         new = new.clone()
     if new.shape == old.shape:
