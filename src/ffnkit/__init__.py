@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from ffnkit.model.inspect import inspect
     from ffnkit.plans import Plan
     from ffnkit.report.costing import cost
-    from ffnkit.surgery.apply import apply, fold
     from ffnkit.stream.job import compress
+    from ffnkit.surgery.apply import apply, fold
     from ffnkit.surgery.planning import plan
     from ffnkit.tune import trainable_parameters
     from ffnkit.tune.healing.heal import heal
