@@ -48,9 +48,7 @@ def test_a_notebook_is_that_of_its_page(page: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", NOTEBOOKS.PAGES, ids=lambda page: page.stem)
-def test_a_notebook_runs(
-    page: Path, minilm_path: Path, models_dir: Path, tmp_path: Path
-) -> None:
+def test_a_notebook_runs(page: Path, minilm_path: Path, models_dir: Path, tmp_path: Path) -> None:
     for name in ("nbformat", "nbclient", "ipykernel"):
         pytest.importorskip(name)
     path = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -33,7 +33,10 @@ def text() -> str:
     parts = [START, "## API\n", *(_member(name) for name in ffnkit.__all__)]
     for title, rows in (("Methods", lists.method_rows()), ("Tuners", lists.tuner_rows())):
         parts += [f"## {title} and their settings\n", *(_row(row) for row in rows)]
-    parts += ["## Tasks\n", *(f"- {row['name']}: {row['kind']}, {', '.join(row['metrics'])}" for row in lists.task_rows())]
+    parts += [
+        "## Tasks\n",
+        *(f"- {row['name']}: {row['kind']}, {', '.join(row['metrics'])}" for row in lists.task_rows()),
+    ]
     parts += ["\n## Recipes\n", *(f"- {name}: {shipped.about(name)}" for name in shipped.names())]
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     pitfalls = re.sub(r"<!--.*?-->\n?|\]\([^)]*\)|\[(?=[^\]]*\]\()", lambda m: "", page)

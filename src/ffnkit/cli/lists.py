@@ -60,7 +60,8 @@ def tasks(as_json: Json = False) -> None:
 @app.command(rich_help_panel=PANEL)
 def recipes(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Print this one, to start one of your own from.", show_default=False)
+        str | None,
+        typer.Argument(metavar="[NAME]", help="Print this one, to start one of your own from.", show_default=False),
     ] = None,
     as_json: Json = False,
 ) -> None:

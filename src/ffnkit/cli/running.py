@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 @app.command(rich_help_panel="The main job")
 def run(
     recipe: Annotated[
-        Path | None, typer.Argument(metavar="[RECIPE]", help="A YAML recipe, or a name of `ffnkit recipes`; none: the quickstart.", show_default=False)
+        Path | None,
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="A YAML recipe, or a name of `ffnkit recipes`; none: the quickstart.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Where results go. \\[default: ffnkit-out/<recipe's name>]")
