@@ -137,7 +137,7 @@ def test_matrices_of_every_stack(name: str, tmp_path: Path) -> None:
     found = similarity(model, [family.inputs(model, seed=seed) for seed in range(4)])
     assert sum(len(names) for names in found.layers.values()) == family.count
     for stack, own in found.matrices.items():
-        assert len(own) == 5
+        assert len(own) == 7
         for key, matrix in own.items():
             table = torch.tensor(matrix, dtype=torch.float64)
             assert table.shape == (len(found.layers[stack]),) * 2
@@ -146,9 +146,11 @@ def test_matrices_of_every_stack(name: str, tmp_path: Path) -> None:
             assert float((table - torch.eye(len(table), dtype=torch.float64)).abs().max()) < 0.999
     assert json.loads(json.dumps(found.to_dict()))["model"] == type(model).__name__
     lines = str(found).splitlines()
-    assert len([line for line in lines if line.endswith("tokens)")]) == 5 * len(found.matrices)
+    assert len([line for line in lines if line.endswith("tokens)")]) == 7 * len(found.matrices)
     across = sum(len(matrix) for own in found.across.values() for matrix in own.values())
-    assert len([line for line in lines if line.startswith("    ")]) == 5 * family.count + across
+    assert (
+        len([line for line in lines if line.startswith("    ")]) == 7 * family.count + 2 * len(found.matrices) + across
+    )
     found.plot(tmp_path / "maps.png")
     assert (tmp_path / "maps.png").stat().st_size > 5000
 

@@ -291,7 +291,7 @@ def test_an_ffn_at_every_width(name: str) -> None:
         part = seen.get(ffn.name, 0)
         assert part is not None
         gram = part.moments.centred() if ffn.raw().down_bias is not None else part.moments.second()
-        nested = Nested(ffn, seen)
+        nested = Nested(ffn, seen, torch.ones(ffn.d))
     assert nested.neurons(ffn.width) is not None and nested.neurons(ffn.width).ff == ffn.width
     half, none = nested.neurons(ffn.width // 2), nested.neurons(0)
     kept = nested.parts[0].order[: ffn.width // 2].sort().values

@@ -4,6 +4,11 @@ With t the tokens that count (padding left out), y the uncompressed model's valu
 
     relative error = sqrt( sum_t ||y'_t - y_t||^2 / sum_t ||y_t||^2 )
 
+and, as what reads the FFN's output sees it (``calibration.reading``), with m_j a weight for each dimension, w_t one for
+each token and c the mean of y,
+
+    relative error, read = sqrt( sum_t w_t sum_j m_j (y'_tj - y_tj)^2 / sum_t w_t sum_j m_j (y_tj - c_j)^2 )
+
 - *FFN output*: both FFNs get the same inputs, those that the uncompressed FFN sees in the uncompressed model. y is
   what down gives, its bias included, before the residual connection. Routed experts that share a 3-D parameter: each
   expert's tokens weigh by their squared routing weight.
@@ -28,6 +33,7 @@ from ffnkit.analysis.reference import Other
 from ffnkit.calibration.batches import Batch, evaluating, forward, kept, prepared
 from ffnkit.calibration.hooks import Activations, expert_forward, hooked
 from ffnkit.calibration.padding import TokenMasks
+from ffnkit.calibration.reading import Metric, output_metric
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.model.finding import block_name, ffns
@@ -42,13 +48,14 @@ class Errors:
     """Relative errors.
 
     Attributes:
-        output: by FFN; None where no token reached a routed FFN.
+        output: by FFN; None where no token reached a routed FFN. read: the same, as what reads the output sees it.
         hidden: by block, in the order in which they run.
         stacks: the stack of each block, "" where there is one.
         tokens: that counted, by stack.
     """
 
     output: dict[str, float | None]
+    read: dict[str, float | None]
     hidden: dict[str, float]
     stacks: dict[str, str]
     tokens: dict[str, int]
@@ -56,13 +63,46 @@ class Errors:
     @property
     def mean_output(self) -> float:
         """The mean over FFNs."""
-        known = [value for value in self.output.values() if value is not None]
-        return sum(known) / len(known) if known else math.nan
+        return _mean(self.output)
+
+    @property
+    def mean_read(self) -> float:
+        """The mean over FFNs of what reads their outputs sees."""
+        return _mean(self.read)
 
     @property
     def last_hidden(self) -> dict[str, float]:
         """The error of each stack's last block."""
         return {stack: self.hidden[name] for name, stack in self.stacks.items()}
+
+
+def _mean(errors: dict[str, float | None]) -> float:
+    known = [value for value in errors.values() if value is not None]
+    return sum(known) / len(known) if known else math.nan
+
+
+class _Read:
+    """Sums of one FFN's error as what reads its output sees it."""
+
+    def __init__(self, metric: Metric) -> None:
+        self.dimensions = metric.dimensions.double()
+        self.sums = torch.zeros(3, len(self.dimensions), dtype=torch.float64)  # of (y' - y)^2, y^2 and y
+        self.weight = 0.0
+
+    def add(self, actual: Tensor, expected: Tensor, weights: Tensor) -> None:
+        actual, expected, weights = (each.double().cpu() for each in (actual, expected, weights))
+        self.weight += float(weights.sum())
+        self.sums += torch.stack(
+            [weights @ each for each in ((actual - expected).square(), expected.square(), expected)]
+        )
+
+    def error(self) -> float:
+        gap, squares, sums = self.sums
+        spread = (squares - sums.square() / max(self.weight, 1e-300)).clamp_min(0)
+        whole, lost = float(spread @ self.dimensions), float(gap @ self.dimensions)
+        if whole <= 0:
+            return 0.0 if lost == 0 else math.inf
+        return math.sqrt(lost / whole)
 
 
 @dataclass
@@ -91,9 +131,9 @@ _State = tuple[str, Tensor, Tensor | None]  # block, its output (n, d), mask (n,
 
 @dataclass
 class _Seen:
-    """What one batch was in the uncompressed model."""
+    """What one batch was in the uncompressed model: calls of FFNs, with how much each token counts to their readers."""
 
-    calls: list[tuple[FFN, Activations]] = field(default_factory=list)
+    calls: list[tuple[FFN, Activations, Tensor]] = field(default_factory=list)
     blocks: list[_State] = field(default_factory=list)
 
 
@@ -113,8 +153,9 @@ def measure(
     known = ffns(model)
     found = [ffn for ffn in known if any(ffn.name in other.edited for other in others)]
     stacks = {block_name(ffn.name): ffn.stack for ffn in known if block_name(ffn.name)}
-    run, sums = _Runs(model, found, stacks), [_Sums(other, stacks) for other in others]
     held = kept(batches, "measuring errors")
+    metrics = output_metric(model, found, held) if found else {}
+    run, sums = _Runs(model, found, stacks, metrics), [_Sums(other, stacks, metrics) for other in others]
     for number, batch in enumerate(held):
         moved = prepared(model, batch)
         seen = run.watched(moved)
@@ -130,19 +171,21 @@ def measure(
 class _Sums:
     """What is summed over batches for one of the others."""
 
-    def __init__(self, other: Other, stacks: dict[str, str]) -> None:
+    def __init__(self, other: Other, stacks: dict[str, str], metrics: Mapping[str, Metric]) -> None:
         self.other, self.stacks = other, stacks
         self.output = {name: _Sum() for name in other.edited}
+        self.read = {name: _Read(metrics[name]) for name in other.edited if name in metrics}
         self.hidden: dict[str, _Sum] = {}
         self.tokens = dict.fromkeys(stacks.values(), 0)
         self.counted = {stack: next(n for n in stacks if stacks[n] == stack) for stack in self.tokens}
 
     def add(self, seen: _Seen, states: list[_State], activation: Callable[[FFN], Activation]) -> None:
         """Add a batch; the other is in place."""
-        for ffn, acts in seen.calls:
+        for ffn, acts, tokens in seen.calls:
             if ffn.name in self.output:
                 actual = _output(self.other.found[ffn.name], acts, activation)
                 self.output[ffn.name].add(actual, acts.output, acts.weights)
+                self.read[ffn.name].add(actual, acts.output, tokens)
         if [name for name, *_ in states] != [name for name, *_ in seen.blocks]:
             raise FfnkitError("measuring hidden states", "the two models run other blocks", "Compare one architecture")
         for (name, expected, mask), (_, actual, _) in zip(seen.blocks, states, strict=True):
@@ -153,6 +196,7 @@ class _Sums:
     def errors(self, ran: set[str]) -> Errors:
         return Errors(
             output={name: each.error() if name in ran else None for name, each in self.output.items()},
+            read={name: each.error() if name in ran else None for name, each in self.read.items()},
             hidden={name: each.error() for name, each in self.hidden.items()},
             stacks={name: self.stacks[name] for name in self.hidden},
             tokens=self.tokens,
@@ -162,8 +206,11 @@ class _Sums:
 class _Runs:
     """Passes of the two models over single batches."""
 
-    def __init__(self, model: nn.Module, found: list[FFN], stacks: dict[str, str]) -> None:
-        self.model, self.found, self.stacks = model, found, stacks
+    def __init__(
+        self, model: nn.Module, found: list[FFN], stacks: dict[str, str], metrics: Mapping[str, Metric]
+    ) -> None:
+        self.model, self.found, self.stacks, self.metrics = model, found, stacks, metrics
+        self.passed = dict.fromkeys(metrics, 0)  # tokens so far
         places = {ffn.name: (ffn.stack, list(ffn.owners)) for ffn in found}
         self.masks = TokenMasks(model, places | {block: (stack, [block]) for block, stack in stacks.items()})
         self.ran: set[str] = set()
@@ -180,14 +227,21 @@ class _Runs:
                 self._activations[ffn.name] = _activation(ffn, kept)
             weights = kept.weights if kept.expert is not None else None  # else a mask: what is left counts alike
             # clones: the model may go on in place; without the hidden activations, the largest part
-            seen.calls.append(
-                (ffn, Activations(kept.input.clone(), kept.input[:, :0], kept.output.clone(), weights, kept.expert))
-            )
+            few = Activations(kept.input.clone(), kept.input[:, :0], kept.output.clone(), weights, kept.expert)
+            seen.calls.append((ffn, few, self._tokens(ffn, few)))
 
         self.masks.start(batch)
         with self.masks.watching(), hooked(self.found, note, self.masks):
             seen.blocks = self.states(self.model, batch, self.masks)
         return seen
+
+    def _tokens(self, ffn: FFN, acts: Activations) -> Tensor:
+        """How much each token of the next call counts, (n,)."""
+        if acts.weights is not None:
+            return acts.weights
+        start = self.passed[ffn.name]
+        self.passed[ffn.name] = stop = start + len(acts.output)
+        return self.metrics[ffn.name].tokens[start:stop]
 
     def states(self, model: nn.Module, batch: Batch, masks: TokenMasks | None = None) -> list[_State]:
         """The blocks' outputs in the order in which they run."""

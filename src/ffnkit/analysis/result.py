@@ -37,6 +37,7 @@ class Row:
         found: dict[str, float] = {"FFN parameters": self.ffn_share}
         if self.errors is not None:
             found["FFN output"] = self.errors.mean_output
+            found["as read"] = self.errors.mean_read
             last = self.errors.last_hidden
             found |= {f"hidden {stack}".strip(): value for stack, value in last.items()}
         if self.ntk is not None:
@@ -58,6 +59,7 @@ class Row:
         }
         if self.errors is not None:
             found["output_error"] = {"mean": self.errors.mean_output, "by_ffn": self.errors.output}
+            found["read_error"] = {"mean": self.errors.mean_read, "by_ffn": self.errors.read}
             found["hidden_error"] = {"last": self.errors.last_hidden, "by_block": self.errors.hidden}
         if self.ntk is not None:
             each = {name: {k: asdict(v) for k, v in kinds.items()} for name, kinds in self.ntk.items()}
@@ -124,6 +126,7 @@ class Analysis:
         if tokens:
             count = ", ".join(f"{value:,} {stack} tokens".replace("  ", " ") for stack, value in tokens.items())
             found.append(f"FFN output, hidden: relative errors, mean over FFNs and at the last block; {count}")
+            found.append("as read: the FFN output's error as the next norm weighs it, relative to the outputs' spread")
         ntk = self.conditions.get("ntk")
         if ntk:
             found.append(

@@ -19,16 +19,27 @@ from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.targets import select
 from ffnkit.ops.matching import assign, correlation, matched, spread
-from ffnkit.ops.similarity import gram_cka, gram_norm, linear_cka, rbf_gram, unbiased_cka, unbiased_hsic
+from ffnkit.ops.similarity import (
+    correlation_norm,
+    gram_cka,
+    gram_norm,
+    linear_cka,
+    rbf_gram,
+    standardized_cka,
+    unbiased_cka,
+    unbiased_hsic,
+)
 
 Matrix = list[list[float]]
 RBF_ROWS = 2000  # whose distances to one another are held for each layer
 TITLES = {
     "cka_ffn": "CKA, FFN outputs",
     "cka_ffn_unbiased": "unbiased CKA, FFN outputs",
+    "cka_ffn_standardized": "CKA of standardized FFN outputs",
     "cka_ffn_rbf": "RBF CKA, FFN outputs",
     "cka_attention": "CKA, attention outputs",
     "cka_attention_unbiased": "unbiased CKA, attention outputs",
+    "cka_attention_standardized": "CKA of standardized attention outputs",
     "cka_attention_rbf": "RBF CKA, attention outputs",
     "matched_neurons": "correlation of matched neurons",
 }
@@ -40,7 +51,10 @@ class Similarity:
 
     Attributes:
         layers: names of the FFNs, by stack. tokens: that were compared, by stack.
-        matrices: by stack and by name ("cka_ffn", "cka_ffn_unbiased", "cka_attention", "cka_attention_unbiased",
+        largest: by stack and by name ("ffn", "attention"), for each layer the share of the variance of its outputs that
+            the largest dimension has: where it is near 1, plain CKA tells of that dimension alone.
+        matrices: by stack and by name ("cka_ffn", "cka_ffn_unbiased", "cka_ffn_standardized": of dimensions that have
+            one variance each, and the same with "attention";
             "matched_neurons": the mean correlation of the outputs of up, neurons matched; with ``rbf`` also
             "cka_ffn_rbf" and "cka_attention_rbf").
         across: by "encoder to decoder" and by name, a row for each layer of the first stack and a column for each of
@@ -56,12 +70,14 @@ class Similarity:
     seconds: dict[str, float] = field(default_factory=dict)
     across: dict[str, dict[str, Matrix]] = field(default_factory=dict)
     texts: int = 0
+    largest: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "model": self.model,
             "layers": self.layers,
             "tokens": self.tokens,
+            "largest_dimension": self.largest,
             "matrices": self.matrices,
             "seconds": self.seconds,
             "across": self.across,
@@ -72,6 +88,9 @@ class Similarity:
         lines = [f"{self.model}: similarity of its layers"]
         for stack, names in self.layers.items():
             head = f"{stack}, " if stack else ""
+            for kind, shares in self.largest.get(stack, {}).items():
+                told = " ".join(f"{value:5.2f}" for value in shares)
+                lines.append(f"  {head}share of the largest dimension, {kind} outputs\n    {told}")
             for key, matrix in self.matrices[stack].items():
                 lines.append(f"  {head}{TITLES[key]} ({self.tokens[stack]:,} tokens)")
                 lines += ["    " + " ".join(f"{value:5.2f}" for value in row) for row in matrix]
@@ -131,12 +150,15 @@ def similarity(
     if short is not None:
         raise FfnkitError("comparing layers", f"{held.tokens[short]} tokens", "Give at least 4, better thousands")
     matrices: dict[str, dict[str, Matrix]] = {}
+    largest: dict[str, dict[str, list[float]]] = {}
     assigning = 0.0
     for stack, rows in by_stack.items():
-        own = matrices[stack] = {}
+        own, shares = matrices.setdefault(stack, {}), largest.setdefault(stack, {})
         for kind in ("output", "attention") if attention else ("output",):
             name = "ffn" if kind == "output" else kind
-            own[f"cka_{name}"], own[f"cka_{name}_unbiased"] = _alignments(held, [f.name for f in rows], kind)
+            titles = (f"cka_{name}", f"cka_{name}_unbiased", f"cka_{name}_standardized")
+            found_here, shares[name] = _alignments(held, [f.name for f in rows], kind)
+            own |= dict(zip(titles, found_here, strict=True))
             if rbf:
                 own[f"cka_{name}_rbf"] = _rbf(held, [f.name for f in rows], kind)
         if neurons:
@@ -149,7 +171,7 @@ def similarity(
     }
     names = {stack: [ffn.name for ffn in rows] for stack, rows in by_stack.items()}
     across, texts = _across(held, by_stack, attention=attention, rbf=rbf) if paired else ({}, 0)
-    return Similarity(type(model).__name__, names, held.tokens, matrices, seconds_of, across, texts)
+    return Similarity(type(model).__name__, names, held.tokens, matrices, seconds_of, across, texts, largest)
 
 
 def _across(
@@ -168,6 +190,7 @@ def _across(
             pairs = [[(held.get(a.name, kind), held.get(b.name, kind)) for b in second] for a in first]
             own[f"cka_{name}"] = [[linear_cka(x, y) for x, y in row] for row in pairs]
             own[f"cka_{name}_unbiased"] = [[unbiased_cka(x, y) for x, y in row] for row in pairs]
+            own[f"cka_{name}_standardized"] = [[standardized_cka(x, y) for x, y in row] for row in pairs]
             if rbf:
                 grams = {f.name: rbf_gram(held.get(f.name, kind)[:RBF_ROWS]) for f in (*first, *second)}
                 own[f"cka_{name}_rbf"] = [[gram_cka(grams[a.name], grams[b.name]) for b in second] for a in first]
@@ -179,18 +202,19 @@ def _rbf(held: Features, names: list[str], kind: str) -> Matrix:
     return [[gram_cka(one, other) for other in grams] for one in grams]
 
 
-def _alignments(held: Features, names: list[str], kind: str) -> tuple[Matrix, Matrix]:
-    """CKA and unbiased CKA of all pairs."""
+def _alignments(held: Features, names: list[str], kind: str) -> tuple[list[Matrix], list[float]]:
+    """CKA, unbiased CKA and CKA of standardized features of all pairs; the share of each one's largest dimension."""
     features = [held.get(name, kind) for name in names]
     spreads = [spread(x) for x in features]
     norms: list[Matrix] = []
-    for product in (gram_norm, unbiased_hsic):
+    for product in (gram_norm, unbiased_hsic, correlation_norm):
         values = [[0.0] * len(names) for _ in names]
         for i, x in enumerate(features):
             for j in range(i, len(features)):
                 values[i][j] = values[j][i] = product(x, features[j], spreads[i], spreads[j])
         norms.append(values)
-    return tuple([[_share(m, i, j) for j in range(len(m))] for i in range(len(m))] for m in norms)  # type: ignore[return-value]
+    shares = [float(s.size.square().max() / s.size.square().sum().clamp_min(1e-300)) for s in spreads]
+    return [[[_share(m, i, j) for j in range(len(m))] for i in range(len(m))] for m in norms], shares
 
 
 def _share(values: Matrix, i: int, j: int) -> float:

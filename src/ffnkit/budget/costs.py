@@ -12,14 +12,15 @@ from ffnkit.budget.probe import Ending
 from ffnkit.budget.sizes import Room
 from ffnkit.calibration.batches import Batch
 from ffnkit.calibration.blockwise import Blockwise
+from ffnkit.calibration.reading import output_metric
 from ffnkit.calibration.statistics import Statistics
-from ffnkit.calibration.stored import StatisticsFile
+from ffnkit.calibration.stored import StatisticsFile, first_batches
 from ffnkit.methods.common import lifted, norms, singles
 from ffnkit.methods.narrow.calibrated import Part, observing
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.curves import Curve, output_curve, tail_curve
 from ffnkit.ops.neurons import Neurons, concatenate
-from ffnkit.ops.subset import refit
+from ffnkit.ops.subset import refit, weighed
 from ffnkit.plans import Progress, check_weights
 
 RIDGE = 1e-2  # as data-aware fusion has it unless told otherwise
@@ -44,14 +45,15 @@ def from_weights(room: Room, progress: Progress | None = None) -> list[Tensor]:
 def from_data(room: Room, blockwise: Blockwise, progress: Progress | None = None) -> list[Tensor]:
     """For each FFN (ff + 1,) how far its narrowing to each width moves the end of the model.
 
-    The curve's form is the squared error of the FFN's output on the data, neurons chosen greedily and the output layer
-    refitted (``ops.curves``). Its scale is measured: the FFNs of one block are narrowed to the budget's share, and what
-    becomes of it at the end of the model (``Ending``) is theirs in proportion to their errors. Errors of single FFNs
-    say little by themselves: later blocks damp or blow them up.
+    The curve's form is the squared error of the FFN's output on the data, as its reader weighs it, neurons chosen
+    greedily and the output layer refitted (``ops.curves``). Its scale is measured: FFNs of one block are narrowed to
+    the budget's share, and what becomes of it at the end of the model (``Ending``) is theirs in proportion to their
+    errors. Errors of single FFNs say little by themselves: later blocks damp or blow them up.
 
     Memory beyond the model: the statistics of one block, the curves, and what the probe compares.
     """
     ending = Ending(blockwise)
+    metrics = output_metric(blockwise.model, room.found, first_batches(blockwise.batches))
     costs: dict[str, Tensor] = {}
     for group in blockwise.groups:
         seen = observing(group, 0)
@@ -60,7 +62,7 @@ def from_data(room: Room, blockwise: Blockwise, progress: Progress | None = None
         changed: list[tuple[FFN, Neurons]] = []
         starts = {ffn.name: max(1, round(room.share * ffn.width)) for ffn in group}
         for ffn in group:
-            curve, narrow = _measured(ffn, seen, starts[ffn.name])
+            curve, narrow = _measured(ffn, seen, starts[ffn.name], metrics[ffn.name].dimensions)
             if curve is not None:
                 lost[ffn.name] = curve
             changed.append((ffn, narrow))
@@ -82,7 +84,7 @@ def _mean(curves: list[Tensor]) -> Tensor | None:
     return torch.stack(curves).mean(0) if curves else None
 
 
-def _measured(ffn: FFN, seen: Statistics[Part], width: int) -> tuple[Tensor | None, Neurons]:
+def _measured(ffn: FFN, seen: Statistics[Part], width: int, dimensions: Tensor) -> tuple[Tensor | None, Neurons]:
     """The squared error at each width, summed over tokens and experts, and the FFN narrowed to ``width``."""
     total: Tensor | None = None
     parts: list[Neurons] = []
@@ -93,18 +95,18 @@ def _measured(ffn: FFN, seen: Statistics[Part], width: int) -> tuple[Tensor | No
             kept = torch.sort(norms(single), descending=True, stable=True).indices[:width].sort().values
             parts.append(single.take(kept))
             continue
-        curve, narrow = _narrowed(single, part, width)
+        curve, narrow = _narrowed(single, part, width, dimensions)
         lost = curve.lost * part.moments.count
         total = lost if total is None else total + lost
         parts.append(narrow)
     return total, (concatenate(parts) if old.experts else parts[0])
 
 
-def _narrowed(old: Neurons, part: Part, width: int) -> tuple[Curve, Neurons]:
+def _narrowed(old: Neurons, part: Part, width: int, dimensions: Tensor) -> tuple[Curve, Neurons]:
     """The curve of one FFN or expert, and its narrow form, as data-aware fusion has it before its regression."""
     moments = part.moments
     gram = (moments.centred() if old.down_bias is not None else moments.second()).float()
-    curve = output_curve(gram, old.down, RIDGE)
+    curve = output_curve(gram, weighed(old.down, dimensions), RIDGE)
     kept = curve.order[:width].sort().values.to(gram.device)
     down, _ = refit(gram, old.down, kept, RIDGE)
     narrow = dataclasses.replace(old.take(kept), down=down.to(old.down.dtype))

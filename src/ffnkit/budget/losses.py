@@ -14,10 +14,14 @@ from ffnkit.budget.nested import Nested
 from ffnkit.budget.probe import Ending
 from ffnkit.calibration.batches import Batch, kept
 from ffnkit.calibration.blockwise import Blockwise
+from ffnkit.calibration.reading import output_metric
+from ffnkit.calibration.statistics import Statistics
+from ffnkit.calibration.stored import first_batches
 from ffnkit.edits import Edit, ReplaceNeurons
 from ffnkit.methods.common import largest
 from ffnkit.methods.drop.heads import head_activity, head_scores, left_out, removal
-from ffnkit.methods.narrow.calibrated import observing
+from ffnkit.methods.narrow.calibrated import Part, observing
+from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name
 from ffnkit.plans import Progress
 from ffnkit.surgery.temporary import TemporaryPlan
@@ -116,6 +120,7 @@ class Losses:
         self.fitted, self.progress = fitted, progress
         self.few, self.many = (_joined(_spread(measured, tokens)) for tokens in (FEW, MANY))
         self.nested: dict[str, Nested] = {}
+        self._metrics = output_metric(self.model, space.found, first_batches(fitted)) if space.found else {}
         self._heads: dict[str, Tensor] = {}
         self._whole: dict[int, Ending] = {}
         self._narrow: dict[tuple[str, int], Edit] = {}
@@ -145,7 +150,7 @@ class Losses:
             for group in runs.groups:
                 seen = observing(group, 0)
                 runs.watch(group, seen.update, last=True)
-                self.nested |= {ffn.name: Nested(ffn, seen) for ffn in group}
+                self.nested |= {ffn.name: self._nested(ffn, seen) for ffn in group}
                 block = block_name(group[0].name)
                 self._narrowings([graded[ffn.name] for ffn in group if ffn.name in graded], ending, share)
                 for joint in space.joints:
@@ -155,6 +160,9 @@ class Losses:
                 runs.advance(group)
                 probe.advance(group)
                 self._tell(f"losses of {block or group[0].name}")
+
+    def _nested(self, ffn: FFN, seen: Statistics[Part]) -> Nested:
+        return Nested(ffn, seen, self._metrics[ffn.name].dimensions)
 
     def _share(self) -> float:
         """The share of the neurons at which FFNs are tried: what the target leaves them if nothing else goes."""
@@ -265,7 +273,7 @@ class Losses:
             for group in runs.groups:
                 seen = observing(group, 0)
                 runs.watch(group, seen.update, last=True)
-                fresh.nested |= {ffn.name: Nested(ffn, seen) for ffn in group}
+                fresh.nested |= {ffn.name: self._nested(ffn, seen) for ffn in group}
                 runs.advance(group)
                 self._tell(f"{block_name(group[0].name)} fitted again")
         return fresh

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ffnkit.budget.targets import Target, window
-from ffnkit.edits import Edit, SetWidth, Tie
+from ffnkit.edits import Edit, SetWidth, Stage, Tie
 from ffnkit.edits.heads import check_separable
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.heads import left_out, removal
@@ -145,9 +145,9 @@ class Space:
             inside = tuple(name for name in self._every if name.startswith(f"{block}."))
             yield Joint(block, "layers", gone, block, inside, edits)
 
-    def add(self, kind: str, name: str, covers: tuple[str, ...], edits: tuple[Edit, ...], shape: Edit) -> None:
-        """A further joint move. ``shape``: an edit that leaves the same structure without numbers."""
-        gone = self.saving(name, kind, (shape,))
+    def add(self, kind: str, name: str, covers: tuple[str, ...], edits: tuple[Edit, ...]) -> None:
+        """A further joint move, of FFNs that share; what each of them keeps of its own counts."""
+        gone = self.saving(name, kind, tuple(_ties(edits)))
         self.joints.append(Joint(name, kind, gone, block_name(name), covers, edits))
 
     def leave_out(self, attention: str) -> None:
@@ -199,8 +199,17 @@ class Space:
                     removal(self.attention(each.name), torch.arange(kept)) if heads else SetWidth(each.name, width=kept)
                 )
         edits += [SetWidth(each.name, width=1) for each in choice.joint if each.kind == "ffns"]
-        ties = [edit for each in choice.joint if each.kind == "sharing" for edit in each.edits if edit.joins]
-        return [*edits, *(Tie.blank(edit.target, list(edit.touched[1:])) for edit in ties)]
+        edits += [edit for each in choice.joint if each.kind == "sharing" for edit in _ties(each.edits)]
+        return edits
+
+
+def _ties(edits: Iterable[Edit]) -> Iterator[Edit]:
+    """What changes the structure where FFNs share: what members keep of their own, and the ties without numbers."""
+    for edit in edits:
+        if edit.joins:
+            yield Tie.blank(edit.target, list(edit.touched[1:]))
+        elif edit.stage is Stage.SCALE:
+            yield edit
 
 
 def _refused(attention: Attention) -> bool:

@@ -14,7 +14,7 @@ from ffnkit.methods.common import lifted, norms, singles
 from ffnkit.methods.narrow.calibrated import CalibratedFusion, Part
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons, concatenate
-from ffnkit.ops.subset import leverage, refit
+from ffnkit.ops.subset import leverage, refit, weighed
 
 SELECTION = 1e-2  # the ridge of the order, as data-aware fusion has it
 REFIT = CalibratedFusion(width=1).ridge
@@ -40,13 +40,14 @@ class Nested:
 
     Args:
         seen: what the FFN and its experts did on the data (``methods.narrow.calibrated.observing``).
+        dimensions: (d,) how much an error of each dimension of the outputs counts (``calibration.reading``).
 
     Attributes:
-        lost: (ff + 1,) float64, the squared output error at each width, summed over tokens and experts; None where no
-            token reached it.
+        lost: (ff + 1,) float64, the squared output error at each width, as its reader weighs it, summed over tokens and
+            experts; None where no token reached it.
     """
 
-    def __init__(self, ffn: FFN, seen: Statistics[Part]) -> None:
+    def __init__(self, ffn: FFN, seen: Statistics[Part], dimensions: Tensor) -> None:
         self.ffn = ffn
         self.lost: Tensor | None = None
         self.parts: list[_Single] = []
@@ -56,9 +57,10 @@ class Nested:
                 self.parts.append(_Single(torch.sort(norms(single), descending=True, stable=True).indices))
                 continue
             gram = part.moments.centred() if single.down_bias is not None else part.moments.second()
-            scores = leverage(gram, SELECTION, single.down)
+            read = weighed(single.down, dimensions)
+            scores = leverage(gram, SELECTION, read)
             order = torch.sort(scores, descending=True, stable=True).indices
-            lost = tail_errors(gram, single.down, order) * part.moments.count
+            lost = tail_errors(gram, read, order) * part.moments.count
             self.lost = lost if self.lost is None else self.lost + lost
             self.parts.append(_Single(order, spooled(gram.float()), part.moments.mean()))
 

@@ -8,7 +8,7 @@ from typing import Any
 from ffnkit import methods
 from ffnkit.budget.moves import Space
 from ffnkit.calibration.batches import Batch
-from ffnkit.edits import Edit, Tie
+from ffnkit.edits import Edit
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.share.windows import series
 from ffnkit.plans import Progress
@@ -36,5 +36,4 @@ def shared_pairs(space: Space, data: Iterable[Batch], progress: Progress | None 
                 continue
             for tie in (edit for edit in edits if edit.joins):
                 own: tuple[Edit, ...] = tuple(edit for edit in edits if edit.target in tie.touched)
-                blank = Tie.blank(tie.target, list(tie.touched[1:]))
-                space.add("sharing", tie.target, tie.touched, own, blank)
+                space.add("sharing", tie.target, tie.touched, own)

@@ -1,4 +1,4 @@
-"""How far a model that is changed, for a while or for good, moves from what it was, on rows that no fit saw: one rule."""
+"""How far a changed model moves from what it was, on rows that no fit saw: one rule."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def _adding(sums: dict[str, Tensor], name: str) -> Any:
 
     def add(gradient: Tensor) -> None:
         g = gradient.detach().reshape(-1, gradient.shape[-1]).float()
-        sums[name] = sums.get(name, 0) + g.T @ g  # type: ignore[operator]
+        sums[name] = sums.get(name, 0) + g.T @ g
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         if not isinstance(output, Tensor):

@@ -81,11 +81,10 @@ def _reading(block: nn.Module, read: Read) -> Iterator[Receive]:
     waiting: list[tuple[FFN, Activations]] = []
 
     def hand_on(rows: Tensor | None) -> None:
-        for each in list(waiting):
-            fits = rows is not None and each[1].output.shape == rows.shape
-            if fits or rows is None:
-                waiting.remove(each)
-                read(*each, rows)
+        ready = [each for each in waiting if rows is None or each[1].output.shape == rows.shape]
+        waiting[:] = [each for each in waiting if not any(each is other for other in ready)]
+        for ffn, acts in ready:
+            read(ffn, acts, rows)
 
     def reads(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)

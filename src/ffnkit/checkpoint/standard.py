@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -25,19 +26,22 @@ from ffnkit.ops.neurons import Neurons
 from ffnkit.surgery.description import Keys, description, original_widths, standing_apart, tell
 
 
-def padded_widths(model: PreTrainedModel, found: list[FFN], keys: Keys) -> dict[str, int]:
-    """The width that plain transformers can build and run for each FFN: the widest under its key, or the family's."""
+def padded_widths(model: PreTrainedModel, found: list[FFN], keys: Keys, multiple: int = 1) -> dict[str, int]:
+    """The width that plain transformers can build and run for each FFN: the widest under its key, or the family's.
+
+    Where a key holds it, the next multiple of ``multiple``.
+    """
     original = original_widths(model, found)
     widest: dict[tuple[str, str], int] = defaultdict(int)
     for ffn in found:
         if (key := keys[ffn.name]) is not None:
-            widest[key] = max(widest[key], _even_width(ffn))
+            widest[key] = max(widest[key], _even_width(ffn, multiple))
     return {ffn.name: original[ffn.name] if (k := keys[ffn.name]) is None else widest[k] for ffn in found}
 
 
-def _even_width(ffn: FFN) -> int:
-    """The width, or for experts in 3-D parameters the next one that transformers' grouped product bears."""
-    step = grouped_step(ffn.parameters()[0]) if ffn.layout.experts else 1
+def _even_width(ffn: FFN, multiple: int) -> int:
+    """The next multiple, for experts in 3-D parameters one that transformers' grouped product bears."""
+    step = math.lcm(grouped_step(ffn.parameters()[0]), multiple) if ffn.layout.experts else multiple
     return -(-ffn.width // step) * step
 
 

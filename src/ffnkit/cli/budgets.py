@@ -41,7 +41,7 @@ class Budget:
                 f"--budget {amount:g}", found, "Give the share or number of FFN parameters that stay, such as 0.5"
             )
         counted = int(amount) if amount >= 1 and amount == int(amount) else amount
-        return cls(counted, multiple, uniform=form not in ("compact", "apart"))
+        return cls(counted, multiple, uniform=form in ("standard", "both"))
 
     @property
     def measures(self) -> bool:

@@ -1,15 +1,14 @@
-"""``ffnkit inspect``, ``compress`` and ``export``."""
+"""``ffnkit inspect`` and ``compress``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from ffnkit.cli import console, describe, options, targets
+from ffnkit.cli import console, describe, forms, options, targets
 from ffnkit.cli.after import After, show_cost
 from ffnkit.cli.application import app
 from ffnkit.cli.budgets import Budget
@@ -17,6 +16,7 @@ from ffnkit.cli.calibration import Calibration
 from ffnkit.cli.data_options import DATA, CalibrationData
 from ffnkit.cli.deciding import Deciding, spread_lines
 from ffnkit.cli.expecting import expecting
+from ffnkit.cli.forms import Form
 from ffnkit.cli.history import History
 from ffnkit.cli.outputs import check_output
 from ffnkit.errors import FfnkitError
@@ -24,7 +24,6 @@ from ffnkit.io.files import check_file
 from ffnkit.io.folders import check_target, staging
 
 PANEL = "Models"
-Form = Literal["compact", "standard", "both", "apart"]
 
 
 @app.command(rich_help_panel=PANEL)
@@ -86,10 +85,8 @@ def compress(
     after: After,
     form: Annotated[
         Form,
-        typer.Option(
-            "--form", help="compact: smallest; standard: plain from_pretrained; both: two folders; apart: as of tune."
-        ),
-    ] = "compact",
+        typer.Option("--form", help=forms.HELP),
+    ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write no model.")] = False,
     plan_in: Annotated[Path | None, typer.Option("--plan", help="Apply this saved plan instead of a method.")] = None,
     plan_out: Annotated[Path | None, typer.Option("--plan-out", help="Save the plan here.")] = None,
@@ -233,9 +230,11 @@ class Compression:
         from ffnkit.io.architectures import empty_model, load_any
 
         place = options.pick_device(self.device)
+        told = False
         if self.method is not None:
             empty = empty_model(self.source)
-            self.method.chosen(empty)  # layers and widths that do not fit, before weights are read
+            # layers and widths that do not fit, before weights are read
+            told = self.budget is None and forms.warn_early(empty, self.method.chosen(empty))
             if self.calibration is not None:
                 self.calibration.check_model(empty, self.method)
             if self.budget is not None:
@@ -263,6 +262,8 @@ class Compression:
             report["search"] = plan.report
         if widths is not None:
             report["budget"] = widths.to_dict()
+        if not told:
+            forms.warn_planned(model, plan)
         if out is None:
             return report
         after = self.after or After(cost_tokens=0)
@@ -270,9 +271,11 @@ class Compression:
         report["after"] = totals(ffnkit.inspect(model))
         if "cost" in report and not as_json:
             show_cost(report["cost"])
-        report["saved"] = self.save(model, out, form, history)
+        written = forms.settled(form, model)
+        report["saved"] = self.save(model, out, written, history)
         for name, saved in report["saved"].items():
-            console.say(f"{name}: {saved['folder']}, {console.megabytes(saved['bytes'])}")
+            told_last = forms.elsewhere(name, saved["folder"], model)
+            console.say(f"{saved['folder']}, {console.megabytes(saved['bytes'])}: {told_last}")
         return report
 
     def make_plan(self, model: Any) -> tuple[Any, Any]:
@@ -298,7 +301,7 @@ class Compression:
             self.told |= self.deciding.spread(model, method, self.calibration, self.source)
         return plan, widths
 
-    def save(self, model: Any, out: Path, form: Form, history: History) -> dict[str, dict[str, Any]]:
+    def save(self, model: Any, out: Path, form: str, history: History) -> dict[str, dict[str, Any]]:
         """Save in the form asked for, with tokenizer, card and history; all in place in one step."""
         import ffnkit
         from ffnkit.io.architectures import load_companion
@@ -312,41 +315,6 @@ class Compression:
                 writers[name](model, temporary / part, tokenizer=companion, card=history.card(model, name))  # type: ignore[arg-type]
                 history.write(temporary / part)
         return {name: {"folder": str(out / part), "bytes": weights_bytes(out / part)} for name, part in parts.items()}
-
-
-@app.command(rich_help_panel=PANEL)
-def export(
-    model: Annotated[str, typer.Argument(metavar="DIR", help="A compact checkpoint (any model will do).")],
-    out: options.Out,
-    overwrite: options.Overwrite = False,
-    as_json: options.Json = False,
-) -> None:
-    """Turn a compact checkpoint into a standard one, which opens with plain from_pretrained; no ffnkit needed.
-
-    The result is reloaded and its outputs are compared before it is put in place. Widths that differ by layer are
-    padded with zeros to the widest, so a standard checkpoint can be larger than a compact one.
-
-    [bold]Example[/bold]
-
-      ffnkit export tuned [cyan]--out final[/cyan]
-    """
-    check_output(out, overwrite=overwrite, source=model)
-    console.quieten()
-    import ffnkit
-    from ffnkit.io.architectures import load_any, load_companion
-
-    loaded = load_any(model)
-    history = History.of(model)
-    with staging(out) as temporary:
-        result = ffnkit.export(
-            loaded, temporary, tokenizer=load_companion(model), card=history.card(loaded, "standard")
-        )
-        history.write(temporary)
-    result = replace(result, path=str(out))
-    if as_json:
-        console.print_json(asdict(result))
-    else:
-        console.out(str(result))
 
 
 def searched(report: dict[str, Any]) -> list[str]:

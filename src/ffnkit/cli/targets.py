@@ -38,7 +38,7 @@ def fitting(
         "layers": layers,
         "multiple": multiple,
         "context": context,
-        "uniform": form not in ("compact", "apart") or None,
+        "uniform": form in ("standard", "both") or None,
     }
     for key, value in given.items():
         if value is not None:

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from ffnkit.cli import console, describe, options
+from ffnkit.cli import console, describe, forms, options
 from ffnkit.cli.eval_job import Measured, generation_built, load_tokenizer, tell
 from ffnkit.cli.history import History, public_name
 from ffnkit.errors import FfnkitError
@@ -46,8 +46,9 @@ class TuneJob:
     tokenizer: str | None = None
     generation_settings: dict[str, Any] = field(default_factory=dict)
     restart: bool = False
-    form: Literal["compact", "apart"] = "compact"
+    form: Literal["auto", "compact", "standard", "apart"] = "auto"
     flags: dict[str, str] = field(default_factory=dict)  # the options that gave settings of the training
+    last: str = field(default="", init=False)  # how the result is used elsewhere
 
     def __post_init__(self) -> None:
         from ffnkit.tune import tracking, tuners
@@ -162,8 +163,8 @@ class TuneJob:
 
         if not tracking.trackers(self.train_settings.report_to):
             return
-        history, own = History.of(self.model), ("metrics", "extra", "speed")
-        figures = tracking.numbers({"report": {name: report[name] for name in own if name in report}})
+        history = History.of(self.model)
+        figures = tracking.numbers({"report": {**report["metrics"], **report.get("extra", {})}})
         figures |= tracking.numbers({"size": measure.figures(model)})
         chosen = {"model": self.model, "task": self.task.name, "tuner": self.tuner, "seed": self.seed}
         chosen |= {"tuner settings": self.tuner_settings, "training": self.train_settings.model_dump(mode="json")}
@@ -291,15 +292,18 @@ class TuneJob:
         training |= {"distilled from": public_name(self.teacher)} if self.teacher else {}
         training |= {key: value for key, value in self.train_settings.model_dump(mode="json").items()}
         history = History.of(self.model).tuned(training, self.task.name, report["metrics"], self.task.pipeline_tag)
-        write = ffnkit.save_apart if self.form == "apart" else ffnkit.save
+        # what was to stay unfolded only the compact form holds
+        form = forms.settled(self.form, model) if self.fold or self.form != "auto" else "compact"
+        write = {"apart": ffnkit.save_apart, "standard": ffnkit.export}.get(form, ffnkit.save)
         with staging(self.out) as temporary:
-            write(model, temporary, tokenizer=tokenizer, card=history.card(model, self.form))
+            write(model, temporary, tokenizer=tokenizer, card=history.card(model, form))  # type: ignore[operator, arg-type]
             history.write(temporary)
             found.write(temporary, self.task)
             if (self.work / LOGS).is_dir():
                 shutil.copytree(self.work / LOGS, temporary / LOGS, symlinks=True)
             write_text(temporary / "metrics.json", json.dumps(console.plain(report), indent=2) + "\n")
         shutil.rmtree(self.works, ignore_errors=True)
+        self.last = forms.elsewhere(form, self.out, model)
 
 
 def has_files(work: Path) -> bool:

@@ -64,18 +64,20 @@ def tune(
         bool, typer.Option("--fold/--no-fold", help="Fold what was kept apart for tuning.", rich_help_panel=RESULT)
     ] = True,
     form: Annotated[
-        Literal["compact", "apart"],
+        Literal["auto", "compact", "standard", "apart"],
         typer.Option(
-            "--form", help="apart: updates beside the weights below them, whose zeros stay.", rich_help_panel=RESULT
+            "--form",
+            help="As of compress; apart: updates beside the weights below them, whose zeros stay.",
+            rich_help_panel=RESULT,
         ),
-    ] = "compact",
+    ] = "auto",
     overwrite: options.Overwrite = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew: give up runs that were interrupted.", rich_help_panel=RESULT)
     ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Tune a model on a task, report its metric, save it in the compact form.
+    """Tune a model on a task, report its metric, save it.
 
     Settings and checkpoints are chosen on a part of train (dev); the validation split is for the reported figure
     only. Interrupted? Run the same command again: it resumes from the last checkpoint.
@@ -137,6 +139,7 @@ def tune(
         show(report, job.task)
         kept = f", updates apart from a base with {report['zeros']:.1%} zeros" if form == "apart" else ""
         console.out(f"saved in {out}{kept}")
+        console.say(job.last)
 
 
 def merged(given: dict[str, Any], pairs: list[str], option: str = "--set") -> dict[str, Any]:

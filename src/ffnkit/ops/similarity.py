@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ffnkit.ops.matching import ROWS, Spread, spread
+from ffnkit.ops.matching import ROWS, Spread, correlation, spread
 
 
 def gram_norm(x: Tensor, y: Tensor, of_x: Spread | None = None, of_y: Spread | None = None) -> float:
@@ -66,6 +66,18 @@ def unbiased_hsic(x: Tensor, y: Tensor, of_x: Spread | None = None, of_y: Spread
     trace = gram_norm(x, y, of_x, of_y) - diagonal
     middle = (sums[0] * sums[1]).item() / ((n - 1) * (n - 2))
     return (trace + middle - 2 * across / (n - 2)) / (n * (n - 3))
+
+
+def correlation_norm(x: Tensor, y: Tensor, of_x: Spread | None = None, of_y: Spread | None = None) -> float:
+    """The sum of squares of all correlations of columns of features (n, p) and (n, q): ||X^T Y||_F^2, standardized."""
+    return correlation(x, y, of_x, of_y).square().sum(dtype=torch.float64).item()
+
+
+def standardized_cka(x: Tensor, y: Tensor) -> float:
+    """Linear CKA of features whose columns all have one variance, so that no large one hides the others."""
+    of_x, of_y = spread(x), spread(y)
+    own = correlation_norm(x, x, of_x, of_x) * correlation_norm(y, y, of_y, of_y)
+    return correlation_norm(x, y, of_x, of_y) / own**0.5 if own > 0 else 0.0
 
 
 def rbf_gram(x: Tensor) -> Tensor:

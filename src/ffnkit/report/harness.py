@@ -204,7 +204,7 @@ def _data_errors(asked: str) -> Iterator[None]:
 
 def lines(found: Mapping[str, Any]) -> list[Sequence[str]]:
     """Rows of a table: task, metric, value, standard error, examples before each question, questions."""
-    rows = []
+    rows: list[Sequence[str]] = []
     for task, metrics in found["metrics"].items():
         for name, value in metrics.items():
             error = found["errors"].get(task, {}).get(name)

@@ -76,7 +76,7 @@ class CalibratedFusion(Narrowing):
     metric: Annotated[
         Literal["fisher", "norm"],
         Doc(
-            'what errors of the outputs count by in the choice: "fisher", what they do to the model\'s own distribution, '
+            'what errors of the outputs count by in the choice: "fisher", what they do to the answers of the model, '
             'or "norm", what they do to what the next norm gives.'
         ),
     ] = "fisher"
@@ -97,7 +97,10 @@ class CalibratedFusion(Narrowing):
     seed: Annotated[int, Doc("of the regression's batches.", at_least=0)] = 0
     effort: Annotated[
         Literal["fast", "default", "best"],
-        Doc('values for what is not given: "fast" takes a third of the time, "best" three times as long.'),
+        Doc(
+            'values for what is not given: "fast" takes a third of the time, "best" three times as long (compress then '
+            "decides ridge and steps on held-out text)."
+        ),
     ] = "default"
 
     chooses_preset: ClassVar[str] = "effort"
@@ -290,7 +293,7 @@ def held_out(
 
 
 class Beyond:
-    """Sums over tokens of what outputs are to be more than they are (``Activations.missing``), with hidden activations."""
+    """Sums over tokens of what outputs are to be more than they are (``Activations.missing``), with hidden units."""
 
     def __init__(self) -> None:
         self._count = 0.0

@@ -1,0 +1,154 @@
+"""What is lost when a share of all parameters goes, by each method, before any tuning: sizes, texts, draws.
+
+    FFNKIT_DATA=... python benchmarks/sizes.py MODEL [--removed 0.1 0.2 0.3] [--draws 3] [--tokens 8192]
+        [--novel FILE] [--only ARM ...] [--out FOLDER]
+
+All FFNs of MODEL, a folder, keep one share of their neurons, such that this share of all parameters is gone; or a block
+of adjacent layers goes, those whose output is most like their input, as many as come nearest to it. Half of the
+calibration tokens are WikiText-2's validation split, half ffnkit's text of many kinds; draws are of both. The closed
+forms read one file of statistics a draw. Perplexity on the same windows of 512 tokens for every arm: of WikiText-2's
+test split, and of FILE, of which calibration has nothing. Results are kept after each arm: run again, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+from carry_over import WINDOW, perplexity, text_of, windows
+from transformers import AutoModelForCausalLM
+
+import ffnkit as fk
+from ffnkit import methods, tune
+from ffnkit.io.loading import no_bars
+from ffnkit.tasks.models import load_tokenizer
+
+REFIT = {"refit": True}
+# Name: method, settings, and what it reads: nothing, the batches, or the statistics.
+ARMS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "magnitude": ("magnitude", {}, ""),
+    "rms, cut": ("importance", {}, "statistics"),
+    "rms, refit (GRAIL)": ("importance", REFIT, "batches"),
+    "leverage, refit (MoDeGPT)": ("modegpt", {"pull": 0.1}, "statistics"),
+    "OBS (SlimGPT)": ("obs", {"block": 32}, "statistics"),
+    "a block of layers": ("layer-drop", {}, "batches"),
+    "ours, effort=fast": ("calibrated-fusion", {"effort": "fast"}, "statistics"),
+    "ours": ("calibrated-fusion", {}, "statistics"),
+}
+
+
+def page(results: dict[str, Any]) -> str:
+    """The Markdown page: a row an arm, a pair of columns a size; a mean with its spread where there are draws."""
+    said = results["conditions"]
+    texts, sizes = said["texts"], said["removed"]
+    heads = [f"-{size:.0%} {text}" for size in sizes for text in texts]
+    lines = [["", *heads, "planning, s of the processor"], [":--", *["--:"] * (len(heads) + 1)]]
+    whole = next((row for row in results["rows"] if row["name"] == "uncompressed"), None)
+    if whole:
+        lines.append(["uncompressed", *(f"{whole[text]:.1f}" for _ in sizes for text in texts), ""])
+    for name in dict.fromkeys(row["name"] for row in results["rows"] if row["name"] != "uncompressed"):
+        rows = [row for row in results["rows"] if row["name"] == name]
+        cells = [told([row[text] for row in rows if row["removed"] == size]) for size in sizes for text in texts]
+        busy = [row["processor seconds"] for row in rows]
+        lines.append([name, *cells, f"{min(busy):.0f} to {max(busy):.0f}"])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    notes = [
+        f"- {said['model']}, {said['tokens']:,} tokens of calibration (half WikiText-2, half of many kinds), no tuning;"
+        f" perplexity on {said['measured']:,} tokens of each text in windows of {WINDOW}; mean of {said['draws']} draws"
+        " of the calibration text ± their standard deviation (methods without data: one).",
+        "- Planning of closed forms is without the pass for the statistics, which all of them share.",
+        *common.footer(results),
+    ]
+    return f"# What a size costs ({said['model']})\n\n{table}\n\n" + "\n".join(notes) + "\n"
+
+
+def told(values: list[float]) -> str:
+    if not values:
+        return ""
+    mean = statistics.fmean(values)
+    shown = f"{mean:,.1f}" if mean < 1e4 else f"{mean:.1e}"
+    return shown if len(values) < 2 else f"{shown} ± {statistics.stdev(values):.1f}"
+
+
+def settings_of(given: argparse.Namespace) -> tune.CalibrationSettings:
+    file = Path(os.environ["FFNKIT_DATA"]) / "wikitext2" / "validation.txt"
+    return tune.CalibrationSettings(tokens=given.tokens, text=str(file), mix=0.5, max_length=WINDOW, batch_size=4)
+
+
+def sized(name: str, model: Any, removed: float) -> Any:
+    """The method of an arm, such that ``removed`` of all parameters of ``model`` go."""
+    method, more, _ = ARMS[name]
+    whole = sum(p.numel() for p in model.parameters())
+    if method == "layer-drop":
+        layer = model.model.layers[0]
+        count = round(removed * whole / sum(p.numel() for p in layer.parameters()))
+        return methods.build(method, window=count, **more)
+    inside = sum(p.numel() for layer in model.model.layers for p in layer.mlp.parameters())
+    return methods.build(method, width=1 - removed * whole / inside, **more)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--removed", type=float, nargs="+", default=[0.1, 0.2, 0.3])
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--novel", type=Path)
+    parser.add_argument("--only", nargs="+", choices=[*ARMS], default=[*ARMS])
+    parser.add_argument("--work", type=Path, default=Path("sizes_work"))
+    parser.add_argument("--out", type=Path, default=common.RESULTS)
+    given = parser.parse_args()
+    name = f"sizes_{given.model.name.lower()}"
+    tokenizer = load_tokenizer(given.model)
+    texts = {"WikiText-2": text_of("wikitext2", "test")}
+    texts |= {"novel": given.novel.read_text(encoding="utf-8")} if given.novel else {}
+    held = {key: windows(tokenizer, text)[:: max(1, 16 // given.windows)] for key, text in texts.items()}
+    conditions = {
+        **{"model": given.model.name, "removed": given.removed, "draws": given.draws, "tokens": given.tokens},
+        **{"measured": min(ids.numel() for ids in held.values()), "texts": [*held]},
+    }
+    results = common.resumed(given.out, name, conditions)
+
+    def opened() -> Any:
+        with no_bars():
+            return AutoModelForCausalLM.from_pretrained(given.model).eval()
+
+    def keep(row: dict[str, Any], model: Any) -> None:
+        row |= {text: perplexity(model, ids) for text, ids in held.items()}
+        print(row, flush=True)
+        results["rows"].append(row)
+        common.write(given.out, name, results, page)
+
+    if not results["rows"]:
+        keep({"name": "uncompressed", "removed": 0.0}, opened())
+    done = {(row["name"], row["removed"], row.get("draw")) for row in results["rows"]}
+    wanted = [(draw, arm, size) for draw in range(given.draws) for arm in given.only for size in given.removed]
+    for draw, arm, size in wanted:
+        reads = ARMS[arm][2]
+        if (arm, size, draw) in done or (not reads and draw):
+            continue
+        model = opened()
+        data: Any = tune.calibration_batches(model, tokenizer, settings_of(given), seed=draw) if reads else None
+        if reads == "statistics":
+            file = given.work / f"draw{draw}.safetensors"
+            if not file.exists():
+                given.work.mkdir(parents=True, exist_ok=True)
+                fk.calibrate(model, data).save(file)
+            data = fk.StatisticsFile(file)
+        start, busy = time.perf_counter(), time.process_time()
+        whole = sum(p.numel() for p in model.parameters())
+        plan = fk.plan(model, sized(arm, model, size), data=data)
+        took = {"seconds": time.perf_counter() - start, "processor seconds": time.process_time() - busy}
+        fk.fold(fk.apply(model, plan))
+        gone = 1 - sum(p.numel() for p in model.parameters()) / whole
+        keep({"name": arm, "removed": size, "draw": draw, "gone": gone, **took}, model)
+
+
+if __name__ == "__main__":
+    main()

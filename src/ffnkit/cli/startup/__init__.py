@@ -1,0 +1,1 @@
+"""A folder on the path of the tools that ``ffnkit exec`` runs."""
