@@ -1,4 +1,4 @@
-"""Commands on the pages and in the helps: each is one that the command line takes; messages told are those of the code."""
+"""Commands on the pages and in the helps are ones that the command line takes; messages told are those of the code."""
 
 from __future__ import annotations
 

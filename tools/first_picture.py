@@ -1,7 +1,7 @@
 """The picture of the first page, docs/first.svg, from a stored result: ``python tools/first_picture.py``.
 
-Perplexity of SmolLM2-135M with a quarter of the neurons of every FFN gone, by method, before any tuning, on text that no
-fit saw. SVG text is text, and the file is the same each time.
+Perplexity of SmolLM2-135M with a quarter of the neurons of every FFN gone, by method, before any tuning, on text that
+no fit saw. SVG text is text, and the file is the same each time.
 """
 
 from __future__ import annotations

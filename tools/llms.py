@@ -23,8 +23,8 @@ START = """# ffnkit
 
 The way: `import ffnkit as fk`; `plan = fk.plan(model, method, data=batches)` changes nothing; `fk.apply(model, plan)`
 changes the model in place; tune with any Trainer; `fk.export(model, out)` writes what plain `from_pretrained` opens.
-In the shell: `ffnkit compress MODEL --text FILE --set width=0.5 --out small`, `ffnkit tune small --task sst2 --out tuned`,
-`ffnkit export tuned --out final`, `ffnkit run RECIPE`.
+In the shell: `ffnkit compress MODEL --text FILE --set width=0.5 --out small`,
+`ffnkit tune small --task sst2 --out tuned`, `ffnkit export tuned --out final`, `ffnkit run RECIPE`.
 """
 
 

@@ -22,7 +22,9 @@ class Deciding:
     decide: Annotated[
         bool,
         typer.Option(
-            "--decide", help="Decide ridge, steps and tokens on text of kinds held out.", rich_help_panel=DATA
+            "--decide",
+            help="Decide ridge, steps and tokens on text of kinds held out; effort=best does.",
+            rich_help_panel=DATA,
         ),
     ] = False
     draws: Annotated[
@@ -46,7 +48,8 @@ class Deciding:
 
     def settled(self, model: Any, method: Any, calibration: Calibration, source: str) -> tuple[Any, dict[str, Any]]:
         """The method with the settings that were decided, if any are, and what --json prints of it."""
-        if not self.decide:
+        best = getattr(method, "effort", None) == "best" and calibration.statistics is None
+        if not (self.decide or best):
             return method, {}
         from ffnkit.methods.deciding import decide
 

@@ -6,21 +6,20 @@ import gc
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import ffnkit
 from ffnkit.checkpoint.adapters import is_adapted
-from ffnkit.errors import FfnkitError
 from ffnkit.io.files import write_text
 from ffnkit.io.progress import phase
 from ffnkit.model.linear import added_to
 from ffnkit.nn.coefficients import set_l1
 from ffnkit.recipe import searching, sources, tickets, tracked
 from ffnkit.recipe.cards import card_of
+from ffnkit.recipe.reference import await_reference
 from ffnkit.recipe.schema import Recipe
-from ffnkit.recipe.state import TRAINED, Unit, digest, measures, stages_of, unit_of
+from ffnkit.recipe.state import TRAINED, Unit, digest, measures, stages_of
 from ffnkit.recipe.stored import read_weights, write_weights
 from ffnkit.report import environment, measure
 from ffnkit.report.card import Form
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 HEALED, PLAN, DISTILLED, TUNED = "healed.safetensors", "plan", "distilled.safetensors", "tuned.safetensors"
-POLL, IDLE = 0.2, 20.0  # seconds
 ADAPTER, PRUNED, RECOVERED = "adapter", "pruned-{}", "recovered.safetensors"
 APART: Literal["apart"] = "apart"
 
@@ -60,7 +58,7 @@ def run_unit(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Say, bars: 
         if unit.marker(stage) is not None:
             continue
         if stage == "export":
-            _await_reference(recipe, unit)
+            await_reference(recipe, unit)
         began = unit.work / f"began-{stage}"
         attempts = int(began.read_text() or 0) + 1 if began.exists() else 1
         write_text(began, str(attempts))
@@ -77,17 +75,6 @@ def run_unit(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Say, bars: 
     unit.mark("end", {"versions": environment.versions(), "machine": environment.machine()})
     shutil.rmtree(unit.work, ignore_errors=True)
     unit.mark("done", {})
-
-
-def _await_reference(recipe: Recipe, unit: Unit) -> None:
-    """Wait until the first arm, which may be at work beside us, has the figures that our card compares with."""
-    reference, idle = unit_of(unit.folder.parents[2], next(iter(recipe.arms)), unit.seed), 0.0
-    if reference == unit or "evaluate" not in recipe.stages:
-        return
-    while reference.begun and not reference.over and reference.marker("evaluate") is None and idle < IDLE:
-        time.sleep(POLL)
-        with suppress(FfnkitError), reference.held(wait=0.0):
-            idle += POLL  # nobody is at work on it
 
 
 def _told(figures: dict[str, Any]) -> str:

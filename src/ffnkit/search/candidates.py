@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import ffnkit
 from ffnkit.budget.targets import Target
@@ -96,7 +96,7 @@ def apply_to(
     share = candidate.share
     if candidate.how == "fit":
         kind = "flops" if objective == "latency" else objective
-        plans.append(ffnkit.plan(model, ffnkit.FitTo(**{kind: share}), data=batches))
+        plans.append(ffnkit.plan(model, ffnkit.FitTo(**cast(Any, {kind: share})), data=batches))
         return [_applied(model, plan) for plan in plans]
     if share < 1:
         width: Any = share

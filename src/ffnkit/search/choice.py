@@ -69,5 +69,5 @@ def _told(run: Run, row: Row) -> Row:
         [chosen] = times(run, [chosen])
     for form, write in (("compact", ffnkit.save), ("standard", ffnkit.export)):
         text = card(run, model, chosen, form)
-        write(model, run.folder.out / "model" / form, tokenizer=run.ground.tokenizer, card=text)  # type: ignore[operator]
+        write(model, run.folder.out / "model" / form, tokenizer=run.ground.tokenizer, card=text)
     return chosen

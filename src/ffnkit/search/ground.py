@@ -188,15 +188,15 @@ class TaskGround(Ground):
             progress=False,
         )
         ffnkit.save(found.model, out, tokenizer=self.tokenizer)
-        return found.model.to(self.device).eval()  # type: ignore[arg-type, no-any-return]
+        return found.model.to(self.device).eval()  # type: ignore[arg-type]
 
     def open(self, folder: str | Path) -> PreTrainedModel:
         """With the task's head, which is trained."""
         model = self.task.load_model(str(folder), tokenizer=self.tokenizer, trained_head=True)
         return cast("PreTrainedModel", model.to(self.device).eval())
 
-    def calibration(self, model: PreTrainedModel) -> list[dict[str, Any]]:
-        """Rows of train."""
+    def calibration(self, model: PreTrainedModel) -> Any:
+        """Rows of train, or the statistics that take their place."""
         return self.source.calibration(model, self.recipe.search.seed)
 
     def healing(self, model: PreTrainedModel, settings: HealSettings, seed: int) -> tuple[Any, Any]:
@@ -213,7 +213,8 @@ class TaskGround(Ground):
         """The metric on all rows of the part."""
         from ffnkit.tune import assess
 
-        sizes = {"batch_size": self.recipe.tune.eval_batch_size, "max_length": self.recipe.tune.max_length}
+        settings = self.recipe.tune
+        sizes: dict[str, Any] = {"batch_size": settings.eval_batch_size, "max_length": settings.max_length}
         found = assess(model, self.tokenizer, self.task, self._rows(part), **sizes)
         rows: Mapping[str, np.ndarray] = {}
         if found.outputs is not None:

@@ -87,7 +87,7 @@ def said(results: dict[str, Any]) -> list[str]:
 def _picture(run: Run, results: dict[str, Any], notes: list[str]) -> None:
     """The plot and the page, by what draws those of runs."""
     from ffnkit.report.page import PageInfo, write_page
-    from ffnkit.report.plot import metric_plot
+    from ffnkit.report.plot import drawn, heading, svg
     from ffnkit.report.table import summarize
 
     metric = results["metric"]
@@ -97,8 +97,8 @@ def _picture(run: Run, results: dict[str, Any], notes: list[str]) -> None:
         name = each["name"]
         rows.append(_row(name, metric, each["tuned"]["value"], each["costs"]) | _time(each))
         arms[name] = {key: value for key, value in each["candidate"].items() if value}
-    if (svg := metric_plot(summarize(rows, metric))) is not None:
-        write_text(run.folder.out / "front.svg", svg)
+    summary = summarize(rows, metric)
+    write_text(run.folder.out / "front.svg", svg(drawn(summary), heading(summary), "front"))
     info = PageInfo(
         title=run.recipe.name,
         model=run.recipe.model,

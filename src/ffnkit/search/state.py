@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -110,7 +110,7 @@ def spec_of(found: dict[str, Any]) -> Candidate:
 def write_rows(path: Path, rows: Rows) -> None:
     """What a model gave for each row, in one piece."""
     with replacing(path) as new, new.open("wb") as file:
-        np.savez(file, **{name: np.asarray(value) for name, value in rows.items()})
+        np.savez(file, **cast(Any, {name: np.asarray(value) for name, value in rows.items()}))
 
 
 def read_rows(path: Path) -> Rows:

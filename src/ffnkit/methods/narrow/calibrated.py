@@ -97,7 +97,10 @@ class CalibratedFusion(Narrowing):
     seed: Annotated[int, Doc("of the regression's batches.", at_least=0)] = 0
     effort: Annotated[
         Literal["fast", "default", "best"],
-        Doc('values for what is not given: "fast" takes a third of the time, "best" three times as long.'),
+        Doc(
+            'values for what is not given: "fast" takes a third of the time, "best" three times as long (compress then '
+            "decides ridge and steps on held-out text)."
+        ),
     ] = "default"
 
     chooses_preset: ClassVar[str] = "effort"
