@@ -13,7 +13,7 @@ import torch
 from families import FAMILIES
 from safetensors.torch import load_file
 from tolerance import assert_close
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 import ffnkit as fk
 from ffnkit.checkpoint.sizes import best_form
@@ -27,7 +27,14 @@ IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 def ragged(family: str = "llama", widths: tuple[int, ...] = (9, 17), dropped: bool = True) -> PreTrainedModel:
     """A model whose first FFNs have these widths and whose last one gives nothing."""
-    model = FAMILIES[family].model()
+    model = FAMILIES["llama"].model()
+    if family == "qwen2":  # biases on queries, keys and values
+        shape = {name: getattr(model.config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+        config = Qwen2Config(**shape, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+        model = Qwen2ForCausalLM(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.normal_(parameter)
     names = [ffn.name for ffn in ffns(model)]
     fk.apply(model, fk.plan(model, fk.Fusion(width=dict(zip(names, widths, strict=False)), restarts=1)))
     if dropped:
