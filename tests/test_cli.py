@@ -349,6 +349,7 @@ def test_a_full_disk_is_one_line(bert: Path, tmp_path: Path, monkeypatch: pytest
     fuse(bert, tmp_path / "out")
     old = (tmp_path / "out" / "model.safetensors").read_bytes()
     monkeypatch.setattr("ffnkit.save", full)
+    monkeypatch.setattr("ffnkit.export", full)
     line = bad("compress", bert, "-m", "fusion", "-s", "width=0.25", "--out", tmp_path / "out", printed=True)
     assert "no space left" in line and (tmp_path / "out" / "model.safetensors").read_bytes() == old
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

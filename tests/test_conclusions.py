@@ -42,7 +42,7 @@ def test_the_best_arm_and_what_is_beyond_chance(metric: str, sign: float) -> Non
     text = "\n".join(rest)
     assert re.search(r"^Beyond chance it is better than: base \(", text, re.M)
     assert re.search(r"^Not beyond chance is its lead over: near \(", text, re.M)
-    assert re.search(r"^Too few seeds to tell it from: once \(", text, re.M)
+    assert re.search(r"^Too few seeds, or too alike, to tell it from: once \(", text, re.M)
     assert re.search(r"^Different from base beyond chance: near \([^)]*, better\)", text, re.M)
 
 
@@ -50,6 +50,12 @@ def test_fewer_seeds_do_not_make_the_best_arm() -> None:
     lines = conclusions(summary(rows(("base", [0.8, 0.81]), ("lucky", [0.9]))))
     assert lines[0].startswith("Best by accuracy: base, ")
     assert lines[1] == "Ahead of it with fewer seeds, which may be chance: lucky, 0.9000 (one seed)."
+
+
+def test_arms_that_are_level_are_named() -> None:
+    assert conclusions(summary(rows(("a", [0.5, 0.5]), ("b", [0.5, 0.5]))))[0].endswith(
+        "(mean of 2 seeds), level with b."
+    )
 
 
 def test_equal_seeds_are_no_proof() -> None:
@@ -91,7 +97,8 @@ def test_a_difference_names_its_metric_and_settings_are_told() -> None:
     header, lines = cells(summary(table))
     lora, dsee, half = (dict(zip(header, line, strict=True)) for line in lines)
     assert "accuracy difference [95%]" in header and lora["rows"] == "872"
-    assert [(each["rank"], each["share"]) for each in (lora, dsee, half)] == [("7", "–"), ("8", "0.01"), ("–", "0.5")]
+    assert [(each["rank"], each["share"]) for each in (lora, dsee, half)] == [("7", "–"), ("8", "0.01"), ("–", "–")]
+    assert (half["width"], dsee["width"]) == ("0.5", "–")
 
 
 def test_models_of_one_form_have_no_speed_to_compare() -> None:

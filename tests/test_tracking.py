@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,30 @@ def text_of(logs: Path, name: str) -> str:
     return str(found.decode())
 
 
+def records(data: bytes, block: int = 32768, header: int = 7) -> Iterator[bytes]:
+    """The records of a file in LevelDB's log format, as wandb writes them: behind 7 bytes of its own, in blocks, each
+    part with checksum (4 bytes), length (2), kind (1: whole, 2: first, 3: middle, 4: last)."""
+    place, held = header, b""
+    while place + header <= len(data):
+        if block - place % block < header:  # padding at a block's end
+            place += block - place % block
+            continue
+        length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        held += data[place + header : place + header + length]
+        place += header + length
+        if kind in (1, 4):
+            yield held
+            held = b""
+
+
 def wandb_runs(logs: Path) -> list[dict[str, Any]]:
-    """What wandb's own store holds of each offline run: its name, project, settings, history and summary."""
+    """What wandb's files hold of each offline run: its name, project, settings, history and summary."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     runs = []
     for path in sorted(logs.rglob("*.wandb")):
-        store, told = DataStore(), {"config": {}, "history": [], "summary": {}}
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
+        told: dict[str, Any] = {"config": {}, "history": [], "summary": {}}
+        for data in records(path.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             kind = record.WhichOneof("record_type")
@@ -64,9 +79,10 @@ def wandb_runs(logs: Path) -> list[dict[str, Any]]:
                 told |= {"name": record.run.display_name, "project": record.run.project, "id": record.run.run_id}
             items = {"run": record.run.config, "config": record.config, "summary": record.summary}.get(kind)
             for item in getattr(items, "update", ()):
-                told["summary" if kind == "summary" else "config"][item.key] = json.loads(item.value_json)  # type: ignore[index]
+                name = item.key or "/".join(item.nested_key)
+                told["summary" if kind == "summary" else "config"][name] = json.loads(item.value_json)
             if kind == "history":
-                told["history"].append({i.key or ".".join(i.nested_key): i.value_json for i in record.history.item})  # type: ignore[attr-defined]
+                told["history"].append({each.key or ".".join(each.nested_key) for each in record.history.item})
         runs.append(told)
     return runs
 
@@ -75,7 +91,8 @@ def wandb_runs(logs: Path) -> list[dict[str, Any]]:
 def test_a_recipe_s_units(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     tune = {"learning_rate": 3e-3, "steps": 4, "batch_size": 8, "max_length": 16, "eval_every": 2, "logging_every": 1}
-    recipe = recipe_of(folder, seeds=[0, 3], tune={**tune, "report_to": "tensorboard"})
+    stages = ["compress", "tune", "evaluate", "export"]
+    recipe = recipe_of(folder, seeds=[3], stages=stages, tune={**tune, "report_to": "tensorboard"})
     results = run(recipe, tmp_path / "out")
     assert results.ok, results.failed
     for row in results.rows:
@@ -86,14 +103,8 @@ def test_a_recipe_s_units(folder: Path, tmp_path: Path) -> None:
         assert found["size/flops_per_token"][-1][1] == pytest.approx(row["flops_per_token"])
         assert found["size/bytes_on_disk_compact"][-1][1] == pytest.approx(row["bytes_on_disk_compact"])
         assert f"{recipe.name}/{row['arm']}/seed-{row['seed']}" in text_of(logs, "args")
-    assert "24 -> 12" in text_of(tmp_path / "out/logs/half/seed-0", "plan") or "12 neurons" in text_of(
-        tmp_path / "out/logs/half/seed-0", "plan"
-    )
+    assert "12 neurons" in text_of(tmp_path / "out/logs/half/seed-3", "plan")
     assert not list((tmp_path / "out" / "units").rglob("events.*"))  # nothing is left where checkpoints were
-    again = run(recipe, tmp_path / "out", restart=True)  # what is deleted goes with its logs
-    assert again.ok
-    steps = [step for step, _ in scalars(tmp_path / "out/logs/half/seed-3")["train/loss"]]
-    assert steps == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
@@ -120,7 +131,8 @@ def test_wandb_offline(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     tune = {"learning_rate": 3e-3, "steps": 2, "batch_size": 8, "max_length": 16, "eval_every": 2, "logging_every": 1}
     arms = {"whole": {}, "half": {"method": "fusion", "width": 0.5}}
-    recipe = recipe_of(folder, name="own", arms=arms, tune={**tune, "report_to": ["wandb"]})
+    stages = ["compress", "tune", "evaluate"]
+    recipe = recipe_of(folder, name="own", stages=stages, arms=arms, tune={**tune, "report_to": ["wandb"]})
     results = run(recipe, tmp_path / "out")
     assert results.ok, results.failed
     for row in results.rows:

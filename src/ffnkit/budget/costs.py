@@ -45,9 +45,9 @@ def from_weights(room: Room, progress: Progress | None = None) -> list[Tensor]:
 def from_data(room: Room, blockwise: Blockwise, progress: Progress | None = None) -> list[Tensor]:
     """For each FFN (ff + 1,) how far its narrowing to each width moves the end of the model.
 
-    The curve's form is the squared error of the FFN's output on the data as its reader weighs it, neurons chosen
-    greedily and the output layer refitted (``ops.curves``). Its scale is measured: the FFNs of one block are narrowed
-    to the budget's share, and what becomes of it at the end of the model (``Ending``) is theirs in proportion to their
+    The curve's form is the squared error of the FFN's output on the data, as its reader weighs it, neurons chosen
+    greedily and the output layer refitted (``ops.curves``). Its scale is measured: FFNs of one block are narrowed to
+    the budget's share, and what becomes of it at the end of the model (``Ending``) is theirs in proportion to their
     errors. Errors of single FFNs say little by themselves: later blocks damp or blow them up.
 
     Memory beyond the model: the statistics of one block, the curves, and what the probe compares.

@@ -15,6 +15,7 @@ from ffnkit import __version__
 from ffnkit.edits import Edit, Stage, Train, UpdateLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.io.folders import staging
+from ffnkit.io.snapshots import name_of
 from ffnkit.nn.adapter_layer import adapter_layers, fingerprint
 from ffnkit.plans import Plan
 from ffnkit.surgery.apply import apply, remove_updates
@@ -67,7 +68,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> Path:
     about: dict[str, Any] = {
         "adapter": plan.method,
         "ffnkit": __version__,
-        "base_model": getattr(model.config, "_name_or_path", "") or None,
+        "base_model": name_of(model) or None,
         "model": plan.model,
         "trained_beside": [part for edit in train for part in edit.parts],
         "layers": {edit.target: {**edit.given, "fingerprint": edit.fingerprint} for edit in layers},

@@ -13,7 +13,7 @@ from typing import Any
 from ffnkit.io.files import read_json
 from ffnkit.io.manifest import FILE
 from ffnkit.io.sentences import MODULES, OWN, SentenceFolder, sentence_folder
-from ffnkit.io.snapshots import WEIGHTS, folder_of
+from ffnkit.io.snapshots import WEIGHTS, folder_of, name_of
 
 # Of a tokenizer: where one is given, it has written what holds, and older files beside it would not.
 _TOKENIZER = (
@@ -47,7 +47,7 @@ def write_companions(model: Any, directory: Path, tokenizer: Any) -> None:
     """
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    name = str(getattr(model.config, "_name_or_path", "") or getattr(model, "name_or_path", ""))
+    name = name_of(model)
     source = folder_of(name) if name else None
     if source is None:
         return

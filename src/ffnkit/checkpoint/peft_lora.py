@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ffnkit.errors import FfnkitError
 from ffnkit.io.folders import staging
 from ffnkit.io.peft_files import PREFIX, TENSORS
+from ffnkit.io.snapshots import name_of
 from ffnkit.model.trainable import head_modules
 from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.nn.dsee import SparseLowRank
@@ -60,7 +61,7 @@ def save_lora(model: PreTrainedModel, folder: str | Path) -> Path:
         alpha_pattern={re.escape(name): m.alpha for name, m in everywhere.items() if m.alpha != first.alpha},
         modules_to_save=heads or None,
         fan_in_fan_out=isinstance(first.__dict__["_shell"], Conv1D),
-        base_model_name_or_path=getattr(model.config, "_name_or_path", None) or None,
+        base_model_name_or_path=name_of(model) or None,
         inference_mode=True,
     )
     state: dict[str, Tensor] = {}

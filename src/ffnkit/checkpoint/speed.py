@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -136,7 +136,7 @@ def _built(model: PreTrainedModel, config: Any, widths: Mapping[Any, int]) -> nn
     other._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         made = type(model)(other)
-    made = made.to_empty(device=model.device).to(dtype=model.dtype)  # type: ignore[arg-type]
+    made = cast(Any, made.to_empty(device=model.device)).to(model.dtype)
     for tensor in (*made.parameters(), *made.buffers()):
         if tensor.is_floating_point():
             tensor.normal_(std=0.02)

@@ -108,12 +108,15 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], 
 
     if title:
         out(title)
-    view = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    view, screen, lines = Table(box=box.SIMPLE_HEAD, pad_edge=False), stdout(), [[*map(str, row)] for row in rows]
+    words = [max(map(len, " ".join(column).split()), default=0) for column in zip(columns, *lines, strict=True)]
+    whole = sum(words) + 3 * len(words) + 2 <= screen.width  # then no word has to be broken
     for index, column in enumerate(columns):
-        view.add_column(column, justify="right" if index in right else "left", overflow="fold")
-    for row in rows:
-        view.add_row(*(escape(str(cell)) for cell in row))
-    stdout().print(view)
+        justify: Any = "right" if index in right else "left"
+        view.add_column(column, justify=justify, overflow="fold", min_width=words[index] if whole else None)
+    for line in lines:
+        view.add_row(*map(escape, line))
+    screen.print(view)
 
 
 def progress(title: str) -> AbstractContextManager[Step]:

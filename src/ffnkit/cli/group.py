@@ -76,8 +76,11 @@ def renamed(words: list[str]) -> list[str]:
 
 def filled(words: list[str]) -> list[str]:
     """``words`` with the value of an option that stands without it."""
-    alone = [after.startswith("-") or after.endswith((".yaml", ".yml")) for after in [*words[1:], "--"]]
-    return [f"{word}={BARE[word]}" if word in BARE and bare else word for word, bare in zip(words, alone, strict=True)]
+    end = words.index("--") if "--" in words else len(words)  # what follows is another program's
+    words, rest = words[:end], words[end:]
+    following = [*words, "--"][1:]
+    bare = [after.startswith("-") or after.endswith((".yaml", ".yml")) for after in following]
+    return [f"{w}={BARE[w]}" if w in BARE and alone else w for w, alone in zip(words, bare, strict=False)] + rest
 
 
 def report(error: BaseException, debug: bool) -> int:

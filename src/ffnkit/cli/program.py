@@ -5,10 +5,21 @@ from __future__ import annotations
 import os
 import sys
 
-from ffnkit.cli import analyzing, calibrating, compressing, executing, exporting, lists, reporting, running, tuning
+from ffnkit.cli import (
+    analyzing,
+    calibrating,
+    compressing,
+    executing,
+    exporting,
+    lists,
+    reporting,
+    running,
+    searching,
+    tuning,
+)
 from ffnkit.cli.application import app
 
-COMMANDS = (analyzing, calibrating, compressing, exporting, executing, lists, reporting, running, tuning)
+COMMANDS = (analyzing, calibrating, compressing, exporting, executing, lists, reporting, running, searching, tuning)
 
 
 def main() -> None:

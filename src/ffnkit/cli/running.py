@@ -69,10 +69,17 @@ def run(
 
       ffnkit run sst2_minilm [cyan]--ray[/cyan] --out /shared/runs/sst2
     """
+    from ffnkit.cli.searching import carry_out
     from ffnkit.recipe import Table, load_any, quickstart
+    from ffnkit.search.settings import read_search
 
     if recipe is None and small:
         raise FfnkitError("--small", "no recipe is given; the quickstart is small", "Give the path of a recipe")
+    if recipe is not None and (wanted := read_search(recipe)) is not None:
+        for option, value in (("--restart", restart), ("--small", small), ("--only", only), ("--ray", ray)):
+            if value:
+                raise FfnkitError(option, f"{recipe} is a search of models", "Leave it out")
+        raise typer.Exit(carry_out(wanted, out or Path("ffnkit-out") / wanted.name, jobs, as_json))
     loaded = quickstart() if recipe is None else load_any(recipe, any_template=any_template, small=small)
     folder = out if out is not None else Path("ffnkit-out") / loaded.name
     console.quieten()

@@ -163,8 +163,8 @@ class TuneJob:
 
         if not tracking.trackers(self.train_settings.report_to):
             return
-        history, own = History.of(self.model), ("metrics", "extra", "speed")
-        figures = tracking.numbers({"report": {name: report[name] for name in own if name in report}})
+        history = History.of(self.model)
+        figures = tracking.numbers({"report": {**report["metrics"], **report.get("extra", {})}})
         figures |= tracking.numbers({"size": measure.figures(model)})
         chosen = {"model": self.model, "task": self.task.name, "tuner": self.tuner, "seed": self.seed}
         chosen |= {"tuner settings": self.tuner_settings, "training": self.train_settings.model_dump(mode="json")}

@@ -194,6 +194,7 @@ class _Display:
     def push(self, title: str) -> _Part:
         with self.lock:
             self.parts.append(part := _Part(title))
+            self.tick()
             return part
 
     def pop(self, part: _Part) -> None:

@@ -16,6 +16,11 @@ WEIGHTS = (
 """What names of weights look like, in any form."""
 
 
+def name_of(model: Any) -> str:
+    """The hub name or folder that a model was opened from; "" where it was not, whatever was done to it since."""
+    return str(getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "") or "")
+
+
 def folder_of(name: str, **hub: Any) -> Path | None:
     """The folder of a model's other files; of a hub name those that are not in the cache are fetched, where it answers.
 

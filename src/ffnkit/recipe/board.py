@@ -67,10 +67,11 @@ class Board:
         """Takes the lines of a unit's own progress."""
 
         def told(line: str) -> None:
-            if self._bars is not None and line.rstrip().endswith("..."):
+            line = line.strip().removeprefix(f"{name} > ")  # as the unit's own progress begins
+            if self._bars is not None and (line.endswith("...") or " after " in line):
                 self._bars.update(self._tasks[name], description=f"{name}: {line.strip(' .')}")
             else:
-                self.say(f"{name}: {line.strip()}")
+                self.say(f"{name}: {line}")
 
         return told
 

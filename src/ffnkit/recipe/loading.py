@@ -74,14 +74,14 @@ def load_any(path: str | Path, *, any_template: bool = False, small: bool = Fals
     """Read and check a YAML recipe, or a table of recipes; arguments and errors as :func:`load_recipe`."""
     if (name := str(path)) in shipped.names() and not Path(path).exists():
         path = shipped.path(name)
-    found = parse_any(_text(path), str(path), small=small)
+    found = parse_any(read_text(path), str(path), small=small)
     if not any_template:
         for recipe in found.cells.values() if isinstance(found, Table) else (found,):
             _check_template(recipe, Path(path))
     return found
 
 
-def _text(path: str | Path) -> str:
+def read_text(path: str | Path) -> str:
     path = Path(path)
     try:
         with path.open("rb") as file:

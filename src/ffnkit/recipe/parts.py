@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
+from pydantic_core import PydanticCustomError
 
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe.settings import check_method, check_tuner, method_today, tuner_today
 from ffnkit.recipe.validation import fail
+from ffnkit.tune.settings import CalibrationSettings
 
 Count = Annotated[int, Field(strict=True, gt=0)]
 
@@ -26,6 +28,20 @@ class Limits(Part):
     train: Count | None = None
     dev: Count | None = None
     report: Count | None = None
+
+
+class Calibration(CalibrationSettings):
+    """What methods that measure activations see, or statistics of a pass over it (``ffnkit calibrate``)."""
+
+    statistics: Annotated[
+        str | None, Field(description="a file of statistics, in the place of data; of this model with these weights")
+    ] = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Calibration:
+        if self.statistics is not None and self.text is not None:
+            raise PydanticCustomError("recipe", "text and statistics are both given; leave one of them out")
+        return self
 
 
 class Measure(Part):

@@ -11,7 +11,15 @@ from ffnkit import methods
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe.learnt import check_learnt
 from ffnkit.recipe.searching import check_searcher
-from ffnkit.recipe.sources import Source, calibration_texts, expand, method_of, neutral_texts, tuner_of
+from ffnkit.recipe.sources import (
+    Source,
+    calibration_texts,
+    expand,
+    method_of,
+    neutral_texts,
+    statistics_of,
+    tuner_of,
+)
 from ffnkit.recipe.state import distilled, folder_digest
 from ffnkit.tune.tracking import trackers
 
@@ -56,6 +64,7 @@ def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
         for file in calibration_texts(recipe):
             if not os.path.isfile(file):
                 raise FfnkitError(f"text {file}", "there is no such file", "Check the path")
+        _ = statistics_of(recipe)
     except FfnkitError as error:
         raise error.within("calibration") from None
     _targets(recipe, source)

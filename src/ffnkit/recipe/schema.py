@@ -12,7 +12,18 @@ from pydantic import Field, StrictBool, ValidationError, field_validator, model_
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from ffnkit.errors import FfnkitError, RenamedWarning
-from ffnkit.recipe.parts import Count, Limits, Measure, Part, Pruning, Tickets, TunerSpec, settings_today, wrong_tickets
+from ffnkit.recipe.parts import (
+    Calibration,
+    Count,
+    Limits,
+    Measure,
+    Part,
+    Pruning,
+    Tickets,
+    TunerSpec,
+    settings_today,
+    wrong_tickets,
+)
 from ffnkit.recipe.rates import ArmSearch, Rates, Search, check_trials, wrong_search
 from ffnkit.recipe.settings import (
     check_budget,
@@ -31,7 +42,7 @@ from ffnkit.settings.words import in_words
 from ffnkit.tasks.fields import Head, Kind, LabelKind, TaskFields
 from ffnkit.tasks.settings import GenerationSettings, HarnessSettings, JudgeSettings
 from ffnkit.tune.healing.settings import HealSettings
-from ffnkit.tune.settings import CalibrationSettings, DistilSettings, TrainSettings
+from ffnkit.tune.settings import DistilSettings, TrainSettings
 
 Stage = Literal["compress", "heal", "distil", "tune", "prune", "recover", "evaluate", "export"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -183,7 +194,7 @@ class Recipe(Part):
     task: TaskSpec
     data_dir: str | None = None
     limits: Limits = Limits()
-    calibration: CalibrationSettings = Field(default_factory=lambda: CalibrationSettings.model_validate({}))
+    calibration: Calibration = Field(default_factory=lambda: Calibration.model_validate({}))
     seeds: tuple[Annotated[int, Field(strict=True, ge=0)], ...] = (0,)
     stages: tuple[Stage, ...] = ("compress", "tune", "evaluate", "export")
     tuner: TunerSpec = TunerSpec()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ffnkit.report.harness import HarnessFigures
+    from ffnkit.calibration.stored import StatisticsFile
     from ffnkit.tasks import AnyTask, Splits
     from ffnkit.tune import CalibrationSettings, TrainSettings
 
@@ -104,6 +104,14 @@ def calibration_texts(recipe: Recipe) -> dict[str, float]:
     return {expand(file): share for file, share in shares(recipe.calibration.text)}
 
 
+def statistics_of(recipe: Recipe) -> StatisticsFile | None:
+    """The statistics that take the place of calibration data. Raises FfnkitError where the file cannot be read."""
+    from ffnkit.calibration.stored import StatisticsFile
+
+    file = recipe.calibration.statistics
+    return None if file is None else StatisticsFile(expand(file))
+
+
 def task_of(recipe: Recipe) -> AnyTask:
     """The task that a recipe names, or one of its files."""
     from ffnkit import tasks
@@ -138,14 +146,14 @@ class Source:
         name = self.recipe.tokenizer
         return self.task.load_tokenizer(expand_model(name) if name else self.model_name)
 
-    def harness(self, model: PreTrainedModel, progress: bool) -> HarnessFigures | None:
-        """What lm-evaluation-harness measures of a model, with the tokenizer as it lies beside the source."""
+    def add_harness(self, found: dict[str, Any], model: PreTrainedModel, progress: bool) -> None:
+        """Add what lm-evaluation-harness measures of a model, with the tokenizer as it lies beside the source."""
         from ffnkit.report.harness import harness
 
         settings, name = self.recipe.lm_eval, self.recipe.tokenizer
-        if settings is None:
-            return None
-        return harness(model, settings, expand_model(name) if name else self.model_name, progress=progress)
+        if settings is not None:
+            measured = harness(model, settings, expand_model(name) if name else self.model_name, progress=progress)
+            found |= {"metrics": found["metrics"] | measured.named(), "lm_eval": measured.to_dict()}
 
     @property
     def device(self) -> torch.device:
@@ -196,10 +204,14 @@ class Source:
                 grow(model, self.tokenizer, tokens)
         return model
 
-    def calibration(self, model: PreTrainedModel, seed: int) -> list[dict[str, Any]]:
-        """Batches for methods that measure activations: of the training rows, or of the file that is named."""
+    def calibration(self, model: PreTrainedModel, seed: int) -> list[dict[str, Any]] | StatisticsFile:
+        """Batches for methods that measure activations: of the training rows, or of the file that is named; or the
+        statistics in their place."""
         from ffnkit.tune import calibration_batches
 
+        if (opened := statistics_of(self.recipe)) is not None:
+            opened.check(model)
+            return opened
         rows = self.splits.train
         return calibration_batches(model, self.tokenizer, self._calibrating, task=self.task, rows=rows, seed=seed)
 

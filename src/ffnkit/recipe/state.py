@@ -17,7 +17,7 @@ from ffnkit.io.files import read_json, write_text
 from ffnkit.io.folders import check_target
 from ffnkit.io.workspace import held
 from ffnkit.recipe.schema import Arm, Recipe, arm_dict, facts_today
-from ffnkit.recipe.sources import expand, method_of
+from ffnkit.recipe.sources import calibration_texts, expand, method_of
 from ffnkit.tune.settings import HARMLESS
 
 FORMAT = 1  # of the folder; raised when an older one can no longer be continued
@@ -192,14 +192,22 @@ def prunes_by_data(arm: Arm) -> bool:
 
 
 def calibration_facts(recipe: Recipe) -> dict[str, Any]:
-    """The settings of the calibration, with a digest of the file that they name."""
+    """The settings of the calibration, with digests of the files that they name."""
     facts: dict[str, Any] = recipe.to_dict()["calibration"]
-    path = Path(expand(facts["text"])) if facts["text"] else None
-    if path is not None and path.is_file():
-        facts["text"] = [facts["text"], hashlib.sha256(path.read_bytes()).hexdigest()[:16]]
-    if path is None:
+    for field, files in (("text", calibration_texts(recipe)), ("statistics", _statistics(recipe))):
+        found = [hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files if Path(file).is_file()]
+        if found:
+            facts[field] = [facts[field], *found]
+    if facts["statistics"] is None:
+        del facts["statistics"]  # unknown to runs of older versions
+    if not facts["text"]:
         del facts["mix"]  # of no use beside a task's rows, and unknown to runs of older versions
     return facts
+
+
+def _statistics(recipe: Recipe) -> list[str]:
+    named = recipe.calibration.statistics
+    return [] if named is None else [expand(named)]
 
 
 def distil_facts(recipe: Recipe) -> dict[str, Any]:

@@ -6,25 +6,25 @@ import gc
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import ffnkit
 from ffnkit.checkpoint.adapters import is_adapted
-from ffnkit.errors import FfnkitError
-from ffnkit.io.files import replacing, write_text
+from ffnkit.io.files import write_text
 from ffnkit.io.progress import phase
 from ffnkit.model.linear import added_to
 from ffnkit.nn.coefficients import set_l1
 from ffnkit.recipe import searching, sources, tickets, tracked
 from ffnkit.recipe.cards import card_of
+from ffnkit.recipe.reference import await_reference
 from ffnkit.recipe.schema import Recipe
-from ffnkit.recipe.state import TRAINED, Unit, digest, measures, stages_of, unit_of
+from ffnkit.recipe.state import TRAINED, Unit, digest, measures, stages_of
+from ffnkit.recipe.stored import read_weights, write_weights
 from ffnkit.report import environment, measure
 from ffnkit.report.card import Form
 from ffnkit.report.curves import curve_of
-from ffnkit.report.sparsity import merge_costs, sparsity, units_removed
+from ffnkit.report.sparsity import merge_costs, shares_of, sparsity, units_removed
 from ffnkit.surgery.apply import SAVING
 from ffnkit.surgery.compressed import compressed_parameters
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 HEALED, PLAN, DISTILLED, TUNED = "healed.safetensors", "plan", "distilled.safetensors", "tuned.safetensors"
-POLL, IDLE = 0.2, 20.0  # seconds
 ADAPTER, PRUNED, RECOVERED = "adapter", "pruned-{}", "recovered.safetensors"
 APART: Literal["apart"] = "apart"
 
@@ -59,7 +58,7 @@ def run_unit(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Say, bars: 
         if unit.marker(stage) is not None:
             continue
         if stage == "export":
-            _await_reference(recipe, unit)
+            await_reference(recipe, unit)
         began = unit.work / f"began-{stage}"
         attempts = int(began.read_text() or 0) + 1 if began.exists() else 1
         write_text(began, str(attempts))
@@ -76,17 +75,6 @@ def run_unit(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Say, bars: 
     unit.mark("end", {"versions": environment.versions(), "machine": environment.machine()})
     shutil.rmtree(unit.work, ignore_errors=True)
     unit.mark("done", {})
-
-
-def _await_reference(recipe: Recipe, unit: Unit) -> None:
-    """Wait until the first arm, which may be at work beside us, has the figures that our card compares with."""
-    reference, idle = unit_of(unit.folder.parents[2], next(iter(recipe.arms)), unit.seed), 0.0
-    if reference == unit or "evaluate" not in recipe.stages:
-        return
-    while reference.begun and not reference.over and reference.marker("evaluate") is None and idle < IDLE:
-        time.sleep(POLL)
-        with suppress(FfnkitError), reference.held(wait=0.0):
-            idle += POLL  # nobody is at work on it
 
 
 def _told(figures: dict[str, Any]) -> str:
@@ -132,17 +120,17 @@ class _Job:
             tickets.rewound(model, self.arm.tickets, work / "tickets")
         if self.unit.marker("tune"):
             model = self._as_tuned(model)
-            _read(model, work / TUNED)
+            read_weights(model, work / TUNED)
             if (work / ADAPTER).exists():
                 ffnkit.apply(model, ffnkit.Plan.load(work / ADAPTER))
         elif self.unit.marker("distil") or self.unit.marker("heal"):
-            _read(model, work / (DISTILLED if self.unit.marker("distil") else HEALED))
+            read_weights(model, work / (DISTILLED if self.unit.marker("distil") else HEALED))
         if self.unit.marker("prune"):
             for number in range(len(self.arm.prune)):
                 ffnkit.apply(model, ffnkit.Plan.load(work / PRUNED.format(number)))
         if self.unit.marker("recover"):
             self._merged(model)
-            _read(model, work / RECOVERED)
+            read_weights(model, work / RECOVERED)
         return model
 
     def _as_tuned(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -176,7 +164,7 @@ class _Job:
     def heal(self) -> dict[str, Any]:
         """Let the compressed model learn from the uncompressed one, before it is tuned."""
         figures = self.source.healed(self.model, self.unit.seed)
-        _write(self.model, self.unit.work / HEALED)
+        write_weights(self.model, self.unit.work / HEALED)
         return figures
 
     def distil(self) -> dict[str, Any]:
@@ -199,7 +187,7 @@ class _Job:
             progress=self.bars,
         )
         del teacher
-        _write(self.model, self.unit.work / DISTILLED)
+        write_weights(self.model, self.unit.work / DISTILLED)
         gc.collect()
         ends = {name: [values[0], values[-1]] for name, values in result.parts.items()}
         return {
@@ -239,7 +227,7 @@ class _Job:
         if not self.arm.prune:
             figures, model = self._trained("tune", self.training, apart=True)
             self._model = model if added_to(model) else ffnkit.fold(model, keep=SAVING)
-            _write(self.model, self.unit.work / TUNED)
+            write_weights(self.model, self.unit.work / TUNED)
             masked = any("zeros" in (self.unit.marker(stage) or {}) for stage in ("compress", "tickets"))
             left = sparsity(self.model).share() if masked else None
             return figures | ({} if left is None else {"zeros": left})
@@ -249,7 +237,7 @@ class _Job:
             updates.save(self.unit.work / ADAPTER)
             ffnkit.remove_adapter(model)
         self._model = ffnkit.fold(model, keep=SAVING)
-        _write(self.model, self.unit.work / TUNED)
+        write_weights(self.model, self.unit.work / TUNED)
         if updates is not None:
             ffnkit.apply(self.model, updates)
         return figures
@@ -271,18 +259,18 @@ class _Job:
             plans.append(str(plan))
         after = measure.figures(self.model)
         kept = {name: after[name] / before[name] for name in ("parameters", "flops_per_token")}
-        return {"plans": plans, "kept": kept, "sparsity": _shares(self.model)}
+        return {"plans": plans, "kept": kept, "sparsity": shares_of(self.model)}
 
     def recover(self) -> dict[str, Any]:
         """Tune again, what trained before trains on, then merge."""
         settings = self.recipe.recover_of(self.unit.arm, searching.rate_of(self.unit))
         set_l1(self.model, 0.0)  # coefficients have chosen; drawn on, those that stay would shrink for nothing
         figures, model = self._trained("recover", settings, apart=True, go_on=True, merge=False)
-        figures["sparsity"] = _shares(model)
+        figures["sparsity"] = shares_of(model)
         if is_adapted(model) and figures["sparsity"]["zeros"]:
             figures["merging"] = merge_costs(model, self.source.dev_batches(model, self.training)).to_dict()
         self._model = self._merged(model)
-        _write(self.model, self.unit.work / RECOVERED)
+        write_weights(self.model, self.unit.work / RECOVERED)
         return figures
 
     def _merged(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -347,9 +335,7 @@ class _Job:
             found["neutral_loss"] = forgetting(
                 self.source.model_name, self.model, self.source.tokenizer, sources.neutral_texts(text)
             )
-        if (measured := self.source.harness(self.model, self.bars)) is not None:
-            found["metrics"] |= measured.named()
-            found["lm_eval"] = measured.to_dict()
+        self.source.add_harness(found, self.model, self.bars)
         return found
 
     def _metrics(self, keep: bool) -> dict[str, Any]:
@@ -393,22 +379,3 @@ class _Job:
             if not keep:
                 shutil.rmtree(folder, ignore_errors=True)
         return sizes
-
-
-def _shares(model: PreTrainedModel) -> dict[str, float]:
-    """The share of zeros in the model's linears: as they are, and merged in either way."""
-    found = sparsity(model).to_dict()
-    return {name: found[name] for name in ("zeros", "merged", "masked")}
-
-
-def _write(model: PreTrainedModel, path: Path) -> None:
-    from safetensors.torch import save_model
-
-    with replacing(path) as new:
-        save_model(model, str(new))
-
-
-def _read(model: PreTrainedModel, path: Path) -> None:
-    from safetensors.torch import load_model
-
-    load_model(model, str(path))

@@ -95,7 +95,7 @@ def _shown(loc: tuple[str | int, ...], data: dict[str, Any]) -> tuple[str | int,
 def _fields_at(path: tuple[str | int, ...], data: dict[str, Any]) -> list[str]:
     from ffnkit.recipe.schema import (
         Arm,
-        CalibrationSettings,
+        Calibration,
         DistilSettings,
         GenerationSettings,
         Limits,
@@ -109,7 +109,7 @@ def _fields_at(path: tuple[str | int, ...], data: dict[str, Any]) -> list[str]:
     if not path:
         return list(Recipe.model_fields)
     parts: dict[str, type[BaseModel]] = {
-        "calibration": CalibrationSettings,
+        "calibration": Calibration,
         "limits": Limits,
         "task": TaskSpec,
         "measure": Measure,

@@ -120,7 +120,7 @@ def record(unit: Unit, error: str, trace: str = "") -> None:
     unit.mark("failed", {"error": error, "traceback": trace})
 
 
-def _watch(pipe: int) -> None:
+def watch(pipe: int) -> None:
     """End this process when the parent is gone."""
     while os.read(pipe, 1):
         pass
@@ -137,14 +137,14 @@ def main(arguments: list[str]) -> int:
 
 def _main(arguments: list[str]) -> int:
     out, arm, seed = Path(arguments[0]), arguments[1], int(arguments[2])
-    threading.Thread(target=_watch, args=(sys.stdin.fileno(),), daemon=True).start()
+    threading.Thread(target=watch, args=(sys.stdin.fileno(),), daemon=True).start()
     progress = "--progress" in arguments
 
     def say(line: str) -> None:
         if progress:
             print(line, file=sys.stderr, flush=True)
 
-    _hush()
+    hush()
     stored = read_json(out / "run.json") or {}
     recipe = recipe_from(stored.get("recipe"), str(out / "run.json"))
     unit = unit_of(out, arm, seed)
@@ -157,7 +157,7 @@ def _main(arguments: list[str]) -> int:
         return 0 if run_here(recipe, unit, facts, say, progress) else FAILED
 
 
-def _hush() -> None:
+def hush() -> None:
     """Leave the screen to our own lines: no logs of libraries."""
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)

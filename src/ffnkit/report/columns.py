@@ -71,7 +71,11 @@ COLUMNS = {
     "rows": ("rows", whole),
 }
 LAYERS = "layers"
-SETTINGS = {"rank": ("rank",), "share": ("width", "budget", "count", "density", "nonzeros", "sparsity")}
+SETTINGS = {
+    "rank": ("rank",),
+    "width": ("width", "budget"),
+    "share": ("count", "density", "nonzeros", "sparsity"),
+}
 SIZES, TRAINING = (
     ("parameters", "ffn_parameters", "parameters_removed"),
     (
@@ -91,6 +95,10 @@ TOLD = {
     "trainable_share": "without head: what trains beside the task head, as a share of the model without it",
     "peak_memory_bytes": "peak memory: of tensors, in training steps",
     "rows": "rows: of the split that is reported",
+}
+SETTINGS_TOLD = {
+    "width": "Width: what an FFN keeps of its neurons; above 1 their number.",
+    "share": "Share: of a weight's entries, those that an update changes or that are pruned; above 1 their number.",
 }
 
 
@@ -226,8 +234,7 @@ def all_notes(summary: Summary) -> list[str]:
     missing = unmeasured(summary) if any(arm.run for arm in summary.arms) else []
     shown = {key for key in TOLD if any(_shown(arm, key) for arm in summary.arms)}
     told = [f"{text[0].upper()}{text[1:]}." for key, text in TOLD.items() if key in shown]
-    if any(setting(arm, SETTINGS["share"]) != "–" for arm in summary.arms):
-        told.append(
-            "Share: of its neurons that an FFN keeps, or of the entries that an update changes; above 1 a number."
-        )
+    for head, text in SETTINGS_TOLD.items():
+        if any(setting(arm, SETTINGS[head]) != "–" for arm in summary.arms):
+            told.append(text)
     return [*summary.notes, *told, *([f"Not measured: {', '.join(missing)}."] if missing else [])]

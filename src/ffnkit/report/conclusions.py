@@ -37,17 +37,15 @@ def conclusions(summary: Summary) -> list[str]:
     best, told = _best(arms, summary.metric, more)
     others = [arm for arm in arms if arm is not best]
     found = {arm.name: paired(best.by_seed, arm.by_seed) for arm in others}
-    told += _sorted(
-        found,
-        ("Beyond chance it is better than", "Not beyond chance is its lead over", "Too few seeds to tell it from"),
-    )
+    beyond, within = "Beyond chance it is better than", "Not beyond chance is its lead over"
+    told += _sorted(found, (beyond, within, "Too few seeds, or too alike, to tell it from"))
     first = summary.arms[0]
     if first in arms and best is not first and len(others) > 1:
         to_first = {arm.name: arm.difference for arm in others if arm is not first}
         starts = (
             f"Different from {first.name} beyond chance",
             f"Different from {first.name}, but not beyond chance",
-            f"Too few seeds to tell from {first.name}",
+            f"Too few seeds, or too alike, to tell from {first.name}",
         )
         told += _sorted(to_first, starts, more)
     told += _cheaper(best, [arm for arm in others if (delta := found[arm.name]) and delta.beyond_chance is False])
@@ -62,7 +60,9 @@ def _best(arms: Sequence[Arm], metric: str, more: bool) -> tuple[Arm, list[str]]
     sign = 1 if more else -1
     best = max((arm for arm in arms if len(arm.by_seed) == most), key=lambda arm: sign * arm.metrics[metric].mean)
     less = "" if more else ", where less is better"
-    told = [f"Best by {metric}{less}: {best.name}, {_score(best.metrics[metric])}."]
+    level = [each.name for each in arms if each is not best and each.metrics[metric].mean == best.metrics[metric].mean]
+    tied = f", level with {', '.join(level)}" if level else ""
+    told = [f"Best by {metric}{less}: {best.name}, {_score(best.metrics[metric])}{tied}."]
     ahead = [arm for arm in arms if sign * (arm.metrics[metric].mean - best.metrics[metric].mean) > 0]
     if ahead:
         names = ", ".join(f"{arm.name}, {_score(arm.metrics[metric])}" for arm in ahead)

@@ -39,6 +39,7 @@ AXES = {
 NOISY = ("latency_s", "peak_memory_bytes", "seconds_per_step")  # these part any arms
 ALWAYS = ("parameters", "flops_per_token", "latency_s", "bytes_on_disk_compact")  # offered wherever they are measured
 APART = 0.01  # of the range of an axis: figures that are nearer to each other lie on one spot
+FILL = 0.35  # how opaque marks are inside their outline: those below are seen through
 MARK = 7.0  # points, the width of a mark
 WIDTH = 4.9  # inches, 350 points: the letters keep their size on a narrow screen
 LINE = 0.2  # inches, of a legend
@@ -250,6 +251,9 @@ def _draw(
     style: dict[str, Any] = {
         "color": colour,
         "marker": MARKERS[number % len(MARKERS)],
+        "mfc": (colour, FILL),
+        "mec": colour,
+        "mew": 1.4,
         "ms": width,
         "capsize": 3,
         "lw": 1.5,

@@ -190,3 +190,9 @@ def _loss(model: nn.Module, batches: list[Mapping[str, Any]]) -> float:
     if not weight:
         raise FfnkitError("the loss", "there are no batches with labels", "Give some")
     return total / weight
+
+
+def shares_of(model: PreTrainedModel) -> dict[str, float]:
+    """The share of zeros in the model's linears: as they are, and merged in either way."""
+    found = sparsity(model).to_dict()
+    return {name: found[name] for name in ("zeros", "merged", "masked")}

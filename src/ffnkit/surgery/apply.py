@@ -59,7 +59,9 @@ def carry_out(model: nn.Module, edits: Iterable[Edit], plan: Plan | None = None)
         plan.check_weights(model)
     writer = check_edits(model, edits, rehearsed=plan is not None and structure(model) in plan.rehearsed)
     with journal(model):
-        compressed.mark(model, compressed.places(edits))
+        if places := compressed.places(edits):
+            compressed.mark(model, places)
+            compressed.leave_name(model)
         writer.carry_out(edits)
 
 

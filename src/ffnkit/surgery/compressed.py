@@ -15,6 +15,7 @@ from ffnkit.model.finding import ffns
 from ffnkit.model.linear import walk
 from ffnkit.surgery.description import description, standing_apart
 
+UNSAVED = "a model that was edited in memory: save it and open that"
 _MARK = "_ffnkit_compressed"  # on an owner: an FFN or attention that an edit changed
 
 
@@ -24,6 +25,15 @@ def mark(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         if name in modules:
             vars(modules[name])[_MARK] = True
+
+
+def leave_name(model: nn.Module) -> None:
+    """Have the config no longer name where an edited model came from; ``model.name_or_path`` still says it.
+
+    Libraries (TRL) open a second model by that name, and would get the one from before the edit.
+    """
+    if (config := getattr(model, "config", None)) is not None:
+        config._name_or_path = UNSAVED
 
 
 def places(edits: Iterable[Edit]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -13,11 +14,14 @@ from ffnkit.surgery.apply import check_edits
 from ffnkit.surgery.meta import structure
 from ffnkit.surgery.trial import try_out
 
+if TYPE_CHECKING:
+    from ffnkit.calibration.stored import StatisticsFile
+
 
 def plan(
     model: nn.Module,
     method: Method,
-    data: Iterable[dict[str, Tensor]] | None = None,
+    data: Iterable[dict[str, Tensor]] | StatisticsFile | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """What ``method`` would do to ``model``; changes nothing.
@@ -28,13 +32,13 @@ def plan(
     Args:
         model: a transformers model.
         method: settings such as ``Fusion(width=0.25, layers="last:8")``.
-        data: batches for ``model(**batch)``, for methods that ask for them.
+        data: batches for ``model(**batch)``, for methods that ask for them; or the statistics in their place.
         progress: called with (done, total, FFN name) after each FFN.
 
     Raises:
         FfnkitError: naming model and method, where the settings do not fit the model, or it does not bear the edits.
     """
-    made = plans.plan(model, method, data, progress)
+    made = plans.plan(model, method, cast(Any, data), progress)
     try:
         check_edits(model, made.edits)
         try_out(model, made.edits, data[0] if isinstance(data, Sequence) and data else None)

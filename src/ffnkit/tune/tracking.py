@@ -6,9 +6,8 @@ import hashlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,23 +85,38 @@ def tracked(run: Run, report_to: str | Sequence[str]) -> Iterator[None]:
         yield
         return
     run.folder.mkdir(parents=True, exist_ok=True)
-    given = {
-        "TENSORBOARD_LOGGING_DIR": str(run.folder),
-        "WANDB_DIR": str(run.folder),
-        "WANDB_PROJECT": run.project,
-        "WANDB_RUN_ID": run.id,
-        "WANDB_RESUME": "allow",
-    }
-    mine = {name: value for name, value in given.items() if name not in os.environ}
-    begun = _open_run() is None
-    os.environ.update(mine)
+    named = "TENSORBOARD_LOGGING_DIR" not in os.environ
+    if named:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder)
+    first = int(os.environ.get("RANK", "0")) == 0
     try:
-        yield
+        with _wandb_run(run) if "wandb" in names and first else nullcontext():
+            yield
     finally:
-        for name in mine:
-            os.environ.pop(name, None)
-        if begun and (open_run := _open_run()) is not None:
-            open_run.finish()
+        if named:
+            os.environ.pop("TENSORBOARD_LOGGING_DIR", None)
+
+
+@contextmanager
+def _wandb_run(run: Run) -> Iterator[Any]:
+    """The run that is open in this process, which stays the user's own; else this one, ended with the block."""
+    import wandb
+
+    if wandb.run is not None:
+        yield wandb.run
+        return
+    offline = os.environ.get("WANDB_MODE") in ("offline", "disabled")
+    how: dict[str, Any] = {} if offline else {"resume": "allow"}
+    try:
+        project = os.environ.get("WANDB_PROJECT", run.project)
+        begun = wandb.init(project=project, name=run.name, dir=str(run.folder), id=run.id, **how)
+    except Exception as error:  # of wandb: no key, no server
+        do = "Run 'wandb login', or set WANDB_MODE=offline"
+        raise FfnkitError("report_to wandb", " ".join(str(error).split())[:200].rstrip("."), do) from error
+    try:
+        yield begun
+    finally:
+        begun.finish()
 
 
 def tell(run: Run, report_to: str | Sequence[str], record: Record) -> None:
@@ -135,17 +149,9 @@ def _tensorboard(_: str, run: Run, record: Record) -> None:
 
 
 def _wandb(_: str, run: Run, record: Record) -> None:
-    import wandb
-
-    own = wandb.run is None
-    project = os.environ.get("WANDB_PROJECT", run.project)
-    current: Any = wandb.run or wandb.init(
-        project=project, name=run.name, dir=str(run.folder), id=run.id, resume="allow"
-    )
-    current.config.update({**record.settings, **record.texts}, allow_val_change=True)
-    current.summary.update(dict(record.figures))
-    if own:
-        current.finish()
+    with _wandb_run(run) as current:
+        current.config.update({**record.settings, **record.texts}, allow_val_change=True)
+        current.summary.update(dict(record.figures))
 
 
 def _by_accelerate(name: str, run: Run, record: Record) -> None:
@@ -171,9 +177,3 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as trackers take them: numbers, truth values and texts."""
     kept = (bool, int, float, str)
     return {name: v if isinstance(v, kept) else json.dumps(v, default=str) for name, v in settings.items()}
-
-
-def _open_run() -> Any:
-    """The run of wandb that is open in this process."""
-    wandb = sys.modules.get("wandb")
-    return getattr(wandb, "run", None)

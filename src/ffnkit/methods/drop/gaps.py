@@ -21,12 +21,14 @@ class Gap:
     """What goes in one place: adjacent layers, or the FFN of one.
 
     Attributes:
-        name: of its first FFN, for what is told. layers: paths, in order. edits: what leaves it out.
+        name: of its first FFN, for what is told. last: of its last one. layers: paths, in order.
+        edits: what leaves it out.
         stays: whether the layer stays, without its FFN. behind: paths of all layers after it, in order.
         bias: path of the linear before it whose bias adds to the stream, "" where there is none.
     """
 
     name: str
+    last: str
     stack: str
     layers: list[str]
     edits: list[Edit]
@@ -50,9 +52,10 @@ def whole_layers(model: nn.Module, groups: Iterable[list[FFN]], edits: Callable[
                 continue
             if open_gap is None:
                 bias = _bias_of(every, layers[number - 1]) if number else ""
-                open_gap = Gap(going[layer][0].name, stack, [], [], False, [], bias)
+                open_gap = Gap(going[layer][0].name, "", stack, [], [], False, [], bias)
                 gaps.append(open_gap)
             open_gap.layers.append(layer)
+            open_gap.last = going[layer][-1].name
             open_gap.edits += edits(going[layer])
             open_gap.behind = layers[number + 1 :]
     return gaps
@@ -71,7 +74,7 @@ def ffns_alone(model: nn.Module, groups: Iterable[list[FFN]], edits: Callable[[F
             for ffn in every:
                 if ffn.name in going and block_name(ffn.name) == layer:
                     bias = _bias_of([ffn], layer)
-                    gaps.append(Gap(ffn.name, stack, [layer], edits(ffn), True, layers[number + 1 :], bias))
+                    gaps.append(Gap(ffn.name, ffn.name, stack, [layer], edits(ffn), True, layers[number + 1 :], bias))
     return gaps
 
 

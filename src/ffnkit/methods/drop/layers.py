@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.batches import kept
+from ffnkit.calibration.drift import Drift, apart
 from ffnkit.calibration.features import Passage, passages
 from ffnkit.edits import DropLayer, Edit, ReplaceNeurons
 from ffnkit.errors import FfnkitError
@@ -107,8 +108,10 @@ class _Drop:
             report["search"] = tried
         edits, told = self.edits(model, chosen), dict[str, dict[str, float]]()
         if self.refit:
-            gaps = self.gaps(model, chosen, batches)
-            held, told = stand_ins(model, batches, gaps, progress)
+            fitted, judged = apart(batches)
+            gaps = self.gaps(model, chosen, fitted)
+            measure = Drift(model, judged)
+            held, told = stand_ins(model, fitted, gaps, progress, measure=measure)
             edits = [*(edit for gap in gaps for edit in gap.edits), *held]
         return Draft(tuple(edits), told, report | {"seconds": time.perf_counter() - started})
 

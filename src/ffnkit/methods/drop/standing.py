@@ -8,7 +8,7 @@ weight holds a factor for each dimension, its bias a shift.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, evaluating, few_rows, first_tensor, forward, prepared
 from ffnkit.calibration.padding import TokenMasks
-from ffnkit.calibration.reading import is_norm
+from ffnkit.calibration.reading import is_norm, output_metric
 from ffnkit.edits import Edit, Rescale
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.gaps import Gap
 from ffnkit.methods.drop.writers import halved_stream_is_the_same, norm_offset, written_behind
+from ffnkit.model.finding import ffns
 from ffnkit.plans import Progress
-from ffnkit.surgery.temporary import TemporaryPlan
+from ffnkit.surgery.temporary import TemporaryPlan, temporarily
 
 LEAST = 0.05  # a smaller factor stands for nothing: what arrives has little to do with what is wanted
 _DO = "Leave refit out"
@@ -31,14 +32,20 @@ _DO = "Leave refit out"
 
 @dataclass
 class _Sums:
-    """Sums over tokens, each by one over the square of its wanted size: (d,) float64."""
+    """Sums over tokens, each by one over the square of its wanted size: (d,) float64.
 
+    Attributes:
+        dimensions: (d,) how much each counts.
+    """
+
+    dimensions: Tensor
     parts: dict[str, Tensor] = field(default_factory=dict)
     weight: float = 0.0
 
     def add(self, x: Tensor, z: Tensor) -> None:
         """What arrives and what is wanted, (n, d)."""
-        x, z = x.double(), z.double()
+        root = self.dimensions.to(x.device).sqrt()
+        x, z = x.double() * root, z.double() * root
         rows = 1 / z.square().sum(1, keepdim=True).clamp_min(1e-30)
         found = {"x": x * rows, "z": z * rows, "xx": x * x * rows, "xz": x * z * rows, "zz": z * z * rows}
         for name, value in found.items():
@@ -58,7 +65,8 @@ class _Sums:
         rest = zz - 2 * factor * xz - 2 * moved * z + factor.square() * xx + 2 * factor * moved * x
         rest = rest + moved.square() * self.weight
         error = (max(float(rest.sum()), 0.0) / max(float(zz.sum()), 1e-300)) ** 0.5
-        return factor, moved if shift else None, error
+        root = self.dimensions.sqrt().clamp_min(1e-12)
+        return factor, moved / root if shift else None, error
 
 
 def stand_ins(
@@ -66,16 +74,20 @@ def stand_ins(
     batches: list[Batch],
     gaps: list[Gap],
     progress: Progress | None = None,
+    *,
     beside: Sequence[Edit] = (),
+    measure: Callable[[], float] | None = None,
 ) -> tuple[list[Edit], dict[str, dict[str, float]]]:
     """The edits that let what stays stand for what goes, and what was measured, by the gap's name.
 
     Args:
-        gaps: in the order of the stream. beside: what else becomes of the model.
+        gaps: in the order of the stream. beside: what else becomes of the model. measure: how far the model, as it is,
+            has moved from what it was; a factor that does not lower it is left out.
 
     For each gap in turn, with those before it closed: ``sum over tokens of ||z - a x - b||^2 / ||z||^2`` is least, z
-    what left the gap in the model as it is and x what arrives there now. a is a number in a residual stream and one of
-    each dimension where a norm gives x; b is there where a bias can hold it.
+    what left the gap in the model as it is and x what arrives there now, dimensions weighed as the next norm reads
+    them (``calibration.reading``). a is a number in a residual stream and one of each dimension where a norm gives x; b
+    is there where a bias can hold it.
 
     Raises:
         FfnkitError: nothing in the model can hold the factor.
@@ -85,36 +97,58 @@ def stand_ins(
         number divides what is written later, where theirs multiplies embeddings and all that is written before.
     """
     closed: list[Edit] = []
-    factors: dict[str, tuple[float, int]] = {}  # of what is written behind, by path: a gap's own and those before it
     fixed: list[Edit] = []
+    factors: dict[str, tuple[float, int]] = {}  # of what is written behind, by path: a gap's own and those before it
     told: dict[str, dict[str, float]] = {}
     few = few_rows(batches[0])
+    every = {ffn.name: ffn for ffn in ffns(model)}
+    metrics = output_metric(model, [every[gap.last] for gap in gaps], batches)
     for number, gap in enumerate(gaps, 1):
         place = _place(model, few, gap)
         seen = _Seen(model, gap, place)
         dropped = [*closed, *gap.edits] if gap.stays or place.last else closed
-        sums = _Sums()
+        found = metrics[gap.last].dimensions.double()
+        sums = _Sums(torch.ones_like(found) if place.norm else found)
         now = TemporaryPlan(model, [*dropped, *beside, *fixed, *_written(factors)])
         for batch in batches:
             sums.add(*seen.both(prepared(model, batch), now))
-        if place.norm:
-            edit, value = _into_norm(model, place, sums, told, gap.name)
-            fixed.append(edit)
-        else:
-            offsets = _stream(model, few, gap)
-            factor, shift, error = sums.fit(each=False, shift=bool(gap.bias))
-            value = float(factor)
-            if value < LEAST:
-                value, (_, shift, error) = 1.0, (None, None, 1.0)
-            factors |= {path: (1 / value, offset) for path, offset in offsets.items()}
-            if shift is not None:
-                fixed.append(Rescale.of(gap.bias, torch.ones(1), shift / value))
-            told[gap.name] = {"factor": value, "output error on the data": error}
         closed += gap.edits
+        more, own, told[gap.name] = _held(model, few, gap, place, sums)
+        tried, changed = [*fixed, *more], factors | own
+        if measure is not None:
+            before, after = (
+                _moved(model, [*closed, *beside, *held, *_written(by)], measure)
+                for held, by in ((fixed, factors), (tried, changed))
+            )
+            told[gap.name] |= {"moved without it": before, "moved with it": after}
+            if not after < before:
+                tried, changed = fixed, factors
+        fixed, factors = tried, changed
         if progress is not None:
             progress(number, len(gaps), gap.name)
     gone = tuple(f"{layer}." for gap in gaps if not gap.stays for layer in gap.layers)
     return [*fixed, *(edit for edit in _written(factors) if not edit.target.startswith(gone))], told
+
+
+def _held(
+    model: nn.Module, few: Batch, gap: Gap, place: _Place, sums: _Sums
+) -> tuple[list[Edit], dict[str, tuple[float, int]], dict[str, float]]:
+    """What holds a gap's factor: edits, factors of what is written behind, and what is told."""
+    if place.norm:
+        edit, told = _into_norm(model, place, sums, gap.name)
+        return [edit], {}, told
+    offsets = _stream(model, few, gap)
+    factor, shift, error = sums.fit(each=False, shift=bool(gap.bias))
+    told = {"factor": float(factor), "output error on the data": error}
+    if float(factor) < LEAST:
+        return [], {}, told
+    moved: list[Edit] = [] if shift is None else [Rescale.of(gap.bias, torch.ones(1), shift / factor)]
+    return moved, {path: (1 / float(factor), offset) for path, offset in offsets.items()}, told
+
+
+def _moved(model: nn.Module, edits: list[Edit], measure: Callable[[], float]) -> float:
+    with temporarily(model, edits):
+        return measure()
 
 
 def _written(factors: Mapping[str, tuple[float, int]]) -> list[Edit]:
@@ -168,17 +202,15 @@ def _place(model: nn.Module, few: Batch, gap: Gap) -> _Place:
     return _Place()
 
 
-def _into_norm(
-    model: nn.Module, place: _Place, sums: _Sums, told: dict[str, dict[str, float]], name: str
-) -> tuple[Edit, float]:
+def _into_norm(model: nn.Module, place: _Place, sums: _Sums, name: str) -> tuple[Edit, dict[str, float]]:
     norm: Any = model.get_submodule(place.norm)
     factor, shift, error = sums.fit(each=True, shift=getattr(norm, "bias", None) is not None)
     offset = norm_offset(norm)
     if offset is None:
         what = f"{place.norm} gives what stays, and its weight is no factor of each dimension"
         raise FfnkitError(f"refitting what stays without {name}", what, _DO)
-    told[name] = {"mean factor": float(factor.mean()), "output error on the data": error}
-    return Rescale.of(place.norm, factor, shift, offset), 1.0
+    told = {"mean factor": float(factor.mean()), "output error on the data": error}
+    return Rescale.of(place.norm, factor, shift, offset), told
 
 
 def _stream(model: nn.Module, few: Batch, gap: Gap) -> dict[str, int]:

@@ -63,6 +63,7 @@ def pooled(name: str) -> Pooled:
         kind = str(row.get("type", ""))
         if not kind.startswith(OWN):
             raise FfnkitError(asked, f"{kind} is code of another package", "Compress it, and tune it with that package")
-        modules.append(import_from_string(kind).load(str(held.root), subfolder=row["path"], local_files_only=True))
+        opened: Any = import_from_string(kind)
+        modules.append(opened.load(str(held.root), subfolder=row["path"], local_files_only=True))
     logging.getLogger(__name__).info("%s: %s", name, ", ".join(type(module).__name__ for module in modules))
     return Pooled(modules)

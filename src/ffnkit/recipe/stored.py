@@ -1,0 +1,26 @@
+"""The weights of a unit between its stages: a file, read into a model of the same form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ffnkit.io.files import replacing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def write_weights(model: PreTrainedModel, path: Path) -> None:
+    """All of a model's tensors, in one step."""
+    from safetensors.torch import save_model
+
+    with replacing(path) as new:
+        save_model(model, str(new))
+
+
+def read_weights(model: PreTrainedModel, path: Path) -> None:
+    """Put the tensors of a file into a model."""
+    from safetensors.torch import load_model
+
+    load_model(model, str(path))

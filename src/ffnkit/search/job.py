@@ -1,0 +1,389 @@
+"""A search from end to end: the original, proposals before tuning, tuning by successive halving, the choice.
+
+Every process that works on a folder does the same and takes what nobody else holds, so that a second one helps, and one
+that is killed leaves nothing undone.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ffnkit
+from ffnkit.errors import FfnkitError
+from ffnkit.io.files import disk_errors, read_json
+from ffnkit.recipe.state import digest, folder_digest, write_json
+from ffnkit.search import candidates as ways
+from ffnkit.search.chances import kept_share, least_kept
+from ffnkit.search.ground import Ground, ground_of
+from ffnkit.search.halving import promoted, spread
+from ffnkit.search.settings import SearchRecipe, check_optuna
+from ffnkit.search.state import POLL, Folder, read_rows, spec_of, write_rows
+
+Say = Callable[[str], None]
+FAILS = 3  # times the candidates may fail before the search gives up proposing
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to: everything in ``out``, and as ``results.json`` holds it."""
+
+    out: Path
+    results: dict[str, Any]
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 1 where no smaller model keeps enough."""
+        return 0 if self.results["chosen"] is not None else 1
+
+
+def search(recipe: SearchRecipe, out: str | Path, say: Say = lambda line: None, *, jobs: int = 1) -> Found:
+    """The smallest or fastest model that keeps a share of the metric, as ``recipe.search`` says.
+
+    Candidates (widths, layers, FFNs, sharing, heads and mixtures) are proposed by Optuna's multi-objective TPE and
+    measured before tuning: what they cost, and how far they are from the original on held-out data. The best of both
+    heal with growing budgets. Models are chosen on dev, by paired rows, and the chosen one is reported once on the
+    split kept for that. Killed and called again it goes on; called twice at once, both work on it.
+
+    Args:
+        out: gets ``model`` (compact and standard), ``front.md``, ``front.svg``, ``report.html`` and ``results.json``.
+        say: takes lines of progress.
+        jobs: processes on this machine, each with its share of the threads.
+
+    Raises:
+        FfnkitError: settings, data or the folder do not fit, or nothing could be proposed.
+    """
+    check_optuna()
+    with disk_errors(Path(out)):
+        run = Run(recipe, Path(out), say)
+        run.folder.begin(run.facts())
+        run.prepare()
+        with helpers(Path(out), jobs - 1):
+            run.work()
+        return run.finish()
+
+
+class Run:
+    """One process at work on a search."""
+
+    def __init__(self, recipe: SearchRecipe, out: Path, say: Say) -> None:
+        self.recipe, self.settings, self.say = recipe, recipe.search, say
+        self.folder = Folder(out)
+        self.ground: Ground = ground_of(recipe)
+        self.floor = self.settings.floor(self.ground.more)
+        self.start = time.process_time()
+
+    def facts(self) -> dict[str, Any]:
+        """What the figures depend on, by field of the recipe."""
+        plain = self.recipe.model_dump(mode="json", exclude={"name", "notes"})
+        folder = Path(self.ground.name)
+        own = folder_digest(folder) if folder.is_dir() else self.ground.name
+        return {**plain, "weights": own, "data": digest(self.ground.facts())}
+
+    # --- the original
+
+    def prepare(self) -> None:
+        """The original, its figures and the statistics of one pass, by whoever comes first."""
+        folder = self.folder
+        with folder.turn("original"):
+            if (folder.out / "original.json").exists():
+                return
+            begin = time.perf_counter()
+            model = self.ground.original(folder.original)
+            found = self.ground.scored(model, "dev")
+            if not (found.value > 0 and found.value < float("inf")):
+                what = f"the original has {self.ground.metric} {found.value:g} on dev, of which no share can be kept"
+                raise FfnkitError(f"searching on {self.ground.where}", what, "Tune it longer, or name another metric")
+            write_rows(folder.out / "original-dev.npz", found.rows)
+            ffnkit.calibrate(model, self.ground.calibration(model), folder.out / "statistics.safetensors")
+            figures = {"value": found.value, "costs": ways.costs(model), "layers": ways.depth(model)}
+            write_json(folder.out / "original.json", figures | {"seconds": time.perf_counter() - begin})
+            self.say(f"original: {self.ground.metric} {found.value:.4f} on dev ({time.perf_counter() - begin:.0f} s)")
+
+    @cached_property
+    def original(self) -> Any:
+        """The model that all are compared with."""
+        return self.ground.original(self.folder.original)
+
+    @cached_property
+    def first(self) -> dict[str, Any]:
+        """Its figures."""
+        found = read_json(self.folder.out / "original.json")
+        assert found is not None
+        return found
+
+    @cached_property
+    def statistics(self) -> Any:
+        """What its FFNs do on the calibration data."""
+        from ffnkit.calibration.stored import StatisticsFile
+
+        return StatisticsFile.load(self.folder.out / "statistics.safetensors", self.original)
+
+    @cached_property
+    def batches(self) -> list[Any]:
+        """The calibration data."""
+        return self.ground.calibration(self.original)
+
+    def size(self, costs: dict[str, int]) -> float:
+        """What is to be small, to the original's; of time the FLOPs foresee it."""
+        kind = "flops" if self.settings.objective == "latency" else self.settings.objective
+        return costs[kind] / self.first["costs"][kind]
+
+    # --- the work
+
+    def work(self) -> None:
+        """Candidates, then rung by rung what is left of them."""
+        self.propose()
+        for rung in range(self.settings.rungs):
+            self.climb(rung)
+
+    def propose(self) -> None:
+        """Measure candidates before tuning, until there are enough."""
+        study = self.study()
+        while len(done := self.folder.candidates()) < self.settings.candidates:
+            trials = study.get_trials(deepcopy=False)
+            with self.folder.turn("asking"):
+                self._take_back(study)
+            working = sum(1 for trial in trials if trial.state.name == "RUNNING")
+            if len(trials) > FAILS * self.settings.candidates + len(ways.first_ones(self.settings)):
+                break
+            if len(done) + working >= self.settings.candidates and working:
+                time.sleep(POLL)
+                continue
+            self._try(study)
+        if not self.folder.candidates():
+            raise FfnkitError("searching", "no candidate fits the model", "Allow other methods")
+
+    def study(self) -> Any:
+        """Optuna's study in the folder, which several processes share."""
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        path = str(self.folder.out / "study.log")
+        storage = JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
+        seed = self.settings.seed + (0 if os.environ.get(HELPER) is None else int(os.environ[HELPER]))
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=len(ways.first_ones(self.settings)))
+        with self.folder.turn("study"):
+            study = optuna.create_study(
+                storage=storage,
+                study_name="candidates",
+                directions=["minimize", "minimize"],
+                sampler=sampler,
+                load_if_exists=True,
+            )
+            if not study.get_trials(deepcopy=False):
+                for given in ways.first_ones(self.settings)[: self.settings.candidates]:
+                    study.enqueue_trial(given)
+        return study
+
+    def _take_back(self, study: Any) -> None:
+        """Trials of processes that are gone are proposed again."""
+        for trial in study.get_trials(deepcopy=False):
+            if trial.state.name != "RUNNING":
+                continue
+            with self.folder.claimed(f"candidate-{trial.number}") as ours:
+                if ours:
+                    study.tell(trial.number, state=_failed())
+                    if trial.params:
+                        study.enqueue_trial(trial.params)
+
+    def _try(self, study: Any) -> None:
+        with self.folder.turn("asking"):  # a trial that runs is claimed before another process can see it
+            trial = study.ask()
+            lock = self.folder.claimed(f"candidate-{trial.number}")
+            lock.__enter__()
+        try:
+            candidate = ways.proposed(trial, self.settings, self.first["layers"])
+            known = [each for each in self.folder.candidates().values() if spec_of(each) == candidate]
+            if known:
+                study.tell(trial, [known[0]["size"], known[0]["loss"]])
+                return
+            begin = time.perf_counter()
+            try:
+                figures = self._measured(candidate, self.folder.place(trial.number))
+            except FfnkitError as error:
+                self.say(f"{candidate}: {error}")
+                study.tell(trial, state=_failed())
+                return
+            write_json(self.folder.place(trial.number) / "candidate.json", figures)
+            study.tell(trial, [figures["size"], figures["loss"]])
+            count = len(self.folder.candidates())
+            self.say(
+                f"[{count}/{self.settings.candidates}] {candidate}: {figures['size']:.1%} of {self.settings.objective},"
+                f" loss {figures['loss']:.4g} before tuning ({time.perf_counter() - begin:.0f} s)"
+            )
+        finally:
+            lock.__exit__(None, None, None)
+
+    def _measured(self, candidate: ways.Candidate, place: Path) -> dict[str, Any]:
+        """What a candidate costs, and its loss before tuning; its plans are kept."""
+        place.mkdir(parents=True, exist_ok=True)
+        model = copy.deepcopy(self.original)
+        plans = ways.apply_to(
+            model, candidate, self.settings.objective, self.statistics, self.batches, self.settings.seed
+        )
+        for number, plan in enumerate(plans):
+            plan.save(place / f"plan-{number}")
+        costs = ways.costs(model)
+        return {
+            "candidate": candidate.to_dict(),
+            "plans": len(plans),
+            "costs": costs,
+            "size": self.size(costs),
+            "loss": self.loss(model),
+        }
+
+    def loss(self, model: Any) -> float:
+        """How far a model's answers are from the original's on held-out data, its mean over their kinds."""
+        import torch
+
+        from ffnkit.tune.answers import kind_of
+        from ffnkit.tune.healing.loss import whole_loss
+
+        kind = kind_of(self.original, next(iter(self.held.values()))[0])
+        with torch.no_grad():
+            found = [
+                sum(whole_loss(model, self.original, batch, kind).item() for batch in batches) / len(batches)
+                for batches in self.held.values()
+            ]
+        return sum(found) / len(found)
+
+    @cached_property
+    def held(self) -> dict[str, list[Any]]:
+        """Data that no fit sees, by their kind."""
+        return dict(self.ground.healing(self.original, self.recipe.heal, self.settings.seed)[1])
+
+    # --- tuning
+
+    def climb(self, rung: int) -> None:
+        """Tune those that reached a rung; return when all of them are done, by whoever."""
+        numbers = self.reached(rung)
+        while open_ones := [number for number in numbers if self.folder.rung(number, rung) is None]:
+            worked = False
+            for number in open_ones:
+                with self.folder.claimed(f"candidate-{number}") as ours:
+                    if ours and self.folder.rung(number, rung) is None:
+                        self._tune(number, rung)
+                        worked = True
+                        break
+            if not worked:
+                time.sleep(POLL)
+
+    def reached(self, rung: int) -> list[int]:
+        """Which candidates are tuned in a rung: the same for every process that asks."""
+        measured = {number: (each["size"], each["loss"]) for number, each in self.folder.candidates().items()}
+        left = spread({number: each for number, each in measured.items() if each[0] < 1}, self.settings.tuned)
+        for earlier in range(rung):
+            points = {n: (measured[n][0], 1 - (self.folder.rung(n, earlier) or {})["kept"]) for n in left}
+            count = max(2, -(-len(left) // self.settings.factor))
+            left = promoted(points, 1 - self.floor, count)
+        return left
+
+    def _tune(self, number: int, rung: int) -> None:
+        """Let a candidate go on learning from the original, from where the rung before left it."""
+        from ffnkit.tune.healing.heal import heal
+
+        begin, folder, place = time.perf_counter(), self.folder, self.folder.place(number)
+        found = folder.candidate(number)
+        assert found is not None
+        if rung:
+            model = self.ground.open(folder.model(number, rung - 1))
+        else:
+            model = copy.deepcopy(self.original)
+            for plan in range(found["plans"]):
+                ffnkit.apply(model, ffnkit.Plan.load(place / f"plan-{plan}"))
+        tokens = self.settings.tokens * self.settings.factor**rung
+        settings = self.recipe.heal.model_copy(update={"tokens": tokens})
+        seed = self.settings.seed + rung
+        parts, held = self.ground.healing(model, settings, seed)
+        healed = heal(model, self.original, parts, settings, held=held, seed=seed)
+        model.eval()
+        scored = self.ground.scored(model, "dev")
+        write_rows(place / f"rung-{rung}.npz", scored.rows)
+        ffnkit.save(model, folder.model(number, rung), tokenizer=self.ground.tokenizer)
+        kept, low = self.kept(scored.value, scored.rows, "dev", self.first["value"])
+        write_json(
+            place / f"rung-{rung}.json",
+            {
+                "rung": rung,
+                "tokens": tokens,
+                "value": scored.value,
+                "kept": kept,
+                "low": low,
+                "loss": self.loss(model),
+                "healed": healed.kept_at,
+                "seconds": time.perf_counter() - begin,
+            },
+        )
+        self.say(
+            f"rung {rung + 1} of {self.settings.rungs}, {spec_of(found)}: {found['size']:.1%} of "
+            f"{self.settings.objective}, keeps {kept:.2%} of {self.ground.metric} "
+            f"({time.perf_counter() - begin:.0f} s)"
+        )
+        del model
+        gc.collect()
+
+    def kept(self, value: float, rows: Any, part: Any, whole: float) -> tuple[float, float | None]:
+        """The share of the original's metric that is kept, and what it is at least, but for one time in ten.
+
+        Args:
+            value, rows: of the model. part: "dev" or "report". whole: the original's metric on it.
+        """
+        more, first = self.ground.more, self.folder.out / f"original-{part}.npz"
+        low = least_kept(rows, read_rows(first), self.ground.of_rows(part), more, seed=self.settings.seed)
+        return kept_share(value, whole, more), low
+
+    # --- the choice
+
+    def enough(self, figures: dict[str, Any]) -> bool:
+        """Whether a tuned candidate keeps what is asked, and surely twice the loss that is allowed at most."""
+        return figures["kept"] >= self.floor and (figures["low"] is None or figures["low"] >= 2 * self.floor - 1)
+
+    def finish(self) -> Found:
+        """Choose on dev, report once, write everything."""
+        from ffnkit.search import choice, pages
+
+        with self.folder.turn("finish"):
+            if (done := read_json(self.folder.out / "results.json")) is None:
+                done = choice.results(self)
+                pages.write(self, done)
+            return Found(self.folder.out, done)
+
+
+def _failed() -> Any:
+    from optuna.trial import TrialState
+
+    return TrialState.FAIL
+
+
+# --- helpers
+
+HELPER = "FFNKIT_SEARCH_HELPER"
+
+
+@contextmanager
+def helpers(out: Path, count: int) -> Iterator[None]:
+    """Further processes that work on the folder while the block runs; one that is killed is not missed."""
+    from ffnkit.recipe.shares import Shares
+    from ffnkit.search.helper import Helper
+
+    if count < 1:
+        yield
+        return
+    shares = Shares(count + 1)
+    started = [Helper(out, {**shares.environment(slot), HELPER: str(slot)}) for slot in range(1, count + 1)]
+    try:
+        yield
+    finally:
+        for each in started:
+            each.stop()

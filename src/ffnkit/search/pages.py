@@ -1,0 +1,172 @@
+"""What a search leaves to read: the front of size and quality as a table, a plot and a page; the card."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ffnkit.io import quickstart
+from ffnkit.io.architectures import is_own
+from ffnkit.io.files import write_text
+from ffnkit.io.markdown import one_line, paragraphs
+from ffnkit.recipe.results import plain
+from ffnkit.recipe.state import write_json
+from ffnkit.report import environment
+from ffnkit.report.card import CardInfo, LayerWidth, Metric, model_card
+from ffnkit.report.formats import markdown_table
+from ffnkit.search.halving import fronts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ffnkit.search.job import Run
+
+HEADER = ("", "candidate", "size", "FFN parameters", "kept", "at least", "tokens")
+WORDS = {"params": "parameters", "flops": "FLOPs a token", "bytes": "bytes", "latency": "FLOPs a token"}
+
+
+def write(run: Run, results: dict[str, Any]) -> None:
+    """results.json last: where it is there, all is."""
+    out, rows = run.folder.out, front(results)
+    notes = said(results)
+    head = f"# {one_line(run.recipe.name)}\n\n" + (paragraphs(run.recipe.notes) if run.recipe.notes else "")
+    table = markdown_table(HEADER, table_rows(results))
+    write_text(out / "front.md", f"{head}{table}\n" + "".join(f"- {line}\n" for line in notes))
+    if rows:
+        _picture(run, results, notes)
+    write_json(out / "results.json", plain(results))
+
+
+def front(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tuned candidates that no other beats in size and quality, the smallest first."""
+    tuned = {row["number"]: row for row in results["candidates"] if "tuned" in row}
+    points = {number: (row["size"], -row["tuned"]["kept"]) for number, row in tuned.items()}
+    return [tuned[number] for number in (fronts(points)[0] if points else [])]
+
+
+def table_rows(results: dict[str, Any]) -> list[list[str]]:
+    """Cells of the table: what was tuned, by size; the front has a star, what was chosen an arrow."""
+    best, whole = {row["number"] for row in front(results)}, results["original"]["costs"]["ffn_params"]
+    chosen = (results["chosen"] or {}).get("number")
+    found = []
+    for row in sorted((r for r in results["candidates"] if "tuned" in r), key=lambda r: r["size"]):
+        tuned = row["tuned"]
+        mark = "->" if row["number"] == chosen else "*" if row["number"] in best else ""
+        low = "" if tuned["low"] is None else f"{tuned['low']:.2%}"
+        ffn = f"{row['costs']['ffn_params'] / whole:.1%}"
+        found.append(
+            [mark, row["name"], f"{row['size']:.1%}", ffn, f"{tuned['kept']:.2%}", low, f"{tuned['tokens']:,}"]
+        )
+    return found
+
+
+def said(results: dict[str, Any]) -> list[str]:
+    """What the table means, in sentences."""
+    settings = results["recipe"]["search"]
+    what, metric, floor = WORDS[settings["objective"]], results["metric"], results["floor"]
+    value = results["original"]["value"]
+    lines = [
+        f"size: {what}, to the original's. kept: {metric} on dev, to the original's ({value:.4g}). at least: the lower"
+        " end of a one-sided 90% interval, by paired rows.",
+        f"asked for: {floor:.4g} of {metric}, and an interval above {2 * floor - 1:.4g}. ->: chosen on dev, *: no other"
+        " is smaller and better.",
+        f"{len(results['candidates'])} candidates were measured before tuning,"
+        f" {sum('tuned' in row for row in results['candidates'])} of them tuned.",
+    ]
+    if (chosen := results["chosen"]) is None:
+        return [*lines, "No smaller model keeps that: ask for less, or tune longer (search.tokens)."]
+    report = chosen["report"]
+    low = "" if report["low"] is None else f", surely {report['low']:.2%}"
+    lines.append(
+        f"{chosen['name']}: {metric} {report['value']:.4g} on the rows that chose nothing, the original"
+        f" {report['original']:.4g}: {report['kept']:.2%} is kept{low}."
+        f" A batch takes {chosen['latency']:.2f} of its time."
+    )
+    return lines
+
+
+def _picture(run: Run, results: dict[str, Any], notes: list[str]) -> None:
+    """The plot and the page, by what draws those of runs."""
+    from ffnkit.report.page import PageInfo, write_page
+    from ffnkit.report.plot import drawn, heading, svg
+    from ffnkit.report.table import summarize
+
+    metric = results["metric"]
+    rows = [_row("original", metric, results["original"]["value"], results["original"]["costs"])]
+    arms: dict[str, dict[str, Any]] = {"original": {}}
+    for each in front(results):
+        name = each["name"]
+        rows.append(_row(name, metric, each["tuned"]["value"], each["costs"]) | _time(each))
+        arms[name] = {key: value for key, value in each["candidate"].items() if value}
+    summary = summarize(rows, metric)
+    write_text(run.folder.out / "front.svg", svg(drawn(summary), heading(summary), "front"))
+    info = PageInfo(
+        title=run.recipe.name,
+        model=run.recipe.model,
+        task=run.ground.where,
+        metric=metric,
+        split_policy="chosen on dev, whose figures these are; the chosen one is reported once on rows kept for that",
+        rows=rows,
+        arms=arms,
+        settings={name: value for name, value in results["recipe"]["search"].items() if value is not None},
+        seeds=(0,),
+        versions=environment.versions(),
+        machine=environment.machine(),
+        notes=notes,
+    )
+    write_page(run.folder.out / "report.html", info)
+
+
+def _row(name: str, metric: str, value: float, costs: dict[str, int]) -> dict[str, Any]:
+    return {
+        "arm": name,
+        "seed": 0,
+        "status": "done",
+        "metrics": {metric: value},
+        "parameters": costs["params"],
+        "ffn_parameters": costs["ffn_params"],
+        "flops_per_token": costs["flops"],
+        "bytes_on_disk_compact": costs["bytes"],
+    }
+
+
+def _time(row: dict[str, Any]) -> dict[str, Any]:
+    return {"latency_s": row["latency_s"], "latency_ratio": row["latency"]} if "latency" in row else {}
+
+
+def card(run: Run, model: PreTrainedModel, chosen: dict[str, Any], form: Any) -> str:
+    """The model card of the chosen one."""
+    from ffnkit.model.finding import ffns
+
+    widths = {ffn.name: ffn.width for ffn in ffns(model)}
+    metric = run.ground.metric
+    task = getattr(run.ground, "task", None)
+    dataset, config = (task.hub[0], task.hub[1] if len(task.hub) > 1 else None) if task and task.hub else ("text", None)
+    report = chosen["report"]
+    low = "" if report["low"] is None else f" (at least {report['low']:.2%}, one-sided 90%, paired rows)"
+    return model_card(
+        CardInfo(
+            base_model=quickstart.HUB if run.recipe.model == quickstart.NAME else run.recipe.model,
+            form=form,
+            method="ffnkit search",
+            settings={name: value for name, value in chosen["candidate"].items() if value},
+            layers=tuple(LayerWidth(ffn.name, ffn.width, widths.get(ffn.name)) for ffn in ffns(run.original)),
+            metrics=[
+                Metric(
+                    metric,
+                    report["value"],
+                    dataset=dataset,
+                    config=config,
+                    split="validation" if config else "report",
+                    task=task.pipeline_tag if task else "text-generation",
+                    baseline=report["original"],
+                )
+            ],
+            healing={"tokens in the last rung": chosen["tuned"]["tokens"], "rungs": chosen["tuned"]["rung"] + 1},
+            figures={"kept": f"{report['kept']:.2%}{low}", "parameters": f"{chosen['costs']['params']:,}"},
+            versions=environment.versions(),
+            notes=["Chosen on dev among several candidates; reported once on rows that chose nothing."],
+            auto_class=task.auto_class(model.config).__name__ if task else "AutoModelForCausalLM",
+            own_class=is_own(model),
+            pipeline_tag=task.pipeline_tag if task else "text-generation",
+        )
+    )
