@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ffnkit import plans
 from ffnkit.errors import FfnkitError
@@ -14,14 +14,11 @@ from ffnkit.surgery.apply import check_edits
 from ffnkit.surgery.meta import structure
 from ffnkit.surgery.trial import try_out
 
-if TYPE_CHECKING:
-    from ffnkit.calibration.stored import StatisticsFile
-
 
 def plan(
     model: nn.Module,
     method: Method,
-    data: Iterable[dict[str, Tensor]] | StatisticsFile | None = None,
+    data: Any = None,
     progress: Progress | None = None,
 ) -> Plan:
     """What ``method`` would do to ``model``; changes nothing.
@@ -38,7 +35,7 @@ def plan(
     Raises:
         FfnkitError: naming model and method, where the settings do not fit the model, or it does not bear the edits.
     """
-    made = plans.plan(model, method, cast(Any, data), progress)
+    made = plans.plan(model, method, data, progress)
     try:
         check_edits(model, made.edits)
         try_out(model, made.edits, data[0] if isinstance(data, Sequence) and data else None)
