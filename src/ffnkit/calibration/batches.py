@@ -262,3 +262,10 @@ def loss_of(output: Any, asked: str, do: str = "Give batches with labels") -> Te
         raise FfnkitError(asked, "its outputs have no loss", do)
     assert isinstance(loss, Tensor)
     return loss
+
+
+def features(output: Any) -> Tensor:
+    """The first tensor of an output that has a row for something; a loss has none."""
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
+    found = [part for part in parts if isinstance(part, Tensor) and part.ndim > 1]
+    return found[0] if found else first_tensor(output)

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import Batch, evaluating, first_tensor, forward, has_decoder, kept, prepared
+from ffnkit.calibration.batches import Batch, evaluating, features, forward, has_decoder, kept, prepared
 from ffnkit.calibration.padding import TokenMasks
-from ffnkit.errors import FfnkitError
 from ffnkit.model.trainable import body
 
 TOKENS = 2048  # that are compared, at least, where there are so many
@@ -91,12 +90,9 @@ class Drift:
         finally:
             handle.remove()
         logits = getattr(caught[-1], "logits", None) if self.written else None
-        value = (_features(caught[-1]) if logits is None else logits).detach()
+        value = (features(caught[-1]) if logits is None else logits).detach()
         self._masks.start(batch)
-        try:
-            mask = self._masks.of("", value, quiet=True)
-        except FfnkitError:  # of whole rows, as CLIP's: no token has a place in it
-            mask = None
+        mask = self._masks.of("", value, quiet=True)
         flat, labels = value.reshape(-1, value.shape[-1]), self._labels(batch, value)
         if mask is None:
             return flat, labels
@@ -140,10 +136,3 @@ def apart(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
 
 def _rows(batch: Batch, rows: slice) -> Batch:
     return {name: value[rows] if isinstance(value, Tensor) and value.ndim else value for name, value in batch.items()}
-
-
-def _features(output: Any) -> Tensor:
-    """The first tensor of an output that has a row for something; a loss has none."""
-    parts = output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
-    found = [part for part in parts if isinstance(part, Tensor) and part.ndim > 1]
-    return found[0] if found else first_tensor(output)

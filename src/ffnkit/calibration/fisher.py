@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import Batch, evaluating, first_tensor, forward, has_decoder, kept, prepared
+from ffnkit.calibration.batches import Batch, evaluating, features, forward, has_decoder, kept, prepared
 from ffnkit.calibration.padding import TokenMasks
 from ffnkit.calibration.reading import some
 from ffnkit.calibration.stored import StatisticsFile
@@ -96,7 +96,7 @@ def _go_back(model: nn.Module, batch: dict[str, Any], masks: TokenMasks, draw: t
     finally:
         handle.remove()
     logits = getattr(caught[-1], "logits", None) if written else None
-    value = first_tensor(caught[-1]) if logits is None else logits
+    value = features(caught[-1]) if logits is None else logits
     if not value.requires_grad:
         return
     masks.start(batch)
