@@ -153,7 +153,9 @@ class Run:
             with self.folder.turn("asking"):
                 self._take_back(study)
             working = sum(1 for trial in trials if trial.state.name == "RUNNING")
-            if len(trials) > FAILS * self.settings.candidates + len(ways.first_ones(self.settings)):
+            if len(trials) > FAILS * self.settings.candidates + len(
+                ways.first_ones(self.settings, self.first["layers"])
+            ):
                 break
             if len(done) + working >= self.settings.candidates and working:
                 time.sleep(POLL)
@@ -172,7 +174,9 @@ class Run:
         path = str(self.folder.out / "study.log")
         storage = JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
         seed = self.settings.seed + (0 if os.environ.get(HELPER) is None else int(os.environ[HELPER]))
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=len(ways.first_ones(self.settings)))
+        sampler = optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=len(ways.first_ones(self.settings, self.first["layers"]))
+        )
         with self.folder.turn("study"):
             study = optuna.create_study(
                 storage=storage,
@@ -182,7 +186,7 @@ class Run:
                 load_if_exists=True,
             )
             if not study.get_trials(deepcopy=False):
-                for given in ways.first_ones(self.settings)[: self.settings.candidates]:
+                for given in ways.first_ones(self.settings, self.first["layers"])[: self.settings.candidates]:
                     study.enqueue_trial(given)
         return study
 
