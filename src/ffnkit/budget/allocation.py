@@ -109,9 +109,7 @@ def allocate(
             return _allocation(space, space.uniform(), None, "")
         with phase("widths by layer") as step:
             costs = costs_of(space, model, data, progress or step)
-        # A single token has no spread about its mean: there nothing tells widths apart.
-        told = [cost.nan_to_num(nan=0.0).clamp(max=1e100) for cost in costs]
-        prices = [[float(cost[width]) for width in widths] for cost, widths in zip(told, space.widths, strict=True)]
+        prices = [[float(cost[width]) for width in widths] for cost, widths in zip(costs, space.widths, strict=True)]
         picked = cheapest(space.sizes(), prices, space.budget)
     except FfnkitError as error:
         raise error.within(f"widths by layer of {type(model).__name__}") from error

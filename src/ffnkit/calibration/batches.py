@@ -62,11 +62,12 @@ def telling(
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The first floating tensor of what a module gives."""
+    """The first floating tensor of what a module gives that has a row for something, which a loss has not."""
     if isinstance(output, Tensor):
         return output
     values = output.values() if hasattr(output, "values") else output
-    return next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
+    found = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    return next((value for value in found if value.ndim > 1), found[0])
 
 
 def few_rows(batch: Batch, rows: int = 2) -> Batch:
@@ -262,10 +263,3 @@ def loss_of(output: Any, asked: str, do: str = "Give batches with labels") -> Te
         raise FfnkitError(asked, "its outputs have no loss", do)
     assert isinstance(loss, Tensor)
     return loss
-
-
-def features(output: Any) -> Tensor:
-    """The first tensor of an output that has a row for something; a loss has none."""
-    parts = output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
-    found = [part for part in parts if isinstance(part, Tensor) and part.ndim > 1]
-    return found[0] if found else first_tensor(output)

@@ -48,7 +48,7 @@ def token_mask(model: nn.Module, batch: Batch, name: str, stack: str, shape: tup
     mask = _own_mask(model, batch, name, stack)
     if mask is None:
         return None
-    if not shape or shape == (len(mask),):  # no row of a token, or one an example: pooled
+    if shape == (len(mask),):  # one row an example: pooled
         return None
     found = _fitted(mask.ne(0), model, batch, shape, subsampled=stack != "decoder")
     if found is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import Batch, features, few_rows, kept
+from ffnkit.calibration.batches import Batch, few_rows, first_tensor, kept
 from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.calibration.hooks import Activations, Receive
 from ffnkit.calibration.reading import is_norm
@@ -92,7 +92,7 @@ def _reading(block: nn.Module, read: Read) -> Iterator[Receive]:
             hand_on(given.reshape(-1, given.shape[-1]).clone())
 
     def ends(_: nn.Module, __: Any, output: Any) -> None:
-        value = features(output)
+        value = first_tensor(output)
         hand_on(value.reshape(-1, value.shape[-1]).clone())
         hand_on(None)  # nothing that fits came
 
