@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from ffnkit import plans
 from ffnkit.errors import FfnkitError
-from ffnkit.plans import Method, Plan, Progress
+from ffnkit.plans import Measured, Method, Plan, Progress
 from ffnkit.surgery.apply import check_edits
 from ffnkit.surgery.meta import structure
 from ffnkit.surgery.trial import try_out
@@ -18,7 +17,7 @@ from ffnkit.surgery.trial import try_out
 def plan(
     model: nn.Module,
     method: Method,
-    data: Any = None,
+    data: Iterable[dict[str, Tensor]] | Measured | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """What ``method`` would do to ``model``; changes nothing.
