@@ -43,7 +43,7 @@ def page(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
         lines.append([row["name"], *(f"{row[width]:.2f}" for width in widths), seconds])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = common.table(lines)
     notes = [
         f"- {said['model']}, every FFN at a share of its width, {said['tokens']:,} tokens of {said['task']}'s train"
         f" split for calibration ({said['mix']:.0%} of them ffnkit's text), no tuning; perplexity on its validation"
