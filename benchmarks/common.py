@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +135,11 @@ def resumed(out: Path, name: str, conditions: dict[str, Any]) -> dict[str, Any]:
     stored = out / f"{name}.json"
     results: dict[str, Any] = json.loads(stored.read_text()) if stored.is_file() else {}
     return results if results.get("conditions") == conditions else started() | {"conditions": conditions}
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the second of which are the rules, as Markdown."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def footer(results: dict[str, Any], threads: int | None = None) -> list[str]:

@@ -43,11 +43,11 @@ def page(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
         lines.append([row["name"], *(f"{row[width]:.2f}" for width in widths), seconds])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = common.table(lines)
     notes = [
         f"- {said['model']}, every FFN at a share of its width, {said['tokens']:,} tokens of {said['task']}'s train"
-        f" split for calibration ({said['mix']:.0%} of them ffnkit's text), no tuning; perplexity on its validation split"
-        f" in windows of {LENGTH}; one draw. Seconds are the mean over the widths.",
+        f" split for calibration ({said['mix']:.0%} of them ffnkit's text), no tuning; perplexity on its validation"
+        f" split in windows of {LENGTH}; one draw. Seconds are the mean over the widths.",
         *common.footer(results),
     ]
     return f"# Data-aware fusion by effort ({said['model']})\n\n{table}\n\n" + "\n".join(notes) + "\n"

@@ -60,7 +60,7 @@ def page(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
         lines.append([row["name"], f"{row['share']:.1%}", *(f"{row[name]:.1f}" for name in texts), seconds])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = common.table(lines)
     notes = [
         f"- {said['model']} in {said['dtype']}, {said['params']:g} of all parameters, {said['tokens']:,} tokens of"
         f" calibration, no tuning; perplexity on {said['measured']:,} tokens of each text in windows of 512; one draw.",

@@ -80,7 +80,7 @@ def page(results: dict[str, Any]) -> str:
         back = " / ".join(f"{row['back'][text]:.0%}" for text in texts) if "back" in row else ""
         spent = [f"{row['tokens']:,}", f"{row['seconds'] / 60:.0f}"] if "tokens" in row else ["", ""]
         lines.append([row["name"], *(f"{row[text]:.1f}" for text in texts), back, *spent])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = common.table(lines)
     notes = [
         f"- {said['model']} in {said['dtype']}, all FFNs at {said['width']:g} of their width; perplexity on"
         f" {said['windows'] * WINDOW:,} tokens of each text in windows of {WINDOW}; one draw. Healing on half"

@@ -118,7 +118,7 @@ def page(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         saved, took = f"{row.get('saved', 0):,}", f"{row.get('processor seconds', 0):.0f}"
         lines.append([row.get("found", row["layers"]), row["how"], f"{row['value']:.{said['digits']}f}", saved, took])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = common.table(lines)
     means = [f"- Geometric mean of the pairs, {how}: {value:.2f}." for how, value in results.get("pairs", {}).items()]
     notes = [
         f"- {said['model']}, {said['tokens']:,} tokens of calibration, no tuning; {said['measured']}; one draw.",

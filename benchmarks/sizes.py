@@ -13,14 +13,14 @@ test split, and of FILE, of which calibration has nothing. Results are kept afte
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import common
-from carry_over import WINDOW, perplexity, text_of, windows
+from carry_over import WINDOW, perplexity
+from closed_forms import calibrating, held_out
 from transformers import AutoModelForCausalLM
 
 import ffnkit as fk
@@ -56,7 +56,7 @@ def page(results: dict[str, Any]) -> str:
         cells = [told([row[text] for row in rows if row["removed"] == size]) for size in sizes for text in texts]
         busy = [row["processor seconds"] for row in rows]
         lines.append([name, *cells, f"{min(busy):.0f} to {max(busy):.0f}"])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = common.table(lines)
     notes = [
         f"- {said['model']}, {said['tokens']:,} tokens of calibration (half WikiText-2, half of many kinds), no tuning;"
         f" perplexity on {said['measured']:,} tokens of each text in windows of {WINDOW}; mean of {said['draws']} draws"
@@ -73,11 +73,6 @@ def told(values: list[float]) -> str:
     mean = statistics.fmean(values)
     shown = f"{mean:,.1f}" if mean < 1e4 else f"{mean:.1e}"
     return shown if len(values) < 2 else f"{shown} ± {statistics.stdev(values):.1f}"
-
-
-def settings_of(given: argparse.Namespace) -> tune.CalibrationSettings:
-    file = Path(os.environ["FFNKIT_DATA"]) / "wikitext2" / "validation.txt"
-    return tune.CalibrationSettings(tokens=given.tokens, text=str(file), mix=0.5, max_length=WINDOW, batch_size=4)
 
 
 def sized(name: str, model: Any, removed: float) -> Any:
@@ -106,9 +101,7 @@ def main() -> None:
     given = parser.parse_args()
     name = f"sizes_{given.model.name.lower()}"
     tokenizer = load_tokenizer(given.model)
-    texts = {"WikiText-2": text_of("wikitext2", "test")}
-    texts |= {"novel": given.novel.read_text(encoding="utf-8")} if given.novel else {}
-    held = {key: windows(tokenizer, text)[:: max(1, 16 // given.windows)] for key, text in texts.items()}
+    held = held_out(tokenizer, given.novel, given.windows)
     conditions = {
         **{"model": given.model.name, "removed": given.removed, "draws": given.draws, "tokens": given.tokens},
         **{"measured": min(ids.numel() for ids in held.values()), "texts": [*held]},
@@ -134,7 +127,7 @@ def main() -> None:
         if (arm, size, draw) in done or (not reads and draw):
             continue
         model = opened()
-        data: Any = tune.calibration_batches(model, tokenizer, settings_of(given), seed=draw) if reads else None
+        data: Any = tune.calibration_batches(model, tokenizer, calibrating(given.tokens), seed=draw) if reads else None
         if reads == "statistics":
             file = given.work / f"draw{draw}.safetensors"
             if not file.exists():

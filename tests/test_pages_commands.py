@@ -12,6 +12,7 @@ import pytest
 import typer.main
 
 from ffnkit import methods
+from ffnkit.cli.group import filled
 from ffnkit.cli.program import app
 from ffnkit.recipe import shipped
 
@@ -39,6 +40,7 @@ def wrong(line: str) -> str:
     words = words[: min(ends)] if ends else words
     if not words or words[0].startswith("-"):
         return ""
+    words = filled(words)
     command = GROUP.commands.get(words[0])
     if command is None:
         return f"there is no command {words[0]}"

@@ -157,11 +157,11 @@ DATA = ["--train-file", "TABLE", "--text-column", "text", "--label-column", "lik
 COMMANDS = {
     "compress": (
         ["compress", "MODEL", "--method", "fusion", "--set", "width=0.5", "--out", "OUT"],
-        ["loading", "planning fusion bert.encoder.layer", "applying: ", "what it costs", "saving"],
+        ["loading", "planning fusion bert.encoder.layer", "applying: ", "what it costs", "exporting"],
     ),
     "tune": (
         ["tune", "MODEL", *DATA, "--steps", "3", "--set", "eval_every=3", "--tuner", "sparsegrad", "--out", "OUT"],
-        ["gradients", "bases", "cores", "entries", "training", "evaluating", "reading tokens", "saving"],
+        ["gradients", "bases", "cores", "entries", "training", "evaluating", "reading tokens", "exporting"],
     ),
     "eval": (["eval", "MODEL", *DATA], ["loading", "evaluating: 1 of 1"]),
     "export": (["export", "MODEL", "--out", "OUT"], ["loading", "exporting", "opening and comparing"]),

@@ -108,6 +108,7 @@ def test_updates_in_bf16(source: Path, small: Path, tmp_path: Path, name: str) -
     data = Dataset.from_dict({"text": TEXTS})
     found = losses(SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer))
     assert found[-1] < found[0]
-    fk.save(tuner.finish(model), tmp_path / "tuned")
-    again, probe = fk.load(tmp_path / "tuned"), torch.tensor([tokenizer(TEXTS[0])["input_ids"]])
-    torch.testing.assert_close(again(probe).logits, model(probe).logits, atol=1e-4, rtol=1e-3)
+    done = tuner.finish(model)
+    fk.save(done, tmp_path / "tuned")
+    told = done.state_dict()  # its forward is still accelerate's, in bf16
+    assert all(value.equal(told[key]) for key, value in fk.load(tmp_path / "tuned").state_dict().items())

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -337,10 +337,20 @@ class Method(Protocol):
     def draft(self, model: nn.Module, data: Iterable[dict[str, Tensor]] | None, progress: Progress | None) -> Draft: ...
 
 
+class Measured(Protocol):
+    """What data did in a model, in a file: :class:`ffnkit.StatisticsFile`."""
+
+    path: Path
+
+    def check(self, model: nn.Module) -> None:
+        """Raises FfnkitError where it is of another model."""
+        ...
+
+
 def plan(
     model: nn.Module,
     method: Method,
-    data: Iterable[dict[str, Tensor]] | None = None,
+    data: Iterable[dict[str, Tensor]] | Measured | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """The plan of a method's draft, untried; arguments and errors as of ``surgery.planning.plan``, which tries it."""
@@ -348,7 +358,7 @@ def plan(
     try:
         shapes = {ffn.name: Shape.of(ffn) for ffn in ffns(model)}
         with torch.no_grad(), phase(f"planning {method.name}") as step:
-            draft = method.draft(model, data, progress or step)
+            draft = method.draft(model, cast(Any, data), progress or step)
     except FfnkitError as error:
         asked = f"{method.name} on {type(model).__name__}"
         raise error.within(asked) from error

@@ -62,11 +62,12 @@ def telling(
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The first floating tensor of what a module gives."""
+    """The first floating tensor of what a module gives that has a row for something, which a loss has not."""
     if isinstance(output, Tensor):
         return output
     values = output.values() if hasattr(output, "values") else output
-    return next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
+    found = [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    return next((value for value in found if value.ndim > 1), found[0])
 
 
 def few_rows(batch: Batch, rows: int = 2) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,8 +41,7 @@ class Drift:
             run: lets the model run on one of the batches, by its number, where passes are cut short.
         """
         self.model, self._run = model, run
-        self.written = getattr(model, "get_output_embeddings", lambda: None)() is not None
-        self._masks = TokenMasks(model, {"": ("decoder" if has_decoder(model) else "", ())})
+        self.written, self._masks = writes(model), whole_masks(model)
         self.batches: list[dict[str, Any]] = []
         self.reference: list[Tensor] = []
         seen = held = 0
@@ -60,7 +60,7 @@ class Drift:
         """ "KL" or "error" (see above), and "perplexity" where the batches have labels of texts."""
         gap = norm = lost = 0.0
         asked = 0
-        mean = None if self.written else torch.cat([r.float() for r in self.reference]).mean(0)
+        mean = None if self.written else self._centre()
         for number, was in enumerate(self.reference):
             now, labels = self._gives(number)
             if mean is not None:
@@ -75,24 +75,18 @@ class Drift:
         figures = {"KL" if self.written else "error": max(gap, 0.0) / max(norm, 1e-30)}
         return figures | ({"perplexity": math.exp(min(lost / asked, 700.0))} if asked else {})
 
+    def _centre(self) -> Tensor:
+        """(columns,) the mean of what was given; of a single token, which has no spread about it, the origin."""
+        rows = torch.cat([each.float() for each in self.reference])
+        return rows.mean(0) if len(rows) > 1 else rows.new_zeros(rows.shape[1])
+
     @torch.no_grad()
     def _gives(self, number: int) -> tuple[Tensor, Tensor | None]:
         """(tokens that count, columns) of what is compared, and what each of them is to write, if that is known."""
-        caught: list[Any] = []
-        end, batch = self.model if self.written else body(self.model), self.batches[number]
-        handle = end.register_forward_hook(lambda _, __, output: caught.append(output))
-        try:
-            with evaluating(self.model):
-                if self._run is not None:
-                    self._run(number)
-                else:
-                    forward(self.model, batch)
-        finally:
-            handle.remove()
-        logits = getattr(caught[-1], "logits", None) if self.written else None
-        value = (first_tensor(caught[-1]) if logits is None else logits).detach()
-        self._masks.start(batch)
-        mask = self._masks.of("", value, quiet=True)
+        batch = self.batches[number]
+        with evaluating(self.model):
+            value, mask = given(self.model, batch, self._masks, self._run and partial(self._run, number))
+        value = value.detach()
         flat, labels = value.reshape(-1, value.shape[-1]), self._labels(batch, value)
         if mask is None:
             return flat, labels
@@ -107,6 +101,41 @@ class Drift:
         if not whole:  # the next one's
             labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
         return labels.reshape(-1).to(value.device)
+
+
+def writes(model: nn.Module) -> bool:
+    """Whether what a model gives is a distribution over tokens."""
+    return getattr(model, "get_output_embeddings", lambda: None)() is not None
+
+
+def whole_masks(model: nn.Module) -> TokenMasks:
+    """Which tokens count in what the model as a whole gives."""
+    return TokenMasks(model, {"": ("decoder" if has_decoder(model) else "", ())})
+
+
+def given(
+    model: nn.Module, batch: Batch, masks: TokenMasks, run: Callable[[], Any] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """What a model that writes gives, its logits, or the body of any other: (..., columns), and which rows count.
+
+    Args:
+        batch: prepared. masks: of :func:`whole_masks`. run: lets the model run on it, where that is not a whole pass.
+
+    Returns:
+        The second is (rows,), ones for those that count; None where all do.
+    """
+    caught: list[Any] = []
+    written = writes(model)
+    end = model if written else body(model)
+    handle = end.register_forward_hook(lambda _, __, output: caught.append(output))
+    try:
+        forward(model, batch) if run is None else run()
+    finally:
+        handle.remove()
+    logits = getattr(caught[-1], "logits", None) if written else None
+    value = first_tensor(caught[-1]) if logits is None else logits
+    masks.start(batch)
+    return value, masks.of("", value, quiet=True)
 
 
 def divergence(new: Tensor, old: Tensor) -> float:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import Batch, evaluating, first_tensor, forward, has_decoder, kept, prepared
+from ffnkit.calibration.batches import Batch, evaluating, kept, prepared
+from ffnkit.calibration.drift import given, whole_masks, writes
 from ffnkit.calibration.padding import TokenMasks
 from ffnkit.calibration.reading import some
 from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.io.files import spooled
 from ffnkit.model.ffn import FFN
-from ffnkit.model.trainable import body
 
 TOGETHER = 512  # tokens that are gone back over at a time, where rows are not longer
 DAMPING = 0.1  # of the mean diagonal, added to it: directions that few tokens tell of
@@ -50,7 +50,7 @@ def fisher(
         for ffn in found
         for module in {id(m): m for owner in ffn.owners.values() for m in [_giving(ffn, owner)]}.values()
     ]
-    masks = TokenMasks(model, {"": ("decoder" if has_decoder(model) else "", ())})
+    masks = whole_masks(model)
     try:
         for parameter in flags:
             parameter.requires_grad_(False)
@@ -88,22 +88,12 @@ def _adding(sums: dict[str, Tensor], name: str) -> Any:
 
 
 def _go_back(model: nn.Module, batch: dict[str, Any], masks: TokenMasks, draw: torch.Generator) -> None:
-    written = getattr(model, "get_output_embeddings", lambda: None)() is not None
-    caught: list[Any] = []
-    handle = (model if written else body(model)).register_forward_hook(lambda _, __, output: caught.append(output))
-    try:
-        forward(model, batch)
-    finally:
-        handle.remove()
-    logits = getattr(caught[-1], "logits", None) if written else None
-    value = first_tensor(caught[-1]) if logits is None else logits
+    value, mask = given(model, batch, masks)
     if not value.requires_grad:
         return
-    masks.start(batch)
-    mask = masks.of("", value, quiet=True)
     rows = value.reshape(-1, value.shape[-1])
     rows = (rows if mask is None else rows[mask > 0]).float()
-    if written:
+    if writes(model):
         with torch.no_grad():  # an exponential race draws from the distribution, with a generator of the CPU's
             noise = torch.rand(rows.shape, generator=draw).clamp_min_(1e-30).log_().neg_().log_().neg_()
             drawn = (rows + noise.to(rows.device)).argmax(-1)

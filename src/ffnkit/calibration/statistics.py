@@ -187,10 +187,9 @@ class HeldInputs:
         room = self.most - self.held
         if room > 0:
             self.inputs.append(inputs[:room].float())
-            if weights is not None:
-                self.weights.append(weights[:room].float())
-            if missing is not None:
-                self.missing.append(missing[:room].float())
+            for held, rows in ((self.weights, weights), (self.missing, missing)):
+                if rows is not None:
+                    held.append(rows[:room].float())
             self.held += len(self.inputs[-1])
 
     def merge(self, other: HeldInputs) -> None:

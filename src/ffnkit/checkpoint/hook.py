@@ -9,6 +9,7 @@ can be nested under ``base`` in the same config slot and is delegated to.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io import apart
 from ffnkit.io.compact import check_described
 from ffnkit.io.formats import FORMAT, MARK, QUANT_METHOD, is_compact
+
+logger = logging.getLogger(__name__)
 
 # ``surgery`` is imported when first used: this module may be loaded in the middle of transformers'
 # own import, when the modules that they need are not there yet.
@@ -153,6 +156,8 @@ class FfnkitQuantizer(HfQuantizer):
         model.hf_quantizer = self
         model.quantization_method = self.inner.quantization_config.quant_method
         self.inner.postprocess_model(model, **kwargs)
+        if not self.quantization_config.base_done:
+            _tell_float(model)
         _leave_deserializing(model)
         declare_shared(model)  # scales that lie beside a quantized weight are shared with it
         described["base_done"] = True
@@ -227,6 +232,25 @@ AutoQuantizationConfig.from_dict = classmethod(  # type: ignore[method-assign, a
 )
 
 
+def _nested(merge: Callable[..., Any]) -> Callable[..., Any]:
+    """A quantization asked of ``from_pretrained`` for a compact checkpoint, nested in what the file says."""
+
+    def merged(cls: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        if quantization_config_from_args is None or not is_compact(quantization_config):
+            return merge(quantization_config, quantization_config_from_args)
+        if quantization_config.get("base") is not None:
+            do = "Open it without quantization_config, or quantize the compact checkpoint that it was made of"
+            raise FfnkitError("opening a compact checkpoint quantized", "it is quantized already", do)
+        return FfnkitConfig.from_dict({**quantization_config, "base": quantization_config_from_args.to_dict()})
+
+    return merged
+
+
+AutoHfQuantizer.merge_quantization_configs = classmethod(  # type: ignore[method-assign,assignment]
+    _nested(AutoHfQuantizer.merge_quantization_configs)
+)
+
+
 _THIN = ("first", "second")  # the parameters of a thin pair in format 1
 
 
@@ -244,6 +268,16 @@ def _leave_packing(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _tell_float(model: Any) -> None:
+    """Say which linears quantizers pass over, because a factor, a mask or an update stands beside their weight."""
+    from ffnkit.nn.reparametrized import ReparametrizedLinear
+
+    left = [n for n, m in model.named_modules() if isinstance(m, ReparametrizedLinear) and not m.thin]
+    if left:
+        do = "ffnkit.load(..., fold=True), saved, quantizes them too"
+        logger.warning("%d linears stay in float, such as %s: something stands beside them; %s", len(left), left[0], do)
 
 
 def _leave_renaming(model: Any) -> None:

@@ -7,23 +7,30 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ffnkit.errors import FfnkitError
 from ffnkit.io.architectures import load_any, read_config
 from ffnkit.io.formats import is_compact
 from ffnkit.io.loading import HUB
+from ffnkit.surgery.apply import fold as fold_model
 
 
-def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load(directory: str | Path, *, fold: bool = False, **kwargs: Any) -> PreTrainedModel:
     """Open a checkpoint in the class that it was saved from, compact or standard.
 
     Args:
         directory: a folder or hub name.
+        fold: plain linears in the place of those with a factor, a mask, thin pairs or updates, for libraries that look
+            for linears (peft, quantizers); outputs stay. Not beside a quantization.
         kwargs: passed to ``from_pretrained``, as it takes them (dtype, device_map, num_labels, trust_remote_code, ...).
             A ``quantization_config`` for a compact checkpoint is nested: its own quantizer works on the narrow model.
 
     Raises:
-        FfnkitError: where it is missing, damaged or holds NaN.
+        FfnkitError: where both ``fold`` and a quantization are asked for, or it is missing, damaged or holds NaN.
     """
     quantization = kwargs.get("quantization_config")
+    if fold and quantization is not None:
+        found = "what is quantized cannot be folded exactly"
+        raise FfnkitError("load(fold=True, quantization_config=...)", found, "Fold first, save, and quantize that")
     if quantization is not None:
         others = {key: value for key, value in kwargs.items() if key not in ("quantization_config", "config")}
         config, rest = kwargs.get("config"), others
@@ -34,4 +41,5 @@ def load(directory: str | Path, **kwargs: Any) -> PreTrainedModel:
             data = quantization if isinstance(quantization, dict) else quantization.to_dict()
             config.quantization_config = {**described, "base": data, "base_done": False}
             kwargs = {**rest, **{key: others[key] for key in HUB if key in others}, "config": config}
-    return load_any(str(directory), **kwargs)
+    model = load_any(str(directory), **kwargs)
+    return fold_model(model) if fold else model

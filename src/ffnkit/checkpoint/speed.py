@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ffnkit.calibration.latency import Latencies, Spread, latencies
 from ffnkit.model.config_keys import set_width
 from ffnkit.model.ffn import FFN
-from ffnkit.model.fresh import read
+from ffnkit.model.fresh import built, read
 from ffnkit.surgery.description import Keys
 
 TOKENS = 128
@@ -134,12 +134,11 @@ def _built(model: PreTrainedModel, config: Any, widths: Mapping[Any, int]) -> nn
     for key, width in widths.items():
         set_width(other, key, width)
     other._attn_implementation = model.config._attn_implementation
-    with torch.device("meta"):
-        made = type(model)(other)
-    made = cast(Any, made.to_empty(device=model.device)).to(model.dtype)
+    made = built(type(model), other).to_empty(device=model.device).to(model.dtype)
     for tensor in (*made.parameters(), *made.buffers()):
         if tensor.is_floating_point():
             tensor.normal_(std=0.02)
         else:
             tensor.zero_()
-    return made.eval()
+    fresh: nn.Module = made.eval()
+    return fresh

@@ -11,12 +11,11 @@ from typing import Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe.board import Board
+from ffnkit.recipe.pool import KILLS, POLL
+from ffnkit.recipe.process import ROOT
 from ffnkit.recipe.shares import THREADS, Shares
 from ffnkit.recipe.state import Unit, unit_of
-from ffnkit.recipe.worker import ROOT, Child, record
-
-RETRIES = 2  # of a unit whose process or node was lost
-POLL = 0.1  # seconds
+from ffnkit.recipe.worker import Child, record
 
 
 def run_units(
@@ -46,7 +45,7 @@ def run_units(
     task = ray.remote(
         num_cpus=cpus,
         num_gpus=1 if there.get("GPU") else 0,
-        max_retries=RETRIES,
+        max_retries=KILLS,
         retry_exceptions=[ChildProcessError],
     )(_run)
     references: dict[str, Any] = {}
@@ -68,7 +67,7 @@ def run_units(
             except ray.exceptions.RayError as error:
                 good = False
                 record(unit, f"Ray gave it up: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-            board.ends(unit.name, good, (unit.marker("failed") or {}).get("error", ""))
+            board.ends(unit.name, good, unit.error)
             over(unit, good)
     except BaseException:
         for reference in references.values():

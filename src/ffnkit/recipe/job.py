@@ -142,7 +142,7 @@ def _run_units(
                 board.begins(unit.name)
                 with shown(unit.name, quiet=not progress):
                     good = run_here(recipe, unit, units[unit], board.say, progress)
-                board.ends(unit.name, good, (unit.marker("failed") or {}).get("error", ""))
+                board.ends(unit.name, good, unit.error)
                 over()
 
 

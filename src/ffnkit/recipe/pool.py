@@ -63,7 +63,7 @@ def run_units(
                     board.put_back(unit.name, "its process was killed; it goes on in another one")
                     continue
                 good = child.judge(code)
-                board.ends(unit.name, good, (unit.marker("failed") or {}).get("error", ""))
+                board.ends(unit.name, good, unit.error)
                 over(unit, good)
             free, total = free_memory()
             while waiting and len(running) < slots and (not running or free > peak + SPARE * total):

@@ -66,6 +66,11 @@ class Unit:
         return self.marker("done") is not None
 
     @property
+    def error(self) -> str:
+        """Why it failed; "" where it did not."""
+        return str((self.marker("failed") or {}).get("error", ""))
+
+    @property
     def begun(self) -> bool:
         """Whether something of it is on disk."""
         return self.marker("unit") is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 import traceback
@@ -16,18 +15,17 @@ from typing import Any
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import read_json
 from ffnkit.io.progress import shown
+from ffnkit.recipe.process import Apart
 from ffnkit.recipe.schema import Recipe, facts_today, recipe_from
 from ffnkit.recipe.state import Unit, digest, unit_of
 
 FAILED, STOPPED = 1, 130
-ROOT = str(Path(__file__).resolve().parents[2])  # where the package lies
 
 
-class Child:
+class Child(Apart):
     """A unit of the recipe stored in ``out``, at work in a process of its own.
 
-    It ends when this process does: it watches a pipe that closes with us. A second process for the same unit is refused
-    by the lock on the unit's folder.
+    A second process for the same unit is refused by the lock on the unit's folder.
 
     Args:
         environment: variables beside ours, such as those that share out threads and GPUs.
@@ -44,21 +42,11 @@ class Child:
         told: Callable[[str], None] | None = None,
     ) -> None:
         self.unit = unit
-        command = [sys.executable, "-m", "ffnkit.recipe.worker", str(out), unit.arm, str(unit.seed)]
-        command += ["--progress"] * progress
-        paths = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
-        variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(environment or {})}
-        # A group of its own: Ctrl-C reaches us alone, and we end the child, which then prints no traceback.
-        errors = None if told is None else subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=errors, env=variables, process_group=0)
+        words = [str(out), unit.arm, str(unit.seed), *["--progress"] * progress]
+        super().__init__("ffnkit.recipe.worker", words, environment or {}, listened=told is not None)
         if told is not None:
             self._reader = threading.Thread(target=self._read, args=(told,), daemon=True)
             self._reader.start()
-
-    @property
-    def pid(self) -> int:
-        """Of the process."""
-        return self._process.pid
 
     def ended(self) -> int | None:
         """The exit code, less than 0 where a signal ended it; None while it is at work."""
@@ -69,13 +57,7 @@ class Child:
 
     def stop(self) -> None:
         """Give the process the time to end by itself, then end it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        super().stop()
         self._close()
 
     def judge(self, code: int) -> bool:

@@ -68,14 +68,16 @@ def proposed(trial: Any, settings: SearchSettings, layers: int) -> Candidate:
     return Candidate(how, share, number, heads)
 
 
-def first_ones(settings: SearchSettings) -> list[dict[str, Any]]:
+def first_ones(settings: SearchSettings, layers: int) -> list[dict[str, Any]]:
     """Parameters of trials that come first: each way at three quarters, then at half."""
     least = min(max(1, round(settings.least * STEPS)), STEPS - 1)
     found = []
     for share, number in ((3 * STEPS // 4, 1), (STEPS // 2, 2)):
         for how in settings.methods:
             given: dict[str, Any] = {"how": how, f"share of {how}": max(least, share)}
-            given |= {f"number of {how}": number} if how in ("layers", "ffns", "shared") else {}
+            given |= (
+                {f"number of {how}": min(number, max(1, layers // 2))} if how in ("layers", "ffns", "shared") else {}
+            )
             found.append(given | ({"heads": HEADS[0]} if how == "heads" else {}))
     return found
 

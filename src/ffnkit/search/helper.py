@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 from ffnkit.io.files import read_json
-from ffnkit.recipe.worker import ROOT, hush, watch
+from ffnkit.recipe.process import Apart
+from ffnkit.recipe.worker import hush, watch
 from ffnkit.search.state import FACTS
 
 
-class Helper:
-    """It ends when this process does: it watches a pipe that closes with us."""
+class Helper(Apart):
+    """Does what is left of the search in a folder."""
 
     def __init__(self, out: Path, environment: Mapping[str, str]) -> None:
-        paths = [ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "ffnkit.search.helper", str(out)],
-            stdin=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
-            process_group=0,
-        )
-
-    def stop(self) -> None:
-        """End it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        super().__init__("ffnkit.search.helper", [str(out)], environment)
 
 
 def help_with(out: Path) -> None:

@@ -11,7 +11,7 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -153,7 +153,7 @@ class Run:
             with self.folder.turn("asking"):
                 self._take_back(study)
             working = sum(1 for trial in trials if trial.state.name == "RUNNING")
-            if len(trials) > FAILS * self.settings.candidates + len(ways.first_ones(self.settings)):
+            if len(trials) > FAILS * self.settings.candidates + len(self.opening):
                 break
             if len(done) + working >= self.settings.candidates and working:
                 time.sleep(POLL)
@@ -161,6 +161,11 @@ class Run:
             self._try(study)
         if not self.folder.candidates():
             raise FfnkitError("searching", "no candidate fits the model", "Allow other methods")
+
+    @cached_property
+    def opening(self) -> list[Any]:
+        """The candidates that are tried before any is proposed."""
+        return ways.first_ones(self.settings, self.first["layers"])
 
     def study(self) -> Any:
         """Optuna's study in the folder, which several processes share."""
@@ -172,7 +177,7 @@ class Run:
         path = str(self.folder.out / "study.log")
         storage = JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
         seed = self.settings.seed + (0 if os.environ.get(HELPER) is None else int(os.environ[HELPER]))
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=len(ways.first_ones(self.settings)))
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=len(self.opening))
         with self.folder.turn("study"):
             study = optuna.create_study(
                 storage=storage,
@@ -182,7 +187,7 @@ class Run:
                 load_if_exists=True,
             )
             if not study.get_trials(deepcopy=False):
-                for given in ways.first_ones(self.settings)[: self.settings.candidates]:
+                for given in self.opening[: self.settings.candidates]:
                     study.enqueue_trial(given)
         return study
 
@@ -198,11 +203,10 @@ class Run:
                         study.enqueue_trial(trial.params)
 
     def _try(self, study: Any) -> None:
-        with self.folder.turn("asking"):  # a trial that runs is claimed before another process can see it
-            trial = study.ask()
-            lock = self.folder.claimed(f"candidate-{trial.number}")
-            lock.__enter__()
-        try:
+        with ExitStack() as held:
+            with self.folder.turn("asking"):  # a trial that runs is claimed before another process can see it
+                trial = study.ask()
+                held.enter_context(self.folder.claimed(f"candidate-{trial.number}"))
             candidate = ways.proposed(trial, self.settings, self.first["layers"])
             known = [each for each in self.folder.candidates().values() if spec_of(each) == candidate]
             if known:
@@ -222,8 +226,6 @@ class Run:
                 f"[{count}/{self.settings.candidates}] {candidate}: {figures['size']:.1%} of {self.settings.objective},"
                 f" loss {figures['loss']:.4g} before tuning ({time.perf_counter() - begin:.0f} s)"
             )
-        finally:
-            lock.__exit__(None, None, None)
 
     def _measured(self, candidate: ways.Candidate, place: Path) -> dict[str, Any]:
         """What a candidate costs, and its loss before tuning; its plans are kept."""

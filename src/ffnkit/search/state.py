@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -48,16 +48,13 @@ class Folder:
         """Whether a task is ours alone inside the block; the system lets go of it however we end."""
         place = self.out / "claims" / task
         place.mkdir(parents=True, exist_ok=True)
-        lock = held(place, task)
-        try:
-            lock.__enter__()
-        except FfnkitError:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.__exit__(None, None, None)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(held(place, task))
+                ours = True
+            except FfnkitError:
+                ours = False
+            yield ours
 
     @contextmanager
     def turn(self, task: str) -> Iterator[None]:

@@ -61,7 +61,6 @@ def carry_out(model: nn.Module, edits: Iterable[Edit], plan: Plan | None = None)
     with journal(model):
         if places := compressed.places(edits):
             compressed.mark(model, places)
-            compressed.leave_name(model)
         writer.carry_out(edits)
 
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 from ffnkit import plans
 from ffnkit.errors import FfnkitError
-from ffnkit.plans import Method, Plan, Progress
+from ffnkit.plans import Measured, Method, Plan, Progress
 from ffnkit.surgery.apply import check_edits
 from ffnkit.surgery.meta import structure
 from ffnkit.surgery.trial import try_out
-
-if TYPE_CHECKING:
-    from ffnkit.calibration.stored import StatisticsFile
 
 
 def plan(
     model: nn.Module,
     method: Method,
-    data: Iterable[dict[str, Tensor]] | StatisticsFile | None = None,
+    data: Iterable[dict[str, Tensor]] | Measured | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """What ``method`` would do to ``model``; changes nothing.
@@ -38,7 +34,7 @@ def plan(
     Raises:
         FfnkitError: naming model and method, where the settings do not fit the model, or it does not bear the edits.
     """
-    made = plans.plan(model, method, cast(Any, data), progress)
+    made = plans.plan(model, method, data, progress)
     try:
         check_edits(model, made.edits)
         try_out(model, made.edits, data[0] if isinstance(data, Sequence) and data else None)

@@ -29,7 +29,7 @@ from ffnkit.nn.reparametrized import ReparametrizedLinear, update_features
 from ffnkit.nn.scaled import Scaled
 from ffnkit.nn.sparsegrad import Bases
 from ffnkit.ops.neurons import Neurons
-from ffnkit.surgery import description, head_config, layers
+from ffnkit.surgery import compressed, description, head_config, layers
 
 
 class ModelWriter:
@@ -223,7 +223,9 @@ class ModelWriter:
 
     def carry_out(self, edits: Iterable[Edit]) -> None:
         """All of the edits, in order, and then what follows from them: numbers of layers, config, what trains."""
-        found = list(self._ffns.values())
+        edits, found = tuple(edits), list(self._ffns.values())
+        if compressed.places(edits):
+            compressed.leave_name(self.model)
         keys, original = description.width_keys(self.model, found), description.original_widths(self.model, found)
         with torch.no_grad():
             for edit in edits if self.empty else counted(edits, "applying"):

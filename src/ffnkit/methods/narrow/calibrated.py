@@ -120,11 +120,11 @@ class CalibratedFusion(Narrowing):
         return fused(ffn, width, tokens, greedy=self.select == "greedy", refine=self.refine, kept=self.tokens)
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
+        found = self.chosen(model)
         batches = need_data(data, self.name, beyond=COMPRESSED if self.sequential else None)
         stored = isinstance(batches, StatisticsFile)
         batches = batches if stored else kept(batches)
         sequential = not stored if self.sequential is None else self.sequential
-        found = self.chosen(model)
         widths = {ffn.name: width for ffn, width in found}
         for ffn, _ in found:
             ffn.check_plain(f"calibrating {ffn.name}")
