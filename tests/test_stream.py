@@ -160,6 +160,6 @@ def test_what_cannot_be_streamed_says_so(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_no_room_on_the_disk_is_told_before(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "stored_bytes", lambda _: 10**18)
+    monkeypatch.setattr(opening, "whole_bytes", lambda _: 10**18)
     with pytest.raises(fk.FfnkitError, match="are free on its disk"):
         fk.compress(source, EVERY["magnitude"](), tmp_path / "out", stream=True)

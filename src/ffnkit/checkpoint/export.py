@@ -23,6 +23,7 @@ from ffnkit.checkpoint.standard import padded_widths, standard_config, standard_
 from ffnkit.checkpoint.verify import verify
 from ffnkit.errors import FfnkitError
 from ffnkit.io.architectures import is_own
+from ffnkit.io.conversions import into_files
 from ffnkit.io.files import SHARD, are_in_files
 from ffnkit.io.folders import staging
 from ffnkit.io.loading import check_weights, no_bars
@@ -105,6 +106,7 @@ def export(
         if (generation := standard_generation_config(model)) is not None:
             skeleton.generation_config = generation
         tied = skeleton.all_tied_weights_keys if hasattr(skeleton, "all_tied_weights_keys") else {}
+        into_files(skeleton)
         with no_bars():
             skeleton.save_pretrained(
                 temporary, state_dict={k: v for k, v in form.state.items() if k not in tied}, **save_pretrained_kwargs

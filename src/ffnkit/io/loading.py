@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from ffnkit.errors import FfnkitError
 from ffnkit.io import quickstart
 from ffnkit.io.apart import ADAPTERS, base_of, is_apart, with_updates
+from ffnkit.io.conversions import forget_few_bits, from_few_bits
 from ffnkit.io.fitting import check_fits, is_head
 from ffnkit.io.progress import phase
 from ffnkit.io.sentences import sentence_folder
@@ -67,15 +68,21 @@ def load_with_info(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> t
     name = check_name(name_or_dir)
     redraw = kwargs.pop("ignore_mismatched_sizes", False)
     kwargs = {"trust_remote_code": trust.given, **kwargs}
+    told = vars(kwargs["config"]) if kwargs.get("config") is not None else _told(name, **kwargs)
     with open_errors(f"model {name}"):
         if os.path.isdir(name) and (stored := stored_shapes(checkpoint_files(name))):
             from ffnkit.io.architectures import read_config
 
             config = kwargs.get("config") or read_config(name, trust_remote_code=kwargs["trust_remote_code"])
             check_config(auto_class, config, stored, f"model {name}")
+    bits = told.get("quantization_config")
+    how = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
     with phase(f"loading {name}"), open_errors(f"model {name}"), hub_or_cache(), _held_reports() as held:
-        model, info = auto_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    check_fits(model, info, name, _architectures(name, **kwargs) if info["missing_keys"] else [], redraw=redraw)
+        with from_few_bits(bits, how) as how:
+            model, info = auto_class.from_pretrained(name, **how)
+    forget_few_bits(model, name)
+    classes = _told(name, **kwargs).get("architectures") if info["missing_keys"] else None
+    check_fits(model, info, name, classes or [], redraw=redraw)
     if not _only_head(model, info):
         for record in held:
             logging.getLogger(record.name).handle(record)
@@ -313,13 +320,13 @@ def _only_head(model: Any, info: dict[str, Any]) -> bool:
     return not unexpected and not strange and all(is_head(model, key) for key in info.get("missing_keys", ()))
 
 
-def _architectures(name: str, **kwargs: Any) -> list[str]:
-    """The classes that the files of a checkpoint name, whatever config it was opened with."""
+def _told(name: str, **kwargs: Any) -> dict[str, Any]:
+    """The config that lies in the files of a checkpoint, as data, whatever config it was opened with."""
     from transformers import PreTrainedConfig
 
     hub = {key: kwargs[key] for key in HUB if key in kwargs}
     with open_errors(f"model {name}"), hub_or_cache():
-        return PreTrainedConfig.get_config_dict(name, **hub)[0].get("architectures") or []
+        return PreTrainedConfig.get_config_dict(name, **hub)[0]
 
 
 @contextlib.contextmanager

@@ -17,37 +17,43 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io import files
-from ffnkit.io.architectures import read_config
-from ffnkit.io.sizes import checkpoint_files, stored_shapes
+from ffnkit.io.apart import has_adapters
+from ffnkit.io.architectures import empty_model, is_ffnkit_config, read_config
+from ffnkit.io.conversions import few_bits
+from ffnkit.io.loading import check_name
+from ffnkit.io.sizes import checkpoint_files, opened_bytes, stored_shapes
 from ffnkit.io.snapshots import folder_of
 from ffnkit.io.workspace import workspace
 from ffnkit.stream.pages import LIMIT, few_pages, is_mapped
 
-ROOM = 1.3  # times the bytes of a checkpoint, that compressing it in memory takes at least
+ROOM = 1.3  # times the bytes of an opened model, that compressing it in memory takes at least
+_SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def too_large(source: str, dtype: str = "auto") -> str:
-    """In words, that a checkpoint does not fit into the memory that is free; "" where it does, or none can tell."""
+    """In words, that a model does not fit into the memory that is free; "" where it does, or none can tell."""
     import psutil
 
-    size, free = stored_bytes(source) * _growth(source, dtype), int(psutil.virtual_memory().available)
+    size, free = whole_bytes(source, dtype), int(psutil.virtual_memory().available)
     if size * ROOM <= free:
         return ""
-    return f"{source} holds {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free: it stays in its files"
+    return f"{source} takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free: it stays in its files"
 
 
-def stored_bytes(source: str) -> int:
-    """Bytes of the safetensors files of a folder or a hub name in the cache; 0 where there are none."""
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
+def whole_bytes(source: str, dtype: str = "auto") -> int:
+    """Bytes of a model once it is opened, of a hub name what is in the cache; 0 without safetensors files."""
+    files = _files(source)
+    if not files:
         return 0
-    return sum(path.stat().st_size for path in checkpoint_files(folder))
-
-
-def _growth(source: str, dtype: str) -> float:
-    sizes = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
     stored = str(getattr(read_config(source), "dtype", None)).removeprefix("torch.")
-    return sizes[dtype] / sizes[stored] if dtype in sizes and stored in sizes else 1.0
+    size = opened_bytes(files, _SIZES.get(stored, 2))
+    return size * _SIZES[dtype] // _SIZES[stored] if dtype in _SIZES and stored in _SIZES else size
+
+
+def _files(source: str) -> list[Path]:
+    name = check_name(source)
+    folder = Path(name) if os.path.isdir(name) else folder_of(name)
+    return [] if folder is None else checkpoint_files(folder)
 
 
 def check_streams(source: str, dtype: str = "auto", device: str = "cpu") -> None:
@@ -55,8 +61,7 @@ def check_streams(source: str, dtype: str = "auto", device: str = "cpu") -> None
     asked = f"compressing {source} from its files"
     if device not in ("auto", "cpu"):
         raise FfnkitError(asked, f"--device {device} wants the whole model there", "Take --device cpu, or --no-stream")
-    folder = folder_of(source) if not os.path.isdir(source) else Path(source)
-    if folder is None or not checkpoint_files(folder):
+    if not _files(source):
         do = "Open it once, and save it with save_pretrained"
         raise FfnkitError(asked, "it has no safetensors files in a folder or in the cache", do)
 
@@ -100,11 +105,12 @@ def streaming(out: str | Path | None) -> Iterator[Path]:
 
 
 def check_room(source: str, out: str | Path) -> None:
-    """Raises FfnkitError where the disk of the output has not room for a model and for what is new beside it."""
+    """Raises FfnkitError where the disk of the output has not room for a model and for what opening puts together."""
     around = Path(out).absolute()
     while not around.is_dir():
         around = around.parent
-    need, free = stored_bytes(source), shutil.disk_usage(around).free
+    whole, _, made = _bytes(source)
+    need, free = whole + made, shutil.disk_usage(around).free
     if need > free:
         what = f"{need / 1e9:.1f} GB may be written, and {free / 1e9:.1f} GB are free on its disk"
         raise FfnkitError(f"writing '{out}'", what, "Free some space, or name another disk")
@@ -114,21 +120,34 @@ def expected(source: str, place: Path) -> str:
     """In words, about how long reading and writing take beside the method's arithmetic, how much memory and disk."""
     import torch
 
-    size, trial = stored_bytes(source), torch.zeros(32 << 20, dtype=torch.uint8)
+    (whole, largest, made), trial = _bytes(source), torch.zeros(32 << 20, dtype=torch.uint8)
     with tempfile.NamedTemporaryFile(dir=place) as file:
         start = time.perf_counter()
         file.write(trial.numpy().data)
         file.flush()
         os.fsync(file.fileno())
         each = (time.perf_counter() - start) / len(trial)
-    shapes = stored_shapes(checkpoint_files(source)) if os.path.isdir(source) else {}
-    largest = max(map(math.prod, shapes.values()), default=0)
-    memory = (LIMIT + 4 * 4 * largest) / 1e9  # a few copies in float32
-    time_, disk = 2 * size * each / 60, 2 * size / 1e9
+    disk, memory = 2 * (whole + made), LIMIT + 8 * largest  # a few copies, of 2 bytes in float32
+    seconds = disk * each
+    time_ = f"{max(seconds, 1):.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
     return (
-        f"expected from the files: about {time_:.1f} min of reading and writing, {memory:.1f} GB of memory"
-        f" and at most {disk:.1f} GB of disk, half of it while it runs"
+        f"expected from the files: about {time_} of reading and writing, {memory / 1e9:.1f} GB of memory beside the"
+        f" libraries, and at most {disk / 1e9:.1f} GB of disk, half of it while it runs"
     )
+
+
+def _bytes(source: str) -> tuple[int, int, int]:
+    """Of a model once it is opened: all its bytes, those of its largest parameter, those that lie so in no file."""
+    config, stored = read_config(source), stored_shapes(_files(source))
+    whole, size = whole_bytes(source), _SIZES.get(str(getattr(config, "dtype", None)).removeprefix("torch."), 4)
+    if is_ffnkit_config(config) or has_adapters(source):  # opening them is what is to be told about
+        shapes = stored
+    else:
+        shapes = {name: tuple(p.shape) for name, p in empty_model(source).named_parameters()}
+    largest = max(map(math.prod, shapes.values()), default=0) * size
+    if few_bits(getattr(config, "quantization_config", None)):
+        return whole, largest, whole
+    return whole, largest, sum(size * math.prod(shape) for name, shape in shapes.items() if stored.get(name) != shape)
 
 
 def _is_large(value: Any) -> bool:
