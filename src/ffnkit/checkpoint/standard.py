@@ -112,6 +112,8 @@ def _named_values(ffn: FFN, neurons: Neurons) -> dict[str, Tensor]:
     for path, (weight, bias) in ffn.site_values(neurons).items():
         if ffn.layout.experts:
             named[path] = weight.mT if ffn.layout.transposed else weight
+            if bias is not None:
+                named[f"{path}_bias"] = bias
             continue
         transposed = is_transposed(ffn.module.get_submodule(path))
         named[f"{path}.weight"] = weight.mT if transposed else weight

@@ -75,11 +75,10 @@ def load_with_info(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> t
 
             config = kwargs.get("config") or read_config(name, trust_remote_code=kwargs["trust_remote_code"])
             check_config(auto_class, config, stored, f"model {name}")
-    bits = told.get("quantization_config")
-    how = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
-    with phase(f"loading {name}"), open_errors(f"model {name}"), hub_or_cache(), _held_reports() as held:
-        with from_few_bits(bits, how) as how:
-            model, info = auto_class.from_pretrained(name, **how)
+    asked = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
+    plain = from_few_bits(told.get("quantization_config"), asked)
+    with phase(f"loading {name}"), open_errors(f"model {name}"), hub_or_cache(), _held_reports() as held, plain as how:
+        model, info = auto_class.from_pretrained(name, **how)
     forget_few_bits(model, name)
     classes = _told(name, **kwargs).get("architectures") if info["missing_keys"] else None
     check_fits(model, info, name, classes or [], redraw=redraw)

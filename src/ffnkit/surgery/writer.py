@@ -162,7 +162,7 @@ class ModelWriter:
         if owner is not first:
             self._places = None
             if ffn.layout.experts:
-                for path in dict.fromkeys((ffn.path("up"), ffn.path("down"))):
+                for path in ffn.tensor_names:
                     owner._parameters[path] = first._parameters[path]
                 remove_parametrizations(owner)
                 for path, buffer in parametrized_weights(first):
@@ -295,6 +295,9 @@ def resize(ffn: FFN, neurons: Neurons) -> None:
             old = ffn.module._parameters[path]
             assert old is not None
             put(old, weight.mT if ffn.layout.transposed else weight, owners)
+            beside = ffn.module._parameters.get(f"{path}_bias")
+            if beside is not None and bias is not None:
+                put(beside, bias, owners)
             continue
         linears = list(dict.fromkeys(owner.get_submodule(path) for owner in owners))
         first: Any = linears[0]
