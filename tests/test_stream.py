@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +139,40 @@ def test_interrupted_it_goes_on_where_it_was(source: Path, tmp_path: Path, monke
     same(tmp_path / "memory", tmp_path / "files")
     assert count(fails_at=1) == 1
     assert count(fails_at=9, width=0.25) == 3  # other settings: nothing of it holds
+
+
+_UNTIL_KILLED = """
+import sys, time
+import ffnkit as fk
+from ffnkit.stream import record
+
+plan, done = record.plan, []
+
+def slowly(model, method):
+    if len(done) == 2:
+        print("two", flush=True)
+        time.sleep(600)
+    done.append(method)
+    return plan(model, method)
+
+record.plan = slowly
+fk.compress(sys.argv[1], fk.Fusion(width=0.5, restarts=1), sys.argv[2], stream=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on_behind_what_was_planned(source: Path, tmp_path: Path, caplog: Any) -> None:
+    out = tmp_path / "files"
+    command = [sys.executable, "-c", _UNTIL_KILLED, str(source), str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "two\n"
+        process.send_signal(signal.SIGKILL)
+    assert not out.exists() and len(list(record.parts_of(out).rglob("*.safetensors"))) == 2
+    fk.compress(source, fk.Fusion(width=0.5, restarts=1), out, stream=True)
+    assert "2 FFNs were planned before" in caplog.text
+    fk.compress(source, fk.Fusion(width=0.5, restarts=1), tmp_path / "memory", stream=False)
+    same(tmp_path / "memory", out)
+    assert {each.name for each in tmp_path.iterdir()} == {"source", "files", "memory"}
 
 
 @pytest.mark.slow
