@@ -124,10 +124,22 @@ _folder: list[Path] = []  # where large new tensors go meanwhile; empty: they st
 
 @contextmanager
 def in_files(folder: Path) -> Iterator[None]:
-    """While the block runs, what :func:`held` gives back lies in files of ``folder``, which have no names."""
+    """While the block runs, what :func:`held` gives back lies in files of ``folder``, which have no names.
+
+    So do large intermediate results (``ops.room``).
+    """
+    from ffnkit.ops import room
+
+    def make(shape: Sequence[int], dtype: dtype) -> Tensor:
+        import torch
+
+        large = math.prod(shape) * dtype.itemsize >= SPOOL_FROM
+        return spool(shape, dtype) if large else torch.empty(shape, dtype=dtype)
+
     _folder.append(folder)
     try:
-        yield
+        with room.elsewhere(make):
+            yield
     finally:
         _folder.pop()
 
@@ -161,7 +173,10 @@ def spool(shape: Sequence[int], dtype: dtype) -> Tensor:
     The file has no name any more once it is mapped: it goes with the last tensor that uses it, however we end.
     """
     with _nameless() as file:
-        file.truncate(math.prod(shape) * dtype.itemsize)
+        size = math.prod(shape) * dtype.itemsize
+        file.truncate(size)
+        if _folder and size and hasattr(os, "posix_fallocate"):  # else a full disk would kill us while it is written to
+            os.posix_fallocate(file.fileno(), 0, size)
         return _mapped(file.name, shape, dtype)
 
 

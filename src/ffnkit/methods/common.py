@@ -122,7 +122,7 @@ def clusterings(
 def lifted(neurons: Neurons) -> Neurons:
     """The neurons in float32 at least: sums and decompositions in bf16 would lose the small differences."""
     exact = torch.promote_types(neurons.up.dtype, torch.float32)
-    return neurons.map(lambda value: value.detach().to(exact))
+    return neurons.map(lambda value: value.detach()).to(exact)
 
 
 def singles(neurons: Neurons) -> list[Neurons]:

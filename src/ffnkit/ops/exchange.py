@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ffnkit.ops import room
 from ffnkit.ops.distances import CHUNK, Clusters
 
 
@@ -36,7 +37,7 @@ class Clustering:
         self.inertias = torch.empty_like(self.mass)
         self.costs = weights.new_empty(0, 0)
         if k * len(labels) > CHUNK:
-            self.costs = weights.new_empty(k, len(labels))
+            self.costs = room.empty((k, len(labels)), weights)
         self.update(torch.arange(k, device=labels.device))
 
     @property
