@@ -6,8 +6,8 @@ A checkpoint of so many of the 32 layers (d 4096, ff 11008, 32 heads, 32,000 wor
 a folder, random numbers of the size that trained ones have. Each arm runs in a fresh process with `stream=True`; its
 memory is counted beyond what the process holds once the libraries are loaded and a tiny model was compressed, mapped
 files with it. Files are read cold: the system is asked to forget them before. A copy (read, write, synced) of the same
-files is timed beside each arm. "arithmetic" is what planning and applying take on one layer in memory, times the layers.
-Results are kept after each arm.
+files is timed beside each arm. "arithmetic" is what planning and applying take on one layer in memory, times the
+layers. Results are kept after each arm.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         f"# Compressing {layers} layers of LLaMA-7B's shape from their files",
         "",
-        f"d {D}, ff {FF}, {WORDS:,} words, bf16, {whole:.1f} GB in shards of 2 GB. A layer is 0.40 GB, its FFN 0.27 GB.",
+        f"d {D}, ff {FF}, {WORDS:,} words, bf16, {whole:.1f} GB in shards of 2 GB. A layer is 0.4 GB, its FFN 0.27 GB.",
         "Memory hangs on one layer, not on how many there are; seconds grow with them (32 layers: 13.5 GB).",
         "",
         table(rows),

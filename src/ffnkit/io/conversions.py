@@ -36,7 +36,7 @@ def from_few_bits(told: Any, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]
     if (name := few_bits(told)) is None:
         yield kwargs
         return
-    from transformers import FineGrainedFP8Config, Mxfp4Config
+    from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
     if are_in_files() and "quantization_config" not in kwargs:
         plain = (Mxfp4Config if name == "mxfp4" else FineGrainedFP8Config)(dequantize=True)
@@ -85,7 +85,8 @@ def _partial_blocks() -> Iterator[None]:
     from torch.nn.functional import pad
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-    even: Any = Fp8Dequantize._dequantize_one
+    owner: Any = Fp8Dequantize
+    even = owner._dequantize_one
 
     def blockwise(self: Any, quantized: Any, scales: Any, output_dtype: Any = None) -> Any:
         blocks = getattr(self.hf_quantizer.quantization_config, "weight_block_size", None) or (1, 1)
@@ -97,11 +98,11 @@ def _partial_blocks() -> Iterator[None]:
         filled = pad(quantized.float(), (0, more[1], 0, more[0]))
         return even(self, filled, scales, output_dtype)[..., : sides[0], : sides[1]].contiguous()
 
-    Fp8Dequantize._dequantize_one = blockwise
+    owner._dequantize_one = blockwise
     try:
         yield
     finally:
-        Fp8Dequantize._dequantize_one = even
+        owner._dequantize_one = even
 
 
 def _without(conversion: Any) -> Any:
@@ -116,11 +117,8 @@ def _without(conversion: Any) -> Any:
     names = first.hf_quantizer.serialized_names.items()
     beside = tuple(each for name, stored in names for each in stored if each != name)
     left = [step for step in steps if step is not first]
-    return (
-        conversion.copy([each for each in sources if not each.endswith(beside)], targets, operations=left)
-        if left
-        else None
-    )
+    kept = [each for each in sources if not each.endswith(beside)]
+    return conversion.copy(kept, targets, operations=left) if left else None
 
 
 def _is_dequantizing(step: Any) -> bool:
@@ -139,8 +137,8 @@ def _file_step() -> Any:
     """What comes last on saving: each tensor goes into a file before the next weight is taken apart."""
     from transformers.core_model_loading import ConversionOps
 
-    class IntoFile(ConversionOps):  # type: ignore[misc]
-        def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+    class IntoFile(ConversionOps):
+        def convert(self, input_dict: dict[str, Any], *_: Any, **kwargs: Any) -> dict[str, Any]:
             return {name: held(value[0] if isinstance(value, list) else value) for name, value in input_dict.items()}
 
         @property
