@@ -6,7 +6,7 @@ import ctypes
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def few_pages(limit: int = LIMIT) -> Iterator[None]:
     def watch() -> None:
         while not over.wait(EVERY):
             if _in_files() - start > limit:
-                let_go()
+                let_go(enough=lambda: _in_files() - start < limit // 2)
 
     thread = threading.Thread(target=watch, name="ffnkit-pages", daemon=True)
     thread.start()
@@ -42,12 +42,23 @@ def few_pages(limit: int = LIMIT) -> Iterator[None]:
         thread.join()
 
 
-def let_go() -> None:
-    """Have the pages of mapped weights leave memory."""
+def let_go(enough: Callable[[], bool] = lambda: False) -> None:
+    """Have the pages of mapped weights leave memory: first of those that are shared with their files.
+
+    Of the others it takes time to tell whether they were written to; they stay where ``enough`` says so.
+    """
     advise = ctypes.CDLL(None, use_errno=True).madvise
+
+    def leave(begin: int, end: int) -> None:
+        advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)
+
+    for begin, end in _shared():
+        leave(begin, end)
+    if enough():
+        return
     for begin, end, written in _mapped():
         if not written:
-            advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)
+            leave(begin, end)
 
 
 def is_mapped(address: int) -> bool:
@@ -57,15 +68,26 @@ def is_mapped(address: int) -> bool:
     return any(int(row[1], 16) <= address < int(row[2], 16) for row in rows)
 
 
+def _shared() -> list[tuple[int, int]]:
+    """Begin and end of each mapping of weights that writes into its file."""
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+        rows = [found for line in file if (found := _MAPPING.match(line)) and found[3].endswith("s")]
+    return [(int(row[1], 16), int(row[2], 16)) for row in rows if _is_of_weights(row[5])]
+
+
+def _is_of_weights(path: str) -> bool:
+    name = path.removesuffix(" (deleted)")
+    return name.endswith(".safetensors") or os.path.basename(name).startswith("ffnkit-")
+
+
 def _mapped() -> list[tuple[int, int, bool]]:
-    """Begin and end of each mapping of weights, and whether pages of it were changed here alone."""
+    """Begin and end of each other mapping of weights, and whether pages of it were changed here alone."""
     found: list[tuple[int, int, bool]] = []
     inside = False
     with open("/proc/self/smaps", encoding="utf-8", errors="replace") as file:
         for line in file:
             if row := _MAPPING.match(line):
-                name = row[5].removesuffix(" (deleted)")
-                inside = name.endswith(".safetensors") or os.path.basename(name).startswith("ffnkit-")
+                inside = _is_of_weights(row[5]) and not row[3].endswith("s")
                 if inside:
                     found.append((int(row[1], 16), int(row[2], 16), False))
             elif inside and line.startswith("Anonymous:") and line.split()[1] != "0":
