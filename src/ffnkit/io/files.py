@@ -8,7 +8,7 @@ import math
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,14 +119,14 @@ def umask() -> int:
 
 SPOOL_FROM = 1 << 20  # bytes; smaller tensors stay in memory
 SHARD = "2GB"  # of the files of a checkpoint that is written without being whole in memory
-_folder: list[Path] = []  # where large new tensors go meanwhile; empty: they stay in memory
+_folder: list[tuple[Path, Callable[[], None]]] = []  # where large new tensors go meanwhile; empty: they stay in memory
 
 
 @contextmanager
-def in_files(folder: Path) -> Iterator[None]:
+def in_files(folder: Path, before: Callable[[], None] = lambda: None) -> Iterator[None]:
     """While the block runs, what :func:`held` gives back lies in files of ``folder``, which have no names.
 
-    So do large intermediate results (``ops.room``).
+    So do large intermediate results (``ops.room``). ``before`` is called before each file is made.
     """
     from ffnkit.ops import room
 
@@ -136,7 +136,7 @@ def in_files(folder: Path) -> Iterator[None]:
         large = math.prod(shape) * dtype.itemsize >= SPOOL_FROM
         return spool(shape, dtype) if large else torch.empty(shape, dtype=dtype)
 
-    _folder.append(folder)
+    _folder.append((folder, before))
     try:
         with room.elsewhere(make):
             yield
@@ -183,7 +183,8 @@ def spool(shape: Sequence[int], dtype: dtype) -> Tensor:
 @contextmanager
 def _nameless() -> Iterator[Any]:
     """A file to fill and to map, whose name goes when the block ends."""
-    folder = _folder[-1] if _folder else Path(tempfile.gettempdir())
+    folder, before = _folder[-1] if _folder else (Path(tempfile.gettempdir()), lambda: None)
+    before()
     with tempfile.NamedTemporaryFile(prefix="ffnkit-", dir=folder) as file, disk_errors(folder):
         yield file
 

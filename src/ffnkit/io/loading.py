@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _REPORTERS = ("transformers.modeling_utils", "transformers.utils.loading_report")
 # Settings of from_pretrained that find the config as well as the weights.
 HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "force_download")
-_PIECE = 1 << 22  # numbers that are summed at a time: in a wider dtype they are copied
+_PIECE = 1 << 20  # numbers that are summed at a time: in a wider dtype they are copied
 _NOT_HERE = "there is no such folder"
 _FLOATS = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
 
@@ -265,7 +265,9 @@ def check_weights(model: Any, name: str) -> None:
             wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
             # A finite sum clears a tensor; only the others are looked at number by number.
             parts = tensor.view(-1).split(_PIECE) if tensor.is_contiguous() else (tensor,)
-            sums = torch.stack([part.sum(dtype=wide) for part in parts or (tensor,)])
+            sums = tensor.new_zeros(len(parts), dtype=wide)
+            for number, part in enumerate(parts):  # a result kept behind each copy would have the heap grow by them all
+                sums[number] = part.sum(dtype=wide)
             if bool(sums.isfinite().all()) or not (count := sum(int(bad(part).sum()) for part in parts)):
                 continue
             found = f"{count} of {tensor.numel()} numbers of {key} are NaN or infinite"

@@ -85,7 +85,7 @@ def from_files(place: Path) -> Iterator[None]:
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # else transformers computes all weights ahead of their use
     hook = register_module_parameter_registration_hook(into_file)
     try:
-        with files.in_files(place), few_pages():
+        with few_pages() as look, files.in_files(place, look):
             yield
     finally:
         hook.remove()

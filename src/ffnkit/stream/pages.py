@@ -10,33 +10,41 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-LIMIT = 256 << 20  # bytes of mapped files that may be in memory
+LIMIT = 160 << 20  # bytes of mapped files that may be in memory
 EVERY = 0.01  # seconds between two looks
 _DONTNEED = 4
-_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ (\d+) *(.*)")
+_ANY = re.compile(rb"^(\w+)-(\w+) \S+ \S+ \S+ [1-9]", re.MULTILINE)
+_WEIGHTS = rb"^(\w+)-(\w+) (\S+) [^\n]*(?:\.safetensors|/ffnkit-[^/\n]*?)(?: \(deleted\))?$"
+_MAPPED = re.compile(_WEIGHTS, re.MULTILINE)
+_DETAILED = re.compile(_WEIGHTS + rb"(?:\n[A-Z][^\n]*)*?\nAnonymous: +(\d+)", re.MULTILINE)
 
 
 @contextmanager
-def few_pages(limit: int = LIMIT) -> Iterator[None]:
+def few_pages(limit: int = LIMIT) -> Iterator[Callable[[], None]]:
     """While the block runs, pages of safetensors files and of ``io.files.spooled`` leave memory once they are many.
+
+    A thread looks for them; it gives a function that looks at once, for whoever is about to fill many.
 
     They stay in the files: who reads them again has them again, with the same bits. A mapping that was written to and
     is not shared is left alone. Elsewhere than on Linux nothing is done: the system takes them when it needs room.
     """
     if not Path("/proc/self/smaps").exists():
-        yield
+        yield lambda: None
         return
     over, start = threading.Event(), _in_files()
 
+    def look() -> None:
+        if _in_files() - start > limit:
+            let_go(enough=lambda: _in_files() - start < limit // 2)
+
     def watch() -> None:
         while not over.wait(EVERY):
-            if _in_files() - start > limit:
-                let_go(enough=lambda: _in_files() - start < limit // 2)
+            look()
 
     thread = threading.Thread(target=watch, name="ffnkit-pages", daemon=True)
     thread.start()
     try:
-        yield
+        yield look
     finally:
         over.set()
         thread.join()
@@ -49,53 +57,28 @@ def let_go(enough: Callable[[], bool] = lambda: False) -> None:
     """
     advise = ctypes.CDLL(None, use_errno=True).madvise
 
-    def leave(begin: int, end: int) -> None:
-        advise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)
+    def leave(begin: bytes, end: bytes) -> None:
+        first = int(begin, 16)
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(int(end, 16) - first), _DONTNEED)
 
-    for begin, end in _shared():
-        leave(begin, end)
-    if enough():
-        return
-    for begin, end, written in _mapped():
-        if not written:
+    for begin, end, rights in _MAPPED.findall(_read("maps")):
+        if rights.endswith(b"s"):
             leave(begin, end)
+    if not enough():
+        for begin, end, rights, written in _DETAILED.findall(_read("smaps")):
+            if rights.endswith(b"p") and written == b"0":
+                leave(begin, end)
 
 
 def is_mapped(address: int) -> bool:
     """Whether an address lies in a file that is mapped, so that its content takes no memory of its own."""
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
-        rows = [found for line in file if (found := _MAPPING.match(line)) and found[4] != "0"]
-    return any(int(row[1], 16) <= address < int(row[2], 16) for row in rows)
+    return any(int(begin, 16) <= address < int(end, 16) for begin, end in _ANY.findall(_read("maps")))
 
 
-def _shared() -> list[tuple[int, int]]:
-    """Begin and end of each mapping of weights that writes into its file."""
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
-        rows = [found for line in file if (found := _MAPPING.match(line)) and found[3].endswith("s")]
-    return [(int(row[1], 16), int(row[2], 16)) for row in rows if _is_of_weights(row[5])]
-
-
-def _is_of_weights(path: str) -> bool:
-    name = path.removesuffix(" (deleted)")
-    return name.endswith(".safetensors") or os.path.basename(name).startswith("ffnkit-")
-
-
-def _mapped() -> list[tuple[int, int, bool]]:
-    """Begin and end of each other mapping of weights, and whether pages of it were changed here alone."""
-    found: list[tuple[int, int, bool]] = []
-    inside = False
-    with open("/proc/self/smaps", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if row := _MAPPING.match(line):
-                inside = _is_of_weights(row[5]) and not row[3].endswith("s")
-                if inside:
-                    found.append((int(row[1], 16), int(row[2], 16), False))
-            elif inside and line.startswith("Anonymous:") and line.split()[1] != "0":
-                found[-1] = (*found[-1][:2], True)
-    return found
+def _read(name: str) -> bytes:
+    return Path(f"/proc/self/{name}").read_bytes()
 
 
 def _in_files() -> int:
     """Bytes of mapped files in memory."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[2]) * os.sysconf("SC_PAGESIZE")
+    return int(_read("statm").split()[2]) * os.sysconf("SC_PAGESIZE")
