@@ -138,7 +138,7 @@ def in_files(folder: Path, before: Callable[[], None] = lambda: None) -> Iterato
 
     _folder.append((folder, before))
     try:
-        with room.elsewhere(make):
+        with room.elsewhere(make, before):
             yield
     finally:
         _folder.pop()

@@ -160,6 +160,7 @@ def pairwise(points: Tensor, block: int | None = None) -> Tensor:
     squares = _squares(points)
     out = room.empty((n, n), points)
     for top in range(0, n, step):
+        room.pause()
         stop = min(top + step, n)
         rows = slice(top, stop)
         scale = squares[rows, None] + squares[:stop]

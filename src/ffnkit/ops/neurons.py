@@ -144,10 +144,15 @@ def average(neurons: Neurons, labels: Tensor, width: int) -> Neurons:
     """
     if neurons.experts:
         return concatenate([average(neurons.expert(e), labels[e], width) for e in range(neurons.experts)])
-    matrix = neurons.matrix()
-    counts = cluster_sizes(labels, width).to(matrix.dtype)
-    sums = room.empty((width, matrix.shape[1]), matrix).zero_().index_add_(0, labels.to(matrix.device), matrix)
-    return neurons.with_matrix(sums.div_(counts.to(matrix.device)[:, None]))
+    where, counts = labels.to(neurons.up.device), cluster_sizes(labels, width).to(neurons.up)
+
+    def mean(rows: Tensor) -> Tensor:
+        sums = room.empty((width, *rows.shape[1:]), rows).zero_().index_add_(0, where, rows)
+        return sums.div_(counts if rows.ndim == 1 else counts[:, None])
+
+    rows = {name: value for name, value in neurons.tensors().items() if name not in ("down", "down_bias")}
+    means = {name: mean(value) for name, value in rows.items()}
+    return Neurons(**means, down=mean(neurons.down.mT).mT.contiguous(), down_bias=neurons.down_bias)
 
 
 def cluster_sizes(labels: Tensor, width: int) -> Tensor:

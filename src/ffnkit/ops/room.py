@@ -14,16 +14,28 @@ from torch import Tensor
 
 Maker = Callable[[tuple[int, ...], torch.dtype], Tensor]
 _makers: list[Maker] = []
+_pauses: list[Callable[[], None]] = []
 
 
 @contextmanager
-def elsewhere(make: Maker) -> Iterator[None]:
-    """While the block runs, :func:`empty` and :func:`made` on the CPU fill what ``make(shape, dtype)`` gives."""
+def elsewhere(make: Maker, between: Callable[[], None]) -> Iterator[None]:
+    """While the block runs, :func:`empty` and :func:`made` on the CPU fill what ``make(shape, dtype)`` gives.
+
+    ``between`` is called between the steps of what goes through large tensors.
+    """
     _makers.append(make)
+    _pauses.append(between)
     try:
         yield
     finally:
         _makers.pop()
+        _pauses.pop()
+
+
+def pause() -> None:
+    """Between two steps through large tensors: whoever gives them room may tidy up."""
+    if _pauses:
+        _pauses[-1]()
 
 
 def empty(shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
