@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import sources
 from fast import FAST
+from sources import PACKAGE, ROOT, statements
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "src" / "ffnkit"
-FILES = {".".join(("ffnkit", *p.relative_to(PACKAGE).with_suffix("").parts)): p for p in sorted(PACKAGE.rglob("*.py"))}
+FILES = {".".join(("ffnkit", *p.relative_to(PACKAGE).with_suffix("").parts)): p for p in sources.FILES}
 MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
 LONGEST, AT_ROOT = 400, 6
 KINDS = {
@@ -23,9 +23,8 @@ KINDS = {
 }  # fmt: skip
 
 
-@cache
 def tree(name: str) -> ast.Module:
-    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    return sources.tree(MODULES[name])
 
 
 @cache
@@ -35,13 +34,13 @@ def imported(source: ast.AST, package: str, *, lazy: bool = True) -> tuple[tuple
 
 
 def _imported(source: ast.AST, package: str, lazy: bool) -> Iterator[tuple[str, str]]:
-    typing = {id(n) for node in ast.walk(source) if _for_types(node) for n in ast.walk(node)}
-    inner = {
-        id(n) for node in ast.walk(source) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        for n in ast.walk(node)
-    }  # fmt: skip
-    for node in ast.walk(source):
-        if id(node) in typing or (not lazy and id(node) in inner):
+    every = list(statements(source))
+    apart = [node for node in every if _for_types(node)]
+    if not lazy:
+        apart += [node for node in every if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    skipped = {id(inner) for node in apart for inner in statements(node)}
+    for node in every:
+        if id(node) in skipped:
             continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names if alias.name.split(".")[0] == "ffnkit")
