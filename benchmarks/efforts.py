@@ -28,10 +28,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "effort=fast": {"effort": "fast"},
     "effort=default": {},
     "effort=best": {"effort": "best"},
-    "fast, metric=fisher": {"effort": "fast", "metric": "fisher"},
     "fast, sequential": {"effort": "fast", "sequential": True},
-    "fast, sequential, metric=fisher": {"effort": "fast", "sequential": True, "metric": "fisher"},
     "fast, refine=100": {"effort": "fast", "refine": 100},
+    "fast, select=loss, metric=norm": {"effort": "fast", "select": "loss", "metric": "norm"},
+    "fast, select=loss": {"effort": "fast", "select": "loss"},
+    "default, select=loss": {"select": "loss"},
+    "best, select=loss": {"effort": "best", "select": "loss"},
 }
 
 

@@ -59,8 +59,9 @@ def sentence_arms() -> Iterator[tuple[str, str, Made]]:
     yield "0-1, 2-3, 4-5", "shared, fitted", sharing(**THREE_PAIRS)
     yield "0-1, 2-3, 4-5", "merged, refitted", lambda: fk.Merging(**THREE_PAIRS, correct="output")
     yield "0-1, 2-3, 4-5", "shared, refine=0", sharing(**THREE_PAIRS, refine=0)
-    yield "3 of 6", "shared, searched, refine=0", sharing(keep=3, refine=0, tries=3)
+    yield "3 of 6", "shared, searched", sharing(keep=3, tries=3)
     yield "3 of 6", "left out, searched", lambda: methods.build("ffn-drop", window=3)
+    yield "3 of 6", "left out, searched, refitted", lambda: methods.build("ffn-drop", window=3, refit=True)
 
 
 def stories(tokens: int) -> tuple[Callable[[], Any], list[dict[str, Any]], Callable[[Any], float]]:

@@ -16,13 +16,14 @@ from tolerance import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 import ffnkit as fk
-from ffnkit.checkpoint.sizes import best_form
+from ffnkit.checkpoint.sizes import best_form, standard_parameters
 from ffnkit.cli.executing import with_hook
 from ffnkit.methods import get
 from ffnkit.model.finding import ffns
 from ffnkit.surgery.meta import rehearse
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
+TIED = ("bert", "gpt2", "t5")
 
 
 def ragged(family: str = "llama", widths: tuple[int, ...] = (9, 17), dropped: bool = True) -> PreTrainedModel:
@@ -127,6 +128,14 @@ def test_the_form_that_is_saved_unasked(method: Any, form: str) -> None:
     assert best_form(rehearse(model, plan.edits)) == form
     fk.apply(model, plan)
     assert best_form(model) == form
+
+
+@pytest.mark.parametrize(
+    "family", [*TIED, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(FAMILIES) if name not in TIED)]
+)
+def test_tied_embeddings_count_once_in_the_standard_form(family: str) -> None:
+    model = FAMILIES[family].model()
+    assert standard_parameters(model) == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_a_compact_checkpoint_folded_on_opening(tmp_path: Path) -> None:

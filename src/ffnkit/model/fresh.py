@@ -33,13 +33,15 @@ def written(config: PreTrainedConfig) -> Any:
 
 
 def built(kind: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
-    """A model of a class, built on the meta device.
+    """A model of a class, built on the meta device, with the ties of its config.
 
     Raises:
         Exception: whatever the class raises where it does not bear the config.
     """
     with torch.device("meta"), no_init_weights():
-        return kind(config)
+        model = kind(config)
+        model.tie_weights()  # left out with the initial values
+    return model
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -46,8 +46,8 @@ class CalibratedFusion(Narrowing):
     """Narrow each FFN so that its output on data stays: choose neurons, refit the output layer, then all of it.
 
     On the tokens of the data, with H the hidden activations and W the output layer:
-    1. neurons S are chosen (``select``), unless told otherwise by how much the error of H_S D^T, in the ``metric`` of
-       what comes behind, grows with the best D where one of them alone goes;
+    1. neurons S are chosen (``select``), unless told otherwise those that the others can least stand for, whatever the
+       output layer makes of them: what is chosen by the outputs suits the text at hand, and loses on other text;
     2. D (and the output bias) is refitted in closed form by ridge regression, so that what the dropped neurons did
        is taken over by the kept ones as far as it can be: they are fused into them. The ridge pulls towards the old
        columns, not towards zero. With ``sequential``, H is what the compressed layers before give, and the target is
@@ -76,17 +76,17 @@ class CalibratedFusion(Narrowing):
     metric: Annotated[
         Literal["fisher", "norm"],
         Doc(
-            'what errors of the outputs count by in the choice: "fisher", what they do to the answers of the model, '
-            'or "norm", what they do to what the next norm gives.'
+            'what errors of the outputs count by in a choice by "loss" or "greedy": "fisher", what they do to the '
+            'answers of the model, or "norm", what they do to what the next norm gives.'
         ),
     ] = "fisher"
     select: Annotated[
         Literal["loss", "leverage", "greedy"],
         Doc(
-            'which neurons stay: by the "loss" without each of them, by "leverage" (what the others cannot give), or '
-            '"greedy", one after the other.'
+            'which neurons stay: by "leverage" (what the others cannot give), by the "loss" of output without each of '
+            'them, or "greedy", one after the other for the output.'
         ),
-    ] = "loss"
+    ] = "leverage"
     ridge: Annotated[
         float,
         Doc("of the refit, towards the old columns, relative to the mean square of the activations.", at_least=0),
@@ -105,9 +105,7 @@ class CalibratedFusion(Narrowing):
 
     chooses_preset: ClassVar[str] = "effort"
     presets: ClassVar[Mapping[str, Preset]] = {
-        "fast": Preset(
-            "closed forms alone, each layer on its own", {"sequential": False, "metric": "norm", "refine": 0}
-        ),
+        "fast": Preset("closed forms alone, each layer on its own", {"sequential": False, "refine": 0}),
         "best": Preset("long regressions", {"refine": 500}),
     }
     name: ClassVar[str] = "calibrated-fusion"
@@ -136,7 +134,7 @@ class CalibratedFusion(Narrowing):
         few = batches if stored else first_batches(batches)
         metrics = output_metric(model, narrow, few, seed=self.seed)
         weights = {name: metric.dimensions for name, metric in metrics.items()}
-        if self.metric == "fisher":
+        if self.metric == "fisher" and self.select != "leverage":
             weights |= fisher(model, narrow, few, seed=self.seed)
         streams = Streams(model, batches, narrow) if sequential and narrow else None
 
