@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
 import sources
 from fast import FAST
 from sources import PACKAGE, ROOT, statements
@@ -200,3 +202,13 @@ def test_every_line_of_the_fast_table_names_a_test() -> None:
     for file, starts in FAST.items():
         text = (ROOT / "tests" / file).read_text()
         assert all(f"\ndef {start}" in text for start in starts), f"{file}: {list(starts)}"
+
+
+def test_every_mutation_fits_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tools/mutants.py: a line that is rewritten takes its mutation along."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import mutants
+
+    assert mutants.check(mutants.MUTANTS) == 0
+    wrong = dataclasses.replace(mutants.MUTANTS[0], find="nobody wrote this")
+    assert mutants.check((wrong,)) == 1
