@@ -37,7 +37,7 @@ FAST = {
         "test_what_is_no_data_is_refused": 52,
     },
     "test_budget.py": {
-        "test_the_applied_model_keeps_the_budget": 4,
+        "test_the_applied_model_keeps_the_budget": 6,
         "test_methods_take_it_and_plans_keep_it": 5,
         "test_a_layer_of_duplicates": 1,
     },
@@ -276,7 +276,7 @@ FAST = {
         "test_plans_and_checkpoints": 2,
         "test_removing_equals_zeroing": 4,
         "test_the_smallest_coefficients_go": 2,
-        "test_updates_lose_what": 2,
+        "test_updates_lose_what": 4,
     },
     "test_studies.py": {
         "test_a_run_tells_them": 1,
