@@ -37,9 +37,9 @@ FAST = {
         "test_what_is_no_data_is_refused": 52,
     },
     "test_budget.py": {
-        "test_the_applied_model_keeps_the_budget": 6,
+        "test_the_applied_model_keeps_the_budget": 4,
         "test_methods_take_it_and_plans_keep_it": 5,
-        "test_a_layer_of_duplicates": 1,
+        "test_a_layer_of_duplicates": 3,
     },
     "test_calibrating.py": {
         "test_statistics_give_the_very_plans": 2,
