@@ -672,8 +672,8 @@ MUTANTS: tuple[Mutant, ...] = (
     M("deviation-of-all", "for v in values) / (n - 1)) if n > 1", "for v in values) / n) if n > 1", "test_report.py"),
     M(
         "difference-the-other-way",
-        "return [a - b for a, b in pairs",
-        "return [b - a for a, b in pairs",
+        "deltas = [value - theirs[seed] for",
+        "deltas = [theirs[seed] - value for",
         "test_report.py",
     ),
     M(
