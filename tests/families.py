@@ -255,6 +255,11 @@ _ROWS = (
         intermediate_size_mlp=40, num_local_experts=4, num_experts_per_tok=1, interleave_moe_layer_step=2, head_dim=4,
     ),
     _experts(
+        "gpt-oss", "GptOssForCausalLM",  # experts with biases; rows of gate and up take turns
+        Expect(2, 24, gated=True, experts=4), keys=GATED_WIDTH, num_local_experts=4, head_dim=4,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    _experts(
         "aria", "AriaTextForCausalLM", Expect(2, 24, gated=True, experts=4), Expect(2, 24, gated=True),
         keys=GATED_WIDTH, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1,
     ),
@@ -265,4 +270,5 @@ FAMILIES: dict[str, Family] = {row.name: row for row in _ROWS}
 assert len(FAMILIES) == len(_ROWS), "two families share a name"
 NAMES = list(FAMILIES)
 GATED = [row.name for row in _ROWS if row.gated]
+CLAMPED = ("gpt-oss",)  # gated, and not linear in up
 RESIZABLE = [row.name for row in _ROWS if row.width_keys]  # a configuration of another width can be made

@@ -147,9 +147,10 @@ def test_what_works_between_up_and_down_is_refused() -> None:
 
 
 def test_experts_of_an_unknown_form_are_named() -> None:
-    config = transformers.GptOssConfig(**SMALL, head_dim=8, num_key_value_heads=2, num_local_experts=4)
+    sizes = {**SMALL, "num_key_value_heads": 2, "num_local_experts": 4, "kv_channels": 8, "num_experts_per_tok": 2}
+    config = transformers.JetMoeConfig(**sizes)
     with pytest.raises(FfnkitError, match="its experts lie in parameters of a form that is not known"):
-        ffns(transformers.GptOssModel(config))
+        ffns(transformers.JetMoeModel(config))
 
 
 def test_a_clamped_gate_is_not_linear_in_up() -> None:

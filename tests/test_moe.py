@@ -482,20 +482,22 @@ def test_nothing_of_the_known_families_is_left_out() -> None:
     assert {name: each for name, each in left.items() if each} == {}
 
 
-def test_biased_and_alternating_experts_are_not_taken_for_others() -> None:
+def test_gate_and_up_take_turns_where_a_family_says_so() -> None:
     config = transformers.GptOssConfig(
         **TINY, intermediate_size=8, head_dim=8, num_key_value_heads=2, num_local_experts=4
     )
     experts = transformers.GptOssModel(config).layers[0].mlp.experts
     assert experts.gate_up_proj.shape == (4, 16, 16) and experts.down_proj.shape == (4, 8, 16)
-    with pytest.raises(FfnkitError):
-        ffns(experts)
-    for name in ("gate_up_proj_bias", "down_proj_bias"):
-        delattr(experts, name)
-    with pytest.raises(FfnkitError):  # rows of gate and up alternate still
-        ffns(experts)
+    neurons = ffns(experts)[0].read()
+    assert neurons.gate is not None and neurons.gate_bias is not None
+    assert neurons.gate.equal(experts.gate_up_proj.mT[:, ::2]) and neurons.up.equal(experts.gate_up_proj.mT[:, 1::2])
+    assert neurons.gate_bias.equal(experts.gate_up_proj_bias[:, ::2])
     experts.is_concatenated = True
-    assert ffns(experts)[0].layout.transposed, "the control"
+    halves = ffns(experts)[0].read()
+    assert halves.up.equal(experts.gate_up_proj.mT[:, 8:]), "the control"
+    experts.down_proj_bias = nn.Parameter(experts.down_proj_bias[:, 1:])
+    with pytest.raises(FfnkitError):  # one that is no bias of this weight
+        ffns(experts)
 
 
 def test_shared_experts_of_inkling_have_a_gate() -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ffnkit.model.inspect import inspect
     from ffnkit.plans import Plan
     from ffnkit.report.costing import cost
+    from ffnkit.stream.job import compress
     from ffnkit.surgery.apply import apply, fold
     from ffnkit.surgery.planning import plan
     from ffnkit.tune import trainable_parameters
@@ -60,6 +61,7 @@ __all__ = [
     "allocate",
     "Allocation",
     "apply",
+    "compress",
     "fold",
     "analyze",
     "cost",
@@ -100,6 +102,7 @@ _HOMES = {
     "allocate": "budget.allocation",
     "Allocation": "budget.allocation",
     "apply": "surgery.apply",
+    "compress": "stream.job",
     "fold": "surgery.apply",
     "analyze": "analysis.study",
     "cost": "report.costing",

@@ -23,6 +23,7 @@ from ffnkit.calibration.padding import TokenMasks
 from ffnkit.calibration.statistics import Statistics
 from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.errors import FfnkitError
+from ffnkit.io.files import held
 from ffnkit.io.loading import run_uneven_experts
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name
@@ -283,7 +284,7 @@ def _returning(output: Any) -> Any:
 def _detached(output: Any) -> Any:
     """The output without what is not needed again: caches are left out."""
     if isinstance(output, Tensor):
-        return output.detach()
+        return held(output.detach())
     if isinstance(output, tuple):
         return tuple(_detached(value) for value in output)
     return output

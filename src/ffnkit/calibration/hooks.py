@@ -204,8 +204,9 @@ def expert_forward(ffn: FFN, owner: Any, number: int, x: Tensor) -> tuple[Tensor
     """(input, hidden, output) of one expert for tokens x (n, d), routing weight left out."""
 
     def apply(site: str, value: Tensor) -> Tensor:
-        weight = getattr(owner, ffn.path(site))[number]
-        return value @ weight if ffn.layout.transposed else nn.functional.linear(value, weight)
+        weight, bias = getattr(owner, ffn.path(site))[number], getattr(owner, f"{ffn.path(site)}_bias", None)
+        given = None if bias is None else bias[number]
+        return nn.functional.linear(value, weight.mT if ffn.layout.transposed else weight, given)
 
     pre = apply("up", x)
     if not ffn.gated:

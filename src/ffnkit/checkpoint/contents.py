@@ -67,7 +67,8 @@ def check_contents(model: PreTrainedModel, described: dict[str, Any], stored: Sh
     inside: set[str] = set()
     for ffn in ffns(model):
         for owner in ffn.owners:
-            paths = tuple(f"{owner}.{ffn.path(site)}" + "." * (not ffn.layout.experts) for site in ffn.sites)
+            below = ffn.tensor_names if ffn.layout.experts else [f"{ffn.path(site)}." for site in ffn.sites]
+            paths = tuple(f"{owner}.{name}" for name in below)
             inside |= {path.rstrip(".") for path in paths}
             own, found = _below(wanted, (f"{owner}.{PREFIX}",)), _below(there, (f"{owner}.{PREFIX}",))
             if owner not in further:

@@ -23,6 +23,8 @@ from ffnkit.checkpoint.standard import padded_widths, standard_config, standard_
 from ffnkit.checkpoint.verify import verify
 from ffnkit.errors import FfnkitError
 from ffnkit.io.architectures import is_own
+from ffnkit.io.conversions import into_files
+from ffnkit.io.files import SHARD, are_in_files
 from ffnkit.io.folders import staging
 from ffnkit.io.loading import check_weights, no_bars
 from ffnkit.io.progress import phase
@@ -88,6 +90,8 @@ def export(
         raise FfnkitError(f"target {target!r}", "there is no such form", f"Take {' or '.join(TARGETS)}")
     if multiple < 1:
         raise FfnkitError(f"multiple {multiple}", "widths cannot be multiples of it", "Take 1 or more")
+    if are_in_files():
+        save_pretrained_kwargs = {"max_shard_size": SHARD, **save_pretrained_kwargs}
     check_untouched(model, f"exporting {type(model).__name__}")
     check_weights(model, type(model).__name__)
     found = ffns(model)
@@ -102,6 +106,7 @@ def export(
         if (generation := standard_generation_config(model)) is not None:
             skeleton.generation_config = generation
         tied = skeleton.all_tied_weights_keys if hasattr(skeleton, "all_tied_weights_keys") else {}
+        into_files(skeleton)
         with no_bars():
             skeleton.save_pretrained(
                 temporary, state_dict={k: v for k, v in form.state.items() if k not in tied}, **save_pretrained_kwargs

@@ -12,6 +12,8 @@ from ffnkit.checkpoint.companions import write_companions
 from ffnkit.checkpoint.dtypes import tell_recast, write_dtypes
 from ffnkit.io.apart import ADAPTER, BASE
 from ffnkit.io.architectures import is_own
+from ffnkit.io.conversions import into_files
+from ffnkit.io.files import SHARD, are_in_files
 from ffnkit.io.folders import staging
 from ffnkit.io.loading import check_weights, no_bars
 from ffnkit.io.progress import phase
@@ -53,9 +55,12 @@ def save(
     check_weights(model, type(model).__name__)
     _sync_config(model)
     tell_recast(model)
+    if are_in_files():
+        save_pretrained_kwargs = {"max_shard_size": SHARD, **save_pretrained_kwargs}
     if adapter_layers(model):  # weights are saved with the updates in them
         save_pretrained_kwargs = {"state_dict": plain_state(model), **save_pretrained_kwargs}
     with phase(f"saving {directory}"), no_bars(), staging(directory) as temporary:
+        into_files(model)
         model.save_pretrained(temporary, **save_pretrained_kwargs)
         write_dtypes(model, temporary)
         write_companions(model, temporary, tokenizer)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from ffnkit.io import files
 from ffnkit.io.loading import grouped_step
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.config_keys import set_width
@@ -73,14 +74,15 @@ def standard_state(model: PreTrainedModel, found: list[FFN], targets: dict[str, 
                 neurons = owner.read()
                 values = _named_values(ffn, pad(neurons, targets[ffn.name]) if short else neurons)
             for name, value in values.items():
-                state[f"{owner.name}.{name}"] = value.detach() if owner.name == ffn.name else value.detach().clone()
+                new = value.detach() if owner.name == ffn.name else value.detach().clone()
+                state[f"{owner.name}.{name}"] = files.held(new)
             for name in _special_names(ffn, owner.name, state):
                 del state[name]
     for name, layer in standing_apart(model, found).items():
         own = [key for key in state if key.startswith(f"{name}.") and key.rpartition(".")[2] not in ("weight", "bias")]
         for key in own:
             del state[key]
-        state[f"{name}.weight"] = layer.folded().detach()
+        state[f"{name}.weight"] = files.held(layer.folded().detach())
     pad_heads(model, state)
     return {name: value.contiguous() for name, value in state.items()}
 
@@ -110,6 +112,8 @@ def _named_values(ffn: FFN, neurons: Neurons) -> dict[str, Tensor]:
     for path, (weight, bias) in ffn.site_values(neurons).items():
         if ffn.layout.experts:
             named[path] = weight.mT if ffn.layout.transposed else weight
+            if bias is not None:
+                named[f"{path}_bias"] = bias
             continue
         transposed = is_transposed(ffn.module.get_submodule(path))
         named[f"{path}.weight"] = weight.mT if transposed else weight

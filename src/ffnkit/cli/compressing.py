@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ffnkit.cli import console, describe, forms, options, targets
+from ffnkit.cli import console, describe, forms, options, streams, targets
 from ffnkit.cli.after import After, show_cost
 from ffnkit.cli.application import app
 from ffnkit.cli.budgets import Budget
@@ -92,6 +92,7 @@ def compress(
     plan_out: Annotated[Path | None, typer.Option("--plan-out", help="Save the plan here.")] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    stream: streams.Stream = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
@@ -153,8 +154,9 @@ def compress(
     deciding.check(chosen, calibration)
     console.quieten()
     after.check(dry_run)
-    job = Compression(model, chosen, plan_in, dtype, device, calibration, limit, deciding, after)
-    report = job.run(plan_out, None if dry_run else out, form, as_json)
+    with streams.around(stream, model, None if dry_run else out, dtype, device, heal=after.heal) as place:
+        job = Compression(model, chosen, plan_in, dtype, place, calibration, limit, deciding, after)
+        report = job.run(plan_out, None if dry_run else out, form, as_json)
     if as_json:
         console.print_json(report)
 
@@ -296,7 +298,7 @@ class Compression:
         if needed and self.calibration is not None:
             method, self.told = self.deciding.settled(model, method, self.calibration, self.source)
         with expecting(model, method, data if needed else None, self.told):
-            plan = ffnkit.plan(model, method, data=data if needed else None)
+            plan = streams.plan(model, method, data if needed else None)
         if needed and self.calibration is not None:
             self.told |= self.deciding.spread(model, method, self.calibration, self.source)
         return plan, widths

@@ -103,7 +103,7 @@ class ClusterNeurons(NeuronEdit):
     def numbers(self, old: Neurons, name: str) -> Neurons:
         """Means in float32 at least: in bf16 the small differences inside a cluster would be lost."""
         exact = torch.promote_types(old.up.dtype, torch.float32)
-        lifted = old.map(lambda value: value.to(exact))
+        lifted = old.to(exact)
         labels = self.labels.to(old.up.device).long()
         means = average(balance(lifted) if self.balance else lifted, labels, self.width)
         if not self.root:

@@ -127,7 +127,11 @@ def unmask(writer: Writer, ffn: FFN) -> None:
 
 def rows_of(ffn: FFN, index: Tensor) -> Tensor:
     """The rows of up that hold these neurons, (.., width); where it holds gate and up, those of both."""
-    return torch.cat((index, index + ffn.width), -1) if ffn.layout.fused else index
+    if not ffn.layout.fused:
+        return index
+    if ffn.layout.interleaved:
+        return torch.stack((2 * index, 2 * index + 1), -1).flatten(-2)
+    return torch.cat((index, index + ffn.width), -1)
 
 
 def set_width(ffn: FFN, width: int) -> None:

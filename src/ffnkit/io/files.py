@@ -8,7 +8,7 @@ import math
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,6 +118,40 @@ def umask() -> int:
 
 
 SPOOL_FROM = 1 << 20  # bytes; smaller tensors stay in memory
+SHARD = "2GB"  # of the files of a checkpoint that is written without being whole in memory
+_folder: list[tuple[Path, Callable[[], None]]] = []  # where large new tensors go meanwhile; empty: they stay in memory
+
+
+@contextmanager
+def in_files(folder: Path, before: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """While the block runs, what :func:`held` gives back lies in files of ``folder``, which have no names.
+
+    So do large intermediate results (``ops.room``). ``before`` is called before each file is made.
+    """
+    from ffnkit.ops import room
+
+    def make(shape: Sequence[int], dtype: dtype) -> Tensor:
+        import torch
+
+        large = math.prod(shape) * dtype.itemsize >= SPOOL_FROM
+        return spool(shape, dtype) if large else torch.empty(shape, dtype=dtype)
+
+    _folder.append((folder, before))
+    try:
+        with room.elsewhere(make, before):
+            yield
+    finally:
+        _folder.pop()
+
+
+def are_in_files() -> bool:
+    """Whether new tensors go into files (:func:`in_files`)."""
+    return bool(_folder)
+
+
+def held(tensor: Tensor) -> Tensor:
+    """A new tensor of a model: as it is, or in a file inside of :func:`in_files`."""
+    return spooled(tensor) if _folder and tensor.device.type == "cpu" else tensor
 
 
 def spooled(tensor: Tensor) -> Tensor:
@@ -127,7 +161,7 @@ def spooled(tensor: Tensor) -> Tensor:
     own = tensor.detach().cpu().contiguous()
     if own.numel() * own.element_size() < SPOOL_FROM:
         return own.clone() if own.data_ptr() == tensor.data_ptr() else own
-    with tempfile.NamedTemporaryFile(prefix="ffnkit-") as file, disk_errors(tempfile.gettempdir()):
+    with _nameless() as file:
         file.write(own.view(-1).view(torch.uint8).numpy().data)
         file.flush()
         return _mapped(file.name, own.shape, own.dtype)
@@ -138,9 +172,21 @@ def spool(shape: Sequence[int], dtype: dtype) -> Tensor:
 
     The file has no name any more once it is mapped: it goes with the last tensor that uses it, however we end.
     """
-    with tempfile.NamedTemporaryFile(prefix="ffnkit-") as file, disk_errors(tempfile.gettempdir()):
-        file.truncate(math.prod(shape) * dtype.itemsize)
+    with _nameless() as file:
+        size = math.prod(shape) * dtype.itemsize
+        file.truncate(size)
+        if _folder and size and hasattr(os, "posix_fallocate"):  # else a full disk would kill us while it is written to
+            os.posix_fallocate(file.fileno(), 0, size)
         return _mapped(file.name, shape, dtype)
+
+
+@contextmanager
+def _nameless() -> Iterator[Any]:
+    """A file to fill and to map, whose name goes when the block ends."""
+    folder, before = _folder[-1] if _folder else (Path(tempfile.gettempdir()), lambda: None)
+    before()
+    with tempfile.NamedTemporaryFile(prefix="ffnkit-", dir=folder) as file, disk_errors(folder):
+        yield file
 
 
 def _mapped(name: str, shape: Sequence[int], dtype: dtype) -> Tensor:

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from ffnkit.errors import FfnkitError
 from ffnkit.io import quickstart
 from ffnkit.io.apart import ADAPTERS, base_of, is_apart, with_updates
+from ffnkit.io.conversions import forget_few_bits, from_few_bits
 from ffnkit.io.fitting import check_fits, is_head
 from ffnkit.io.progress import phase
 from ffnkit.io.sentences import sentence_folder
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 _REPORTERS = ("transformers.modeling_utils", "transformers.utils.loading_report")
 # Settings of from_pretrained that find the config as well as the weights.
 HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "trust_remote_code", "force_download")
+_PIECE = 1 << 20  # numbers that are summed at a time: in a wider dtype they are copied
 _NOT_HERE = "there is no such folder"
 _FLOATS = ("torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
 
@@ -66,15 +68,20 @@ def load_with_info(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> t
     name = check_name(name_or_dir)
     redraw = kwargs.pop("ignore_mismatched_sizes", False)
     kwargs = {"trust_remote_code": trust.given, **kwargs}
+    told = vars(kwargs["config"]) if kwargs.get("config") is not None else _told(name, **kwargs)
     with open_errors(f"model {name}"):
         if os.path.isdir(name) and (stored := stored_shapes(checkpoint_files(name))):
             from ffnkit.io.architectures import read_config
 
             config = kwargs.get("config") or read_config(name, trust_remote_code=kwargs["trust_remote_code"])
             check_config(auto_class, config, stored, f"model {name}")
-    with phase(f"loading {name}"), open_errors(f"model {name}"), hub_or_cache(), _held_reports() as held:
-        model, info = auto_class.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    check_fits(model, info, name, _architectures(name, **kwargs) if info["missing_keys"] else [], redraw=redraw)
+    asked = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
+    plain = from_few_bits(told.get("quantization_config"), asked)
+    with phase(f"loading {name}"), open_errors(f"model {name}"), hub_or_cache(), _held_reports() as held, plain as how:
+        model, info = auto_class.from_pretrained(name, **how)
+    forget_few_bits(model, name)
+    classes = _told(name, **kwargs).get("architectures") if info["missing_keys"] else None
+    check_fits(model, info, name, classes or [], redraw=redraw)
     if not _only_head(model, info):
         for record in held:
             logging.getLogger(record.name).handle(record)
@@ -257,7 +264,11 @@ def check_weights(model: Any, name: str) -> None:
             bad = torch.isnan if not isinstance(tensor, torch.nn.Parameter) else _not_finite
             wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
             # A finite sum clears a tensor; only the others are looked at number by number.
-            if torch.isfinite(tensor.sum(dtype=wide)) or not (count := int(bad(tensor).sum())):
+            parts = tensor.view(-1).split(_PIECE) if tensor.is_contiguous() else (tensor,)
+            sums = tensor.new_zeros(len(parts), dtype=wide)
+            for number, part in enumerate(parts):  # a result kept behind each copy would have the heap grow by them all
+                sums[number] = part.sum(dtype=wide)
+            if bool(sums.isfinite().all()) or not (count := sum(int(bad(part).sum()) for part in parts)):
                 continue
             found = f"{count} of {tensor.numel()} numbers of {key} are NaN or infinite"
             raise FfnkitError(f"model {name}", found, "Use another checkpoint, or one from before training diverged")
@@ -310,13 +321,13 @@ def _only_head(model: Any, info: dict[str, Any]) -> bool:
     return not unexpected and not strange and all(is_head(model, key) for key in info.get("missing_keys", ()))
 
 
-def _architectures(name: str, **kwargs: Any) -> list[str]:
-    """The classes that the files of a checkpoint name, whatever config it was opened with."""
+def _told(name: str, **kwargs: Any) -> dict[str, Any]:
+    """The config that lies in the files of a checkpoint, as data, whatever config it was opened with."""
     from transformers import PreTrainedConfig
 
     hub = {key: kwargs[key] for key in HUB if key in kwargs}
     with open_errors(f"model {name}"), hub_or_cache():
-        return PreTrainedConfig.get_config_dict(name, **hub)[0].get("architectures") or []
+        return PreTrainedConfig.get_config_dict(name, **hub)[0]
 
 
 @contextlib.contextmanager

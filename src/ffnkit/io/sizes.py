@@ -14,6 +14,8 @@ from ffnkit.errors import FfnkitError
 Shapes = dict[str, tuple[int, ...]]
 _LAYERS = re.compile(r"(n|num|encoder|decoder)_(.*_)?layers?")
 _COUNTS = re.compile(r"(n|num)_(.*_)?(heads?|experts|blocks)|(.*_)?(hidden|intermediate|vocab)_size|head_dim")
+_BESIDE = re.compile(r"(weight_scale(_inv)?|_scales|\.scale)$")  # of numbers in few bits
+_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 _DO = "Use the config.json that was saved with the weights"
 _ROOM = 1 << 24  # numbers that a model may hold beside 8 for each stored one: new heads, weights in few bits
 
@@ -37,6 +39,32 @@ def stored_shapes(files: Iterable[str | Path] | None) -> Shapes:
             with safe_open(path, framework="pt") as file:
                 found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return found
+
+
+def opened_bytes(files: Iterable[str | Path], size: int) -> int:
+    """Bytes of the weights in safetensors files once they are opened; numbers of 8 and 4 bits become plain ones.
+
+    Args:
+        size: bytes of a plain number.
+    """
+    from safetensors import safe_open
+
+    total = 0
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                stored = file.get_slice(name)
+                kind, count = stored.get_dtype(), math.prod(stored.get_shape())
+                if _BESIDE.search(name):
+                    continue
+                if kind.startswith("F8"):
+                    count *= size
+                elif name.endswith("_blocks"):  # two numbers in a byte
+                    count *= 2 * size
+                else:
+                    count *= _BYTES.get(kind, 4)
+                total += count
+    return total
 
 
 def check_config(auto_class: Any, config: Any, stored: Shapes, asked: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ class Narrowing:
         Doc("neurons left in each FFN: an int counts them, a float is a share (1.0 = all); or one by FFN's name."),
     ]
     layers: Layers = "all"
+
+    by_ffn: ClassVar[bool] = False  # whether what it decides of an FFN from weights hangs on no other FFN
 
     def settings(self) -> dict[str, Any]:
         """The settings by name."""
@@ -120,7 +122,7 @@ def clusterings(
 def lifted(neurons: Neurons) -> Neurons:
     """The neurons in float32 at least: sums and decompositions in bf16 would lose the small differences."""
     exact = torch.promote_types(neurons.up.dtype, torch.float32)
-    return neurons.map(lambda value: value.detach().to(exact))
+    return neurons.map(lambda value: value.detach()).to(exact)
 
 
 def singles(neurons: Neurons) -> list[Neurons]:

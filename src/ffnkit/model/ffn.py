@@ -149,9 +149,16 @@ class FFN:
     def parameters(self) -> list[nn.Parameter]:
         """The FFN's parameters, each once; those that places which share it have of their own too."""
         if self.layout.experts:
-            return [self.module._parameters[self.path(site)] for site in self.sites]  # type: ignore[misc]
+            return [self.module._parameters[name] for name in self.tensor_names]  # type: ignore[misc]
         found = (p for site in self.sites for linear in self.linears(site) for p in parameters(linear))
         return list(dict.fromkeys(found))
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """Of experts: the parameters by their names below the owner, weights and then biases."""
+        paths = [self.path(site) for site in self.sites]
+        biases = [f"{path}_bias" for path in paths]
+        return [*paths, *(name for name in biases if self.module._parameters.get(name) is not None)]
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -205,12 +212,18 @@ class FFN:
 
     def _halves(self, value: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """(gate, up) of a tensor that holds both."""
-        first, second = value.chunk(2, dim=dim)
+        if self.layout.interleaved:
+            first, second = value.unflatten(dim, (-1, 2)).unbind(dim)
+        else:
+            first, second = value.chunk(2, dim=dim)
         return (second, first) if self.layout.up_first else (first, second)
 
     def fuse(self, gate: Tensor, up: Tensor, dim: int) -> Tensor:
         """One tensor of gate and up, in the order that the family has."""
-        return torch.cat((up, gate) if self.layout.up_first else (gate, up), dim=dim)
+        both = (up, gate) if self.layout.up_first else (gate, up)
+        if self.layout.interleaved:
+            return torch.stack(both, dim=dim).flatten(dim - 1, dim)
+        return torch.cat(both, dim=dim)
 
     def site_values(self, neurons: Neurons) -> dict[str, tuple[Tensor, Tensor | None]]:
         """Weight (out, in) and bias of neurons by the path of each linear or parameter."""
@@ -311,7 +324,9 @@ class FFN:
         return true_weight(self.linear(site))
 
     def _bias(self, site: str) -> Tensor | None:
-        return None if self.layout.experts else unwrapped(self.linear(site)).bias
+        if self.layout.experts:
+            return self.module._parameters.get(f"{self.path(site)}_bias")
+        return unwrapped(self.linear(site)).bias
 
 
 def _mixes(value: Any) -> bool:

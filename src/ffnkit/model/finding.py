@@ -77,14 +77,16 @@ def _match(module: nn.Module, rows: Rows[Layout], *, middle: bool = False) -> La
 
 
 def _are_experts(module: nn.Module, layout: Layout, paths: tuple[str, str, str]) -> bool:
-    """Whether 3-D parameters have the shapes of a row; biases and alternating rows of gate and up are not known."""
+    """Whether 3-D parameters, and biases beside them, have the shapes of a row."""
     up, gate, down = (module._parameters.get(path) for path in paths)
     if up is None or gate is None or down is None or not up.ndim == gate.ndim == down.ndim == 3:
         return False
-    if any(module._parameters.get(f"{path}_bias") is not None for path in paths):
+    if gate.shape != up.shape or getattr(module, "is_concatenated", True) is layout.interleaved:
         return False
-    if gate.shape != up.shape or not getattr(module, "is_concatenated", True):
-        return False
+    for path, weight in zip(paths, (up, gate, down), strict=True):
+        bias = module._parameters.get(f"{path}_bias")
+        if bias is not None and bias.shape != (weight.mT if layout.transposed else weight).shape[:2]:
+            return False
     (number, rows, d), (_, out, inner) = (p.mT.shape if layout.transposed else p.shape for p in (up, down))
     return (number, out, inner) == (down.shape[0], d, rows // 2 if layout.fused else rows)
 

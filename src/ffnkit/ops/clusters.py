@@ -26,7 +26,7 @@ def cluster_neurons(
         ]
         return torch.stack([labels for labels, _ in parts]), sum(loss for _, loss in parts) / len(parts)
     # float32: distances decide labels only; bf16 would merge neurons that differ. Experts one at a time.
-    single = neurons.map(lambda value: value.float())
+    single = neurons.to(torch.float32)
     points = (balance(single) if balanced else single).matrix()
     result = kmeans(points, width, seed=seed, restarts=restarts)
     total = points.var(dim=0, correction=0).double().sum().item() * len(points)  # no second copy of the points

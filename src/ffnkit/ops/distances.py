@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from ffnkit.ops import room
+
 CHUNK = 1 << 26  # elements of a temporary matrix
 
 
@@ -156,8 +158,9 @@ def pairwise(points: Tensor, block: int | None = None) -> Tensor:
     n, m = points.shape
     step = block or max(512, math.ceil(n / 16))
     squares = _squares(points)
-    out = points.new_empty(n, n)
+    out = room.empty((n, n), points)
     for top in range(0, n, step):
+        room.pause()
         stop = min(top + step, n)
         rows = slice(top, stop)
         scale = squares[rows, None] + squares[:stop]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ffnkit.errors import FfnkitError
+from ffnkit.ops import room
 from ffnkit.ops.distances import Clusters, DirectDistances, PairDistances, full_precision, one_thread
 from ffnkit.ops.exchange import Clustering, improve, refill
 from ffnkit.ops.seeding import plus_plus, uniforms
@@ -184,7 +185,8 @@ def _centred(points: Tensor, low: float, high: float) -> Tensor:
     values = points if points.dtype == torch.float64 else points.float()
     widest = 1000 if values.dtype == torch.float64 else 120
     exponent = math.frexp(high / 2 - low / 2)[1] + 1
-    values = values * 2.0 ** -max(-widest, min(exponent, widest))
+    scale = 2.0 ** -max(-widest, min(exponent, widest))
+    values = room.made(torch.mul, values, scale, shape=values.shape, like=values)
     return values.sub_(values.mean(0)).float()
 
 
@@ -224,7 +226,7 @@ def _finish(points: Tensor, labels: Tensor, weights: Tensor | None, k: int, iter
     # A cluster without weight has the plain mean of its members.
     mean_weights = torch.where(mass[labels] > 0, given, ones)
     mass = clusters.sums(mean_weights[:, None], ones)
-    centroids = points.new_empty(k, m, dtype=torch.promote_types(points.dtype, torch.float32))
+    centroids = room.empty((k, m), points, torch.promote_types(points.dtype, torch.float32))
     paid = torch.zeros_like(ones)
     for columns in torch.arange(m).split(max(1, (1 << 20) // n)):
         part = slice(int(columns[0]), int(columns[-1]) + 1)

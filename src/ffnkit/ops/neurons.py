@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ffnkit.ops import room
+
 
 @dataclass(frozen=True)
 class Neurons:
@@ -55,7 +57,7 @@ class Neurons:
 
     def to(self, dtype: torch.dtype) -> Neurons:
         """Every tensor in another precision."""
-        return self.map(lambda value: value.to(dtype))
+        return self.map(lambda value: room.cast(value, dtype))
 
     def expert(self, index: int) -> Neurons:
         """One expert's FFN."""
@@ -81,7 +83,9 @@ class Neurons:
         Source: MLP Fusion (arXiv 2307.08941), the sub-MLPs [W1; b1; W2]; with a gate its row and bias are added.
         """
         parts = [self.gate, self.gate_bias, self.up, self.up_bias, self.down.mT]
-        return torch.cat([p if p.ndim == self.up.ndim else p[..., None] for p in parts if p is not None], dim=-1)
+        columns = [p if p.ndim == self.up.ndim else p[..., None] for p in parts if p is not None]
+        shape = (*self.up.shape[:-1], sum(part.shape[-1] for part in columns))
+        return room.made(torch.cat, columns, -1, shape=shape, like=self.up)
 
     def with_matrix(self, matrix: Tensor) -> Neurons:
         """The inverse of :meth:`matrix`, for any number of rows; the output bias is kept."""
@@ -122,9 +126,9 @@ def balance(neurons: Neurons) -> Neurons:
     factor = torch.where(largest < 0, -factor, factor)
     return dataclasses.replace(
         neurons,
-        up=neurons.up * factor[..., None],
+        up=room.made(torch.mul, neurons.up, factor[..., None], shape=neurons.up.shape, like=neurons.up),
         up_bias=None if bias is None else bias * factor,
-        down=neurons.down / factor.unsqueeze(-2),
+        down=room.made(torch.div, neurons.down, factor.unsqueeze(-2), shape=neurons.down.shape, like=neurons.down),
     )
 
 
@@ -140,10 +144,15 @@ def average(neurons: Neurons, labels: Tensor, width: int) -> Neurons:
     """
     if neurons.experts:
         return concatenate([average(neurons.expert(e), labels[e], width) for e in range(neurons.experts)])
-    matrix = neurons.matrix()
-    counts = cluster_sizes(labels, width).to(matrix.dtype)
-    sums = matrix.new_zeros(width, matrix.shape[1]).index_add_(0, labels.to(matrix.device), matrix)
-    return neurons.with_matrix(sums / counts.to(matrix.device)[:, None])
+    where, counts = labels.to(neurons.up.device), cluster_sizes(labels, width).to(neurons.up)
+
+    def mean(rows: Tensor) -> Tensor:
+        sums = room.empty((width, *rows.shape[1:]), rows).zero_().index_add_(0, where, rows)
+        return sums.div_(counts if rows.ndim == 1 else counts[:, None])
+
+    rows = {name: value for name, value in neurons.tensors().items() if name not in ("down", "down_bias")}
+    means = {name: mean(value) for name, value in rows.items()}
+    return Neurons(**means, down=mean(neurons.down.mT).mT.contiguous(), down_bias=neurons.down_bias)
 
 
 def cluster_sizes(labels: Tensor, width: int) -> Tensor:

@@ -34,7 +34,7 @@ def declare_tied(model: PreTrainedModel, ffn: FFN, twins: list[str]) -> None:
     """Declare the FFNs at the paths ``twins`` as further names of ``ffn``, for saving and for loading."""
     state = ffn.module.state_dict(keep_vars=True)
     sites = tuple(f"{ffn.path(site)}." for site in ffn.sites) if not ffn.layout.experts else ()
-    exact = {ffn.path(site) for site in ffn.sites} if ffn.layout.experts else set()
+    exact = set(ffn.tensor_names) if ffn.layout.experts else set()
     own = [n for n in state if (n in exact or n.startswith(sites or PREFIX)) and not ffn.is_own(n)]
     pairs = {f"{twin}.{name}": f"{ffn.name}.{name}" for twin in twins for name in own}
     model._tied_weights_keys = {**(getattr(model, "_tied_weights_keys", None) or {}), **pairs}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ffnkit.edits.base import Edit
 from ffnkit.edits.slicing import set_width
 from ffnkit.errors import FfnkitError
+from ffnkit.io import files
 from ffnkit.io.loading import run_uneven_experts
 from ffnkit.io.progress import counted
 from ffnkit.model import trainable
@@ -161,7 +162,7 @@ class ModelWriter:
         if owner is not first:
             self._places = None
             if ffn.layout.experts:
-                for path in dict.fromkeys((ffn.path("up"), ffn.path("down"))):
+                for path in ffn.tensor_names:
                     owner._parameters[path] = first._parameters[path]
                 remove_parametrizations(owner)
                 for path, buffer in parametrized_weights(first):
@@ -270,7 +271,7 @@ def put(old: nn.Parameter, value: Tensor, within: Iterable[nn.Module]) -> nn.Par
     Else a new parameter takes its place wherever these modules hold it; it trains where that one did. The old tensor
     itself keeps its bits.
     """
-    new = value.detach().to(device=old.device, dtype=old.dtype).contiguous()
+    new = files.held(value.detach().to(device=old.device, dtype=old.dtype).contiguous())
     if new.data_ptr() == old.data_ptr() and not new.is_meta:
         new = new.clone()
     if new.shape == old.shape:
@@ -294,6 +295,9 @@ def resize(ffn: FFN, neurons: Neurons) -> None:
             old = ffn.module._parameters[path]
             assert old is not None
             put(old, weight.mT if ffn.layout.transposed else weight, owners)
+            beside = ffn.module._parameters.get(f"{path}_bias")
+            if beside is not None and bias is not None:
+                put(beside, bias, owners)
             continue
         linears = list(dict.fromkeys(owner.get_submodule(path) for owner in owners))
         first: Any = linears[0]

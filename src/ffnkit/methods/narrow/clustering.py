@@ -32,6 +32,7 @@ class Clustering(Refitting):
     name: ClassVar[str] = "clustering"
     summary: ClassVar[str] = "cluster neurons, the root of the cluster sizes on both sides (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
+    by_ffn: ClassVar[bool] = True
 
     def drafted(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         found = self.chosen(model)

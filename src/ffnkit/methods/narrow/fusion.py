@@ -48,6 +48,7 @@ class Fusion(Refitting):
     name: ClassVar[str] = "fusion"
     summary: ClassVar[str] = "cluster neurons into a narrower FFN that keeps the neural tangent kernel (MLP Fusion)"
     paper: ClassVar[str] = "arXiv 2307.08941"
+    by_ffn: ClassVar[bool] = True
 
     def drafted(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []

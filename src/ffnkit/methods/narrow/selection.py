@@ -60,6 +60,7 @@ class Magnitude(Refitting):
     name: ClassVar[str] = "magnitude"
     summary: ClassVar[str] = "keep the neurons with the largest weights (structured pruning, baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
+    by_ffn: ClassVar[bool] = True
 
     def drafted(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         edits: list[Edit] = []

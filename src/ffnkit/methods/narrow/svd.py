@@ -57,6 +57,7 @@ class Svd(Narrowing):
     name: ClassVar[str] = "svd"
     summary: ClassVar[str] = "each matrix as a product of two thin ones, rank from the budget (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
+    by_ffn: ClassVar[bool] = True
 
     @property
     def needs_data(self) -> bool:

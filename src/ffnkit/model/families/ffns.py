@@ -19,6 +19,7 @@ class Layout:
         experts: the paths are 3-D parameters, (E, rows, columns), not linears.
         transposed: of experts: the parameters lie as (E, in, out), applied as ``x @ weight``.
         up_first: where one linear holds both, its first half is up and its second the gate.
+        interleaved: where one parameter of experts holds both, rows of gate and up take turns.
         owner: the row holds for classes of this name only; "" for all.
         runs: config keys, where one module runs several times in a pass: so many layers run, and the product of the
             other numbers is how many there are.
@@ -31,6 +32,7 @@ class Layout:
     experts: bool = False
     transposed: bool = False
     up_first: bool = False
+    interleaved: bool = False
     owner: str = ""
     runs: tuple[str, ...] = ()
 
@@ -56,6 +58,15 @@ LAYOUTS: list[Layout] = [
     Layout(
         "gated experts transposed", "gate_up_proj", "down_proj", gate="gate_up_proj", experts=True, transposed=True
     ),  # Llama 4, Aria
+    Layout(
+        "gated experts in turns",
+        "gate_up_proj",
+        "down_proj",
+        gate="gate_up_proj",
+        experts=True,
+        transposed=True,
+        interleaved=True,
+    ),  # GPT-OSS
     Layout("gated experts apart", "up_proj", "down_proj", gate="gate_proj", experts=True),  # Inkling's shared experts
     Layout("experts", "up_proj", "down_proj", experts=True),
     Layout("LFM2", "w3", "w2", gate="w1"),

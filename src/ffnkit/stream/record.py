@@ -1,0 +1,81 @@
+"""The plan of one FFN after the other, each in a file, so that what was planned is not planned again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ffnkit import __version__
+from ffnkit.io.sizes import checkpoint_files
+from ffnkit.model.finding import ffns
+from ffnkit.plans import Plan, plan
+
+
+def parts_of(out: str | Path) -> Path:
+    """The folder beside an output in which plans wait for it."""
+    out = Path(out).absolute()
+    return out.parent / f".{out.name}.plans"
+
+
+def planned(
+    model: Any, method: Any, source: str, out: str | Path, told: Callable[[int], None] | None = None
+) -> tuple[Plan, Path]:
+    """The plan of a method that decides of each FFN alone (``by_ffn``), FFN by FFN; what lies in files is read.
+
+    The files are of this source, this method and its settings, or go. Whoever has written the output removes them.
+
+    Args:
+        told: called with the number of FFNs that were planned before.
+
+    Returns:
+        The plan, and the folder of its parts.
+    """
+    place, key = parts_of(out), _key(source, method)
+    if not (place / key).is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+        (place / key).mkdir(parents=True)
+    chosen = method.chosen(model)
+    files = [place / key / f"{number}.safetensors" for number in range(len(chosen))]
+    if told is not None and (done := sum(file.is_file() for file in files)):
+        told(done)
+    parts = []
+    for file, (ffn, width) in zip(files, chosen, strict=True):
+        if not file.is_file():
+            plan(model, dataclasses.replace(method, width={ffn.name: width})).save(file)
+        parts.append(Plan.load(file))
+    return _joined(parts, model, method), place
+
+
+def is_by_ffn(method: Any) -> bool:
+    """Whether a method decides of each FFN alone, from its weights."""
+    return bool(getattr(method, "by_ffn", False)) and not getattr(method, "needs_data", False)
+
+
+def _joined(parts: list[Plan], model: Any, method: Any) -> Plan:
+    order = {name: number for number, name in enumerate(ffn.name for ffn in ffns(model))}
+    shapes = {name: shape for part in parts for name, shape in part.shapes.items()}
+    return Plan(
+        method=method.name,
+        settings=method.settings(),
+        model=type(model).__name__,
+        edits=tuple(edit for part in parts for edit in part.edits),
+        shapes=dict(sorted(shapes.items(), key=lambda item: order[item[0]])),
+        parameters=sum(p.numel() for p in model.parameters()),
+        quantities={name: row for part in parts for name, row in part.quantities.items()},
+        weights={place: row for part in parts for place, row in part.weights.items()},
+    )
+
+
+def _key(source: str, method: Any) -> str:
+    folder = Path(source).expanduser()
+    files = checkpoint_files(folder) if folder.is_dir() else []
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    about = [__version__, os.fspath(folder.absolute()), stats, method.name, method.settings()]
+    told = json.dumps(about, default=str)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
