@@ -22,9 +22,10 @@ from ffnkit.io.files import replacing
 from ffnkit.io.loading import no_bars
 from ffnkit.io.progress import Step
 from ffnkit.model.trainable import parts_of
-from ffnkit.nn.adapter_layer import adapter_layers
+from ffnkit.nn.adapter_layer import adapter_layers, full_tensor
 from ffnkit.surgery.compressed import compressed_parameters
 from ffnkit.tasks.running import IGNORED, is_seq2seq, logits_of, target_counts
+from ffnkit.tune.sharding import load_whole, on_any_device
 
 TRAINED = "trained.safetensors"  # in checkpoints of peft models: all that trains
 
@@ -56,6 +57,14 @@ class Loop(Trainer):
         super().__init__(*args, **kwargs)
         # Whatever their forward accepts, models return the mean over a micro-batch, which is weighted here.
         self.model_accepts_loss_kwargs = False
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is not None and not self.is_fsdp_enabled:
+            from accelerate import FullyShardedDataParallelPlugin
+
+            on_any_device(self.accelerator, FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args))
+            self.is_fsdp_enabled = True
 
     def evaluation_loop(
         self,
@@ -119,13 +128,14 @@ class Loop(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self._group_lengths is None:
             return super()._get_train_sampler(train_dataset)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return GroupedSampler(self._group_lengths, batch, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        trained = self._trained()  # of shards, all processes give theirs
         if not self.args.should_save:
             return
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {} if state_dict is None else {"state_dict": state_dict}
         if not hasattr(self.model, "peft_config"):
             # Names of older layouts, which save_pretrained prefers for some families, could not be loaded in place.
             more["save_original_format"] = False
@@ -134,30 +144,30 @@ class Loop(Trainer):
         with no_bars():
             model.save_pretrained(folder, **more)
         if hasattr(model, "peft_config"):  # whose file holds the adapter alone
-            save_file(
-                {name: value.contiguous() for name, value in self._trained().items()}, os.path.join(folder, TRAINED)
-            )
+            save_file({name: value.contiguous() for name, value in trained.items()}, os.path.join(folder, TRAINED))
 
     def _trained(self) -> dict[str, torch.Tensor]:
-        """What trains of the model, by name."""
+        """What trains beside an adapter of peft and in it, by name; {} of other models."""
         model: Any = self.model
-        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        if not hasattr(model, "peft_config"):
+            return {}
+        return {name: full_tensor(p).detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_trained(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        if not self.is_fsdp_enabled:
+            super()._load_best_model()
         self._load_trained(self.state.best_model_checkpoint or "")
 
     def _load_trained(self, folder: str) -> None:
-        """What trained beside an adapter of peft, in place."""
-        path = os.path.join(folder, TRAINED)
-        if os.path.isfile(path):
-            stored = load_file(path)
-            for name, value in self._trained().items():
-                value.copy_(stored[name])
+        """What trained beside an adapter of peft; of a model in shards everything, which the files hold as a whole."""
+        names = [TRAINED] if hasattr(self.model, "peft_config") else ["*.safetensors"] * self.is_fsdp_enabled
+        for path in (path for name in names for path in Path(folder).glob(name)):
+            load_whole(self.model, load_file(path))  # type: ignore[arg-type]
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint that lacks weights or buffers, but those that the family computes and never writes."""
@@ -282,7 +292,7 @@ class Snapshot(TrainerCallback):
         self.step, self.path = step, Path(path)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step == self.step:
+        if state.global_step == self.step and state.is_world_process_zero:
             with replacing(self.path) as new:
                 save_model(model, str(new))
 
