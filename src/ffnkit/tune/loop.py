@@ -27,7 +27,7 @@ from ffnkit.surgery.compressed import compressed_parameters
 from ffnkit.tasks.running import IGNORED, is_seq2seq, logits_of, target_counts
 from ffnkit.tune.sharding import load_whole, on_any_device
 
-TRAINED = "trained.safetensors"  # in checkpoints of peft models: all that trains
+TRAINED = "trained.safetensors"  # in checkpoints of peft models: all that trains; of models in shards: all of it
 
 
 class Loop(Trainer):
@@ -132,26 +132,32 @@ class Loop(Trainer):
         return GroupedSampler(self._group_lengths, batch, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        trained = self._trained()  # of shards, all processes give theirs
+        held = self._trained() or (state_dict if self.is_fsdp_enabled else None) or {}
+        trained = {name: full_tensor(value).detach() for name, value in held.items()}  # of shards, all give theirs
         if not self.args.should_save:
             return
-        more: dict[str, Any] = {} if state_dict is None else {"state_dict": state_dict}
+        folder = str(output_dir or self.args.output_dir)
+        if trained:  # the file of peft holds the adapter alone
+            os.makedirs(folder, exist_ok=True)
+            save_file(
+                {name: value.clone().contiguous() for name, value in trained.items()}, os.path.join(folder, TRAINED)
+            )
+        if self.is_fsdp_enabled:  # save_pretrained reads the model itself
+            return
+        more: dict[str, Any] = {}
         if not hasattr(self.model, "peft_config"):
             # Names of older layouts, which save_pretrained prefers for some families, could not be loaded in place.
             more["save_original_format"] = False
         model: Any = self.model
-        folder = str(output_dir or self.args.output_dir)
         with no_bars():
             model.save_pretrained(folder, **more)
-        if hasattr(model, "peft_config"):  # whose file holds the adapter alone
-            save_file({name: value.contiguous() for name, value in trained.items()}, os.path.join(folder, TRAINED))
 
     def _trained(self) -> dict[str, torch.Tensor]:
         """What trains beside an adapter of peft and in it, by name; {} of other models."""
         model: Any = self.model
         if not hasattr(model, "peft_config"):
             return {}
-        return {name: full_tensor(p).detach() for name, p in model.named_parameters() if p.requires_grad}
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self.is_fsdp_enabled:
@@ -164,9 +170,9 @@ class Loop(Trainer):
         self._load_trained(self.state.best_model_checkpoint or "")
 
     def _load_trained(self, folder: str) -> None:
-        """What trained beside an adapter of peft; of a model in shards everything, which the files hold as a whole."""
-        names = [TRAINED] if hasattr(self.model, "peft_config") else ["*.safetensors"] * self.is_fsdp_enabled
-        for path in (path for name in names for path in Path(folder).glob(name)):
+        """What trained beside an adapter of peft and in it; of a model in shards everything."""
+        path = os.path.join(folder, TRAINED)
+        if os.path.isfile(path):
             load_whole(self.model, load_file(path))  # type: ignore[arg-type]
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
