@@ -164,6 +164,11 @@ class Loop(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_trained(resume_from_checkpoint)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.is_fsdp_enabled and checkpoint is not None:
+            self._load_trained(checkpoint)  # torch made room for moments by a step, which layers that choose counted
+
     def _load_best_model(self) -> None:
         if not self.is_fsdp_enabled:
             super()._load_best_model()
