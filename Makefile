@@ -35,8 +35,9 @@ test: $(READY) ## run the tests (WORKERS=2), the slowest ones left out
 test-slow: $(READY) ## run the tests that take long (about 25 minutes); PART=K/8: an eighth of them
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m slow $(if $(PART),--part $(PART))
 
-test-gpu: $(READY) ## the tests that need a GPU, and the contract of layers and methods on it
-	$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_devices.py tests/test_kmeans.py tests/test_report.py tests/test_waiting.py --device cuda
+test-gpu: $(READY) ## the tests that need a GPU, and the contract of methods and tuners on it
+	$(ONE_THREAD) $(BIN)/python -m pytest -q --device cuda -m "gpu or not slow" tests/test_contract_kit.py \
+		tests/test_kmeans.py tests/test_report.py tests/test_waiting.py
 
 lint: $(READY) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

@@ -163,6 +163,7 @@ def work(words: list[str], options: argparse.Namespace) -> dict[str, Any]:
 def page(rows: dict[str, dict[str, Any]], head: dict[str, Any]) -> str:
     """What was measured, as a page."""
     lines = ["# On a device", "", f"{head['device']}; " + ", ".join(f"{k} {v}" for k, v in head["versions"].items())]
+    lines += ["", "Toy shapes: the headings tell what they stand for."] if head["toy"] else []
     full = {size: rows.get(f"step-{size}-full", {}) for size in SHAPES}
     for size, (d, ff) in SHAPES.items():
         cells = [["tuner", "trains", "step", "x full", "peak", "x full"], [":--", *["--:"] * 5]]

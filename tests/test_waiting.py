@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,8 +101,9 @@ TOLD = {"step": {"_to_sparse": 1}}  # of entries that are chosen anew the sparse
 
 
 def steps(layer: nn.Module, count: int) -> None:
+    place = next(layer.parameters()).device
     optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.01)
-    x = torch.randn(30, 24, requires_grad=True)
+    x = torch.randn(30, 24, device=place, requires_grad=True)
     for _ in range(count):
         for part in (0.5, 0.5):  # the gradient of a step in two parts
             layer(x).square().mean().mul(part).backward()
@@ -111,15 +113,43 @@ def steps(layer: nn.Module, count: int) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("sampled", [True, False], ids=["cpu", "as on a GPU"])
-def test_a_step_waits_for_nothing(name: str, sampled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_waits_for_nothing(
+    name: str, sampled: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(entries, "BLOCK", 16)
     if not sampled:
         monkeypatch.setattr(entries.Entries, "_by_sampling", lambda *_: False)
-    layer = LAYERS[name]()
+    layer = LAYERS[name]().to(device)
     steps(layer, 1)  # the first asks for what stays known
     with counted(monkeypatch) as seen:
         steps(layer, 1)
     assert dict(seen) == TOLD.get(name, {})
+
+
+class Between(nn.Module):
+    """Without a loop over its layers, of which a cut would leave nothing compiled."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.first, self.layer, self.last = nn.Linear(24, 24), layer, nn.Linear(40, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.last(self.layer(self.first(x)))
+
+
+CUT = {"sparsegrad", "refresh", "masked-gradient", "step", "mask", "meprop", "dsee", "dsee-coefficients"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_compiled_model_is_cut_where_that_is_told(name: str, device: torch.device) -> None:
+    """Once at each layer whose backward is its own; nowhere at others."""
+    torch.compiler.reset()
+    model = Between(LAYERS[name]()).to(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = torch._dynamo.explain(model)(torch.randn(5, 24, device=device))
+    assert found.graph_break_count == (name in CUT), [str(reason.reason) for reason in found.break_reasons]
 
 
 def test_what_waits_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
