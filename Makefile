@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FL
 TESTING := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow docs architectures lint fuzz kill bench clean
+.PHONY: help demo test test-slow test-gpu docs architectures lint fuzz kill bench gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +35,10 @@ test: $(READY) ## run the tests (WORKERS=2), the slowest ones left out
 
 test-slow: $(READY) ## run the tests that take long (about 25 minutes); PART=K/8: an eighth of them
 	$(TESTING) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m slow $(if $(PART),--part $(PART))
+
+test-gpu: $(READY) ## the tests that need a GPU, and the contract of methods and tuners on it
+	$(ONE_THREAD) $(BIN)/python -m pytest -q --device cuda -m "gpu or not slow" tests/test_contract_kit.py \
+		tests/test_kmeans.py tests/test_report.py tests/test_waiting.py
 
 lint: $(READY) ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
@@ -58,7 +62,10 @@ kill: $(READY) ## 300 kills at random moments of saving, exporting, plans, adapt
 	$(TESTING) $(BIN)/python tools/kill.py --kills 300
 
 bench: $(READY) ## run the benchmarks, one after the other
-	@set -e; for file in $(filter-out %/common.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
+	@set -e; for file in $(filter-out %/common.py %/gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
+
+gpu: $(READY) ## what to measure first where a GPU is at hand, half an hour, into benchmarks/results/gpu
+	$(BIN)/python benchmarks/gpu.py
 
 clean: ## remove the environment, caches and outputs
 	rm -rf .venv $(DEMO_OUT) .pytest_cache .mypy_cache .ruff_cache build dist src/*.egg-info

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.processes import is_first
 from ffnkit.model.targets import GROUPS, targets
 from ffnkit.model.trainable import head_modules, parts_of
 from ffnkit.surgery.untie import UntiedFfn, own_weights, plain_layer, retie, settle, untie
@@ -149,7 +150,7 @@ def take_off(model: nn.Module, tuner: Lora) -> nn.Module:
 
     Where this fails, weights are as before up to the rounding of their dtype: peft adds adapters to them in place.
     """
-    if tuner.adapter_dir is not None:
+    if tuner.adapter_dir is not None and is_first():
         save_adapter(model, tuner.adapter_dir)
     ties: list[list[str]] = getattr(model, _TIES, [])
     parted: list[UntiedFfn] = getattr(model, _PARTED, [])
