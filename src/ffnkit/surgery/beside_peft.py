@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
@@ -43,7 +44,9 @@ def imported(tuners: ModuleType) -> None:
 
     @functools.wraps(inject)
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        if description(model) is None and not any(is_reparametrized(module) for module in model.modules()):
+        if description(cast(PreTrainedModel, model)) is None and not any(
+            is_reparametrized(module) for module in model.modules()
+        ):
             return inject(self, model, adapter_name, *args, **kwargs)
         given = copy.copy(self.peft_config[adapter_name])
         config = self._prepare_adapter_config(given, self.get_model_config(model))
