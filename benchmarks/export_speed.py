@@ -37,8 +37,15 @@ def rows(source: str, counts: list[int]) -> list[dict[str, Any]]:
                 report = fk.export(
                     model, f"{folder}/out", target=target, multiple=multiple, measure=tokens, before=before
                 )
-            made.append({"form": form, "tokens": tokens, **report.to_dict()})
+            made.append({"form": form, "tokens": tokens} | derived(report.to_dict()))
     return made
+
+
+def derived(row: dict[str, Any]) -> dict[str, Any]:
+    """With the share of zeros, and how many times as fast as the original the export is where their shapes differ."""
+    ratio = row["speed"]["ratios"].get("original")
+    turned = ratio and {"median": 1 / ratio["median"], "lower": 1 / ratio["upper"], "upper": 1 / ratio["lower"]}
+    return row | {"path": "out", "padding_share": row["padding"] / row["parameters"], "over_original": turned}
 
 
 def page(results: dict[str, Any]) -> str:
@@ -48,17 +55,15 @@ def page(results: dict[str, Any]) -> str:
     for row in results["rows"]:
         speeds, ratios = row["speed"]["tokens_per_second"], row["speed"]["ratios"]
         told = [f"{speeds[name]:,.0f}" if name in speeds else "as exported" for name in SHOWN]
-        if original := ratios.get("original"):
-            told.append(f"{1 / original['median']:.2f} ({1 / original['upper']:.2f} to {1 / original['lower']:.2f})")
-        else:
-            told.append("1")
-        told.append("{median:.2f} ({lower:.2f} to {upper:.2f})".format(**ratios["uniform"]))
-        share = f"{row['padding'] / row['parameters']:.1%}"
+        spread = "{median:.2f} ({lower:.2f} to {upper:.2f})"
+        told.append(spread.format(**row["over_original"]) if row["over_original"] else "the same")
+        told.append(spread.format(**ratios["uniform"]))
+        share = f"{row['padding_share']:.1%}"
         lines.append([row["form"], str(row["tokens"]), f"{row['bytes'] / 1e6:.1f}", share, *told])
     speed = results["rows"][0]["speed"]
     notes = [
         f"- {results['model']}, {speed['dtype']}; tokens a second, medians of rounds; ratios with quartiles.",
-        "- original: the widths it had. uniform: equal widths, at most as many parameters as unpadded. compact: in ffnkit.",
+        "- original: the widths it had. uniform: equal widths, no more parameters than unpadded. compact: in ffnkit.",
         f"- load of the machine at start and end: {', '.join(f'{load:.1f}' for load in results['load'])}.",
         *footer(results, speed["threads"]),
     ]

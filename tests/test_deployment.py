@@ -35,7 +35,7 @@ def blocks() -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_page_runs(tmp_path: Path, minilm_path: Path, models_dir: Path) -> None:
     for name in ("lm_eval", "trl", "sentence_transformers"):
         if importlib.util.find_spec(name) is None:

@@ -1,7 +1,7 @@
 """Importing this module makes peft refuse what its adapters would get wrong: ffnkit's own linears, and tied linears.
 
-peft has no list to register in. It takes what is an ``nn.Linear`` and passes over the rest where all linears are asked
-for; of a linear that stands in several places it adapts the first, and where two share a weight it merges into it twice.
+peft keeps no list of kinds of linears. It takes what is an ``nn.Linear`` and passes over the rest where all are asked
+for; of a linear that stands in several places it adapts the first, and a weight that two share it merges into twice.
 """
 
 from __future__ import annotations
