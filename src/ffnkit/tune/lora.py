@@ -16,6 +16,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.processes import is_first
 from ffnkit.model.targets import GROUPS, targets
 from ffnkit.model.trainable import head_modules, parts_of
+from ffnkit.surgery.beside_peft import ties_seen_to
 from ffnkit.surgery.untie import UntiedFfn, own_weights, plain_layer, retie, settle, untie
 from ffnkit.tune import masks, quantizing, zeros
 from ffnkit.tune.ties import check_untied, own_modules, share_modules
@@ -115,7 +116,7 @@ def adapted(
     """
     named = model.named_parameters(remove_duplicate=False)
     frozen = [name for name, p in named if not p.requires_grad and p.is_floating_point()]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ties_seen_to():
         warnings.simplefilter("ignore")
         tuned = wrap(model)
     _share(tuned.get_base_model(), ties)
