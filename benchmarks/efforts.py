@@ -32,6 +32,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "fast, sequential": {"effort": "fast", "sequential": True},
     "fast, sequential, metric=fisher": {"effort": "fast", "sequential": True, "metric": "fisher"},
     "fast, refine=100": {"effort": "fast", "refine": 100},
+    "fast, select=leverage": {"effort": "fast", "select": "leverage"},
+    "fast, sequential, select=leverage": {"effort": "fast", "sequential": True, "select": "leverage"},
+    "fast, refine=100, select=leverage": {"effort": "fast", "refine": 100, "select": "leverage"},
+    "default, select=leverage": {"select": "leverage"},
+    "best, select=leverage": {"effort": "best", "select": "leverage"},
 }
 
 

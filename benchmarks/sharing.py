@@ -7,8 +7,8 @@ stories260K: every group of adjacent layers shares one FFN (``calibrated-merging
 split), beside the same pair without one of its FFNs (``ffn-drop``, the better of the two) and beside merging with the
 output layer refitted. Perplexity on 8,192 tokens of the validation split in windows of 512. MiniLM: Spearman on STS-B's
 validation split, cosine of mean embeddings; half of the FFNs saved by three pairs, by a search for as many, and by
-leaving out three FFNs; with the regression and without it (``refine=0``). Calibration there: sentences of the train
-split. Results are kept after each arm: run again, it goes on.
+leaving out three FFNs; with the regression and without it (``refine=0``); and each FFN narrowed in their place.
+Calibration there: sentences of the train split. Results are kept after each arm: run again, it goes on.
 """
 
 from __future__ import annotations
@@ -59,8 +59,13 @@ def sentence_arms() -> Iterator[tuple[str, str, Made]]:
     yield "0-1, 2-3, 4-5", "shared, fitted", sharing(**THREE_PAIRS)
     yield "0-1, 2-3, 4-5", "merged, refitted", lambda: fk.Merging(**THREE_PAIRS, correct="output")
     yield "0-1, 2-3, 4-5", "shared, refine=0", sharing(**THREE_PAIRS, refine=0)
-    yield "3 of 6", "shared, searched, refine=0", sharing(keep=3, refine=0, tries=3)
+    yield "3 of 6", "shared, searched", sharing(keep=3, tries=3)
     yield "3 of 6", "left out, searched", lambda: methods.build("ffn-drop", window=3)
+    yield "3 of 6", "left out, searched, refitted", lambda: methods.build("ffn-drop", window=3, refit=True)
+    for width in (0.5, 0.25):
+        for select in ("leverage", "loss"):
+            how = f"each at {width:.0%} of its width, select={select}"
+            yield "all", how, lambda width=width, select=select: fk.CalibratedFusion(width=width, select=select)
 
 
 def stories(tokens: int) -> tuple[Callable[[], Any], list[dict[str, Any]], Callable[[Any], float]]:

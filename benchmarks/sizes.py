@@ -38,7 +38,8 @@ ARMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "OBS (SlimGPT)": ("obs", {"block": 32}, "statistics"),
     "a block of layers": ("layer-drop", {}, "batches"),
     "ours, effort=fast": ("calibrated-fusion", {"effort": "fast"}, "statistics"),
-    "ours": ("calibrated-fusion", {}, "statistics"),
+    "ours": ("calibrated-fusion", {}, "batches"),
+    "ours, select=leverage, sequential=False": ("calibrated-fusion", {"select": "leverage"}, "statistics"),
 }
 
 
@@ -61,7 +62,8 @@ def page(results: dict[str, Any]) -> str:
         f"- {said['model']}, {said['tokens']:,} tokens of calibration (half WikiText-2, half of many kinds), no tuning;"
         f" perplexity on {said['measured']:,} tokens of each text in windows of {WINDOW}; mean of {said['draws']} draws"
         " of the calibration text ± their standard deviation (methods without data: one).",
-        "- Planning of closed forms is without the pass for the statistics, which all of them share.",
+        "- Planning is without the pass for the statistics that leverage, OBS and effort=fast share; the others make"
+        " passes of their own.",
         *common.footer(results),
     ]
     return f"# What a size costs ({said['model']})\n\n{table}\n\n" + "\n".join(notes) + "\n"

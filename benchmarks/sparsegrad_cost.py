@@ -117,7 +117,7 @@ def with_sparsegrad(model: Any, found: dict[str, Any], selection: str, core: str
             shared[key] = Bases(*pair).to(linear.weight)
         count = min(round(SHARE * out * inner), rows * columns)
         given: dict[str, Any] = {"selection": selection, "count": count, "together": name, "order": order}
-        if selection != "step":
+        if selection in ("fixed", "refresh"):
             given["index"] = torch.randperm(rows * columns, generator=draw)[:count].sort().values
         if selection == "refresh":
             given["every"] = 1 << 30

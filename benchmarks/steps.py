@@ -35,7 +35,8 @@ def stepper(model: Any, tokens: int, options: argparse.Namespace, d: int = 768) 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
     draw, length = torch.Generator().manual_seed(1), min(options.length, tokens)
-    x, grad = (torch.randn(tokens // length, length, d, generator=draw).to(options.device) for _ in range(2))
+    place = {"device": options.device, "dtype": getattr(options, "dtype", torch.float32)}
+    x, grad = (torch.randn(tokens // length, length, d, generator=draw).to(**place) for _ in range(2))
     x.requires_grad_(True)
     plain = isinstance(model, torch.nn.Sequential)
 

@@ -32,6 +32,7 @@ THIRD_PARTY = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where tests run that can run on either: cpu, cuda")
     parser.addoption("--part", metavar="K/N", help="of N parts, chosen by the tests' names, the one that K falls on")
 
 
@@ -75,6 +76,12 @@ def _folder(variable: str) -> Path:
     folder = Path(value)
     assert folder.is_dir(), f"{variable} names {value}, which is no folder"
     return folder
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a test that can run on either device runs: ``--device``, which ``make test-gpu`` sets."""
+    return torch.device(request.config.getoption("--device"))
 
 
 @pytest.fixture(scope="session")

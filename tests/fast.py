@@ -10,6 +10,7 @@ FAST = {
     "test_added.py": {
         "test_a_recipe_goes_on": 1,
         "test_saved_beside_the_base": 8,
+        "test_inspect_of_a_folder": 4,
     },
     "test_analysis.py": {
         "test_a_plan_that_changes_nothing_has_no_error": 4,
@@ -28,18 +29,26 @@ FAST = {
         "test_planning_changes_no_bit": 6,
         "test_a_plan_and_its_successor": 1,
     },
+    "test_attention_linears.py": {
+        "test_no_linear_is_both": 27,
+    },
     "test_batches.py": {
         "test_every_form_of_data_gives": 3,
+        "test_what_is_no_data_is_refused": 52,
     },
     "test_budget.py": {
-        "test_the_applied_model_keeps_the_budget": 6,
+        "test_the_applied_model_keeps_the_budget": 4,
         "test_methods_take_it_and_plans_keep_it": 5,
+        "test_a_layer_of_duplicates": 3,
     },
     "test_calibrating.py": {
-        "test_statistics_give_the_very_plans": 3,
+        "test_statistics_give_the_very_plans": 2,
     },
     "test_cli.py": {
         "test_run_a_recipe": 0,
+    },
+    "test_closed_forms.py": {
+        "test_refit_is_the_pulled": 7,
     },
     "test_composition.py": {
         "test_one_plan_does_what_several_do": 2,
@@ -48,6 +57,9 @@ FAST = {
         "test_sparsegrad_on_ffns_and_dsee_on_attention": 2,
         "test_what_trained_beside_goes_back": 2,
         "test_dsee_on_the_attention_of_a_compressed": 3,
+        "test_heads_go_from_a_model": 1,
+        "test_lora_on_a_pruned_model": 2,
+        "test_weights_in_few_bits": 1,
     },
     "test_computed_weights.py": {
         "test_a_killed_recovery_ends": 0,
@@ -63,8 +75,11 @@ FAST = {
         "test_planning_changes_nothing": 4,
     },
     "test_contract_kit.py": {
-        "test_methods_keep_the_contract": 4,
-        "test_tuners_keep_the_contract": 8,
+        "test_methods_keep_the_contract": 3,
+        "test_tuners_keep_the_contract": 6,
+    },
+    "test_cost.py": {
+        "test_kinds_of_models": 4,
     },
     "test_cutting_masks.py": {
         "test_heads": 2,
@@ -90,6 +105,9 @@ FAST = {
         "test_a_kill_changes_nothing": 2,
         "test_tune_the_teacher": 0,
     },
+    "test_dropping.py": {
+        "test_a_model_without_a_layer": 5,
+    },
     "test_dsee.py": {
         "test_a_plain_loop_trains": 4,
         "test_peft_opens_the_low_rank_part": 3,
@@ -101,6 +119,7 @@ FAST = {
     "test_energy.py": {
         "test_command_line": 0,
         "test_over_steps_of_training": 0,
+        "test_shares_are_those_of_a_slow_loop": 2,
     },
     "test_families.py": {
         "test_order_of": 36,
@@ -108,8 +127,8 @@ FAST = {
         "test_rounding_stays": 18,
     },
     "test_forms.py": {
-        "test_a_plan_is_refused_by_other_weights": 5,
-        "test_config_and_tensors_keep_the_dtype": 7,
+        "test_a_plan_is_refused_by_other_weights": 4,
+        "test_config_and_tensors_keep_the_dtype": 5,
         "test_no_compact_checkpoint_opens": 0,
         "test_a_part_of_a_composite": 2,
     },
@@ -134,6 +153,9 @@ FAST = {
         "test_standard_exports_reload": 8,
         "test_one_number_of_heads_in_all_layers": 8,
     },
+    "test_healing.py": {
+        "test_every_family_heals": 4,
+    },
     "test_images.py": {
         "test_a_killed_run_ends": 0,
     },
@@ -147,6 +169,9 @@ FAST = {
     "test_judging.py": {
         "test_a_recipe_has_its_answers_judged": 1,
     },
+    "test_kmeans.py": {
+        "test_pairs_equal_up_to_rounding": 3,
+    },
     "test_layer_dtypes.py": {
         "test_every_dtype_is_a_dense_loop": 5,
     },
@@ -159,6 +184,7 @@ FAST = {
         "test_a_run_that_stopped_goes_on": 0,
         "test_finishing_can_be_done_again": 5,
         "test_a_run_that_stops": 3,
+        "test_what_is_abandoned_is_undone": 20,
     },
     "test_merging.py": {
         "test_the_tie_is_one_object": 3,
@@ -191,9 +217,11 @@ FAST = {
     },
     "test_pruning.py": {
         "test_modes_by_matrix_and_by_row": 8,
-        "test_modes_are_those_of_torch": 7,
+        "test_modes_are_those_of_torch": 5,
         "test_tuners_keep_zeros_when_asked": 5,
-        "test_masks_come_back": 9,
+        "test_masks_come_back": 6,
+        "test_a_masked_model_computes": 7,
+        "test_the_standard_form_holds": 5,
     },
     "test_quickstart_data.py": {
         "test_texts_are_many_distinct": 0,
@@ -203,13 +231,14 @@ FAST = {
         "test_killed_within_tuning": 0,
     },
     "test_reparametrized.py": {
-        "test_it_is_refused_in_one_line": 4,
+        "test_it_is_refused_in_one_line": 3,
         "test_a_linear_of_attention_counts_too": 4,
         "test_it_is_found_and": 12,
     },
     "test_rows.py": {
         "test_standard_streams_may_be_closed": 1,
         "test_recipes_score_on_dev": 0,
+        "test_text_stays_text": 30,
     },
     "test_search.py": {
         "test_a_stopped_search_goes_on": 0,
@@ -247,6 +276,7 @@ FAST = {
         "test_plans_and_checkpoints": 2,
         "test_removing_equals_zeroing": 4,
         "test_the_smallest_coefficients_go": 2,
+        "test_updates_lose_what": 4,
     },
     "test_studies.py": {
         "test_a_run_tells_them": 1,
@@ -271,7 +301,7 @@ FAST = {
         "test_tuning_over_a_quantized_base": 0,
     },
     "test_tied_training.py": {
-        "test_a_trainer_of_the_users_own": 2,
+        "test_a_trainer_of_the_users_own": 1,
         "test_tuning_of_a_tied_model": 0,
     },
     "test_token_masks.py": {
@@ -297,6 +327,8 @@ FAST = {
         "test_a_fused_model_trains": 0,
         "test_equal_seeds_see": 1,
         "test_the_best_checkpoint_comes_back": 1,
+        "test_ffn_trains_ffns_and_head": 25,
+        "test_gradient_checkpointing": 1,
     },
 }
 

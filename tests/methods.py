@@ -114,11 +114,17 @@ TUNERS: dict[str, dict[str, Any]] = {
 }
 
 
-def case_of(name: str) -> Case:
-    """A family as the contract's kit wants it."""
+def case_of(name: str, device: torch.device | None = None) -> Case:
+    """A family as the contract's kit wants it, its model made for a device; outputs are compared on the CPU."""
     family = FAMILIES[name]
 
+    def there(model: Any, values: Any) -> Any:
+        return {key: value.to(next(model.parameters()).device) for key, value in values.items()}
+
     def data(model: Any) -> list[dict[str, Any]]:
+        return [there(model, batch) for batch in on_cpu(model)]
+
+    def on_cpu(model: Any) -> list[dict[str, Any]]:
         inputs = family.inputs(model)
         if family.kind == "clip":
             return [inputs | {"return_loss": True}]
@@ -127,12 +133,14 @@ def case_of(name: str) -> Case:
         return [inputs | {"labels": torch.tensor([0, 1]) if labelled or ids is None else ids}]
 
     return Case(
-        model=family.model,
-        inputs=lambda model: family.inputs(model),
-        outputs=lambda model, inputs: family.outputs(model, inputs, grad=torch.is_grad_enabled()),
+        model=lambda: family.model().to(device or "cpu"),
+        inputs=lambda model: there(model, family.inputs(model)),
+        outputs=lambda model, inputs: {
+            key: value.cpu() for key, value in family.outputs(model, inputs, grad=torch.is_grad_enabled()).items()
+        },
         data=data,
         name=name,
-        other=(lambda: family.model(times=2)) if family.width_keys else None,
+        other=(lambda: family.model(times=2).to(device or "cpu")) if family.width_keys else None,
     )
 
 

@@ -204,7 +204,7 @@ def test_heads_and_neurons_that_went_are_told() -> None:
     model = FAMILIES["bert"].model()
     whole = FAMILIES["bert"].model()
     assert units_removed(model, whole) == {"heads_removed": 0.0, "neurons_removed": 0.0}
-    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5)))
+    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, restarts=1)))
     fk.apply(model, fk.plan(model, fk.RemoveHeads(remove=0.5)))
     assert units_removed(model, whole) == {"heads_removed": 0.5, "neurons_removed": 0.5}
     text = formats.to_markdown(summarize([row("half", 0, 0.9, heads_removed=0.5, neurons_removed=0.25)], "accuracy"))

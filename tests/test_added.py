@@ -207,7 +207,7 @@ def test_nothing_edits_a_model_below_what_stays(tuner: dict[str, Any], tmp_path:
     assert all(torch.equal(before["tensors"][name][1], bits) for name, (_, bits, _) in own.items())
     with pytest.raises(FfnkitError, match="no bottleneck or prefix is on it"):
         remove_added(model)
-    assert fk.plan(model, fk.Fusion(width=0.5))
+    assert fk.plan(model, fk.Fusion(width=0.5, restarts=1))
 
 
 def test_abandoned_it_goes() -> None:

@@ -201,7 +201,7 @@ PASSES: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("name", PASSES)
 def test_all_passes_are_in_eval_mode(name: str) -> None:
     model, data = case("bert")
-    data = [{**batch, "labels": torch.zeros(len(batch["input_ids"]), dtype=torch.long)} for batch in data]
+    data = [{**batch, "labels": torch.zeros(len(batch["input_ids"]), dtype=torch.long)} for batch in data[:2]]
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.5

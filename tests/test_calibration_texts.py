@@ -125,7 +125,7 @@ def test_the_judge_tells_what_a_loop_tells(family: str) -> None:
     assert next(iter(before.values())) == 0.0
     with torch.no_grad():
         wanted = model(**batch)
-        ffn = fk.plan(model, fk.Fusion(0.5))
+        ffn = fk.plan(model, fk.Fusion(0.5, restarts=1))
         found = deciding.moved(model, ffn.edits, judge)
         other = fk.apply(FAMILIES[family].model(), ffn)(**batch)
     if family == "llama":

@@ -277,7 +277,7 @@ def test_a_compressed_decoder_still_generates(tmp_path: Path) -> None:
         eos_token_id=None,
     )
     model = LlamaForCausalLM(config).eval()
-    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5)))
+    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, restarts=1)))
     prompt = torch.arange(3, 9)[None]
     expected = model.generate(prompt, max_new_tokens=6, do_sample=False)
     fk.save(model, tmp_path / "out")

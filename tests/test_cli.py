@@ -99,7 +99,9 @@ def bad(*words: object, code: int = 2, printed: bool = False) -> str:
 
 
 def fuse(model: Path, out: Path, *more: object) -> Any:
-    return good("compress", model, "--method", "fusion", "--set", "width=0.5", "--out", out, *more)
+    return good(
+        "compress", model, "--method", "fusion", "--set", "width=0.5", "--set", "restarts=1", "--out", out, *more
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the program

@@ -76,7 +76,7 @@ def cli(*words: object) -> None:
 def test_in_python(source: Path, tmp_path: Path) -> None:
     for name, tokenizer in (("copied", None), ("given", AutoTokenizer.from_pretrained(source / "model"))):
         model = fk.load(source / "model")
-        fk.apply(model, fk.plan(model, fk.Fusion(width=0.5)))
+        fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, restarts=1)))
         fk.save(model, tmp_path / name, tokenizer=tokenizer)
         found = inside(tmp_path / name)
         assert found >= TRAVELS and not STAYS & found, found
@@ -114,7 +114,7 @@ def test_by_the_command_line_and_a_recipe(source: Path, tmp_path: Path) -> None:
 def test_sentence_transformers_stay_whole(source: Path, tmp_path: Path, nested: bool) -> None:
     whole = sentences(source / "model", tmp_path / "st", nested=nested)
     model = fk.load(whole)
-    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5)))
+    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, restarts=1)))
     fk.save(model, tmp_path / "small")
     again = fk.load(tmp_path / "small")
     fk.export(again, tmp_path / "plain")

@@ -176,7 +176,7 @@ def test_what_trained_beside_and_was_rewritten_does_not_go_back() -> None:
     model = FAMILIES["bert"].model()
     data = batches("bert", model)
     apply(model, on_attention(modules_to_train=["biases"]), data=data)
-    apply(model, fk.Fusion(width=0.5))
+    apply(model, fk.Fusion(width=0.5, restarts=1))
     count = len(adapter_layers(model))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     with pytest.raises(FfnkitError, match="was rewritten since"):

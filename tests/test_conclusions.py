@@ -58,6 +58,14 @@ def test_arms_that_are_level_are_named() -> None:
     )
 
 
+def test_seeds_that_cancel_are_level() -> None:
+    """0.1 + 0.2 is not 0.3, and neither is better."""
+    table = rows(("base", [0.1, 0.2, 0.5]), ("other", [0.5, 0.2, 0.1]), ("best", [0.6, 0.6, 0.61]))
+    assert "other (+0.0000 [-0.9937, +0.9937], level)" in "\n".join(conclusions(summary(table)))
+    table = rows(("a", [0.1, 0.2, 0.3]), ("b", [0.3, 0.2, 0.1]))
+    assert ", level with " in conclusions(summary(table))[0]
+
+
 def test_equal_seeds_are_no_proof() -> None:
     """Differences that are the same for all seeds have an interval of no width, which says nothing."""
     assert (delta := paired({0: 0.5, 1: 0.5}, {0: 0.25, 1: 0.25})) is not None and delta.beyond_chance is None

@@ -41,10 +41,12 @@ def test_every_method_and_every_tuner_has_a_line() -> None:
 
 
 @pytest.mark.parametrize(("method", "family"), crossed(EVERY, 1))
-def test_methods_keep_the_contract(method: str, family: str, request: pytest.FixtureRequest) -> None:
+def test_methods_keep_the_contract(
+    method: str, family: str, device: torch.device, request: pytest.FixtureRequest
+) -> None:
     slow = request.node.get_closest_marker("slow") is not None
     dtypes = (torch.float32, torch.bfloat16, torch.float64) if slow else (torch.float32, torch.bfloat16)
-    check_method(EVERY[method], case_of(family), dtypes=dtypes)
+    check_method(EVERY[method], case_of(family, device), dtypes=dtypes)
 
 
 @pytest.mark.parametrize(("name", "family"), [key for key in REFUSED if key[0] in EVERY])
@@ -58,8 +60,8 @@ def test_what_a_model_does_not_bear_is_refused(name: str, family: str) -> None:
 
 
 @pytest.mark.parametrize(("tuner", "family"), crossed(TUNERS, 2))
-def test_tuners_keep_the_contract(tuner: str, family: str) -> None:
-    check_tuner(TUNERS[tuner], case_of(family))
+def test_tuners_keep_the_contract(tuner: str, family: str, device: torch.device) -> None:
+    check_tuner(TUNERS[tuner], case_of(family, device))
 
 
 @pytest.mark.parametrize(("name", "family"), [key for key in REFUSED if key[0] in TUNERS and "on data" not in key[0]])

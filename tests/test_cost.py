@@ -32,7 +32,7 @@ def pair(name: str) -> tuple[Any, Any, list[dict[str, Any]]]:
     family = FAMILIES[name]
     original: Any = family.model()
     model = copy.deepcopy(original)
-    fk.apply(model, fk.plan(model, fk.Fusion(0.5)))
+    fk.apply(model, fk.plan(model, fk.Fusion(0.5, restarts=1)))
     batches = [family.inputs(original, seed=seed) for seed in range(3)]
     if family.kind in ("text", "seq2seq"):
         for batch in batches:
@@ -83,7 +83,7 @@ def test_an_encoder_without_a_head() -> None:
     torch.manual_seed(0)
     original = transformers.BertModel(family.config()).eval()
     model = copy.deepcopy(original)
-    fk.apply(model, fk.plan(model, fk.Fusion(0.5)))
+    fk.apply(model, fk.plan(model, fk.Fusion(0.5, restarts=1)))
     batch = {k: v for k, v in family.inputs(original).items() if k != "labels"}
     kept = batch["attention_mask"].bool()
     first, second = original(**batch).last_hidden_state[kept], model(**batch).last_hidden_state[kept]
@@ -97,7 +97,7 @@ def test_no_second_model_is_needed() -> None:
     original, model, batches = pair("llama")
     twice = fk.cost(original, model, batches).to_dict()["stages"]["compressed"]
     before = Before(original, {"data": batches})
-    fk.apply(original, fk.plan(original, fk.Fusion(0.5)))
+    fk.apply(original, fk.plan(original, fk.Fusion(0.5, restarts=1)))
     assert before.compare(original).to_dict()["stages"]["compressed"] == twice
     again = Cost.from_dict(json.loads(json.dumps(before.compare(original, "healed").to_dict())))
     assert list(again.stages) == ["uncompressed", "compressed", "healed"]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
@@ -205,7 +206,11 @@ def picture() -> ModuleType:
 
 
 PICTURE = picture()
-ROOMS = PICTURE.rooms()
+
+
+@cache
+def here() -> dict[str, Any]:
+    return PICTURE.rooms()
 
 
 def stale(svg: str, rooms: dict[str, Any]) -> str:
@@ -220,23 +225,23 @@ def stale(svg: str, rooms: dict[str, Any]) -> str:
 
 
 def test_the_picture_is_that_of_the_code() -> None:
-    odd = stale((DOCS / "architecture.svg").read_text(encoding="utf-8"), ROOMS)
+    odd = stale((DOCS / "architecture.svg").read_text(encoding="utf-8"), here())
     assert odd == "", f"{odd}: run tools/picture.py"
 
 
 def test_the_picture_is_drawn_the_same_each_time() -> None:
-    drawn = PICTURE.draw(ROOMS)
-    assert drawn == PICTURE.draw(PICTURE.rooms())
-    assert stale(drawn, ROOMS) == ""
+    drawn = PICTURE.draw(here())
+    assert drawn == PICTURE.draw(here())
+    assert stale(drawn, here()) == ""
     ElementTree.fromstring(drawn)
 
 
 def test_an_old_picture_is_found() -> None:
-    drawn = PICTURE.draw(ROOMS)
+    drawn = PICTURE.draw(here())
     lost = re.sub(r'<path class="a" data-from="surgery" data-to="edits".*?</path>', "", drawn)
-    assert stale(lost, ROOMS) == "surgery to edits"
-    assert stale(drawn.replace('data-room="budget"', 'data-room="costs"'), ROOMS).startswith("rooms")
-    assert stale(re.sub(r'(data-room="tasks" data-lines=)"\d+"', r'\1"9"', drawn), ROOMS) == "tasks's lines"
+    assert stale(lost, here()) == "surgery to edits"
+    assert stale(drawn.replace('data-room="budget"', 'data-room="costs"'), here()).startswith("rooms")
+    assert stale(re.sub(r'(data-room="tasks" data-lines=)"\d+"', r'\1"9"', drawn), here()) == "tasks's lines"
 
 
 def test_an_import_that_points_up_is_red(tmp_path: Path) -> None:
@@ -249,7 +254,7 @@ def test_an_import_that_points_up_is_red(tmp_path: Path) -> None:
     assert PICTURE.arrows(rooms) == [("high", "low", 1), ("low", "high", 1)]
     red = [line for line in PICTURE.draw(rooms).splitlines() if f'stroke="{PICTURE.UP}"' in line]
     assert len(red) == 1 and 'data-from="low"' in red[0]
-    assert f'stroke="{PICTURE.UP}"' not in PICTURE.draw(ROOMS)
+    assert f'stroke="{PICTURE.UP}"' not in PICTURE.draw(here())
 
 
 # --- names

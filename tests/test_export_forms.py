@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import FAMILIES
 from safetensors.torch import load_file
+from test_layer_numbers import gemma3n
 from tolerance import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
@@ -90,6 +91,19 @@ def test_plain_transformers_opens_it_with_the_code_beside_it(tmp_path: Path, fam
     assert type(opened).__module__.startswith("transformers_modules")
     with torch.no_grad():
         assert_close(opened(IDS).logits, model(IDS).logits, rel=1e-5, what="the export")
+
+
+def test_a_family_that_lists_a_width_for_each_layer_is_standard_as_it_is(tmp_path: Path) -> None:
+    model, widths = gemma3n(2), [8, 16, 24, 12, 20, 4]
+    named = dict(zip((ffn.name for ffn in ffns(model)), widths, strict=True))
+    fk.apply(model, fk.plan(model, get("magnitude")(width=named)))
+    assert best_form(model) == "standard"
+    assert fk.export(model, tmp_path / "out").padding == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["intermediate_size"] == widths and "quantization_config" not in config
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert_close(opened(IDS).logits, model.eval()(IDS).logits, rel=1e-5, what="the export")
 
 
 def test_other_shapes_are_refused(tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ def test_any_name_is_a_target_and_leaves_nothing_beside_it(tmp_path: Path, name:
     for text in ("one", "two"):
         put(target, text)
     write_text(tmp_path / f"{name[:240]}.json", "x")
-    fk.plan(model(), fk.Fusion(width=0.5)).save(tmp_path / f"{name[:240]}.plan")
+    fk.plan(model(), fk.Fusion(width=0.5, restarts=1)).save(tmp_path / f"{name[:240]}.plan")
     assert content(target)["config.json"] == "two" and not place.exists()
     assert names(tmp_path) == {name, f"{name[:240]}.json", f"{name[:240]}.plan"}
 
@@ -267,7 +267,7 @@ def test_targets_that_can_never_be_are_refused_in_one_line(tmp_path: Path) -> No
         with pytest.raises(FfnkitError):
             write_text(target / "x", "x")
     with pytest.raises(FfnkitError, match="regular file"):
-        fk.plan(model(), fk.Fusion(width=0.5)).save(tmp_path)
+        fk.plan(model(), fk.Fusion(width=0.5, restarts=1)).save(tmp_path)
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
 
 
@@ -280,7 +280,7 @@ def test_new_files_follow_the_umask_and_old_folders_keep_their_mode(tmp_path: Pa
     before = os.umask(mask)
     try:
         fk.save(model(), out)
-        fk.plan(model(), fk.Fusion(width=0.5)).save(tmp_path / "plan")
+        fk.plan(model(), fk.Fusion(width=0.5, restarts=1)).save(tmp_path / "plan")
         private.mkdir(mode=0o700)
         (private / "sub").mkdir()
         (private / "sub").chmod(0o711)

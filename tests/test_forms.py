@@ -361,7 +361,7 @@ def test_a_plan_of_two_knows_the_weights_before_the_first() -> None:
     model: Any = FAMILIES["bert"].model()
     first = fk.plan(model, fk.RemoveHeads(remove=1))
     fk.apply(model, first)
-    both = first.then(fk.plan(model, fk.Fusion(width=0.5)))
+    both = first.then(fk.plan(model, fk.Fusion(width=0.5, restarts=1)))
     fk.apply(FAMILIES["bert"].model(), both)
     with pytest.raises(FfnkitError, match="other weights"):
         fk.apply(FAMILIES["bert"].model(seed=1), both)
@@ -471,7 +471,7 @@ def test_code_of_its_own_runs_only_where_it_is_trusted(tmp_path: Path, monkeypat
         fk.load(folder)
     model: Any = fk.load(folder, trust_remote_code=True)
     assert type(model).__name__ == "OwnModel"
-    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5)))
+    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, restarts=1)))
     fk.save(model, tmp_path / "small")
     again = fk.load(tmp_path / "small", trust_remote_code=True)
     assert distance(FAMILIES["bert"].outputs(again), FAMILIES["bert"].outputs(model)) == 0

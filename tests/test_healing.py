@@ -37,7 +37,7 @@ def pair(name: str, **how: Any) -> tuple[Any, Any, list[dict[str, Any]]]:
     family = FAMILIES[name]
     original: Any = family.model().to(how.pop("dtype", torch.float32))
     model = copy.deepcopy(original)
-    fk.apply(model, fk.plan(model, how.pop("method", fk.Fusion(0.5))))
+    fk.apply(model, fk.plan(model, how.pop("method", fk.Fusion(0.5, restarts=1))))
     return model, original, [family.inputs(original, seed=seed) for seed in range(12)]
 
 
@@ -70,7 +70,7 @@ def test_a_model_without_a_head_learns_hidden_states() -> None:
     torch.manual_seed(0)
     original = transformers.BertModel(family.config()).eval()
     model = copy.deepcopy(original)
-    fk.apply(model, fk.plan(model, fk.Fusion(0.5)))
+    fk.apply(model, fk.plan(model, fk.Fusion(0.5, restarts=1)))
     batches = [family.inputs(original, seed=seed) for seed in range(8)]
     batches = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
     assert module.kind_of(original, batches[0]) == "states"

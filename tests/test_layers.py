@@ -5,12 +5,10 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from sources import FILES, PACKAGE, ROOT, statements, tree
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "src" / "ffnkit"
 # Public names, loaded on first use, and the program's entry: outside the order.
 EXEMPT = {"__init__", "__main__"}
 
@@ -28,7 +26,7 @@ def layers(text: str) -> dict[str, int]:
 
 def imports(tree: ast.AST, package: list[str]) -> Iterator[tuple[int, str]]:
     """Line and path below ffnkit of every import of ffnkit in a module of ``package``, lazy ones included."""
-    for node in ast.walk(tree):
+    for node in statements(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.startswith("ffnkit."):
@@ -41,12 +39,12 @@ def imports(tree: ast.AST, package: list[str]) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, ".".join([*path[1:], alias.name])) for alias in node.names)
 
 
-def violations(source: str, module: str, ranks: dict[str, int]) -> list[str]:
+def violations(source: ast.AST, module: str, ranks: dict[str, int]) -> list[str]:
     """What ``module`` ("plan", "tune.training") imports from a layer above its own."""
     parts = ["ffnkit", *module.split(".")]
     own = parts[1]
     found = []
-    for line, path in imports(ast.parse(source), parts[:-1]):
+    for line, path in imports(source, parts[:-1]):
         name = path.split(".")[0]
         if name != own and name in ranks and ranks[name] > ranks[own]:
             found.append(f"{module}, line {line}: imports {name}, which is above {own}")
@@ -55,20 +53,18 @@ def violations(source: str, module: str, ranks: dict[str, int]) -> list[str]:
     return found
 
 
-MODULES = sorted(path for path in PACKAGE.rglob("*.py"))
 RANKS = layers((ROOT / "docs" / "design.md").read_text(encoding="utf-8"))
+MODULES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in FILES}
 
 
-def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-
-
-@pytest.mark.parametrize("path", [p for p in MODULES if module_name(p) not in EXEMPT], ids=module_name)
-def test_imports_point_down(path: Path) -> None:
-    module = module_name(path)
-    top = module.split(".")[0]
-    assert top in RANKS, f"{top} has no place under Layers in docs/design.md: add it"
-    assert not violations(path.read_text(encoding="utf-8"), module, RANKS)
+def test_imports_point_down() -> None:
+    found = []
+    for module, path in MODULES.items():
+        top = module.split(".")[0]
+        if module not in EXEMPT:
+            assert top in RANKS, f"{top} has no place under Layers in docs/design.md: add it"
+            found += violations(tree(path), module, RANKS)
+    assert found == []
 
 
 @pytest.mark.parametrize(
@@ -83,7 +79,7 @@ def test_imports_point_down(path: Path) -> None:
     ],
 )
 def test_an_import_that_points_up_is_found(source: str, module: str) -> None:
-    assert len(violations(source, module, RANKS)) == 1
+    assert len(violations(ast.parse(source), module, RANKS)) == 1
 
 
 @pytest.mark.parametrize(
@@ -96,4 +92,4 @@ def test_an_import_that_points_up_is_found(source: str, module: str) -> None:
     ],
 )
 def test_an_import_that_points_down_is_not(source: str, module: str) -> None:
-    assert violations(source, module, RANKS) == []
+    assert violations(ast.parse(source), module, RANKS) == []

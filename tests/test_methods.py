@@ -97,9 +97,11 @@ def test_neurons_that_the_data_never_use_go_without_loss(name: str) -> None:
         half = neurons.ff // 2
         dead.down[..., half:] = 0
         ffn.write(dead)
+    rows = [family.inputs(model, seed=seed) for seed in range(40)]
+    data = [{key: torch.cat([row[key] for row in rows]) for key in rows[0]}]
     for method in ("calibrated-fusion", "importance"):
-        more = {"refine": 0, "ridge": 0.0} if method == "calibrated-fusion" else {}
-        exact = fk.apply(copy.deepcopy(model), planned(name, method, model, batches=40, **more))
+        more = {"refine": 0, "ridge": 0.0, "select": "loss"} if method == "calibrated-fusion" else {}
+        exact = fk.apply(copy.deepcopy(model), fk.plan(model, OTHERS[method](**more), data=data))
         compare(family, exact, model, 1e-5)  # statistics are formed in float32
     differ(family, fk.apply(copy.deepcopy(model), planned(name, "random", model)), model)  # the control
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
+import sources
 from fast import FAST
+from sources import PACKAGE, ROOT, statements
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "src" / "ffnkit"
-FILES = {".".join(("ffnkit", *p.relative_to(PACKAGE).with_suffix("").parts)): p for p in sorted(PACKAGE.rglob("*.py"))}
+FILES = {".".join(("ffnkit", *p.relative_to(PACKAGE).with_suffix("").parts)): p for p in sources.FILES}
 MODULES = {name.removesuffix(".__init__"): path for name, path in FILES.items()}
 LONGEST, AT_ROOT = 400, 6
 KINDS = {
@@ -23,9 +25,8 @@ KINDS = {
 }  # fmt: skip
 
 
-@cache
 def tree(name: str) -> ast.Module:
-    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    return sources.tree(MODULES[name])
 
 
 @cache
@@ -35,13 +36,13 @@ def imported(source: ast.AST, package: str, *, lazy: bool = True) -> tuple[tuple
 
 
 def _imported(source: ast.AST, package: str, lazy: bool) -> Iterator[tuple[str, str]]:
-    typing = {id(n) for node in ast.walk(source) if _for_types(node) for n in ast.walk(node)}
-    inner = {
-        id(n) for node in ast.walk(source) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        for n in ast.walk(node)
-    }  # fmt: skip
-    for node in ast.walk(source):
-        if id(node) in typing or (not lazy and id(node) in inner):
+    every = list(statements(source))
+    apart = [node for node in every if _for_types(node)]
+    if not lazy:
+        apart += [node for node in every if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    skipped = {id(inner) for node in apart for inner in statements(node)}
+    for node in every:
+        if id(node) in skipped:
             continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names if alias.name.split(".")[0] == "ffnkit")
@@ -201,3 +202,13 @@ def test_every_line_of_the_fast_table_names_a_test() -> None:
     for file, starts in FAST.items():
         text = (ROOT / "tests" / file).read_text()
         assert all(f"\ndef {start}" in text for start in starts), f"{file}: {list(starts)}"
+
+
+def test_every_mutation_fits_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tools/mutants.py: a line that is rewritten takes its mutation along."""
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import mutants
+
+    assert mutants.check(mutants.MUTANTS) == 0
+    wrong = dataclasses.replace(mutants.MUTANTS[0], find="nobody wrote this")
+    assert mutants.check((wrong,)) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,17 @@ def test_on_oasst1_every_arm_trains_ffn_weights_alone(small: bool) -> None:
         assert trained and all(any(place in n for place in ffn) for n in trained), (name, trained)
 
 
+@cache
+def prunes(rank: int, targets: str, method: str, settings: str) -> None:
+    """Plan a method on a small model with DSEE's updates: what many arms share is tried once."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+    model = BertForSequenceClassification(BertConfig(vocab_size=64, **sizes))
+    fk.apply(model, fk.plan(model, fk.DSEE(rank=rank, nonzeros=3, targets=targets, support="random")))
+    for layer in adapter_layers(model).values():
+        layer.values.data.fill_(0.1)  # type: ignore[union-attr,operator]
+    fk.plan(model, methods.build(method, **json.loads(settings)), [{"input_ids": torch.arange(24).view(2, 12)}])
+
+
 RECIPES = sorted(shipped.FOLDER.rglob("*.yaml"))
 
 
@@ -199,15 +211,8 @@ def test_what_prunes_by_updates_finds_them(path: Path) -> None:
             tuner = tuner_of(recipe, name)
             if not wanted or tuner.name != "dsee":
                 continue
-            sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
-            model = BertForSequenceClassification(BertConfig(vocab_size=64, **sizes))
-            given = {"rank": min(tuner.rank, 2), "nonzeros": 3, "targets": tuner.targets, "support": "random"}
-            fk.apply(model, fk.plan(model, fk.DSEE(**given)))
-            for layer in adapter_layers(model).values():
-                layer.values.data.fill_(0.1)  # type: ignore[union-attr,operator]
             for spec in wanted:
-                ids = torch.arange(24).view(2, 12)
-                fk.plan(model, methods.build(spec.method, **spec.settings), [{"input_ids": ids}])
+                prunes(min(tuner.rank, 2), tuner.targets, spec.method, json.dumps(spec.settings))
 
 
 @pytest.mark.parametrize("small", [False, True], ids=["whole", "small"])

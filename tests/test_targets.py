@@ -91,7 +91,7 @@ def test_the_saved_model_keeps_the_target_by_its_true_count(name: str, kind: str
 @pytest.mark.parametrize("name", ["llama", "bart", pytest.param("mistral", marks=pytest.mark.slow)])
 def test_keys_and_values_are_those_that_a_run_keeps(name: str) -> None:
     model = FAMILIES[name].model()
-    data = batches(name, model)
+    data = batches(name, model, 2)
     plan = fk.plan(model, fk.FitTo(kv=0.6, context=64, rounds=0, parts=("heads", "layers")), data=data)
     told = plan.report["target"]
     assert told["before"] == key_value_bytes(model, 64, 64)
@@ -110,7 +110,7 @@ def test_the_file_is_counted_to_the_byte(name: str, tmp_path: Path) -> None:
 def test_a_target_of_time_is_measured() -> None:
     model = FAMILIES["llama"].model()
     method = fk.FitTo(latency=0.9, rounds=0, parts=("layers",))
-    plan = fk.plan(model, method, data=batches("llama", model))
+    plan = fk.plan(model, method, data=batches("llama", model, 2))
     seconds = plan.report["target"]["seconds of a batch"]
     assert seconds["ratio"] <= 0.9 and seconds["after"] < seconds["before"]
     assert any(isinstance(edit, DropLayer) for edit in plan.edits)
@@ -126,7 +126,7 @@ def test_the_time_that_is_told_is_that_of_the_choice_that_is_taken(monkeypatch: 
 
     monkeypatch.setattr(Speed, "ratio", ratio)
     model = FAMILIES["llama"].model()
-    plan = fk.plan(model, fk.FitTo(latency=0.9, rounds=0, parts=("layers",)), data=batches("llama", model))
+    plan = fk.plan(model, fk.FitTo(latency=0.9, rounds=0, parts=("layers",)), data=batches("llama", model, 2))
     assert plan.report["target"]["seconds of a batch"]["ratio"] == 0.7
 
 

@@ -30,7 +30,7 @@ def source(models_dir: Path) -> Path:
 @pytest.fixture(scope="module")
 def small(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = fk.load(source)
-    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5)))
+    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, restarts=1)))
     return Path(fk.save(model, tmp_path_factory.mktemp("trl") / "small"))
 
 
@@ -61,7 +61,7 @@ def prepared(model: Any, source: Path, name: str) -> tuple[Any, Any]:
 
 def test_an_edited_model_no_longer_names_its_source(source: Path, small: Path, tmp_path: Path) -> None:
     model = fk.load(source)
-    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5)))
+    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, restarts=1)))
     assert model.config._name_or_path == UNSAVED and model.name_or_path == str(source)
     write_companions(model, tmp_path, None)  # which still know it
     assert (tmp_path / "tokenizer.json").is_file()
@@ -81,7 +81,7 @@ def test_preferences_begin_at_the_compressed_model(source: Path, small: Path, tm
     first, *later = preferences(fk.load(small), source, tmp_path / "saved")
     assert first == pytest.approx(FIRST, abs=1e-4) and later[-1] < first
     model = fk.load(source)
-    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5)))
+    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, restarts=1)))
     with pytest.raises(OSError, match="edited in memory"):  # the source as its reference would be wrong
         preferences(model, source, tmp_path / "memory")
     first, *later = preferences(model, source, tmp_path / "precomputed", precompute_ref_log_probs=True)

@@ -317,7 +317,7 @@ def test_lora_folds_first() -> None:
     import ffnkit as fk
 
     model = bert()
-    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5)))
+    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, restarts=1)))
     fused = logits(model)
     tuned = tuners.prepare(model, "lora")
     assert_close(logits(tuned), fused, rel=1e-5)

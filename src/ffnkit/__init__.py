@@ -145,13 +145,15 @@ _CLASSIFIED = (
 
 
 def _register_hooks() -> None:
-    """Teach ``from_pretrained`` to open compact checkpoints and to classify with more encoder-decoders.
+    """Teach ``from_pretrained`` to open compact checkpoints and to classify with more encoder-decoders, and peft what
+    it cannot adapt.
 
-    transformers is not imported for it: where its modules are loaded already, at once; else in that moment.
+    Neither is imported for it: where its modules are loaded already, at once; else in that moment.
     """
     from ffnkit._late import after_import
 
     after_import("transformers.quantizers.auto", "ffnkit.checkpoint.hook")
+    after_import("peft.tuners.tuners_utils", "ffnkit.surgery.beside_peft")
     for name in _CLASSIFIED:  # the config is what an Auto class asks for first
         config, model = (f"transformers.models.{name}.{part}_{name}" for part in ("configuration", "modeling"))
         after_import(model, "ffnkit.model.families.classifiers")

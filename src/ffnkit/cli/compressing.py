@@ -118,7 +118,7 @@ def compress(
     where no data are named, all of them are.
 
     A width such as 0.25 is a share of the neurons, a whole number counts them. --budget gives each layer a width of its
-    own, so that together they keep that share of the FFN parameters; equal ones unless --form is compact. --target is
+    own, so that together they keep that share of the FFN parameters; equal ones with --form standard. --target is
     of the whole model: neurons, heads, FFNs, attentions, layers and sharing compete for it.
 
     What it cost is measured on text that no fit sees, before and after (--cost-tokens). --heal 200k lets the compressed

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitWarning
+from ffnkit.io.processes import count, is_first, number
 from ffnkit.io.progress import Step, clear, shown
 
 if TYPE_CHECKING:
@@ -37,12 +38,17 @@ def write_error(text: str) -> None:
 
 def error(line: str) -> None:
     """The one line of an error."""
-    write_error(f"ffnkit: error: {line}")
+    write_error(f"ffnkit: error: {_where()}{line}")
+
+
+def _where() -> str:
+    return "" if is_first() else f"process {number()} of {count()}: "
 
 
 def warn(line: str) -> None:
     """One line that the user should see even with --quiet."""
-    write_error(f"ffnkit: warning: {line}")
+    if is_first():
+        write_error(f"ffnkit: warning: {line}")
 
 
 def show_warnings() -> None:
@@ -58,7 +64,7 @@ def show_warnings() -> None:
 
 def say(line: str) -> None:
     """One line of progress on stderr; silent with --quiet."""
-    if not state.quiet:
+    if not state.quiet and is_first():
         write_error(line)
 
 

@@ -18,7 +18,7 @@ from ffnkit.cli import console, describe, forms, options
 from ffnkit.cli.eval_job import Measured, generation_built, load_tokenizer, tell
 from ffnkit.cli.history import History, public_name
 from ffnkit.errors import FfnkitError
-from ffnkit.io import workspace
+from ffnkit.io import processes, workspace
 from ffnkit.io.apart import is_apart
 from ffnkit.io.files import read_json, write_text
 from ffnkit.io.folders import staging
@@ -88,12 +88,16 @@ class TuneJob:
         return dict(json.loads(json.dumps(self.facts(), default=str)))
 
     def run(self) -> dict[str, Any]:
-        """Tune, report, save; returns what metrics.json holds."""
-        self.check_others()
+        """Tune, report, save; returns what metrics.json holds, {} in all processes of one training but the first."""
+        if processes.is_first():
+            self.check_others()
         if self.teacher is not None:
             from ffnkit.io.architectures import read_config
 
             read_config(self.teacher)  # a name that leads nowhere is told before the data are read
+        if not processes.is_first():
+            with describe.typed(self.flags):
+                return self._run()
         with workspace.made(self.work):
             asked = f"--out {self.out}"
             held = workspace.held(self.work, asked, "the same command is at work there")
@@ -114,7 +118,8 @@ class TuneJob:
         tell(self.task, splits)
         if (told := widened(self.model)) is not None:
             console.say(told)
-        self.open_work()
+        if processes.is_first():
+            self.open_work()
         tune.seed_everything(self.seed)  # the new head is drawn at random
         model = self.task.load_model(self.model, tokenizer=tokenizer)
         mark(model, History.of(self.model).narrowed)  # one width for all does not show in the model
@@ -139,6 +144,9 @@ class TuneJob:
             merge=self.form != "apart",
             run=self.tracked,
         )
+        processes.leave()
+        if not processes.is_first():
+            return {}
         found = Measured.of(
             result.model, tokenizer, self.task, splits, self.train_settings.max_length, generation=self.generation
         )
@@ -190,7 +198,7 @@ class TuneJob:
             settings,
             seed=self.seed,
             collate=collate,
-            out_dir=self.work / "distil",
+            out_dir=self.work / "distil" if processes.is_first() else None,
             progress=not console.state.quiet,
         )
         if result.head:
@@ -255,6 +263,7 @@ class TuneJob:
             "distil_files": files_of_text(self.distil_built.text),
             "seed": self.seed,
             "limit": self.limit,
+            **({"processes": processes.count()} if processes.count() > 1 else {}),
         }
 
     def report(self, result: Any, metrics: dict[str, Any], splits: Any, seconds: float) -> dict[str, Any]:

@@ -133,6 +133,8 @@ def tune(
     )
     console.quieten()
     report = job.run()
+    if not report:
+        return
     if as_json:
         console.print_json(report)
     else:

@@ -16,6 +16,8 @@ from functools import partial
 from threading import Event, RLock, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ffnkit.io.processes import is_first
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -35,9 +37,9 @@ def shown(title: str, *, quiet: bool = False) -> Iterator[Step]:
     that is shown it is a phase of that. Bars of other libraries are off meanwhile.
 
     Args:
-        quiet: show nothing of it, nor of what is below it.
+        quiet: show nothing of it, nor of what is below it; so it is in all processes of one training but the first.
     """
-    outer = _current.get()
+    outer, quiet = _current.get(), quiet or not is_first()
     with ExitStack() as stack:
         if quiet or outer is None:
             display = _Display() if quiet else _Bars() if sys.stderr.isatty() else _Lines()

@@ -229,6 +229,12 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def local_part(tensor: Any) -> Tensor:
+    """This process's shard of what lies in shards, which shares its memory."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
+
+
 def sharded_as(whole: Tensor, tensor: Any) -> Tensor:
     """A whole in the shards of another tensor, where that lies in shards."""
     if not hasattr(tensor, "full_tensor"):

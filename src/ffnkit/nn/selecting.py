@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 
 from ffnkit.errors import FfnkitError
 from ffnkit.nn.adapter_layer import full_tensor as whole_of
-from ffnkit.nn.adapter_layer import sharded_as
+from ffnkit.nn.adapter_layer import local_part, sharded_as
 from ffnkit.nn.optimizer_hooks import leaves_out, watch
 
 if TYPE_CHECKING:
@@ -82,12 +83,12 @@ def _step(optimizer: Optimizer, chosen: Iterable[tuple[SparseGradLinear, Tensor]
             raise FfnkitError(asked, "it has no learning rate of its own", "Give one, or another selection")
         state = optimizer.state[values]
         own = {key: state.setdefault(key, torch.zeros_like(values)) for key in ("exp_avg", "exp_avg_sq")}
-        place, sparse = _local(values).detach(), (_local(grad) * _local(mask)).to_sparse()
+        place, sparse = local_part(values).detach(), (local_part(grad) * local_part(mask)).to_sparse()
         place.grad = sparse if scale is None else sparse / scale.to(sparse.device)
         groups.append(
             {"params": [place], **{key: given[key] for key in _ADAM if key in given}, "lr": float(given["lr"])}
         )
-        states.append((state, place, {"step": int(state.get("step", 0)), **{k: _local(v) for k, v in own.items()}}))
+        states.append((state, place, {"step": int(state.get("step", 0)), **{k: local_part(v) for k, v in own.items()}}))
         _hide(layer)
     inner = SparseAdam([{"params": group["params"]} for group in groups])
     for mine, group in zip(inner.param_groups, groups, strict=True):
@@ -133,11 +134,20 @@ def _after(optimizer: Optimizer, living: list[SparseGradLinear]) -> None:
     for layer in _of(optimizer, living):
         if (grad := layer.__dict__.pop("_whole", None)) is not None:
             layer.values.grad = grad
-        if layer.selection == "refresh" and not leaves_out(optimizer):
-            assert layer.steps is not None
-            layer.steps += 1
-            if layer.every and int(layer.steps) % layer.every == 0:
-                _refresh(layer, optimizer)
+        counts = layer.selection == "refresh" and not leaves_out(optimizer)
+        if counts and _counted(layer) % (layer.every or sys.maxsize) == 0:
+            _refresh(layer, optimizer)
+
+
+def _counted(layer: SparseGradLinear) -> int:
+    """The layer's steps with this one; the device is asked only where it was not this that counted last."""
+    assert layer.steps is not None
+    tensor, version, steps = layer.__dict__.get("_counted", (None, 0, 0))
+    known = tensor is layer.steps and layer.steps._version == version
+    layer.steps += 1
+    steps = steps + 1 if known else int(layer.steps)
+    layer.__dict__["_counted"] = layer.steps, layer.steps._version, steps
+    return steps
 
 
 @torch.no_grad()
@@ -174,12 +184,6 @@ def _reduced(layer: SparseGradLinear) -> Tensor:
         torch.distributed.all_reduce(layer._pending)
         layer._pending /= torch.distributed.get_world_size()
     return layer._pending
-
-
-def _local(tensor: Any) -> Tensor:
-    """This process's shard of what lies in shards, which shares its memory."""
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local
 
 
 def _put(tensor: Tensor, whole: Tensor) -> None:

@@ -196,17 +196,21 @@ class SparseGradLinear(AdapterLayer):
         """What the gradient (r, c) of S gives to ``values``; "refresh" keeps the whole as long as that is kept."""
         if self.selection == "refresh":
             this = torch._C._current_graph_task_id()
-            if self._pending is None or (this != self._backward and self._has_no_gradient()):
-                self._pending = core.clone()
-            else:
-                self._pending += core
+            if self._pending is not None and this != self._backward:
+                self._pending = self._kept(self._pending)
+            self._pending = core.clone() if self._pending is None else self._pending.add_(core)
             self._backward = this
         return core if self.index is None else core.flatten()[self.index.long()]
 
-    def _has_no_gradient(self) -> bool:
-        """Whether the optimizer's gradient was zeroed: what a backward pass gives is all of it."""
-        held = (self.values.grad, None if self._shards is None else self._shards.grad)
-        return not any(grad is not None and (hasattr(grad, "full_tensor") or bool(grad.any())) for grad in held)
+    def _kept(self, pending: Tensor) -> Tensor | None:
+        """The whole of earlier passes where the optimizer's gradient of them is there; zeroed, it begins anew.
+
+        Whether it is zeros stays on the device: the host waits for nothing.
+        """
+        held = [g for g in (self.values.grad, None if self._shards is None else self._shards.grad) if g is not None]
+        if not held or any(hasattr(grad, "full_tensor") for grad in held):
+            return pending if held else None
+        return torch.where(torch.stack([grad.any() for grad in held]).any(), pending, 0.0)
 
     def extra_repr(self) -> str:
         rows, columns = self.core

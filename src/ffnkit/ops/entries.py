@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 AT_ONCE = 1 << 20  # numbers of tokens times entries that are gathered at a time
 BLOCK = 512  # rows of the weight that get their entries at a time
 TOKENS = 256  # tokens that entries are summed over at a time: both sides stay in the cache
+_BOUNDS = WeakTensorKeyDictionary()  # places of entries -> shape and version that they had, and their blocks
 MANY = 0.01  # of a weight's entries: on accelerators the gradient of more is taken out of products of blocks
 
 
@@ -122,8 +124,13 @@ class Entries:
         return total.values()
 
     def _bounds(self) -> list[tuple[int, int, int]]:
-        """First row of each block, and its first and last entry."""
+        """First row of each block, and its first and last entry; a device is asked once for each choice of entries."""
         out, inner = self.shape
-        starts = torch.arange(0, out, BLOCK, device=self.index.device)
-        edges = torch.searchsorted(self.index.long(), starts * inner).tolist() + [len(self.index)]
-        return list(zip(range(0, out, BLOCK), edges, edges[1:], strict=False))
+        key = None if self.index.is_inference() else (self.shape, self.index._version)
+        known, bounds = _BOUNDS.get(self.index, (None, []))
+        if key is None or known != key:
+            starts = torch.arange(0, out, BLOCK, device=self.index.device)
+            edges = torch.searchsorted(self.index.long(), starts * inner).tolist() + [len(self.index)]
+            bounds = list(zip(range(0, out, BLOCK), edges, edges[1:], strict=False))
+            _BOUNDS[self.index] = key, bounds
+        return bounds

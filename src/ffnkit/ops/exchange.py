@@ -138,20 +138,27 @@ def exchanges(clustering: Clustering, gain: Tensor, movers: Tensor, shared: bool
 
 def within(sources: Tensor, targets: Tensor, quota: Tensor, rounds: int = 4) -> Tensor:
     """Which moves (source, target), in order of preference, to make so that no cluster is in more than its quota."""
-    left, taken = quota.clone(), []
-    index = torch.arange(len(sources), device=sources.device)
-    for _ in range(rounds):
-        ends = torch.stack([sources[index], targets[index]], 1).view(-1)
-        order = ends.argsort(stable=True)
-        sizes = torch.bincount(ends, minlength=len(quota))
+    k = len(quota)  # of moves that are made or out: a cluster that has room for none
+    left, nowhere = torch.cat([quota, quota.new_zeros(1)]), sources.new_full((), k)
+    each = torch.arange(2 * len(sources), device=sources.device)
+    alive = torch.ones_like(sources, dtype=torch.bool)
+    taken = torch.zeros_like(alive)
+
+    def sizes(ends: Tensor) -> Tensor:
+        return left.new_zeros(k + 1).scatter_add_(0, ends, torch.ones_like(ends))
+
+    for _ in range(rounds):  # none of them makes the host wait
+        pairs = torch.where(alive[:, None], torch.stack([sources, targets], 1), nowhere)
+        ends = pairs.view(-1)
+        order, held = ends.argsort(stable=True), sizes(ends)
         place = torch.empty_like(order)
-        place[order] = torch.arange(len(order), device=order.device) - (sizes.cumsum(0) - sizes)[ends[order]]
+        place[order] = each - (held.cumsum(0) - held)[ends[order]]
         fits = (place < left[ends]).view(-1, 2).all(1)
-        taken.append(index[fits])
-        left -= torch.bincount(ends.view(-1, 2)[fits].view(-1), minlength=len(quota))
-        index = index[~fits]
-        index = index[(left[sources[index]] > 0) & (left[targets[index]] > 0)]
-    return torch.cat(taken).sort().values
+        taken |= fits
+        left -= sizes(torch.where(fits[:, None], pairs, nowhere).view(-1))
+        left[k] = 0
+        alive &= ~fits & (left[sources] > 0) & (left[targets] > 0)
+    return taken.nonzero()[:, 0]
 
 
 def refill(labels: Tensor, paid: Tensor, k: int) -> None:
@@ -163,8 +170,8 @@ def refill(labels: Tensor, paid: Tensor, k: int) -> None:
     """
     counts = torch.bincount(labels, minlength=k)
     paid = paid.clone()
-    for cluster in (counts == 0).nonzero()[:, 0].tolist():
-        point = int(torch.where(counts[labels] > 1, paid, -1).argmax())
+    for cluster in (counts == 0).nonzero():
+        point = torch.where(counts[labels] > 1, paid, -1).argmax(0, keepdim=True)
         counts[labels[point]] -= 1
         counts[cluster] += 1
         labels[point] = cluster

@@ -13,7 +13,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.files import disk_errors
 from ffnkit.io.progress import shown
 from ffnkit.io.workspace import held, made
-from ffnkit.recipe import cluster, pool
+from ffnkit.recipe import cluster, launching, pool
 from ffnkit.recipe import results as written
 from ffnkit.recipe.board import Board
 from ffnkit.recipe.results import Results
@@ -67,6 +67,7 @@ def run(
     out, say = Path(out), sayer(progress)
     shares = Shares(jobs, threads, ray)
     check_shares(shares, isolate)
+    launching.check(recipe.launch, shares, recipe.tune.device)
     check_out(out)
     say(f"{recipe.name}: {len(recipe.arms)} arms x {len(recipe.seeds)} seeds in {out}")
     with shown("looking at the model and the data", quiet=not progress):

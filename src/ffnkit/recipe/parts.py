@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 from pydantic_core import PydanticCustomError
@@ -51,6 +51,16 @@ class Measure(Part):
     batch_size: Count = 32
     length: Count = 128
     repeats: Count = 20
+
+
+class Launch(Part):
+    """In how many processes a unit is trained, each with batches and a GPU of its own, and how they share the model.
+
+    ddp: each holds the whole model. fsdp: each holds a part of every weight, through FSDP2.
+    """
+
+    processes: Count
+    strategy: Literal["ddp", "fsdp"] = "ddp"
 
 
 class Tickets(Part):

@@ -38,6 +38,10 @@ class Apart:
         """Of the process."""
         return self._process.pid
 
+    def wait(self) -> int:
+        """The exit code, once it has ended."""
+        return self._process.wait()
+
     def stop(self) -> None:
         """Give the process the time to end by itself, then end it."""
         assert self._process.stdin is not None

@@ -15,6 +15,7 @@ from ffnkit.errors import FfnkitError, RenamedWarning
 from ffnkit.recipe.parts import (
     Calibration,
     Count,
+    Launch,
     Limits,
     Measure,
     Part,
@@ -202,6 +203,7 @@ class Recipe(Part):
     tune: TrainSettings = Field(default_factory=lambda: TrainSettings.model_validate({}))
     recover: dict[str, Any] = Field(default_factory=dict)
     search: Search | None = None
+    launch: Launch | None = None
     heal: HealSettings = Field(default_factory=lambda: HealSettings.model_validate({}))
     distil: DistilSettings = Field(default_factory=lambda: DistilSettings.model_validate({}))
     generation: GenerationSettings = Field(default_factory=lambda: GenerationSettings.model_validate({}))
@@ -269,6 +271,9 @@ class Recipe(Part):
                 fail(("stages",), f"{then} needs {first} before it", list(self.stages))
         if self.search is not None:
             check_trials(self)
+        alone = "search" if self.search is not None else "tickets" if any(a.tickets for a in self.arms.values()) else ""
+        if self.launch is not None and alone:
+            fail(("launch",), f"{alone} trains in one process, on other batches; leave one of the two out", None)
         if self.forgetting is not None and "evaluate" not in self.stages:
             fail(("stages",), "forgetting is measured in the stage evaluate", list(self.stages))
         if self.lm_eval is not None and "evaluate" not in self.stages:
@@ -328,7 +333,7 @@ class Recipe(Part):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it stands in the file, defaults filled in."""
-        later = ("forgetting", "judge", "lm_eval", "search")  # of runs without them nothing is said
+        later = ("forgetting", "judge", "lm_eval", "search", "launch")  # of runs without them nothing is said
         data = {k: v for k, v in self.model_dump(mode="json").items() if v is not None or k not in later}
         if "heal" not in self.stages:
             del data["heal"]

@@ -37,6 +37,11 @@ class Unit:
     folder: Path
 
     @property
+    def out(self) -> Path:
+        """The folder of the run."""
+        return self.folder.parents[2]
+
+    @property
     def name(self) -> str:
         """As shown to the user."""
         return f"{self.arm}, seed {self.seed}"
@@ -52,7 +57,7 @@ class Unit:
 
     def mark(self, stage: str, figures: dict[str, Any]) -> None:
         """Say that a stage is finished."""
-        check_there(self.folder.parents[2])
+        check_there(self.out)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / f"{stage}.json", figures)
 
@@ -90,7 +95,7 @@ class Unit:
         Raises:
             FfnkitError: it is at work on it still.
         """
-        check_there(self.folder.parents[2])
+        check_there(self.out)
         place, until = self.folder.parent / f".{self.folder.name}", time.monotonic() + wait
         with ExitStack() as stack:
             while True:
@@ -179,6 +184,8 @@ def unit_facts(recipe: Recipe, base: dict[str, Any], arm: str, seed: int) -> dic
     if recipe.search is not None:
         rates = recipe.rates_of(arm).to_plain()
         facts["search"] = {**recipe.search.model_dump(mode="json"), "learning_rate": rates}
+    if recipe.launch is not None:
+        facts["launch"] = recipe.launch.model_dump(mode="json")
     if recipe.recovers(arm):
         facts["recover"] = recipe.recover_of(arm).model_dump(mode="json", exclude=set(HARMLESS))
     return facts

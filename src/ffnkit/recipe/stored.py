@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ffnkit.io.files import replacing
+from ffnkit.io.processes import is_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def write_weights(model: PreTrainedModel, path: Path) -> None:
-    """All of a model's tensors, in one step."""
+    """All of a model's tensors, in one step; of several processes of one training the first writes them."""
+    if not is_first():
+        return
     from safetensors.torch import save_model
 
     with replacing(path) as new:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import ffnkit
 from ffnkit.checkpoint.adapters import is_adapted
 from ffnkit.io.files import write_text
+from ffnkit.io.processes import is_first
 from ffnkit.io.progress import phase
 from ffnkit.model.linear import added_to
 from ffnkit.nn.coefficients import set_l1
-from ffnkit.recipe import searching, sources, tickets, tracked
+from ffnkit.recipe import launching, searching, sources, tickets, tracked
 from ffnkit.recipe.cards import card_of
 from ffnkit.recipe.reference import await_reference
 from ffnkit.recipe.schema import Recipe
@@ -65,7 +66,7 @@ def run_unit(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Say, bars: 
         say(f"  {stage} ..." + (" (taken up again)" if attempts > 1 else ""))
         start = time.perf_counter()
         with phase(stage):
-            figures = getattr(job, stage)()
+            figures = _launched(job, stage) if stage in launching.STAGES and recipe.launch else job.stage(stage)
         seconds = time.perf_counter() - start
         seconds = max(seconds, figures.pop("train_seconds", 0.0))  # those of attempts that were killed count too
         unit.mark(stage, {"seconds": seconds, "attempts": attempts, **figures})
@@ -75,6 +76,18 @@ def run_unit(recipe: Recipe, unit: Unit, facts: dict[str, Any], say: Say, bars: 
     unit.mark("end", {"versions": environment.versions(), "machine": environment.machine()})
     shutil.rmtree(unit.work, ignore_errors=True)
     unit.mark("done", {})
+
+
+def run_stage(recipe: Recipe, unit: Unit, stage: str, bars: bool) -> dict[str, Any]:
+    """The figures of one stage of a unit whose earlier ones are finished; the stage is not marked."""
+    return _Job(recipe, unit, bars).stage(stage)
+
+
+def _launched(job: _Job, stage: str) -> dict[str, Any]:
+    """The figures of a stage, trained in several processes; the model is then on disk."""
+    job.forget()
+    assert job.recipe.launch is not None
+    return launching.run(job.recipe.launch, job.unit.out, job.unit, stage, progress=job.bars)
 
 
 def _told(figures: dict[str, Any]) -> str:
@@ -139,6 +152,11 @@ class _Job:
         return tuner.finish(tuner.prepare(model)) if tuner.stays else ffnkit.fold(model, keep=SAVING)
 
     # ----------------------------------------------------------------------------------------- the stages
+    def stage(self, name: str) -> dict[str, Any]:
+        """Do a stage; its figures come back."""
+        figures: dict[str, Any] = getattr(self, name)()
+        return figures
+
     def compress(self) -> dict[str, Any]:
         """Plan and apply the arm's method; the plan stays on disk until the unit is finished."""
         model = self.source.model(self.unit.seed)
@@ -234,7 +252,8 @@ class _Job:
         figures, model = self._trained("tune", self.training, merge=False)
         updates = ffnkit.adapter(model) if is_adapted(model) else None
         if updates is not None:  # they stay apart from the weights: pruning tells the two from each other
-            updates.save(self.unit.work / ADAPTER)
+            if is_first():
+                updates.save(self.unit.work / ADAPTER)
             ffnkit.remove_adapter(model)
         self._model = ffnkit.fold(model, keep=SAVING)
         write_weights(self.model, self.unit.work / TUNED)

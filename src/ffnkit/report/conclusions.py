@@ -60,7 +60,9 @@ def _best(arms: Sequence[Arm], metric: str, more: bool) -> tuple[Arm, list[str]]
     sign = 1 if more else -1
     best = max((arm for arm in arms if len(arm.by_seed) == most), key=lambda arm: sign * arm.metrics[metric].mean)
     less = "" if more else ", where less is better"
-    level = [each.name for each in arms if each is not best and each.metrics[metric].mean == best.metrics[metric].mean]
+    level = [
+        each.name for each in arms if each is not best and _level(each.metrics[metric].mean - best.metrics[metric].mean)
+    ]
     tied = f", level with {', '.join(level)}" if level else ""
     told = [f"Best by {metric}{less}: {best.name}, {_score(best.metrics[metric])}{tied}."]
     ahead = [arm for arm in arms if sign * (arm.metrics[metric].mean - best.metrics[metric].mean) > 0]
@@ -85,10 +87,21 @@ def _sorted(found: Mapping[str, Difference | None], words: Sequence[str], more: 
     """
     kinds: dict[bool | None, list[str]] = {True: [], False: [], None: []}
     for name, delta in sorted(found.items(), key=lambda item: abs(item[1].mean) if item[1] else 0.0):
-        way = "" if more is None or delta is None else ", better" if (delta.mean > 0) == more else ", worse"
+        way = "" if more is None or delta is None else _way(delta.mean, more)
         figures = "no seed in common" if delta is None else difference(delta).replace("n = 1, no interval", "one seed")
         kinds[delta.beyond_chance if delta else None].append(f"{name} ({figures}{way})")
     return [f"{start}: {_listed(names)}." for start, names in zip(words, kinds.values(), strict=True) if names]
+
+
+def _level(mean: float) -> bool:
+    """Whether a difference is none as it is shown: seeds that cancel leave a rounding of their means."""
+    return not round(mean, 4)
+
+
+def _way(mean: float, more: bool) -> str:
+    if _level(mean):
+        return ", level"
+    return ", better" if (mean > 0) == more else ", worse"
 
 
 def _listed(names: Sequence[str]) -> str:

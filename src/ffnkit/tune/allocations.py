@@ -12,6 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from ffnkit.nn.adapter_layer import local_part
+
 STEPS = 3  # of each call that are measured: from the second one on the optimizer has its state
 
 
@@ -68,7 +70,7 @@ def most(measured: profile) -> int:
 
 def size(tensors: Iterable[Tensor]) -> int:
     """Bytes of tensors; memory that several share counts once."""
-    storages = (tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided)
+    storages = (local_part(tensor).untyped_storage() for tensor in tensors if tensor.layout == torch.strided)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

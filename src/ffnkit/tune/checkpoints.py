@@ -15,6 +15,7 @@ import numpy as np
 from torch import nn
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io import processes
 from ffnkit.io.files import read_json, space_errors, write_text
 from ffnkit.io.folders import check_target
 from ffnkit.io.workspace import made
@@ -23,12 +24,16 @@ FINGERPRINT = "run.json"
 PLAN = "tuner-plan.safetensors"  # what a method chose before training
 STATE = "trainer_state.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_ARCHIVES = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+PROCESSES = "processes"  # in what is stored of a run: how many trained together
+_ARCHIVES = ("optimizer.pt", "scheduler.pt")
+_SHARDED = "optimizer.bin"  # the optimizer of processes that each hold a part of the model
 
 
 @contextmanager
 def claimed(out_dir: str | Path, run: dict[str, Any]) -> Iterator[None]:
     """``out_dir`` as the folder of this run; where the block fails before any checkpoint, nothing is left of it.
+
+    Of several processes the first one sees to the folder.
 
     Args:
         run: what decides the outcome, as JSON data; "weights" is compared up to rounding.
@@ -38,12 +43,14 @@ def claimed(out_dir: str | Path, run: dict[str, Any]) -> Iterator[None]:
     """
     folder = check_target(out_dir, "training")
     with space_errors(folder), made(folder):
-        _claim(folder, run)
-        remove_broken(folder)
+        if processes.is_first():
+            _claim(folder, run)
+            remove_broken(folder)
+        processes.wait()
         try:
             yield
         except BaseException:
-            if not checkpoints(folder):
+            if processes.is_first() and not checkpoints(folder):
                 for name in (FINGERPRINT, PLAN):
                     (folder / name).unlink(missing_ok=True)
             raise
@@ -85,7 +92,7 @@ def is_whole(path: Path) -> bool:
 
     if read_json(path / STATE) is None:
         return False
-    if not all(zipfile.is_zipfile(path / name) for name in _ARCHIVES):
+    if not all(zipfile.is_zipfile(path / name) for name in _archives(path)):
         return False
     weights = sorted(path.glob("*.safetensors"))
     try:
@@ -95,6 +102,14 @@ def is_whole(path: Path) -> bool:
     except (SafetensorError, OSError):
         return False
     return bool(weights)
+
+
+def _archives(path: Path) -> list[str]:
+    """The archives of a whole checkpoint: each of several processes has its own generators' state."""
+    several = int((read_json(path.parent / FINGERPRINT) or {}).get(PROCESSES, 1))
+    states = [f"rng_state_{number}.pth" for number in range(several)] if several > 1 else ["rng_state.pth"]
+    first, *others = _ARCHIVES
+    return [_SHARDED if (path / _SHARDED).exists() else first, *others, *states]
 
 
 def remove_broken(folder: str | Path) -> None:

@@ -22,11 +22,12 @@ from ffnkit.io.files import replacing
 from ffnkit.io.loading import no_bars
 from ffnkit.io.progress import Step
 from ffnkit.model.trainable import parts_of
-from ffnkit.nn.adapter_layer import adapter_layers
+from ffnkit.nn.adapter_layer import adapter_layers, full_tensor
 from ffnkit.surgery.compressed import compressed_parameters
 from ffnkit.tasks.running import IGNORED, is_seq2seq, logits_of, target_counts
+from ffnkit.tune.sharding import load_whole, on_any_device
 
-TRAINED = "trained.safetensors"  # in checkpoints of peft models: all that trains
+TRAINED = "trained.safetensors"  # in checkpoints of peft models: all that trains; of models in shards: all of it
 
 
 class Loop(Trainer):
@@ -56,6 +57,14 @@ class Loop(Trainer):
         super().__init__(*args, **kwargs)
         # Whatever their forward accepts, models return the mean over a micro-batch, which is weighted here.
         self.model_accepts_loss_kwargs = False
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is not None and not self.is_fsdp_enabled:
+            from accelerate import FullyShardedDataParallelPlugin
+
+            on_any_device(self.accelerator, FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args))
+            self.is_fsdp_enabled = True
 
     def evaluation_loop(
         self,
@@ -119,45 +128,57 @@ class Loop(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self._group_lengths is None:
             return super()._get_train_sampler(train_dataset)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return GroupedSampler(self._group_lengths, batch, self.args.seed)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        held = self._trained() or (state_dict if self.is_fsdp_enabled else None) or {}
+        trained = {name: full_tensor(value).detach() for name, value in held.items()}  # of shards, all give theirs
         if not self.args.should_save:
+            return
+        folder = str(output_dir or self.args.output_dir)
+        if trained:  # the file of peft holds the adapter alone
+            os.makedirs(folder, exist_ok=True)
+            save_file(
+                {name: value.clone().contiguous() for name, value in trained.items()}, os.path.join(folder, TRAINED)
+            )
+        if self.is_fsdp_enabled:  # save_pretrained reads the model itself
             return
         more: dict[str, Any] = {}
         if not hasattr(self.model, "peft_config"):
             # Names of older layouts, which save_pretrained prefers for some families, could not be loaded in place.
             more["save_original_format"] = False
         model: Any = self.model
-        folder = str(output_dir or self.args.output_dir)
         with no_bars():
             model.save_pretrained(folder, **more)
-        if hasattr(model, "peft_config"):  # whose file holds the adapter alone
-            save_file(
-                {name: value.contiguous() for name, value in self._trained().items()}, os.path.join(folder, TRAINED)
-            )
 
     def _trained(self) -> dict[str, torch.Tensor]:
-        """What trains of the model, by name."""
+        """What trains beside an adapter of peft and in it, by name; {} of other models."""
         model: Any = self.model
-        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        if not hasattr(model, "peft_config"):
+            return {}
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._load_trained(resume_from_checkpoint)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.is_fsdp_enabled and checkpoint is not None:
+            self._load_trained(checkpoint)  # torch made room for moments by a step, which layers that choose counted
+
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        if not self.is_fsdp_enabled:
+            super()._load_best_model()
         self._load_trained(self.state.best_model_checkpoint or "")
 
     def _load_trained(self, folder: str) -> None:
-        """What trained beside an adapter of peft, in place."""
+        """What trained beside an adapter of peft and in it; of a model in shards everything."""
         path = os.path.join(folder, TRAINED)
         if os.path.isfile(path):
-            stored = load_file(path)
-            for name, value in self._trained().items():
-                value.copy_(stored[name])
+            load_whole(self.model, load_file(path))  # type: ignore[arg-type]
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint that lacks weights or buffers, but those that the family computes and never writes."""
@@ -282,7 +303,7 @@ class Snapshot(TrainerCallback):
         self.step, self.path = step, Path(path)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step == self.step:
+        if state.global_step == self.step and state.is_world_process_zero:
             with replacing(self.path) as new:
                 save_model(model, str(new))
 

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.processes import is_first
 from ffnkit.model.targets import GROUPS, targets
 from ffnkit.model.trainable import head_modules, parts_of
+from ffnkit.surgery.beside_peft import ties_seen_to
 from ffnkit.surgery.untie import UntiedFfn, own_weights, plain_layer, retie, settle, untie
 from ffnkit.tune import masks, quantizing, zeros
 from ffnkit.tune.ties import check_untied, own_modules, share_modules
@@ -114,7 +116,7 @@ def adapted(
     """
     named = model.named_parameters(remove_duplicate=False)
     frozen = [name for name, p in named if not p.requires_grad and p.is_floating_point()]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ties_seen_to():
         warnings.simplefilter("ignore")
         tuned = wrap(model)
     _share(tuned.get_base_model(), ties)
@@ -149,7 +151,7 @@ def take_off(model: nn.Module, tuner: Lora) -> nn.Module:
 
     Where this fails, weights are as before up to the rounding of their dtype: peft adds adapters to them in place.
     """
-    if tuner.adapter_dir is not None:
+    if tuner.adapter_dir is not None and is_first():
         save_adapter(model, tuner.adapter_dir)
     ties: list[list[str]] = getattr(model, _TIES, [])
     parted: list[UntiedFfn] = getattr(model, _PARTED, [])

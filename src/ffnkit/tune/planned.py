@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ffnkit.checkpoint.adapters import save_adapter
 from ffnkit.checkpoint.apart import save_apart
+from ffnkit.io import processes
 from ffnkit.io.progress import shown
 from ffnkit.methods.update.coefficients import with_coefficients
 from ffnkit.model.trainable import remember
@@ -29,7 +30,7 @@ def put_on(model: nn.Module, tuner: Updating, preparation: Preparation) -> nn.Mo
     whole = cast(PreTrainedModel, model)
     masks.set_aside(model, preparation)
     noted = zeros.note(model) if tuner.keep_zeros else None
-    if keep is not None and keep.is_file():
+    if keep is not None and processes.of_first(keep.is_file()):
         made = Plan.load(keep)
     else:
         with shown(tuner.name, quiet=not preparation.progress):
@@ -37,7 +38,10 @@ def put_on(model: nn.Module, tuner: Updating, preparation: Preparation) -> nn.Mo
         if tuner.coefficients:
             made = with_coefficients(model, made, tuner.coefficients)
         if keep is not None:
-            made.save(keep)
+            if processes.is_first():
+                made.save(keep)
+            processes.wait()
+            made = made if processes.is_first() else Plan.load(keep)  # rounding may choose other entries elsewhere
     remember(model)
     apply(whole, made)
     if noted is not None:
@@ -48,7 +52,9 @@ def put_on(model: nn.Module, tuner: Updating, preparation: Preparation) -> nn.Mo
 
 
 def save_updates(model: PreTrainedModel, tuner: Updating) -> None:
-    """The updates that are on a model into the folders that the tuner names."""
+    """The updates that are on a model into the folders that the tuner names; of several processes the first does."""
+    if not processes.is_first():
+        return
     if tuner.adapter_dir is not None:
         save_adapter(model, tuner.adapter_dir)
     if tuner.apart_dir is not None:

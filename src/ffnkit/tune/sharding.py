@@ -1,13 +1,20 @@
-"""Models with shared FFNs in several processes: what FSDP must keep in groups of their own."""
+"""Parameters in shards over several processes (FSDP2): groups that fit shared FFNs, whole weights in and out."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
+from ffnkit.io import processes
 from ffnkit.model.finding import block_name, ffns
+from ffnkit.nn.adapter_layer import full_tensor, sharded_as
+from ffnkit.surgery.journal import State
 
 
 class SharedLinear(nn.Linear):
@@ -27,7 +34,7 @@ def wrap_classes(model: nn.Module) -> list[str]:
     ``_no_split_modules`` of some families names the embeddings too, which accelerate shards a second time.
     """
     names = []
-    for ffn in ffns(model):
+    for ffn in ffns(getattr(model, "get_base_model", lambda: model)()):
         owners = list(ffn.owners.values())
         names += [type(model.get_submodule(block_name(name))).__name__ for name in ffn.owners]
         if len(owners) < 2:
@@ -52,9 +59,61 @@ def fsdp_plugin(model: nn.Module, **settings: Any) -> Any:
     """
     from accelerate import FullyShardedDataParallelPlugin
 
-    own = {
+    return FullyShardedDataParallelPlugin(**{**_groups(model), **settings})
+
+
+def _groups(model: nn.Module) -> dict[str, Any]:
+    return {
         "fsdp_version": 2,
         "auto_wrap_policy": "transformer_based_wrap",
         "transformer_cls_names_to_wrap": wrap_classes(model),
     }
-    return FullyShardedDataParallelPlugin(**{**own, **settings})
+
+
+def is_asked() -> bool:
+    """Whether the launcher asks for FSDP, as ``accelerate launch --use_fsdp`` does by the environment."""
+    return processes.count() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
+@contextmanager
+def in_shards(model: nn.Module, arguments: TrainingArguments) -> Iterator[None]:
+    """A training inside the block may lay the model in shards, where that is asked for; behind it the model is whole.
+
+    Where the block fails, weights are as they were before it.
+
+    Args:
+        arguments: get what accelerate's plugin is made of; what they leave open is the launcher's to say.
+    """
+    if not is_asked():
+        yield
+        return
+    before = State.of(model.cpu())  # shards go to their devices from there
+    arguments.fsdp_plugin_args = {
+        **_groups(model),
+        "state_dict_type": "FULL_STATE_DICT",
+        "cpu_ram_efficient_loading": False,  # it would have the model on meta for a while, and new parameters
+    }
+    try:
+        yield
+        values = {name: full_tensor(p).detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    finally:
+        before.restore()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.data = values[name].to(parameter.dtype)
+    place = next(iter(values.values())).device
+    model.to(place)
+
+
+def on_any_device(accelerator: Any, plugin: Any) -> None:
+    """Let accelerate shard on a CPU as it does on accelerators; by itself it would take DDP there, and say nothing."""
+    from accelerate import DistributedType
+
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+
+
+def load_whole(model: nn.Module, state: Mapping[str, Tensor]) -> Any:
+    """Load a state of whole tensors into a model that may lie in shards; what it lacks is told as by torch."""
+    own = model.state_dict(keep_vars=True)
+    return model.load_state_dict({k: sharded_as(v, own[k]) if k in own else v for k, v in state.items()}, strict=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.processes import is_first
 
 LOGS = "logs"
 log = logging.getLogger(__name__)
@@ -88,9 +89,8 @@ def tracked(run: Run, report_to: str | Sequence[str]) -> Iterator[None]:
     named = "TENSORBOARD_LOGGING_DIR" not in os.environ
     if named:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder)
-    first = int(os.environ.get("RANK", "0")) == 0
     try:
-        with _wandb_run(run) if "wandb" in names and first else nullcontext():
+        with _wandb_run(run) if "wandb" in names and is_first() else nullcontext():
             yield
     finally:
         if named:

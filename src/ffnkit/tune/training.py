@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ffnkit.checkpoint.adapters import is_adapted
 from ffnkit.errors import FfnkitError
+from ffnkit.io import processes
 from ffnkit.io.progress import counted, phase, shown
 from ffnkit.surgery.compressed import compressed_parameters
 from ffnkit.tasks.encoding.packing import pack
@@ -30,6 +31,7 @@ from ffnkit.tune.lifecycle import training_run, undone
 from ffnkit.tune.loop import Clock, Epochs, Loop, Saving, Snapshot, Telling
 from ffnkit.tune.outcome import TrainResult, body_size, counts_of, on_device, result_of
 from ffnkit.tune.settings import HARMLESS, TrainSettings
+from ffnkit.tune.sharding import in_shards
 from ffnkit.tune.tuners import Tuner, finish, get, prepare
 
 log = logging.getLogger(__name__)
@@ -109,8 +111,9 @@ def train(
         found = f"nothing in the {type(model).__name__} is known to be compressed"
         raise FfnkitError(asked, found, "Leave it out, or compress the model in the same recipe or process")
     facts = _run(model, task, data, dev, settings, tuner, seed) | ({"go_on": True} if go_on else {})
-    if (copies := arguments.world_size * max(arguments.n_gpu, 1)) > 1:
-        facts["processes and GPUs"] = copies  # each has batches of its own: others, by another number
+    # each has batches of its own: others, by another number
+    several = {checkpoints.PROCESSES: arguments.world_size, "GPUs": arguments.n_gpu}
+    facts |= {name: number for name, number in several.items() if number > 1}
     if metric in task.metrics and generation is not None:
         facts["generation"] = generation.model_dump(mode="json")
     if not merge and tuner.method is not None:
@@ -137,9 +140,9 @@ def train(
                 encoded=dev,
                 loss_only=metric == "loss",
             )
-            return dict(found.to_dict())
+            return dict(processes.of_first(found.to_dict()))  # rounding must not part them
 
-        with _checkpointing(tuned, settings.gradient_checkpointing):
+        with in_shards(tuned, arguments), _checkpointing(tuned, settings.gradient_checkpointing):
             collate = task.collator(tokenizer, tuned)
             if settings.augment != "none":
                 collate = task.augmented(collate, settings.augment, seed)
@@ -150,10 +153,11 @@ def train(
             with phase("training") as step:
                 loop.add_callback(Telling(step))
                 state = _run_or_resume(loop, out_dir, settings)
-        _leave(loop, use_cache, own_forward)
+            _leave(loop, use_cache, own_forward)
         done = cast(PreTrainedModel, finish(tuned, tuner, merge=merge).eval())
         result = result_of(loop, state, done, settings, metric, trained)
-    if not settings.keep_checkpoints:
+    processes.wait()
+    if not settings.keep_checkpoints and processes.is_first():
         checkpoints.clean(out_dir)
     return result
 
@@ -176,10 +180,11 @@ def _prepared(
 
     wanted = tuner.method
     batches, kept = None, Path(out) / checkpoints.PLAN
-    if checkpoints.newest(Path(out)) is None:
+    if checkpoints.newest(Path(out)) is None and processes.is_first():
         kept.unlink(missing_ok=True)
-    if wanted.needs_data and not kept.is_file():
-        batches = first_batches(data, task.collator(tokenizer, model), s.batch_size, wanted.batches, seed=seed)
+    if wanted.needs_data and not processes.of_first(kept.is_file()):
+        size = s.batch_size * processes.count()  # as one process sees them that trains on as much a step
+        batches = first_batches(data, task.collator(tokenizer, model), size, wanted.batches, seed=seed)
     on_device(lambda: model.to("cuda"))
     result = tuner.prepare(model, batches, kept, progress)
     seed_everything(seed)
