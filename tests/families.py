@@ -258,6 +258,7 @@ _ROWS = (
         "gpt-oss", "GptOssForCausalLM",  # experts with biases; rows of gate and up take turns
         Expect(2, 24, gated=True, experts=4), keys=GATED_WIDTH, num_local_experts=4, head_dim=4,
         layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     ),
     _experts(
         "aria", "AriaTextForCausalLM", Expect(2, 24, gated=True, experts=4), Expect(2, 24, gated=True),

@@ -44,6 +44,7 @@ ROUTERS = {
     "granitemoe": ["model.layers.0.block_sparse_moe.router", "model.layers.1.block_sparse_moe.router"],
     "llama4": ["model.layers.1.feed_forward.router"],
     "aria": ["model.layers.0.mlp.router", "model.layers.1.mlp.router"],
+    "gpt-oss": ["model.layers.0.mlp.router", "model.layers.1.mlp.router"],
 }
 MOE = list(ROUTERS)
 FEW: dict[str, Any] = {"fusion": {"restarts": 1}}  # what makes plans quick
