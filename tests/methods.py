@@ -119,7 +119,8 @@ def case_of(name: str, device: torch.device | None = None) -> Case:
     family = FAMILIES[name]
 
     def there(model: Any, values: Any) -> Any:
-        return {key: value.to(next(model.parameters()).device) for key, value in values.items()}
+        device = next(model.parameters()).device
+        return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in values.items()}
 
     def data(model: Any) -> list[dict[str, Any]]:
         return [there(model, batch) for batch in on_cpu(model)]

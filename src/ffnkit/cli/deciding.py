@@ -23,7 +23,7 @@ class Deciding:
         bool,
         typer.Option(
             "--decide",
-            help="Decide ridge, steps and tokens on text of kinds held out; effort=best does.",
+            help="Decide choice, ridge, steps and tokens on text of kinds held out; effort=best does.",
             rich_help_panel=DATA,
         ),
     ] = False

@@ -20,7 +20,7 @@ from ffnkit.io import files
 from ffnkit.io.apart import has_adapters
 from ffnkit.io.architectures import empty_model, is_ffnkit_config, read_config
 from ffnkit.io.conversions import few_bits
-from ffnkit.io.loading import check_name
+from ffnkit.io.loading import check_name, open_errors
 from ffnkit.io.sizes import checkpoint_files, opened_bytes, stored_shapes
 from ffnkit.io.snapshots import folder_of
 from ffnkit.io.workspace import workspace
@@ -46,7 +46,8 @@ def whole_bytes(source: str, dtype: str = "auto") -> int:
     if not files:
         return 0
     stored = str(getattr(read_config(source), "dtype", None)).removeprefix("torch.")
-    size = opened_bytes(files, _SIZES.get(stored, 2))
+    with open_errors(f"opening {source}"):
+        size = opened_bytes(files, _SIZES.get(stored, 2))
     return size * _SIZES[dtype] // _SIZES[stored] if dtype in _SIZES and stored in _SIZES else size
 
 
@@ -138,8 +139,8 @@ def expected(source: str, place: Path) -> str:
 
 def _bytes(source: str) -> tuple[int, int, int]:
     """Of a model once it is opened: all its bytes, those of its largest parameter, those that lie so in no file."""
-    config, stored = read_config(source), stored_shapes(_files(source))
-    whole, size = whole_bytes(source), _SIZES.get(str(getattr(config, "dtype", None)).removeprefix("torch."), 4)
+    config, whole = read_config(source), whole_bytes(source)
+    stored, size = stored_shapes(_files(source)), _SIZES.get(str(getattr(config, "dtype", None)).removeprefix("torch."), 4)
     if is_ffnkit_config(config) or has_adapters(source):  # opening them is what is to be told about
         shapes = stored
     else:
