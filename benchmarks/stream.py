@@ -185,8 +185,8 @@ def page(results: dict[str, Any]) -> str:
         table(rows),
         "",
         *footer(results, results["rows"][0]["threads"]),
-        "- peak: beyond the interpreter with its libraries. arithmetic: planning, applying on one layer in memory, times",
-        f"  {layers}. a copy: seconds to read and write the files that are read, synced.",
+        f"- peak: beyond the interpreter with its libraries. arithmetic: plan and apply on one layer in memory, x {layers}.",
+        "- a copy: seconds to read and write the files that are read, synced.",
         f"- The machine had other work, which seconds of the clock hold: load averages {loads}.",
         "",
     ]
