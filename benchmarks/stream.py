@@ -185,7 +185,7 @@ def page(results: dict[str, Any]) -> str:
         table(rows),
         "",
         *footer(results, results["rows"][0]["threads"]),
-        f"- peak: beyond the interpreter with its libraries. arithmetic: plan and apply on one layer in memory, x {layers}.",
+        f"- peak: beyond interpreter and libraries. arithmetic: plan and apply on one layer in memory, times {layers}.",
         "- a copy: seconds to read and write the files that are read, synced.",
         f"- The machine had other work, which seconds of the clock hold: load averages {loads}.",
         "",
