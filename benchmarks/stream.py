@@ -29,7 +29,7 @@ TOKENS, LAYERS = 16_000, "0-1"
 ARMS = {
     "magnitude": "`magnitude`, half of the neurons",
     "fusion": "`fusion`, half of the neurons, one restart",
-    "calibrated": f"`calibrated-fusion`, half of the neurons of layers {LAYERS}, {TOKENS:,} tokens",
+    "calibrated": f"`calibrated-fusion` (`fast`), half of the neurons of layers {LAYERS}, {TOKENS:,} tokens",
 }
 
 
