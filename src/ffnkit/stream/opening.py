@@ -140,7 +140,8 @@ def expected(source: str, place: Path) -> str:
 def _bytes(source: str) -> tuple[int, int, int]:
     """Of a model once it is opened: all its bytes, those of its largest parameter, those that lie so in no file."""
     config, whole = read_config(source), whole_bytes(source)
-    stored, size = stored_shapes(_files(source)), _SIZES.get(str(getattr(config, "dtype", None)).removeprefix("torch."), 4)
+    stored = stored_shapes(_files(source))
+    size = _SIZES.get(str(getattr(config, "dtype", None)).removeprefix("torch."), 4)
     if is_ffnkit_config(config) or has_adapters(source):  # opening them is what is to be told about
         shapes = stored
     else:
