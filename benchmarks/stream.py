@@ -119,7 +119,7 @@ def measure_arm(arm: str, folder: str) -> dict[str, Any]:
         forget(place)
         copied = copy_seconds(place, Path(aside) / "copy")
     return {
-        "arm": arm,
+        "name": arm,
         "seconds": spent.seconds,
         "processor_s": spent.processor_seconds,
         "peak_beyond_bytes": spent.peak_bytes,
@@ -173,7 +173,7 @@ def page(results: dict[str, Any]) -> str:
         took = [row["seconds"], row["processor_s"]]
         one = row["one_layer"] and [row["one_layer"][name] * layers for name in ("seconds", "processor_s")]
         cells = [f"{value:.0f}" for value in took] + ([f"{value:.0f}" for value in one] if one else ["", ""])
-        rows.append([ARMS[row["arm"]], f"{row['peak_beyond_bytes'] / 1e9:.2f} GB", *cells, f"{row['copy_s']:.0f}"])
+        rows.append([ARMS[row["name"]], f"{row['peak_beyond_bytes'] / 1e9:.2f} GB", *cells, f"{row['copy_s']:.0f}"])
     whole = results["rows"][0]["read_bytes"] / 1e9
     loads = ", ".join(f"{row['load_average']:.1f}" for row in results["rows"])
     lines = [
@@ -209,9 +209,9 @@ def main() -> None:
         write_checkpoint(folder, args.layers)
     results = resumed(args.out, "stream", {"layers": args.layers})
     for arm in args.arms:
-        results["rows"] = [row for row in results["rows"] if row["arm"] != arm]
+        results["rows"] = [row for row in results["rows"] if row["name"] != arm]
         results["rows"].append(in_process(__file__, arm, str(folder)))
-        results["rows"].sort(key=lambda row: list(ARMS).index(row["arm"]))
+        results["rows"].sort(key=lambda row: list(ARMS).index(row["name"]))
         write(args.out, "stream", results, page)
 
 

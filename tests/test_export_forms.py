@@ -93,6 +93,7 @@ def test_plain_transformers_opens_it_with_the_code_beside_it(tmp_path: Path, fam
         assert_close(opened(IDS).logits, model(IDS).logits, rel=1e-5, what="the export")
 
 
+@pytest.mark.slow
 def test_a_family_that_lists_a_width_for_each_layer_is_standard_as_it_is(tmp_path: Path) -> None:
     model, widths = gemma3n(2), [8, 16, 24, 12, 20, 4]
     named = dict(zip((ffn.name for ffn in ffns(model)), widths, strict=True))
