@@ -61,12 +61,25 @@ def page(results: dict[str, Any]) -> str:
     notes = [
         f"- {said['model']}, {said['tokens']:,} tokens of calibration (half WikiText-2, half of many kinds), no tuning;"
         f" perplexity on {said['measured']:,} tokens of each text in windows of {WINDOW}; mean of {said['draws']} draws"
-        " of the calibration text ± their standard deviation (methods without data: one).",
+        " of the calibration text ± their standard deviation; without it one draw.",
         "- Planning is without the pass for the statistics that leverage, OBS and effort=fast share; the others make"
         " passes of their own.",
         *common.footer(results),
     ]
     return f"# What a size costs ({said['model']})\n\n{table}\n\n" + "\n".join(notes) + "\n"
+
+
+def means(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The mean of each arm and size over the draws."""
+    found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        found.setdefault((row["name"], row["removed"]), []).append(row)
+    texts = results["conditions"]["texts"]
+    return [
+        {"name": name, "removed": size, "draws": len(rows)}
+        | {text: statistics.fmean(row[text] for row in rows) for text in texts}
+        for (name, size), rows in found.items()
+    ]
 
 
 def told(values: list[float]) -> str:
@@ -118,6 +131,7 @@ def main() -> None:
         row |= {text: perplexity(model, ids) for text, ids in held.items()}
         print(row, flush=True)
         results["rows"].append(row)
+        results["means"] = means(results)
         common.write(given.out, name, results, page)
 
     if not results["rows"]:

@@ -45,6 +45,10 @@ def together(*words: object, **environment: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, env=env, text=True, capture_output=True, timeout=1400, cwd=HERE)
 
 
+# Softmax takes out what the keys' bias adds: its gradient is rounding, which Adam makes steps of.
+OF_NO_EFFECT = "key.bias"
+
+
 def plain(case: str) -> str:
     """The case that one process trains, uninterrupted."""
     return case.replace("killed:", "").replace("fsdp:", "").removeprefix("bert:")
@@ -73,7 +77,8 @@ def test_two_processes_end_where_one_does(case: str, states: tuple[Path, Path]) 
     )
     assert found.keys() == expected.keys()
     for key, value in expected.items():
-        assert_close(found[key], value, rel=1e-5 if "prefix" in case else 1e-11, what=f"{case} {key}")
+        if not key.endswith(OF_NO_EFFECT):
+            assert_close(found[key], value, rel=1e-5 if "prefix" in case else 1e-11, what=f"{case} {key}")
     for folder in states[0].glob("*-adapter"):  # written once, and whole
         assert any(path.stat().st_size > 100 for path in folder.glob("*.safetensors"))
 
@@ -126,7 +131,7 @@ def test_a_recipe_launches_its_trainings(strategy: str, tmp_path: Path) -> None:
 
     two = weights("two", 4, launch={"processes": 2, "strategy": strategy})
     for key, value in weights("one", 8).items():
-        if not key.endswith("key.bias"):  # no output depends on it: what trains it is rounding
+        if not key.endswith(OF_NO_EFFECT):
             assert_close(two[key], value, rel=1e-3, what=key)
 
 
