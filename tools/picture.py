@@ -108,7 +108,12 @@ LEFT, TOP, WIDE, HIGH, GAP, REACH = 28, 92, 560, 64, 18, 640
 INK, GREY, PAPER, UP = "#1f2933", "#6b7785", "#ffffff", "#d62828"
 # What a user calls, what it does to a model, what is known of one: a colour each, and a lighter one of their boxes.
 GROUPS = (
-    ("what is called", "#3d6fb5", "#eef3fb", ("testing", "cli", "recipe", "report", "tune", "analysis", "tasks")),
+    (
+        "what is called",
+        "#3d6fb5",
+        "#eef3fb",
+        ("testing", "cli", "search", "recipe", "report", "tune", "analysis", "stream", "tasks"),
+    ),
     ("what is done", "#2a8c7a", "#ebf6f3", ("checkpoint", "budget", "methods", "calibration", "surgery")),
     ("what is known", "#b9770e", "#fdf5e6", ()),
 )

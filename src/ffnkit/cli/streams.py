@@ -33,7 +33,7 @@ def around(
     Raises:
         FfnkitError: it cannot be done so: no safetensors files, another device, a dtype, healing.
     """
-    from ffnkit.stream.opening import check_room, check_streams, expected, streaming, too_large
+    from ffnkit.stream.opening import opened_from_files, too_large
     from ffnkit.stream.record import parts_of
 
     why = "" if stream is not None or device not in ("auto", "cpu") else too_large(source, dtype)
@@ -49,11 +49,7 @@ def around(
     if dtype != "auto":
         do = "Leave --dtype out"
         raise FfnkitError(asked, f"--dtype {dtype} makes other weights of all of them", do)
-    check_streams(source, dtype, device)
-    if out is not None:
-        check_room(source, out)
-    with streaming(out) as place:
-        console.say(expected(source, place))
+    with opened_from_files(source, out, console.say, device):
         _outputs[:] = [] if out is None else [out]
         try:
             yield "cpu"

@@ -15,7 +15,7 @@ from ffnkit.io.files import SHARD
 from ffnkit.io.folders import check_target
 from ffnkit.io.sizes import checkpoint_files
 from ffnkit.io.snapshots import name_of
-from ffnkit.stream.opening import check_room, check_streams, expected, streaming, too_large
+from ffnkit.stream.opening import opened_from_files, too_large
 from ffnkit.stream.record import is_by_ffn, planned
 
 if TYPE_CHECKING:
@@ -67,12 +67,7 @@ def compress(
     if stream is None and (why := too_large(source)):
         logger.warning("%s", why)
         stream = True
-    if stream:
-        check_streams(source)
-        check_room(source, out)
-    with streaming(out) if stream else nullcontext() as place:
-        if place is not None:
-            logger.info("%s", expected(source, place))
+    with opened_from_files(source, out, logger.info) if stream else nullcontext():
         model, parts = load_any(source, dtype="auto"), None
         plan, parts = make_plan(model, method, data, out) if stream else (ffnkit.plan(model, method, data=data), None)
         ffnkit.apply(model, plan)

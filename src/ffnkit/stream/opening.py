@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def _files(source: str) -> list[Path]:
     return [] if folder is None else checkpoint_files(folder)
 
 
-def check_streams(source: str, dtype: str = "auto", device: str = "cpu") -> None:
+def check_streams(source: str, device: str = "cpu") -> None:
     """Raises FfnkitError where a model cannot be compressed from its files."""
     asked = f"compressing {source} from its files"
     if device not in ("auto", "cpu"):
@@ -105,23 +105,44 @@ def streaming(out: str | Path | None) -> Iterator[Path]:
         yield place
 
 
-def check_room(source: str, out: str | Path) -> None:
+@contextmanager
+def opened_from_files(
+    source: str, out: str | Path | None, say: Callable[[str], None], device: str = "cpu"
+) -> Iterator[Path]:
+    """:func:`streaming` once it is known that it can be done; what it will take is said first.
+
+    Args:
+        say: called with one line.
+
+    Raises:
+        FfnkitError: as of :func:`check_streams`; the output's disk has no room.
+    """
+    check_streams(source, device)
+    sizes = _sizes(source)
+    if out is not None:
+        _check_room(sizes, out)
+    with streaming(out) as place:
+        say(_expected(sizes, place))
+        yield place
+
+
+def _check_room(sizes: tuple[int, int, int], out: str | Path) -> None:
     """Raises FfnkitError where the disk of the output has not room for a model and for what opening puts together."""
     around = Path(out).absolute()
     while not around.is_dir():
         around = around.parent
-    whole, _, made = _bytes(source)
+    whole, _, made = sizes
     need, free = whole + made, shutil.disk_usage(around).free
     if need > free:
         what = f"{need / 1e9:.1f} GB may be written, and {free / 1e9:.1f} GB are free on its disk"
         raise FfnkitError(f"writing '{out}'", what, "Free some space, or name another disk")
 
 
-def expected(source: str, place: Path) -> str:
+def _expected(sizes: tuple[int, int, int], place: Path) -> str:
     """In words, about how long reading and writing take beside the method's arithmetic, how much memory and disk."""
     import torch
 
-    (whole, largest, made), trial = _bytes(source), torch.zeros(32 << 20, dtype=torch.uint8)
+    (whole, largest, made), trial = sizes, torch.zeros(32 << 20, dtype=torch.uint8)
     with tempfile.NamedTemporaryFile(dir=place) as file:
         start = time.perf_counter()
         file.write(trial.numpy().data)
@@ -137,7 +158,7 @@ def expected(source: str, place: Path) -> str:
     )
 
 
-def _bytes(source: str) -> tuple[int, int, int]:
+def _sizes(source: str) -> tuple[int, int, int]:
     """Of a model once it is opened: all its bytes, those of its largest parameter, those that lie so in no file."""
     config, whole = read_config(source), whole_bytes(source)
     stored = stored_shapes(_files(source))
