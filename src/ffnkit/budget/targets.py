@@ -14,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from ffnkit.calibration.batches import Batch, evaluating, prepared
 from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import Attention, attentions
+from ffnkit.model.config_values import config_value
 from ffnkit.model.inspect import inspect
 from ffnkit.nn.adapter_layer import plain_state
 
@@ -172,4 +173,4 @@ def window(model: Any, attention: Attention) -> int | None:
     kinds = getattr(config, "layer_types", None)
     if kinds and attention.layer < len(kinds) and "sliding" not in kinds[attention.layer]:
         return None
-    return getattr(config, "sliding_window", None) or None
+    return config_value(config, "sliding_window", attention.layer) or None

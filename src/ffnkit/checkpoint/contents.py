@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ffnkit.errors import FfnkitError
 from ffnkit.io.compact import ASKED
 from ffnkit.io.sizes import Shapes
-from ffnkit.model.config_keys import config_tree
+from ffnkit.model.config_values import config_tree, held
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import is_linear
 from ffnkit.nn.expert_weights import PREFIX
@@ -37,7 +37,7 @@ def check_sizes(model: PreTrainedModel, described: dict[str, Any], stored: Shape
         if row["key"] is not None:
             path, key = row["key"]
             path = path if path in tree else ""  # a part that is opened alone: its config is the whole
-            if (found := getattr(tree[path], key, None)) != IMPOSSIBLE_WIDTH:
+            if (found := held(tree[path], ("", key))) != IMPOSSIBLE_WIDTH:
                 what = f"{key[:100]} is said to hold the width of {name}, and is {str(found)[:50]}"
                 raise FfnkitError(ASKED, what, _DO)
             row["key"] = [path, key]

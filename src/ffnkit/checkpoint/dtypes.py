@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ffnkit.model.config_keys import config_tree
+from ffnkit.model.config_values import config_tree
 
 logger = logging.getLogger(__name__)
 

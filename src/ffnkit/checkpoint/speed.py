@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ffnkit.calibration.latency import Latencies, Spread, latencies
-from ffnkit.model.config_keys import set_width
+from ffnkit.model.config_keys import spread
+from ffnkit.model.config_values import write
 from ffnkit.model.ffn import FFN
 from ffnkit.model.fresh import built, read
 from ffnkit.surgery.description import Keys
@@ -104,7 +105,7 @@ def measured(
     models: dict[str, nn.Module] = {EXPORTED: exported}
     known = [(ffn, before[ffn.name]) for ffn in found if ffn.name in before and keys[ffn.name] is not None]
     if any(targets[ffn.name] != width for ffn, width in known):
-        models[ORIGINAL] = _built(model, config, {keys[ffn.name]: width for ffn, width in known})
+        models[ORIGINAL] = _built(model, config, spread([ffn for ffn, _ in known], keys, before))
     ragged = _ragged(found, keys)
     if ragged:
         models[UNIFORM] = _built(model, config, ragged)
@@ -131,8 +132,7 @@ def _ragged(found: list[FFN], keys: Keys) -> dict[Any, int]:
 def _built(model: PreTrainedModel, config: Any, widths: Mapping[Any, int]) -> nn.Module:
     """A model of the same class with other widths and random weights, where and as the first one is."""
     other = read(type(config), config.to_json_string())
-    for key, width in widths.items():
-        set_width(other, key, width)
+    write(other, widths)
     other._attn_implementation = model.config._attn_implementation
     made = built(type(model), other).to_empty(device=model.device).to(model.dtype)
     for tensor in (*made.parameters(), *made.buffers()):

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from ffnkit.io import files
 from ffnkit.io.loading import grouped_step
 from ffnkit.model.attention import Attention, attentions
-from ffnkit.model.config_keys import set_width
+from ffnkit.model.config_keys import spread
+from ffnkit.model.config_values import write
 from ffnkit.model.families.attentions import Role, places
 from ffnkit.model.ffn import FFN
 from ffnkit.model.generation_numbers import renumber
@@ -55,9 +56,7 @@ def standard_config(model: PreTrainedModel, found: list[FFN], keys: Keys, target
         tell(config, None)
         if described.get("base") is not None:
             config.quantization_config = described["base"]
-    for ffn in found:
-        if (key := keys[ffn.name]) is not None:
-            set_width(config, key, targets[ffn.name])
+    write(config, spread(found, keys, targets))
     return config
 
 

@@ -2,51 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ffnkit.model.config_values import Key, Place, at_layer, config_tree, config_value, overrides, subconfig, varies
 from ffnkit.model.families.keys import OPTIONAL_WIDTH_KEYS, WIDTH_KEYS, WIDTH_KEYS_OF_PARTS
 from ffnkit.model.ffn import FFN
-from ffnkit.model.finding import ffns
-from ffnkit.model.fresh import built, read, shapes
+from ffnkit.model.finding import block_name, ffns
+from ffnkit.model.fresh import built, read, shapes, written
 from ffnkit.model.linear import walk
-
-Key = tuple[str, str]  # path of a sub-config, key
-
-
-def config_tree(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
-    """(dotted path, config) of a config and its sub-configs; the root's path is ""."""
-    yield "", config
-    for name in getattr(config, "sub_configs", {}):
-        child = getattr(config, name, None)
-        if isinstance(child, PreTrainedConfig):
-            for path, each in config_tree(child):
-                yield f"{name}.{path}" if path else name, each
-
-
-def subconfig(config: PreTrainedConfig, path: str) -> PreTrainedConfig:
-    """The config at a dotted path of the tree."""
-    for part in path.split(".") if path else ():
-        config = getattr(config, part)
-    return config
 
 
 def width_key(config: PreTrainedConfig, ffn: FFN) -> str | None:
-    """The key of a config that holds an FFN's width, None where none does; "key[3]" for layer 3 of a list by layer."""
+    """The key of a config that holds an FFN's width (``config_values``), None where none does."""
     parts = ffn.name.split(".")
     if "shared_expert" in ffn.name:  # also as a beginning: shared_experts
         parts = ["shared_expert", *(part for part in parts if part != "experts")]
     preferred = [key for part, key in WIDTH_KEYS_OF_PARTS.items() if part in parts]
     for key in dict.fromkeys([*preferred, *WIDTH_KEYS]):
-        value = getattr(config, key, "absent")
-        if isinstance(value, list | tuple) and ffn.layer < len(value) and value[ffn.layer] == ffn.width:
-            return f"{key}[{ffn.layer}]"
-        if value == ffn.width or (key in OPTIONAL_WIDTH_KEYS and value is None):
-            return key
+        said = config_value(config, key, ffn.layer, "absent")
+        if isinstance(said, list | tuple) and ffn.layer < len(said) and said[ffn.layer] == ffn.width:
+            return str(Place(key, ffn.layer))
+        if said == ffn.width or (key in OPTIONAL_WIDTH_KEYS and said is None):
+            return str(Place(key, ffn.layer, own=True)) if varies(config, key) else key
     return None
 
 
@@ -68,7 +51,8 @@ def width_keys(model: PreTrainedModel, found: list[FFN]) -> dict[str, Key | None
     """The key that holds each FFN's width, by the FFN's name; None where the family fixes it otherwise.
 
     Names and values propose one, which settles it where two would do. Models are built with another value of each key
-    that holds that number (without weights), to see which FFNs follow, and that nothing else does.
+    that holds that number (without weights), to see which FFNs follow, and that nothing else does; and with a width for
+    each layer in ``per_layer_config``, which few classes read for their FFNs.
     """
     tree = list(config_tree(model.config))
     modules = dict(walk(model))
@@ -78,9 +62,9 @@ def width_keys(model: PreTrainedModel, found: list[FFN]) -> dict[str, Key | None
         keys[ffn.name] = next(((path, key) for path, key in near if key is not None), None)
     by_width: dict[int, list[Key]] = {ffn.width: [] for ffn in found}
     for path, config in tree:
-        for key, value in vars(config).items():
-            if type(value) is int and value in by_width:
-                by_width[value].append((path, key))
+        for key, said in vars(config).items():
+            if type(said) is int and said in by_width:
+                by_width[said].append((path, key))
     asked = tuple(dict.fromkeys(key for ffn in found for key in by_width[ffn.width]))
     kind: Any
     kind, read_as = type(model), cast(Any, type(model.config))
@@ -89,7 +73,7 @@ def width_keys(model: PreTrainedModel, found: list[FFN]) -> dict[str, Key | None
         right = [key for key in by_width[ffn.width] if ffn.name in tried[key]]  # type: ignore[index]
         if keys[ffn.name] not in right and (keys[ffn.name] is None or keys[ffn.name] in asked):
             keys[ffn.name] = next(iter(right), None)
-    return keys
+    return _by_layer(kind, read_as, model.config.to_json_string(), found, keys)
 
 
 @lru_cache(maxsize=64)
@@ -102,38 +86,80 @@ def _followers(kind: Any, config_class: Any, text: str, asked: tuple[Key, ...]) 
         before = built(kind, read(config_class, text))
     except Exception:  # whatever a class of somebody's own raises
         return None
-    known = {ffn.name: ffn for ffn in ffns(before)}
-    old, found = shapes(before), dict[Key, set[str]]()
+    known, found = {ffn.name: ffn for ffn in ffns(before)}, dict[Key, set[str]]()
     for path, key in asked:
         found[path, key] = set()
         config = read(config_class, text)
-        value = getattr(subconfig(config, path), key)
+        said = vars(subconfig(config, path))[key]
         try:
-            setattr(subconfig(config, path), key, 2 * value)
+            setattr(subconfig(config, path), key, 2 * said)
             after = built(kind, config)
         except Exception:  # whatever the classes raise: they do not bear that value
             continue
-        wider = {f.name for f in ffns(after) if f.name in known and f.width == 2 * known[f.name].width == 2 * value}
-        inside = {id(p) for name in wider for p in known[name].parameters()}
-        own = {name for name, p in before.named_parameters(remove_duplicate=False) if id(p) in inside}
-        new = shapes(after)
-        if all(new.get(name) == shape or name in own for name, shape in old.items()):
+        wider = {f.name for f in ffns(after) if f.name in known and f.width == 2 * known[f.name].width == 2 * said}
+        if _nothing_else(before, after, wider):
             found[path, key] = wider
     return found
 
 
-def at_layer(key: tuple[str, str], layer: int) -> tuple[str, str]:
-    """The key of a width once its layer has this number."""
-    path, name = key
-    return (path, f"{name.partition('[')[0]}[{layer}]") if name.endswith("]") else key
+def _nothing_else(before: nn.Module, after: nn.Module, names: set[str]) -> bool:
+    """Whether the shapes of two models are the same but for those of FFNs with these names."""
+    inside = {id(p) for ffn in ffns(before) if ffn.name in names for p in ffn.parameters()}
+    own = {name for name, p in before.named_parameters(remove_duplicate=False) if id(p) in inside}
+    new = shapes(after)
+    return all(new.get(name) == shape or name in own for name, shape in shapes(before).items())
 
 
-def set_width(config: PreTrainedConfig, key: tuple[str, str], width: int) -> None:
-    """Write a width under (path of the sub-config, key)."""
-    place, (name, _, layer) = subconfig(config, key[0]), key[1].partition("[")
-    if layer:
-        values = list(getattr(place, name))
-        values[int(layer.rstrip("]"))] = width
-        setattr(place, name, type(getattr(place, name))(values))
-    else:
-        setattr(place, name, width)
+def _by_layer(
+    kind: Any, config_class: Any, text: str, found: list[FFN], keys: dict[str, Key | None]
+) -> dict[str, Key | None]:
+    """The keys, each that of a layer alone where the class gives every layer the width that its own config says."""
+    groups: dict[tuple[str, str], list[FFN]] = defaultdict(list)
+    for ffn in found:
+        if (key := keys[ffn.name]) is not None and (Place.of(key[1]).own or Place.of(key[1]).layer is None):
+            groups[key[0], Place.of(key[1]).name].append(ffn)
+    new = dict(keys)
+    for (path, name), group in groups.items():
+        widths = tuple((ffn.name, layer, ffn.width) for ffn in group for layer in layers(ffn))
+        if len({layer for _, layer, _ in widths}) > 1 and _reads_layers(kind, config_class, text, (path, name), widths):
+            new |= {ffn.name: (path, str(Place(name, ffn.layer, own=True))) for ffn in group}
+    return new
+
+
+@lru_cache(maxsize=64)
+def _reads_layers(kind: Any, config_class: Any, text: str, key: Key, widths: tuple[tuple[str, int, int], ...]) -> bool:
+    """Whether each FFN is as wide as ``per_layer_config`` says of its layer, and nothing else changes.
+
+    Args:
+        key: path of the sub-config and name. widths: (name of the FFN, layer, its width now).
+    """
+    try:
+        before, config = built(kind, read(config_class, text)), read(config_class, text)
+        home = subconfig(config, key[0])
+        rows = overrides(home)
+        asked = {layer: (2 + place) * width for place, (_, layer, width) in enumerate(widths)}
+        for layer, width in asked.items():
+            rows.setdefault(layer, {})[key[1]] = width
+        home.per_layer_config = rows
+        after = built(kind, written(config))
+    except Exception:  # whatever the classes raise: most refuse to be asked for one width of all
+        return False
+    now = {ffn.name: ffn.width for ffn in ffns(after)}
+    names = {name for name, _, _ in widths}
+    return all(now.get(name) == asked[layer] for name, layer, _ in widths) and _nothing_else(before, after, names)
+
+
+def layers(ffn: FFN) -> list[int]:
+    """The numbers of the layers that an FFN stands in, in the order of its owners."""
+    blocks = [block_name(owner).rpartition(".")[2] for owner in ffn.owners]
+    return [int(number) if number else ffn.layer for number in blocks]
+
+
+def spread(found: list[FFN], keys: Mapping[str, Key | None], widths: Mapping[str, int]) -> dict[Key, int]:
+    """The width that each key of a config is to say, of all layers that share an FFN; FFNs without a key left out.
+
+    Args:
+        keys, widths: by the FFN's name.
+    """
+    known = [(ffn, key) for ffn in found if (key := keys[ffn.name]) is not None]
+    return {at_layer(key, layer): widths[ffn.name] for ffn, key in known for layer in layers(ffn)}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
+from ffnkit.model.config_values import config_value
 from ffnkit.model.families.ffns import Layout
 from ffnkit.model.linear import (
     Linear,
@@ -64,7 +65,9 @@ class FFN:
         """
         owner = self.module
         config = getattr(owner, "config", None)
-        limits = (getattr(place, name, None) for place in (owner, config) for name in ("limit", "swiglu_limit"))
+        limits = (
+            config_value(place, name, self.layer) for place in (owner, config) for name in ("limit", "swiglu_limit")
+        )
         own_gate = getattr(type(owner), "_apply_gate", None)
         usual = own_gate is None or own_gate.__module__ == "transformers.integrations.moe"
         return usual and all(limit is None for limit in limits)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from ffnkit.errors import FfnkitError
+from ffnkit.model.config_values import config_value
 from ffnkit.model.families.attentions import AttentionLayout, attention_layouts
 from ffnkit.model.families.ffns import Layout, layouts
 from ffnkit.model.families.keys import TOP_K_KEYS
@@ -193,19 +194,19 @@ def _share(model: nn.Module, found: list[FFN]) -> None:
         parent = ffn.name.rpartition(".")[0]
         if ffn.layout.experts:
             shared = "shared" in ffn.name.rpartition(".")[2]  # every token passes
-            ffn.active = 1.0 if shared else _top_k(model, ffn.module) / ffn.experts
+            ffn.active = 1.0 if shared else _top_k(model, ffn.module, ffn.layer) / ffn.experts
         elif parent.rpartition(".")[2] == "experts":
             container = model.get_submodule(parent)
-            ffn.active = _top_k(model, container) / max(len(list(container.children())), 1)
+            ffn.active = _top_k(model, container, ffn.layer) / max(len(list(container.children())), 1)
 
 
-def _top_k(model: nn.Module, owner: nn.Module) -> int:
+def _top_k(model: nn.Module, owner: nn.Module, layer: int) -> int:
     config = getattr(owner, "config", None) or getattr(model, "config", None)
     configs = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))]
     for each in configs:
         for key in TOP_K_KEYS:
-            if isinstance(getattr(each, key, None), int):
-                return int(getattr(each, key))
+            if isinstance(found := config_value(each, key, layer), int):
+                return found
     return 1
 
 

@@ -23,7 +23,8 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.formats import FORMAT, MARK, is_compact
 from ffnkit.model import config_keys
 from ffnkit.model.attention import Attention, attentions
-from ffnkit.model.config_keys import at_layer, config_tree, set_width
+from ffnkit.model.config_keys import spread
+from ffnkit.model.config_values import at_layer, config_tree, write
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import walk
@@ -164,9 +165,7 @@ def update_config(model: PreTrainedModel, keys: Keys, original: dict[str, int]) 
     keys = {ffn.name: (key := keys[ffn.name]) and at_layer(key, ffn.layer) for ffn in found}
     base = (description(model) or {}).get("base")
     if is_plain_model(model, found, keys, original):
-        for ffn in found:
-            if (key := keys[ffn.name]) is not None:
-                set_width(config, key, ffn.width)
+        write(config, spread(found, keys, {ffn.name: ffn.width for ffn in found}))
         tell(config, None)
         return
     data = describe(model, found, keys, original)
@@ -174,9 +173,7 @@ def update_config(model: PreTrainedModel, keys: Keys, original: dict[str, int]) 
         data["base"] = base
     declare_shared(model)
     tell(config, data)
-    for key in keys.values():
-        if key is not None:
-            set_width(config, key, IMPOSSIBLE_WIDTH)
+    write(config, spread(found, keys, {ffn.name: IMPOSSIBLE_WIDTH for ffn in found}))
 
 
 def original_widths(model: PreTrainedModel, found: list[FFN]) -> dict[str, int]:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ffnkit.model.attention import Attention, attentions
-from ffnkit.model.config_keys import config_tree
+from ffnkit.model.config_values import config_tree, config_value
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import features, is_linear
 from ffnkit.nn.pruned_attention import prune_attention
@@ -51,13 +51,13 @@ def _speaking(config: PreTrainedConfig, attention: Attention) -> Iterator[PreTra
     """The configs of the tree that say how many heads there are."""
     of = attention.kept.of[0] if attention.kept else attention.heads
     for _, each in config_tree(config):
-        if getattr(each, "num_attention_heads", None) == of:
+        if config_value(each, "num_attention_heads", attention.layer) == of:
             yield each
 
 
 def _say(config: Any, heads: int, kv_heads: int, width: int) -> None:
     config.num_attention_heads = heads
-    if getattr(config, "num_key_value_heads", None) is not None:
+    if config_value(config, "num_key_value_heads") is not None:
         config.num_key_value_heads = kv_heads
     config.head_dim = width
 

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ffnkit.errors import FfnkitError
-from ffnkit.model.config_keys import candidates, config_tree
+from ffnkit.model.config_keys import candidates
+from ffnkit.model.config_values import config_tree, overrides
 from ffnkit.model.families.keys import DEPTH_KEYS, HIDDEN_STATE_KEYS, SPECIAL_TOKEN
 from ffnkit.model.fresh import built, written
 from ffnkit.model.layer_reads import Reads, reads
@@ -96,7 +97,7 @@ def shorten(model: PreTrainedModel, stacks: list[Shorter]) -> None:
         more = f" (and {len(found.odd) - 1} more)" if len(found.odd) > 1 else ""
         what = f"a model built from the shorter config is another one: {found.odd[0]}{more}"
         raise FfnkitError(asked, what, "Keep these layers, or drop others")
-    _tell(model, old, found)
+    _tell(model, old, found, stacks)
 
 
 def _by_layer(
@@ -120,8 +121,8 @@ def _by_layer(
             setattr(config, key, new)
     _backbone(config, stack)
     if getattr(config, "is_heterogeneous", False):
-        overrides = {int(n): dict(row) for n, row in config.to_dict()["per_layer_config"].items()}
-        config.per_layer_config = {new: overrides[n] for new, n in enumerate(stack.kept) if n in overrides}
+        rows = overrides(config)
+        config.per_layer_config = {new: rows[n] for new, n in enumerate(stack.kept) if n in rows}
     return done
 
 
@@ -225,7 +226,7 @@ def _settled(
     for config, key, value in trials:
         if not best.odd:
             break
-        before = getattr(config, key)
+        before = vars(config)[key]
         setattr(config, key, value)
         found = _compare(model, old, stacks)
         if found < best:
@@ -305,7 +306,7 @@ def _same(first: Any, second: Any) -> bool:
     return type(first) is type(second) and bool(first == second)
 
 
-def _tell(model: PreTrainedModel, old: nn.Module, found: _Found) -> None:
+def _tell(model: PreTrainedModel, old: nn.Module, found: _Found, stacks: list[Shorter]) -> None:
     """Modules hold what those of the new model hold; what somebody else set there stays."""
     modules = dict(walk(model))
     for name, key, before, after in found.told:
@@ -314,9 +315,13 @@ def _tell(model: PreTrainedModel, old: nn.Module, found: _Found) -> None:
     there = dict(walk(found.new))
     for name, module in walk(old):  # copies of the config, such as those of T5's stacks
         config = getattr(modules.get(name), "config", None)
-        if name in there and isinstance(config, PreTrainedConfig) and id(config) not in inside:
+        place: str | None = name
+        for stack in stacks:
+            place = stack.moved(place) if place is not None else None
+        new = getattr(there.get(place or name), "config", None)
+        if isinstance(config, PreTrainedConfig) and id(config) not in inside and place is not None and new is not None:
             for key, before in vars(module.config).items():
-                after = vars(there[name].config).get(key)
+                after = vars(new).get(key)
                 if _plain(before) and not _same(before, after):
                     _renew(config, key, before, after)
 
