@@ -24,9 +24,9 @@ from ffnkit.calibration.statistics import Statistics
 from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import held
-from ffnkit.io.loading import run_uneven_experts
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name
+from ffnkit.nn.grouped_experts import run_uneven_experts
 from ffnkit.ops.neurons import Neurons
 from ffnkit.surgery.temporary import with_neurons
 

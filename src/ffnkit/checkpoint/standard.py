@@ -14,7 +14,6 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ffnkit.io import files
-from ffnkit.io.loading import grouped_step
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.config_keys import spread
 from ffnkit.model.config_values import write
@@ -24,6 +23,7 @@ from ffnkit.model.generation_numbers import renumber
 from ffnkit.model.linear import is_transposed
 from ffnkit.nn.adapter_layer import plain_state
 from ffnkit.nn.expert_weights import PREFIX
+from ffnkit.nn.grouped_experts import grouped_step
 from ffnkit.ops.neurons import Neurons
 from ffnkit.surgery.description import Keys, description, original_widths, standing_apart, tell
 

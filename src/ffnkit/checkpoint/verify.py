@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from ffnkit.checkpoint.dtypes import main_dtype
 from ffnkit.errors import FfnkitError
-from ffnkit.io.loading import open_errors, run_uneven_experts
+from ffnkit.io.loading import open_errors
 from ffnkit.model import probe, running
+from ffnkit.nn.grouped_experts import run_uneven_experts
 
 MOST = 0.25  # that outputs may differ in half precision, relative; a wrong neuron or head shows in more
 

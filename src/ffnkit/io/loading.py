@@ -27,6 +27,7 @@ from ffnkit.io.progress import phase
 from ffnkit.io.sentences import sentence_folder
 from ffnkit.io.sizes import check_config, checkpoint_files, stored_shapes
 from ffnkit.io.workspace import put_aside
+from ffnkit.nn.grouped_experts import run_uneven_experts
 
 logger = logging.getLogger(__name__)
 _REPORTERS = ("transformers.modeling_utils", "transformers.utils.loading_report")
@@ -91,25 +92,6 @@ def load_with_info(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> t
     if "experts_implementation" not in kwargs:
         run_uneven_experts(model)
     return with_updates(model, name_or_dir), info
-
-
-def grouped_step(weight: Any) -> int:
-    """Of what the widths of experts in a 3-D parameter must be a multiple for torch's grouped product: 16 bytes."""
-    return max(16 // weight.element_size(), 1)
-
-
-def run_uneven_experts(model: Any) -> bool:
-    """Have experts run by their own loop where one is of a width, or in float64, that the grouped product refuses.
-
-    True where the model's ``experts_implementation`` was changed for it, from ``grouped_mm`` to ``eager``.
-    """
-    weights = [p for name, p in model.named_parameters() if name.endswith(".down_proj") and p.ndim == 3]
-    if not any(p.element_size() > 4 or any(size % grouped_step(p) for size in p.shape[1:]) for p in weights):
-        return False
-    known: dict[str, str | None] = getattr(model, "get_experts_implementation", dict)()
-    if "grouped_mm" in known.values():
-        model.set_experts_implementation("eager")
-    return "grouped_mm" in known.values()
 
 
 def load_tokenizer(name_or_dir: str | Path, **kwargs: Any) -> Any:

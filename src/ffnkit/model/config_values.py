@@ -101,7 +101,7 @@ def held(config: PreTrainedConfig, key: Key) -> Any:
 
 
 def write(config: PreTrainedConfig, values: Mapping[Key, int]) -> None:
-    """Write values under their keys. Where those of one name are all equal, the config says it once for all layers."""
+    """Write values under their keys. What all layers of ``per_layer_config`` say alike, the config says once."""
     own: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
     for (path, text), new in values.items():
         place, home = Place.of(text), subconfig(config, path)
@@ -121,8 +121,7 @@ def _write_own(config: Any, name: str, by_layer: dict[int, int]) -> None:
     rows, there = overrides(config), getattr(config, "is_heterogeneous", False)
     for layer, new in by_layer.items():
         rows.setdefault(layer, {})[name] = new
-    same = len(set(by_layer.values())) == 1 and all(layer in by_layer for layer, row in rows.items() if name in row)
-    if same:
+    if len(set(by_layer.values())) == 1 and len(by_layer) == config.num_hidden_layers:
         setattr(config, name, next(iter(by_layer.values())))
         for row in rows.values():
             row.pop(name, None)

@@ -13,11 +13,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ffnkit.edits import Edit
 from ffnkit.errors import FfnkitError
-from ffnkit.io.loading import run_uneven_experts
 from ffnkit.model import probe, running
 from ffnkit.model.fresh import built, written
 from ffnkit.model.linear import walk
 from ffnkit.nn.adapter_layer import adapter_layers
+from ffnkit.nn.grouped_experts import run_uneven_experts
 from ffnkit.surgery import description
 from ffnkit.surgery.journal import reachable
 from ffnkit.surgery.writer import ModelWriter

@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 from ffnkit.edits import Edit
 from ffnkit.edits.base import Stage
 from ffnkit.errors import FfnkitError
-from ffnkit.io.loading import no_bars, run_uneven_experts
+from ffnkit.io.loading import no_bars
 from ffnkit.model import probe, running
 from ffnkit.model.finding import block_name
 from ffnkit.model.fresh import written
 from ffnkit.model.layer_reads import reads
 from ffnkit.nn.adapter_layer import plain_state
+from ffnkit.nn.grouped_experts import run_uneven_experts
 from ffnkit.surgery.description import description
 from ffnkit.surgery.temporary import TemporaryPlan
 from ffnkit.surgery.writer import ModelWriter

@@ -15,7 +15,6 @@ from ffnkit.edits.base import Edit
 from ffnkit.edits.slicing import set_width
 from ffnkit.errors import FfnkitError
 from ffnkit.io import files
-from ffnkit.io.loading import run_uneven_experts
 from ffnkit.io.progress import counted
 from ffnkit.model import trainable
 from ffnkit.model.attention import Attention, attentions
@@ -24,6 +23,7 @@ from ffnkit.model.finding import ffns
 from ffnkit.model.linear import is_maskable, is_transposed, stored_weight, walk
 from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.nn.expert_weights import parametrize_weight, parametrized_weights, remove_parametrizations
+from ffnkit.nn.grouped_experts import run_uneven_experts
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.reparametrized import ReparametrizedLinear, update_features
 from ffnkit.nn.scaled import Scaled
