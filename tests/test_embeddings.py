@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import ffnkit as fk
 from ffnkit import tasks, tune
 from ffnkit.errors import FfnkitError
+from ffnkit.io.sentences import sentence_folder
 from ffnkit.nn.comparing import SCALE, nearest, ordered
 from ffnkit.tasks.running import forward_names
 
@@ -219,3 +220,30 @@ def test_of_a_known_task() -> None:
     assert task.text == ("sentence1", "sentence2") and task.pipeline_tag == "sentence-similarity"
     with pytest.raises(FfnkitError, match="two texts and a number"):
         tasks.choose(name="sst2", head="cosine")
+
+
+@pytest.mark.parametrize(
+    ("path", "files", "told"),
+    [
+        ("parts/0_Transformer", ["parts/0_Transformer"], ""),
+        ("sentence-transformers/all-MiniLM-L6-v2", [], "names sentence-transformers/all-MiniLM-L6-v2, and the folder"),
+        (
+            "0_Router",
+            ["0_Router/query_0", "0_Router/document_0"],
+            "of a module: 0_Router/document_0, 0_Router/que",
+        ),
+    ],
+)
+def test_where_the_transformer_of_a_folder_lies(tmp_path: Path, path: str, files: list[str], told: str) -> None:
+    """In a folder of its own, however deep; under a name of the hub, or inside of a router, it is told in one line."""
+    (tmp_path / "modules.json").write_text(json.dumps([{"path": path, "type": "sentence_transformers.models.Any"}]))
+    for folder in files:
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    if told:
+        with pytest.raises(FfnkitError, match=told) as caught:
+            sentence_folder(tmp_path)
+        assert "\n" not in str(caught.value)
+    else:
+        found = sentence_folder(tmp_path)
+        assert found is not None and found.transformer == path

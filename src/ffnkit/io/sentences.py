@@ -48,7 +48,7 @@ def sentence_folder(folder: str | Path) -> SentenceFolder | None:
     """What a folder, or the one around it where it is named as its transformer, holds; None: no sentence-transformers.
 
     Raises:
-        FfnkitError: several of its modules hold a transformers model.
+        FfnkitError: several of its modules hold a transformers model, or none of them does.
     """
     path = Path(folder)
     own = _read(path)
@@ -69,7 +69,23 @@ def _read(root: Path) -> SentenceFolder | None:
     if len(held) > 1:
         found = f"several of its modules are transformers: {', '.join(held)}"
         raise FfnkitError(f"model {root}", found, "Compress each of these folders by itself")
+    if not held and rows:
+        _refuse_without_transformer(root, [row["path"] for row in rows])
     return SentenceFolder(root, tuple(rows), held[0]) if held else None
+
+
+def _refuse_without_transformer(root: Path, paths: list[str]) -> None:
+    """Raises FfnkitError where the transformer of a folder lies deeper than its modules, or is not in it."""
+    configs = [path for path in sorted(root.glob("*/**/config.json")) if "model_type" in (read_json(path) or {})]
+    deeper = [path.parent.relative_to(root).as_posix() for path in configs]
+    missing = [path for path in paths if not (root / path).is_dir()]
+    asked = f"model {root}"
+    if deeper:
+        found = f"its transformers lie inside of a module: {', '.join(deeper)}"
+        raise FfnkitError(asked, found, "Compress each of these folders by itself")
+    if missing:
+        found = f"{MODULES} names {missing[0]}, and the folder holds no such folder"
+        raise FfnkitError(asked, found, "Name the model that is meant, or put its files there")
 
 
 def _inside(path: Any) -> bool:
