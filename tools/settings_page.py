@@ -16,8 +16,8 @@ START = """# All settings
 
 Of every method (`--set NAME=VALUE`, `fk.Method(name=value)`, `arms:` of a recipe) and tuner (`--tuner-set NAME=VALUE`),
 as `ffnkit methods` and `ffnkit tuners` print them. This page is written by `tools/settings_page.py` from the
-declarations in the code, which are checked when a setting is given; what a method does, and when to take which value, is
-on its own page.
+declarations in the code, which are checked when a setting is given; what a method does, and when to take which value,
+is on its own page.
 """
 
 

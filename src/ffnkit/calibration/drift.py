@@ -154,8 +154,8 @@ def apart(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
     """
     found = kept(batches)
     if len(found) > 1:
-        held = found[9::10] or found[-1:]
-        return [batch for batch in found if not any(batch is each for each in held)], held
+        held = range(9, len(found), 10) or range(len(found) - 1, len(found))  # places: a batch may stand there twice
+        return [batch for n, batch in enumerate(found) if n not in held], [found[n] for n in held]
     rows = {len(v) for v in found[0].values() if isinstance(v, Tensor) and v.ndim}
     if len(rows) != 1 or (count := rows.pop()) < 2:
         return found, found
