@@ -18,7 +18,7 @@ from torch import nn
 import ffnkit as fk
 from ffnkit import methods
 from ffnkit.analysis.similarity import similarity
-from ffnkit.calibration.drift import Drift
+from ffnkit.calibration.drift import Drift, apart
 from ffnkit.calibration.gradients import weight_gradients
 from ffnkit.calibration.stored import PROBED, StatisticsFile, StatisticsWriter
 from ffnkit.errors import FfnkitError, FfnkitWarning
@@ -264,3 +264,11 @@ def test_the_first_batches_hold_enough_tokens_for_every_stack() -> None:
     few = torch.full((8, 100), -100)
     few[:, :30] = 1
     assert len(first_batches([{"input_ids": ids, "labels": few}] * 30)) == -(-PROBED // 240)
+
+
+@pytest.mark.parametrize(("count", "held"), [(2, 1), (9, 1), (20, 2)])
+def test_batches_kept_apart_are_told_by_their_place(count: int, held: int) -> None:
+    """The same batch may be given several times: what is left to fit on is not lost with it."""
+    batch = {"input_ids": torch.ones(1, 3, dtype=torch.long)}
+    fit, judged = apart([batch] * count)
+    assert (len(fit), len(judged)) == (count - held, held)

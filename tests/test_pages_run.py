@@ -56,7 +56,7 @@ NOT_RUN = {  # of a page: a command or the first line of a Python block, and why
     "recipes.md": {"ffnkit run": MINUTES},
     "searching.md": {"ffnkit search": "takes minutes: tests/test_search.py"},
     "structured.md": {
-        "fk.apply(model, fk.plan(model, fk.DSEE(targets=": "its updates have to be tuned first: tests/test_structured.py",
+        "fk.apply(model, fk.plan(model, fk.DSEE(targets=": "updates have to be tuned first: tests/test_structured.py",
     },
     "tasks.md": {
         "ffnkit eval tuned-mnli": "the rows of --split test are the hub's",

@@ -1,7 +1,7 @@
 """Run the blocks of a page as pasted, in an empty folder, with the ffnkit that is installed, and tell the seconds.
 
-``python tools/run_page.py README.md [NAME=FOLDER ...]``: a folder may stand for a model of the hub. ``pip install`` lines
-are left out: the environment has what they install. Needs nothing but Python and ``ffnkit`` on the path.
+``python tools/run_page.py README.md [NAME=FOLDER ...]``: a folder may stand for a model of the hub. Lines of
+``pip install`` are left out: the environment has what they install.
 """
 
 from __future__ import annotations
