@@ -54,6 +54,7 @@ def stored(file: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's own steps
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["stories260K", "minilm"])

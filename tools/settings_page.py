@@ -12,8 +12,6 @@ from ffnkit.cli import lists
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 START = """# All settings
 
-<!-- given: *: settings -->
-
 Of every method (`--set NAME=VALUE`, `fk.Method(name=value)`, `arms:` of a recipe) and tuner (`--tuner-set NAME=VALUE`),
 as `ffnkit methods` and `ffnkit tuners` print them. This page is written by `tools/settings_page.py` from the
 declarations in the code, which are checked when a setting is given; what a method does, and when to take which value,
@@ -35,7 +33,7 @@ def _section(row: dict[str, Any]) -> str:
     if not settings:
         return f"{head}\nNo settings.\n"
     table = [f"| `{name}` | {_default(one)} | {_cell(_meaning(one))} |" for name, one in settings.items()]
-    return "\n".join([head, "| setting | default | meaning |", "|---|---|---|", *table, ""])
+    return "\n".join([head, "<!-- given: *: settings -->\n", "| setting | default | meaning |", "|---|---|---|", *table, ""])
 
 
 def choices(setting: dict[str, Any]) -> list[str]:
