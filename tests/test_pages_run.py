@@ -1,5 +1,7 @@
 """Every block of Python and of the shell on the pages runs as pasted, on models that stand in under the same names.
 
+Only the tokens of calibration are fewer, where a line does not say how many.
+
 Blocks that cannot run are listed with the reason, and the list is exact. The pages on deployment, on adding, the
 walkthrough's order and the tutorials have tests of their own (test_deployment, test_docs, test_tutorials).
 """
@@ -48,6 +50,10 @@ NOT_RUN = {  # of a page: a command or the first line of a Python block, and why
     },
     "calibration.md": {"ffnkit calibrate ./model --merge": "more.safetensors is another machine's half"},
     "checkpoints.md": {"model = fk.load": "bitsandbytes has no kernels here: tests/test_tied_quantized.py"},
+    "healing.md": {
+        "ffnkit compress ./llama --set width=0.75 --text notes.txt --heal": "heals for minutes: tests/test_healing.py",
+        "found = fk.heal": "heals for minutes: tests/test_healing.py",
+    },
     "instructions.md": {"ffnkit tune MODEL --task oasst1": HUB},
     "merging.md": {
         "ffnkit tune merged --task sst2 --tuner lora": "4-bit kernels: tests/test_tied_quantized.py",
@@ -196,6 +202,8 @@ def command(line: str) -> None:
     out = words[words.index("--out") + 1] if "--out" in words else ""
     if out and out not in words[: words.index("--out")]:  # what stands in, or what another line of a choice wrote
         shutil.rmtree(out, ignore_errors=True)
+    if words[0] in ("compress", "calibrate") and "--tokens" not in words and {"--text", "--task"} & {*words}:
+        words += ["--tokens", "512"]
     with contextlib.ExitStack() as kept:
         kept.callback(torch.set_rng_state, torch.get_rng_state())
         done = CliRunner().invoke(app, filled(words))

@@ -21,7 +21,8 @@ def run_uneven_experts(model: Any) -> bool:
     known: dict[str, str | None] = getattr(model, "get_experts_implementation", dict)()
     if "grouped_mm" in known.values():
         model.set_experts_implementation("eager")
-        for own in (getattr(module, "config", None) for module in model.modules()):  # some have one of their layer
+        configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+        for own in configs:  # some have one of their layer
             if getattr(own, "_experts_implementation", None) == "grouped_mm":
                 own._experts_implementation = "eager"
     return "grouped_mm" in known.values()
