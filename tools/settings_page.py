@@ -33,7 +33,9 @@ def _section(row: dict[str, Any]) -> str:
     if not settings:
         return f"{head}\nNo settings.\n"
     table = [f"| `{name}` | {_default(one)} | {_cell(_meaning(one))} |" for name, one in settings.items()]
-    return "\n".join([head, "<!-- given: *: settings -->\n", "| setting | default | meaning |", "|---|---|---|", *table, ""])
+    return "\n".join(
+        [head, "<!-- given: *: settings -->\n", "| setting | default | meaning |", "|---|---|---|", *table, ""]
+    )
 
 
 def choices(setting: dict[str, Any]) -> list[str]:

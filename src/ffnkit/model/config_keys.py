@@ -135,7 +135,7 @@ def _reads_layers(kind: Any, config_class: Any, text: str, key: Key, widths: tup
     """
     try:
         before, config = built(kind, read(config_class, text)), read(config_class, text)
-        home = subconfig(config, key[0])
+        home: Any = subconfig(config, key[0])
         rows = overrides(home)
         asked = {layer: (2 + place) * width for place, (_, layer, width) in enumerate(widths)}
         for layer, width in asked.items():
