@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers as T
 
-WORDS = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 512, "num_hidden_layers": 12}
+WORDS = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 32, "num_hidden_layers": 12}
 BERTS = ("roberta-base", "bert-base-uncased", "small", "tuned", "big-tuned", "tuned-mnli", "tuned-cola", "MODEL")
 STORIES = ("llama", "model", "meta-llama/Llama-3.2-1B", "HuggingFaceTB/SmolLM2-135M-Instruct")
 

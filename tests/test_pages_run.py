@@ -153,13 +153,12 @@ batches = [dict(input_ids=words("Once upon a time there was a cat", return_tenso
 """
 MORE = {  # (page, number of its Python block): what is there by then
     ("budgets.md", 0): WRITER,
+    ("calibrated.md", 1): "model = classifier()",
     ("calibration.md", 0): WRITER,
     ("composition.md", 1): "model = classifier()",
     ("checkpoints.md", 1): "fk.apply(model, fk.plan(model, fk.DSEE()))",
     ("generation.md", 0): "predictions = ['a cat'] * 12",
     ("healing.md", 0): "compressed = fk.apply(classifier(), plan := fk.plan(model, fk.Fusion(width=0.5)))",
-    ("healing.md", 1): "original, kept, others = classifier(), batches, batches\n"
-    "fk.apply(model, fk.plan(model, fk.Fusion(width=0.5)))",
     ("merging.md", 1): "model = classifier()",
     ("pruning.md", 1): "model = classifier()",
     ("pruning.md", 2): "model = classifier()\nfk.apply(model, fk.plan(model, fk.DSEE()))",
