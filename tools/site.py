@@ -17,15 +17,24 @@ RESULTS = ROOT / "benchmarks" / "results"
 # What the theme leaves to be desired by who does not see colours, or reads with ears or keys: checked with axe-core.
 STYLE = """
 .md-typeset :is(p, li, td, dd) a:not(.headerlink):not(.md-button) { text-decoration: underline; }
-[data-md-color-scheme="default"] { --md-code-hl-comment-color: #5f5f5f; }
-[data-md-color-scheme="slate"] { --md-code-hl-comment-color: #b0b0b8; }
+[data-md-color-scheme="default"] { --reach: #5f5f5f; }
+[data-md-color-scheme="slate"] { --reach: #b0b0b8; }
+[data-md-color-scheme] {
+  --md-code-hl-comment-color: var(--reach);
+  --md-code-hl-generic-color: var(--reach);
+  --md-code-hl-operator-color: var(--reach);
+  --md-code-hl-punctuation-color: var(--reach);
+  --md-code-hl-variable-color: var(--reach);
+}
 """
 SCRIPT = """
 function reach() {
   document.querySelectorAll(".md-code__nav").forEach((nav, n) => nav.setAttribute("aria-label", `Code block ${n + 1}`));
-  document.querySelectorAll(".md-typeset__scrollwrap").forEach((table) => table.setAttribute("tabindex", "0"));
+  const scrolls = ".md-typeset__scrollwrap:not([tabindex]), pre > code:not([tabindex])";
+  document.querySelectorAll(scrolls).forEach((each) => each.setAttribute("tabindex", "0"));
 }
-new MutationObserver(reach).observe(document.documentElement, { childList: true, subtree: true });
+const changes = { childList: true, subtree: true, attributes: true, attributeFilter: ["tabindex"] };
+new MutationObserver(reach).observe(document.documentElement, changes);
 """
 
 
