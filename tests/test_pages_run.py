@@ -59,9 +59,7 @@ NOT_RUN = {  # of a page: a command or the first line of a Python block, and why
         "ffnkit tune merged --task sst2 --tuner lora": "4-bit kernels: tests/test_tied_quantized.py",
         "from ffnkit import tune": "4-bit kernels: tests/test_tied_quantized.py",
     },
-    "pruning.md": {
-        "fk.apply(model, fk.plan(model, fk.DSEE())": "updates have to be tuned first: tests/test_pruning.py"
-    },
+    "pruning.md": {"fk.apply(model, fk.plan(model, fk.DSEE())": "after a training: tests/test_pruning.py"},
     "recipes.md": {"ffnkit run": MINUTES},
     "searching.md": {"ffnkit search": "takes minutes: tests/test_search.py"},
     "structured.md": {

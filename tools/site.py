@@ -25,6 +25,7 @@ STYLE = """
   --md-code-hl-operator-color: var(--reach);
   --md-code-hl-punctuation-color: var(--reach);
   --md-code-hl-variable-color: var(--reach);
+  --md-footer-fg-color--lighter: #ffffffb0;
 }
 """
 SCRIPT = """
