@@ -79,7 +79,7 @@ def _rows(root: Path, data: Path) -> None:
         (root / "data" / name).mkdir()
         for file in (data / name).iterdir():
             text = file.read_text(encoding="utf-8")
-            short = json.dumps(json.loads(text)[:16]) if file.suffix == ".json" else "\n".join(text.split("\n")[:40])
+            short = json.dumps(json.loads(text)[:16]) if file.suffix == ".json" else "\n".join(text.split("\n")[:600])
             (root / "data" / name / file.name).write_text(short, encoding="utf-8")
     (root / "data" / "cifar10").mkdir()
     for part in ("train", "test"):

@@ -61,6 +61,11 @@ def on_post_page(output: str, **_: Any) -> str:
     return output.replace(search, f'{search} aria-label="Search"')
 
 
+def on_post_template(output_content: str, **_: Any) -> str:
+    """The same for the page that says there is no such page."""
+    return on_post_page(output_content)
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links as they work in the repository become links as they work in the site."""
     if page.file.src_uri == "index.md":
