@@ -28,7 +28,7 @@ from ffnkit.edits.order import check_normal
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.heads import left_out
 from ffnkit.methods.drop.layers import LayerDrop
-from ffnkit.methods.narrow.calibrated import observing
+from ffnkit.methods.narrow.observed import observing
 from ffnkit.model.attention import attentions
 from ffnkit.model.finding import ffns
 from ffnkit.ops.subset import refit

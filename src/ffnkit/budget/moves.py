@@ -145,10 +145,13 @@ class Space:
             inside = tuple(name for name in self._every if name.startswith(f"{block}."))
             yield Joint(block, "layers", gone, block, inside, edits)
 
-    def add(self, kind: str, name: str, covers: tuple[str, ...], edits: tuple[Edit, ...]) -> None:
+    def add(self, kind: str, name: str, covers: tuple[str, ...], edits: tuple[Edit, ...]) -> Joint:
         """A further joint move, of FFNs that share; what each of them keeps of its own counts."""
-        gone = self.saving(name, kind, tuple(_ties(edits)))
-        self.joints.append(Joint(name, kind, gone, block_name(name), covers, edits))
+        gone = self.saving(name, f"{kind} of {len(covers)}", tuple(_ties(edits)))
+        joint = Joint(name, kind, gone, block_name(name), covers, edits)
+        if gone > 0:
+            self.joints.append(joint)
+        return joint
 
     def leave_out(self, attention: str) -> None:
         """An attention is no choice: its family does not bear it."""

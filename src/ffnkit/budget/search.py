@@ -11,6 +11,7 @@ from ffnkit.ops.knapsack import cheapest
 AGAIN = 6  # joint moves that are measured beside those that were taken, a step, at most
 CANDIDATES = 8  # joint moves of the least loss for what they save that may be exchanged for others
 HOPELESS = 3.0  # times the least loss that is foreseen: more joint moves are not tried then
+ONE_SHARE = "one share for all FFNs"
 TRIES = 8  # to keep the true count where the counts of single moves do not quite add up
 
 
@@ -62,7 +63,7 @@ class Search:
         all FFNs, and layers alone. What was measured corrects what is foreseen, for as many rounds as are asked for.
         """
         path = self._path(self.joints)
-        self._try("one share for all FFNs", (), uniform=True)
+        self._try(ONE_SHARE, (), uniform=True)
         layers = [each for each in self.joints if each.kind == "layers"]
         for joint in self._path(layers, to_the_end=True)[:0:-1]:
             if self._try("layers alone", joint) is not None:
@@ -72,6 +73,11 @@ class Search:
                 break
             path = self._corrected(path)
         return self.best
+
+    def rate(self) -> float:
+        """The loss that is foreseen for one of the target, where neurons and heads alone keep it; else infinite."""
+        choice = self.fill(())
+        return float("inf") if choice is None else self.foreseen(choice) / max(self.whole - self.limit, 1)
 
     @property
     def best(self) -> Tried | None:
