@@ -14,7 +14,7 @@ from ffnkit.budget.sharing import regressed
 from ffnkit.edits import Edit
 from ffnkit.methods.narrow.calibrated import CalibratedFusion
 
-RIVAL = 1.5  # times the least loss: one share for all FFNs is not fitted where it loses more than that before
+RIVAL = 1.5  # times the least loss: what loses more than that before it is fitted is not fitted
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,13 @@ class Finish:
         self.search, self.losses, self.method, self.every = search, losses, method, every
 
     def run(self, found: Tried) -> Assembled:
-        """The choice that was found, or one share for all FFNs where that is better once it is fitted."""
+        """The choice that was found, or its rival where that is better once it is fitted: one share for all FFNs."""
         start = Assembled(found, self.losses)
         if self.method is None:
             best = self._better(self._again(start), start)
             return self._mended(self._mended(best, heads_refitted), gaps_closed)
         refining = Refining(self.losses, self.method)
-        rivals = [
-            each
-            for each in self.search.tried
-            if each.label == ONE_SHARE and each is not found and each.measured <= RIVAL * found.measured
-        ]
-        ready = [self._shared(self._mended(each, heads_refitted)) for each in (start, *(self._of(r) for r in rivals))]
+        ready = [self._shared(self._mended(each, heads_refitted)) for each in (start, *self._rivals(found))]
         if len(ready) > 1:
             quick = [(self._fitted(refining, each, quick=True), each) for each in ready]
             order = sorted(quick, key=lambda pair: pair[0].loss)
@@ -81,8 +76,11 @@ class Finish:
 
     # --- steps
 
-    def _of(self, tried: Tried) -> Assembled:
-        return Assembled(tried, self.losses)
+    def _rivals(self, found: Tried) -> list[Assembled]:
+        """One share for all FFNs beside another choice, and the best other choice beside one share."""
+        others = [each for each in self.search.tried if (each.label == ONE_SHARE) is not (found.label == ONE_SHARE)]
+        near = [each for each in others if each.measured <= RIVAL * found.measured]
+        return [Assembled(min(near, key=lambda each: each.measured), self.losses)] if near else []
 
     def _again(self, start: Assembled) -> Assembled:
         """FFNs fitted in closed form, each on its own, to what they get without the layers and heads that went."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from torch import nn
 
+from ffnkit.budget.expecting import passed, works
 from ffnkit.budget.finishing import Finish
 from ffnkit.budget.losses import Losses, held_out
 from ffnkit.budget.moves import PARTS, Choice, Joint, Space
@@ -19,6 +20,7 @@ from ffnkit.budget.targets import Target, check_key_values
 from ffnkit.calibration.batches import Batch
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Layers, need_data
+from ffnkit.methods.expecting import Work
 from ffnkit.methods.narrow.calibrated import CalibratedFusion
 from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc, check, told
@@ -101,6 +103,16 @@ class FitTo:
             raise FfnkitError(f"target {target}", what, "Give a larger one, more layers, or more parts")
         return space
 
+    def expects(self, model: nn.Module, tokens: int) -> tuple[list[Work], float]:
+        """About what it takes on so many tokens: the work for each FFN, and the tokens that pass the model."""
+        space, every = self.chosen(model), self.effort == "best"
+        return works(space, self._fitting, tokens, every=every), passed(space, self._fitting, tokens, every=every)
+
+    @property
+    def _fitting(self) -> CalibratedFusion | None:
+        """How FFNs are fitted in the end; None: in closed form alone."""
+        return None if self.effort == "fast" else CalibratedFusion(width=1, effort=self.effort)
+
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         started = time.perf_counter()
         batches = list(need_data(data, self.name))
@@ -121,8 +133,7 @@ class FitTo:
         if found is None:
             do = "Give a larger one, more layers, or more parts"
             raise FfnkitError(f"target {target}", "what may go does not reach it", do)
-        method = None if self.effort == "fast" else CalibratedFusion(width=1, effort=self.effort)
-        made = Finish(search, losses, method, every=self.effort == "best").run(found)
+        made = Finish(search, losses, self._fitting, every=self.effort == "best").run(found)
         report = _report(target, space, search, made.tried, speed) | {"seconds": time.perf_counter() - started}
         return Draft(tuple(made.edits()), _quantities(space, made.choice), {"target": report})
 

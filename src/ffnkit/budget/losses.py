@@ -32,6 +32,7 @@ from ffnkit.surgery.writer import ModelWriter
 EXPECTED = 24  # choices that are measured, as progress tells it before it is known
 HELD = 4  # of so many rows one at most is held out of the fit, to measure on
 FEW, MANY = 256, 1024  # tokens on which single moves, and assembled models, are compared at least
+CURVES = 4096  # tokens to which FFNs are fitted at every width
 NARROWED = (0.25, 0.9)  # the share at which single FFNs are tried lies between
 
 
@@ -150,7 +151,7 @@ class Losses:
             self._heads[each.name] = head_scores(each, "activation", torch.Generator(), rms)
         share = self._share()
         with (
-            Blockwise(self.model, self.fitted, space.found) as runs,
+            Blockwise(self.model, joined(spread(self.fitted, CURVES)), space.found) as runs,
             Blockwise(self.model, self.few, space.found) as probe,
         ):
             ending = Ending(probe, FEW)

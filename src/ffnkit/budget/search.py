@@ -68,9 +68,12 @@ class Search:
         for joint in self._path(layers, to_the_end=True)[:0:-1]:
             if self._try("layers alone", joint) is not None:
                 break
+        least = float("inf")
         for number in range(rounds + 1):
-            if not self._climb(path) or number == rounds:
-                break
+            some = self._climb(path)
+            if not some or number == rounds or (number and self._least == least):
+                break  # what was corrected found nothing better
+            least = self._least
             path = self._corrected(path)
         return self.best
 
@@ -83,6 +86,10 @@ class Search:
     def best(self) -> Tried | None:
         """What was measured best so far."""
         return min(self.tried, key=lambda each: each.measured, default=None)
+
+    @property
+    def _least(self) -> float:
+        return min((each.measured for each in self.tried), default=float("inf"))
 
     # --- joint moves
 

@@ -161,7 +161,9 @@ class CalibratedFusion(Narrowing):
         sequential = not stored if self.sequential is None else self.sequential
         counted = readings if readings is not None else self.readings(model, narrow, batches)
         seen = observing(narrow, self.tokens if self.refine else 0)
-        streams = Streams(model, batches, narrow) if sequential and narrow else None
+        streams = None
+        if sequential and narrow and not isinstance(batches, StatisticsFile):
+            streams = Streams(model, batches, narrow)
         fits: dict[str, Fit] = {}
 
         def show(blocks: Blockwise, group: list[FFN], last: bool) -> None:
