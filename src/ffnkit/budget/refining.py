@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+from torch import Tensor
+
 from ffnkit.budget.losses import Losses, joined, spread
 from ffnkit.budget.moves import Choice
 from ffnkit.calibration.blockwise import lent
@@ -101,7 +103,7 @@ def _given(losses: Losses, edits: Sequence[Edit], names: set[str]) -> list[tuple
     """These FFNs with the neurons that they run on under the edits; of FFNs that share, each with its own."""
     if not edits:
         return []
-    with TemporaryPlan(losses.model, edits):
+    with TemporaryPlan(losses.model, edits):  # what it puts into parameters is taken out again: values, not parameters
         owners = [each for ffn in ffns(losses.model) for each in ffn.apart()]
-        neurons = {each.name: each.read() for each in owners if each.name in names}
+        neurons = {each.name: each.read().map(Tensor.detach) for each in owners if each.name in names}
     return [(losses.space.ffn(name), neurons[name]) for name in neurons]

@@ -277,7 +277,7 @@ class Blockwise:
 
 
 @contextmanager
-def lent(model: nn.Module, ffn: FFN, neurons: Neurons) -> Iterator[None]:
+def lent(model: Any, ffn: FFN, neurons: Neurons) -> Iterator[None]:
     """An FFN of a model runs with other neurons, of any width, while the block runs."""
     with ExitStack() as stack:
         stack.enter_context(with_neurons(ffn, neurons))
