@@ -97,7 +97,7 @@ class FitTo:
         space = Space(model, counted, self.layers, parts, self.multiple)
         for ffn in space.found:
             ffn.check_plain(f"fitting {ffn.name}")
-        least = space.whole - space.most()
+        least = space.whole - space.most(sharing="sharing" in parts)
         if target.kind != "latency" and least > space.limit:
             what = f"with {', '.join(parts)} of layers {self.layers} at least {least:,} of {space.whole:,} stay"
             raise FfnkitError(f"target {target}", what, "Give a larger one, more layers, or more parts")
