@@ -40,9 +40,11 @@ def held_out(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Rows to fit on, and others to measure on, spread over all: one row of ``HELD``, or as many as ``MANY`` tokens
     and a tenth of all are; a lone row is both."""
     rows: list[Batch] = [row for batch in kept(batches) for row in _rows(batch)]
-    measured = rows[HELD - 1 :: HELD] or rows[-1:]
-    measured = spread(measured, max(MANY, sum(map(_tokens, rows)) // 10))
-    fitted = [row for row in rows if not any(row is other for other in measured)] or rows
+    picked = range(HELD - 1, len(rows), HELD) or range(len(rows) - 1, len(rows))
+    most = max(MANY, sum(map(_tokens, rows)) // 10)
+    held = set(_some(picked, sum(_tokens(rows[number]) for number in picked), most))
+    measured = [row for number, row in enumerate(rows) if number in held]
+    fitted = [row for number, row in enumerate(rows) if number not in held] or rows
     return joined(fitted), measured
 
 
@@ -83,8 +85,13 @@ def _shape(row: Batch) -> Any:
 def spread(rows: list[Batch], tokens: int) -> list[Batch]:
     """Some of the rows, from all parts of them, that hold about so many tokens. Batches count as rows."""
     rows = [row for batch in rows for row in _rows(batch)]
-    count = min(len(rows), max(1, -(-tokens * len(rows) // max(sum(map(_tokens, rows)), 1))))
-    return [rows[number * len(rows) // count] for number in range(count)]
+    return [rows[number] for number in _some(range(len(rows)), sum(map(_tokens, rows)), tokens)]
+
+
+def _some(numbers: Sequence[int], size: int, tokens: int) -> list[int]:
+    """Some of the numbers, from all parts of them: such that of ``size`` tokens about ``tokens`` remain."""
+    count = min(len(numbers), max(1, -(-tokens * len(numbers) // max(size, 1))))
+    return [numbers[number * len(numbers) // count] for number in range(count)]
 
 
 def _tokens(row: Batch) -> int:
