@@ -36,7 +36,7 @@ def shared_runs(space: Space, losses: Losses, data: Iterable[Batch], rate: float
             kept otherwise.
     """
     rows = [{ffn.name: ffn for ffn in row} for row in series(space.found)]
-    pairs = [pair for row in rows for pair in itertools.pairwise(row)]
+    pairs: list[Run] = [pair for row in rows for pair in itertools.pairwise(row)]
     runs = [pair for pair in pairs if _bears(space, pair)]
     if not runs:
         return
@@ -57,7 +57,7 @@ def shared_runs(space: Space, losses: Losses, data: Iterable[Batch], rate: float
             best = min(best, found := joint.alone / max(joint.saving, 1e-12))
             if found <= HOPELESS * rate:
                 grown.append(run)
-        longer: list[Run] = [more for run in grown for row in rows if run[0] in row for more in _longer(run, list(row))]
+        longer = [more for run in grown for row in rows if run[0] in row for more in _longer(run, list(row))]
         runs = [run for run in dict.fromkeys(longer) if run not in done and _bears(space, run)]
         done |= set(runs)
 

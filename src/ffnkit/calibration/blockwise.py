@@ -282,7 +282,7 @@ def lent(model: Any, ffn: FFN, neurons: Neurons) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(with_neurons(ffn, neurons))
         if ffn.layout.experts and run_uneven_experts(model):
-            stack.callback(model.set_experts_implementation, "grouped_mm")  # type: ignore[operator]
+            stack.callback(model.set_experts_implementation, "grouped_mm")
         yield
 
 
