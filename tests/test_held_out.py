@@ -9,7 +9,8 @@ from families import FAMILIES
 import ffnkit as fk
 from ffnkit.calibration.hooks import RUN, Activations
 from ffnkit.methods.common import lifted
-from ffnkit.methods.narrow.calibrated import Part, held_out, wide
+from ffnkit.methods.narrow.calibrated import held_out, wide
+from ffnkit.methods.narrow.observed import Part
 from ffnkit.model.finding import ffns
 from ffnkit.ops import local
 from ffnkit.ops.neurons import Neurons

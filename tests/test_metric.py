@@ -15,8 +15,8 @@ from ffnkit.calibration.hooks import Activations, held_out
 from ffnkit.calibration.reading import Metric, output_metric
 from ffnkit.calibration.statistics import Statistics
 from ffnkit.calibration.streams import Streams
-from ffnkit.methods.narrow.calibrated import Part
 from ffnkit.methods.narrow.calibrated import held_out as judged
+from ffnkit.methods.narrow.observed import Part
 from ffnkit.model.finding import ffns
 from ffnkit.ops.neurons import Neurons
 from ffnkit.ops.similarity import linear_cka, standardized_cka

@@ -26,7 +26,7 @@ from ffnkit.calibration.statistics import (
     model_fingerprint,
 )
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.narrow.calibrated import Part
+from ffnkit.methods.narrow.observed import Part
 from ffnkit.model.finding import ffns
 
 OF_FFNS: dict[str, Callable[[str], Any]] = {

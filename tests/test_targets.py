@@ -28,7 +28,7 @@ from ffnkit.edits.order import check_normal
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.heads import left_out
 from ffnkit.methods.drop.layers import LayerDrop
-from ffnkit.methods.narrow.calibrated import observing
+from ffnkit.methods.narrow.observed import observing
 from ffnkit.model.attention import attentions
 from ffnkit.model.finding import ffns
 from ffnkit.ops.subset import refit
@@ -308,6 +308,11 @@ def test_rows_apart_are_in_no_fit() -> None:
     fitted, measured = held_out([together])
     assert [int(row["labels"]) for row in measured] == [3, 7]
     assert torch.cat([batch["labels"] for batch in fitted]).tolist() == [0, 1, 2, 4, 5, 6, 8]
+    many = [{"input_ids": torch.arange(number, number + 2)[:, None].expand(2, 400)} for number in range(0, 40, 2)]
+    fitted, measured = held_out(many)  # 16,000 tokens, of which a tenth is enough
+    mine = [int(row["input_ids"][0, 0]) for row in measured]
+    assert mine == [3, 11, 23, 31]  # spread over all
+    assert sorted([*mine, *torch.cat([batch["input_ids"][:, 0] for batch in fitted]).tolist()]) == list(range(40))
     alone = held_out(rows[:1])
     assert len(alone[0]) == len(alone[1]) == 1
 

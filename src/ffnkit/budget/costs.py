@@ -16,7 +16,7 @@ from ffnkit.calibration.reading import output_metric
 from ffnkit.calibration.statistics import Statistics
 from ffnkit.calibration.stored import StatisticsFile, first_batches
 from ffnkit.methods.common import lifted, norms, singles
-from ffnkit.methods.narrow.calibrated import Part, observing
+from ffnkit.methods.narrow.observed import Part, observing
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.curves import Curve, output_curve, tail_curve
 from ffnkit.ops.neurons import Neurons, concatenate

@@ -5,20 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from torch import nn
 
+from ffnkit.budget.expecting import passed, works
+from ffnkit.budget.finishing import Finish
 from ffnkit.budget.losses import Losses, held_out
-from ffnkit.budget.mending import gaps_closed, heads_refitted
 from ffnkit.budget.moves import PARTS, Choice, Joint, Space
 from ffnkit.budget.search import Search, Tried
-from ffnkit.budget.sharing import shared_pairs
+from ffnkit.budget.sharing import shared_runs
 from ffnkit.budget.speed import Speed
 from ffnkit.budget.targets import Target, check_key_values
 from ffnkit.calibration.batches import Batch
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Layers, need_data
+from ffnkit.methods.expecting import Work
+from ffnkit.methods.narrow.calibrated import CalibratedFusion
 from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc, check, told
 from ffnkit.surgery.apply import check_edits
@@ -27,7 +30,6 @@ from ffnkit.surgery.trial import try_out
 UNIFORM = ("neurons", "layers")  # what saves something in a standard checkpoint
 COUNTED = {"sharing": ("params", "bytes")}  # targets to which a part gives nothing otherwise
 LATENCY_ROUNDS = 5
-TOLD = {heads_refitted: "outputs of heads refitted", gaps_closed: "with a factor for what went"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,13 @@ class FitTo:
     ] = None
     uniform: Annotated[bool, Doc("one share for all FFNs, and whole layers: as standard checkpoints have it.")] = False
     rounds: Annotated[int, Doc("how often what was measured corrects the choice.", at_least=0)] = 2
+    effort: Annotated[
+        Literal["fast", "default", "best"],
+        Doc(
+            'how what was chosen is fitted, as calibrated-fusion does it: "fast" in closed form alone, each layer on '
+            'its own; "best" with long regressions, one share for all FFNs too.'
+        ),
+    ] = "default"
 
     name: ClassVar[str] = "fit-to"
     summary: ClassVar[str] = "bring a model to one target by all that can go"
@@ -88,11 +97,21 @@ class FitTo:
         space = Space(model, counted, self.layers, parts, self.multiple)
         for ffn in space.found:
             ffn.check_plain(f"fitting {ffn.name}")
-        least = space.whole - space.most()
+        least = space.whole - space.most(sharing="sharing" in parts)
         if target.kind != "latency" and least > space.limit:
             what = f"with {', '.join(parts)} of layers {self.layers} at least {least:,} of {space.whole:,} stay"
             raise FfnkitError(f"target {target}", what, "Give a larger one, more layers, or more parts")
         return space
+
+    def expects(self, model: nn.Module, tokens: int) -> tuple[list[Work], float]:
+        """About what it takes on so many tokens: the work for each FFN, and the tokens that pass the model."""
+        space, every = self.chosen(model), self.effort == "best"
+        return works(space, self._fitting, tokens, every=every), passed(space, self._fitting, tokens, every=every)
+
+    @property
+    def _fitting(self) -> CalibratedFusion | None:
+        """How FFNs are fitted in the end; None: in closed form alone."""
+        return None if self.effort == "fast" else CalibratedFusion(width=1, effort=self.effort)
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         started = time.perf_counter()
@@ -105,31 +124,18 @@ class FitTo:
             check_key_values(model, batches[0], f"target {target}")
         fitted, measured = held_out(batches)
         _leave_out_unborne(space)
-        if "sharing" in self.parts and not self.uniform and target.kind in COUNTED["sharing"]:
-            shared_pairs(space, fitted, progress)
         losses = Losses(space, fitted, measured, progress)
         losses.foresee()
+        if "sharing" in self.parts and not self.uniform and target.kind in COUNTED["sharing"]:
+            shared_runs(space, losses, fitted, self._search(space, losses).rate())
         speed = Speed(model, measured[0]) if target.kind == "latency" else None
         found, search = self._searched(space, losses, speed)
         if found is None:
             do = "Give a larger one, more layers, or more parts"
             raise FfnkitError(f"target {target}", "what may go does not reach it", do)
-        edits = losses.edits(found.choice)
-        if found.choice.joint or any(each.kind == "heads" for each in space.graded):
-            again = losses.refitted(found.choice)
-            if (loss := again.assembled(found.choice)) < found.measured:
-                found = Tried(f"{found.label}, fitted again", found.choice, found.foreseen, loss, found.count)
-                search.tried.append(found)
-                edits, losses = again.edits(found.choice), again
-        seen = edits
-        for mend in (heads_refitted, gaps_closed):
-            mended, shown = mend(losses, found.choice, edits)
-            if mended and (loss := losses.measured([*seen, *shown])) < found.measured:
-                found = Tried(f"{found.label}, {TOLD[mend]}", found.choice, found.foreseen, loss, found.count)
-                search.tried.append(found)
-                edits, seen = [*edits, *mended], [*seen, *shown]
-        report = _report(target, space, search, found, speed) | {"seconds": time.perf_counter() - started}
-        return Draft(tuple(edits), _quantities(space, found.choice), {"target": report})
+        made = Finish(search, losses, self._fitting, every=self.effort == "best").run(found)
+        report = _report(target, space, search, made.tried, speed) | {"seconds": time.perf_counter() - started}
+        return Draft(tuple(made.edits()), _quantities(space, made.choice), {"target": report})
 
     def _searched(self, space: Space, losses: Losses, speed: Speed | None) -> tuple[Tried | None, Search]:
         """The best choice; of time, that with the FLOPs under which the time is kept."""
@@ -138,17 +144,7 @@ class FitTo:
         best: tuple[Tried | None, Search] | None = None
         kept: dict[str, float] = {}
         for _ in range(LATENCY_ROUNDS if speed is not None else 1):
-            search = Search(
-                space.graded,
-                space.joints,
-                space.whole,
-                space.limit,
-                losses.together,
-                losses.assembled,
-                lambda choice: space.count(space.shapes(choice)),
-                lambda joint: _bears(space, joint),
-                self.uniform,
-            )
+            search = self._search(space, losses)
             found = search.run(self.rounds)
             if speed is None:
                 return found, search
@@ -170,6 +166,19 @@ class FitTo:
         if speed is not None:
             speed.last = kept  # of the choice that is taken, not of the last one tried
         return best
+
+    def _search(self, space: Space, losses: Losses) -> Search:
+        return Search(
+            space.graded,
+            space.joints,
+            space.whole,
+            space.limit,
+            losses.together,
+            losses.assembled,
+            lambda choice: space.count(space.shapes(choice)),
+            lambda joint: _bears(space, joint),
+            self.uniform,
+        )
 
 
 def _leave_out_unborne(space: Space) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,7 +22,7 @@ from ffnkit.calibration.stored import first_batches
 from ffnkit.edits import Edit, ReplaceNeurons
 from ffnkit.methods.common import largest
 from ffnkit.methods.drop.heads import head_activity, head_scores, left_out, removal
-from ffnkit.methods.narrow.calibrated import Part, observing
+from ffnkit.methods.narrow.observed import Part, observing
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name
 from ffnkit.plans import Progress
@@ -28,17 +30,22 @@ from ffnkit.surgery.temporary import TemporaryPlan
 from ffnkit.surgery.writer import ModelWriter
 
 EXPECTED = 24  # choices that are measured, as progress tells it before it is known
-HELD = 4  # of so many rows one is held out of the fit, to measure on
+HELD = 4  # of so many rows one at most is held out of the fit, to measure on
 FEW, MANY = 256, 1024  # tokens on which single moves, and assembled models, are compared at least
+CURVES = 4096  # tokens to which FFNs are fitted at every width
 NARROWED = (0.25, 0.9)  # the share at which single FFNs are tried lies between
 
 
 def held_out(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """Rows to fit on, and others to measure on: one row of ``HELD``, spread over all; a lone row is both."""
+    """Rows to fit on, and others to measure on, spread over all: one row of ``HELD``, or as many as ``MANY`` tokens
+    and a tenth of all are; a lone row is both."""
     rows: list[Batch] = [row for batch in kept(batches) for row in _rows(batch)]
-    measured = rows[HELD - 1 :: HELD] or rows[-1:]
-    fitted = [row for row in rows if not any(row is other for other in measured)] or rows
-    return _joined(fitted), measured
+    picked = range(HELD - 1, len(rows), HELD) or range(len(rows) - 1, len(rows))
+    most = max(MANY, sum(map(_tokens, rows)) // 10)
+    held = set(_some(picked, sum(_tokens(rows[number]) for number in picked), most))
+    measured = [row for number, row in enumerate(rows) if number in held]
+    fitted = [row for number, row in enumerate(rows) if number not in held] or rows
+    return joined(fitted), measured
 
 
 def _rows(batch: Batch) -> Iterator[dict[str, Any]]:
@@ -52,7 +59,7 @@ def _rows(batch: Batch) -> Iterator[dict[str, Any]]:
         yield {k: v[pick] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
 
 
-def _joined(rows: list[Batch], most: int = 16) -> list[Batch]:
+def joined(rows: list[Batch], most: int = 16) -> list[Batch]:
     """Rows of one shape in batches again, in their order."""
     batches: list[Batch] = []
     held: list[Batch] = []
@@ -75,13 +82,20 @@ def _shape(row: Batch) -> Any:
     return {k: (tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v for k, v in row.items()}
 
 
-def _spread(rows: list[Batch], tokens: int) -> list[Batch]:
-    """Some of the rows, from all parts of them, that hold about so many tokens."""
-    sizes = [
-        max((v.shape[1] for v in row.values() if isinstance(v, Tensor) and v.ndim == 2), default=1) for row in rows
-    ]
-    count = min(len(rows), max(1, -(-tokens * len(rows) // max(sum(sizes), 1))))
-    return [rows[number * len(rows) // count] for number in range(count)]
+def spread(rows: list[Batch], tokens: int) -> list[Batch]:
+    """Some of the rows, from all parts of them, that hold about so many tokens. Batches count as rows."""
+    rows = [row for batch in rows for row in _rows(batch)]
+    return [rows[number] for number in _some(range(len(rows)), sum(map(_tokens, rows)), tokens)]
+
+
+def _some(numbers: Sequence[int], size: int, tokens: int) -> list[int]:
+    """Some of the numbers, from all parts of them: such that of ``size`` tokens about ``tokens`` remain."""
+    count = min(len(numbers), max(1, -(-tokens * len(numbers) // max(size, 1))))
+    return [numbers[number * len(numbers) // count] for number in range(count)]
+
+
+def _tokens(row: Batch) -> int:
+    return max((v.shape[1] for v in row.values() if isinstance(v, Tensor) and v.ndim == 2), default=1)
 
 
 def _nearest(options: Sequence[int], wanted: float) -> int:
@@ -110,7 +124,7 @@ class Losses:
         space: what may go. fitted, measured: batches of :func:`held_out`.
 
     Attributes:
-        nested: the FFNs at every width, by name.
+        nested: the FFNs at every width, by name. own: edits of FFNs at the width of one choice, in place of those.
     """
 
     def __init__(
@@ -118,13 +132,14 @@ class Losses:
     ) -> None:
         self.space, self.model = space, space.model
         self.fitted, self.progress = fitted, progress
-        self.few, self.many = (_joined(_spread(measured, tokens)) for tokens in (FEW, MANY))
+        self.few, self.many = (joined(spread(measured, tokens)) for tokens in (FEW, MANY))
         self.nested: dict[str, Nested] = {}
+        self.own: dict[str, Edit] = {}
         self._metrics = output_metric(self.model, space.found, first_batches(fitted)) if space.found else {}
         self._heads: dict[str, Tensor] = {}
         self._whole: dict[int, Ending] = {}
         self._narrow: dict[tuple[str, int], Edit] = {}
-        self._steps = 0
+        self._steps = itertools.count(1)
 
     # --- one by one
 
@@ -143,7 +158,7 @@ class Losses:
             self._heads[each.name] = head_scores(each, "activation", torch.Generator(), rms)
         share = self._share()
         with (
-            Blockwise(self.model, self.fitted, space.found) as runs,
+            Blockwise(self.model, joined(spread(self.fitted, CURVES)), space.found) as runs,
             Blockwise(self.model, self.few, space.found) as probe,
         ):
             ending = Ending(probe, FEW)
@@ -159,7 +174,7 @@ class Losses:
                 self._headings(block, graded, ending)
                 runs.advance(group)
                 probe.advance(group)
-                self._tell(f"losses of {block or group[0].name}")
+                self.tell(f"losses of {block or group[0].name}")
 
     def _nested(self, ffn: FFN, seen: Statistics[Part]) -> Nested:
         return Nested(ffn, seen, self._metrics[ffn.name].dimensions)
@@ -213,21 +228,33 @@ class Losses:
         early = [edit for each in choice.joint if each.kind in ("layers", "attention") for edit in each.edits]
         graded: list[Edit] = []
         for each in self.space.graded:
-            if (kept := choice.kept.get(each.name, each.whole)) == each.whole:
+            if (kept := choice.kept.get(each.name, each.whole)) == each.whole or each.name in self.own:
                 continue
             if each.kind == "heads":
                 graded.append(removal(self.space.attention(each.name), self.stay(each.name, kept)))
             else:
                 graded.append(self._narrowed(each.name, kept))
+        graded += self.own.values()
+        return [*early, *graded, *self.standing(choice)]
+
+    def standing(self, choice: Choice) -> list[Edit]:
+        """What stands for FFNs that go, and is in the place of those that share."""
         silent = [self._narrowed(each.name, 0) for each in choice.joint if each.kind == "ffns"]
-        shared = [edit for each in choice.joint if each.kind == "sharing" for edit in each.edits]
-        return [*early, *graded, *silent, *shared]
+        return [*silent, *(edit for each in choice.joint if each.kind == "sharing" for edit in each.edits)]
 
     def _narrowed(self, name: str, width: int) -> Edit:
         """The edit that narrows an FFN; large numbers lie in temporary files."""
         if (name, width) not in self._narrow:
             self._narrow[name, width] = ReplaceNeurons.of(name, self.nested[name].neurons(width))
         return self._narrow[name, width]
+
+    def without(self, found: list[FFN]) -> dict[str, float]:
+        """The loss without each of these FFNs, by name, on few tokens."""
+        known = {each.name: each.alone for each in self.space.joints if each.kind == "ffns"}
+        for ffn in found:
+            if ffn.name not in known:
+                known[ffn.name] = self._measured([self._narrowed(ffn.name, 0)], self.few, FEW)
+        return {ffn.name: known[ffn.name] for ffn in found}
 
     def together(self, joint: tuple[Joint, ...]) -> float:
         """The loss of joint moves without others, on few tokens."""
@@ -251,23 +278,23 @@ class Losses:
             self._whole[most] = Ending(Blockwise(self.model, rows, self.space.found), most)
         with shown(self.model, edits):
             gap = self._whole[most]()
-        self._tell("a choice measured")
+        self.tell("a choice measured")
         return gap
 
-    def _tell(self, what: str) -> None:
+    def tell(self, what: str) -> None:
         """A step is done: of a block, or of a choice."""
-        self._steps += 1
+        step = next(self._steps)
         if self.progress is not None:
             total = 2 * len(self.space.blocks) + EXPECTED  # how many choices there will be is not known
-            self.progress(self._steps, max(self._steps + 1, total), what)
+            self.progress(step, max(step + 1, total), what)
 
     # --- once more
 
     @torch.no_grad()
     def refitted(self, choice: Choice) -> Losses:
         """The same with FFNs fitted to what they get where the choice's layers, heads and attentions are gone."""
-        fresh = Losses(self.space, self.fitted, [])
-        fresh.few, fresh.many, fresh._heads, fresh._whole = self.few, self.many, self._heads, self._whole
+        fresh = self.with_ffns({})
+        fresh._narrow = {}
         gone = [edit for edit in self.edits(choice) if type(edit).silenced is not Edit.silenced]
         with shown(self.model, gone), Blockwise(self.model, self.fitted, self.space.found) as runs:
             for group in runs.groups:
@@ -275,5 +302,11 @@ class Losses:
                 runs.watch(group, seen.update, last=True)
                 fresh.nested |= {ffn.name: self._nested(ffn, seen) for ffn in group}
                 runs.advance(group)
-                self._tell(f"{block_name(group[0].name)} fitted again")
+                self.tell(f"{block_name(group[0].name)} fitted again")
+        return fresh
+
+    def with_ffns(self, own: Mapping[str, Edit]) -> Losses:
+        """The same with edits of FFNs of their own in the place of those at each width."""
+        fresh = copy.copy(self)
+        fresh.nested, fresh.own = dict(self.nested), dict(own)
         return fresh

@@ -19,6 +19,7 @@ from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
 from ffnkit.model.targets import select
+from ffnkit.plans import Shape
 from ffnkit.surgery.meta import skeleton
 from ffnkit.surgery.writer import ModelWriter
 
@@ -145,10 +146,13 @@ class Space:
             inside = tuple(name for name in self._every if name.startswith(f"{block}."))
             yield Joint(block, "layers", gone, block, inside, edits)
 
-    def add(self, kind: str, name: str, covers: tuple[str, ...], edits: tuple[Edit, ...]) -> None:
+    def add(self, kind: str, name: str, covers: tuple[str, ...], edits: tuple[Edit, ...]) -> Joint:
         """A further joint move, of FFNs that share; what each of them keeps of its own counts."""
-        gone = self.saving(name, kind, tuple(_ties(edits)))
-        self.joints.append(Joint(name, kind, gone, block_name(name), covers, edits))
+        gone = self.saving(name, f"{kind} of {len(covers)}", tuple(_ties(edits)))
+        joint = Joint(name, kind, gone, block_name(name), covers, edits)
+        if gone > 0:
+            self.joints.append(joint)
+        return joint
 
     def leave_out(self, attention: str) -> None:
         """An attention is no choice: its family does not bear it."""
@@ -156,13 +160,20 @@ class Space:
         self.graded = [each for each in self.graded if each.name != attention]
         self.joints = [each for each in self.joints if each.kind != "attention" or each.name != attention]
 
-    def most(self) -> int:
-        """An upper bound of what may be saved: each place by the move that saves most of it."""
+    def most(self, *, sharing: bool = False) -> int:
+        """An upper bound of what may be saved: each place by the move that saves most of it.
+
+        Args:
+            sharing: FFNs may be shared; then all of each may go.
+        """
         by_block: dict[str, float] = {}
         whole = {each.name: each.saving for each in self.joints if each.kind == "layers"}
         best: dict[str, float] = {each.name: each.saving for each in self.joints if each.kind != "layers"}
         for each in self.graded:
             best[each.name] = max(best.get(each.name, 0.0), each.unit * (each.whole - each.options[0]))
+        for ffn in self.found if sharing else ():
+            size = ffn.raw().up.element_size() if self.target.kind == "bytes" else 1
+            best[ffn.name] = max(best.get(ffn.name, 0.0), float(size * Shape.of(ffn).parameters))
         for name, saving in best.items():
             by_block[block_name(name)] = by_block.get(block_name(name), 0.0) + saving
         return int(sum(max(by_block.get(b, 0.0), whole.get(b, 0.0)) for b in {*by_block, *whole}))

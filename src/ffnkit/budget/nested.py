@@ -11,7 +11,8 @@ from torch import Tensor
 from ffnkit.calibration.statistics import Statistics
 from ffnkit.io.files import spooled
 from ffnkit.methods.common import lifted, norms, singles
-from ffnkit.methods.narrow.calibrated import CalibratedFusion, Part
+from ffnkit.methods.narrow.calibrated import CalibratedFusion
+from ffnkit.methods.narrow.observed import Part
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons, concatenate
 from ffnkit.ops.subset import leverage, refit, weighed
@@ -39,7 +40,7 @@ class Nested:
     Memory: Gram matrices in float32, in temporary files where they are large.
 
     Args:
-        seen: what the FFN and its experts did on the data (``methods.narrow.calibrated.observing``).
+        seen: what the FFN and its experts did on the data (``methods.narrow.observed.observing``).
         dimensions: (d,) how much an error of each dimension of the outputs counts (``calibration.reading``).
 
     Attributes:

@@ -11,6 +11,7 @@ from ffnkit.ops.knapsack import cheapest
 AGAIN = 6  # joint moves that are measured beside those that were taken, a step, at most
 CANDIDATES = 8  # joint moves of the least loss for what they save that may be exchanged for others
 HOPELESS = 3.0  # times the least loss that is foreseen: more joint moves are not tried then
+ONE_SHARE = "one share for all FFNs"
 TRIES = 8  # to keep the true count where the counts of single moves do not quite add up
 
 
@@ -62,21 +63,33 @@ class Search:
         all FFNs, and layers alone. What was measured corrects what is foreseen, for as many rounds as are asked for.
         """
         path = self._path(self.joints)
-        self._try("one share for all FFNs", (), uniform=True)
+        self._try(ONE_SHARE, (), uniform=True)
         layers = [each for each in self.joints if each.kind == "layers"]
         for joint in self._path(layers, to_the_end=True)[:0:-1]:
             if self._try("layers alone", joint) is not None:
                 break
+        least = float("inf")
         for number in range(rounds + 1):
-            if not self._climb(path) or number == rounds:
-                break
+            some = self._climb(path)
+            if not some or number == rounds or (number and self._least == least):
+                break  # what was corrected found nothing better
+            least = self._least
             path = self._corrected(path)
         return self.best
+
+    def rate(self) -> float:
+        """The loss that is foreseen for one of the target, where neurons and heads alone keep it; else infinite."""
+        choice = self.fill(())
+        return float("inf") if choice is None else self.foreseen(choice) / max(self.whole - self.limit, 1)
 
     @property
     def best(self) -> Tried | None:
         """What was measured best so far."""
         return min(self.tried, key=lambda each: each.measured, default=None)
+
+    @property
+    def _least(self) -> float:
+        return min((each.measured for each in self.tried), default=float("inf"))
 
     # --- joint moves
 
@@ -100,27 +113,30 @@ class Search:
                     least = min(least, self.foreseen(choice))
                 if self.loss(taken) > HOPELESS * least:
                     break
-            best = self._next(taken, joints, rates)
-            if best is None:
+            longer = self._next(taken, joints, rates)
+            if longer is None:
                 break
-            path.append((*taken, best))
+            path.append(longer)
         return path
 
-    def _next(self, taken: tuple[Joint, ...], joints: Sequence[Joint], rates: dict[int, float]) -> Joint | None:
-        """The move that adds least loss for what it saves. Losses seldom shrink beside others: the lowest known rate is
-        measured anew until it stays the lowest."""
-        covered = {name for each in taken for name in each.covers}
-        free = [each for each in joints if each not in taken and covered.isdisjoint(each.covers)]
-        fresh: dict[int, Joint] = {}
+    def _next(
+        self, taken: tuple[Joint, ...], joints: Sequence[Joint], rates: dict[int, float]
+    ) -> tuple[Joint, ...] | None:
+        """With the move that adds least loss for what it saves. Losses seldom shrink beside others: the lowest known
+        rate is measured anew until it stays the lowest."""
+        free = {id(each): (each, more) for each in joints if (more := _with(taken, each)) is not None}
+        fresh: set[int] = set()
         while free:
-            lowest = min(free, key=lambda each: rates[id(each)])
-            if id(lowest) in fresh or len(fresh) >= AGAIN:
-                return min(fresh.values(), key=lambda each: rates[id(each)])
-            if not self._bears(lowest):
-                free.remove(lowest)
+            lowest = min(free, key=lambda key: rates[key])
+            joint, more = free[lowest]
+            if lowest in fresh or len(fresh) >= AGAIN:
+                return free[min(fresh, key=lambda key: rates[key])][1]
+            if not self._bears(joint):
+                del free[lowest]
                 continue
-            rates[id(lowest)] = (self.loss((*taken, lowest)) - self.loss(taken)) / lowest.saving
-            fresh[id(lowest)] = lowest
+            saved = sum(each.saving for each in more) - sum(each.saving for each in taken)
+            rates[lowest] = (self.loss(more) - self.loss(taken)) / max(saved, 1e-12)
+            fresh.add(lowest)
         return None
 
     def _bears(self, joint: Joint) -> bool:
@@ -269,6 +285,16 @@ class Search:
                 loss = self.loss(joint) - gone + more_lost + self.foreseen(choice, of_joint=0.0)
                 rough.append((loss, number, found))
         return [found for *_, found in sorted(rough)[:AGAIN]]
+
+
+def _with(taken: tuple[Joint, ...], joint: Joint) -> tuple[Joint, ...] | None:
+    """Moves with one more, a longer run of layers that share in the place of those within it; None where one of them
+    bars it."""
+    mine = set(joint.covers)
+    out = [each for each in taken if not mine.isdisjoint(each.covers)]
+    if any(joint.kind != "sharing" or each.kind != "sharing" or not set(each.covers) < mine for each in out):
+        return None
+    return (*(each for each in taken if each not in out), joint)
 
 
 def _even(left: list[Graded], budget: float) -> list[int] | None:

@@ -10,8 +10,8 @@ first rows are walked through beforehand to tell, at every block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ from ffnkit.nn.grouped_experts import run_uneven_experts
 from ffnkit.ops.neurons import Neurons
 from ffnkit.surgery.temporary import with_neurons
 
+Beside = Callable[[], AbstractContextManager[Any]]
+
 SAME = 1e-4  # relative: the same computation in another order of batches at most
 
 
@@ -46,13 +48,20 @@ class Blockwise:
         batches: keyword arguments of the model; labels may be among them. Or statistics of a pass over them: then
             :meth:`see` reads these, and the first batches, which lie beside them, are what the model runs on.
         found: the FFNs of interest, in any order.
+        beside: what is done to the rest of the model while it runs; entered for each pass, and left after it.
 
     Attributes:
         groups: the FFNs by block, in the order in which the blocks run.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Batch] | StatisticsFile, found: list[FFN]) -> None:
-        self.model, self.found = model, found
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch] | StatisticsFile,
+        found: list[FFN],
+        beside: Beside = nullcontext,
+    ) -> None:
+        self.model, self.found, self._beside = model, found, beside
         self.stored = batches if isinstance(batches, StatisticsFile) else None
         if isinstance(batches, StatisticsFile):
             batches.check(model)
@@ -94,9 +103,7 @@ class Blockwise:
 
     def install(self, ffn: FFN, neurons: Neurons) -> None:
         """Let an FFN run with other neurons, of any width, until the block of ``with`` ends."""
-        self._lent.enter_context(with_neurons(ffn, neurons))
-        if ffn.layout.experts and run_uneven_experts(self.model):
-            self._lent.callback(self.model.set_experts_implementation, "grouped_mm")  # type: ignore[arg-type]
+        self._lent.enter_context(lent(self.model, ffn, neurons))
 
     def watch(self, group: list[FFN], receive: Receive, *, last: bool = False) -> None:
         """Hand every call of the FFNs of one block to ``receive``, over all batches.
@@ -214,7 +221,7 @@ class Blockwise:
 
         block = self.modules[until] if until is not None else None
         handle = block.register_forward_hook(stop) if block is not None else None
-        with torch.no_grad(), evaluating(self.model), self._skipping(number, within):
+        with torch.no_grad(), evaluating(self.model), self._beside(), self._skipping(number, within):
             try:
                 whole = forward(self.model, self.batches[number])
             except _Enough:
@@ -267,6 +274,16 @@ class Blockwise:
     def _stops(self, group: list[FFN]) -> bool:
         """Whether all calls of these FFNs happen in one call of their block."""
         return all(self.calls.get(block_name(ffn.name)) == 1 and not ffn.tied for ffn in group)
+
+
+@contextmanager
+def lent(model: Any, ffn: FFN, neurons: Neurons) -> Iterator[None]:
+    """An FFN of a model runs with other neurons, of any width, while the block runs."""
+    with ExitStack() as stack:
+        stack.enter_context(with_neurons(ffn, neurons))
+        if ffn.layout.experts and run_uneven_experts(model):
+            stack.callback(model.set_experts_implementation, "grouped_mm")
+        yield
 
 
 def _holder(block: str) -> str:

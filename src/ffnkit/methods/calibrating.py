@@ -22,7 +22,8 @@ from ffnkit.calibration.stored import (
     writing,
 )
 from ffnkit.errors import FfnkitError, FfnkitWarning
-from ffnkit.methods.narrow.calibrated import CalibratedFusion, Part
+from ffnkit.methods.narrow.calibrated import CalibratedFusion
+from ffnkit.methods.narrow.observed import Part
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.targets import select

@@ -13,6 +13,7 @@ from torch import nn
 from ffnkit.calibration.batches import Batch, few_rows, run
 from ffnkit.calibration.stored import StatisticsFile, tokens_of
 from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import ffns
 
 SIZE = 512  # of the matrices that tell the machine's rates
 SOLVED = 384
@@ -59,13 +60,15 @@ def expected(model: nn.Module, method: Any, data: list[Batch] | StatisticsFile |
     """About how long planning takes, and how much memory.
 
     The pass over the data is timed on a few rows, products and factorizations on small matrices; what a method computes
-    it says itself (``method.work(ffn, width, tokens)``).
+    it says itself: of each FFN (``method.work(ffn, width, tokens)``), or of all together with the tokens that pass the
+    model (``method.expects(model, tokens)``).
 
     Args:
         data: batches, or statistics of a pass over them; None for methods that need none.
     """
     passes = held = 0.0
     count, stored = 0, isinstance(data, StatisticsFile)
+    whole: tuple[list[Work], float] | None = None
     if data is not None:
         batches = data.probe if isinstance(data, StatisticsFile) else data
         rows = few_rows(batches[0])
@@ -73,17 +76,25 @@ def expected(model: nn.Module, method: Any, data: list[Batch] | StatisticsFile |
         each = seconds(lambda: run(model, [rows]))
         sizes = sum(map(tokens_of, batches))
         count = data.tokens if isinstance(data, StatisticsFile) else sizes
-        passes = each * (3 + sizes / max(tokens_of(rows), 1))  # the rows are walked through beforehand
+        whole = method.expects(model, count) if hasattr(method, "expects") else None
+        through = sizes if whole is None else whole[1]
+        passes = each * (3 + through / max(tokens_of(rows), 1))  # the rows are walked through beforehand
         head = getattr(model, "get_output_embeddings", lambda: None)()
         wide = getattr(head, "out_features", 0) if head is not None else 0
         held = tokens_of(rows) * 6.0 * wide
-    work = getattr(method, "work", None)
-    if work is None:
+    if whole is not None:
+        found, deep = whole[0], max((ffn.d for ffn in ffns(model)), default=0)
+    elif hasattr(method, "work"):
+        chosen = method.chosen(model)
+        found, deep = (
+            [method.work(ffn, width, count) for ffn, width in chosen],
+            max((f.d for f, _ in chosen), default=0),
+        )
+    else:
         return Expected(passes, passes, None, held)
-    found = [work(ffn, width, count) for ffn, width in method.chosen(model)]
     costs = rates(next(model.parameters()).device)
     spent = sum(getattr(each, name) * cost for each in found for name, cost in costs.items())
-    outputs = 4.0 * count * max((ffn.d for ffn, _ in method.chosen(model)), default=0)
+    outputs = 4.0 * count * deep
     held = max([held, *(each.held for each in found)]) + (outputs if data is not None and not stored else 0.0)
     return Expected(passes + spent, passes, spent, held)
 

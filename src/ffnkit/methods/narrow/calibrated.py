@@ -5,27 +5,27 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.batches import kept
-from ffnkit.calibration.blockwise import Blockwise
+from ffnkit.calibration.blockwise import Beside, Blockwise
 from ffnkit.calibration.fisher import fisher
-from ffnkit.calibration.hooks import Activations
 from ffnkit.calibration.reading import Metric, output_metric
-from ffnkit.calibration.statistics import HeldInputs, HiddenMoments, Statistics
+from ffnkit.calibration.statistics import HeldInputs, Statistics
 from ffnkit.calibration.stored import StatisticsFile, first_batches
 from ffnkit.calibration.streams import Streams
 from ffnkit.edits import Edit, ReplaceNeurons, ScaleInputs
 from ffnkit.methods.common import Batch, Narrowing, generator, lifted, need_data, norms
 from ffnkit.methods.expecting import Work, fused
+from ffnkit.methods.narrow.observed import Part, observing
 from ffnkit.methods.narrow.refitting import block_by_block
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.ops import local
-from ffnkit.ops.moments import Moments
 from ffnkit.ops.neurons import Neurons, concatenate
 from ffnkit.ops.subset import choose, outputs, ranked, refit, weighed
 from ffnkit.plans import Draft, Progress, check_weights
@@ -40,7 +40,6 @@ RIDGE = 1e-2  # of the selection, relative to the mean square of the activations
 BY_LOSS = {"loss": 1.0, "balanced": 0.5, "leverage": 0.0}
 COMPRESSED = "what each layer gets once those before it are compressed (sequential=true)"
 ROWS = 1024  # tokens that pass through an FFN at a time
-JUDGED = 2048  # tokens at most that are held out to judge a fit
 
 
 @with_presets
@@ -125,23 +124,50 @@ class CalibratedFusion(Narrowing):
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         found = self.chosen(model)
         batches = need_data(data, self.name, beyond=COMPRESSED if self.sequential else None)
-        stored = isinstance(batches, StatisticsFile)
-        batches = batches if stored else kept(batches)
-        sequential = not stored if self.sequential is None else self.sequential
-        widths = {ffn.name: width for ffn, width in found}
+        batches = batches if isinstance(batches, StatisticsFile) else kept(batches)
         for ffn, _ in found:
             ffn.check_plain(f"calibrating {ffn.name}")
             check_weights(ffn.raw(), ffn.name)
-        by_name: dict[str, list[Edit]] = {}
+        fits = self.fits(model, found, batches, progress)
+        edits: list[Edit] = []
         quantities: dict[str, dict[str, float]] = {}
+        for ffn, width in found:
+            fit = fits[ffn.name]
+            edits.append(fit.edit)
+            if width < ffn.width:
+                edits.append(ScaleInputs(ffn.name, site="down", scale=fit.factor))
+            quantities[ffn.name] = {"output error on the data": fit.error}
+        return Draft(tuple(edits), quantities)
+
+    def fits(
+        self,
+        model: nn.Module,
+        found: list[tuple[FFN, int]],
+        batches: list[Batch] | StatisticsFile,
+        progress: Progress | None = None,
+        *,
+        readings: Mapping[str, Reading] | None = None,
+        beside: Beside = nullcontext,
+        whole: bool = False,
+    ) -> dict[str, Fit]:
+        """The FFNs at their widths, by name, fitted to the data in the order in which they run.
+
+        Args:
+            readings: what errors count by, where it is known (:meth:`readings`).
+            beside: what else is done to the model as it is compressed; it is in place where the compressed layers run,
+                not where the model as it was gives what is to be met. It leaves these FFNs as they are.
+            whole: FFNs that keep their width are fitted too: they make up for what is lost before them.
+        """
         narrow = [ffn for ffn, _ in found]
+        widths = {ffn.name: width for ffn, width in found}
+        stored = isinstance(batches, StatisticsFile)
+        sequential = not stored if self.sequential is None else self.sequential
+        counted = readings if readings is not None else self.readings(model, narrow, batches)
         seen = observing(narrow, self.tokens if self.refine else 0)
-        few = batches if stored else first_batches(batches)
-        metrics = output_metric(model, narrow, few, seed=self.seed)
-        weights = {name: metric.dimensions for name, metric in metrics.items()}
-        if self.metric == "fisher":
-            weights |= fisher(model, narrow, few, seed=self.seed)
-        streams = Streams(model, batches, narrow) if sequential and narrow else None
+        streams = None
+        if sequential and narrow and not isinstance(batches, StatisticsFile):
+            streams = Streams(model, batches, narrow)
+        fits: dict[str, Fit] = {}
 
         def show(blocks: Blockwise, group: list[FFN], last: bool) -> None:
             if streams is not None:
@@ -150,25 +176,33 @@ class CalibratedFusion(Narrowing):
                 blocks.see(group, seen, last=last)
 
         def fit(ffn: FFN) -> Neurons:
-            reading = Reading(weights[ffn.name], metrics[ffn.name])
-            neurons, factor, error = self._narrow(ffn, seen, widths[ffn.name], reading)
-            rewrite = ReplaceNeurons.of(ffn.name, neurons)
-            by_name[ffn.name] = [rewrite]
-            if widths[ffn.name] < ffn.width:
-                by_name[ffn.name].append(ScaleInputs(ffn.name, site="down", scale=factor))
-            quantities[ffn.name] = {"output error on the data": error}
-            return rewrite.neurons().scaled(factor)
+            neurons, factor, error = self._narrow(ffn, seen, widths[ffn.name], counted[ffn.name], whole)
+            made = fits[ffn.name] = Fit(ReplaceNeurons.of(ffn.name, neurons), factor, error)
+            return made.neurons()
 
-        block_by_block(model, batches, narrow, show, fit, progress, sequential=sequential)
-        return Draft(tuple(edit for ffn, _ in found for edit in by_name[ffn.name]), quantities)
+        block_by_block(model, batches, narrow, show, fit, progress, sequential=sequential, beside=beside)
+        return fits
 
-    def _narrow(self, ffn: FFN, seen: Statistics[Part], width: int, reading: Reading) -> tuple[Neurons, Tensor, float]:
+    def readings(self, model: nn.Module, found: list[FFN], batches: list[Batch] | StatisticsFile) -> dict[str, Reading]:
+        """What errors of each FFN's outputs count by, by name, on the first of the data."""
+        few = batches if isinstance(batches, StatisticsFile) else first_batches(batches)
+        metrics = output_metric(model, found, few, seed=self.seed)
+        weights = {name: metric.dimensions for name, metric in metrics.items()}
+        if self.metric == "fisher":
+            weights |= fisher(model, found, few, seed=self.seed)
+        return {name: Reading(weights[name], metrics[name]) for name in metrics}
+
+    def _narrow(
+        self, ffn: FFN, seen: Statistics[Part], width: int, reading: Reading, whole: bool
+    ) -> tuple[Neurons, Tensor, float]:
         """New neurons (factor divided out of down), the factor (width,) or (E, width), the relative output error."""
         old = lifted(ffn.raw())
         parts = []
         for number in range(max(old.experts, 1)):
             single = old.expert(number) if old.experts else old
-            parts.append(self._fit(ffn, single, seen.parts.pop((ffn.name, number), None), width, number, reading))
+            parts.append(
+                self._fit(ffn, single, seen.parts.pop((ffn.name, number), None), width, number, reading, whole)
+            )
         made = concatenate([p[0] for p in parts]) if old.experts else parts[0][0]
         factor = torch.stack([p[1] for p in parts]) if old.experts else parts[0][1]
         weight = [p[3] for p in parts]
@@ -177,14 +211,21 @@ class CalibratedFusion(Narrowing):
         return made.to(dtype), factor, error**0.5
 
     def _fit(
-        self, ffn: FFN, old: Neurons, seen: Part | None, width: int, number: int, reading: Reading | None = None
+        self,
+        ffn: FFN,
+        old: Neurons,
+        seen: Part | None,
+        width: int,
+        number: int,
+        reading: Reading | None = None,
+        whole: bool = False,
     ) -> tuple[Neurons, Tensor, float, float]:
         """One FFN or expert: neurons, factor, squared relative error held out, squared norm of outputs.
 
         Args:
-            reading: what errors count by; None: all alike.
+            reading: what errors count by; None: all alike. whole: it is fitted at its whole width too.
         """
-        if width == old.ff:
+        if width == old.ff and (seen is None or not whole):
             return old, old.up.new_ones(width), 0.0, 0.0
         if seen is None:  # an expert that no token reached: nothing is known but its weights
             kept = torch.sort(norms(old), descending=True, stable=True).indices[:width].sort().values
@@ -250,6 +291,24 @@ class CalibratedFusion(Narrowing):
 
 
 @dataclass(frozen=True)
+class Fit:
+    """A narrow FFN.
+
+    Attributes:
+        edit: its neurons, of which the output layer has ``factor`` (width,) or (E, width) divided out.
+        error: of its outputs, relative, on tokens that no fit saw where there are any.
+    """
+
+    edit: ReplaceNeurons
+    factor: Tensor
+    error: float
+
+    def neurons(self) -> Neurons:
+        """Its neurons with the factor in the output layer."""
+        return self.edit.neurons().scaled(self.factor)
+
+
+@dataclass(frozen=True)
 class Reading:
     """What errors of an FFN's outputs count by: ``weights``, (d,) or (d, d), in the choice, ``metric`` in the rest."""
 
@@ -292,89 +351,3 @@ def held_out(
     centred = target - (weights @ target) / weights.sum().clamp_min(1e-300)
     rest, total = (float(weights @ (each.square() @ dimensions)) for each in (gap, centred))
     return rest / total if total > 0 else 0.0
-
-
-class Beyond:
-    """Sums over tokens of what outputs are to be more than they are (``Activations.missing``), with hidden units."""
-
-    def __init__(self) -> None:
-        self._count = 0.0
-        self._sum: Tensor | None = None
-        self._cross: Tensor | None = None
-
-    def update(self, acts: Activations) -> None:
-        if acts.missing is None or not len(acts.input):
-            return
-        missing, hidden = acts.missing.float(), acts.hidden.float()
-        if self._sum is None or self._cross is None:
-            self._sum = missing.new_zeros(missing.shape[1], dtype=torch.float64)
-            self._cross = missing.new_zeros(missing.shape[1], hidden.shape[1], dtype=torch.float64)
-        self._count += len(missing)
-        self._sum += missing.sum(0, dtype=torch.float64)
-        self._cross += missing.T @ hidden
-
-    def mean(self) -> Tensor | float:
-        """(d,), or 0 where nothing is missing."""
-        return 0.0 if self._sum is None else self._sum / self._count
-
-    def cross(self, around: Moments | None) -> Tensor | None:
-        """(d, ff), the mean of missing x hidden^T, less the product of their means where moments are given."""
-        if self._sum is None or self._cross is None:
-            return None
-        cross = self._cross / self._count
-        return cross if around is None else cross.addr_(self._sum / self._count, around.mean(), alpha=-1)
-
-
-class Part:
-    """What one FFN, or one expert, did on the data.
-
-    Attributes:
-        moments: of the hidden activations. held: inputs for the regression, and what tells the activation.
-        apart: inputs that neither saw (:meth:`~ffnkit.calibration.hooks.Activations.apart`), to judge the fit by.
-        beyond: what the outputs are to be more than they are.
-    """
-
-    stored: ClassVar[str] = "fusion"
-
-    def __init__(self, most: int) -> None:
-        self.hidden, self.held, self.apart = HiddenMoments(), HeldInputs(most), HeldInputs(JUDGED)
-        self.beyond = Beyond()
-
-    @property
-    def moments(self) -> Moments:
-        return self.hidden.moments
-
-    def missing(self, *, centred: bool) -> Tensor | None:
-        """(d, ff) E^T H / n of what is missing E (n, d), around the means or not; None where nothing is."""
-        return self.beyond.cross(self.moments if centred else None)
-
-    def update(self, acts: Activations) -> None:
-        fitted, apart = acts.counted().apart()
-        self.hidden.update(fitted)
-        self.held.update(fitted)
-        self.beyond.update(fitted)
-        if len(apart.input):
-            self.apart.update(apart)
-
-    def merge(self, other: Part) -> None:
-        for mine, theirs in zip(self._parts().values(), other._parts().values(), strict=True):
-            mine.merge(theirs)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.{key}": value for name, part in self._parts().items() for key, value in part.state_dict().items()
-        }
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        for name, part in self._parts().items():
-            length = len(name) + 1
-            part.load({key[length:]: value for key, value in state.items() if key.startswith(f"{name}.")})
-
-    def _parts(self) -> dict[str, Any]:
-        return {"hidden": self.hidden, "held": self.held, "apart": self.apart}
-
-
-def observing(group: list[FFN], tokens: int) -> Statistics[Part]:
-    """Empty statistics of these FFNs; of each, ``tokens`` inputs are held at most, shared by its experts."""
-    most = {ffn.name: tokens // max(ffn.experts, 1) for ffn in group}
-    return Statistics(lambda name: Part(most[name]))

@@ -13,7 +13,8 @@ from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.edits import Edit, ReplaceNeurons
 from ffnkit.methods.common import Batch, Narrowing, Sequential, largest, lifted, need_data, norms
 from ffnkit.methods.expecting import Work, fused
-from ffnkit.methods.narrow.calibrated import COMPRESSED, Part, observing
+from ffnkit.methods.narrow.calibrated import COMPRESSED
+from ffnkit.methods.narrow.observed import Part, observing
 from ffnkit.methods.narrow.refitting import block_by_block
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons, concatenate

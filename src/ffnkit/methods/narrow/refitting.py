@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from torch import Tensor, nn
 
 from ffnkit.calibration.batches import kept
-from ffnkit.calibration.blockwise import Blockwise
+from ffnkit.calibration.blockwise import Beside, Blockwise
 from ffnkit.calibration.hooks import Activations
 from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.edits import Edit, ReplaceNeurons, Stage
@@ -128,6 +129,7 @@ def block_by_block(
     progress: Progress | None,
     *,
     sequential: bool,
+    beside: Beside = nullcontext,
 ) -> None:
     """Show each block's FFNs their data, then fit them, in the order in which the blocks run.
 
@@ -136,11 +138,12 @@ def block_by_block(
         show: called with a block's FFNs: lets who fits them see what they do, by ``watch`` or ``see`` of
             :class:`~ffnkit.calibration.blockwise.Blockwise`, whose ``last`` is the third argument.
         fit: called with each of them afterwards; what it returns is what the later blocks run on where ``sequential``.
+        beside: as of :class:`~ffnkit.calibration.blockwise.Blockwise`.
     """
     done = 0
     if not found:
         return
-    with Blockwise(model, batches, found) as blocks:
+    with Blockwise(model, batches, found, beside) as blocks:
         for group in blocks.groups:
             show(blocks, group, not sequential)
             for ffn in group:
