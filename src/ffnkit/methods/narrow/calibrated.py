@@ -80,6 +80,10 @@ class CalibratedFusion(Narrowing):
             'or "norm", what they do to what the next norm gives.'
         ),
     ] = "fisher"
+    refine_metric: Annotated[
+        Literal["fisher", "norm"],
+        Doc("what errors of the outputs count by in the regression, in the words of metric."),
+    ] = "norm"
     select: Annotated[
         Literal["loss", "leverage", "greedy"],
         Doc(
@@ -108,7 +112,10 @@ class CalibratedFusion(Narrowing):
         "fast": Preset(
             "closed forms alone, each layer on its own", {"sequential": False, "metric": "norm", "refine": 0}
         ),
-        "best": Preset("long regressions", {"refine": 500}),
+        "best": Preset(
+            "long regressions on more tokens, by what errors do to the answers",
+            {"refine": 500, "refine_metric": "fisher", "tokens": 65536},
+        ),
     }
     name: ClassVar[str] = "calibrated-fusion"
     summary: ClassVar[str] = "keep the neurons that data need and refit the output layer: data-aware fusion"
@@ -135,9 +142,10 @@ class CalibratedFusion(Narrowing):
         seen = observing(narrow, self.tokens if self.refine else 0)
         few = batches if stored else first_batches(batches)
         metrics = output_metric(model, narrow, few, seed=self.seed)
-        weights = {name: metric.dimensions for name, metric in metrics.items()}
-        if self.metric == "fisher":
-            weights |= fisher(model, narrow, few, seed=self.seed)
+        by_norm = {name: metric.dimensions for name, metric in metrics.items()}
+        read = {"norm": by_norm}
+        if "fisher" in (self.metric, self.refine_metric if self.refine else self.metric):
+            read["fisher"] = by_norm | fisher(model, narrow, few, seed=self.seed)
         streams = Streams(model, batches, narrow) if sequential and narrow else None
 
         def show(blocks: Blockwise, group: list[FFN], last: bool) -> None:
@@ -147,7 +155,8 @@ class CalibratedFusion(Narrowing):
                 blocks.see(group, seen, last=last)
 
         def fit(ffn: FFN) -> Neurons:
-            reading = Reading(weights[ffn.name], metrics[ffn.name])
+            regressed = read[self.refine_metric if self.refine else "norm"][ffn.name]
+            reading = Reading(read[self.metric][ffn.name], metrics[ffn.name], regressed)
             neurons, factor, error = self._narrow(ffn, seen, widths[ffn.name], reading)
             rewrite = ReplaceNeurons.of(ffn.name, neurons)
             by_name[ffn.name] = [rewrite]
@@ -211,7 +220,7 @@ class CalibratedFusion(Narrowing):
         if activation is None:
             logger.warning("%s is not refined, its error is of fitted tokens: its activation is not known", ffn.name)
         elif self.refine and seen.held.inputs:
-            dimensions = None if metric is None else metric.dimensions.to(x.device)
+            dimensions = None if reading is None else reading.regressed.to(x.device)
             fresh = self._refined(old, fresh, seen.held, activation, products, number, dimensions)
         if activation is not None and seen.apart.inputs:
             error = held_out(old, fresh, seen.apart, activation, products, metric)
@@ -249,10 +258,13 @@ class CalibratedFusion(Narrowing):
 
 @dataclass(frozen=True)
 class Reading:
-    """What errors of an FFN's outputs count by: ``weights``, (d,) or (d, d), in the choice, ``metric`` in the rest."""
+    """What errors of an FFN's outputs count by: ``weights``, (d,) or (d, d), in the choice, ``regressed``, likewise, in
+    the regression, ``metric`` in what is told.
+    """
 
     weights: Tensor
     metric: Metric
+    regressed: Tensor
 
 
 def wide(neurons: Neurons, x: Tensor, activation: local.Activation, products: torch.dtype) -> Tensor:
