@@ -56,6 +56,7 @@ def page(results: dict[str, Any]) -> str:
         f"- {said['model']}, every FFN at a share of its width, {said['tokens']:,} tokens of {said['task']}'s train"
         f" split for calibration ({said['mix']:.0%} of them ffnkit's text), no tuning; perplexity on its validation"
         f" split in windows of {LENGTH}; one draw. Seconds are the mean over the widths.",
+        f"- *four times the text*: {4 * said['tokens']:,} tokens for calibration.",
         *common.footer(results),
     ]
     return f"# Data-aware fusion by effort ({said['model']})\n\n{table}\n\n" + "\n".join(notes) + "\n"
