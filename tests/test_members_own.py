@@ -19,6 +19,7 @@ import ffnkit as fk
 from ffnkit.errors import FfnkitError, FfnkitWarning
 from ffnkit.model.finding import ffns
 from ffnkit.tune import tuners
+from ffnkit.tune.sharding import wrap_classes
 
 NAMES = ["bert", "gpt2", "llama"]
 
@@ -106,3 +107,14 @@ def test_few_bits_are_saved_once_with_what_is_not_shared(name: str, kind: str, t
     again = fk.load(tmp_path / "few")
     assert len(ffns(again)) == len(ffns(opened))
     assert_close(output(name, again), output(name, opened), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_shards_refuse_them_and_take_what_shares_nothing(name: str) -> None:
+    """FSDP2 takes no weight of two groups; two processes train the rest (``test_together``)."""
+    model = shared(name)
+    with pytest.raises(FfnkitError, match="each keeps something of its own") as caught:
+        wrap_classes(model)
+    assert "\n" not in str(caught.value)
+    with pytest.warns(FfnkitWarning, match="weights and adapters"):
+        assert wrap_classes(tuners.prepare(model, {"name": "lora", "rank": 2}))
