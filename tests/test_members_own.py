@@ -16,7 +16,7 @@ from test_tied_quantized import configuration
 from tolerance import assert_close, assert_differs
 
 import ffnkit as fk
-from ffnkit.errors import FfnkitError, FfnkitWarning
+from ffnkit.errors import FfnkitError
 from ffnkit.model.finding import ffns
 from ffnkit.tune import tuners
 from ffnkit.tune.sharding import wrap_classes
@@ -39,11 +39,13 @@ def shared(name: str, rank: int = 1) -> Any:
 
 @pytest.mark.parametrize("adapters", ["shared", "each"])
 @pytest.mark.parametrize("name", NAMES)
-def test_lora_gives_each_layer_weights_of_its_own_and_says_so(name: str, adapters: str, tmp_path: Path) -> None:
+def test_lora_gives_each_layer_weights_of_its_own_and_says_so(
+    name: str, adapters: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = shared(name)
     before = output(name, model)
-    with pytest.warns(FfnkitWarning, match="each gets its own weights and adapters"):
-        tuned = tuners.prepare(model, {"name": "lora", "rank": 2, "tied": adapters})
+    tuned = tuners.prepare(model, {"name": "lora", "rank": 2, "tied": adapters})
+    assert "get weights of their own" in caplog.text
     assert_close(output(name, tuned), before, rel=1e-5)
     disturbed(tuned)
     adapted = output(name, tuned)
@@ -56,13 +58,13 @@ def test_lora_gives_each_layer_weights_of_its_own_and_says_so(name: str, adapter
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_without_anything_of_their_own_nothing_is_said(name: str, recwarn: pytest.WarningsRecorder) -> None:
+def test_without_anything_of_their_own_nothing_is_said(name: str, caplog: pytest.LogCaptureFixture) -> None:
     case = case_of(name)
     model = case.model()
     method = fk.CalibratedMerging(layers="0-1", refine=0, extras=False)
     fk.apply(model, fk.plan(model, method, data=case.batches(model)))
     tuners.prepare(model, {"name": "lora", "rank": 2, "tied": "each"})
-    assert not [each for each in recwarn if "weights and adapters" in str(each.message)]
+    assert "of their own" not in caplog.text
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,5 +118,4 @@ def test_shards_refuse_them_and_take_what_shares_nothing(name: str) -> None:
     with pytest.raises(FfnkitError, match="each keeps something of its own") as caught:
         wrap_classes(model)
     assert "\n" not in str(caught.value)
-    with pytest.warns(FfnkitWarning, match="weights and adapters"):
-        assert wrap_classes(tuners.prepare(model, {"name": "lora", "rank": 2}))
+    assert wrap_classes(tuners.prepare(model, {"name": "lora", "rank": 2}))

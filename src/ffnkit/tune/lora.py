@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ffnkit.errors import FfnkitError, FfnkitWarning
+from ffnkit.errors import FfnkitError
 from ffnkit.io.processes import is_first
 from ffnkit.model.finding import ffns, has_ffns
 from ffnkit.model.targets import GROUPS, targets
@@ -54,11 +54,8 @@ def put_on(model: nn.Module, tuner: Lora, preparation: Preparation) -> nn.Module
 
     if tuner.adapter_dir is not None:
         check_target(tuner.adapter_dir, "lora")
-    apart = [ffn for ffn in ffns(model) if ffn.tied and ffn.differing] if has_ffns(model) else []
-    if apart:
-        several = ", ".join(apart[0].owners)
-        said = f"lora: {several} share weights and keep something of their own: each gets its own weights and adapters"
-        warnings.warn(said, FfnkitWarning, stacklevel=2)
+    before = ffns(model) if has_ffns(model) else []
+    apart = any(ffn.tied and ffn.differing for ffn in before)  # folded, each gets weights of its own
     masks.set_aside(model, preparation)
     share_modules(model)
     found = list(tuner.routers_of(model))

@@ -38,15 +38,16 @@ def wrap_classes(model: nn.Module) -> list[str]:
         FfnkitError: layers keep something of their own beside a weight that they share: no module is shared then.
     """
     names = []
-    for ffn in ffns(getattr(model, "get_base_model", lambda: model)()):
+    base = getattr(model, "get_base_model", lambda: model)()
+    for ffn in ffns(base):
         owners = list(ffn.owners.values())
-        names += [type(model.get_submodule(block_name(name))).__name__ for name in ffn.owners]
+        names += [type(base.get_submodule(block_name(name))).__name__ for name in ffn.owners]
         if len(owners) < 2:
             continue
         if ffn.differing:
             found = f"{' and '.join(ffn.owners)} share weights and each keeps something of its own beside them"
             do = "Train it unsharded (DDP), or by LoRA, which gives each layer weights of its own"
-            raise FfnkitError(f"FSDP of {type(model).__name__}", found, do)
+            raise FfnkitError(f"FSDP of {type(base).__name__}", found, do)
         if all(owner is owners[0] for owner in owners):
             names.append(type(owners[0]).__name__)
             continue
