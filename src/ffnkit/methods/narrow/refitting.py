@@ -67,7 +67,7 @@ class Refitting(Narrowing):
         first, second = _halves(progress)
         if isinstance(batches, StatisticsFile):
             batches.check(model)
-            return refitted_from(model, batches, self.drafted(model, batches, first), self.ridge, second)
+            return refitted_from(model, batches, self.drafted(model, data, first), self.ridge, second)
         batches = kept(batches)
         return refitted(
             model, batches, self.drafted(model, batches, first), self.ridge, second, sequential=self.sequential
