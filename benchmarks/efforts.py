@@ -37,7 +37,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "fast, refine=100, select=leverage": {"effort": "fast", "refine": 100, "select": "leverage"},
     "default, select=leverage": {"select": "leverage"},
     "best, select=leverage": {"effort": "best", "select": "leverage"},
+    "best, refine_metric=norm": {"effort": "best", "refine_metric": "norm"},
+    "best, four times the text": {"effort": "best"},
 }
+TIMES = {"best, four times the text": 4}  # the tokens, of arms that see more
 
 
 def page(results: dict[str, Any]) -> str:
@@ -53,6 +56,7 @@ def page(results: dict[str, Any]) -> str:
         f"- {said['model']}, every FFN at a share of its width, {said['tokens']:,} tokens of {said['task']}'s train"
         f" split for calibration ({said['mix']:.0%} of them ffnkit's text), no tuning; perplexity on its validation"
         f" split in windows of {LENGTH}; one draw. Seconds are the mean over the widths.",
+        f"- *four times the text*: {4 * said['tokens']:,} tokens for calibration.",
         *common.footer(results),
     ]
     return f"# Data-aware fusion by effort ({said['model']})\n\n{table}\n\n" + "\n".join(notes) + "\n"
@@ -77,18 +81,17 @@ def main() -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
         file.write(text_of(given.task, "train"))
         file.flush()
-        settings = tune.CalibrationSettings(
-            tokens=given.tokens, text=file.name, mix=given.mix, max_length=LENGTH, batch_size=4
-        )
+        settings = tune.CalibrationSettings(text=file.name, mix=given.mix, max_length=LENGTH, batch_size=4)
         for arm in ["uncompressed", *given.only]:
             if any(row["name"] == arm for row in results["rows"]):
                 continue
             row: dict[str, Any] = {"name": arm}
+            seen = settings.model_copy(update={"tokens": given.tokens * TIMES.get(arm, 1)})
             busy = 0.0
             for width in given.widths:
                 model = AutoModelForCausalLM.from_pretrained(given.model).eval()
                 if arm in ARMS:
-                    data = tune.calibration_batches(model, tokenizer, settings, seed=SEED)
+                    data = tune.calibration_batches(model, tokenizer, seen, seed=SEED)
                     start = time.process_time()
                     fk.fold(fk.apply(model, fk.plan(model, fk.CalibratedFusion(width, **ARMS[arm]), data=data)))
                     busy += time.process_time() - start

@@ -66,6 +66,8 @@ def sentence_arms() -> Iterator[tuple[str, str, Made]]:
         for select in ("leverage", "loss"):
             how = f"each at {width:.0%} of its width, select={select}"
             yield "all", how, lambda width=width, select=select: fk.CalibratedFusion(width=width, select=select)
+    how = "each at 25% of its width, refine_metric=fisher"
+    yield "all", how, lambda: fk.CalibratedFusion(width=0.25, refine_metric="fisher")
 
 
 def stories(tokens: int) -> tuple[Callable[[], Any], list[dict[str, Any]], Callable[[Any], float]]:

@@ -306,7 +306,7 @@ def test_heads_that_go_are_taken_over_by_those_that_stay(name: str) -> None:
             assert_close(mean, y.mean(0), rel=1e-3, what="mean output")
 
 
-def test_statistics_do_for_closed_forms_and_not_for_refits() -> None:
+def test_statistics_do_for_closed_forms_and_not_for_new_neurons() -> None:
     model, data = given("llama")
     stored = fk.calibrate(model, data)
     for method in ("modegpt", "obs"):
@@ -314,7 +314,40 @@ def test_statistics_do_for_closed_forms_and_not_for_refits() -> None:
         assert fk.plan(model, made, data=stored) == fk.plan(model, made, data=data)
         with pytest.raises(FfnkitError, match="statistics hold sums over hidden neurons"):
             fk.plan(model, methods.build(method, width=0.5, sequential=True), data=stored)
-    refitting: list[Any] = [methods.build("magnitude", width=0.5, refit=True), fk.RemoveHeads(remove=1, refit=True)]
+    in_turn = methods.build("magnitude", width=0.5, refit=True, sequential=True)
+    refitting: list[Any] = [
+        methods.build("sketch", width=0.5, refit=True),
+        in_turn,
+        fk.RemoveHeads(remove=1, refit=True),
+    ]
     for made in (*refitting, methods.build("svd", width=0.5, whiten=True)):
         with pytest.raises(FfnkitError, match="statistics hold sums over hidden neurons"):
             fk.plan(model, made, data=stored)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "mixtral"])
+@pytest.mark.parametrize("method", ["random", "magnitude", "importance"])
+def test_refit_of_whole_neurons_from_statistics_is_the_regression_on_their_tokens(method: str, name: str) -> None:
+    model, data = given(name)
+    stored = fk.calibrate(model, data)
+    drafted, seen = after(model, methods.build(method, width=0.5), stored), observed(model, data, fitted=True)
+    every = observed(model, data)
+    made = after(model, methods.build(method, width=0.5, refit=True, ridge=0.05), stored)
+    moved = 0.0
+    for ffn, start in drafted.items():
+        for number, (old, new) in enumerate(zip(singles(start), singles(made[ffn]), strict=True)):
+            assert_close(new.up, old.up, rel=1e-6, what="up")
+            if (ffn, number) not in seen:
+                assert torch.equal(new.down, old.down)  # an expert that no token reached
+                continue
+            x, _, y, weights = seen[ffn, number]
+            bias = old.down_bias is not None
+            wanted = least_squares(hidden(old, x, name), y, weights, old.down, bias, 0.05)
+            assert_close(new.down, wanted, rel=1e-3, what=f"down of {ffn} {number}")
+            if new.down_bias is not None:
+                gives = hidden(old, x, name) @ new.down.T + new.down_bias
+                assert_close(gives.mean(0), y.mean(0), rel=1e-4, what="bias")
+            x, _, y, weights = every[ffn, number]
+            other = least_squares(hidden(old, x, name), y, weights, old.down, bias, 0.05)
+            moved = max(moved, float((new.down - other).norm() / other.norm()))
+    assert moved > 2e-3  # the tokens that are kept apart would show

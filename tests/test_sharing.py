@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from ffnkit.model.finding import ffns
 from ffnkit.ops import local
 from ffnkit.ops.matching import assign, likeness
 from ffnkit.ops.neurons import Neurons
-from ffnkit.ops.union import Member, fitted, pooled, thin_difference, union
+from ffnkit.ops.union import Member, biases, choose_from, fitted, pooled, thin_difference, union, with_one_bias
 from ffnkit.testing.contract import distance
 
 
@@ -114,3 +115,98 @@ def test_a_model_has_not_moved_from_itself() -> None:
     assert drift() < 1e-6
     fk.apply(model, fk.plan(model, fk.Merging(layers="0-1")))
     assert drift() > 1e-6
+
+
+def loop_of_choices(
+    found: list[Member], width: int, ridge: float, *, bias: bool, dimensions: torch.Tensor
+) -> list[int]:
+    """Token by token and set by set: the neuron that leaves least of all members' outputs, one after the other.
+
+    The outputs are those that all neurons give best, with the same ridge: what no neuron gives does not count.
+    """
+    joined = union([each.neurons for each in found]).to(torch.float64)
+    rows, wanted = [], []
+    for each in found:
+        share = (each.tokens / each.tokens.sum()).double()
+        hidden = local.hidden(joined, each.inputs.double(), torch.relu)
+        y = each.outputs.double() - each.centre.double()
+        if bias:
+            hidden = hidden - share @ hidden
+        root = (each.scale * share).sqrt()[:, None]
+        rows.append(root * hidden)
+        wanted.append(root * y)
+    h, y = torch.cat(rows), torch.cat(wanted)
+    count = h.shape[1]
+    damped = torch.cat([h, (ridge * h.square().sum(0).mean()).sqrt() * torch.eye(count).double()])
+    best = torch.linalg.lstsq(damped, torch.cat([y, torch.zeros(count, y.shape[1]).double()])).solution
+    target = (damped @ best) * dimensions.double().sqrt()
+    kept: list[int] = []
+    for _ in range(width):
+        left = {}
+        for neuron in set(range(count)) - set(kept):
+            columns = damped[:, [*kept, neuron]]
+            left[neuron] = float((target - columns @ torch.linalg.lstsq(columns, target).solution).square().sum())
+        kept.append(min(left, key=lambda each: left[each]))
+    return sorted(kept)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_greedy_choice_from_the_union_is_that_of_a_loop(bias: bool) -> None:
+    found = members(bias)
+    dimensions = torch.stack([each.dimensions for each in found]).mean(0)
+    moments = pooled(union([each.neurons for each in found]), found, torch.relu)
+    for width in (1, 3, 6):
+        wanted = loop_of_choices(found, width, 0.01, bias=bias, dimensions=dimensions)
+        assert choose_from(moments, width, dimensions, 0.01).tolist() == wanted
+    uneven = torch.tensor([1e4, 1.0, 1.0, 1.0])  # the loop tells dimensions that count alike from those that do not
+    assert loop_of_choices(found, 6, 0.01, bias=bias, dimensions=uneven) != wanted
+    first = dataclasses.replace(found[0], scale=1e4 * found[0].scale)  # and members that do
+    assert loop_of_choices([first, *found[1:]], 6, 0.01, bias=bias, dimensions=dimensions) != wanted
+
+
+@pytest.mark.parametrize("one", [False, True])
+def test_output_biases_of_members_are_those_of_a_loop(one: bool) -> None:
+    """The bias that leaves least of a member's outputs, or of all members', the output layer given."""
+    found = members(bias=True)
+    joined = union([each.neurons for each in found])
+    moments = pooled(joined, found, torch.relu)
+    shared = with_one_bias(moments, found) if one else moments
+    kept = choose_from(shared, 6, torch.ones(4), 0.01)
+    neurons = fitted(joined, shared, kept, len(found), 0.01)
+    made = biases(neurons, moments, kept, found, one=one)
+    sums, weights = [], []
+    for each in found:
+        total, weight = torch.zeros(4).double(), 0.0
+        for x, y, token in zip(each.inputs, each.outputs, each.tokens, strict=True):
+            hidden = local.hidden(neurons, x[None], torch.relu)[0].double()
+            share = each.scale * float(token / each.tokens.sum())
+            total += share * (y.double() - neurons.down.double() @ hidden)
+            weight += share
+        sums.append(total)
+        weights.append(weight)
+    alone = [total / weight for total, weight in zip(sums, weights, strict=True)]
+    wanted = [sum(sums) / sum(weights)] * len(found) if one else alone
+    for bias, own in zip(made, wanted, strict=True):
+        assert bias is not None
+        assert torch.allclose(bias.double(), own, rtol=1e-3, atol=1e-4)
+    plain = sum(alone) / len(alone)  # members whose outputs are small count more: the plain mean is not it
+    assert not torch.allclose(made[0].double(), plain, rtol=1e-3, atol=1e-4)  # type: ignore[union-attr]
+
+
+def test_with_one_bias_the_output_layer_is_least_squares_over_all_members() -> None:
+    found = members(bias=True)
+    joined = union([each.neurons for each in found])
+    moments = with_one_bias(pooled(joined, found, torch.relu), found)
+    kept = torch.arange(0, 15, 3)
+    made = fitted(joined, moments, kept, len(found), 0.0).down.double()
+    rows, wanted = [], []
+    for each in found:
+        hidden = local.hidden(joined, each.inputs, torch.relu)[:, kept].double()
+        for h, y, token in zip(hidden, each.outputs.double(), each.tokens / each.tokens.sum(), strict=True):
+            root = float(each.scale * token) ** 0.5
+            rows.append(root * torch.cat([h, torch.ones(1).double()]))
+            wanted.append(root * y)
+    whole = torch.linalg.lstsq(torch.stack(rows), torch.stack(wanted)).solution.T
+    assert torch.allclose(made, whole[:, :-1], rtol=1e-3, atol=1e-4)
+    own = fitted(joined, pooled(joined, found, torch.relu), kept, len(found), 0.0).down.double()
+    assert not torch.allclose(own, whole[:, :-1], rtol=1e-2, atol=1e-2)  # biases of their own are another fit

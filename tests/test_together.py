@@ -32,6 +32,7 @@ CASES = [
     *("tied:full", "tied:lora", "tied:sparsegrad", "tied:dsee", "llama:full", "llama:sparsegrad", "llama:meprop"),
     *("killed:full", "killed:lora-norms", "killed:refresh", "killed:step", "killed:dsee"),
     *("fsdp:bert:full", "fsdp:bert:lora", "fsdp:bert:sparsegrad", "fsdp:bert:masked-gradient", "fsdp:bert:dsee"),
+    *("differing:full", "differing:lora", "fsdp:differing:lora"),
     *("fsdp:tied:full", "fsdp:llama:ffn", "killed:fsdp:bert:full", "killed:fsdp:bert:refresh", "killed:fsdp:bert:lora"),
 ]
 HERE = Path(__file__).parent

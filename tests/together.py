@@ -44,7 +44,10 @@ NAMES: dict[str, Any] = {
 
 
 def model_of(kind: str) -> Any:
-    """A small model in float64; "tied": all of its layers share one FFN."""
+    """A small model in float64; "tied": all of its layers share one FFN.
+
+    "differing": they share one and keep a scale, a bias and a thin difference each.
+    """
     from test_tune import bert, llama
 
     import ffnkit as fk
@@ -55,6 +58,10 @@ def model_of(kind: str) -> Any:
     )
     if kind == "tied":
         model = fk.apply(model, fk.plan(model, Merging(layers="all", match=False)))
+    if kind == "differing":
+        data: list[Any] = [{"input_ids": torch.arange(64).view(8, 8) % 20 + 1}]
+        method = fk.CalibratedMerging(layers="all", refine=0, extra_rank=1)
+        model = fk.apply(model, fk.plan(model, method, data=data))
     return model.double()
 
 

@@ -139,6 +139,7 @@ class FfnkitQuantizer(HfQuantizer):
         from ffnkit.surgery.description import renamed, tell
         from ffnkit.surgery.ties import declare_shared
 
+        placement.check_map(model, self.quantization_config.to_dict(), getattr(model, "hf_device_map", None))
         share(model, self.quantization_config.to_dict())
         _leave_renaming(model)
         placement.bridge(model)
@@ -186,12 +187,12 @@ class FfnkitQuantizer(HfQuantizer):
         """
         if self.inner is None:
             return super().get_state_dict_and_metadata(model, *args, **kwargs)
-        from ffnkit.surgery.ties import tied_places
+        from ffnkit.surgery.ties import further_names
 
         state, metadata = self.inner.get_state_dict_and_metadata(model, *args, **kwargs)
-        further = tuple(tied_places(model))
         state = model.state_dict() if state is None else state
-        return {key: value for key, value in state.items() if not key.startswith(further)}, metadata
+        further = further_names(model, state)
+        return {key: value for key, value in state.items() if key not in further}, metadata
 
     @property
     def is_trainable(self) -> bool:

@@ -17,13 +17,20 @@ from ffnkit.surgery.description import rows_for
 def check_map(model: PreTrainedModel, described: dict[str, Any], device_map: Any) -> None:
     """Raises FfnkitError where a map leaves the weights of a shared FFN on disk and puts a layer that uses them apart.
 
+    So it does where layers keep something of their own beside the weights that they share and one of them goes to disk:
+    what is fetched from there is found by the name of one layer, and each has linears of its own.
+
     Args:
-        model: empty, of the described shape. device_map: as ``from_pretrained`` takes it.
+        model: empty, of the described shape. device_map: as ``from_pretrained`` takes it; as ``hf_device_map`` says it.
     """
     if not isinstance(device_map, dict):
         return
+    differing = {name for ffn in ffns(model) if ffn.differing for name in ffn.owners}
     for _, names in rows_for(model, described):
         places = [_place(device_map, name) for name in names]
+        if "disk" in places and len(names) > 1 and differing.intersection(names):
+            found = f"{names[places.index('disk')]} goes to disk, and keeps something of its own beside shared weights"
+            raise FfnkitError("device_map", found, f"Put {' and '.join(names)} elsewhere, or export the standard form")
         if places[0] == "disk" and any(place != "disk" for place in places):
             other = next(i for i, place in enumerate(places) if place != "disk")
             found = f"{names[0]} goes to disk and {names[other]}, which shares its weights, to {places[other]}"

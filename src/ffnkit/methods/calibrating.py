@@ -46,8 +46,9 @@ def calibrate(
     """Statistics of what a model's FFNs do on data: ``fk.plan(model, method, data=statistics)``.
 
     They hold what every method needs that narrows by hidden neurons (data-aware fusion, importance, structured pruning
-    of neurons), at any width and under any budget: plans are equal to the bit to those made from the batches. Not for
-    methods that measure other things (gradients, attention, features token by token) or a model that changes on the
+    of neurons), at any width and under any budget: plans are equal to the bit to those made from the batches. With
+    ``refit`` behind a choice of whole neurons they are those of nine tenths of the tokens, which the sums are of. Not
+    for methods that measure other things (gradients, attention, features token by token) or a model that changes on the
     way (``sequential``).
 
     The model runs block by block, in eval mode; each block's statistics go to the disk before the next one's are

@@ -14,7 +14,7 @@ from ffnkit.calibration.batches import Batch, kept
 from ffnkit.calibration.drift import Drift
 from ffnkit.edits import Edit
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.calibrating import calibrate
+from ffnkit.methods.calibrating import HELD, calibrate
 from ffnkit.plans import Progress
 from ffnkit.settings import settings_of
 from ffnkit.surgery.temporary import temporarily
@@ -23,6 +23,7 @@ CANDIDATES: dict[str, tuple[Any, ...]] = {
     "select": ("loss", "leverage"),
     "ridge": (0.03, 0.3, 1.0),
     "refine": (0, 300),
+    "refine_metric": ("norm",),
     "tokens": (2048,),
 }  # beside what a method has
 FEW = 4  # layers that candidates are tried on
@@ -90,7 +91,8 @@ def decide(
     trial = dataclasses.replace(method, width={ffn.name: width for ffn, width in few})
     places = ",".join(f"{ffn.stack}:{ffn.layer}" if ffn.stack else str(ffn.layer) for ffn, _ in few)
     sequential = getattr(method, "sequential", False)
-    data = kept(fit) if sequential else calibrate(model, fit, layers=places, progress=progress)
+    held_inputs = max(HELD, getattr(method, "tokens", HELD))
+    data = kept(fit) if sequential else calibrate(model, fit, layers=places, held=held_inputs, progress=progress)
     judge = Drift(model, held, JUDGED)
     tried: list[dict[str, Any]] = []
     total = 1 + sum(len([v for v in values if v != getattr(method, name)]) for name, values in wanted.items())

@@ -48,7 +48,8 @@ def regress(
     comes back.
 
     Args:
-        x, target: (n, d), float32. weights: (n,) how much each token counts. dimensions: (d,) each dimension.
+        x, target: (n, d), float32. weights: (n,) how much each token counts.
+        dimensions: (d,) each dimension, or (d, d) a metric M, symmetric: an error e counts e^T M e.
         steps: of Adam, with the step falling to zero along a cosine.
         products: dtype of the matrix products (:func:`multiplying`); weights, errors and steps stay as they are.
     """
@@ -114,8 +115,13 @@ def _loss(
     weights: Tensor | None,
     dimensions: Tensor | None,
 ) -> Tensor:
-    squared = (forward(neurons, x, activation).to(target.dtype) - target).square()
-    squared = squared.mean(1) if dimensions is None else squared @ dimensions / len(dimensions)
+    gap = forward(neurons, x, activation).to(target.dtype) - target
+    if dimensions is None:
+        squared = gap.square().mean(1)
+    elif dimensions.ndim == 1:
+        squared = gap.square() @ dimensions / len(dimensions)
+    else:
+        squared = ((gap @ dimensions) * gap).mean(1)
     return squared.mean() if weights is None else (squared * weights).sum() / weights.sum().clamp_min(1e-30)
 
 

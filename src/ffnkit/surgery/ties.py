@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -24,10 +25,23 @@ def declare_shared(model: PreTrainedModel) -> None:
             declare_tied(model, ffn, list(ffn.tied))
 
 
-def tied_places(model: PreTrainedModel) -> list[str]:
-    """Where shared linears stand besides their first place, each path with a dot behind it."""
-    found = [ffn for ffn in ffns(model) if ffn.tied and not ffn.layout.experts]
-    return [f"{twin}.{ffn.path(site)}." for ffn in found for twin in ffn.tied for site in ffn.sites]
+def further_names(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """Of these names of tensors those that mean a shared linear at another place than its first.
+
+    What a place keeps of its own beside the shared weight is no further name of anything.
+    """
+    shared = [ffn for ffn in ffns(model) if ffn.tied and not ffn.layout.experts]
+    places = {
+        f"{twin}.{ffn.path(site)}.": (ffn, f"{twin}.") for ffn in shared for twin in ffn.tied for site in ffn.sites
+    }
+    starts = tuple(places)
+    found = set()
+    for name in names:
+        if name.startswith(starts):
+            ffn, twin = next(places[start] for start in starts if name.startswith(start))
+            if not ffn.is_own(name.removeprefix(twin)):
+                found.add(name)
+    return found
 
 
 def declare_tied(model: PreTrainedModel, ffn: FFN, twins: list[str]) -> None:

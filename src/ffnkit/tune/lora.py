@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.processes import is_first
+from ffnkit.model.finding import ffns, has_ffns
 from ffnkit.model.targets import GROUPS, targets
 from ffnkit.model.trainable import head_modules, parts_of
 from ffnkit.surgery.beside_peft import ties_seen_to
@@ -53,16 +54,19 @@ def put_on(model: nn.Module, tuner: Lora, preparation: Preparation) -> nn.Module
 
     if tuner.adapter_dir is not None:
         check_target(tuner.adapter_dir, "lora")
+    before = ffns(model) if has_ffns(model) else []
+    apart = any(ffn.tied and ffn.differing for ffn in before)  # folded, each gets weights of its own
     masks.set_aside(model, preparation)
     share_modules(model)
     found = list(tuner.routers_of(model))
     heads = own_modules(model, head_modules(model)) if tuner.head else []
-    parted = untie(cast(PreTrainedModel, model)) if tuner.tied == "each" else []
+    still = has_ffns(model) and any(ffn.tied for ffn in ffns(model))
+    parted = untie(cast(PreTrainedModel, model)) if tuner.tied == "each" and (still or not apart) else []
     noted = zeros.note(model) if tuner.keep_zeros else None
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     modules, parameters = targets(model, tuner.targets)
-    apart = [f"{owner}.{site}" for each in parted for owner in each.owners for site in each.sites]
-    check_untied(model, modules, f"lora on {type(model).__name__}", apart)
+    separate = [f"{owner}.{site}" for each in parted for owner in each.owners for site in each.sites]
+    check_untied(model, modules, f"lora on {type(model).__name__}", separate)
     if tuner.routers == "trained":
         heads += found
     elif tuner.targets in GROUPS:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
+from ffnkit.errors import FfnkitError
 from ffnkit.io import processes
 from ffnkit.model.finding import block_name, ffns
 from ffnkit.nn.adapter_layer import full_tensor, sharded_as
@@ -32,13 +33,21 @@ def wrap_classes(model: nn.Module) -> list[str]:
     layers: the class of the FFN where layers share it whole, :class:`SharedLinear` where they share its linears; those
     linears change their class for it, and nothing else of them. Layers are named by what holds the FFNs:
     ``_no_split_modules`` of some families names the embeddings too, which accelerate shards a second time.
+
+    Raises:
+        FfnkitError: layers keep something of their own beside a weight that they share: no module is shared then.
     """
     names = []
-    for ffn in ffns(getattr(model, "get_base_model", lambda: model)()):
+    base = getattr(model, "get_base_model", lambda: model)()
+    for ffn in ffns(base):
         owners = list(ffn.owners.values())
-        names += [type(model.get_submodule(block_name(name))).__name__ for name in ffn.owners]
+        names += [type(base.get_submodule(block_name(name))).__name__ for name in ffn.owners]
         if len(owners) < 2:
             continue
+        if ffn.differing:
+            found = f"{' and '.join(ffn.owners)} share weights and each keeps something of its own beside them"
+            do = "Train it unsharded (DDP), or by LoRA, which gives each layer weights of its own"
+            raise FfnkitError(f"FSDP of {type(base).__name__}", found, do)
         if all(owner is owners[0] for owner in owners):
             names.append(type(owners[0]).__name__)
             continue

@@ -82,6 +82,10 @@ class CalibratedFusion(Narrowing):
             'or "norm", what they do to what the next norm gives.'
         ),
     ] = "fisher"
+    refine_metric: Annotated[
+        Literal["fisher", "norm"],
+        Doc("what errors of the outputs count by in the regression, in the words of metric."),
+    ] = "norm"
     select: Annotated[
         Literal["balanced", "loss", "leverage", "greedy"],
         Doc(
@@ -110,7 +114,10 @@ class CalibratedFusion(Narrowing):
         "fast": Preset(
             "closed forms alone, each layer on its own", {"sequential": False, "metric": "norm", "refine": 0}
         ),
-        "best": Preset("long regressions", {"refine": 500}),
+        "best": Preset(
+            "long regressions on more tokens, by what errors do to the answers",
+            {"refine": 500, "refine_metric": "fisher", "tokens": 65536},
+        ),
     }
     name: ClassVar[str] = "calibrated-fusion"
     summary: ClassVar[str] = "keep the neurons that data need and refit the output layer: data-aware fusion"
@@ -187,10 +194,11 @@ class CalibratedFusion(Narrowing):
         """What errors of each FFN's outputs count by, by name, on the first of the data."""
         few = batches if isinstance(batches, StatisticsFile) else first_batches(batches)
         metrics = output_metric(model, found, few, seed=self.seed)
-        weights = {name: metric.dimensions for name, metric in metrics.items()}
-        if self.metric == "fisher":
-            weights |= fisher(model, found, few, seed=self.seed)
-        return {name: Reading(weights[name], metrics[name]) for name in metrics}
+        read = {"norm": {name: metric.dimensions for name, metric in metrics.items()}}
+        regressed = self.refine_metric if self.refine else "norm"
+        if "fisher" in (self.metric, regressed):
+            read["fisher"] = read["norm"] | fisher(model, found, few, seed=self.seed)
+        return {name: Reading(read[self.metric][name], metrics[name], read[regressed][name]) for name in metrics}
 
     def _narrow(
         self, ffn: FFN, seen: Statistics[Part], width: int, reading: Reading, whole: bool
@@ -254,7 +262,7 @@ class CalibratedFusion(Narrowing):
         if activation is None:
             logger.warning("%s is not refined, its error is of fitted tokens: its activation is not known", ffn.name)
         elif self.refine and seen.held.inputs:
-            dimensions = None if metric is None else metric.dimensions.to(x.device)
+            dimensions = None if reading is None else reading.regressed.to(x.device)
             fresh = self._refined(old, fresh, seen.held, activation, products, number, dimensions)
         if activation is not None and seen.apart.inputs:
             error = held_out(old, fresh, seen.apart, activation, products, metric)
@@ -310,10 +318,13 @@ class Fit:
 
 @dataclass(frozen=True)
 class Reading:
-    """What errors of an FFN's outputs count by: ``weights``, (d,) or (d, d), in the choice, ``metric`` in the rest."""
+    """What errors of an FFN's outputs count by: ``weights``, (d,) or (d, d), in the choice, ``regressed``, likewise, in
+    the regression, ``metric`` in what is told.
+    """
 
     weights: Tensor
     metric: Metric
+    regressed: Tensor
 
 
 def wide(neurons: Neurons, x: Tensor, activation: local.Activation, products: torch.dtype) -> Tensor:

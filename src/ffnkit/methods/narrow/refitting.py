@@ -20,8 +20,10 @@ from ffnkit.methods.common import Batch, Narrowing, lifted, need_data
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.model.finding import ffns
 from ffnkit.ops import local
+from ffnkit.ops.moments import Moments
 from ffnkit.ops.neurons import Neurons, concatenate
 from ffnkit.ops.ridge import Pairs
+from ffnkit.ops.subset import outputs, refit
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc, check
 from ffnkit.surgery.temporary import TemporaryPlan
@@ -49,6 +51,7 @@ class Refitting(Narrowing):
 
     name: ClassVar[str]
     measures: ClassVar[bool] = False  # whether drafting itself needs data
+    whole: ClassVar[bool] = False  # whether neurons stay as they are or go: sums over the hidden ones then do for refit
 
     @property
     def needs_data(self) -> bool:
@@ -59,8 +62,14 @@ class Refitting(Narrowing):
         check(self)
         if not self.refit:
             return self.drafted(model, data, progress)
-        batches = kept(need_data(data, self.name, beyond="what the new neurons give (refit=true)"))
+        beyond = None if self.whole else "what the new neurons give (refit=true)"
+        beyond = "what each layer gets once those before it are compressed" if self.sequential else beyond
+        batches = need_data(data, self.name, beyond=beyond)
         first, second = _halves(progress)
+        if isinstance(batches, StatisticsFile):
+            batches.check(model)
+            return refitted_from(model, batches, self.drafted(model, data, first), self.ridge, second)
+        batches = kept(batches)
         return refitted(
             model, batches, self.drafted(model, batches, first), self.ridge, second, sequential=self.sequential
         )
@@ -118,6 +127,50 @@ def refitted(
     block_by_block(model, batches, found, show, fit, progress, sequential=sequential)
     edits = [made.get(edit.target, edit) if edit.stage is Stage.NEURONS else edit for edit in draft.edits]
     return Draft(tuple(edits), quantities, draft.report)
+
+
+def refitted_from(
+    model: nn.Module, stored: StatisticsFile, draft: Draft, ridge: float, progress: Progress | None = None
+) -> Draft:
+    """As :func:`refitted`, of a draft of which neurons stay or go, from statistics of one pass.
+
+    The sums in these are of nine tenths of the tokens (:meth:`~ffnkit.calibration.hooks.Activations.apart`): so this is
+    what :func:`refitted` makes of those alone, to rounding.
+    """
+    known = {ffn.name: ffn for ffn in ffns(model)}
+    edits, quantities = [], {name: dict(values) for name, values in draft.quantities.items()}
+    for number, edit in enumerate(draft.edits, 1):
+        ffn, chosen = known.get(edit.target), edit.neurons_kept
+        if ffn is not None and chosen is not None and edit.new_width != ffn.width:
+            old = lifted(ffn.raw())
+            singles = [old.expert(e) for e in range(old.experts)] if old.experts else [old]
+            numbers = chosen.long().to(old.up.device).reshape(len(singles), -1)
+            fits = [
+                _closed(*each, stored.moments(ffn, e), ridge)
+                for e, each in enumerate(zip(singles, numbers, strict=True))
+            ]
+            neurons = concatenate([each for each, _ in fits]) if old.experts else fits[0][0]
+            errors = [error for _, error in fits if error is not None]
+            edit = ReplaceNeurons.of(ffn.name, neurons.to(ffn.raw().up.dtype))
+            quantities.setdefault(ffn.name, {})["output error on the data"] = sum(errors) / max(len(errors), 1)
+        edits.append(edit)
+        if progress is not None:
+            progress(number, len(draft.edits), edit.target)
+    return Draft(tuple(edits), quantities, draft.report)
+
+
+def _closed(old: Neurons, chosen: Tensor, moments: Moments | None, ridge: float) -> tuple[Neurons, float | None]:
+    """One FFN or expert of the neurons ``chosen``, and its relative error; as they were where no token came."""
+    if moments is None:
+        return old.take(chosen), None
+    mean, bias = moments.mean(), old.down_bias
+    gram = moments.second(last=True) if bias is None else moments.centred(last=True)
+    down, explained = refit(gram, old.down, chosen, ridge)
+    norm = outputs(gram, old.down)
+    if bias is not None:
+        bias = (bias.double() + old.down.double() @ mean - down @ mean[chosen]).to(bias.dtype)
+    made = dataclasses.replace(old.take(chosen), down=down.to(old.down.dtype), down_bias=bias)
+    return made, (max(norm - explained, 0.0) / max(norm, 1e-300)) ** 0.5
 
 
 def block_by_block(

@@ -28,6 +28,7 @@ class Random(Refitting):
     seed: Annotated[int, Doc("of the draw; each FFN and each expert draws its own.", at_least=0)] = 0
 
     name: ClassVar[str] = "random"
+    whole: ClassVar[bool] = True
     summary: ClassVar[str] = "keep random neurons (baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
 
@@ -58,6 +59,7 @@ class Magnitude(Refitting):
     """
 
     name: ClassVar[str] = "magnitude"
+    whole: ClassVar[bool] = True
     summary: ClassVar[str] = "keep the neurons with the largest weights (structured pruning, baseline)"
     paper: ClassVar[str] = "arXiv 2307.08941"
     by_ffn: ClassVar[bool] = True
@@ -80,6 +82,7 @@ class Importance(Refitting):
     """
 
     name: ClassVar[str] = "importance"
+    whole: ClassVar[bool] = True
     summary: ClassVar[str] = "keep the neurons that add most to the output on data (structured pruning, baseline)"
     paper: ClassVar[str] = "arXiv 2407.14679"
     measures: ClassVar[bool] = True
