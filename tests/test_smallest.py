@@ -252,8 +252,9 @@ def test_a_search_on_a_ray_cluster(base: Path, plain: dict[str, Any], tmp_path: 
     given.write_text(recipe(base).model_dump_json())
     code = (
         "import json, sys, ray; from pathlib import Path; from ffnkit.search import search; from "
-        "ffnkit.search.settings import search_from; ray.init(num_cpus=2, include_dashboard=False); search(search_from(json.loads("
-        "Path(sys.argv[1]).read_text()), 'tiny'), sys.argv[2], print, ray='auto', threads=1)"
+        "ffnkit.search.settings import search_from; ray.init(num_cpus=2, include_dashboard=False); "
+        "given = search_from(json.loads(Path(sys.argv[1]).read_text()), 'tiny'); "
+        "search(given, sys.argv[2], print, ray='auto', threads=1)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     threading.Thread(target=kill_one, args=(out, b"ray::Worker.do", killed), daemon=True).start()

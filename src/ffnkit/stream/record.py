@@ -23,6 +23,19 @@ def parts_of(out: str | Path) -> Path:
     return out.parent / f".{out.name}.plans"
 
 
+def ready(source: str, method: Any, out: str | Path, data: list[str]) -> Path:
+    """The folder of the parts of a plan of this source, method, settings and data; what lies there of others goes.
+
+    Args:
+        data: fingerprints.
+    """
+    place = parts_of(out) / _key(source, method, data)
+    if not place.is_dir():
+        shutil.rmtree(place.parent, ignore_errors=True)
+        place.mkdir(parents=True)
+    return place
+
+
 def planned(
     model: Any, method: Any, source: str, out: str | Path, told: Callable[[int], None] | None = None
 ) -> tuple[Plan, Path]:
@@ -36,12 +49,9 @@ def planned(
     Returns:
         The plan, and the folder of its parts.
     """
-    place, key = parts_of(out), _key(source, method)
-    if not (place / key).is_dir():
-        shutil.rmtree(place, ignore_errors=True)
-        (place / key).mkdir(parents=True)
+    place = ready(source, method, out, [])
     chosen = method.chosen(model)
-    files = [place / key / f"{number}.safetensors" for number in range(len(chosen))]
+    files = [place / f"{number}.safetensors" for number in range(len(chosen))]
     if told is not None and (done := sum(file.is_file() for file in files)):
         told(done)
     parts = []
@@ -49,7 +59,7 @@ def planned(
         if not file.is_file():
             plan(model, dataclasses.replace(method, width={ffn.name: width})).save(file)
         parts.append(Plan.load(file))
-    return _joined(parts, model, method), place
+    return _joined(parts, model, method), place.parent
 
 
 def is_by_ffn(method: Any) -> bool:
@@ -72,10 +82,10 @@ def _joined(parts: list[Plan], model: Any, method: Any) -> Plan:
     )
 
 
-def _key(source: str, method: Any) -> str:
+def _key(source: str, method: Any, data: list[str]) -> str:
     folder = Path(source).expanduser()
     files = checkpoint_files(folder) if folder.is_dir() else []
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    about = [__version__, os.fspath(folder.absolute()), stats, method.name, method.settings()]
+    about = [__version__, os.fspath(folder.absolute()), stats, method.name, method.settings(), data]
     told = json.dumps(about, default=str)
     return hashlib.sha256(told.encode()).hexdigest()[:16]

@@ -22,7 +22,7 @@ from ffnkit.calibration.streams import Streams
 from ffnkit.edits import Edit, ReplaceNeurons, ScaleInputs
 from ffnkit.methods.common import Batch, Narrowing, generator, largest, lifted, need_data, norms
 from ffnkit.methods.expecting import Work, fused
-from ffnkit.methods.narrow.refitting import block_by_block
+from ffnkit.methods.narrow.by_block import Fitted, block_by_block
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.ops import local
 from ffnkit.ops.moments import Moments
@@ -129,8 +129,6 @@ class CalibratedFusion(Narrowing):
         for ffn, _ in found:
             ffn.check_plain(f"calibrating {ffn.name}")
             check_weights(ffn.raw(), ffn.name)
-        by_name: dict[str, list[Edit]] = {}
-        quantities: dict[str, dict[str, float]] = {}
         narrow = [ffn for ffn, _ in found]
         seen = observing(narrow, self.tokens if self.refine else 0)
         few = batches if stored else first_batches(batches)
@@ -146,18 +144,19 @@ class CalibratedFusion(Narrowing):
             else:
                 blocks.see(group, seen, last=last)
 
-        def fit(ffn: FFN) -> Neurons:
+        def fit(ffn: FFN) -> Fitted:
             reading = Reading(weights[ffn.name], metrics[ffn.name])
             neurons, factor, error = self._narrow(ffn, seen, widths[ffn.name], reading)
             rewrite = ReplaceNeurons.of(ffn.name, neurons)
-            by_name[ffn.name] = [rewrite]
+            edits: list[Edit] = [rewrite]
             if widths[ffn.name] < ffn.width:
-                by_name[ffn.name].append(ScaleInputs(ffn.name, site="down", scale=factor))
-            quantities[ffn.name] = {"output error on the data": error}
-            return rewrite.neurons().scaled(factor)
+                edits.append(ScaleInputs(ffn.name, site="down", scale=factor))
+            return Fitted(edits, {"output error on the data": error}, rewrite.neurons().scaled(factor))
 
-        block_by_block(model, batches, narrow, show, fit, progress, sequential=sequential)
-        return Draft(tuple(edit for ffn, _ in found for edit in by_name[ffn.name]), quantities)
+        beside = () if streams is None else (streams.before,)
+        done = block_by_block(model, batches, narrow, show, fit, progress, sequential=sequential, beside=beside)
+        edits = tuple(edit for ffn, _ in found for edit in done[ffn.name].edits)
+        return Draft(edits, {name: each.quantities for name, each in done.items()})
 
     def _narrow(self, ffn: FFN, seen: Statistics[Part], width: int, reading: Reading) -> tuple[Neurons, Tensor, float]:
         """New neurons (factor divided out of down), the factor (width,) or (E, width), the relative output error."""
