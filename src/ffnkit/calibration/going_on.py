@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from ffnkit.io.files import mapped, space_errors
 @dataclass
 class _Place:
     folder: Path
+    told: Callable[[int], None]
     number: int = 0
 
 
@@ -29,9 +30,13 @@ _places: list[_Place] = []
 
 
 @contextmanager
-def going_on(folder: Path) -> Iterator[None]:
-    """While the block runs, :func:`next_place` gives folders below ``folder``, in the same order whenever it runs."""
-    _places.append(_Place(folder))
+def going_on(folder: Path, told: Callable[[int], None] = lambda done: None) -> Iterator[None]:
+    """While the block runs, :func:`next_place` gives folders below ``folder``, in the same order whenever it runs.
+
+    Args:
+        told: called with the number of FFNs that were done before.
+    """
+    _places.append(_Place(folder, told))
     try:
         yield
     finally:
@@ -45,6 +50,12 @@ def next_place() -> Path | None:
     place = _places[-1]
     place.number += 1
     return place.folder / str(place.number - 1)
+
+
+def tell(done: int) -> None:
+    """So many FFNs were done before."""
+    if _places and done:
+        _places[-1].told(done)
 
 
 def keep(value: Any, stem: Path) -> tuple[Any, Any]:

@@ -59,8 +59,8 @@ def search(
     Candidates (widths, layers, FFNs, sharing, heads and mixtures) are proposed by Optuna's multi-objective TPE and
     measured before tuning: what they cost, and how far they are from the original on held-out data. The best of both
     heal with growing budgets. Models are chosen on dev, by paired rows, and the chosen one is reported once on the
-    split kept for that. Killed and called again it goes on; called twice at once, both work on it. What it finds does
-    not hang on who works on it, to the bit where each process has as many threads.
+    split kept for that. Killed and called again it goes on; called twice at once, both work on it. What is tried
+    does not hang on who works on it, and its figures are the same but for rounding.
 
     Args:
         out: gets ``model`` (compact and standard), ``front.md``, ``front.svg``, ``report.html`` and ``results.json``.
@@ -270,8 +270,7 @@ class Run:
             model = self.ground.open(folder.model(number, rung - 1))
         else:
             model = copy.deepcopy(self.original)
-            for plan in range(found["plans"]):
-                ffnkit.apply(model, ffnkit.Plan.load(place / f"plan-{plan}"))
+            ways.apply_plans(model, [ffnkit.Plan.load(place / f"plan-{plan}") for plan in range(found["plans"])])
         tokens = self.settings.tokens * self.settings.factor**rung
         settings = self.recipe.heal.model_copy(update={"tokens": tokens})
         seed = self.settings.seed + rung

@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit import __version__
+from ffnkit.calibration.stored import tokens_of
+from ffnkit.errors import FfnkitError
 from ffnkit.io.sizes import checkpoint_files
+from ffnkit.methods.common import Narrowing
 from ffnkit.model.finding import ffns
 from ffnkit.plans import Plan, plan
+
+COPIES = 6  # of a block's hidden states: two passes, of each the last block's, this one's, and one on its way
 
 
 def parts_of(out: str | Path) -> Path:
@@ -65,6 +70,30 @@ def planned(
 def is_by_ffn(method: Any) -> bool:
     """Whether a method decides of each FFN alone, from its weights."""
     return bool(getattr(method, "by_ffn", False)) and not getattr(method, "needs_data", False)
+
+
+def uses_blocks(method: Any) -> bool:
+    """Whether a method fits block by block, and so leaves what a block gave."""
+    return isinstance(method, Narrowing) and bool(getattr(method, "needs_data", False))
+
+
+def room_for(model: Any, batches: list[Any], out: str | Path) -> str:
+    """In words, how much of the output's disk the hidden states of a block take, to go on behind it.
+
+    Raises:
+        FfnkitError: there is not so much room.
+    """
+    found = ffns(model)
+    each = max(ffn.d * ffn.raw().down.element_size() for ffn in found)
+    need = COPIES * sum(map(tokens_of, batches)) * each
+    around = Path(out).absolute().parent
+    while not around.is_dir():
+        around = around.parent
+    free = shutil.disk_usage(around).free
+    if need > free:
+        what = f"hidden states of the data take up to {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on its disk"
+        raise FfnkitError(f"writing '{out}'", what, "Free some space, give fewer tokens, or name another disk")
+    return f"hidden states of the data take up to {need / 1e9:.1f} GB of disk while it runs"
 
 
 def _joined(parts: list[Plan], model: Any, method: Any) -> Plan:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ffnkit.calibration.blockwise import Blockwise
-from ffnkit.calibration.going_on import CannotKeep, files_of, next_place
+from ffnkit.calibration.going_on import CannotKeep, files_of, next_place, tell
 from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.edits import Edit
 from ffnkit.io.files import read_json, replacing, write_text
@@ -72,6 +72,7 @@ def block_by_block(
         passes = (blocks, *beside)
         if record is not None:
             done |= record.read(passes)
+            tell(len(done))
         for group in blocks.groups:
             fresh = [ffn for ffn in group if ffn.name not in done]
             if fresh:
