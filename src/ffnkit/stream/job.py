@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ffnkit.calibration.batches import kept
 from ffnkit.calibration.going_on import going_on
@@ -95,10 +95,10 @@ def make_plan(
     if isinstance(data, StatisticsFile):
         fingerprints = [os.fspath(data.path.absolute()), str(data.path.stat().st_mtime_ns), *data.data]
     else:
-        data = kept(data)
-        fingerprints = [batch_fingerprint(batch) for batch in data]
+        data = batches = cast("list[dict[str, Tensor]]", kept(data))
+        fingerprints = [batch_fingerprint(batch) for batch in batches]
         if uses_blocks(method):
-            logger.info("%s", room_for(model, data, out))
+            logger.info("%s", room_for(model, batches, out))
     place = ready(name_of(model), method, out, fingerprints)
     with going_on(place, _say):
         return ffnkit.plan(model, method, data=data), place.parent
