@@ -190,7 +190,10 @@ ON_DATA = [("alone", "llama"), *((name, "llama") for name in BY_BLOCK if name !=
 ON_DATA += [("calibrated", "t5"), ("calibrated", "mixtral"), ("calibrated", "bert")]
 
 
-@pytest.mark.parametrize(("method", "family"), slow_but([("alone", "llama")], ON_DATA))
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (number > 0)) for number, case in enumerate(ON_DATA)],
+)
 def test_interrupted_at_every_block_it_goes_on_behind_the_last(
     method: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
