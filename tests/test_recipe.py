@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from test_recipe_run import tiny
 
 from ffnkit.errors import FfnkitError
@@ -51,6 +52,15 @@ def test_the_recipes_that_ship_are_good() -> None:
         whole = load_recipe(path)
         small = load_recipe(path, small=True) if "\nsmall:" in path.read_text() else whole
         assert small.arms and small.arms.keys() <= whole.arms.keys()
+
+
+def test_a_small_variant_of_a_papers_table_names_itself() -> None:
+    """Else its tables are headed by the paper's model and data, which it did not see."""
+    files = list((shipped.FOLDER / "papers").glob("*.yaml"))
+    assert len(files) > 10
+    for path in files:
+        whole, small = yaml.safe_load(path.read_text()), yaml.safe_load(path.read_text())["small"]
+        assert "small variant" in small["name"] and small["name"] != whole["name"], path.name
 
 
 # (old, new, what the one line must hold)
