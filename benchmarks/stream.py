@@ -25,7 +25,7 @@ from typing import Any
 from common import RESULTS, cost, footer, in_process, load_average, loaded_bytes, resumed, table, write
 
 D, FF, WORDS, SHARD = 4096, 11008, 32000, 2_000_000_000
-TOKENS, LAYERS = 16_000, "0-3"
+TOKENS, LAYERS = 16_000, "0-1"
 ARMS = {
     "magnitude": "`magnitude`, half of the neurons",
     "fusion": "`fusion`, half of the neurons, one restart",
