@@ -337,3 +337,28 @@ def test_a_search_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     assert search(recipe(base), out).results == results and (out / "results.json").stat().st_mtime_ns == stamp
     with pytest.raises(FfnkitError, match="another search"):
         search(recipe(base, keep=0.8), out)
+
+
+@pytest.mark.parametrize("command", ["search", "run"])
+def test_the_commands_hand_on_who_is_to_work(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    import ffnkit.search as package
+    from ffnkit.cli import app
+    from ffnkit.cli.group import filled
+
+    seen: dict[str, Any] = {}
+
+    def stands_in(recipe: Any, out: Path, say: Any, **how: Any) -> Any:
+        seen.update(how)
+        raise FfnkitError("searching", "this is as far as the test goes", "Look at what was given")
+
+    monkeypatch.setattr(package, "search", stands_in, raising=False)
+    (tmp_path / "s.yaml").write_text("model: m\ntask: sst2\nsearch: {keep: 0.9}\n")
+    words = ["search", "m", "--task", "sst2"] if command == "search" else ["run", str(tmp_path / "s.yaml")]
+    out = ["--out", str(tmp_path / "out")]
+    for more in (["--jobs", "3", "--threads", "2"], ["--ray"], ["--ray", "ray://host:1"]):
+        found = CliRunner().invoke(app, filled([*words, *more, *out]))
+        assert found.exit_code == 2 and "as far as the test goes" in found.output, found.output
+        wanted = {"--jobs": (3, 2, None), "--ray": (1, None, "auto" if len(more) == 1 else more[1])}[more[0]]
+        assert (seen["jobs"], seen["threads"], seen["ray"]) == wanted
