@@ -39,6 +39,8 @@ ARMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "a block of layers": ("layer-drop", {}, "batches"),
     "ours, effort=fast": ("calibrated-fusion", {"effort": "fast"}, "statistics"),
     "ours": ("calibrated-fusion", {}, "batches"),
+    "ours, effort=fast, select=loss": ("calibrated-fusion", {"effort": "fast", "select": "loss"}, "statistics"),
+    "ours, select=loss": ("calibrated-fusion", {"select": "loss"}, "batches"),
     "ours, select=leverage, sequential=False": ("calibrated-fusion", {"select": "leverage"}, "statistics"),
 }
 

@@ -26,7 +26,7 @@ from ffnkit.model.finding import ffns
 from ffnkit.ops import local, subset
 from ffnkit.ops.moments import Moments
 from ffnkit.ops.neurons import Neurons
-from ffnkit.ops.subset import choose, leverage, refit
+from ffnkit.ops.subset import choose, leverage, ranked, refit
 
 # Fast: each method on an FFN without gates, with them and with experts, and each kind of FFN by one method or two.
 EACH = pytest.mark.parametrize(("method", "name"), crossed(OTHERS, KINDS, always=[("svd", "bert")]))
@@ -164,6 +164,23 @@ def test_scores_are_what_is_lost_without_each_neuron() -> None:
     alike = torch.cat((h, h[:, :1]), 1)  # a copy of a neuron, no ridge: either can go without loss
     scores = leverage(alike.T @ alike, 0.0, torch.cat((down, down[:, :1]), 1))
     assert scores[[0, 7]].max() < 1e-5 * scores[1:7].min()
+
+
+def test_neurons_are_ranked_by_loss_and_by_leverage_in_turn() -> None:
+    draw = torch.Generator().manual_seed(0)
+    h, mixing, down = (torch.randn(*shape, generator=draw).double() for shape in ((100, 24), (24, 24), (4, 24)))
+    gram, ridge = (h @ mixing).T @ (h @ mixing), 0.05
+    by_loss, by_leverage = (leverage(gram, ridge, of).argsort(descending=True).tolist() for of in (down, None))
+    assert ranked(gram, ridge, down, 1.0).tolist() == by_loss != by_leverage
+    assert ranked(gram, ridge, down, 0.0).tolist() == by_leverage
+    order: list[int] = []
+    while len(order) < 24:  # a quarter by loss: once by loss, then three times by leverage
+        by = int(len(order) % 4 != 0)
+        order.append(next(each for each in (by_loss, by_leverage)[by] if each not in order))
+    assert ranked(gram, ridge, down, 0.25).tolist() == order
+    heavy = down.clone()
+    heavy[:, by_leverage[-1]] *= 1e3  # what leverage would drop first, and the outputs stand on
+    assert by_leverage[-1] in ranked(gram, ridge, heavy, 0.25)[:4] and by_leverage[-1] in by_leverage[4:]
 
 
 def test_many_neurons_are_chosen_as_one_by_one() -> None:

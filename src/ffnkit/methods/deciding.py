@@ -20,7 +20,7 @@ from ffnkit.settings import settings_of
 from ffnkit.surgery.temporary import temporarily
 
 CANDIDATES: dict[str, tuple[Any, ...]] = {
-    "select": ("leverage",),
+    "select": ("loss", "leverage"),
     "ridge": (0.03, 0.3, 1.0),
     "refine": (0, 300),
     "tokens": (2048,),

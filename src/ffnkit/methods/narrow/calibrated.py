@@ -20,14 +20,14 @@ from ffnkit.calibration.statistics import HeldInputs, HiddenMoments, Statistics
 from ffnkit.calibration.stored import StatisticsFile, first_batches
 from ffnkit.calibration.streams import Streams
 from ffnkit.edits import Edit, ReplaceNeurons, ScaleInputs
-from ffnkit.methods.common import Batch, Narrowing, generator, largest, lifted, need_data, norms
+from ffnkit.methods.common import Batch, Narrowing, generator, lifted, need_data, norms
 from ffnkit.methods.expecting import Work, fused
 from ffnkit.methods.narrow.by_block import Fitted, block_by_block
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.ops import local
 from ffnkit.ops.moments import Moments
 from ffnkit.ops.neurons import Neurons, concatenate
-from ffnkit.ops.subset import choose, leverage, outputs, refit, weighed
+from ffnkit.ops.subset import choose, outputs, ranked, refit, weighed
 from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc
 from ffnkit.settings.presets import Preset, with_presets
@@ -35,6 +35,9 @@ from ffnkit.settings.presets import Preset, with_presets
 logger = logging.getLogger(__name__)
 
 RIDGE = 1e-2  # of the selection, relative to the mean square of the activations
+# Of the neurons that stay, those chosen by the loss without each. Leverage carries over to text of another kind, but
+# keeps nothing for the few outputs that a model may stand on; some neurons by their loss keep those.
+BY_LOSS = {"loss": 1.0, "balanced": 0.5, "leverage": 0.0}
 COMPRESSED = "what each layer gets once those before it are compressed (sequential=true)"
 ROWS = 1024  # tokens that pass through an FFN at a time
 JUDGED = 2048  # tokens at most that are held out to judge a fit
@@ -46,8 +49,8 @@ class CalibratedFusion(Narrowing):
     """Narrow each FFN so that its output on data stays: choose neurons, refit the output layer, then all of it.
 
     On the tokens of the data, with H the hidden activations and W the output layer:
-    1. neurons S are chosen (``select``), unless told otherwise by how much the error of H_S D^T, in the ``metric`` of
-       what comes behind, grows with the best D where one of them alone goes;
+    1. neurons S are chosen (``select``): unless told otherwise half of them by how much the error of H_S D^T, in the
+       ``metric`` of what comes behind, grows with the best D where one of them alone goes, the rest by leverage;
     2. D (and the output bias) is refitted in closed form by ridge regression, so that what the dropped neurons did
        is taken over by the kept ones as far as it can be: they are fused into them. The ridge pulls towards the old
        columns, not towards zero. With ``sequential``, H is what the compressed layers before give, and the target is
@@ -81,12 +84,12 @@ class CalibratedFusion(Narrowing):
         ),
     ] = "fisher"
     select: Annotated[
-        Literal["loss", "leverage", "greedy"],
+        Literal["balanced", "loss", "leverage", "greedy"],
         Doc(
-            'which neurons stay: by the "loss" without each of them, by "leverage" (what the others cannot give), or '
-            '"greedy", one after the other.'
+            'which neurons stay: by the "loss" without each of them, by "leverage" (what the others cannot give), '
+            '"balanced" (half by loss, the rest by leverage), or "greedy", one after the other.'
         ),
-    ] = "loss"
+    ] = "balanced"
     ridge: Annotated[
         float,
         Doc("of the refit, towards the old columns, relative to the mean square of the activations.", at_least=0),
@@ -192,8 +195,7 @@ class CalibratedFusion(Narrowing):
         if self.select == "greedy":
             kept = choose(gram, read, width, RIDGE).order.sort().values.to(gram.device)
         else:
-            scores = leverage(gram, RIDGE, read if self.select == "loss" else None)
-            kept = largest(scores, width).long().to(gram.device)
+            kept = ranked(gram, RIDGE, read, BY_LOSS[self.select])[:width].sort().values
         centred = old.down_bias is not None
         down, explained = refit(gram, old.down, kept, self.ridge, seen.missing(centred=centred))
         norm = outputs(gram, old.down)
