@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +20,13 @@ import numpy as np
 import pytest
 from test_recipe_run import tiny
 
+import ffnkit
 from ffnkit.errors import FfnkitError
+from ffnkit.search import candidates as ways
+from ffnkit.search.candidates import Candidate
 from ffnkit.search.chances import kept_share, least_kept
 from ffnkit.search.halving import fronts, promoted, spread
+from ffnkit.search.proposing import Proposals
 from ffnkit.search.settings import SearchSettings, is_search, read_search, search_from
 from ffnkit.search.state import Folder
 
@@ -122,6 +134,54 @@ def test_a_folder_holds_one_search_and_a_task_one_process(tmp_path: Path) -> Non
         Folder(tmp_path / "else").begin({"model": "m"})
 
 
+def fake_size(number: int, salt: int) -> list[float]:
+    return [random.Random(number + salt).random(), random.Random(number + salt + 0.5).random()]
+
+
+def asked(out: Path, order: Any, salt: int = 0, failing: frozenset[int] = frozenset()) -> list[Any]:
+    """What is proposed in a folder whose candidates are done in an order that ``order`` picks, anew a turn."""
+    settings = SearchSettings(candidates=22)
+    while left := (proposals := Proposals(Folder(out), settings, 6)).open():
+        number = order(left)
+        place = Folder(out).place(number)
+        place.mkdir(parents=True)
+        size, loss = fake_size(number, salt)
+        name = "failed" if number in failing else "candidate"
+        plain = {"candidate": proposals.candidate(number).to_dict(), "size": size, "loss": loss}
+        (place / f"{name}.json").write_text(json.dumps(plain))
+    found = json.loads((out / "proposed.json").read_text())["candidates"]
+    return [(proposals.candidate(number), params) for number, params in enumerate(found)]
+
+
+def test_who_measures_and_in_which_order_changes_no_proposal(tmp_path: Path) -> None:
+    """The negative control is other values, from which other candidates follow, behind the opening only."""
+    pytest.importorskip("optuna")
+    pytest.importorskip("fcntl")
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+    one = asked(tmp_path / "a", min)
+    assert asked(tmp_path / "b", max) == one and len({candidate for candidate, _ in one}) == len(one) == 22
+    other = asked(tmp_path / "c", min, salt=100)
+    assert other[:14] == one[:14] and other != one
+    failed = asked(tmp_path / "d", min, failing=frozenset({1, 15}))
+    assert len(failed) == 24 and failed[:14] == one[:14], "others take the place of those that fail"
+
+
+@pytest.mark.parametrize("how", ["ffns", "layers", "heads", "shared"])
+def test_what_is_narrowed_loses_more_and_is_made_again_from_its_plans(how: Any) -> None:
+    from methods import case_of
+
+    case = case_of("llama")
+    model = case.model().eval()
+    batches, start = case.data(model), copy.deepcopy(model)
+    statistics = ffnkit.calibrate(model, batches)
+    candidate = Candidate(how, 0.5, number=1 if how != "heads" else 0, heads=0.5 if how == "heads" else 0.0)
+    plans = ways.apply_to(model, candidate, "params", statistics, batches, 0)
+    assert len(plans) == 2 and ways.costs(model)["params"] < ways.costs(start)["params"]
+    ways.apply_plans(start, plans)
+    assert [p.equal(q) for p, q in zip(model.parameters(), start.parameters(), strict=True)].count(False) == 0
+
+
 def recipe(base: Path, **search: Any) -> Any:
     task = {name: str(base / f"{name}.csv") for name in ("train", "validation")} | {"text": "text", "label": "label"}
     given = {
@@ -146,6 +206,88 @@ def recipe(base: Path, **search: Any) -> Any:
         },
         "tiny",
     )
+
+
+def outcome(out: Path) -> dict[str, Any]:
+    """All figures of a search but times, and the loss of models of which all that is lost is rounding."""
+    found = json.loads((out / "results.json").read_text())
+    for row in [*found["candidates"], found["chosen"]]:
+        for name in ("seconds", "loss", "healed"):
+            row.get("tuned", {}).pop(name, None)
+        row.pop("latency", None), row.pop("latency_s", None)
+    found["original"].pop("seconds")
+    return dict(found)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny(tmp_path_factory.mktemp("search"))
+
+
+@pytest.fixture(scope="module")
+def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process finds."""
+    from ffnkit.search import search
+
+    out = tmp_path_factory.mktemp("plain") / "out"
+    search(recipe(base), out, threads=1)
+    return outcome(out)
+
+
+def kill_one(out: Path, words: bytes, killed: list[int]) -> None:
+    """Signal 9 to a process of this command line as soon as it has written something of a candidate."""
+    until = time.monotonic() + 600
+    while time.monotonic() < until and not list(out.glob("candidates/*/*.json")):
+        time.sleep(0.005)
+    while time.monotonic() < until and not killed:
+        for place in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):
+                if words in place.read_bytes():
+                    os.kill(int(place.parent.name), signal.SIGKILL)
+                    killed.append(int(place.parent.name))
+                    return
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_processes_find_what_one_finds_and_one_is_killed(base: Path, plain: dict[str, Any], tmp_path: Path) -> None:
+    from ffnkit.search import search
+
+    out, killed = tmp_path / "out", list[int]()
+    words = b"ffnkit.search.helper\0" + str(out).encode()
+    threading.Thread(target=kill_one, args=(out, words, killed), daemon=True).start()
+    search(recipe(base), out, jobs=2, threads=1)
+    assert killed and outcome(out) == plain
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_search_on_a_ray_cluster(base: Path, plain: dict[str, Any], tmp_path: Path) -> None:
+    """Two workers of a cluster of this machine, one of them killed while it is at a candidate."""
+    pytest.importorskip("ray")
+    out, given, killed = tmp_path / "out", tmp_path / "recipe.json", list[int]()
+    given.write_text(recipe(base).model_dump_json())
+    code = (
+        "import json, sys, ray; from pathlib import Path; from ffnkit.search import search; from "
+        "ffnkit.search.settings import search_from; ray.init(num_cpus=2, include_dashboard=False); "
+        "given = search_from(json.loads(Path(sys.argv[1]).read_text()), 'tiny'); "
+        "search(given, sys.argv[2], print, ray='auto', threads=1)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    threading.Thread(target=kill_one, args=(out, b"ray::Worker.do", killed), daemon=True).start()
+    subprocess.run([sys.executable, "-c", code, str(given), str(out)], env=environment, check=True, timeout=1600)
+    assert killed and outcome(out) == plain
+
+
+def test_without_ray_the_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from ffnkit.search import search
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(FfnkitError, match=r"ffnkit\[ray\]"):
+        search(search_from({"model": "m", "task": "sst2"}, "r"), tmp_path / "out", ray="auto")
+    with pytest.raises(FfnkitError, match="Ray decides"):
+        search(search_from({"model": "m", "task": "sst2"}, "r"), tmp_path / "out", ray="auto", jobs=2)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -192,3 +334,28 @@ def test_a_search_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     assert search(recipe(base), out).results == results and (out / "results.json").stat().st_mtime_ns == stamp
     with pytest.raises(FfnkitError, match="another search"):
         search(recipe(base, keep=0.8), out)
+
+
+@pytest.mark.parametrize("command", ["search", "run"])
+def test_the_commands_hand_on_who_is_to_work(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    import ffnkit.search as package
+    from ffnkit.cli import app
+    from ffnkit.cli.group import filled
+
+    seen: dict[str, Any] = {}
+
+    def stands_in(recipe: Any, out: Path, say: Any, **how: Any) -> Any:
+        seen.update(how)
+        raise FfnkitError("searching", "this is as far as the test goes", "Look at what was given")
+
+    monkeypatch.setattr(package, "search", stands_in, raising=False)
+    (tmp_path / "s.yaml").write_text("model: m\ntask: sst2\nsearch: {keep: 0.9}\n")
+    words = ["search", "m", "--task", "sst2"] if command == "search" else ["run", str(tmp_path / "s.yaml")]
+    out = ["--out", str(tmp_path / "out")]
+    for more in (["--jobs", "3", "--threads", "2"], ["--ray"], ["--ray", "ray://host:1"]):
+        found = CliRunner().invoke(app, filled([*words, *more, *out]))
+        assert found.exit_code == 2 and "as far as the test goes" in found.output, found.output
+        wanted = {"--jobs": (3, 2, None), "--ray": (1, None, "auto" if len(more) == 1 else more[1])}[more[0]]
+        assert (seen["jobs"], seen["threads"], seen["ray"]) == wanted

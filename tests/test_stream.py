@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 import ffnkit as fk
 from ffnkit.io import files
 from ffnkit.io.architectures import load_any
+from ffnkit.methods.narrow import by_block
 from ffnkit.stream import job, opening, record
 from ffnkit.stream.pages import is_mapped, let_go
 
@@ -173,6 +175,111 @@ def test_killed_it_goes_on_behind_what_was_planned(source: Path, tmp_path: Path,
     fk.compress(source, fk.Fusion(width=0.5, restarts=1), tmp_path / "memory", stream=False)
     same(tmp_path / "memory", out)
     assert {each.name for each in tmp_path.iterdir()} == {"source", "files", "memory"}
+
+
+# --- block by block over data
+
+BY_BLOCK: dict[str, Any] = {
+    "calibrated": lambda: fk.CalibratedFusion(width=0.5, refine=5),
+    "alone": lambda: fk.CalibratedFusion(width=0.5, effort="fast"),
+    "closed form": lambda: fk.methods.build("modegpt", width=0.5, sequential=True),
+    "whitened": lambda: fk.methods.build("svd", width=0.5, whiten=True),
+    "refitted": lambda: fk.Fusion(width=0.5, restarts=1, refit=True, sequential=True),
+}
+ON_DATA = [("alone", "llama"), *((name, "llama") for name in BY_BLOCK if name != "alone")]
+ON_DATA += [("calibrated", "t5"), ("calibrated", "mixtral"), ("calibrated", "bert")]
+
+
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (number > 0)) for number, case in enumerate(ON_DATA)],
+)
+def test_interrupted_at_every_block_it_goes_on_behind_the_last(
+    method: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    case = case_of(family)
+    model = case.model()
+    model.save_pretrained(tmp_path / "source")
+    data, out, before, calls = case.data(model), tmp_path / "files", by_block.write_text, [0]
+
+    def stops(path: Path, text: str) -> None:
+        before(path, text)
+        if path.name == by_block.STATE:
+            calls[0] += 1
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(by_block, "write_text", stops)
+    told: list[int] = []
+    monkeypatch.setattr(job, "_say", told.append)
+    for _ in range(20):
+        try:
+            fk.compress(tmp_path / "source", BY_BLOCK[method](), out, data, stream=True)
+            break
+        except KeyboardInterrupt:
+            assert not out.exists()
+    assert calls[0] > 1 and told == sorted(told) and len(told) == calls[0], "each time behind one block more"
+    fk.compress(tmp_path / "source", BY_BLOCK[method](), tmp_path / "memory", data, stream=False)
+    same(tmp_path / "memory", out)
+    assert {each.name for each in tmp_path.iterdir()} == {"source", "files", "memory"}
+
+
+_UNTIL_KILLED_ON_DATA = """
+import sys, time
+import torch
+import ffnkit as fk
+from ffnkit.io import files
+from ffnkit.methods.narrow import by_block
+
+files.SPOOL_FROM, write = 1, by_block.write_text
+
+def once(path, text):
+    write(path, text)
+    print("one", flush=True)
+    time.sleep(600)
+
+by_block.write_text = once
+data = torch.load(sys.argv[3])
+fk.compress(sys.argv[1], fk.CalibratedFusion(width=0.5, refine=5), sys.argv[2], data, stream=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_a_block_it_goes_on_behind_it_on_the_same_data(source: Path, tmp_path: Path, caplog: Any) -> None:
+    """The negative control is other data, with which it begins anew."""
+    model = load_any(str(source))
+    data, out, method = case_of("llama").data(model), tmp_path / "files", BY_BLOCK["calibrated"]()
+    torch.save(data, tmp_path / "data.pt")
+    command = [sys.executable, "-c", _UNTIL_KILLED_ON_DATA, str(source), str(out), str(tmp_path / "data.pt")]
+    left = record.parts_of(out)
+
+    def killed() -> None:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None and process.stdout.readline() == "one\n"
+            process.send_signal(signal.SIGKILL)
+        assert not out.exists() and list(left.rglob(by_block.STATE))
+
+    killed()
+    fk.compress(source, method, out, data, stream=True)
+    assert "1 FFNs were planned before" in caplog.text and not left.exists()
+    fk.compress(source, method, tmp_path / "memory", data, stream=False)
+    same(tmp_path / "memory", out)
+    shutil.rmtree(out)
+    killed()
+    caplog.clear()
+    other = [{**batch, "input_ids": batch["input_ids"].flip(-1)} for batch in data]
+    fk.compress(source, method, out, other, stream=True)
+    assert "planned before" not in caplog.text
+
+
+def test_no_room_for_hidden_states_is_told_before(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_any(str(source))
+    data = case_of("llama").data(model)
+    assert "of disk while it runs" in record.room_for(model, data, tmp_path / "out")
+    monkeypatch.setattr(record, "COPIES", 10**15)
+    with pytest.raises(fk.FfnkitError, match="hidden states of the data take"):
+        record.room_for(model, data, tmp_path / "out")
 
 
 @pytest.mark.slow

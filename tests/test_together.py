@@ -38,11 +38,16 @@ CASES = [
 HERE = Path(__file__).parent
 
 
-def together(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Two processes by torch's launcher, which accelerate's calls as well."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ACCELERATE = ("accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0")
+
+
+def together(
+    *words: object, launcher: tuple[str, ...] = TORCHRUN, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Two processes by a launcher: torch's, which accelerate's calls as well."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
-    command = [*launcher, *map(str, words)]
+    command = [sys.executable, "-m", *launcher, *map(str, words)]
     return subprocess.run(command, env=env, text=True, capture_output=True, timeout=1400, cwd=HERE)
 
 
@@ -98,15 +103,25 @@ def test_processes_of_other_batches_end_elsewhere(tmp_path: Path) -> None:
 
 
 @SLOW
-@pytest.mark.parametrize("sharded", [False, True])
-def test_the_command_line_writes_and_tells_once(sharded: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "sharded"),
+    [
+        (TORCHRUN, "false"),
+        (TORCHRUN, "true"),
+        ((*ACCELERATE, "--multi_gpu"), None),
+        ((*ACCELERATE, "--use_fsdp", "--fsdp_version", "2"), None),
+    ],
+    ids=["torchrun", "torchrun, sharded", "accelerate", "accelerate, sharded"],
+)
+def test_the_command_line_writes_and_tells_once(launcher: tuple[str, ...], sharded: str | None, tmp_path: Path) -> None:
     folder, out = tiny(tmp_path), tmp_path / "out"
     data = ["--train-file", folder / "train.csv", "--text-column", "text", "--label-column", "label"]
     words = ["--steps", 4, "--batch-size", 4, "--max-length", 16, "--eval-every", 2, "--tuner", "sparsegrad"]
     words += ["--tuner-set", f"adapter_dir={tmp_path / 'adapter'}"]
     done = together(
         *("-m", "ffnkit", "tune", folder / "model", *data, *words, "--out", out, "--json"),
-        ACCELERATE_USE_FSDP=str(sharded).lower(),
+        launcher=launcher,
+        **({} if sharded is None else {"ACCELERATE_USE_FSDP": sharded}),
     )
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads(done.stdout)

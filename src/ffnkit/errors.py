@@ -23,6 +23,10 @@ class FfnkitError(ValueError):
         self.asked, self.found, self.do = asked, found, do
         super().__init__(" ".join(f"{short(asked)}: {short(found)}. {short(do)}".split()))
 
+    def __reduce__(self) -> tuple[type[FfnkitError], tuple[str, str, str]]:
+        """Between processes it stays what it is."""
+        return FfnkitError, (self.asked, self.found, self.do)
+
     def within(self, context: str) -> FfnkitError:
         """The same error with ``context`` (model, method, shape) put before it."""
         return FfnkitError(f"{context}: {self.asked}", self.found, self.do)

@@ -57,7 +57,7 @@ class Refining:
         )
         # the factor is no part of what a target counts: it goes into the output layer
         own: dict[str, Edit] = {
-            ffn.name: ReplaceNeurons.of(ffn.name, fits[ffn.name].neurons().to(ffn.raw().up.dtype)) for ffn, _ in found
+            ffn.name: ReplaceNeurons.of(ffn.name, fits[ffn.name].given().to(ffn.raw().up.dtype)) for ffn, _ in found
         }
         return self.losses.with_ffns(own)
 

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, evaluating, few_rows, forward, kept, prepared
+from ffnkit.calibration.going_on import again, keep
 from ffnkit.calibration.hooks import Receive, hooked
 from ffnkit.calibration.padding import TokenMasks
 from ffnkit.calibration.statistics import Statistics
@@ -82,6 +84,7 @@ class Blockwise:
         self.groups = [by_block[name] for name in order]
         self._done: dict[str, list[str]] = {}  # blocks behind us, by the list that holds them
         self._outputs: dict[str, list[Any]] = {}  # what the last of them gave, a batch each
+        self._kept: dict[str, Any] = {}  # what of it lies in files, as plain data
         self._alone: set[str] = set()  # lists whose blocks are skipped for blocks of the same list only
         self._whole: set[str] = set()  # and those whose blocks always run
         self._passed: str | None = None  # the block whose outputs are there since it was watched
@@ -139,6 +142,27 @@ class Blockwise:
             for number in range(len(self.batches)):
                 outputs[number] = self._run(number, name, _holder(name))
         self._pass(name)
+
+    def keep(self, folder: Path, name: str) -> dict[str, Any]:
+        """Leave what the blocks behind us gave in files of a folder, whose names begin with ``name``; as plain data.
+
+        Only what is new since the last call is written. Raises CannotKeep where no file holds it.
+        """
+        for holder, passed in self._done.items():
+            if self._kept.get(holder, {}).get("blocks") == passed:
+                continue
+            outputs, told = self._outputs[holder], []
+            for number, output in enumerate(outputs):
+                outputs[number], row = keep(output, folder / f"ffnkit-{name}-{holder}-{len(passed)}-{number}")
+                told.append(row)
+            self._kept[holder] = {"blocks": list(passed), "outputs": told}
+        return dict(self._kept)
+
+    def restore(self, folder: Path, kept: dict[str, Any]) -> None:
+        """Be where another object of the same model and batches was when it gave ``kept``."""
+        self._kept = dict(kept)
+        self._done = {holder: list(each["blocks"]) for holder, each in kept.items()}
+        self._outputs = {holder: [again(told, folder) for told in each["outputs"]] for holder, each in kept.items()}
 
     def finish(self, number: int) -> None:
         """Run one batch to the model's end, for hooks to see; blocks behind us are not run again."""

@@ -39,13 +39,13 @@ class Streams:
         found: the FFNs, in the model as it was.
 
     Attributes:
-        factors: c, by name, of the FFNs of which there is one.
+        factors: c, by name, of the FFNs of which there is one. before: the model as it was.
     """
 
     def __init__(self, model: nn.Module, batches: Iterable[Batch], found: list[FFN]) -> None:
         batches = kept(batches)
-        self._before = Blockwise(model, batches, found)
-        self.factors = _factors(model, batches[0], found) if self._before.skips else {}
+        self.before = Blockwise(model, batches, found)
+        self.factors = _factors(model, batches[0], found) if self.before.skips else {}
 
     def see(self, blocks: Blockwise, group: list[FFN], seen: Statistics[Any]) -> None:
         """Let ``seen`` see what the FFNs of one block get from ``blocks``, and what they are to give beyond it."""
@@ -62,8 +62,8 @@ class Streams:
             seen.update(ffn, acts)
 
         if any(ffn.name in self.factors for ffn in group):
-            _watch(self._before, group, note, last=True)
-            self._before.advance(group)
+            _watch(self.before, group, note, last=True)
+            self.before.advance(group)
         _watch(blocks, group, compare)
 
 

@@ -22,6 +22,7 @@ from ffnkit.cli.outputs import check_output
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import check_file
 from ffnkit.io.folders import check_target, staging
+from ffnkit.io.placing import mapped, moved
 
 PANEL = "Models"
 
@@ -92,6 +93,7 @@ def compress(
     plan_out: Annotated[Path | None, typer.Option("--plan-out", help="Save the plan here.")] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
     stream: streams.Stream = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -154,7 +156,13 @@ def compress(
     deciding.check(chosen, calibration)
     console.quieten()
     after.check(dry_run)
-    with streams.around(stream, model, None if dry_run else out, dtype, device, heal=after.heal) as place:
+    if device_map is not None and stream:
+        raise FfnkitError(f"--device-map {device_map}", "--stream keeps the model in its files", "Give one of the two")
+    streamed = False if device_map is not None else stream
+    with (
+        mapped(device_map, beside=device),
+        streams.around(streamed, model, None if dry_run else out, dtype, device, heal=after.heal) as place,
+    ):
         job = Compression(model, chosen, plan_in, dtype, place, calibration, limit, deciding, after)
         report = job.run(plan_out, None if dry_run else out, form, as_json)
     if as_json:
@@ -242,7 +250,7 @@ class Compression:
             if self.budget is not None:
                 self.budget.check(empty, self.method)
         console.say(f"loading {self.source}")
-        model = load_any(self.source, dtype=self.dtype).to(place)
+        model = moved(load_any(self.source, dtype=self.dtype), place)
         adapted = is_adapted(model)
         if form == "apart" and not adapted:
             asked, what = "--form apart", f"no updates lie beside the weights of {self.source}"

@@ -9,6 +9,7 @@ from typing import Any
 
 from ffnkit.cli import console, describe
 from ffnkit.errors import FfnkitError
+from ffnkit.io.placing import moved
 
 
 def load_tokenizer(task: Any, model: str, other: str | None) -> Any:
@@ -101,7 +102,7 @@ class EvalJob:
         console.say(f"{self.task.name}: {len(splits.report)} rows of {splits.source}, split {self.split}")
         for note in splits.notes:
             console.say(f"  {note}")
-        model = self.task.load_model(self.model, tokenizer=tokenizer, trained_head=True).to(self.device)
+        model = moved(self.task.load_model(self.model, tokenizer=tokenizer, trained_head=True), self.device)
         start = time.perf_counter()
         found = Measured.of(
             model, tokenizer, self.task, splits, self.max_length, self.batch_size, generation=self.generation
@@ -135,7 +136,7 @@ def submit(job: EvalJob, out: Path | None) -> dict[str, Any]:
     if job.limit is not None:
         raise FfnkitError(f"--limit {job.limit}", "GLUE's server wants every row", "Leave it out")
     tokenizer = load_tokenizer(job.task, job.model, job.tokenizer)
-    model = job.task.load_model(job.model, tokenizer=tokenizer, trained_head=True).to(job.device)
+    model = moved(job.task.load_model(job.model, tokenizer=tokenizer, trained_head=True), job.device)
     sizes = {"batch_size": job.batch_size, "max_length": job.max_length}
     files = glue_server.write_predictions(model, tokenizer, job.task, out, data_dir=job.data_dir, **sizes)
     return {"model": job.model, "task": job.task.name, "split": "test", "folder": str(out), "files": files}

@@ -33,6 +33,7 @@ def export(
             help="Tokens over which speeds are compared; 0: not. \\[128 below 500 million parameters]",
         ),
     ] = None,
+    device_map: options.DeviceMap = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
@@ -56,8 +57,10 @@ def export(
     from ffnkit.checkpoint.speed import LARGEST, TOKENS
     from ffnkit.cli.forms import warn_export
     from ffnkit.io.architectures import load_any, load_companion
+    from ffnkit.io.placing import mapped
 
-    loaded = load_any(model)
+    with mapped(device_map):
+        loaded = load_any(model)
     history = History.of(model)
     warn_export(loaded, history, target)
     if measure is None:

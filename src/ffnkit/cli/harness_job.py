@@ -30,10 +30,11 @@ def settings(
 def run(model: str, asked: Any, tokenizer: str | None, device: Any) -> dict[str, Any]:
     """The harness's figures of a saved model, as ``--json`` prints them."""
     from ffnkit.io.architectures import load_any
+    from ffnkit.io.placing import moved
     from ffnkit.report.harness import check, harness
 
     check(asked)
-    loaded = load_any(model).to(device)
+    loaded = moved(load_any(model), device)
     start = time.perf_counter()
     found = harness(loaded, asked, tokenizer or model, progress=not console.state.quiet)
     return {

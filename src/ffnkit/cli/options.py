@@ -23,6 +23,14 @@ Overwrite = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of everything that is random.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps, or auto: an accelerator if any.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        metavar="MAP",
+        help="Lay the model over devices: auto, balanced, sequential, a device, or a JSON file of modules and devices.",
+    ),
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, bfloat16 or float16.")]
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 

@@ -76,10 +76,11 @@ def run(
     if recipe is None and small:
         raise FfnkitError("--small", "no recipe is given; the quickstart is small", "Give the path of a recipe")
     if recipe is not None and (wanted := read_search(recipe)) is not None:
-        for option, value in (("--restart", restart), ("--small", small), ("--only", only), ("--ray", ray)):
+        for option, value in (("--restart", restart), ("--small", small), ("--only", only)):
             if value:
                 raise FfnkitError(option, f"{recipe} is a search of models", "Leave it out")
-        raise typer.Exit(carry_out(wanted, out or Path("ffnkit-out") / wanted.name, jobs, as_json))
+        folder = out or Path("ffnkit-out") / wanted.name
+        raise typer.Exit(carry_out(wanted, folder, as_json, jobs=jobs, threads=threads, ray=ray))
     loaded = quickstart() if recipe is None else load_any(recipe, any_template=any_template, small=small)
     folder = out if out is not None else Path("ffnkit-out") / loaded.name
     console.quieten()

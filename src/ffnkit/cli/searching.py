@@ -59,6 +59,13 @@ def search(
     lr: Annotated[float | None, typer.Option("--lr", help="Its learning rate. \\[2e-4]")] = None,
     dev: Annotated[int, typer.Option("--dev", min=1, help="With --task: rows of train to choose by.")] = 2000,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes at once.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Of each process. \\[default: all cores, or their share]")
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", metavar="[ADDRESS]", help="Work on this Ray cluster; no address: the one at hand."),
+    ] = None,
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
@@ -75,13 +82,15 @@ def search(
       ffnkit search quickstart --task sst2 [cyan]--keep 0.99 --objective latency[/cyan] --out runs/small
 
       ffnkit search ./llama --text notes.txt [cyan]--within 0.15[/cyan] --out runs/small
+
+      ffnkit search ./llama --text notes.txt [cyan]--ray[/cyan] --out /shared/runs/small
     """
     given = Calibration(**vars(data), seed=seed)
     given.check_data()
     own = {"keep": keep, "within": within, "objective": objective, "candidates": candidates, "tuned": tuned}
     tune = {"steps": steps, "learning_rate": lr}
     found = recipe_of(model, given, describe.parse_settings(settings or []), own | {"seed": seed}, tune, dev)
-    raise typer.Exit(carry_out(found, out, jobs, as_json))
+    raise typer.Exit(carry_out(found, out, as_json, jobs=jobs, threads=threads, ray=ray))
 
 
 def recipe_of(
@@ -111,13 +120,17 @@ def recipe_of(
     return search_from(plain, "ffnkit search")
 
 
-def carry_out(recipe: SearchRecipe, out: Path, jobs: int, as_json: bool) -> int:
-    """Run a search and print what it found; the exit code."""
+def carry_out(recipe: SearchRecipe, out: Path, as_json: bool, **how: Any) -> int:
+    """Run a search and print what it found; the exit code.
+
+    Args:
+        how: ``jobs``, ``threads`` and ``ray`` of :func:`ffnkit.search.search`.
+    """
     from ffnkit.search import search as run_search
     from ffnkit.search.pages import HEADER, said, table_rows
 
     console.quieten()
-    found = run_search(recipe, out, console.say, jobs=jobs)
+    found = run_search(recipe, out, console.say, **how)
     if as_json:
         console.print_json(found.results)
     else:

@@ -15,6 +15,7 @@ from ffnkit.cli.outputs import check_output
 from ffnkit.cli.training_options import FLAGS, TRAINING, Told, Training
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import check_file
+from ffnkit.io.placing import mapped
 
 RESULT = "Result"
 HARNESS = "lm-evaluation-harness"
@@ -71,6 +72,7 @@ def tune(
             rich_help_panel=RESULT,
         ),
     ] = "auto",
+    device_map: options.DeviceMap = None,
     overwrite: options.Overwrite = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew: give up runs that were interrupted.", rich_help_panel=RESULT)
@@ -132,7 +134,8 @@ def tune(
         flags={name: FLAGS[name] for name in given},
     )
     console.quieten()
-    report = job.run()
+    with mapped(device_map):
+        report = job.run()
     if not report:
         return
     if as_json:
@@ -197,6 +200,7 @@ def evaluate(
         ),
     ] = None,
     device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
     predictions: Annotated[
         Path | None,
         typer.Option("--predictions", help="Write generated texts to this file, as JSON lines; of test: a folder."),
@@ -226,7 +230,8 @@ def evaluate(
         refuse_beside(data, {"--split": split, "--predictions": predictions})
         asked = harness_job.settings(lm_eval, include_path or [], limit, batch_size, lm_eval_set or [])
         console.quieten()
-        report = harness_job.run(model, asked, data.tokenizer, options.pick_device(device))
+        with mapped(device_map, runs_only=True, beside=device):
+            report = harness_job.run(model, asked, data.tokenizer, options.pick_device(device))
         console.print_json(report) if as_json else harness_job.show(report)
         return
     for flag, value in (("--include-path", include_path), ("--lm-eval-set", lm_eval_set)):
@@ -252,13 +257,15 @@ def evaluate(
         data.tokenizer,
     )
     if split == "test":
-        report = submit(job, predictions)
+        with mapped(device_map, runs_only=True, beside=device):
+            report = submit(job, predictions)
         if as_json:
             console.print_json(report)
         else:
             console.out(f"predictions in {predictions}: {', '.join(f'{k} ({n})' for k, n in report['files'].items())}")
         return
-    report = replace(job, generation=generation, predictions=predictions).run()
+    with mapped(device_map, runs_only=True, beside=device):
+        report = replace(job, generation=generation, predictions=predictions).run()
     if as_json:
         console.print_json(report)
     else:

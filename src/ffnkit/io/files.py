@@ -164,7 +164,7 @@ def spooled(tensor: Tensor) -> Tensor:
     with _nameless() as file:
         file.write(own.view(-1).view(torch.uint8).numpy().data)
         file.flush()
-        return _mapped(file.name, own.shape, own.dtype)
+        return mapped(file.name, own.shape, own.dtype)
 
 
 def spool(shape: Sequence[int], dtype: dtype) -> Tensor:
@@ -177,7 +177,7 @@ def spool(shape: Sequence[int], dtype: dtype) -> Tensor:
         file.truncate(size)
         if _folder and size and hasattr(os, "posix_fallocate"):  # else a full disk would kill us while it is written to
             os.posix_fallocate(file.fileno(), 0, size)
-        return _mapped(file.name, shape, dtype)
+        return mapped(file.name, shape, dtype)
 
 
 @contextmanager
@@ -189,8 +189,11 @@ def _nameless() -> Iterator[Any]:
         yield file
 
 
-def _mapped(name: str, shape: Sequence[int], dtype: dtype) -> Tensor:
+def mapped(name: str | Path, shape: Sequence[int], dtype: dtype) -> Tensor:
+    """The tensor whose bytes a file holds, in memory only while it is read; what is written to it is in the file."""
     import torch
 
-    storage = torch.UntypedStorage.from_file(name, shared=True, nbytes=math.prod(shape) * dtype.itemsize)
+    if not math.prod(shape):
+        return torch.empty(tuple(shape), dtype=dtype)
+    storage = torch.UntypedStorage.from_file(str(name), shared=True, nbytes=math.prod(shape) * dtype.itemsize)
     return torch.empty(0, dtype=dtype).set_(storage).view(tuple(shape))  # type: ignore[arg-type]

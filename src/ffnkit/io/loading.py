@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ffnkit.errors import FfnkitError
-from ffnkit.io import quickstart
+from ffnkit.io import placing, quickstart
 from ffnkit.io.apart import ADAPTERS, base_of, is_apart, with_updates
 from ffnkit.io.conversions import forget_few_bits, from_few_bits
 from ffnkit.io.fitting import check_fits, is_head
@@ -76,7 +76,7 @@ def load_with_info(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> t
 
             config = kwargs.get("config") or read_config(name, trust_remote_code=kwargs["trust_remote_code"])
             check_config(auto_class, config, stored, f"model {name}")
-    asked = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
+    asked = {"output_loading_info": True, "ignore_mismatched_sizes": True, **placing.asked(), **kwargs}
     plain = from_few_bits(told.get("quantization_config"), asked)
     with phase(f"loading {name}"), open_errors(f"model {name}"), hub_or_cache(), _held_reports() as held, plain as how:
         model, info = auto_class.from_pretrained(name, **how)
@@ -86,6 +86,7 @@ def load_with_info(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> t
     if not _only_head(model, info):
         for record in held:
             logging.getLogger(record.name).handle(record)
+    placing.check_placed(model, name)
     _check_numbers(model, name)
     check_weights(model, name)
     _note_drawn(model, info)

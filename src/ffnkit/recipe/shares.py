@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,6 +44,22 @@ class Shares:
         if self.jobs > 1 and self.gpus:
             found["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         return found
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """This process takes the threads of one of them in the block, where several are at work or ``threads`` says."""
+        found = self.environment(0).get(THREADS[0])
+        if found is None:
+            yield
+            return
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(int(found))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
 
 def cores() -> int:

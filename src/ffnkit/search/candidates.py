@@ -113,8 +113,22 @@ def apply_to(
         "heads": lambda: RemoveHeads(remove=candidate.heads, by="activation", refit=True),
     }
     if candidate.how in others:
+        _ready(model, plans)
         plans.append(_applied(model, ffnkit.plan(model, others[candidate.how](), data=batches)))
     return plans
+
+
+def apply_plans(model: Any, plans: Sequence[Any]) -> None:
+    """Make the model what :func:`apply_to` made it, of the plans that this gave."""
+    for number, plan in enumerate(plans):
+        _ready(model, plans[:number])
+        _applied(model, plan)
+
+
+def _ready(model: Any, before: Sequence[Any]) -> None:
+    """Factors that an earlier plan keeps apart go into the weights: what else goes wants plain ones."""
+    if before:
+        ffnkit.fold(model)
 
 
 def _applied(model: Any, plan: Any) -> Any:

@@ -8,10 +8,8 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from ffnkit.io.files import read_json
 from ffnkit.recipe.process import Apart
 from ffnkit.recipe.worker import hush, watch
-from ffnkit.search.state import FACTS
 
 
 class Helper(Apart):
@@ -23,12 +21,9 @@ class Helper(Apart):
 
 def help_with(out: Path) -> None:
     """Do what is left of the search in the folder, beside others."""
-    from ffnkit.search.job import Run
-    from ffnkit.search.settings import search_from
+    from ffnkit.search.job import run_of
 
-    facts = read_json(out / FACTS) or {}
-    own = {name: value for name, value in facts.items() if name not in ("weights", "data")}
-    run = Run(search_from(own, str(out / FACTS)), out, lambda line: print(line, file=sys.stderr, flush=True))
+    run = run_of(out, lambda line: print(line, file=sys.stderr, flush=True))
     run.prepare()
     run.work()
 

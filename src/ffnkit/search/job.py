@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,16 +19,17 @@ from typing import Any
 import ffnkit
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import disk_errors, read_json
+from ffnkit.recipe.shares import Shares
 from ffnkit.recipe.state import digest, folder_digest, write_json
 from ffnkit.search import candidates as ways
 from ffnkit.search.chances import kept_share, least_kept
 from ffnkit.search.ground import Ground, ground_of
 from ffnkit.search.halving import promoted, spread
+from ffnkit.search.proposing import Proposals
 from ffnkit.search.settings import SearchRecipe, check_optuna
-from ffnkit.search.state import POLL, Folder, read_rows, spec_of, write_rows
+from ffnkit.search.state import FACTS, POLL, Folder, Task, read_rows, spec_of, write_rows
 
 Say = Callable[[str], None]
-FAILS = 3  # times the candidates may fail before the search gives up proposing
 
 
 @dataclass(frozen=True)
@@ -45,28 +45,46 @@ class Found:
         return 0 if self.results["chosen"] is not None else 1
 
 
-def search(recipe: SearchRecipe, out: str | Path, say: Say = lambda line: None, *, jobs: int = 1) -> Found:
+def search(
+    recipe: SearchRecipe,
+    out: str | Path,
+    say: Say = lambda line: None,
+    *,
+    jobs: int = 1,
+    threads: int | None = None,
+    ray: str | None = None,
+) -> Found:
     """The smallest or fastest model that keeps a share of the metric, as ``recipe.search`` says.
 
     Candidates (widths, layers, FFNs, sharing, heads and mixtures) are proposed by Optuna's multi-objective TPE and
     measured before tuning: what they cost, and how far they are from the original on held-out data. The best of both
     heal with growing budgets. Models are chosen on dev, by paired rows, and the chosen one is reported once on the
-    split kept for that. Killed and called again it goes on; called twice at once, both work on it.
+    split kept for that. Killed and called again it goes on; called twice at once, both work on it. What is tried
+    does not hang on who works on it, and its figures are the same but for rounding.
 
     Args:
         out: gets ``model`` (compact and standard), ``front.md``, ``front.svg``, ``report.html`` and ``results.json``.
         say: takes lines of progress.
         jobs: processes on this machine, each with its share of the threads.
+        threads: of each process; None: all of this machine's cores where one is at work, else its share of them.
+        ray: work on the Ray cluster at this address ("auto": the one at hand); ``out`` is then a folder that all of its
+            nodes see.
 
     Raises:
         FfnkitError: settings, data or the folder do not fit, or nothing could be proposed.
     """
     check_optuna()
-    with disk_errors(Path(out)):
+    shares = Shares(jobs, threads, ray)
+    with disk_errors(Path(out)), shares.here():
         run = Run(recipe, Path(out), say)
+        if ray is not None:
+            from ffnkit.search.cluster import search_on
+
+            search_on(run, shares)
+            return run.finish()  # which reads what was written there
         run.folder.begin(run.facts())
         run.prepare()
-        with helpers(Path(out), jobs - 1):
+        with helpers(Path(out), shares):
             run.work()
         return run.finish()
 
@@ -140,92 +158,56 @@ class Run:
     # --- the work
 
     def work(self) -> None:
-        """Candidates, then rung by rung what is left of them."""
-        self.propose()
-        for rung in range(self.settings.rungs):
-            self.climb(rung)
-
-    def propose(self) -> None:
-        """Measure candidates before tuning, until there are enough."""
-        study = self.study()
-        while len(done := self.folder.candidates()) < self.settings.candidates:
-            trials = study.get_trials(deepcopy=False)
-            with self.folder.turn("asking"):
-                self._take_back(study)
-            working = sum(1 for trial in trials if trial.state.name == "RUNNING")
-            if len(trials) > FAILS * self.settings.candidates + len(self.opening):
-                break
-            if len(done) + working >= self.settings.candidates and working:
+        """Do what is left, beside whoever else works on the folder."""
+        while tasks := self.open():
+            if not any(self._taken(task) for task in tasks):
                 time.sleep(POLL)
-                continue
-            self._try(study)
-        if not self.folder.candidates():
-            raise FfnkitError("searching", "no candidate fits the model", "Allow other methods")
+
+    def open(self) -> list[Task]:
+        """What can be done now and is not done, in its order; nothing at the end of the work.
+
+        Candidates come first, then rung by rung what is left of them.
+        """
+        if left := self.proposals.open():
+            return [Task(number) for number in left]
+        for rung in range(self.settings.rungs):
+            if left := [number for number in self.reached(rung) if self.folder.rung(number, rung) is None]:
+                return [Task(number, rung) for number in left]
+        return []
 
     @cached_property
-    def opening(self) -> list[Any]:
-        """The candidates that are tried before any is proposed."""
-        return ways.first_ones(self.settings, self.first["layers"])
+    def proposals(self) -> Proposals:
+        """What is tried."""
+        return Proposals(self.folder, self.settings, self.first["layers"])
 
-    def study(self) -> Any:
-        """Optuna's study in the folder, which several processes share."""
-        import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+    def _taken(self, task: Task) -> bool:
+        """Whether nobody else was at work on it, and it is done now."""
+        with self.folder.claimed(f"candidate-{task.number}") as ours:
+            if ours and not self.folder.over(task):
+                self.do(task)
+            return ours
 
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        path = str(self.folder.out / "study.log")
-        storage = JournalStorage(JournalFileBackend(path, lock_obj=JournalFileOpenLock(path)))
-        seed = self.settings.seed + (0 if os.environ.get(HELPER) is None else int(os.environ[HELPER]))
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=len(self.opening))
-        with self.folder.turn("study"):
-            study = optuna.create_study(
-                storage=storage,
-                study_name="candidates",
-                directions=["minimize", "minimize"],
-                sampler=sampler,
-                load_if_exists=True,
-            )
-            if not study.get_trials(deepcopy=False):
-                for given in self.opening[: self.settings.candidates]:
-                    study.enqueue_trial(given)
-        return study
+    def do(self, task: Task) -> None:
+        """Measure a candidate before tuning, or tune it in a rung."""
+        if task.rung is None:
+            self._measure(task.number)
+        else:
+            self._tune(task.number, task.rung)
 
-    def _take_back(self, study: Any) -> None:
-        """Trials of processes that are gone are proposed again."""
-        for trial in study.get_trials(deepcopy=False):
-            if trial.state.name != "RUNNING":
-                continue
-            with self.folder.claimed(f"candidate-{trial.number}") as ours:
-                if ours:
-                    study.tell(trial.number, state=_failed())
-                    if trial.params:
-                        study.enqueue_trial(trial.params)
-
-    def _try(self, study: Any) -> None:
-        with ExitStack() as held:
-            with self.folder.turn("asking"):  # a trial that runs is claimed before another process can see it
-                trial = study.ask()
-                held.enter_context(self.folder.claimed(f"candidate-{trial.number}"))
-            candidate = ways.proposed(trial, self.settings, self.first["layers"])
-            known = [each for each in self.folder.candidates().values() if spec_of(each) == candidate]
-            if known:
-                study.tell(trial, [known[0]["size"], known[0]["loss"]])
-                return
-            begin = time.perf_counter()
-            try:
-                figures = self._measured(candidate, self.folder.place(trial.number))
-            except FfnkitError as error:
-                self.say(f"{candidate}: {error}")
-                study.tell(trial, state=_failed())
-                return
-            write_json(self.folder.place(trial.number) / "candidate.json", figures)
-            study.tell(trial, [figures["size"], figures["loss"]])
-            count = len(self.folder.candidates())
-            self.say(
-                f"[{count}/{self.settings.candidates}] {candidate}: {figures['size']:.1%} of {self.settings.objective},"
-                f" loss {figures['loss']:.4g} before tuning ({time.perf_counter() - begin:.0f} s)"
-            )
+    def _measure(self, number: int) -> None:
+        begin, candidate, place = time.perf_counter(), self.proposals.candidate(number), self.folder.place(number)
+        try:
+            figures = self._measured(candidate, place)
+        except FfnkitError as error:
+            self.say(f"{candidate}: {error}")
+            write_json(place / "failed.json", {"candidate": candidate.to_dict(), "error": str(error)})
+            return
+        write_json(place / "candidate.json", figures)
+        count = len(self.folder.candidates())
+        self.say(
+            f"[{count}/{self.settings.candidates}] {candidate}: {figures['size']:.1%} of {self.settings.objective},"
+            f" loss {figures['loss']:.4g} before tuning ({time.perf_counter() - begin:.0f} s)"
+        )
 
     def _measured(self, candidate: ways.Candidate, place: Path) -> dict[str, Any]:
         """What a candidate costs, and its loss before tuning; its plans are kept."""
@@ -267,20 +249,6 @@ class Run:
 
     # --- tuning
 
-    def climb(self, rung: int) -> None:
-        """Tune those that reached a rung; return when all of them are done, by whoever."""
-        numbers = self.reached(rung)
-        while open_ones := [number for number in numbers if self.folder.rung(number, rung) is None]:
-            worked = False
-            for number in open_ones:
-                with self.folder.claimed(f"candidate-{number}") as ours:
-                    if ours and self.folder.rung(number, rung) is None:
-                        self._tune(number, rung)
-                        worked = True
-                        break
-            if not worked:
-                time.sleep(POLL)
-
     def reached(self, rung: int) -> list[int]:
         """Which candidates are tuned in a rung: the same for every process that asks."""
         measured = {number: (each["size"], each["loss"]) for number, each in self.folder.candidates().items()}
@@ -302,8 +270,7 @@ class Run:
             model = self.ground.open(folder.model(number, rung - 1))
         else:
             model = copy.deepcopy(self.original)
-            for plan in range(found["plans"]):
-                ffnkit.apply(model, ffnkit.Plan.load(place / f"plan-{plan}"))
+            ways.apply_plans(model, [ffnkit.Plan.load(place / f"plan-{plan}") for plan in range(found["plans"])])
         tokens = self.settings.tokens * self.settings.factor**rung
         settings = self.recipe.heal.model_copy(update={"tokens": tokens})
         seed = self.settings.seed + rung
@@ -362,30 +329,28 @@ class Run:
             return Found(self.folder.out, done)
 
 
-def _failed() -> Any:
-    from optuna.trial import TrialState
-
-    return TrialState.FAIL
-
-
-# --- helpers
-
-HELPER = "FFNKIT_SEARCH_HELPER"
+# --- other processes
 
 
 @contextmanager
-def helpers(out: Path, count: int) -> Iterator[None]:
+def helpers(out: Path, shares: Shares) -> Iterator[None]:
     """Further processes that work on the folder while the block runs; one that is killed is not missed."""
-    from ffnkit.recipe.shares import Shares
     from ffnkit.search.helper import Helper
 
-    if count < 1:
-        yield
-        return
-    shares = Shares(count + 1)
-    started = [Helper(out, {**shares.environment(slot), HELPER: str(slot)}) for slot in range(1, count + 1)]
+    started = [Helper(out, shares.environment(slot)) for slot in range(1, shares.jobs)]
     try:
         yield
     finally:
         for each in started:
             each.stop()
+
+
+def run_of(out: Path, say: Say) -> Run:
+    """The search that another process began in a folder."""
+    from ffnkit.search.settings import search_from
+
+    facts = read_json(out / FACTS)
+    if facts is None:
+        raise FfnkitError(f"searching into {out}", "there is no search to be seen from here", "Use a shared folder")
+    own = {name: value for name, value in facts.items() if name not in ("weights", "data")}
+    return Run(search_from(own, str(out / FACTS)), out, say)

@@ -24,6 +24,14 @@ OURS = ("candidates", "original", "model", "claims", "front.md", "front.svg", "r
 
 
 @dataclass(frozen=True)
+class Task:
+    """A candidate to be measured before tuning (``rung`` None), or to be tuned in a rung."""
+
+    number: int
+    rung: int | None = None
+
+
+@dataclass(frozen=True)
 class Folder:
     """The folder of a search."""
 
@@ -78,6 +86,14 @@ class Folder:
     def candidate(self, number: int) -> dict[str, Any] | None:
         """What was measured of a candidate before tuning; None where that is not done."""
         return read_json(self.place(number) / "candidate.json")
+
+    def tried(self, number: int) -> bool:
+        """Whether a candidate was measured, or could not be."""
+        return self.candidate(number) is not None or (self.place(number) / "failed.json").exists()
+
+    def over(self, task: Task) -> bool:
+        """Whether somebody did it."""
+        return self.tried(task.number) if task.rung is None else self.rung(task.number, task.rung) is not None
 
     def candidates(self) -> dict[int, dict[str, Any]]:
         """All that were measured, by number."""

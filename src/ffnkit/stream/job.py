@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
+from ffnkit.calibration.batches import kept
+from ffnkit.calibration.going_on import going_on
+from ffnkit.calibration.statistics import batch_fingerprint
+from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.errors import FfnkitError
 from ffnkit.io.architectures import load_any, load_companion
 from ffnkit.io.files import SHARD
@@ -16,12 +21,11 @@ from ffnkit.io.folders import check_target
 from ffnkit.io.sizes import checkpoint_files
 from ffnkit.io.snapshots import name_of
 from ffnkit.stream.opening import opened_from_files, too_large
-from ffnkit.stream.record import is_by_ffn, planned
+from ffnkit.stream.record import is_by_ffn, planned, ready, room_for, uses_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ffnkit.calibration.stored import StatisticsFile
     from ffnkit.plans import Method, Plan
 
 logger = logging.getLogger(__name__)
@@ -40,8 +44,8 @@ def compress(
     """Compress a checkpoint into another one: opened, planned, applied, saved, with everything that travels along.
 
     From its files (``stream=True``) the model is never whole in memory: weights are read as they are used, what is new
-    goes into files, and the result is the same to the bit. A method that decides of each FFN alone goes on behind the
-    last FFN that it planned, where it was interrupted.
+    goes into files, and the result is the same to the bit. Where it was interrupted, a method that decides of each FFN
+    alone goes on behind the last FFN that it planned, and one that goes block by block over data behind the last block.
 
     Args:
         source: a folder, or a hub name.
@@ -84,9 +88,20 @@ def make_plan(
     """The plan, and the folder beside the output where its parts wait, should there be any."""
     import ffnkit
 
-    if not is_by_ffn(method):
-        return ffnkit.plan(model, method, data=data), None
-    return planned(model, method, name_of(model), out, _say)
+    if is_by_ffn(method):
+        return planned(model, method, name_of(model), out, _say)
+    if data is None:
+        return ffnkit.plan(model, method), None
+    if isinstance(data, StatisticsFile):
+        fingerprints = [os.fspath(data.path.absolute()), str(data.path.stat().st_mtime_ns), *data.data]
+    else:
+        data = batches = cast("list[dict[str, Tensor]]", kept(data))
+        fingerprints = [batch_fingerprint(batch) for batch in batches]
+        if uses_blocks(method):
+            logger.info("%s", room_for(model, batches, out))
+    place = ready(name_of(model), method, out, fingerprints)
+    with going_on(place, _say):
+        return ffnkit.plan(model, method, data=data), place.parent
 
 
 def _say(done: int) -> None:

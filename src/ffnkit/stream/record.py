@@ -12,15 +12,33 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit import __version__
+from ffnkit.calibration.stored import tokens_of
+from ffnkit.errors import FfnkitError
 from ffnkit.io.sizes import checkpoint_files
+from ffnkit.methods.common import Narrowing
 from ffnkit.model.finding import ffns
 from ffnkit.plans import Plan, plan
+
+COPIES = 6  # of a block's hidden states: two passes, of each the last block's, this one's, and one on its way
 
 
 def parts_of(out: str | Path) -> Path:
     """The folder beside an output in which plans wait for it."""
     out = Path(out).absolute()
     return out.parent / f".{out.name}.plans"
+
+
+def ready(source: str, method: Any, out: str | Path, data: list[str]) -> Path:
+    """The folder of the parts of a plan of this source, method, settings and data; what lies there of others goes.
+
+    Args:
+        data: fingerprints.
+    """
+    place = parts_of(out) / _key(source, method, data)
+    if not place.is_dir():
+        shutil.rmtree(place.parent, ignore_errors=True)
+        place.mkdir(parents=True)
+    return place
 
 
 def planned(
@@ -36,12 +54,9 @@ def planned(
     Returns:
         The plan, and the folder of its parts.
     """
-    place, key = parts_of(out), _key(source, method)
-    if not (place / key).is_dir():
-        shutil.rmtree(place, ignore_errors=True)
-        (place / key).mkdir(parents=True)
+    place = ready(source, method, out, [])
     chosen = method.chosen(model)
-    files = [place / key / f"{number}.safetensors" for number in range(len(chosen))]
+    files = [place / f"{number}.safetensors" for number in range(len(chosen))]
     if told is not None and (done := sum(file.is_file() for file in files)):
         told(done)
     parts = []
@@ -49,12 +64,36 @@ def planned(
         if not file.is_file():
             plan(model, dataclasses.replace(method, width={ffn.name: width})).save(file)
         parts.append(Plan.load(file))
-    return _joined(parts, model, method), place
+    return _joined(parts, model, method), place.parent
 
 
 def is_by_ffn(method: Any) -> bool:
     """Whether a method decides of each FFN alone, from its weights."""
     return bool(getattr(method, "by_ffn", False)) and not getattr(method, "needs_data", False)
+
+
+def uses_blocks(method: Any) -> bool:
+    """Whether a method fits block by block, and so leaves what a block gave."""
+    return isinstance(method, Narrowing) and bool(getattr(method, "needs_data", False))
+
+
+def room_for(model: Any, batches: list[Any], out: str | Path) -> str:
+    """In words, how much of the output's disk the hidden states of a block take, to go on behind it.
+
+    Raises:
+        FfnkitError: there is not so much room.
+    """
+    found = ffns(model)
+    each = max(ffn.d * ffn.raw().down.element_size() for ffn in found)
+    need = COPIES * sum(map(tokens_of, batches)) * each
+    around = Path(out).absolute().parent
+    while not around.is_dir():
+        around = around.parent
+    free = shutil.disk_usage(around).free
+    if need > free:
+        what = f"hidden states of the data take up to {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on its disk"
+        raise FfnkitError(f"writing '{out}'", what, "Free some space, give fewer tokens, or name another disk")
+    return f"hidden states of the data take up to {need / 1e9:.1f} GB of disk while it runs"
 
 
 def _joined(parts: list[Plan], model: Any, method: Any) -> Plan:
@@ -72,10 +111,10 @@ def _joined(parts: list[Plan], model: Any, method: Any) -> Plan:
     )
 
 
-def _key(source: str, method: Any) -> str:
+def _key(source: str, method: Any, data: list[str]) -> str:
     folder = Path(source).expanduser()
     files = checkpoint_files(folder) if folder.is_dir() else []
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    about = [__version__, os.fspath(folder.absolute()), stats, method.name, method.settings()]
+    about = [__version__, os.fspath(folder.absolute()), stats, method.name, method.settings(), data]
     told = json.dumps(about, default=str)
     return hashlib.sha256(told.encode()).hexdigest()[:16]

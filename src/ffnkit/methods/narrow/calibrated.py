@@ -22,8 +22,8 @@ from ffnkit.calibration.streams import Streams
 from ffnkit.edits import Edit, ReplaceNeurons, ScaleInputs
 from ffnkit.methods.common import Batch, Narrowing, generator, lifted, need_data, norms
 from ffnkit.methods.expecting import Work, fused
+from ffnkit.methods.narrow.by_block import Fitted, block_by_block
 from ffnkit.methods.narrow.observed import Part, observing
-from ffnkit.methods.narrow.refitting import block_by_block
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.ops import local
 from ffnkit.ops.neurons import Neurons, concatenate
@@ -135,16 +135,9 @@ class CalibratedFusion(Narrowing):
         for ffn, _ in found:
             ffn.check_plain(f"calibrating {ffn.name}")
             check_weights(ffn.raw(), ffn.name)
-        fits = self.fits(model, found, batches, progress)
-        edits: list[Edit] = []
-        quantities: dict[str, dict[str, float]] = {}
-        for ffn, width in found:
-            fit = fits[ffn.name]
-            edits.append(fit.edit)
-            if width < ffn.width:
-                edits.append(ScaleInputs(ffn.name, site="down", scale=fit.factor))
-            quantities[ffn.name] = {"output error on the data": fit.error}
-        return Draft(tuple(edits), quantities)
+        done = self.fits(model, found, batches, progress)
+        edits = tuple(edit for ffn, _ in found for edit in done[ffn.name].edits)
+        return Draft(edits, {name: each.quantities for name, each in done.items()})
 
     def fits(
         self,
@@ -156,7 +149,7 @@ class CalibratedFusion(Narrowing):
         readings: Mapping[str, Reading] | None = None,
         beside: Beside = nullcontext,
         whole: bool = False,
-    ) -> dict[str, Fit]:
+    ) -> dict[str, Fitted]:
         """The FFNs at their widths, by name, fitted to the data in the order in which they run.
 
         Args:
@@ -174,7 +167,6 @@ class CalibratedFusion(Narrowing):
         streams = None
         if sequential and narrow and not isinstance(batches, StatisticsFile):
             streams = Streams(model, batches, narrow)
-        fits: dict[str, Fit] = {}
 
         def show(blocks: Blockwise, group: list[FFN], last: bool) -> None:
             if streams is not None:
@@ -182,13 +174,18 @@ class CalibratedFusion(Narrowing):
             else:
                 blocks.see(group, seen, last=last)
 
-        def fit(ffn: FFN) -> Neurons:
+        def fit(ffn: FFN) -> Fitted:
             neurons, factor, error = self._narrow(ffn, seen, widths[ffn.name], counted[ffn.name], whole)
-            made = fits[ffn.name] = Fit(ReplaceNeurons.of(ffn.name, neurons), factor, error)
-            return made.neurons()
+            rewrite = ReplaceNeurons.of(ffn.name, neurons)
+            edits: list[Edit] = [rewrite]
+            if widths[ffn.name] < ffn.width:
+                edits.append(ScaleInputs(ffn.name, site="down", scale=factor))
+            return Fitted(edits, {"output error on the data": error}, rewrite.neurons().scaled(factor))
 
-        block_by_block(model, batches, narrow, show, fit, progress, sequential=sequential, beside=beside)
-        return fits
+        passes = () if streams is None else (streams.before,)
+        return block_by_block(
+            model, batches, narrow, show, fit, progress, sequential=sequential, beside=beside, passes=passes
+        )
 
     def readings(self, model: nn.Module, found: list[FFN], batches: list[Batch] | StatisticsFile) -> dict[str, Reading]:
         """What errors of each FFN's outputs count by, by name, on the first of the data."""
@@ -296,24 +293,6 @@ class CalibratedFusion(Narrowing):
             dimensions=dimensions,
             products=products,
         )
-
-
-@dataclass(frozen=True)
-class Fit:
-    """A narrow FFN.
-
-    Attributes:
-        edit: its neurons, of which the output layer has ``factor`` (width,) or (E, width) divided out.
-        error: of its outputs, relative, on tokens that no fit saw where there are any.
-    """
-
-    edit: ReplaceNeurons
-    factor: Tensor
-    error: float
-
-    def neurons(self) -> Neurons:
-        """Its neurons with the factor in the output layer."""
-        return self.edit.neurons().scaled(self.factor)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import Annotated, ClassVar
 from torch import Tensor, nn
 
 from ffnkit.calibration.blockwise import Blockwise
-from ffnkit.edits import Edit, ReplaceNeurons
+from ffnkit.edits import ReplaceNeurons
 from ffnkit.methods.common import Batch, Narrowing, Sequential, largest, lifted, need_data, norms
 from ffnkit.methods.expecting import Work, fused
+from ffnkit.methods.narrow.by_block import Fitted, block_by_block
 from ffnkit.methods.narrow.calibrated import COMPRESSED
 from ffnkit.methods.narrow.observed import Part, observing
-from ffnkit.methods.narrow.refitting import block_by_block
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons, concatenate
 from ffnkit.ops.subset import leverage, outputs, refit
@@ -51,14 +51,12 @@ class ClosedForm(Narrowing):
         for name, (ffn, _) in widths.items():
             ffn.check_plain(f"narrowing {name}")
             check_weights(ffn.raw(), name)
-        edits: dict[str, Edit] = {}
-        quantities: dict[str, dict[str, float]] = {}
         seen = observing([ffn for ffn, _ in widths.values()], 0)
 
         def show(blocks: Blockwise, group: list[FFN], last: bool) -> None:
             blocks.see(group, seen, last=last)
 
-        def fit(ffn: FFN) -> Neurons:
+        def fit(ffn: FFN) -> Fitted:
             old, parts, errors = lifted(ffn.raw()), [], []
             for number in range(max(ffn.experts, 1)):
                 single = old.expert(number) if ffn.experts else old
@@ -66,13 +64,13 @@ class ClosedForm(Narrowing):
                 parts.append(part)
                 errors.append(error)
             made = (concatenate(parts) if ffn.experts else parts[0]).to(ffn.raw().up.dtype)
-            edits[ffn.name] = ReplaceNeurons.of(ffn.name, made)
-            quantities[ffn.name] = {"output error on the data": sum(errors) / len(errors)}
-            return made
+            told = {"output error on the data": sum(errors) / len(errors)}
+            return Fitted([ReplaceNeurons.of(ffn.name, made)], told, made)
 
         found = [ffn for ffn, _ in widths.values()]
-        block_by_block(model, batches, found, show, fit, progress, sequential=self.sequential)
-        return Draft(tuple(edits[name] for name in widths), quantities)
+        done = block_by_block(model, batches, found, show, fit, progress, sequential=self.sequential)
+        edits = tuple(edit for name in widths for edit in done[name].edits)
+        return Draft(edits, {name: each.quantities for name, each in done.items()})
 
     def _fit(self, old: Neurons, seen: Part | None, width: int) -> tuple[Neurons, float]:
         """One FFN or expert, and the relative error of its outputs on the data."""

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from torch import Tensor, nn
 
 from ffnkit.calibration.batches import kept
-from ffnkit.calibration.blockwise import Beside, Blockwise
+from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.calibration.hooks import Activations
 from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.edits import Edit, ReplaceNeurons, Stage
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, lifted, need_data
+from ffnkit.methods.narrow.by_block import Fitted, block_by_block
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.model.finding import ffns
 from ffnkit.ops import local
@@ -107,7 +107,6 @@ def refitted(
     own = {edit.target: edit for edit in draft.edits if edit.stage is Stage.NEURONS}
     found = [ffn for ffn in ffns(model) if ffn.name in own and own[ffn.name].new_width != ffn.width]
     fits: dict[str, _Refit] = {}
-    made: dict[str, Edit] = {}
     quantities = {name: dict(values) for name, values in draft.quantities.items()}
 
     def show(blocks: Blockwise, group: list[FFN], last: bool) -> None:
@@ -116,16 +115,21 @@ def refitted(
                 fits[ffn.name] = _Refit(ffn, plan.found[ffn.name], own[ffn.name].neurons_kept)
         blocks.watch(group, lambda ffn, acts: fits[ffn.name].add(acts), last=last)
 
-    def fit(ffn: FFN) -> Neurons:
-        neurons, quantities.setdefault(ffn.name, {})["output error on the data"] = fits[ffn.name].solve(ridge)
+    def fit(ffn: FFN) -> Fitted:
+        neurons, error = fits[ffn.name].solve(ridge)
         scale = fits.pop(ffn.name).scale
         stored = neurons if scale is None else neurons.scaled(1 / scale.to(neurons.down))
         dtype = ffn.raw().up.dtype
-        made[ffn.name] = ReplaceNeurons.of(ffn.name, stored.to(dtype))
-        return neurons.to(dtype)
+        edit = ReplaceNeurons.of(ffn.name, stored.to(dtype))
+        return Fitted([edit], {"output error on the data": error}, neurons.to(dtype))
 
-    block_by_block(model, batches, found, show, fit, progress, sequential=sequential)
-    edits = [made.get(edit.target, edit) if edit.stage is Stage.NEURONS else edit for edit in draft.edits]
+    made = block_by_block(model, batches, found, show, fit, progress, sequential=sequential)
+    edits = [
+        made[edit.target].edits[0] if edit.stage is Stage.NEURONS and edit.target in made else edit
+        for edit in draft.edits
+    ]
+    for name, each in made.items():
+        quantities.setdefault(name, {}).update(each.quantities)
     return Draft(tuple(edits), quantities, draft.report)
 
 
@@ -171,42 +175,6 @@ def _closed(old: Neurons, chosen: Tensor, moments: Moments | None, ridge: float)
         bias = (bias.double() + old.down.double() @ mean - down @ mean[chosen]).to(bias.dtype)
     made = dataclasses.replace(old.take(chosen), down=down.to(old.down.dtype), down_bias=bias)
     return made, (max(norm - explained, 0.0) / max(norm, 1e-300)) ** 0.5
-
-
-def block_by_block(
-    model: nn.Module,
-    batches: Iterable[Batch] | StatisticsFile,
-    found: list[FFN],
-    show: Callable[[Blockwise, list[FFN], bool], None],
-    fit: Callable[[FFN], Neurons],
-    progress: Progress | None,
-    *,
-    sequential: bool,
-    beside: Beside = nullcontext,
-) -> None:
-    """Show each block's FFNs their data, then fit them, in the order in which the blocks run.
-
-    Args:
-        batches: or statistics of a pass over them, where ``show`` needs no more.
-        show: called with a block's FFNs: lets who fits them see what they do, by ``watch`` or ``see`` of
-            :class:`~ffnkit.calibration.blockwise.Blockwise`, whose ``last`` is the third argument.
-        fit: called with each of them afterwards; what it returns is what the later blocks run on where ``sequential``.
-        beside: as of :class:`~ffnkit.calibration.blockwise.Blockwise`.
-    """
-    done = 0
-    if not found:
-        return
-    with Blockwise(model, batches, found, beside) as blocks:
-        for group in blocks.groups:
-            show(blocks, group, not sequential)
-            for ffn in group:
-                neurons = fit(ffn)
-                if sequential:
-                    blocks.install(ffn, neurons)
-                done += 1
-                if progress is not None:
-                    progress(done, len(found), ffn.name)
-            blocks.advance(group)
 
 
 class _Refit:

@@ -14,10 +14,9 @@ from ffnkit.calibration.hooks import Activations
 from ffnkit.edits import Edit, FactorLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, Width, each, need_data
-from ffnkit.methods.narrow.refitting import block_by_block
+from ffnkit.methods.narrow.by_block import Fitted, block_by_block
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.moments import Moments
-from ffnkit.ops.neurons import Neurons
 from ffnkit.ops.ridge import factored
 from ffnkit.ops.subset import outputs
 from ffnkit.plans import Draft, Progress
@@ -88,17 +87,17 @@ class Svd(Narrowing):
         found = [ffn for ffn, _, _ in each(narrower, None, "factoring")]
         widths = {ffn.name: width for ffn, width in narrower}
         seen: dict[str, Inputs] = {}
-        made: dict[str, tuple[list[Edit], float]] = {}
 
-        def fit(ffn: FFN) -> Neurons:
-            made[ffn.name] = _factored(ffn, widths[ffn.name], seen.pop(ffn.name, None))
-            return ffn.raw()
+        def fit(ffn: FFN) -> Fitted:
+            edits, lost = _factored(ffn, widths[ffn.name], seen.pop(ffn.name, None))
+            return Fitted(edits, {"lost": lost})
 
         def show(blocks: Blockwise, group: list[FFN], last: bool) -> None:
             blocks.watch(group, lambda ffn, acts: seen.setdefault(ffn.name, Inputs()).add(acts), last=last)
 
-        block_by_block(model, batches, found, show, fit, progress, sequential=False)
-        return _draft([(ffn.name, *made[ffn.name]) for ffn in found], "outputs' energy lost")
+        done = block_by_block(model, batches, found, show, fit, progress, sequential=False)
+        made_of = [(ffn.name, done[ffn.name].edits, done[ffn.name].quantities["lost"]) for ffn in found]
+        return _draft(made_of, "outputs' energy lost")
 
 
 class Inputs:
