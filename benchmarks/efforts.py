@@ -39,8 +39,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "best, select=leverage": {"effort": "best", "select": "leverage"},
     "best, refine_metric=norm": {"effort": "best", "refine_metric": "norm"},
     "best, four times the text": {"effort": "best"},
+    "fast, select=loss": {"effort": "fast", "select": "loss"},
+    "default, select=loss": {"select": "loss"},
+    "best, select=loss": {"effort": "best", "select": "loss"},
+    "best, select=loss, four times the text": {"effort": "best", "select": "loss"},
 }
-TIMES = {"best, four times the text": 4}  # the tokens, of arms that see more
+TIMES = {"best, four times the text": 4, "best, select=loss, four times the text": 4}  # the tokens, of arms that see more
 
 
 def page(results: dict[str, Any]) -> str:

@@ -63,11 +63,12 @@ def sentence_arms() -> Iterator[tuple[str, str, Made]]:
     yield "3 of 6", "left out, searched", lambda: methods.build("ffn-drop", window=3)
     yield "3 of 6", "left out, searched, refitted", lambda: methods.build("ffn-drop", window=3, refit=True)
     for width in (0.5, 0.25):
-        for select in ("leverage", "loss"):
+        for select in ("leverage", "loss", "balanced"):
             how = f"each at {width:.0%} of its width, select={select}"
             yield "all", how, lambda width=width, select=select: fk.CalibratedFusion(width=width, select=select)
-    how = "each at 25% of its width, refine_metric=fisher"
-    yield "all", how, lambda: fk.CalibratedFusion(width=0.25, refine_metric="fisher")
+    for select in ("loss", "balanced"):
+        how = f"each at 25% of its width, select={select}, refine_metric=fisher"
+        yield "all", how, lambda select=select: fk.CalibratedFusion(width=0.25, select=select, refine_metric="fisher")
 
 
 def stories(tokens: int) -> tuple[Callable[[], Any], list[dict[str, Any]], Callable[[Any], float]]:

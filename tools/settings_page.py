@@ -12,7 +12,7 @@ from ffnkit.cli import lists
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
 START = """# All settings
 
-Of every method (`--set NAME=VALUE`, `fk.Method(name=value)`, `arms:` of a recipe) and tuner (`--tuner-set NAME=VALUE`),
+Of every method (`--set NAME=VALUE`, a keyword in Python, `arms:` of a recipe) and tuner (`--tuner-set NAME=VALUE`),
 as `ffnkit methods` and `ffnkit tuners` print them. This page is written by `tools/settings_page.py` from the
 declarations in the code, which are checked when a setting is given; what a method does, and when to take which value,
 is on its own page.
