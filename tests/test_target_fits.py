@@ -138,7 +138,7 @@ def test_a_choice_is_fitted_where_that_is_measured_better(name: str, tmp_path: P
 
 def test_one_share_for_all_is_fitted_beside_another_choice() -> None:
     model = lively()
-    plan = fk.plan(model, fk.FitTo(params=0.6, rounds=0, multiple=4), data=batches("llama", model, 8))
+    plan = fk.plan(model, fk.FitTo(params=0.8, rounds=0, multiple=4), data=batches("llama", model, 8))
     labels = [each["how"] for each in plan.report["target"]["tried"]]
     assert any(label.startswith("one share for all FFNs") and "fitted" in label for label in labels)
     assert any(label.startswith("assembled") and "fitted" in label for label in labels)
@@ -170,7 +170,7 @@ def test_tied_embeddings_in_bfloat16(tmp_path: Path) -> None:
     model.config.tie_word_embeddings = True
     model.tie_weights()
     rows = batches("llama", model, 6)
-    plan = fk.plan(model, fk.FitTo(params=0.6, rounds=0, multiple=4, parts=("neurons",)), data=rows)
+    plan = fk.plan(model, fk.FitTo(params=0.8, rounds=0, multiple=4, parts=("neurons",)), data=rows)
     fk.apply(model, plan)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert sum(p.numel() for p in model.parameters()) == plan.report["target"]["left"]
@@ -182,7 +182,7 @@ def test_what_a_target_takes_is_told_before() -> None:
     model = FAMILIES["llama"].model()
     rows = batches("llama", model, 4)
     fast, default, best = (
-        expected(model, fk.FitTo(params=0.6, effort=effort), rows)  # type: ignore[arg-type]
+        expected(model, fk.FitTo(params=0.8, effort=effort), rows)  # type: ignore[arg-type]
         for effort in ("fast", "default", "best")
     )
     assert fast.work is not None and default.work is not None and best.work is not None
