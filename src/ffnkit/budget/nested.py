@@ -11,13 +11,12 @@ from torch import Tensor
 from ffnkit.calibration.statistics import Statistics
 from ffnkit.io.files import spooled
 from ffnkit.methods.common import lifted, norms, singles
-from ffnkit.methods.narrow.calibrated import BY_LOSS, CalibratedFusion
+from ffnkit.methods.narrow.calibrated import BY_LOSS, RIDGE, CalibratedFusion
 from ffnkit.methods.narrow.observed import Part
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons, concatenate
 from ffnkit.ops.subset import ranked, refit, weighed
 
-SELECTION = 1e-2  # the ridge of the order, as data-aware fusion has it
 FUSION = CalibratedFusion(width=1)  # its defaults
 REFIT = FUSION.ridge
 
@@ -60,7 +59,7 @@ class Nested:
                 continue
             gram = part.moments.centred() if single.down_bias is not None else part.moments.second()
             read = weighed(single.down, dimensions)
-            order = ranked(gram, SELECTION, read, BY_LOSS[FUSION.select])
+            order = ranked(gram, RIDGE, read, BY_LOSS[FUSION.select])
             lost = tail_errors(gram, read, order) * part.moments.count
             self.lost = lost if self.lost is None else self.lost + lost
             self.parts.append(_Single(order, spooled(gram.float()), part.moments.mean()))

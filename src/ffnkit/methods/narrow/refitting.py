@@ -15,7 +15,7 @@ from ffnkit.calibration.hooks import Activations
 from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.edits import Edit, ReplaceNeurons, Stage
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.common import Batch, Narrowing, lifted, need_data
+from ffnkit.methods.common import Batch, Narrowing, lifted, need_data, singles
 from ffnkit.methods.narrow.by_block import Fitted, block_by_block
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.model.finding import ffns
@@ -147,11 +147,11 @@ def refitted_from(
         ffn, chosen = known.get(edit.target), edit.neurons_kept
         if ffn is not None and chosen is not None and edit.new_width != ffn.width:
             old = lifted(ffn.raw())
-            singles = [old.expert(e) for e in range(old.experts)] if old.experts else [old]
-            numbers = chosen.long().to(old.up.device).reshape(len(singles), -1)
+            each_one = singles(old)
+            numbers = chosen.long().to(old.up.device).reshape(len(each_one), -1)
             fits = [
                 _closed(*each, stored.moments(ffn, e), ridge)
-                for e, each in enumerate(zip(singles, numbers, strict=True))
+                for e, each in enumerate(zip(each_one, numbers, strict=True))
             ]
             neurons = concatenate([each for each, _ in fits]) if old.experts else fits[0][0]
             errors = [error for _, error in fits if error is not None]
