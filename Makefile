@@ -33,7 +33,7 @@ demo: $(READY) ## compress, tune and compare a real model: the embedded quicksta
 test: $(READY) ## run the tests (WORKERS=2), the slowest ones left out
 	$(TESTING) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
 
-test-slow: $(READY) ## run the tests that take long (about 25 minutes); PART=K/8: an eighth of them
+test-slow: $(READY) ## run the tests that take long (about 30 minutes); PART=K/8: an eighth of them
 	$(TESTING) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m slow $(if $(PART),--part $(PART))
 
 test-gpu: $(READY) ## the tests that need a GPU, and the contract of methods and tuners on it

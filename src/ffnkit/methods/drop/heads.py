@@ -89,7 +89,7 @@ class RemoveHeads:
         check(self)
         found = attentions(model)
         if not found:
-            do = "Name a model with attention of a known layout (ffnkit.attention.ATTENTION_LAYOUTS)"
+            do = "Name a model with attention of a known layout, or add the layout (docs/adding.md)"
             raise FfnkitError(f"the heads of {type(model).__name__}", "none of its modules is a known attention", do)
         return self._left(select(found, self.layers))
 
