@@ -54,7 +54,7 @@ NOT_RUN = {  # of a page: a command or the first line of a Python block, and why
         "ffnkit compress ./llama --set width=0.75 --text notes.txt --heal": "heals for minutes: tests/test_healing.py",
         "found = fk.heal": "heals for minutes: tests/test_healing.py",
     },
-    "instructions.md": {"ffnkit tune MODEL --task oasst1": HUB},
+    "instructions.md": {"ffnkit tune ./llama --task oasst1": HUB},
     "merging.md": {
         "ffnkit tune merged --task sst2 --tuner lora": "4-bit kernels: tests/test_tied_quantized.py",
         "from ffnkit import tune": "4-bit kernels: tests/test_tied_quantized.py",
