@@ -212,7 +212,7 @@ def test_command_line(bert: Path, small: tuple[Path, Path], tmp_path: Path) -> N
 
 def test_a_head_of_other_labels_is_not_judged(minilm_path: Path, data_dir: Path, tmp_path: Path) -> None:
     """Where the head is another task's, its metrics on this one say nothing, or are an error of an index."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
     tokenizer = load_tokenizer(minilm_path)
     made = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=len(tokenizer), **sizes))
     for part in (made, tokenizer):
@@ -223,6 +223,10 @@ def test_a_head_of_other_labels_is_not_judged(minilm_path: Path, data_dir: Path,
         figures = json.loads(shown.stdout)["cost"]["stages"]["compressed"]
         assert ("metrics" in figures) is judged
         assert ("has 2 labels, and mnli has 3" in shown.stderr) is not judged
+    words = ("--method", "merging", "--set", "window=2", "--set", "score=accuracy", "--data-dir", data_dir)
+    why = bad("compress", tmp_path / "two", "--task", "mnli", *words, "--out", tmp_path / "merged")
+    assert "score accuracy of mnli" in why and "has 2 labels, and mnli has 3" in why
+    assert other_labels(tasks.get("e2e"), transformers.BertConfig()) is None
     config = transformers.BertConfig(id2label={0: "positive", 1: "negative"})
     assert "orders the labels positive, negative" in (other_labels(tasks.get("sst2"), config) or "")
     assert other_labels(tasks.get("sst2"), transformers.BertConfig(id2label={0: "negative", 1: "positive"})) is None

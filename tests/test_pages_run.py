@@ -207,6 +207,8 @@ def command(line: str) -> None:
         shutil.rmtree(out, ignore_errors=True)
     if words[0] in ("compress", "calibrate") and "--tokens" not in words and {"--text", "--task"} & {*words}:
         words += ["--tokens", "512"]
+    if "--energy" in words:  # as many rows as there are
+        words += ["--batches", "2", "--fresh", "1", "--batch-size", "8"]
     with contextlib.ExitStack() as kept:
         kept.callback(torch.set_rng_state, torch.get_rng_state())
         done = CliRunner().invoke(app, filled(words))

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+HEADED = ("text-classification", "image-classification")
+"""Kinds of task (the hub's names) whose models have a head of labels."""
+
 
 def load_tokenizer(name_or_dir: str | Path, **kwargs: Any) -> Any:
     """See :meth:`Task.load_tokenizer`."""
@@ -90,13 +93,15 @@ def _check_head(task: Task, name: str, redrawn: list[str], absent: list[str], st
         raise FfnkitError(asked, told, "Reorder the rows of its head, or tune it on this task")
 
 
-def other_labels(task: Task, config: Any) -> str | None:
-    """Why the trained head of an open model answers other questions than the task's; None where it fits.
+def other_labels(task: Any, config: Any) -> str | None:
+    """Why the head of an open model answers other questions than the task's; None where it fits, or the task has none.
 
     Args:
         config: the model's; it knows how many labels the head has, and what they are called.
     """
-    own = config.num_labels
+    own = getattr(config, "num_labels", None)
+    if getattr(task, "pipeline_tag", None) not in HEADED or not hasattr(task, "num_labels"):
+        return None
     if own != task.num_labels:
         return f"the model's head has {own} label{'s' * (own != 1)}, and {task.name} has {task.num_labels}"
     return _other_order(task, [str(label) for _, label in sorted((config.id2label or {}).items())])
