@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import is_shown
 from ffnkit.search.chances import Metric, Rows
 from ffnkit.tasks.metrics import greater_is_better
 
@@ -185,7 +186,7 @@ class TaskGround(Ground):
             self.recipe.tune,
             seed=self.recipe.search.seed,
             out_dir=out.with_name(f".{out.name}.tuning"),
-            progress=False,
+            progress=is_shown(),
         )
         ffnkit.save(found.model, out, tokenizer=self.tokenizer)
         return found.model.to(self.device).eval()  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from typing import Any
 import ffnkit
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import disk_errors, read_json
+from ffnkit.io.progress import phase
 from ffnkit.recipe.shares import Shares
 from ffnkit.recipe.state import digest, folder_digest, write_json
 from ffnkit.search import candidates as ways
@@ -97,7 +98,6 @@ class Run:
         self.folder = Folder(out)
         self.ground: Ground = ground_of(recipe)
         self.floor = self.settings.floor(self.ground.more)
-        self.start = time.process_time()
 
     def facts(self) -> dict[str, Any]:
         """What the figures depend on, by field of the recipe."""
@@ -111,7 +111,7 @@ class Run:
     def prepare(self) -> None:
         """The original, its figures and the statistics of one pass, by whoever comes first."""
         folder = self.folder
-        with folder.turn("original"):
+        with phase("the original"), folder.turn("original"):
             if (folder.out / "original.json").exists():
                 return
             begin = time.perf_counter()
@@ -184,7 +184,8 @@ class Run:
         """Whether nobody else was at work on it, and it is done now."""
         with self.folder.claimed(f"candidate-{task.number}") as ours:
             if ours and not self.folder.over(task):
-                self.do(task)
+                with phase(f"candidate {task.number}" + ("" if task.rung is None else f", rung {task.rung + 1}")):
+                    self.do(task)
             return ours
 
     def do(self, task: Task) -> None:
@@ -322,7 +323,7 @@ class Run:
         """Choose on dev, report once, write everything."""
         from ffnkit.search import choice, pages
 
-        with self.folder.turn("finish"):
+        with phase("the choice"), self.folder.turn("finish"):
             if (done := read_json(self.folder.out / "results.json")) is None:
                 done = choice.results(self)
                 pages.write(self, done)

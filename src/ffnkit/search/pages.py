@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from ffnkit.search.job import Run
 
-HEADER = ("", "candidate", "size", "FFN parameters", "kept", "at least", "tokens")
+HEADER = ("", "candidate", "size", "FFN parameters", "kept", "at least", "tokens")  # and latency, where that counts
 WORDS = {"params": "parameters", "flops": "FLOPs a token", "bytes": "bytes", "latency": "FLOPs a token"}
 
 
@@ -29,7 +29,7 @@ def write(run: Run, results: dict[str, Any]) -> None:
     out, rows = run.folder.out, front(results)
     notes = said(results)
     head = f"# {one_line(run.recipe.name)}\n\n" + (paragraphs(run.recipe.notes) if run.recipe.notes else "")
-    table = markdown_table(HEADER, table_rows(results))
+    table = markdown_table(header(results), table_rows(results))
     write_text(out / "front.md", f"{head}{table}\n" + "".join(f"- {line}\n" for line in notes))
     if rows:
         _picture(run, results, notes)
@@ -43,6 +43,15 @@ def front(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [tuned[number] for number in (fronts(points)[0] if points else [])]
 
 
+def header(results: dict[str, Any]) -> tuple[str, ...]:
+    """The heads of the table's columns."""
+    return (*HEADER, "latency") if _by_clock(results) else HEADER
+
+
+def _by_clock(results: dict[str, Any]) -> bool:
+    return bool(results["recipe"]["search"]["objective"] == "latency")
+
+
 def table_rows(results: dict[str, Any]) -> list[list[str]]:
     """Cells of the table: what was tuned, by size; the front has a star, what was chosen an arrow."""
     best, whole = {row["number"] for row in front(results)}, results["original"]["costs"]["ffn_params"]
@@ -53,9 +62,10 @@ def table_rows(results: dict[str, Any]) -> list[list[str]]:
         mark = "->" if row["number"] == chosen else "*" if row["number"] in best else ""
         low = "" if tuned["low"] is None else f"{tuned['low']:.2%}"
         ffn = f"{row['costs']['ffn_params'] / whole:.1%}"
-        found.append(
-            [mark, row["name"], f"{row['size']:.1%}", ffn, f"{tuned['kept']:.2%}", low, f"{tuned['tokens']:,}"]
-        )
+        cells = [mark, row["name"], f"{row['size']:.1%}", ffn, f"{tuned['kept']:.2%}", low, f"{tuned['tokens']:,}"]
+        if _by_clock(results):
+            cells.append(f"{row['latency']:.2f}" if "latency" in row else "")
+        found.append(cells)
     return found
 
 
@@ -72,7 +82,14 @@ def said(results: dict[str, Any]) -> list[str]:
         f"{len(results['candidates'])} candidates were measured before tuning,"
         f" {sum('tuned' in row for row in results['candidates'])} of them tuned.",
     ]
+    if _by_clock(results):
+        lines.append(
+            "latency: seconds of a batch, to the original's, all in turn at the end, of the smallest that keep enough;"
+            " the fastest is chosen."
+        )
     if (chosen := results["chosen"]) is None:
+        if any(row.get("enough") for row in results["candidates"]):
+            return [*lines, "Of the models that keep that none is faster: take another objective, or a larger model."]
         return [*lines, "No smaller model keeps that: ask for less, or tune longer (search.tokens)."]
     report = chosen["report"]
     low = "" if report["low"] is None else f", surely {report['low']:.2%}"
@@ -93,7 +110,10 @@ def _picture(run: Run, results: dict[str, Any], notes: list[str]) -> None:
     metric = results["metric"]
     rows = [_row("original", metric, results["original"]["value"], results["original"]["costs"])]
     arms: dict[str, dict[str, Any]] = {"original": {}}
-    for each in front(results):
+    shown = front(results)
+    if (chosen := results["chosen"]) is not None and all(each["number"] != chosen["number"] for each in shown):
+        shown.append(chosen)  # the fastest need not have the fewest FLOPs
+    for each in shown:
         name = each["name"]
         rows.append(_row(name, metric, each["tuned"]["value"], each["costs"]) | _time(each))
         arms[name] = {key: value for key, value in each["candidate"].items() if value}
