@@ -236,10 +236,11 @@ def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
 
 def kill_one(out: Path, words: bytes, killed: list[int]) -> None:
     """Signal 9 to a process of this command line as soon as it has written something of a candidate."""
-    until = time.monotonic() + 600
+    until = time.monotonic() + 1500  # as long as the search may take
     while time.monotonic() < until and not list(out.glob("candidates/*/*.json")):
         time.sleep(0.005)
     while time.monotonic() < until and not killed:
+        time.sleep(0.005)
         for place in Path("/proc").glob("[0-9]*/cmdline"):
             with suppress(OSError):
                 if words in place.read_bytes():
@@ -334,6 +335,93 @@ def test_a_search_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     assert search(recipe(base), out).results == results and (out / "results.json").stat().st_mtime_ns == stamp
     with pytest.raises(FfnkitError, match="another search"):
         search(recipe(base, keep=0.8), out)
+
+
+def found_by_clock(**latency: float) -> dict[str, Any]:
+    """Results of a search for the fastest: "a" has the fewest FLOPs, "b" no place on the front."""
+    costs = {"params": 1, "ffn_params": 1, "flops": 1, "bytes": 1}
+    rows: list[dict[str, Any]] = []
+    for number, (name, size, kept) in enumerate([("a", 0.4, 0.99), ("b", 0.5, 0.98), ("c", 0.6, 0.5)]):
+        tuned = {"kept": kept, "low": kept - 0.01, "tokens": 10, "value": kept, "rung": 0}
+        row = {"number": number, "name": name, "size": size, "costs": costs, "tuned": tuned, "enough": kept > 0.9}
+        rows.append(row | ({"latency": latency[name]} if name in latency else {}))
+    fast = sorted((row for row in rows if row.get("latency", 1) < 1), key=lambda row: row["latency"])
+    told = {"value": 0.8, "original": 0.8, "kept": 1.0, "low": 0.99}
+    return {
+        "recipe": {"search": {"objective": "latency"}},
+        "metric": "accuracy",
+        "floor": 0.97,
+        "original": {"value": 0.8, "costs": costs},
+        "candidates": rows,
+        "chosen": fast[0] | {"report": told} if fast else None,
+    }
+
+
+def test_the_clock_has_its_column_and_its_words() -> None:
+    from ffnkit.search import pages
+
+    found = found_by_clock(a=0.7, b=0.6)
+    heads, rows = pages.header(found), pages.table_rows(found)
+    assert heads[-1] == "latency" and [row[-1] for row in rows] == ["0.70", "0.60", ""]
+    assert [row[0] for row in rows] == ["*", "->", ""]
+    assert [row["name"] for row in pages.shown(found)] == ["a", "b"], "what is chosen is seen, wherever it lies"
+    slow = "\n".join(pages.said(found_by_clock(a=1.2, b=1.1)))
+    assert "none is faster" in slow and "No smaller model" not in slow
+    other = found_by_clock() | {"recipe": {"search": {"objective": "params"}}}
+    assert pages.header(other) == pages.HEADER and len(pages.table_rows(other)[0]) == len(pages.HEADER)
+
+
+def test_it_says_at_which_candidate_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ffnkit.io import progress
+    from ffnkit.search.job import Run
+    from ffnkit.search.state import Task
+
+    run = Run.__new__(Run)
+    run.folder = Folder(tmp_path)
+
+    def do(task: Task) -> None:
+        with progress.phase("healing") as step:
+            step(1, 2, "")
+
+    monkeypatch.setattr(run, "do", do, raising=False)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    with progress.shown("search"):
+        assert run.taken(Task(3, 1))
+    assert "search > candidate 3, rung 2 > healing: 1 of 2" in capsys.readouterr().err
+
+
+def test_an_actor_leaves_a_task_to_the_process_that_is_at_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A second command on the folder, or another driver's actors: both would write the same checkpoint."""
+    from types import SimpleNamespace
+
+    from ffnkit.search import cluster
+    from ffnkit.search.job import Run
+    from ffnkit.search.state import Task
+
+    monkeypatch.setattr(cluster, "POLL", 0.0)
+    run = Run.__new__(Run)
+    run.folder, at, folder = Folder(tmp_path), list[Task](), Folder(tmp_path)
+    monkeypatch.setattr(run, "do", at.append, raising=False)
+    worker = cluster.Worker.__new__(cluster.Worker)
+    worker.lines, worker.run = [], run
+    asked = itertools.count()
+    place = folder.place(0)
+    place.mkdir(parents=True)
+
+    def over(task: Task) -> bool:
+        if next(asked) == 3:
+            (place / "candidate.json").write_text("{}")
+        return Folder(tmp_path).over(task)
+
+    monkeypatch.setattr(run, "folder", SimpleNamespace(claimed=folder.claimed, over=over), raising=False)
+    with folder.claimed("candidate-0") as ours:
+        assert ours
+        worker.do(Task(0))
+    assert not at
+    worker.do(Task(1))
+    assert at == [Task(1)]
 
 
 @pytest.mark.parametrize("command", ["search", "run"])

@@ -160,7 +160,7 @@ class Run:
     def work(self) -> None:
         """Do what is left, beside whoever else works on the folder."""
         while tasks := self.open():
-            if not any(self._taken(task) for task in tasks):
+            if not any(self.taken(task) for task in tasks):
                 time.sleep(POLL)
 
     def open(self) -> list[Task]:
@@ -180,7 +180,7 @@ class Run:
         """What is tried."""
         return Proposals(self.folder, self.settings, self.first["layers"])
 
-    def _taken(self, task: Task) -> bool:
+    def taken(self, task: Task) -> bool:
         """Whether nobody else was at work on it, and it is done now."""
         with self.folder.claimed(f"candidate-{task.number}") as ours:
             if ours and not self.folder.over(task):

@@ -43,6 +43,13 @@ def front(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [tuned[number] for number in (fronts(points)[0] if points else [])]
 
 
+def shown(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The front, and what was chosen where that lies behind it: the fastest need not have the fewest FLOPs."""
+    found, chosen = front(results), results["chosen"]
+    behind = chosen is not None and all(row["number"] != chosen["number"] for row in found)
+    return [*found, chosen] if behind else found
+
+
 def header(results: dict[str, Any]) -> tuple[str, ...]:
     """The heads of the table's columns."""
     return (*HEADER, "latency") if _by_clock(results) else HEADER
@@ -110,10 +117,7 @@ def _picture(run: Run, results: dict[str, Any], notes: list[str]) -> None:
     metric = results["metric"]
     rows = [_row("original", metric, results["original"]["value"], results["original"]["costs"])]
     arms: dict[str, dict[str, Any]] = {"original": {}}
-    shown = front(results)
-    if (chosen := results["chosen"]) is not None and all(each["number"] != chosen["number"] for each in shown):
-        shown.append(chosen)  # the fastest need not have the fewest FLOPs
-    for each in shown:
+    for each in shown(results):
         name = each["name"]
         rows.append(_row(name, metric, each["tuned"]["value"], each["costs"]) | _time(each))
         arms[name] = {key: value for key, value in each["candidate"].items() if value}
