@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -134,6 +135,20 @@ def test_a_folder_holds_one_search_and_a_task_one_process(tmp_path: Path) -> Non
         Folder(tmp_path / "else").begin({"model": "m"})
 
 
+def test_another_text_of_the_same_size_is_other_data(tmp_path: Path) -> None:
+    from ffnkit.search.ground import Ground
+
+    text = tmp_path / "notes.txt"
+    text.write_text("one")
+    ground = Ground(search_from({"model": "m", "calibration": {"text": str(text)}}, "r"))
+    first = ground.facts()
+    text.write_text("two")
+    assert ground.facts() != first
+    text.unlink()
+    with pytest.raises(FfnkitError, match=r"notes.txt.*no such file"):
+        ground.facts()
+
+
 def fake_size(number: int, salt: int) -> list[float]:
     return [random.Random(number + salt).random(), random.Random(number + salt + 0.5).random()]
 
@@ -215,7 +230,7 @@ def outcome(out: Path) -> dict[str, Any]:
         for name in ("seconds", "loss", "healed"):
             row.get("tuned", {}).pop(name, None)
         row.pop("latency", None), row.pop("latency_s", None)
-    found["original"].pop("seconds")
+    found["original"].pop("seconds"), found["original"].pop("latency_s")
     return dict(found)
 
 
@@ -339,19 +354,20 @@ def test_a_search_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
 
 def found_by_clock(**latency: float) -> dict[str, Any]:
     """Results of a search for the fastest: "a" has the fewest FLOPs, "b" no place on the front."""
-    costs = {"params": 1, "ffn_params": 1, "flops": 1, "bytes": 1}
+    costs = {"params": 100, "ffn_params": 100, "flops": 100, "bytes": 100}
     rows: list[dict[str, Any]] = []
     for number, (name, size, kept) in enumerate([("a", 0.4, 0.99), ("b", 0.5, 0.98), ("c", 0.6, 0.5)]):
         tuned = {"kept": kept, "low": kept - 0.01, "tokens": 10, "value": kept, "rung": 0}
         row = {"number": number, "name": name, "size": size, "costs": costs, "tuned": tuned, "enough": kept > 0.9}
-        rows.append(row | ({"latency": latency[name]} if name in latency else {}))
+        row |= {"candidate": {"how": "width", "share": size}, "costs": {name: size * 100 for name in costs}}
+        rows.append(row | ({"latency": latency[name], "latency_s": latency[name]} if name in latency else {}))
     fast = sorted((row for row in rows if row.get("latency", 1) < 1), key=lambda row: row["latency"])
     told = {"value": 0.8, "original": 0.8, "kept": 1.0, "low": 0.99}
     return {
         "recipe": {"search": {"objective": "latency"}},
         "metric": "accuracy",
         "floor": 0.97,
-        "original": {"value": 0.8, "costs": costs},
+        "original": {"value": 0.8, "costs": costs} | ({"latency_s": 1.0} if latency else {}),
         "candidates": rows,
         "chosen": fast[0] | {"report": told} if fast else None,
     }
@@ -369,6 +385,24 @@ def test_the_clock_has_its_column_and_its_words() -> None:
     assert "none is faster" in slow and "No smaller model" not in slow
     other = found_by_clock() | {"recipe": {"search": {"objective": "params"}}}
     assert pages.header(other) == pages.HEADER and len(pages.table_rows(other)[0]) == len(pages.HEADER)
+
+
+@pytest.mark.parametrize(("latency", "axis"), [({"a": 0.7, "b": 0.6}, "latency"), ({"b": 0.6}, "FLOPs a token")])
+def test_the_page_stands_against_what_was_asked_for(latency: dict[str, float], axis: str, tmp_path: Path) -> None:
+    """Where not all that are shown were timed, against what foresees it."""
+    from types import SimpleNamespace
+
+    from ffnkit.search import pages
+
+    about = SimpleNamespace(name="small", notes="", model="m")
+    run: Any = SimpleNamespace(folder=Folder(tmp_path), recipe=about, ground=SimpleNamespace(where="sst2"))
+    pages.write(run, found_by_clock(**latency))
+    assert f'aria-label="accuracy against {axis}"' in (tmp_path / "front.svg").read_text()
+    page = (tmp_path / "report.html").read_text()
+    told, notes, table = (page.index(words) for words in ("A batch takes 0.60 of the original's time", "asked for", "Size and quality"))
+    assert told < notes < table and "level with" not in page, "seeds tell nothing here"
+    drawn = re.findall('aria-label="accuracy against ([^"]*)"', page)
+    assert drawn[0] == axis and len(drawn) > 2
 
 
 def test_it_says_at_which_candidate_it_is(

@@ -12,6 +12,7 @@ import numpy as np
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io.progress import is_shown
+from ffnkit.recipe.state import file_digest
 from ffnkit.search.chances import Metric, Rows
 from ffnkit.tasks.metrics import greater_is_better
 
@@ -81,9 +82,9 @@ class Ground:
         return load_tokenizer(self.recipe.tokenizer or self.name)
 
     def facts(self) -> Any:
-        """What the data are."""
+        """What the data are. Raises FfnkitError where a file is not there."""
         files = self.calibrating.text
-        return [Path(file).stat().st_size for file in files] if isinstance(files, dict) else None
+        return [file_digest(file) for file in files] if isinstance(files, dict) else None
 
     def original(self, out: Path) -> PreTrainedModel:
         """The model that all are compared with."""

@@ -27,7 +27,7 @@ from ffnkit.search.chances import kept_share, least_kept
 from ffnkit.search.ground import Ground, ground_of
 from ffnkit.search.halving import promoted, spread
 from ffnkit.search.proposing import Proposals
-from ffnkit.search.settings import SearchRecipe, check_optuna
+from ffnkit.search.settings import COUNTED, SearchRecipe, check_optuna
 from ffnkit.search.state import FACTS, POLL, Folder, Task, read_rows, spec_of, write_rows
 
 Say = Callable[[str], None]
@@ -206,7 +206,7 @@ class Run:
         write_json(place / "candidate.json", figures)
         count = len(self.folder.candidates())
         self.say(
-            f"[{count}/{self.settings.candidates}] {candidate}: {figures['size']:.1%} of {self.settings.objective},"
+            f"[{count}/{self.settings.candidates}] {candidate}: {figures['size']:.1%} of the {COUNTED[self.settings.objective]},"
             f" loss {figures['loss']:.4g} before tuning ({time.perf_counter() - begin:.0f} s)"
         )
 
@@ -297,7 +297,7 @@ class Run:
         )
         self.say(
             f"rung {rung + 1} of {self.settings.rungs}, {spec_of(found)}: {found['size']:.1%} of "
-            f"{self.settings.objective}, keeps {kept:.2%} of {self.ground.metric} "
+            f"the {COUNTED[self.settings.objective]}, keeps {kept:.2%} of {self.ground.metric} "
             f"({time.perf_counter() - begin:.0f} s)"
         )
         del model

@@ -14,6 +14,7 @@ from ffnkit.report import environment
 from ffnkit.report.card import CardInfo, LayerWidth, Metric, model_card
 from ffnkit.report.formats import markdown_table
 from ffnkit.search.halving import fronts
+from ffnkit.search.settings import COUNTED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ffnkit.search.job import Run
 
 HEADER = ("", "candidate", "size", "FFN parameters", "kept", "at least", "tokens")  # and latency, where that counts
-WORDS = {"params": "parameters", "flops": "FLOPs a token", "bytes": "bytes", "latency": "FLOPs a token"}
+AXES = {"params": "parameters", "flops": "flops_per_token", "bytes": "bytes_on_disk_compact", "latency": "latency_s"}
 
 
 def write(run: Run, results: dict[str, Any]) -> None:
@@ -46,8 +47,10 @@ def front(results: dict[str, Any]) -> list[dict[str, Any]]:
 def shown(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The front, and what was chosen where that lies behind it: the fastest need not have the fewest FLOPs."""
     found, chosen = front(results), results["chosen"]
-    behind = chosen is not None and all(row["number"] != chosen["number"] for row in found)
-    return [*found, chosen] if behind else found
+    if chosen is None:
+        return found
+    others = [row for row in found if row["number"] != chosen["number"]]
+    return sorted([*others, chosen], key=lambda row: float(row["size"]))  # of the chosen more is known
 
 
 def header(results: dict[str, Any]) -> tuple[str, ...]:
@@ -77,9 +80,9 @@ def table_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def said(results: dict[str, Any]) -> list[str]:
-    """What the table means, in sentences."""
+    """What the table means, in sentences; the last one says what was found."""
     settings = results["recipe"]["search"]
-    what, metric, floor = WORDS[settings["objective"]], results["metric"], results["floor"]
+    what, metric, floor = COUNTED[settings["objective"]], results["metric"], results["floor"]
     value = results["original"]["value"]
     lines = [
         f"size: {what}, to the original's. kept: {metric} on dev, to the original's ({value:.4g}). at least: the lower"
@@ -101,9 +104,9 @@ def said(results: dict[str, Any]) -> list[str]:
     report = chosen["report"]
     low = "" if report["low"] is None else f", surely {report['low']:.2%}"
     lines.append(
-        f"{chosen['name']}: {metric} {report['value']:.4g} on the rows that chose nothing, the original"
-        f" {report['original']:.4g}: {report['kept']:.2%} is kept{low}."
-        f" A batch takes {chosen['latency']:.2f} of its time."
+        f"Chosen: {chosen['name']}, {chosen['size']:.1%} of the {what}. Its {metric} is {report['value']:.4g} on the rows"
+        f" that chose nothing, the original's {report['original']:.4g}: {report['kept']:.2%} is kept{low}. A batch takes"
+        f" {chosen['latency']:.2f} of the original's time."
     )
     return lines
 
@@ -115,14 +118,19 @@ def _picture(run: Run, results: dict[str, Any], notes: list[str]) -> None:
     from ffnkit.report.table import summarize
 
     metric = results["metric"]
-    rows = [_row("original", metric, results["original"]["value"], results["original"]["costs"])]
+    first = results["original"]
+    rows = [_row("original", metric, first["value"], first["costs"])]
+    if "latency_s" in first:
+        rows[0] |= {"latency_s": first["latency_s"], "latency_ratio": 1.0}
     arms: dict[str, dict[str, Any]] = {"original": {}}
     for each in shown(results):
         name = each["name"]
         rows.append(_row(name, metric, each["tuned"]["value"], each["costs"]) | _time(each))
         arms[name] = {key: value for key, value in each["candidate"].items() if value}
-    summary = summarize(rows, metric)
-    write_text(run.folder.out / "front.svg", svg(drawn(summary), heading(summary), "front"))
+    summary, axis = summarize(rows, metric), AXES[results["recipe"]["search"]["objective"]]
+    if not all(axis in row for row in rows):  # only those that keep enough are timed
+        axis = AXES["flops"]
+    write_text(run.folder.out / "front.svg", svg(drawn(summary, axis), heading(summary, axis), "front"))
     info = PageInfo(
         title=run.recipe.name,
         model=run.recipe.model,
@@ -135,7 +143,10 @@ def _picture(run: Run, results: dict[str, Any], notes: list[str]) -> None:
         seeds=(0,),
         versions=environment.versions(),
         machine=environment.machine(),
-        notes=notes,
+        notes=notes[:-1],
+        told=notes[-1:],
+        front=[header(results), *table_rows(results)],
+        axis=axis,
     )
     write_page(run.folder.out / "report.html", info)
 
