@@ -2,7 +2,7 @@
 
     python benchmarks/search_grid.py [--recipe FILE] [--model MODEL] [--work FOLDER] [--out FOLDER]
 
-The search is the recipe's (benchmarks/search_grid_sst2.yaml). The grid takes one width for all layers by the same method
+The search is the recipe's: benchmarks/search_grid_stories260k.yaml (text alone), or search_grid_sst2.yaml (MiniLM). The grid takes one width for all layers by the same method
 with the same statistics, and heals each by as many tokens as the search gives its best ones in all its rungs; widths
 halve the gaps, as a person would, until the seconds of the processor that the search took are spent. The original is
 tuned once, counts for neither, and so does what follows the choice. Both choose by the search's rule, and the two chosen
@@ -46,6 +46,8 @@ def measured(arm: str, recipe: Any, place: Path, seconds: float) -> dict[str, An
     return {
         "name": arm,
         "processor_s": taken,
+        "metric": found["metric"],
+        "floor": found["floor"],
         "original": found["original"]["value"],
         "measured": len(found["candidates"]),
         "tuned": sorted(tuned, key=lambda row: row["size"]),
@@ -106,7 +108,7 @@ def times(recipe: Any, work: Path, results: dict[str, Any]) -> None:
     from ffnkit.search.ground import ground_of
 
     ground, how = ground_of(recipe), recipe.measure
-    original = ground.original(work / "search" / "original")
+    original = ground.original(work / "search" / "original")  # of text alone the model itself
     chosen = [row for row in results["rows"] if row["chosen"]]
     models = {"original": original} | {row["name"]: ground.open(work / row["name"] / "model/compact") for row in chosen}
     taken = latencies(models, batch_for(original, how.batch_size, how.length), repeats=how.repeats)
@@ -115,7 +117,8 @@ def times(recipe: Any, work: Path, results: dict[str, Any]) -> None:
 
 
 def page(results: dict[str, Any]) -> str:
-    own, said = results["conditions"]["recipe"]["search"], results["conditions"]["recipe"]
+    recipe, first = results["conditions"]["recipe"], results["rows"][0]
+    own = recipe["search"]
     rows = [["", "processor", "measured", "tuned", "chosen", "size", "FFN parameters", "kept on dev", "at least"]]
     rows[0] += ["kept of the rest", "at least", "latency"]
     rows.append(["---", *["---:"] * 3, "---", *["---:"] * 7])
@@ -133,28 +136,27 @@ def page(results: dict[str, Any]) -> str:
     lines.append(["---", "---", "---", *["---:"] * 4])
     for arm, each in sorted(both, key=lambda pair: pair[1]["size"]):
         beaten = any(
-            o["size"] <= each["size"] and o["kept"] >= each["kept"] and (o["size"], o["kept"]) != (each["size"], each["kept"])
-            for _, o in both
+            other["size"] <= each["size"] and other["kept"] >= each["kept"] and other is not each for _, other in both
         )
         figures = [f"{each['size']:.1%}", f"{each['ffn']:.1%}", f"{each['kept']:.2%}", f"{each['low']:.2%}"]
         lines.append(["" if beaten else "\\*", WORDS[arm], each["name"], *figures])
     tokens = [own["tokens"] * own["factor"] ** rung for rung in range(own["rungs"])]
     notes = [
-        f"- The original has {results['rows'][0]['original']:.4f} on dev ({said['limits']['dev']:,} rows). Asked for:"
-        f" {own['keep']} of it, surely {2 * own['keep'] - 1:.2f}; objective: {own['objective']}.",
+        f"- kept: {first['metric']} on dev, to the original's ({first['original']:.4g}). Asked for: {first['floor']:.4g}"
+        f" of it, surely {2 * first['floor'] - 1:.4g}; size: {own['objective']}. kept of the rest: on what chose nothing.",
         f"- search: {own['candidates']} candidates, {own['tuned']} tuned, rungs of"
         f" {' and '.join(f'{each:,}' for each in tokens)} tokens. grid: {sum(tokens):,} tokens for each width.",
         "- processor: seconds of one thread for proposing, making, healing and scoring; tuning the original, the last"
         " timing and the report count for neither.",
         "- \\*: no other of both is smaller and better.",
     ]
-    head = f"# Search against a grid by hand in the same time: {said['task']['name']}"
-    return "\n".join([head, "", table(rows), "", table(lines), "", *notes, *footer(results), ""])
+    head = f"# {recipe['name']}: a search against a grid by hand in the same time"
+    return "\n".join([head, "", table(rows), "", table(lines), "", *notes, *footer(results, 1), ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=Path(__file__).with_name("search_grid_sst2.yaml"))
+    parser.add_argument("--recipe", type=Path, default=Path(__file__).with_name("search_grid_stories260k.yaml"))
     parser.add_argument("--model")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "ffnkit-search-grid")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -149,6 +149,19 @@ def test_another_text_of_the_same_size_is_other_data(tmp_path: Path) -> None:
         ground.facts()
 
 
+def test_text_alone_needs_no_padding_token(tmp_path: Path) -> None:
+    """As Llama's and GPT-2's tokenizers have none."""
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    from ffnkit.search.ground import Ground
+
+    words = Tokenizer(models.WordLevel({"</s>": 0, "a": 1, "b": 2}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path)
+    LlamaConfig().save_pretrained(tmp_path)
+    assert Ground(search_from({"model": str(tmp_path)}, "r")).tokenizer.pad_token == "</s>"
+
+
 def fake_size(number: int, salt: int) -> list[float]:
     return [random.Random(number + salt).random(), random.Random(number + salt + 0.5).random()]
 
@@ -399,7 +412,7 @@ def test_the_page_stands_against_what_was_asked_for(latency: dict[str, float], a
     pages.write(run, found_by_clock(**latency))
     assert f'aria-label="accuracy against {axis}"' in (tmp_path / "front.svg").read_text()
     page = (tmp_path / "report.html").read_text()
-    told, notes, table = (page.index(words) for words in ("A batch takes 0.60 of the original's time", "asked for", "Size and quality"))
+    told, notes, table = (page.index(words) for words in ("A batch takes 0.60 of the", "asked for", "Size and quality"))
     assert told < notes < table and "level with" not in page, "seeds tell nothing here"
     drawn = re.findall('aria-label="accuracy against ([^"]*)"', page)
     assert drawn[0] == axis and len(drawn) > 2

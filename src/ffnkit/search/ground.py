@@ -76,8 +76,8 @@ class Ground:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's, or the one that the recipe names."""
-        from ffnkit.io.loading import load_tokenizer
+        """The model's, or the one that the recipe names; it pads with its end of text where it has no padding."""
+        from ffnkit.tasks.models import load_tokenizer
 
         return load_tokenizer(self.recipe.tokenizer or self.name)
 
