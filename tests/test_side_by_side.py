@@ -233,7 +233,7 @@ def cards(out: Path) -> dict[str, str]:
 
 def kill_one(out: Path, killed: list[int]) -> None:
     """Signal 9 to the process that tunes the arm "half", or evaluates it afterwards."""
-    unit, until = out / "units" / "half" / "seed-0", time.monotonic() + 600
+    unit, until = out / "units" / "half" / "seed-0", time.monotonic() + 800  # as long as the run may take
     while time.monotonic() < until and not list(unit.glob("work/tune/checkpoint-*")):
         time.sleep(0.002)
     for place in Path("/proc").glob("[0-9]*/cmdline"):

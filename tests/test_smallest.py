@@ -162,6 +162,28 @@ def test_text_alone_needs_no_padding_token(tmp_path: Path) -> None:
     assert Ground(search_from({"model": str(tmp_path)}, "r")).tokenizer.pad_token == "</s>"
 
 
+def test_no_more_rows_are_read_than_are_learned_from(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ffnkit.search.ground import ROWS, ground_of
+
+    given = recipe(base)
+    ground: Any = ground_of(given)
+    model, encode, seen = ground.source.model(0), ground.task.encode, list[int]()
+
+    def counting(rows: Any, *more: Any, **how: Any) -> Any:
+        seen.append(len(rows))
+        return encode(rows, *more, **how)
+
+    monkeypatch.setattr(type(ground.task), "encode", lambda self, *a, **k: counting(*a, **k))
+    [(few, _)], held = ground.healing(model, given.heal.model_copy(update={"tokens": 20}), 0)
+    assert few and held and seen == [ROWS, len(ground.source.splits.dev)]
+    ground.healing(model, given.heal.model_copy(update={"tokens": 5000}), 0)
+    assert seen[2] == len(ground.source.splits.train) > ROWS
+    [(again, _)], _ = ground.healing(model, given.heal.model_copy(update={"tokens": 20}), 0)
+    [(other, _)], _ = ground.healing(model, given.heal.model_copy(update={"tokens": 20}), 1)
+    ids = [each[0]["input_ids"] for each in (few, again, other)]
+    assert ids[0].equal(ids[1]) and not (ids[0].shape == ids[2].shape and ids[0].equal(ids[2]))
+
+
 def fake_size(number: int, salt: int) -> list[float]:
     return [random.Random(number + salt).random(), random.Random(number + salt + 0.5).random()]
 

@@ -208,8 +208,18 @@ class TaskGround(Ground):
         splits = self.source.splits
         if "batch_size" not in self.recipe.heal.model_fields_set:  # rows of a task are short
             settings = settings.model_copy(update={"batch_size": ROWS})
-        rows = {"task": self.task, "rows": splits.train, "dev": splits.dev}
+        rows = {"task": self.task, "rows": self._drawn(settings.tokens // 2, seed), "dev": splits.dev}
         return healing_data(model, self.tokenizer, settings, self.calibrating, seed=seed, **rows)
+
+    def _drawn(self, count: int, seed: int) -> Any:
+        """So many rows of train: more than are learned from, so that not all of them need be read each time."""
+        import torch
+
+        rows: Any = self.source.splits.train
+        if len(rows) <= max(count, ROWS):
+            return rows
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        return rows.select(order[: max(count, ROWS)].tolist())
 
     def scored(self, model: PreTrainedModel, part: Part) -> Scored:
         """The metric on all rows of the part."""

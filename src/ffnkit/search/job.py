@@ -246,7 +246,8 @@ class Run:
     @cached_property
     def held(self) -> dict[str, list[Any]]:
         """Data that no fit sees, by their kind."""
-        return dict(self.ground.healing(self.original, self.recipe.heal, self.settings.seed)[1])
+        least = self.recipe.heal.model_copy(update={"tokens": 1})  # of what is learned from nothing is wanted
+        return dict(self.ground.healing(self.original, least, self.settings.seed)[1])
 
     # --- tuning
 
