@@ -2,11 +2,12 @@
 
     python benchmarks/search_grid.py [--recipe FILE] [--model MODEL] [--work FOLDER] [--out FOLDER]
 
-The search is the recipe's: benchmarks/search_grid_stories260k.yaml (text alone), or search_grid_sst2.yaml (MiniLM). The grid takes one width for all layers by the same method
-with the same statistics, and heals each by as many tokens as the search gives its best ones in all its rungs; widths
-halve the gaps, as a person would, until the seconds of the processor that the search took are spent. The original is
-tuned once, counts for neither, and so does what follows the choice. Both choose by the search's rule, and the two chosen
-models are timed in turn at the end, on one thread. MODEL is a checkpoint whose head is trained, to leave out the tuning.
+The search is the recipe's: benchmarks/search_grid_stories260k.yaml (text alone), or search_grid_sst2.yaml (MiniLM).
+The grid takes one width for all layers by the same method with the same statistics, and heals each by as many tokens as
+the search gives its best ones in all its rungs; widths halve the gaps, as a person would, until the seconds of the
+processor that the search took are spent. The original is tuned once and counts for neither, and neither does what
+follows the choice. Both choose by the search's rule, and the two chosen models are timed in turn at the end, on one
+thread. MODEL is a checkpoint whose head is trained, to leave out the tuning.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, footer, resumed, table, write
-
-from ffnkit.search.candidates import STEPS
 
 GRID = [10, 15, 5, 12, 8, 18, 6, 14, 4, 16, 9, 11, 7, 13, 17]  # twentieths of the neurons, in their order
 WORDS = {"search": "search", "grid": "grid by hand"}
@@ -142,8 +141,9 @@ def page(results: dict[str, Any]) -> str:
         lines.append(["" if beaten else "\\*", WORDS[arm], each["name"], *figures])
     tokens = [own["tokens"] * own["factor"] ** rung for rung in range(own["rungs"])]
     notes = [
-        f"- kept: {first['metric']} on dev, to the original's ({first['original']:.4g}). Asked for: {first['floor']:.4g}"
-        f" of it, surely {2 * first['floor'] - 1:.4g}; size: {own['objective']}. kept of the rest: on what chose nothing.",
+        f"- kept: {first['metric']} on dev, to the original's ({first['original']:.4g}). Asked for:"
+        f" {first['floor']:.4g} of it, surely {2 * first['floor'] - 1:.4g}; size: {own['objective']}. kept of the rest:"
+        " on what chose nothing.",
         f"- search: {own['candidates']} candidates, {own['tuned']} tuned, rungs of"
         f" {' and '.join(f'{each:,}' for each in tokens)} tokens. grid: {sum(tokens):,} tokens for each width.",
         "- processor: seconds of one thread for proposing, making, healing and scoring; tuning the original, the last"

@@ -434,7 +434,7 @@ def test_the_page_stands_against_what_was_asked_for(latency: dict[str, float], a
     pages.write(run, found_by_clock(**latency))
     assert f'aria-label="accuracy against {axis}"' in (tmp_path / "front.svg").read_text()
     page = (tmp_path / "report.html").read_text()
-    told, notes, table = (page.index(words) for words in ("A batch takes 0.60 of the", "asked for", "Size and quality"))
+    told, notes, table = (page.index(words) for words in ("takes 0.60 of the", "asked for", "Size and quality"))
     assert told < notes < table and "level with" not in page, "seeds tell nothing here"
     drawn = re.findall('aria-label="accuracy against ([^"]*)"', page)
     assert drawn[0] == axis and len(drawn) > 2

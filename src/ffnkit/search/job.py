@@ -204,9 +204,9 @@ class Run:
             write_json(place / "failed.json", {"candidate": candidate.to_dict(), "error": str(error)})
             return
         write_json(place / "candidate.json", figures)
-        count = len(self.folder.candidates())
+        count, what = len(self.folder.candidates()), COUNTED[self.settings.objective]
         self.say(
-            f"[{count}/{self.settings.candidates}] {candidate}: {figures['size']:.1%} of the {COUNTED[self.settings.objective]},"
+            f"[{count}/{self.settings.candidates}] {candidate}: {figures['size']:.1%} of the {what},"
             f" loss {figures['loss']:.4g} before tuning ({time.perf_counter() - begin:.0f} s)"
         )
 

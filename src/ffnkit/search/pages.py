@@ -104,9 +104,9 @@ def said(results: dict[str, Any]) -> list[str]:
     report = chosen["report"]
     low = "" if report["low"] is None else f", surely {report['low']:.2%}"
     lines.append(
-        f"Chosen: {chosen['name']}, {chosen['size']:.1%} of the {what}. Its {metric} is {report['value']:.4g} on the rows"
-        f" that chose nothing, the original's {report['original']:.4g}: {report['kept']:.2%} is kept{low}. A batch takes"
-        f" {chosen['latency']:.2f} of the original's time."
+        f"Chosen: {chosen['name']}, {chosen['size']:.1%} of the {what}. Its {metric} is {report['value']:.4g} on the"
+        f" rows that chose nothing, the original's {report['original']:.4g}: {report['kept']:.2%} is kept{low}. A batch"
+        f" takes {chosen['latency']:.2f} of the original's time."
     )
     return lines
 
