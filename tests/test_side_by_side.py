@@ -12,6 +12,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from test_recipe_run import outcome, recipe_of, tiny
 
 from ffnkit.cli.group import filled
 from ffnkit.errors import FfnkitError
-from ffnkit.recipe import pool, run, shares
+from ffnkit.recipe import cluster, pool, run, shares
 from ffnkit.recipe.board import Board
 from ffnkit.recipe.shares import Shares
 from ffnkit.recipe.state import Unit
@@ -204,6 +205,17 @@ def test_without_ray_the_line_says_what_to_install(monkeypatch: pytest.MonkeyPat
         run(recipe_of(tmp_path), tmp_path / "out", progress=False, ray="auto")
 
 
+def test_a_cluster_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray raises a plain Exception where its node is not there in time."""
+
+    def init(**_: Any) -> None:
+        raise Exception("The current node timed out\nduring startup")  # noqa: TRY002
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=init))
+    with pytest.raises(FfnkitError, match="--ray auto.*timed out during startup"):
+        cluster.connected("auto")
+
+
 # --- in processes of their own
 
 
@@ -275,6 +287,7 @@ def test_tasks_of_a_ray_cluster(folder: Path, plain: Path, tmp_path: Path) -> No
         "Path(sys.argv[1]).read_text())), sys.argv[2], False, ray='auto', threads=1); assert found.ok, found.failed"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    environment["RAY_raylet_start_wait_time_s"] = "300"  # its own 30 are too few on a busy machine
     killed: list[int] = []
     threading.Thread(target=kill_one, args=(out, killed), daemon=True).start()
     subprocess.run([sys.executable, "-c", code, str(recipe), str(out)], env=environment, check=True, timeout=800)

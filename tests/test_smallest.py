@@ -325,6 +325,7 @@ def test_a_search_on_a_ray_cluster(base: Path, plain: dict[str, Any], tmp_path: 
         "search(given, sys.argv[2], print, ray='auto', threads=1)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    environment["RAY_raylet_start_wait_time_s"] = "300"  # its own 30 are too few on a busy machine
     threading.Thread(target=kill_one, args=(out, b"ray::Worker.do", killed), daemon=True).start()
     subprocess.run([sys.executable, "-c", code, str(given), str(out)], env=environment, check=True, timeout=1600)
     assert killed and outcome(out) == plain
