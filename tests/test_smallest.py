@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_recipe_run import tiny
+from test_side_by_side import CLUSTER
 
 import ffnkit
 from ffnkit.errors import FfnkitError
@@ -318,14 +319,13 @@ def test_a_search_on_a_ray_cluster(base: Path, plain: dict[str, Any], tmp_path: 
     pytest.importorskip("ray")
     out, given, killed = tmp_path / "out", tmp_path / "recipe.json", list[int]()
     given.write_text(recipe(base).model_dump_json())
-    code = (
-        "import json, sys, ray; from pathlib import Path; from ffnkit.search import search; from "
-        "ffnkit.search.settings import search_from; ray.init(num_cpus=2, include_dashboard=False); "
+    code = CLUSTER + (
+        "import json, sys; from pathlib import Path; from ffnkit.search import search; from "
+        "ffnkit.search.settings import search_from; "
         "given = search_from(json.loads(Path(sys.argv[1]).read_text()), 'tiny'); "
         "search(given, sys.argv[2], print, ray='auto', threads=1)"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-    environment["RAY_raylet_start_wait_time_s"] = "300"  # its own 30 are too few on a busy machine
     threading.Thread(target=kill_one, args=(out, b"ray::Worker.do", killed), daemon=True).start()
     subprocess.run([sys.executable, "-c", code, str(given), str(out)], env=environment, check=True, timeout=1600)
     assert killed and outcome(out) == plain
