@@ -17,11 +17,12 @@ from test_healing import small
 from torch.nn import functional as F
 
 import ffnkit as fk
+from ffnkit import tasks
 from ffnkit.calibration import shipped
 from ffnkit.calibration.parts import texts_of
 from ffnkit.report.cost import Cost
 from ffnkit.report.costing import Before, repetition
-from ffnkit.tasks.models import load_tokenizer
+from ffnkit.tasks.models import load_tokenizer, other_labels
 from ffnkit.tune import CalibrationSettings, calibration_batches
 from ffnkit.tune.apart import is_masked, kept_apart
 
@@ -207,3 +208,25 @@ def test_command_line(bert: Path, small: tuple[Path, Path], tmp_path: Path) -> N
     assert tuned.config.num_hidden_layers == 2
     assert "same greedy answer" in good("compress", bert, *words, "--out", tmp_path / "d").stdout
     assert "0" in bad("compress", folder, *words[:-1], -1, "--out", tmp_path / "e")
+
+
+def test_a_head_of_other_labels_is_not_judged(minilm_path: Path, data_dir: Path, tmp_path: Path) -> None:
+    """Where the head is another task's, its metrics on this one say nothing, or are an error of an index."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    tokenizer = load_tokenizer(minilm_path)
+    made = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=len(tokenizer), **sizes))
+    for part in (made, tokenizer):
+        part.save_pretrained(tmp_path / "two")
+    words = ("--set", "width=0.5", "--tokens", 64, "--cost-tokens", 64, "--data-dir", data_dir, "--json")
+    for task, judged in (("mnli", False), ("sst2", True)):
+        shown = good("compress", tmp_path / "two", "--task", task, *words, "--out", tmp_path / task)
+        figures = json.loads(shown.stdout)["cost"]["stages"]["compressed"]
+        assert ("metrics" in figures) is judged
+        assert ("has 2 labels, and mnli has 3" in shown.stderr) is not judged
+    words = ("--method", "merging", "--set", "window=2", "--set", "score=accuracy", "--data-dir", data_dir)
+    why = bad("compress", tmp_path / "two", "--task", "mnli", *words, "--out", tmp_path / "merged")
+    assert "score accuracy of mnli" in why and "has 2 labels, and mnli has 3" in why
+    assert other_labels(tasks.get("e2e"), transformers.BertConfig()) is None
+    config = transformers.BertConfig(id2label={0: "positive", 1: "negative"})
+    assert "orders the labels positive, negative" in (other_labels(tasks.get("sst2"), config) or "")
+    assert other_labels(tasks.get("sst2"), transformers.BertConfig(id2label={0: "negative", 1: "positive"})) is None

@@ -58,7 +58,7 @@ def test_the_page_runs(tmp_path: Path, minilm_path: Path, models_dir: Path) -> N
         if language == "bash":
             text = re.sub(r"^(ffnkit|lm_eval) ", rf"{sys.executable} -m \1 ", text, flags=re.MULTILINE)
         command = ["bash", "-ec", text] if language == "bash" else [sys.executable, "-c", text]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1700)
         assert done.returncode == 0, f"{text}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
     widths = json.loads((tmp_path / "by-layer" / "config.json").read_text())["block_configs"]
     assert len({row["ffn"]["intermediate_size"] for row in widths}) > 1

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+import ffnkit as fk
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe import run as run_recipe
+from ffnkit.recipe.results import collect
 from ffnkit.recipe.schema import Recipe, recipe_from
 from ffnkit.recipe.state import Unit, unit_of
 
@@ -135,6 +137,16 @@ def test_what_a_run_leaves(folder: Path, finished: Path) -> None:
             assert model.bert.encoder.layer[0].intermediate.dense.out_features == width
             assert row["metrics"]["accuracy"] == pytest.approx(accuracy(model, folder), abs=1e-9)
             assert ("fusion" in (checkpoint / "README.md").read_text()) == (row is half)
+
+
+def test_settings_of_a_preset_are_in_the_rows(folder: Path, tmp_path: Path) -> None:
+    """Tables have a column of widths: an arm that takes its own from a preset is no arm without one."""
+    fusion = {"method": "fusion", "preset": "paper"}
+    arms = {"whole": {}, "theirs": fusion, "ours": {**fusion, "width": 0.5}}
+    rows = {row["arm"]: row["settings"] for row in collect(recipe_of(folder, arms=arms), tmp_path, "accuracy").rows}
+    preset = fk.Fusion.presets["paper"].values
+    assert rows["theirs"].items() >= preset.items() and rows["ours"].items() >= {**preset, "width": 0.5}.items()
+    assert not set(preset) & set(rows["whole"])
 
 
 def test_run_again_computes_nothing_and_writes_the_same(folder: Path, finished: Path, tmp_path: Path) -> None:

@@ -54,9 +54,11 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_post_page(output: str, **_: Any) -> str:
-    """Code that scrolls is reached by keys, the search has a name, and an empty cell of a table's head is no header."""
+    """Code that scrolls is reached by keys, what is reached has a name of its own, and an empty cell is no header."""
     output = re.sub(r"<th([^>]*)></th>", r"<td\1></td>", output)
     output = re.sub(r"(<pre[^>]*>(?:<span></span>)?)<code>", r'\1<code tabindex="0">', output)
+    # A heading of a page may be called as a section of the site is.
+    output = output.replace('<nav class="md-nav" aria-label="', '<nav class="md-nav" aria-label="Below ')
     search = 'data-md-component="search" role="dialog"'
     return output.replace(search, f'{search} aria-label="Search"')
 

@@ -105,7 +105,7 @@ class After:
             metric, rows = None, 0
             first = next((batches[0] for batches in places.values()), None)
             if calibration.task is not None and first is not None:
-                metric, rows = _metric(kind_of(model, first), tokenizer, calibration)
+                metric, rows = _metric(model, kind_of(model, first), tokenizer, calibration)
                 names |= {"task": f"rows of {calibration.task}"}
             if not places:
                 return None
@@ -186,15 +186,19 @@ def show_cost(data: dict[str, Any]) -> None:
 
 
 def _metric(
-    kind: str, tokenizer: Any, calibration: Calibration
+    model: Any, kind: str, tokenizer: Any, calibration: Calibration
 ) -> tuple[Callable[[Any], dict[str, float]] | None, int]:
     """What gives the task's metrics of a model, and on how many rows; None where the model has not the task's head."""
     from ffnkit import tune
+    from ffnkit.tasks.models import other_labels
 
     task = calibration.chosen
     labelled = task.kind in ("classification", "regression", "image-classification")
     wanted = {"regression": "numbers"}.get(task.kind, "classes") if labelled else "words"
     if kind != wanted:
+        return None, 0
+    if labelled and (why := other_labels(task, model.config)):  # 1,000 classes of pictures and a task of ten
+        console.say(f"the metrics of {calibration.task} are not measured: {why}")
         return None, 0
     rows = calibration.splits.report
     count = min(len(rows), ROWS if labelled or task.kind == "language-modelling" else SHORT)

@@ -10,9 +10,10 @@ from typing import Any
 
 from ffnkit.io.files import read_json
 from ffnkit.recipe import judging
-from ffnkit.recipe.schema import Recipe
+from ffnkit.recipe.schema import Arm, Recipe
 from ffnkit.recipe.searching import found_of
 from ffnkit.recipe.state import TRAINED, Unit, arm_dict, check_there, stages_of, unit_of, write_json, zeros_of
+from ffnkit.settings.presets import filled
 
 STAGE_MARKERS = (
     "compress",
@@ -122,7 +123,7 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
     stages = stages_of(recipe, unit.arm)
     row["seconds"] = {stage: marks[stage]["seconds"] for stage in stages if "seconds" in marks[stage]}
     row["attempts"] = {stage: marks[stage]["attempts"] for stage in stages if marks[stage].get("attempts", 1) > 1}
-    row["settings"] = arm_dict(arm) | {"tuner": recipe.tuner_of(unit.arm).model_dump()}
+    row["settings"] = arm_dict(arm) | _with_preset(arm) | {"tuner": recipe.tuner_of(unit.arm).model_dump()}
     if "tune" in recipe.stages:
         row["tuner"] = tuner_told(recipe, unit.arm)
     row["checkpoints"] = {
@@ -141,6 +142,15 @@ def row_of(recipe: Recipe, unit: Unit, latency: Mapping[str, Any]) -> dict[str, 
     if failed and not done:
         row["error"] = failed["error"]
     return row
+
+
+def _with_preset(arm: Arm) -> dict[str, Any]:
+    """The settings of an arm's method, those that its preset gives among them."""
+    from ffnkit import methods
+
+    if not arm.compressed or arm.target is not None:
+        return {}
+    return filled(methods.get(arm.method), arm.settings)
 
 
 def tuner_told(recipe: Recipe, arm: str) -> dict[str, Any]:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+HEADED = ("text-classification", "image-classification")
+"""Kinds of task (the hub's names) whose models have a head of labels."""
+
 
 def load_tokenizer(name_or_dir: str | Path, **kwargs: Any) -> Any:
     """See :meth:`Task.load_tokenizer`."""
@@ -86,10 +89,29 @@ def _check_head(task: Task, name: str, redrawn: list[str], absent: list[str], st
         raise FfnkitError(asked, f"its head is for other labels: {redrawn[0]} has another shape", do)
     if absent:
         raise FfnkitError(asked, f"it has no trained head: {absent[0]} is missing from its files", do)
+    if told := _other_order(task, stored):
+        raise FfnkitError(asked, told, "Reorder the rows of its head, or tune it on this task")
+
+
+def other_labels(task: Any, config: Any) -> str | None:
+    """Why the head of an open model answers other questions than the task's; None where it fits, or the task has none.
+
+    Args:
+        config: the model's; it knows how many labels the head has, and what they are called.
+    """
+    own = getattr(config, "num_labels", None)
+    if getattr(task, "pipeline_tag", None) not in HEADED or not hasattr(task, "num_labels"):
+        return None
+    if own != task.num_labels:
+        return f"the model's head has {own} label{'s' * (own != 1)}, and {task.name} has {task.num_labels}"
+    return _other_order(task, [str(label) for _, label in sorted((config.id2label or {}).items())])
+
+
+def _other_order(task: Task, stored: list[str]) -> str | None:
     lower, own = [label.lower() for label in stored], [label.lower() for label in task.label_names]
-    if sorted(lower) == sorted(own) and lower != own:
-        found = f"its head orders the labels {', '.join(stored)}, the task {', '.join(task.label_names)}"
-        raise FfnkitError(asked, found, "Reorder the rows of its head, or tune it on this task")
+    if sorted(lower) != sorted(own) or lower == own:
+        return None
+    return f"its head orders the labels {', '.join(stored)}, the task {', '.join(task.label_names)}"
 
 
 def set_padding(model: Any, tokenizer: Any, name: str) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ffnkit.errors import FfnkitError
 from ffnkit.tasks.metrics import greater_is_better
+from ffnkit.tasks.models import other_labels
 from ffnkit.tune.evaluation import assess
 
 
@@ -23,7 +24,7 @@ def scorer(
             checkpoints.
 
     Raises:
-        FfnkitError: a metric that the task does not have.
+        FfnkitError: a metric that the task does not have; from the function, a model whose head is for other labels.
     """
     name = metric or task.dev_metric
     known = [*task.metrics, "loss"]
@@ -32,6 +33,8 @@ def scorer(
     sign = 1.0 if greater_is_better(name) else -1.0
 
     def score(model: nn.Module) -> float:
+        if why := other_labels(task, model.config):
+            raise FfnkitError(f"score {name} of {task.name}", why, f"Tune the model on {task.name} first")
         found = assess(model, tokenizer, task, rows, batch_size=batch_size, max_length=max_length)
         return sign * found.to_dict()[name]
 

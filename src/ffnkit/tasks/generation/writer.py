@@ -129,7 +129,8 @@ class Writer:
         if config.model_type in MASKED and not getattr(config, "is_decoder", False):
             found = f"a {config.model_type} reads in both directions and cannot write"
             do = "Choose a decoder (GPT-2, LLaMA) or an encoder-decoder (T5, BART)"
-            raise FfnkitError(f"a {self.kind} task, {self.name}", found, do)
+            article = "an" if self.kind[0] in "aeiou" else "a"
+            raise FfnkitError(f"{article} {self.kind} task, {self.name}", found, do)
         return AutoModelForCausalLM
 
     def token_loss(self, model: Any, tokenizer: Any, data: Dataset, batch_size: int) -> float:
