@@ -25,7 +25,7 @@ from typing import Any
 from common import RESULTS, cost, footer, in_process, load_average, loaded_bytes, resumed, table, write
 
 D, FF, WORDS, SHARD = 4096, 11008, 32000, 2_000_000_000
-TOKENS, LAYERS = 16_000, "0-1"
+TOKENS, LAYERS = 16_000, "0-3"
 ARMS = {
     "magnitude": "`magnitude`, half of the neurons",
     "fusion": "`fusion`, half of the neurons, one restart",
@@ -120,6 +120,7 @@ def measure_arm(arm: str, folder: str) -> dict[str, Any]:
         copied = copy_seconds(place, Path(aside) / "copy")
     return {
         "name": arm,
+        "what": ARMS[arm],
         "seconds": spent.seconds,
         "processor_s": spent.processor_seconds,
         "peak_beyond_bytes": spent.peak_bytes,
@@ -173,7 +174,7 @@ def page(results: dict[str, Any]) -> str:
         took = [row["seconds"], row["processor_s"]]
         one = row["one_layer"] and [row["one_layer"][name] * layers for name in ("seconds", "processor_s")]
         cells = [f"{value:.0f}" for value in took] + ([f"{value:.0f}" for value in one] if one else ["", ""])
-        rows.append([ARMS[row["name"]], f"{row['peak_beyond_bytes'] / 1e9:.2f} GB", *cells, f"{row['copy_s']:.0f}"])
+        rows.append([row["what"], f"{row['peak_beyond_bytes'] / 1e9:.2f} GB", *cells, f"{row['copy_s']:.0f}"])
     whole = results["rows"][0]["read_bytes"] / 1e9
     loads = ", ".join(f"{row['load_average']:.1f}" for row in results["rows"])
     lines = [

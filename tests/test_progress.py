@@ -84,7 +84,9 @@ def test_a_library_user_is_told_nothing(every_step: None, capsys: pytest.Capture
     with progress.phase("a phase") as step:
         step(1, 1, "")
     assert list(progress.counted(iter("ab"), "items")) == ["a", "b"]
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "" and not progress.is_shown()
+    with progress.shown("quiet", quiet=True):
+        assert progress.is_shown(), "whoever is around decided"
 
 
 def test_aside_is_for_those_that_show_themselves(every_step: None, capsys: pytest.CaptureFixture[str]) -> None:

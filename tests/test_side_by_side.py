@@ -12,6 +12,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from test_recipe_run import outcome, recipe_of, tiny
 
 from ffnkit.cli.group import filled
 from ffnkit.errors import FfnkitError
-from ffnkit.recipe import pool, run, shares
+from ffnkit.recipe import cluster, pool, run, shares
 from ffnkit.recipe.board import Board
 from ffnkit.recipe.shares import Shares
 from ffnkit.recipe.state import Unit
@@ -204,7 +205,30 @@ def test_without_ray_the_line_says_what_to_install(monkeypatch: pytest.MonkeyPat
         run(recipe_of(tmp_path), tmp_path / "out", progress=False, ray="auto")
 
 
+def test_a_cluster_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray raises a plain Exception where its node is not there in time."""
+
+    def init(**_: Any) -> None:
+        raise Exception("The current node timed out\nduring startup")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False, init=init))
+    with pytest.raises(FfnkitError, match="--ray auto.*timed out during startup"):
+        cluster.connected("auto")
+
+
 # --- in processes of their own
+
+CLUSTER = """
+import ray
+for left in reversed(range(6)):
+    try:
+        ray.init(num_cpus=2, include_dashboard=False)
+        break
+    except Exception:  # it gives its node 30 seconds to start, too few on a busy machine
+        ray.shutdown()
+        if not left:
+            raise
+"""
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +257,7 @@ def cards(out: Path) -> dict[str, str]:
 
 def kill_one(out: Path, killed: list[int]) -> None:
     """Signal 9 to the process that tunes the arm "half", or evaluates it afterwards."""
-    unit, until = out / "units" / "half" / "seed-0", time.monotonic() + 600
+    unit, until = out / "units" / "half" / "seed-0", time.monotonic() + 800  # as long as the run may take
     while time.monotonic() < until and not list(unit.glob("work/tune/checkpoint-*")):
         time.sleep(0.002)
     for place in Path("/proc").glob("[0-9]*/cmdline"):
@@ -269,9 +293,9 @@ def test_tasks_of_a_ray_cluster(folder: Path, plain: Path, tmp_path: Path) -> No
     out = tmp_path / "out"
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(recipe_of(folder, arms=ARMS, export="compact").to_dict()))
-    code = (
-        "import json, sys, ray; from pathlib import Path; from ffnkit.recipe import run; from ffnkit.recipe.schema "
-        "import recipe_from; ray.init(num_cpus=2, include_dashboard=False); found = run(recipe_from(json.loads("
+    code = CLUSTER + (
+        "import json, sys; from pathlib import Path; from ffnkit.recipe import run; from ffnkit.recipe.schema "
+        "import recipe_from; found = run(recipe_from(json.loads("
         "Path(sys.argv[1]).read_text())), sys.argv[2], False, ray='auto', threads=1); assert found.ok, found.failed"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from test_recipe_run import tiny
+from test_side_by_side import CLUSTER
 
 import ffnkit
 from ffnkit.errors import FfnkitError
@@ -134,6 +136,55 @@ def test_a_folder_holds_one_search_and_a_task_one_process(tmp_path: Path) -> Non
         Folder(tmp_path / "else").begin({"model": "m"})
 
 
+def test_another_text_of_the_same_size_is_other_data(tmp_path: Path) -> None:
+    from ffnkit.search.ground import Ground
+
+    text = tmp_path / "notes.txt"
+    text.write_text("one")
+    ground = Ground(search_from({"model": "m", "calibration": {"text": str(text)}}, "r"))
+    first = ground.facts()
+    text.write_text("two")
+    assert ground.facts() != first
+    text.unlink()
+    with pytest.raises(FfnkitError, match=r"notes.txt.*no such file"):
+        ground.facts()
+
+
+def test_text_alone_needs_no_padding_token(tmp_path: Path) -> None:
+    """As Llama's and GPT-2's tokenizers have none."""
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+    from ffnkit.search.ground import Ground
+
+    words = Tokenizer(models.WordLevel({"</s>": 0, "a": 1, "b": 2}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path)
+    LlamaConfig().save_pretrained(tmp_path)
+    assert Ground(search_from({"model": str(tmp_path)}, "r")).tokenizer.pad_token == "</s>"
+
+
+def test_no_more_rows_are_read_than_are_learned_from(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ffnkit.search.ground import ROWS, ground_of
+
+    given = recipe(base)
+    ground: Any = ground_of(given)
+    model, encode, seen = ground.source.model(0), ground.task.encode, list[int]()
+
+    def counting(rows: Any, *more: Any, **how: Any) -> Any:
+        seen.append(len(rows))
+        return encode(rows, *more, **how)
+
+    monkeypatch.setattr(type(ground.task), "encode", lambda self, *a, **k: counting(*a, **k))
+    [(few, _)], held = ground.healing(model, given.heal.model_copy(update={"tokens": 20}), 0)
+    assert few and held and seen == [ROWS, len(ground.source.splits.dev)]
+    ground.healing(model, given.heal.model_copy(update={"tokens": 5000}), 0)
+    assert seen[2] == len(ground.source.splits.train) > ROWS
+    [(again, _)], _ = ground.healing(model, given.heal.model_copy(update={"tokens": 20}), 0)
+    [(other, _)], _ = ground.healing(model, given.heal.model_copy(update={"tokens": 20}), 1)
+    ids = [each[0]["input_ids"] for each in (few, again, other)]
+    assert ids[0].equal(ids[1]) and not (ids[0].shape == ids[2].shape and ids[0].equal(ids[2]))
+
+
 def fake_size(number: int, salt: int) -> list[float]:
     return [random.Random(number + salt).random(), random.Random(number + salt + 0.5).random()]
 
@@ -215,7 +266,7 @@ def outcome(out: Path) -> dict[str, Any]:
         for name in ("seconds", "loss", "healed"):
             row.get("tuned", {}).pop(name, None)
         row.pop("latency", None), row.pop("latency_s", None)
-    found["original"].pop("seconds")
+    found["original"].pop("seconds"), found["original"].pop("latency_s")
     return dict(found)
 
 
@@ -236,10 +287,11 @@ def plain(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
 
 def kill_one(out: Path, words: bytes, killed: list[int]) -> None:
     """Signal 9 to a process of this command line as soon as it has written something of a candidate."""
-    until = time.monotonic() + 600
+    until = time.monotonic() + 1500  # as long as the search may take
     while time.monotonic() < until and not list(out.glob("candidates/*/*.json")):
         time.sleep(0.005)
     while time.monotonic() < until and not killed:
+        time.sleep(0.005)
         for place in Path("/proc").glob("[0-9]*/cmdline"):
             with suppress(OSError):
                 if words in place.read_bytes():
@@ -267,9 +319,9 @@ def test_a_search_on_a_ray_cluster(base: Path, plain: dict[str, Any], tmp_path: 
     pytest.importorskip("ray")
     out, given, killed = tmp_path / "out", tmp_path / "recipe.json", list[int]()
     given.write_text(recipe(base).model_dump_json())
-    code = (
-        "import json, sys, ray; from pathlib import Path; from ffnkit.search import search; from "
-        "ffnkit.search.settings import search_from; ray.init(num_cpus=2, include_dashboard=False); "
+    code = CLUSTER + (
+        "import json, sys; from pathlib import Path; from ffnkit.search import search; from "
+        "ffnkit.search.settings import search_from; "
         "given = search_from(json.loads(Path(sys.argv[1]).read_text()), 'tiny'); "
         "search(given, sys.argv[2], print, ray='auto', threads=1)"
     )
@@ -334,6 +386,112 @@ def test_a_search_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     assert search(recipe(base), out).results == results and (out / "results.json").stat().st_mtime_ns == stamp
     with pytest.raises(FfnkitError, match="another search"):
         search(recipe(base, keep=0.8), out)
+
+
+def found_by_clock(**latency: float) -> dict[str, Any]:
+    """Results of a search for the fastest: "a" has the fewest FLOPs, "b" no place on the front."""
+    costs = {"params": 100, "ffn_params": 100, "flops": 100, "bytes": 100}
+    rows: list[dict[str, Any]] = []
+    for number, (name, size, kept) in enumerate([("a", 0.4, 0.99), ("b", 0.5, 0.98), ("c", 0.6, 0.5)]):
+        tuned = {"kept": kept, "low": kept - 0.01, "tokens": 10, "value": kept, "rung": 0}
+        row = {"number": number, "name": name, "size": size, "costs": costs, "tuned": tuned, "enough": kept > 0.9}
+        row |= {"candidate": {"how": "width", "share": size}, "costs": {name: size * 100 for name in costs}}
+        rows.append(row | ({"latency": latency[name], "latency_s": latency[name]} if name in latency else {}))
+    fast = sorted((row for row in rows if row.get("latency", 1) < 1), key=lambda row: row["latency"])
+    told = {"value": 0.8, "original": 0.8, "kept": 1.0, "low": 0.99}
+    return {
+        "recipe": {"search": {"objective": "latency"}},
+        "metric": "accuracy",
+        "floor": 0.97,
+        "original": {"value": 0.8, "costs": costs} | ({"latency_s": 1.0} if latency else {}),
+        "candidates": rows,
+        "chosen": fast[0] | {"report": told} if fast else None,
+    }
+
+
+def test_the_clock_has_its_column_and_its_words() -> None:
+    from ffnkit.search import pages
+
+    found = found_by_clock(a=0.7, b=0.6)
+    heads, rows = pages.header(found), pages.table_rows(found)
+    assert heads[-1] == "latency" and [row[-1] for row in rows] == ["0.70", "0.60", ""]
+    assert [row[0] for row in rows] == ["*", "->", ""]
+    assert [row["name"] for row in pages.shown(found)] == ["a", "b"], "what is chosen is seen, wherever it lies"
+    slow = "\n".join(pages.said(found_by_clock(a=1.2, b=1.1)))
+    assert "none is faster" in slow and "No smaller model" not in slow
+    other = found_by_clock() | {"recipe": {"search": {"objective": "params"}}}
+    assert pages.header(other) == pages.HEADER and len(pages.table_rows(other)[0]) == len(pages.HEADER)
+
+
+@pytest.mark.parametrize(("latency", "axis"), [({"a": 0.7, "b": 0.6}, "latency"), ({"b": 0.6}, "FLOPs a token")])
+def test_the_page_stands_against_what_was_asked_for(latency: dict[str, float], axis: str, tmp_path: Path) -> None:
+    """Where not all that are shown were timed, against what foresees it."""
+    from types import SimpleNamespace
+
+    from ffnkit.search import pages
+
+    about = SimpleNamespace(name="small", notes="", model="m")
+    run: Any = SimpleNamespace(folder=Folder(tmp_path), recipe=about, ground=SimpleNamespace(where="sst2"))
+    pages.write(run, found_by_clock(**latency))
+    assert f'aria-label="accuracy against {axis}"' in (tmp_path / "front.svg").read_text()
+    page = (tmp_path / "report.html").read_text()
+    told, notes, table = (page.index(words) for words in ("takes 0.60 of the", "asked for", "Size and quality"))
+    assert told < notes < table and "level with" not in page, "seeds tell nothing here"
+    drawn = re.findall('aria-label="accuracy against ([^"]*)"', page)
+    assert drawn[0] == axis and len(drawn) > 2
+
+
+def test_it_says_at_which_candidate_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ffnkit.io import progress
+    from ffnkit.search.job import Run
+    from ffnkit.search.state import Task
+
+    run = Run.__new__(Run)
+    run.folder = Folder(tmp_path)
+
+    def do(task: Task) -> None:
+        with progress.phase("healing") as step:
+            step(1, 2, "")
+
+    monkeypatch.setattr(run, "do", do, raising=False)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    with progress.shown("search"):
+        assert run.taken(Task(3, 1))
+    assert "search > candidate 3, rung 2 > healing: 1 of 2" in capsys.readouterr().err
+
+
+def test_an_actor_leaves_a_task_to_the_process_that_is_at_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A second command on the folder, or another driver's actors: both would write the same checkpoint."""
+    from types import SimpleNamespace
+
+    from ffnkit.search import cluster
+    from ffnkit.search.job import Run
+    from ffnkit.search.state import Task
+
+    monkeypatch.setattr(cluster, "POLL", 0.0)
+    run = Run.__new__(Run)
+    run.folder, at, folder = Folder(tmp_path), list[Task](), Folder(tmp_path)
+    monkeypatch.setattr(run, "do", at.append, raising=False)
+    worker = cluster.Worker.__new__(cluster.Worker)
+    worker.lines, worker.run = [], run
+    asked = itertools.count()
+    place = folder.place(0)
+    place.mkdir(parents=True)
+
+    def over(task: Task) -> bool:
+        if next(asked) == 3:
+            (place / "candidate.json").write_text("{}")
+        return Folder(tmp_path).over(task)
+
+    monkeypatch.setattr(run, "folder", SimpleNamespace(claimed=folder.claimed, over=over), raising=False)
+    with folder.claimed("candidate-0") as ours:
+        assert ours
+        worker.do(Task(0))
+    assert not at
+    worker.do(Task(1))
+    assert at == [Task(1)]
 
 
 @pytest.mark.parametrize("command", ["search", "run"])

@@ -16,7 +16,7 @@ from methods import EVERY, METHODS, REFUSED, case_of, slow_but
 from safetensors.torch import load_file
 
 import ffnkit as fk
-from ffnkit.io import files
+from ffnkit.io import files, memory
 from ffnkit.io.architectures import load_any
 from ffnkit.methods.narrow import by_block
 from ffnkit.stream import job, opening, record
@@ -227,7 +227,7 @@ _UNTIL_KILLED_ON_DATA = """
 import sys, time
 import torch
 import ffnkit as fk
-from ffnkit.io import files
+from ffnkit.io import files, memory
 from ffnkit.methods.narrow import by_block
 
 files.SPOOL_FROM, write = 1, by_block.write_text
@@ -291,6 +291,28 @@ def test_it_chooses_by_itself(source: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(opening, "ROOM", 1e12)
     fk.compress(source, EVERY["magnitude"](), tmp_path / "out")
     assert seen and "memory are free: it stays in its files" in caplog.text
+
+
+def test_a_containers_memory_is_what_counts(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's memory may be much more than the container may take; pages of files go where it is wanted."""
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    for name, value in (("memory.max", "max"), ("memory.current", "10000"), ("memory.stat", "anon 1\ninactive_file 0")):
+        (tmp_path / name).write_text(value + "\n")
+    assert opening.too_large(str(source)) == "", "a group without a limit"
+    (tmp_path / "memory.max").write_text("10001\n")
+    assert "stays in its files" in opening.too_large(str(source)) and memory.free_memory() == (1, 10001)
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 9000\n")
+    assert memory.free_memory() == (9001, 10001)
+
+
+def test_parts_are_of_one_snapshot_of_a_hub_name(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same name may hold other weights today: what was planned of the earlier ones goes."""
+    later = shutil.copytree(source, tmp_path / "later")
+    monkeypatch.setattr(record, "folder_of", lambda name: source)
+    first = record.ready("a/model", EVERY["magnitude"](), tmp_path / "out", [])
+    assert record.ready("a/model", EVERY["magnitude"](), tmp_path / "out", []) == first and first.is_dir()
+    monkeypatch.setattr(record, "folder_of", lambda name: later)
+    assert record.ready("a/model", EVERY["magnitude"](), tmp_path / "out", []) != first and not first.exists()
 
 
 def test_what_cannot_be_streamed_says_so(source: Path, tmp_path: Path) -> None:

@@ -150,12 +150,14 @@ def quieten() -> None:
     import datasets
     import transformers
 
+    from ffnkit.recipe.worker import hush
+
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if state.verbose:
         transformers.logging.set_verbosity_info()
         return
-    transformers.logging.set_verbosity_error()
+    hush()
     datasets.logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("once", category=FfnkitWarning)

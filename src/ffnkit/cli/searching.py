@@ -127,14 +127,15 @@ def carry_out(recipe: SearchRecipe, out: Path, as_json: bool, **how: Any) -> int
         how: ``jobs``, ``threads`` and ``ray`` of :func:`ffnkit.search.search`.
     """
     from ffnkit.search import search as run_search
-    from ffnkit.search.pages import HEADER, said, table_rows
+    from ffnkit.search.pages import header, said, table_rows
 
     console.quieten()
     found = run_search(recipe, out, console.say, **how)
     if as_json:
         console.print_json(found.results)
     else:
-        console.table(recipe.name, HEADER, table_rows(found.results), right=range(2, len(HEADER)))
+        heads = header(found.results)
+        console.table(recipe.name, heads, table_rows(found.results), right=range(2, len(heads)))
         for note in said(found.results):
             console.out(f" • {note}")
         shown = "model, " if found.results["chosen"] else ""

@@ -50,6 +50,11 @@ def shown(title: str, *, quiet: bool = False) -> Iterator[Step]:
         yield stack.enter_context(phase(title))
 
 
+def is_shown() -> bool:
+    """Whether this work is part of what is shown, or kept quiet, further up: who calls us decided."""
+    return _current.get() is not None
+
+
 def _nothing(done: int, total: int, what: str) -> None:
     """A step that nobody is shown."""
 

@@ -89,7 +89,7 @@ def connected(address: str | None) -> Any:
         return ray
     try:
         ray.init(address=None if address == "auto" else address, **how)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # also a plain one: a node that does not start in time, on a busy machine
         found = " ".join(str(error).split())[:200] or type(error).__name__
         raise FfnkitError(f"--ray {address}", found, "Give the address of a running cluster, or leave it out") from None
     return ray

@@ -8,8 +8,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ffnkit.io.memory import free_memory
 from ffnkit.recipe.board import Board
-from ffnkit.recipe.shares import SPARE, Shares, free_memory, resident
+from ffnkit.recipe.shares import SPARE, Shares, resident
 from ffnkit.recipe.state import Unit
 from ffnkit.recipe.worker import Child
 

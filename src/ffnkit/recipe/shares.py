@@ -11,7 +11,6 @@ from pathlib import Path
 from ffnkit.errors import FfnkitError
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-CGROUP = Path("/sys/fs/cgroup")
 SPARE = 0.05  # of the memory: less of it free, and a unit is put back
 
 
@@ -77,34 +76,6 @@ def visible_gpus() -> tuple[str, ...]:
     import torch
 
     return tuple(map(str, range(torch.cuda.device_count())))
-
-
-def free_memory() -> tuple[int, int]:
-    """Bytes of memory that are free, and of all; of the container's where it has a limit."""
-    import psutil
-
-    found = psutil.virtual_memory()
-    free, total = int(found.available), int(found.total)
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            most, now = int((CGROUP / limit).read_text()), int((CGROUP / used).read_text())
-        except (OSError, ValueError):
-            continue
-        if most < total:
-            free, total = min(free, max(0, most - now + _cached())), most
-    return free, total
-
-
-def _cached() -> int:
-    """Pages of files that the container's count holds, and that go where memory is wanted."""
-    try:
-        lines = (CGROUP / "memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "total_inactive_file ")))
 
 
 def resident(pid: int) -> int:

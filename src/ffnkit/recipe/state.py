@@ -17,7 +17,7 @@ from ffnkit.io.files import read_json, write_text
 from ffnkit.io.folders import check_target
 from ffnkit.io.workspace import held
 from ffnkit.recipe.schema import Arm, Recipe, arm_dict, facts_today
-from ffnkit.recipe.sources import calibration_texts, expand, method_of
+from ffnkit.recipe.sources import HUB_SET, calibration_texts, expand, method_of
 from ffnkit.tune.settings import HARMLESS
 
 FORMAT = 1  # of the folder; raised when an older one can no longer be continued
@@ -130,6 +130,18 @@ def digest(value: Any) -> str:
     """Sixteen hex digits of anything that JSON can hold."""
     text = json.dumps(value, sort_keys=True, default=str, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digest(name: str) -> str:
+    """Of a file's content; of what is on the hub its name. Raises FfnkitError where it is not there."""
+    if name.startswith(HUB_SET):
+        return name
+    try:
+        with open(name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        found = (error.strerror or type(error).__name__).lower()
+        raise FfnkitError(f"reading {name}", found, "Check the name of the file") from None
 
 
 def folder_digest(folder: Path) -> str:

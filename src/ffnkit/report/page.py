@@ -42,6 +42,8 @@ class PageInfo:
         command: what makes the run again, as it is typed. recipe: the text of its file.
         links: {what: path} of files and folders, from the folder of the page.
         verdicts, verdict_notes: a table of compared answers, its head first, and what it needs to be read with.
+        axis: what the first plot stands against, one of ``report.plot.AXES`` that is measured of some arm.
+        told: what to conclude, in place of what the rows tell by their seeds. front: a table of it, its head first.
         answers: prompts with {"prompt", "references", "answers": {arm: text}, "verdicts": {arm: word}}.
     """
 
@@ -62,6 +64,9 @@ class PageInfo:
     links: Mapping[str, str] = field(default_factory=dict)
     verdicts: Sequence[Sequence[str]] = ()
     verdict_notes: Sequence[str] = ()
+    axis: str | None = None
+    told: Sequence[str] = ()
+    front: Sequence[Sequence[str]] = ()
     answers: Sequence[Mapping[str, Any]] = ()
 
 
@@ -73,11 +78,13 @@ def write_page(path: str | Path, info: PageInfo) -> None:
 def page(info: PageInfo) -> str:
     """The report as one HTML document."""
     summary = summarize(info.rows, info.metric, arms=list(info.arms) or None, seeds=info.seeds or None)
-    plots = trade_offs(summary)
+    plots = trade_offs(summary, info.axis)
+    told = info.told or conclusions(summary)
     lead = f"{info.model} on {info.task}, by {info.metric}"
     parts = [
         f'<header><h1>{escape(info.title)}</h1>\n<p class="lead">{escape(lead)}</p></header>\n<main>',
-        _section("What to conclude", _listed(conclusions(summary), "told") + _listed(info.notes, "notes")),
+        _section("What to conclude", _listed(told, "told") + _listed(info.notes, "notes")),
+        _section("Size and quality", _table(info.front[0], info.front[1:], label="front") if info.front else ""),
         _results(summary),
         _plots(summary, plots),
         _curves(summary, info.metric),

@@ -48,9 +48,9 @@ Measured = tuple[Stat | None, Mapping[Any, float]]  # mean and deviation, and ea
 _SERIES = re.compile(r"(.+)-[^-]+")
 
 
-def trade_offs(summary: Summary) -> dict[str | None, list[str]]:
+def trade_offs(summary: Summary, axis: str | None = None) -> dict[str | None, list[str]]:
     """For each figure that an arm costs, ``<svg>`` elements of the metric against it: before tuning, where that was
-    measured, and after. That of :func:`against` comes first; {} where no arm has the metric.
+    measured, and after. ``axis``, else that of :func:`against`, comes first; {} where no arm has the metric.
 
     Marks are means with one standard deviation, ticks are seeds. Arms "NAME-..." of several sizes are a line. Text is
     text; it and the axes take the colour of the surrounding page.
@@ -58,7 +58,7 @@ def trade_offs(summary: Summary) -> dict[str | None, list[str]]:
     arms = [arm for arm in summary.arms if summary.metric in arm.metrics]
     if not arms:
         return {}
-    first = against(summary)
+    first = axis or against(summary)
     keys = [key for key in AXES if key != first and _offered(key, arms)]
     found: dict[str | None, list[str]] = {}
     for key in [first, *keys]:
@@ -132,11 +132,14 @@ def _placed(summary: Summary, key: str | None) -> _Placed:
     return _Placed(key, arms, places, _looks(arms, places, joined=key is not None), shown)
 
 
-def drawn(summary: Summary) -> Figure:
-    """The plot as a figure of matplotlib: a panel before tuning, where that was measured, and one of the outcome."""
+def drawn(summary: Summary, axis: str | None = None) -> Figure:
+    """The plot as a figure of matplotlib: a panel before tuning, where that was measured, and one of the outcome.
+
+    It stands against ``axis``, one of :data:`AXES` that is measured of some arm, else that of :func:`against`.
+    """
     from matplotlib.figure import Figure
 
-    placed = _placed(summary, against(summary))
+    placed = _placed(summary, axis or against(summary))
     count = len(placed.panels)
     figure = Figure(figsize=(3.6 * (1 + count), 3.6), layout="constrained")
     every = figure.subplots(1, count, squeeze=False)[0]

@@ -23,22 +23,27 @@ def results(run: Run) -> dict[str, Any]:
         if (tuned := run.folder.newest(number, run.settings.rungs)) is not None:
             row |= {"tuned": tuned, "enough": run.enough(tuned)}
         rows.append(row)
+    original = dict(run.first)
     good = sorted((row for row in rows if row.get("enough")), key=lambda row: (row["size"], row["number"]))
     if good and run.settings.objective == "latency":
-        timed = times(run, good[:LAST])
-        good = sorted((row for row in timed if row["latency"] < 1), key=lambda row: row["latency"])
+        good = good[:LAST]
+        original["latency_s"] = timed(run, good)
+        good = sorted((row for row in good if row["latency"] < 1), key=lambda row: row["latency"])
     return {
         "recipe": run.recipe.model_dump(mode="json"),
         "metric": run.ground.metric,
         "floor": run.floor,
-        "original": run.first,
+        "chosen": _told(run, good[0], original) if good else None,
+        "original": original,
         "candidates": rows,
-        "chosen": _told(run, good[0]) if good else None,
     }
 
 
-def times(run: Run, rows: list[Row]) -> list[Row]:
-    """The rows with ``latency``, to the original's, and ``latency_s``: measured in turn, after everything else."""
+def timed(run: Run, rows: list[Row]) -> float:
+    """Seconds of a batch of the original; the rows get ``latency_s`` and ``latency``, to the original's.
+
+    All are measured in turn, after everything else.
+    """
     from ffnkit.recipe.timing import batch_for
     from ffnkit.report.measure import latencies
 
@@ -49,15 +54,15 @@ def times(run: Run, rows: list[Row]) -> list[Row]:
     for row in rows:
         row["latency"] = taken.ratios[str(row["number"])].median
         row["latency_s"] = taken.seconds[str(row["number"])].median
-    return rows
+    return float(taken.seconds["original"].median)
 
 
 def _checkpoint(run: Run, row: Row) -> Path:
     return run.folder.model(row["number"], row["tuned"]["rung"])
 
 
-def _told(run: Run, row: Row) -> Row:
-    """The chosen one, exported, with its figures on the split that nothing was chosen on."""
+def _told(run: Run, row: Row, first: Row) -> Row:
+    """The chosen one, exported, with its figures on the split that nothing was chosen on; ``first``: the original's."""
     from ffnkit.search.pages import card
 
     model = run.ground.open(_checkpoint(run, row))
@@ -66,7 +71,7 @@ def _told(run: Run, row: Row) -> Row:
     kept, low = run.kept(scored.value, scored.rows, "report", original.value)
     chosen = row | {"report": {"value": scored.value, "original": original.value, "kept": kept, "low": low}}
     if "latency" not in chosen:
-        [chosen] = times(run, [chosen])
+        first["latency_s"] = timed(run, [chosen])
     for form, write in (("compact", ffnkit.save), ("standard", ffnkit.export)):
         text = card(run, model, chosen, form)
         write(model, run.folder.out / "model" / form, tokenizer=run.ground.tokenizer, card=text)

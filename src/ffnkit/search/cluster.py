@@ -5,13 +5,14 @@ Ray gives them their resources, starts an actor anew that was killed, and with i
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.errors import FfnkitError
 from ffnkit.recipe.cluster import connected, installed
 from ffnkit.recipe.pool import KILLS
-from ffnkit.search.state import Task
+from ffnkit.search.state import POLL, Task
 
 if TYPE_CHECKING:
     from ffnkit.recipe.shares import Shares
@@ -123,9 +124,9 @@ class Worker:
         return self._said()
 
     def do(self, task: Task) -> list[str]:
-        """One task, unless it is done."""
-        if not self.run.folder.over(task):
-            self.run.do(task)
+        """One task, unless it is done; where another process is at it, that one does it."""
+        while not self.run.taken(task) and not self.run.folder.over(task):
+            time.sleep(POLL)
         return self._said()
 
     def finish(self) -> list[str]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import is_shown
+from ffnkit.recipe.state import file_digest
 from ffnkit.search.chances import Metric, Rows
 from ffnkit.tasks.metrics import greater_is_better
 
@@ -74,15 +76,15 @@ class Ground:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's, or the one that the recipe names."""
-        from ffnkit.io.loading import load_tokenizer
+        """The model's, or the one that the recipe names; it pads with its end of text where it has no padding."""
+        from ffnkit.tasks.models import load_tokenizer
 
         return load_tokenizer(self.recipe.tokenizer or self.name)
 
     def facts(self) -> Any:
-        """What the data are."""
+        """What the data are. Raises FfnkitError where a file is not there."""
         files = self.calibrating.text
-        return [Path(file).stat().st_size for file in files] if isinstance(files, dict) else None
+        return [file_digest(file) for file in files] if isinstance(files, dict) else None
 
     def original(self, out: Path) -> PreTrainedModel:
         """The model that all are compared with."""
@@ -185,7 +187,7 @@ class TaskGround(Ground):
             self.recipe.tune,
             seed=self.recipe.search.seed,
             out_dir=out.with_name(f".{out.name}.tuning"),
-            progress=False,
+            progress=is_shown(),
         )
         ffnkit.save(found.model, out, tokenizer=self.tokenizer)
         return found.model.to(self.device).eval()  # type: ignore[arg-type]
@@ -206,8 +208,18 @@ class TaskGround(Ground):
         splits = self.source.splits
         if "batch_size" not in self.recipe.heal.model_fields_set:  # rows of a task are short
             settings = settings.model_copy(update={"batch_size": ROWS})
-        rows = {"task": self.task, "rows": splits.train, "dev": splits.dev}
+        rows = {"task": self.task, "rows": self._drawn(settings.tokens // 2, seed), "dev": splits.dev}
         return healing_data(model, self.tokenizer, settings, self.calibrating, seed=seed, **rows)
+
+    def _drawn(self, count: int, seed: int) -> Any:
+        """So many rows of train: more than are learned from, so that not all of them need be read each time."""
+        import torch
+
+        rows: Any = self.source.splits.train
+        if len(rows) <= max(count, ROWS):
+            return rows
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+        return rows.select(order[: max(count, ROWS)].tolist())
 
     def scored(self, model: PreTrainedModel, part: Part) -> Scored:
         """The metric on all rows of the part."""

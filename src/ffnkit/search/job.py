@@ -19,6 +19,7 @@ from typing import Any
 import ffnkit
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import disk_errors, read_json
+from ffnkit.io.progress import phase
 from ffnkit.recipe.shares import Shares
 from ffnkit.recipe.state import digest, folder_digest, write_json
 from ffnkit.search import candidates as ways
@@ -26,7 +27,7 @@ from ffnkit.search.chances import kept_share, least_kept
 from ffnkit.search.ground import Ground, ground_of
 from ffnkit.search.halving import promoted, spread
 from ffnkit.search.proposing import Proposals
-from ffnkit.search.settings import SearchRecipe, check_optuna
+from ffnkit.search.settings import COUNTED, SearchRecipe, check_optuna
 from ffnkit.search.state import FACTS, POLL, Folder, Task, read_rows, spec_of, write_rows
 
 Say = Callable[[str], None]
@@ -97,7 +98,6 @@ class Run:
         self.folder = Folder(out)
         self.ground: Ground = ground_of(recipe)
         self.floor = self.settings.floor(self.ground.more)
-        self.start = time.process_time()
 
     def facts(self) -> dict[str, Any]:
         """What the figures depend on, by field of the recipe."""
@@ -111,7 +111,7 @@ class Run:
     def prepare(self) -> None:
         """The original, its figures and the statistics of one pass, by whoever comes first."""
         folder = self.folder
-        with folder.turn("original"):
+        with phase("the original"), folder.turn("original"):
             if (folder.out / "original.json").exists():
                 return
             begin = time.perf_counter()
@@ -160,7 +160,7 @@ class Run:
     def work(self) -> None:
         """Do what is left, beside whoever else works on the folder."""
         while tasks := self.open():
-            if not any(self._taken(task) for task in tasks):
+            if not any(self.taken(task) for task in tasks):
                 time.sleep(POLL)
 
     def open(self) -> list[Task]:
@@ -180,11 +180,12 @@ class Run:
         """What is tried."""
         return Proposals(self.folder, self.settings, self.first["layers"])
 
-    def _taken(self, task: Task) -> bool:
+    def taken(self, task: Task) -> bool:
         """Whether nobody else was at work on it, and it is done now."""
         with self.folder.claimed(f"candidate-{task.number}") as ours:
             if ours and not self.folder.over(task):
-                self.do(task)
+                with phase(f"candidate {task.number}" + ("" if task.rung is None else f", rung {task.rung + 1}")):
+                    self.do(task)
             return ours
 
     def do(self, task: Task) -> None:
@@ -203,9 +204,9 @@ class Run:
             write_json(place / "failed.json", {"candidate": candidate.to_dict(), "error": str(error)})
             return
         write_json(place / "candidate.json", figures)
-        count = len(self.folder.candidates())
+        count, what = len(self.folder.candidates()), COUNTED[self.settings.objective]
         self.say(
-            f"[{count}/{self.settings.candidates}] {candidate}: {figures['size']:.1%} of {self.settings.objective},"
+            f"[{count}/{self.settings.candidates}] {candidate}: {figures['size']:.1%} of the {what},"
             f" loss {figures['loss']:.4g} before tuning ({time.perf_counter() - begin:.0f} s)"
         )
 
@@ -245,7 +246,8 @@ class Run:
     @cached_property
     def held(self) -> dict[str, list[Any]]:
         """Data that no fit sees, by their kind."""
-        return dict(self.ground.healing(self.original, self.recipe.heal, self.settings.seed)[1])
+        least = self.recipe.heal.model_copy(update={"tokens": 1})  # of what is learned from nothing is wanted
+        return dict(self.ground.healing(self.original, least, self.settings.seed)[1])
 
     # --- tuning
 
@@ -296,7 +298,7 @@ class Run:
         )
         self.say(
             f"rung {rung + 1} of {self.settings.rungs}, {spec_of(found)}: {found['size']:.1%} of "
-            f"{self.settings.objective}, keeps {kept:.2%} of {self.ground.metric} "
+            f"the {COUNTED[self.settings.objective]}, keeps {kept:.2%} of {self.ground.metric} "
             f"({time.perf_counter() - begin:.0f} s)"
         )
         del model
@@ -322,7 +324,7 @@ class Run:
         """Choose on dev, report once, write everything."""
         from ffnkit.search import choice, pages
 
-        with self.folder.turn("finish"):
+        with phase("the choice"), self.folder.turn("finish"):
             if (done := read_json(self.folder.out / "results.json")) is None:
                 done = choice.results(self)
                 pages.write(self, done)

@@ -14,14 +14,15 @@ from ffnkit.report import environment
 from ffnkit.report.card import CardInfo, LayerWidth, Metric, model_card
 from ffnkit.report.formats import markdown_table
 from ffnkit.search.halving import fronts
+from ffnkit.search.settings import COUNTED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ffnkit.search.job import Run
 
-HEADER = ("", "candidate", "size", "FFN parameters", "kept", "at least", "tokens")
-WORDS = {"params": "parameters", "flops": "FLOPs a token", "bytes": "bytes", "latency": "FLOPs a token"}
+HEADER = ("", "candidate", "size", "FFN parameters", "kept", "at least", "tokens")  # and latency, where that counts
+AXES = {"params": "parameters", "flops": "flops_per_token", "bytes": "bytes_on_disk_compact", "latency": "latency_s"}
 
 
 def write(run: Run, results: dict[str, Any]) -> None:
@@ -29,7 +30,7 @@ def write(run: Run, results: dict[str, Any]) -> None:
     out, rows = run.folder.out, front(results)
     notes = said(results)
     head = f"# {one_line(run.recipe.name)}\n\n" + (paragraphs(run.recipe.notes) if run.recipe.notes else "")
-    table = markdown_table(HEADER, table_rows(results))
+    table = markdown_table(header(results), table_rows(results))
     write_text(out / "front.md", f"{head}{table}\n" + "".join(f"- {line}\n" for line in notes))
     if rows:
         _picture(run, results, notes)
@@ -43,6 +44,24 @@ def front(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [tuned[number] for number in (fronts(points)[0] if points else [])]
 
 
+def shown(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The front, and what was chosen where that lies behind it: the fastest need not have the fewest FLOPs."""
+    found, chosen = front(results), results["chosen"]
+    if chosen is None:
+        return found
+    others = [row for row in found if row["number"] != chosen["number"]]
+    return sorted([*others, chosen], key=lambda row: float(row["size"]))  # of the chosen more is known
+
+
+def header(results: dict[str, Any]) -> tuple[str, ...]:
+    """The heads of the table's columns."""
+    return (*HEADER, "latency") if _by_clock(results) else HEADER
+
+
+def _by_clock(results: dict[str, Any]) -> bool:
+    return bool(results["recipe"]["search"]["objective"] == "latency")
+
+
 def table_rows(results: dict[str, Any]) -> list[list[str]]:
     """Cells of the table: what was tuned, by size; the front has a star, what was chosen an arrow."""
     best, whole = {row["number"] for row in front(results)}, results["original"]["costs"]["ffn_params"]
@@ -53,16 +72,17 @@ def table_rows(results: dict[str, Any]) -> list[list[str]]:
         mark = "->" if row["number"] == chosen else "*" if row["number"] in best else ""
         low = "" if tuned["low"] is None else f"{tuned['low']:.2%}"
         ffn = f"{row['costs']['ffn_params'] / whole:.1%}"
-        found.append(
-            [mark, row["name"], f"{row['size']:.1%}", ffn, f"{tuned['kept']:.2%}", low, f"{tuned['tokens']:,}"]
-        )
+        cells = [mark, row["name"], f"{row['size']:.1%}", ffn, f"{tuned['kept']:.2%}", low, f"{tuned['tokens']:,}"]
+        if _by_clock(results):
+            cells.append(f"{row['latency']:.2f}" if "latency" in row else "")
+        found.append(cells)
     return found
 
 
 def said(results: dict[str, Any]) -> list[str]:
-    """What the table means, in sentences."""
+    """What the table means, in sentences; the last one says what was found."""
     settings = results["recipe"]["search"]
-    what, metric, floor = WORDS[settings["objective"]], results["metric"], results["floor"]
+    what, metric, floor = COUNTED[settings["objective"]], results["metric"], results["floor"]
     value = results["original"]["value"]
     lines = [
         f"size: {what}, to the original's. kept: {metric} on dev, to the original's ({value:.4g}). at least: the lower"
@@ -72,14 +92,21 @@ def said(results: dict[str, Any]) -> list[str]:
         f"{len(results['candidates'])} candidates were measured before tuning,"
         f" {sum('tuned' in row for row in results['candidates'])} of them tuned.",
     ]
+    if _by_clock(results):
+        lines.append(
+            "latency: seconds of a batch, to the original's, all in turn at the end, of the smallest that keep enough;"
+            " the fastest is chosen."
+        )
     if (chosen := results["chosen"]) is None:
+        if any(row.get("enough") for row in results["candidates"]):
+            return [*lines, "Of the models that keep that none is faster: take another objective, or a larger model."]
         return [*lines, "No smaller model keeps that: ask for less, or tune longer (search.tokens)."]
     report = chosen["report"]
     low = "" if report["low"] is None else f", surely {report['low']:.2%}"
     lines.append(
-        f"{chosen['name']}: {metric} {report['value']:.4g} on the rows that chose nothing, the original"
-        f" {report['original']:.4g}: {report['kept']:.2%} is kept{low}."
-        f" A batch takes {chosen['latency']:.2f} of its time."
+        f"Chosen: {chosen['name']}, {chosen['size']:.1%} of the {what}. Its {metric} is {report['value']:.4g} on the"
+        f" rows that chose nothing, the original's {report['original']:.4g}: {report['kept']:.2%} is kept{low}. A batch"
+        f" takes {chosen['latency']:.2f} of the original's time."
     )
     return lines
 
@@ -91,14 +118,19 @@ def _picture(run: Run, results: dict[str, Any], notes: list[str]) -> None:
     from ffnkit.report.table import summarize
 
     metric = results["metric"]
-    rows = [_row("original", metric, results["original"]["value"], results["original"]["costs"])]
+    first = results["original"]
+    rows = [_row("original", metric, first["value"], first["costs"])]
+    if "latency_s" in first:
+        rows[0] |= {"latency_s": first["latency_s"], "latency_ratio": 1.0}
     arms: dict[str, dict[str, Any]] = {"original": {}}
-    for each in front(results):
+    for each in shown(results):
         name = each["name"]
         rows.append(_row(name, metric, each["tuned"]["value"], each["costs"]) | _time(each))
         arms[name] = {key: value for key, value in each["candidate"].items() if value}
-    summary = summarize(rows, metric)
-    write_text(run.folder.out / "front.svg", svg(drawn(summary), heading(summary), "front"))
+    summary, axis = summarize(rows, metric), AXES[results["recipe"]["search"]["objective"]]
+    if not all(axis in row for row in rows):  # only those that keep enough are timed
+        axis = AXES["flops"]
+    write_text(run.folder.out / "front.svg", svg(drawn(summary, axis), heading(summary, axis), "front"))
     info = PageInfo(
         title=run.recipe.name,
         model=run.recipe.model,
@@ -111,7 +143,10 @@ def _picture(run: Run, results: dict[str, Any], notes: list[str]) -> None:
         seeds=(0,),
         versions=environment.versions(),
         machine=environment.machine(),
-        notes=notes,
+        notes=notes[:-1],
+        told=notes[-1:],
+        front=[header(results), *table_rows(results)],
+        axis=axis,
     )
     write_page(run.folder.out / "report.html", info)
 

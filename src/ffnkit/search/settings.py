@@ -21,6 +21,12 @@ from ffnkit.tune.settings import CalibrationSettings, TrainSettings
 Objective = Literal["params", "flops", "bytes", "latency"]
 How = Literal["width", "widths", "fit", "layers", "ffns", "shared", "heads"]
 HOWS: tuple[How, ...] = get_args(How)
+COUNTED: dict[Objective, str] = {
+    "params": "parameters",
+    "flops": "FLOPs a token",
+    "bytes": "bytes",
+    "latency": "FLOPs a token",  # which foresee it; the clock decides among the last
+}
 KEEP = 0.99
 Share = Annotated[float, Field(strict=True, gt=0, lt=1)]
 

@@ -21,6 +21,7 @@ from ffnkit.io.apart import has_adapters
 from ffnkit.io.architectures import empty_model, is_ffnkit_config, read_config
 from ffnkit.io.conversions import few_bits
 from ffnkit.io.loading import check_name, open_errors
+from ffnkit.io.memory import free_memory
 from ffnkit.io.sizes import checkpoint_files, opened_bytes, stored_shapes
 from ffnkit.io.snapshots import folder_of
 from ffnkit.io.workspace import workspace
@@ -32,9 +33,7 @@ _SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 def too_large(source: str, dtype: str = "auto") -> str:
     """In words, that a model does not fit into the memory that is free; "" where it does, or none can tell."""
-    import psutil
-
-    size, free = whole_bytes(source, dtype), int(psutil.virtual_memory().available)
+    size, free = whole_bytes(source, dtype), free_memory()[0]
     if size * ROOM <= free:
         return ""
     return f"{source} takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free: it stays in its files"

@@ -15,6 +15,7 @@ from ffnkit import __version__
 from ffnkit.calibration.stored import tokens_of
 from ffnkit.errors import FfnkitError
 from ffnkit.io.sizes import checkpoint_files
+from ffnkit.io.snapshots import folder_of
 from ffnkit.methods.common import Narrowing
 from ffnkit.model.finding import ffns
 from ffnkit.plans import Plan, plan
@@ -113,8 +114,9 @@ def _joined(parts: list[Plan], model: Any, method: Any) -> Plan:
 
 def _key(source: str, method: Any, data: list[str]) -> str:
     folder = Path(source).expanduser()
-    files = checkpoint_files(folder) if folder.is_dir() else []
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    there = folder if folder.is_dir() else folder_of(source)  # of a hub name the snapshot: it may be another one today
+    files = [path.resolve() for path in checkpoint_files(there)] if there is not None else []
+    stats = [(os.fspath(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     about = [__version__, os.fspath(folder.absolute()), stats, method.name, method.settings(), data]
     told = json.dumps(about, default=str)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
