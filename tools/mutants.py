@@ -1,7 +1,8 @@
 """Small mutations of the source, each with the tests that have to notice it.
 
-    mutants.py check                                        every snippet is in the source exactly once
-    mutants.py run [--only NAME ...] [--jobs 2] --out FILE  apply each to a copy, run its tests, tell which survive
+    mutants.py check                                             every snippet is in the source exactly once
+    mutants.py run [--only NAME ...] [--jobs 2] --out FILE       apply each to a copy, run its tests, tell which survive
+    mutants.py run --slow ...                                    the slow tests too
 
 Snippets are looked for in all files below src/, since files move; they are lines of mathematics or of a decision, which
 a change of structure leaves as they are. Where a line is rewritten all the same, its mutation is rewritten with it.
@@ -752,11 +753,12 @@ def check(mutants: tuple[Mutant, ...]) -> int:
     return 1 if wrong else 0
 
 
-def tested(root: Path, mutant: Mutant) -> tuple[int, str]:
+def tested(root: Path, mutant: Mutant, slow: bool) -> tuple[int, str]:
     """The exit code of pytest (0 passed, 1 failed, 5 nothing chosen, -1 too long) and its last lines."""
     path = os.pathsep.join(str(root / name) for name in ("src", "tests"))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--no-header"]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--no-header"]
+    command += [] if slow else ["-m", "not slow"]
     command += [*(f"tests/{name}" for name in mutant.tests.split()), *(["-k", mutant.only] if mutant.only else [])]
     try:
         done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=LIMIT)
@@ -765,7 +767,7 @@ def tested(root: Path, mutant: Mutant) -> tuple[int, str]:
     return done.returncode, "\n".join(done.stdout.strip().splitlines()[-3:])
 
 
-def one(mutant: Mutant | None, tests: Mutant, home: Path) -> dict[str, Any]:
+def one(mutant: Mutant | None, tests: Mutant, home: Path, slow: bool) -> dict[str, Any]:
     """The tests of ``tests`` on a copy with ``mutant`` in it, or on an unchanged one."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=home) as folder:
@@ -780,7 +782,7 @@ def one(mutant: Mutant | None, tests: Mutant, home: Path) -> dict[str, Any]:
             texts = sources(root)
             (path,) = places(mutant, texts)
             path.write_text(texts[path].replace(mutant.find, mutant.replace), encoding="utf-8")
-        code, tail = tested(root, tests)
+        code, tail = tested(root, tests, slow)
     what = {0: "survived", 1: "caught", 2: "caught", -1: "too long"}.get(code, f"pytest exit code {code}")
     return {"result": what, "seconds": round(time.perf_counter() - began, 1), "tail": tail}
 
@@ -797,21 +799,21 @@ def unchanged(mutants: tuple[Mutant, ...]) -> list[Mutant]:
     return [Mutant(file, "", "", file, only) for file, only in whole.items()]
 
 
-def run(mutants: tuple[Mutant, ...], jobs: int, out: Path, unmutated: bool = True) -> int:
+def run(mutants: tuple[Mutant, ...], jobs: int, out: Path, unmutated: bool = True, slow: bool = False) -> int:
     if check(mutants):
         return 1
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as home, ThreadPoolExecutor(jobs) as pool:
         plain = unchanged(mutants) if unmutated else []
         failing = set()
-        for mutant, found in pool.map(lambda m: (m, one(None, m, Path(home))), plain):
+        for mutant, found in pool.map(lambda m: (m, one(None, m, Path(home), slow)), plain):
             if found["result"] not in ("survived", "pytest exit code 5"):  # 5: another file holds the tests
                 failing.add(mutant.tests)
                 print(f"not usable: {mutant.tests} without any mutation: {found['result']}\n{found['tail']}")
         fit = [m for m in mutants if not failing & set(m.tests.split())]
 
         def work(mutant: Mutant) -> tuple[Mutant, dict[str, Any]]:
-            found = one(mutant, mutant, Path(home))
+            found = one(mutant, mutant, Path(home), slow)
             print(f"{found['result']:>9}  {found['seconds']:6.1f} s  {mutant.name}", flush=True)
             return mutant, found
 
@@ -834,15 +836,15 @@ def main() -> int:
     running.add_argument("--jobs", type=int, default=1)
     running.add_argument("--out", type=Path, required=True)
     running.add_argument("--trust", action="store_true", help="the tests are known to pass without any mutation")
+    running.add_argument("--slow", action="store_true", help="its slow tests have to notice it, or its fast ones")
     given = parser.parse_args()
     if given.command == "check":
         return check(MUTANTS)
     unknown = set(given.only) - {m.name for m in MUTANTS}
     if unknown:
         raise SystemExit(f"no such mutation: {', '.join(sorted(unknown))}")
-    return run(
-        tuple(m for m in MUTANTS if not given.only or m.name in given.only), given.jobs, given.out, not given.trust
-    )
+    wanted = tuple(m for m in MUTANTS if not given.only or m.name in given.only)
+    return run(wanted, given.jobs, given.out, not given.trust, given.slow)
 
 
 if __name__ == "__main__":
