@@ -102,6 +102,7 @@ def measure_arm(arm: str, folder: str) -> dict[str, Any]:
     from transformers import LlamaForCausalLM
 
     import ffnkit as fk
+    from ffnkit.report.environment import machine
 
     place = Path(folder)
     with tempfile.TemporaryDirectory(dir=place.parent) as aside:
@@ -130,6 +131,7 @@ def measure_arm(arm: str, folder: str) -> dict[str, Any]:
         "copy_s": copied,
         "one_layer": None if arm == "calibrated" else one_layer(arm),
         "threads": torch.get_num_threads(),
+        "cpu": machine()["cpu"],
         "load_average": load_average(),
     }
 
@@ -188,6 +190,7 @@ def page(results: dict[str, Any]) -> str:
         *footer(results, results["rows"][0]["threads"]),
         f"- peak: beyond interpreter and libraries. arithmetic: plan and apply on one layer in memory, times {layers}.",
         "- a copy: seconds to read and write the files that are read, synced.",
+        *(f"- {row['what']}: on {row['cpu']}." for row in results["rows"] if row["cpu"] != results["machine"]["cpu"]),
         f"- The machine had other work, which seconds of the clock hold: load averages {loads}.",
         "",
     ]
