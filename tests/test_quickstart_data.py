@@ -176,10 +176,10 @@ def test_its_name_is_a_model_wherever_one_is_named(minilm_path: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("given", "task", "methods"),
     [
-        ([], "docstrings", {"fusion": 0.5}),
-        (["--width", "0.25"], "docstrings", {"fusion": 0.25}),
+        ([], "docstrings", {"calibrated-fusion": 0.5}),
+        (["--width", "0.25"], "docstrings", {"calibrated-fusion": 0.25}),
         (["--methods", "svd,mmd", "--width", "0.4", "--task", "sst2"], "sst2", {"svd": 0.4, "mmd": 0.4}),
-        (["--text", "words.txt"], None, {"fusion": 0.5}),
+        (["--text", "words.txt"], None, {"calibrated-fusion": 0.5}),
     ],
 )
 def test_analyze_takes_what_is_not_given_from_the_recipe(

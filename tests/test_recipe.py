@@ -45,7 +45,7 @@ def test_a_good_recipe_is_read(tmp_path: Path) -> None:
 
 
 def test_the_recipes_that_ship_are_good() -> None:
-    assert list(quickstart().arms) == ["uncompressed", "fusion-50"]
+    assert list(quickstart().arms) == ["uncompressed", "half"]
     files = list(shipped.FOLDER.glob("*.yaml"))
     assert files
     for path in files:

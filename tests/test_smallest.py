@@ -437,6 +437,9 @@ def test_the_page_stands_against_what_was_asked_for(latency: dict[str, float], a
     page = (tmp_path / "report.html").read_text()
     told, notes, table = (page.index(words) for words in ("takes 0.60 of the", "asked for", "Size and quality"))
     assert told < notes < table and "level with" not in page, "seeds tell nothing here"
+    assert '<th scope="row">a *</th>' in page and '<th scope="row">b -&gt;</th>' in page, (
+        "rows are called by their model"
+    )
     drawn = re.findall('aria-label="accuracy against ([^"]*)"', page)
     assert drawn[0] == axis and len(drawn) > 2
 

@@ -145,7 +145,7 @@ def _picture(run: Run, results: dict[str, Any], notes: list[str]) -> None:
         machine=environment.machine(),
         notes=notes[:-1],
         told=notes[-1:],
-        front=[header(results), *table_rows(results)],
+        front=[[f"{cells[1]} {cells[0]}".strip(), *cells[2:]] for cells in (header(results), *table_rows(results))],
         axis=axis,
     )
     write_page(run.folder.out / "report.html", info)
