@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ffnkit.io.files import mapped, space_errors
+from ffnkit.io.files import mapped, space_errors, write_bytes
 
 
 @dataclass
@@ -107,11 +107,8 @@ def files_of(told: Any) -> Iterator[str]:
 
 
 def _write(value: Tensor, path: Path) -> None:
-    plain = value.detach().cpu().contiguous()
     with space_errors(path), path.open("wb") as file:
-        if plain.numel():
-            file.write(plain.view(-1).view(torch.uint8).numpy().data)
-        file.flush()
+        write_bytes(value.detach().cpu(), file)
         os.fsync(file.fileno())
 
 

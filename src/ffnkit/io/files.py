@@ -156,14 +156,11 @@ def held(tensor: Tensor) -> Tensor:
 
 def spooled(tensor: Tensor) -> Tensor:
     """The tensor on the CPU; a large one memory-mapped from a temporary file, in memory only while it is read."""
-    import torch
-
     own = tensor.detach().cpu().contiguous()
     if own.numel() * own.element_size() < SPOOL_FROM:
         return own.clone() if own.data_ptr() == tensor.data_ptr() else own
     with _nameless() as file:
-        file.write(own.view(-1).view(torch.uint8).numpy().data)
-        file.flush()
+        write_bytes(own, file)
         return mapped(file.name, own.shape, own.dtype)
 
 
@@ -187,6 +184,15 @@ def _nameless() -> Iterator[Any]:
     before()
     with tempfile.NamedTemporaryFile(prefix="ffnkit-", dir=folder) as file, disk_errors(folder):
         yield file
+
+
+def write_bytes(tensor: Tensor, file: Any) -> None:
+    """The bytes of a tensor on the CPU, as :func:`mapped` reads them."""
+    import torch
+
+    if tensor.numel():
+        file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    file.flush()
 
 
 def mapped(name: str | Path, shape: Sequence[int], dtype: dtype) -> Tensor:

@@ -132,10 +132,10 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def file_digest(name: str) -> str:
+def file_digest(name: str | Path) -> str:
     """Of a file's content; of what is on the hub its name. Raises FfnkitError where it is not there."""
-    if name.startswith(HUB_SET):
-        return name
+    if str(name).startswith(HUB_SET):
+        return str(name)
     try:
         with open(name, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -190,7 +190,7 @@ def unit_facts(recipe: Recipe, base: dict[str, Any], arm: str, seed: int) -> dic
         facts["calibration"] = calibration_facts(recipe)
     if recipe.forgetting is not None:
         path = Path(expand(recipe.forgetting))
-        facts["forgetting"] = [recipe.forgetting, hashlib.sha256(path.read_bytes()).hexdigest()[:16]]
+        facts["forgetting"] = [recipe.forgetting, file_digest(path)]
     if recipe.lm_eval is not None:
         facts["lm_eval"] = recipe.lm_eval.model_dump(mode="json", exclude={"batch_size"})
     if recipe.search is not None:
@@ -219,7 +219,7 @@ def calibration_facts(recipe: Recipe) -> dict[str, Any]:
     """The settings of the calibration, with digests of the files that they name."""
     facts: dict[str, Any] = recipe.to_dict()["calibration"]
     for field, files in (("text", calibration_texts(recipe)), ("statistics", _statistics(recipe))):
-        found = [hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files if Path(file).is_file()]
+        found = [file_digest(file) for file in files if Path(file).is_file()]
         if found:
             facts[field] = [facts[field], *found]
     if facts["statistics"] is None:
@@ -242,7 +242,7 @@ def distil_facts(recipe: Recipe) -> dict[str, Any]:
         if path is not None and path.is_dir():
             facts[field] = [facts[field], folder_digest(path)]
         elif path is not None and path.is_file():
-            facts[field] = [facts[field], hashlib.sha256(path.read_bytes()).hexdigest()[:16]]
+            facts[field] = [facts[field], file_digest(path)]
     return facts
 
 

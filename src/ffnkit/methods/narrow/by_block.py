@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from ffnkit.io.files import read_json, replacing, write_text
 from ffnkit.methods.common import Batch
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons
-from ffnkit.plans import Plan, Progress, Shape
+from ffnkit.plans import Draft, Plan, Progress, Shape
 
 STATE = "state.json"
 
@@ -96,6 +96,13 @@ def block_by_block(
                 if record is not None:
                     done |= record.write(group, done, moved, runs_again=sequential and not blocks.skips)
     return done
+
+
+def drafted(found: Iterable[FFN], done: Mapping[str, Fitted]) -> Draft:
+    """What became of these FFNs, in this order, as a method's draft."""
+    made = {ffn.name: done[ffn.name] for ffn in found}
+    edits = tuple(edit for each in made.values() for edit in each.edits)
+    return Draft(edits, {name: each.quantities for name, each in made.items()})
 
 
 class _Record:

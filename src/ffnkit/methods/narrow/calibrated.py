@@ -22,7 +22,7 @@ from ffnkit.calibration.streams import Streams
 from ffnkit.edits import Edit, ReplaceNeurons, ScaleInputs
 from ffnkit.methods.common import Batch, Narrowing, generator, lifted, need_data, norms
 from ffnkit.methods.expecting import Work, fused
-from ffnkit.methods.narrow.by_block import Fitted, block_by_block
+from ffnkit.methods.narrow.by_block import Fitted, block_by_block, drafted
 from ffnkit.methods.narrow.observed import Part, observing
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.ops import local
@@ -135,9 +135,7 @@ class CalibratedFusion(Narrowing):
         for ffn, _ in found:
             ffn.check_plain(f"calibrating {ffn.name}")
             check_weights(ffn.raw(), ffn.name)
-        done = self.fits(model, found, batches, progress)
-        edits = tuple(edit for ffn, _ in found for edit in done[ffn.name].edits)
-        return Draft(edits, {name: each.quantities for name, each in done.items()})
+        return drafted([ffn for ffn, _ in found], self.fits(model, found, batches, progress))
 
     def fits(
         self,

@@ -13,7 +13,7 @@ from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.edits import ReplaceNeurons
 from ffnkit.methods.common import Batch, Narrowing, Sequential, largest, lifted, need_data, norms
 from ffnkit.methods.expecting import Work, fused
-from ffnkit.methods.narrow.by_block import Fitted, block_by_block
+from ffnkit.methods.narrow.by_block import Fitted, block_by_block, drafted
 from ffnkit.methods.narrow.calibrated import COMPRESSED
 from ffnkit.methods.narrow.observed import Part, observing
 from ffnkit.model.ffn import FFN
@@ -69,8 +69,7 @@ class ClosedForm(Narrowing):
 
         found = [ffn for ffn, _ in widths.values()]
         done = block_by_block(model, batches, found, show, fit, progress, sequential=self.sequential)
-        edits = tuple(edit for name in widths for edit in done[name].edits)
-        return Draft(edits, {name: each.quantities for name, each in done.items()})
+        return drafted(found, done)
 
     def _fit(self, old: Neurons, seen: Part | None, width: int) -> tuple[Neurons, float]:
         """One FFN or expert, and the relative error of its outputs on the data."""

@@ -14,7 +14,7 @@ from ffnkit.calibration.hooks import Activations
 from ffnkit.edits import Edit, FactorLinear
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, Width, each, need_data
-from ffnkit.methods.narrow.by_block import Fitted, block_by_block
+from ffnkit.methods.narrow.by_block import Fitted, block_by_block, drafted
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.moments import Moments
 from ffnkit.ops.ridge import factored
@@ -81,23 +81,22 @@ class Svd(Narrowing):
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         narrower = [(ffn, width) for ffn, width in self.chosen(model) if width != ffn.width]
         if not self.whiten:
-            made_of = [(f.name, *_factored(f, width, None)) for f, width, _ in each(narrower, progress, "factoring")]
-            return _draft(made_of, "weights' energy lost")
+            made = {
+                f.name: _factored(f, width, None, "weights") for f, width, _ in each(narrower, progress, "factoring")
+            }
+            return drafted([ffn for ffn, _ in narrower], made)
         batches = need_data(data, self.name, beyond="inputs of linears")
         found = [ffn for ffn, _, _ in each(narrower, None, "factoring")]
         widths = {ffn.name: width for ffn, width in narrower}
         seen: dict[str, Inputs] = {}
 
         def fit(ffn: FFN) -> Fitted:
-            edits, lost = _factored(ffn, widths[ffn.name], seen.pop(ffn.name, None))
-            return Fitted(edits, {"lost": lost})
+            return _factored(ffn, widths[ffn.name], seen.pop(ffn.name, None), "outputs")
 
         def show(blocks: Blockwise, group: list[FFN], last: bool) -> None:
             blocks.watch(group, lambda ffn, acts: seen.setdefault(ffn.name, Inputs()).add(acts), last=last)
 
-        done = block_by_block(model, batches, found, show, fit, progress, sequential=False)
-        made_of = [(ffn.name, done[ffn.name].edits, done[ffn.name].quantities["lost"]) for ffn in found]
-        return _draft(made_of, "outputs' energy lost")
+        return drafted(found, block_by_block(model, batches, found, show, fit, progress, sequential=False))
 
 
 class Inputs:
@@ -118,8 +117,8 @@ class Inputs:
         return self.moments[site == "down"].second()
 
 
-def _factored(ffn: FFN, width: int, seen: Inputs | None) -> tuple[list[Edit], float]:
-    """The edits of one FFN's matrices, and the share of their energy that is lost."""
+def _factored(ffn: FFN, width: int, seen: Inputs | None, what: str) -> Fitted:
+    """The edits of one FFN's matrices, and the share of the energy that is lost, of ``what``."""
     edits: list[Edit] = []
     lost = total = 0.0
     for site in ffn.sites:
@@ -129,11 +128,7 @@ def _factored(ffn: FFN, width: int, seen: Inputs | None) -> tuple[list[Edit], fl
         edits.append(FactorLinear.of(ffn.name, site, first, outer))
         lost += rest
         total += weight.double().square().sum().item() if second is None else outputs(second, weight)
-    return edits, lost / total if total > 0 else 0.0
-
-
-def _draft(made: list[tuple[str, list[Edit], float]], told: str) -> Draft:
-    return Draft(tuple(e for _, edits, _ in made for e in edits), {name: {told: lost} for name, _, lost in made})
+    return Fitted(edits, {f"{what}' energy lost": lost / total if total > 0 else 0.0})
 
 
 def _rank(ffn: FFN, site: str, width: int) -> int:
