@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES
 from safetensors import safe_open
 from test_cli import bad, bert, good, llama, verbosity  # noqa: F401
 from tolerance import assert_close, assert_differs
 
 import ffnkit as fk
+from ffnkit.budget import targets as counting
 from ffnkit.budget.losses import Losses, held_out, shown
 from ffnkit.budget.mending import gaps_closed, heads_refitted
 from ffnkit.budget.moves import PARTS, Choice, Graded, Joint, Space
@@ -98,6 +100,31 @@ def test_keys_and_values_are_those_that_a_run_keeps(name: str) -> None:
     fk.apply(model, plan)
     assert told["left"] == key_value_bytes(model, 64, 64) <= 0.6 * told["before"]
     check_key_values(model, data[0], "the smaller model")  # raises where a run keeps others
+
+
+WINDOWS: dict[str, dict[str, Any]] = {
+    "gemma3": {"sliding_window": 4},
+    "mistral": {"sliding_window": 3},
+    "gpt-oss": {"sliding_window": 5},
+    "llama4": {"attention_chunk_size": 4},
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_keys_and_values_of_windows_shorter_than_the_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = FAMILIES[name].config()
+    for key, value in WINDOWS[name].items():
+        setattr(config, key, value)
+    model: Any = getattr(transformers, FAMILIES[name].model_class)(config).eval()
+    data = batches(name, model, 1)
+    for tokens in (2, 3, 4, 5, 7):
+        row = {key: value[:, :tokens] for key, value in data[0].items() if key != "attention_mask"}
+        check_key_values(model, row, "a window")
+    windowed = key_value_bytes(model, 64, 64)
+    monkeypatch.setattr(counting, "window", lambda *_: None)
+    assert windowed < key_value_bytes(model, 64, 64)
+    with pytest.raises(FfnkitError, match="its attentions are counted for"):
+        check_key_values(model, row, "whole texts")
 
 
 @pytest.mark.parametrize("name", ["albert", "mixtral", "t5", "vit", "gpt2", "clip"])

@@ -25,6 +25,7 @@ from ffnkit.methods.drop.writers import halved_stream_is_the_same, norm_offset, 
 from ffnkit.model.finding import ffns
 from ffnkit.plans import Progress
 from ffnkit.surgery.temporary import TemporaryPlan, temporarily
+from ffnkit.surgery.trial import try_out
 
 LEAST = 0.05  # a smaller factor stands for nothing: what arrives has little to do with what is wanted
 _DO = "Leave refit out"
