@@ -92,8 +92,9 @@ class FitTo:
         if self.uniform:
             parts = [each for each in parts if each in UNIFORM]
         if target.kind == "kv" and not target.count(model):
-            what = f"{type(model).__name__} keeps no keys and values"
-            raise FfnkitError(f"target {target}", what, "Take params, flops, bytes or latency")
+            writes = getattr(model, "can_generate", lambda: False)() and not attentions(model)
+            what = "has no attention of a known layout" if writes else "keeps no keys and values"
+            raise FfnkitError(f"target {target}", f"{type(model).__name__} {what}", "Take params, flops, bytes or latency")
         space = Space(model, counted, self.layers, parts, self.multiple)
         for ffn in space.found:
             ffn.check_plain(f"fitting {ffn.name}")
