@@ -208,7 +208,7 @@ def test_plain_opening_quantizes_a_compact_checkpoint(tmp_path: Path) -> None:
     "family", ["llama", "gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("t5", "bart", "xlm-roberta"))]
 )
 def test_a_head_of_its_own_under_a_config_that_ties_it(family: str, tmp_path: Path) -> None:
-    """transformers opens what has both tensors as it is; both forms keep it, and other engines are told where it can be."""
+    """transformers opens what has both tensors as it is; both forms keep it, and the config says so."""
     model: Any = FAMILIES[family].model()
     inputs = FAMILIES[family].inputs(model)
     model.config.tie_word_embeddings = True

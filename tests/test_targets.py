@@ -127,6 +127,18 @@ def test_keys_and_values_of_windows_shorter_than_the_text(name: str, monkeypatch
         check_key_values(model, row, "whole texts")
 
 
+def test_keys_and_values_of_an_attention_that_is_not_known() -> None:
+    """It does keep some: DeepSeek's latent ones."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+    sizes |= {"intermediate_size": 24, "first_k_dense_replace": 2}
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(vocab_size=99, **sizes))
+    with pytest.raises(FfnkitError, match="has no attention of a known layout"):
+        fk.FitTo(kv=0.5).chosen(model)
+    with pytest.raises(FfnkitError, match="keeps no keys and values"):
+        fk.FitTo(kv=0.5).chosen(FAMILIES["bert"].model())
+
+
 @pytest.mark.parametrize("name", ["albert", "mixtral", "t5", "vit", "gpt2", "clip"])
 def test_the_file_is_counted_to_the_byte(name: str, tmp_path: Path) -> None:
     model = FAMILIES[name].model()

@@ -22,6 +22,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Layers, need_data
 from ffnkit.methods.expecting import Work
 from ffnkit.methods.narrow.calibrated import CalibratedFusion
+from ffnkit.model.attention import attentions
 from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc, check, told
 from ffnkit.surgery.apply import check_edits
@@ -94,7 +95,9 @@ class FitTo:
         if target.kind == "kv" and not target.count(model):
             writes = getattr(model, "can_generate", lambda: False)() and not attentions(model)
             what = "has no attention of a known layout" if writes else "keeps no keys and values"
-            raise FfnkitError(f"target {target}", f"{type(model).__name__} {what}", "Take params, flops, bytes or latency")
+            raise FfnkitError(
+                f"target {target}", f"{type(model).__name__} {what}", "Take params, flops, bytes or latency"
+            )
         space = Space(model, counted, self.layers, parts, self.multiple)
         for ffn in space.found:
             ffn.check_plain(f"fitting {ffn.name}")

@@ -114,9 +114,7 @@ def export(
         tied = skeleton.all_tied_weights_keys if hasattr(skeleton, "all_tied_weights_keys") else {}
         into_files(skeleton)
         with no_bars():
-            skeleton.save_pretrained(
-                temporary, state_dict=written_once(form.state, tied), **save_pretrained_kwargs
-            )
+            skeleton.save_pretrained(temporary, state_dict=written_once(form.state, tied), **save_pretrained_kwargs)
         write_dtypes(model, temporary)
         if target == "nemotron-nas":
             nemotron.add_code(temporary)

@@ -148,7 +148,9 @@ def _check_adapters(model: nn.Module) -> None:
 
     apart = [ffn for ffn in ffns(model) if ffn.tied and ffn.differing]
     if apart:
-        raise no_adapters(f"{apart[0].name} is shared by {len(apart[0].owners)} layers that keep something of their own")
+        raise no_adapters(
+            f"{apart[0].name} is shared by {len(apart[0].owners)} layers that keep something of their own"
+        )
 
 
 def rate_of(model: nn.Module, original: nn.Module, trains: str) -> float:
