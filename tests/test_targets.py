@@ -102,6 +102,59 @@ def test_keys_and_values_are_those_that_a_run_keeps(name: str) -> None:
     check_key_values(model, data[0], "the smaller model")  # raises where a run keeps others
 
 
+@pytest.mark.slow
+def test_the_least_that_is_told_is_reached_and_a_layer_stays() -> None:
+    """Leaving out all layers is no choice: of one layer what stays is counted. The search ended in an error there."""
+    model = FAMILIES["bert"].model()
+    data = batches("bert", model, 4)
+    parts = ("neurons", "ffns", "attention", "layers")
+    with pytest.raises(FfnkitError, match="at least .* stay") as error:
+        fk.FitTo(flops=1, parts=parts).chosen(model)
+    least = int(str(error.value).partition("at least ")[2].split()[0].replace(",", ""))
+    plan = fk.plan(model, fk.FitTo(flops=least, parts=parts, rounds=1, effort="fast"), data=data)
+    assert plan.report["target"]["left"] == least
+    fk.apply(model, plan)
+    assert model.config.num_hidden_layers == 1 and torch.isfinite(model(**data[0]).logits).all()
+
+
+@pytest.mark.parametrize("name", ["bert", "bart", "opt", "llama"])
+def test_a_layer_that_goes_takes_its_ffn_along(name: str) -> None:
+    space = fk.FitTo(params=0.9, parts=("neurons", "layers")).chosen(FAMILIES[name].model())
+    layers = [each for each in space.joints if each.kind == "layers"]
+    assert layers and {each.name for each in space.graded} <= {ffn for each in layers for ffn in each.covers}
+
+
+@pytest.mark.slow
+def test_layers_that_go_together_are_those_without_which_a_model_stands() -> None:
+    """Of Gemma 3 one layer of each kind stays: a model without any with a window is built otherwise."""
+    config = FAMILIES["gemma3"].config()
+    config.layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    model: Any = transformers.Gemma3ForCausalLM(config).eval()
+    plan = fk.plan(
+        model, fk.FitTo(params=0.75, parts=("layers",), rounds=1, effort="fast"), data=batches("gemma3", model, 4)
+    )
+    fk.apply(model, plan)
+    assert "sliding_attention" in model.config.layer_types
+
+
+def test_sets_that_do_not_stand_are_not_measured() -> None:
+    seen: list[tuple[str, ...]] = []
+
+    def together(joint: tuple[Joint, ...]) -> float:
+        names = tuple(sorted(each.name for each in joint))
+        seen.append(names)
+        assert names != ("a", "b"), "it does not run"
+        return 0.1 * len(names)
+
+    joints = [Joint(name, "layers", 10, name, (name,), (), alone=loss) for name, loss in (("a", 1), ("b", 2), ("c", 9))]
+    stand = lambda joint: {"a", "b"} != {each.name for each in joint}  # noqa: E731
+    search = Search(
+        [], joints, 40, 20, together, lambda c: 1.0, lambda c: 40 - 10 * len(c.joint), lambda _: True, False, stand
+    )
+    found = search.run()
+    assert found is not None and sorted(each.name for each in found.choice.joint) == ["a", "c"] and ("a", "c") in seen
+
+
 WINDOWS: dict[str, dict[str, Any]] = {
     "gemma3": {"sliding_window": 4},
     "mistral": {"sliding_window": 3},

@@ -182,6 +182,7 @@ class FitTo:
             lambda choice: space.count(space.shapes(choice)),
             lambda joint: _bears(space, joint),
             self.uniform,
+            lambda joint: _stand(space, joint),
         )
 
 
@@ -198,6 +199,18 @@ def _leave_out_unborne(space: Space) -> None:
 
 def _bears(space: Space, joint: Joint) -> bool:
     return joint.kind != "layers" or _bear(space.model, joint.edits)
+
+
+def _stand(space: Space, joint: tuple[Joint, ...]) -> bool:
+    """Whether a model is left with these moves together: not without any layer, or any of a kind."""
+    layers = tuple(edit for each in joint if each.kind == "layers" for edit in each.edits)
+    try:
+        if layers:
+            check_edits(space.model, layers)
+        space.count(space.shapes(Choice(joint)))
+    except FfnkitError:
+        return False
+    return True
 
 
 def _bear(model: nn.Module, edits: Sequence[Any]) -> bool:
