@@ -69,7 +69,7 @@ def sharded(kind: str, name: str, what: str, rank: int, world: int) -> dict[str,
         return model.state_dict()
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-    from ffnkit.tune.sharding import fsdp_plugin
+    from ffnkit.tune.sharding import fsdp_plugin, ties_in_one_group
 
     # accelerate takes FSDP on accelerators only; this is what it does to a model there
     accelerator = SimpleNamespace(
@@ -80,7 +80,8 @@ def sharded(kind: str, name: str, what: str, rank: int, world: int) -> dict[str,
         torch_device_mesh=init_device_mesh("cpu", (world,), mesh_dim_names=("dp",)),
         parallelism_config=SimpleNamespace(fsdp_dim_names=("dp",)),
     )
-    model = fsdp2_prepare_model(accelerator, model)
+    with ties_in_one_group(model):
+        model = fsdp2_prepare_model(accelerator, model)
     train(model, inputs, rank, world)
     whole = StateDictOptions(full_state_dict=True)
     if what != "tied":  # torch distributes a parameter under one of its names only

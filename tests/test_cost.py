@@ -20,6 +20,7 @@ import ffnkit as fk
 from ffnkit import tasks
 from ffnkit.calibration import shipped
 from ffnkit.calibration.parts import texts_of
+from ffnkit.cli import after
 from ffnkit.report.cost import Cost
 from ffnkit.report.costing import Before, repetition
 from ffnkit.tasks.models import load_tokenizer, other_labels
@@ -126,6 +127,39 @@ def test_a_masked_model_is_asked_for_what_is_masked(small: tuple[Path, Path]) ->
     found = fk.cost(original, copy.deepcopy(original), [batch])
     figures = found.stages["compressed"].places["data"]
     assert figures["perplexity"] > 1 and figures["agreement"] == 1 and found.rows["data"] == int(asked.sum())
+
+
+def test_a_masked_model_whose_tokenizer_has_no_mask(small: tuple[Path, Path]) -> None:
+    """It has no perplexity, and its answers are compared on whole text."""
+    tokenizer, model = load_tokenizer(small[0]), FAMILIES["bert"].model()
+    config = FAMILIES["bert"].config()
+    config.vocab_size = len(tokenizer)
+    model = transformers.BertForMaskedLM(config).eval()
+    batch = kept_apart(model, tokenizer, CalibrationSettings(), "report", 400)["out"][0]
+    assert "labels" not in batch
+    figures = fk.cost(model, copy.deepcopy(model), [batch]).stages["compressed"].places["data"]
+    assert figures["agreement"] == 1 and "perplexity" not in figures
+
+
+def test_an_encoder_decoder_that_fills_masks_too_is_asked_for_text(small: tuple[Path, Path]) -> None:
+    """BART's class is listed for masked words; its decoder would get padding where no word is masked."""
+    tokenizer = load_tokenizer(small[0])
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    config = FAMILIES["bart"].config()
+    config.vocab_size = len(tokenizer)
+    model: Any = transformers.BartForConditionalGeneration(config).eval()
+    assert not is_masked(model)
+    batch = kept_apart(model, tokenizer, CalibrationSettings(), "report", 400)["out"][0]
+    assert (batch["labels"] != -100).float().mean() > 0.9
+    assert not (batch["input_ids"] == tokenizer.mask_token_id).any()
+
+
+def test_rows_of_a_task_are_of_all_classes_where_its_file_is_sorted() -> None:
+    labels = [0] * 500 + [1] * 500
+    taken = after._drawn(1000, 256)
+    assert len(set(taken)) == 256 and taken == sorted(taken) and taken == after._drawn(1000, 256)
+    assert 96 < sum(labels[row] for row in taken) < 160
+    assert after._drawn(3, 256) == [0, 1, 2]
 
 
 # --- kept apart ------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwe
 import ffnkit as fk
 from ffnkit.checkpoint.sizes import best_form, standard_parameters
 from ffnkit.cli.executing import with_hook
+from ffnkit.io.architectures import load_any
 from ffnkit.methods import get
 from ffnkit.model.finding import ffns
 from ffnkit.surgery.meta import rehearse
@@ -201,3 +202,27 @@ def test_plain_opening_quantizes_a_compact_checkpoint(tmp_path: Path) -> None:
     second = fk.load(tmp_path / "out", quantization_config=asked)
     kinds = [type(m).__name__ for m in first.modules()]
     assert kinds == [type(m).__name__ for m in second.modules()] and "Linear8bitLt" in kinds
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in ("t5", "bart", "xlm-roberta"))]
+)
+def test_a_head_of_its_own_under_a_config_that_ties_it(family: str, tmp_path: Path) -> None:
+    """transformers opens what has both tensors as it is; both forms keep it, and the config says so."""
+    model: Any = FAMILIES[family].model()
+    inputs = FAMILIES[family].inputs(model)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    own = FAMILIES[family].outputs(model, inputs)
+    model.get_output_embeddings().weight = torch.nn.Parameter(torch.randn_like(model.get_output_embeddings().weight))
+    model.save_pretrained(tmp_path / "source")
+    model = load_any(str(tmp_path / "source"))
+    fk.apply(model, fk.plan(model, get("magnitude")(width=0.5)))
+    wanted = FAMILIES[family].outputs(model, inputs)
+    for form, write in (("standard", fk.export), ("compact", fk.save)):
+        write(model, tmp_path / form)
+        for key, value in FAMILIES[family].outputs(fk.load(tmp_path / form), inputs).items():
+            assert_close(value, wanted[key], rel=1e-5)
+    tied = json.loads((tmp_path / "standard" / "config.json").read_text())["tie_word_embeddings"]
+    assert tied == (family not in ("llama", "gpt2", "gemma3"))  # of the others the key is about more tensors
+    assert not torch.allclose(own["logits"], wanted["logits"])

@@ -247,6 +247,35 @@ def test_refusals() -> None:
         fk.heal(model, original, [], settings())
 
 
+def test_adapters_beside_what_keeps_something_of_its_own_are_refused_early(
+    small: tuple[Path, Path], tmp_path: Path
+) -> None:
+    words = ("compress", small[0], "--method", "calibrated-merging", "--layers", "0-1", "--heal", "2k")
+    told = bad(*words, "--heal-set", "trains=lora", "--out", tmp_path / "out")
+    assert "or extras=false" in told and "loading" not in told
+    with pytest.raises(FfnkitError, match="adapters would give each layer weights"):
+        settings(trains="lora").check_beside(fk.CalibratedMerging(layers="0-1"))
+    settings(trains="lora").check_beside(fk.CalibratedMerging(layers="0-1", extras=False))
+    settings().check_beside(fk.CalibratedMerging(layers="0-1"))
+
+
+@pytest.mark.slow
+def test_adapters_would_part_what_keeps_something_of_its_own() -> None:
+    """Members without anything of their own stay shared."""
+    _, original, batches = pair("llama")
+    model, plain = copy.deepcopy(original), copy.deepcopy(original)
+    fk.apply(model, fk.plan(model, fk.CalibratedMerging(layers="0-1", refine=0), data=batches))
+    size = sum(p.numel() for p in model.parameters())
+    with pytest.raises(FfnkitError, match="shared by 2 layers that keep something of their own"):
+        fk.heal(model, original, batches, settings(trains="lora"))
+    fk.heal(model, original, batches, settings())
+    assert sum(p.numel() for p in model.parameters()) == size
+    fk.apply(plain, fk.plan(plain, fk.CalibratedMerging(layers="0-1", refine=0, extras=False), data=batches))
+    size = sum(p.numel() for p in plain.parameters())
+    found = fk.heal(plain, original, batches, settings(trains="lora", learning_rate=1e-2))
+    assert found.kept_at and sum(p.numel() for p in plain.parameters()) == size
+
+
 def test_texts_are_learned_by_their_shares() -> None:
     sizes = {"a": 40, "b": 10}
     parts = [([{"input_ids": torch.full((1, size), ord(name))}] * 3, 0.5) for name, size in sizes.items()]

@@ -353,6 +353,17 @@ def test_pruning_by_what_no_tuning_leaves_is_refused_before_anything_runs(
     assert all(word in line for word in ["arms.half", *words]) and "\n" not in line, line
 
 
+def test_healing_by_adapters_of_what_would_be_parted_is_refused_before_anything_runs(folder: Path) -> None:
+    shared = {"method": "calibrated-merging", "layers": "0-1"}
+    for more, wrong in (({}, True), ({"extras": False}, False)):
+        recipe = staged(folder, stages=["compress", "heal"], heal={"trains": "lora"}, arms={"tied": shared | more})
+        if wrong:
+            with pytest.raises(FfnkitError, match=r"arms\.tied: healing with trains=lora"):
+                preflight(recipe)
+        else:
+            preflight(recipe)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "field"),

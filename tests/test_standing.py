@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES
 from methods import slow_but
 from tolerance import assert_close, assert_differs
@@ -255,3 +256,17 @@ def test_what_norms_add_to_their_weight() -> None:
 
     assert norm_offset(Odd(4)) is None
     assert stand_ins(model, data("bert", model), []) == ([], {})
+
+
+@pytest.mark.slow
+def test_a_model_that_does_not_run_without_the_layer_is_one_line() -> None:
+    """Of Qwen3-Next the only layer with keys and values: refitting runs the model without it."""
+    shape = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape |= {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    shape |= {f"linear_num_{name}_heads": 2 for name in ("key", "value")}
+    shape |= {f"linear_{name}_head_dim": 8 for name in ("key", "value")}
+    config = transformers.Qwen3NextConfig(vocab_size=99, shared_expert_intermediate_size=8, **shape)
+    model: Any = transformers.Qwen3NextForCausalLM(config).eval()
+    batches = [{"input_ids": torch.randint(5, 90, (2, 6))}]
+    with pytest.raises(FfnkitError, match="does not run"):
+        fk.plan(model, LayerDrop(layers="last:1", refit=True), data=batches)

@@ -324,6 +324,30 @@ def test_what_cannot_be_streamed_says_so(source: Path, tmp_path: Path) -> None:
         fk.compress(source, EVERY["magnitude"](), tmp_path / "out", stream=True)
 
 
+@pytest.mark.parametrize("index", ["{", "[]", '{"metadata": {}}', '{"weight_map": ["a"]}', '{"weight_map": null}'])
+def test_an_index_that_cannot_be_read_is_one_line(index: str, source: Path, tmp_path: Path) -> None:
+    (source / "model.safetensors").rename(source / "model-00001-of-00001.safetensors")
+    (source / "model.safetensors.index.json").write_text(index)
+    for stream in (True, None):
+        with pytest.raises(fk.FfnkitError, match="model.safetensors.index.json cannot be read, or names no shards"):
+            fk.compress(source, EVERY["magnitude"](), tmp_path / "out", stream=stream)
+
+
+def test_what_is_refused_leaves_nothing_beside_the_output(source: Path, tmp_path: Path) -> None:
+    """Neither of a method by FFN nor of one with data; what was planned before an interruption stays."""
+    data = case_of("llama").data(load_any(str(source)))
+    wrong = {"by FFN": (fk.Fusion(width=999), None), "on data": (fk.methods.build("flap", width=0.5), data)}
+    for method, batches in wrong.values():
+        with pytest.raises(fk.FfnkitError):
+            fk.compress(source, method, tmp_path / "out", batches, stream=True)
+        assert [each.name for each in tmp_path.iterdir()] == ["source"]
+    place = record.ready("a", EVERY["magnitude"](), tmp_path / "out", [])
+    (place / "0.safetensors").write_bytes(b"planned")
+    with pytest.raises(KeyboardInterrupt), record.leaving_what_was_planned(place):
+        raise KeyboardInterrupt
+    assert (place / "0.safetensors").is_file()
+
+
 @pytest.mark.slow
 def test_no_room_on_the_disk_is_told_before(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opening, "whole_bytes", lambda _: 10**18)

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES
 from safetensors import safe_open
 from test_cli import bad, bert, good, llama, verbosity  # noqa: F401
 from tolerance import assert_close, assert_differs
 
 import ffnkit as fk
+from ffnkit.budget import targets as counting
 from ffnkit.budget.losses import Losses, held_out, shown
 from ffnkit.budget.mending import gaps_closed, heads_refitted
 from ffnkit.budget.moves import PARTS, Choice, Graded, Joint, Space
@@ -98,6 +100,96 @@ def test_keys_and_values_are_those_that_a_run_keeps(name: str) -> None:
     fk.apply(model, plan)
     assert told["left"] == key_value_bytes(model, 64, 64) <= 0.6 * told["before"]
     check_key_values(model, data[0], "the smaller model")  # raises where a run keeps others
+
+
+@pytest.mark.slow
+def test_the_least_that_is_told_is_reached_and_a_layer_stays() -> None:
+    """Leaving out all layers is no choice: of one layer what stays is counted. The search ended in an error there."""
+    model = FAMILIES["bert"].model()
+    data = batches("bert", model, 4)
+    parts = ("neurons", "ffns", "attention", "layers")
+    with pytest.raises(FfnkitError, match="at least .* stay") as error:
+        fk.FitTo(flops=1, parts=parts).chosen(model)
+    least = int(str(error.value).partition("at least ")[2].split()[0].replace(",", ""))
+    plan = fk.plan(model, fk.FitTo(flops=least, parts=parts, rounds=1, effort="fast"), data=data)
+    assert plan.report["target"]["left"] == least
+    fk.apply(model, plan)
+    assert model.config.num_hidden_layers == 1 and torch.isfinite(model(**data[0]).logits).all()
+
+
+@pytest.mark.parametrize("name", ["bert", "bart", "opt", "llama"])
+def test_a_layer_that_goes_takes_its_ffn_along(name: str) -> None:
+    space = fk.FitTo(params=0.9, parts=("neurons", "layers")).chosen(FAMILIES[name].model())
+    layers = [each for each in space.joints if each.kind == "layers"]
+    assert layers and {each.name for each in space.graded} <= {ffn for each in layers for ffn in each.covers}
+
+
+@pytest.mark.slow
+def test_layers_that_go_together_are_those_without_which_a_model_stands() -> None:
+    """Of Gemma 3 one layer of each kind stays: a model without any with a window is built otherwise."""
+    config = FAMILIES["gemma3"].config()
+    config.layer_types = ["sliding_attention", "full_attention", "sliding_attention"]
+    model: Any = transformers.Gemma3ForCausalLM(config).eval()
+    plan = fk.plan(
+        model, fk.FitTo(params=0.75, parts=("layers",), rounds=1, effort="fast"), data=batches("gemma3", model, 4)
+    )
+    fk.apply(model, plan)
+    assert "sliding_attention" in model.config.layer_types
+
+
+def test_sets_that_do_not_stand_are_not_measured() -> None:
+    seen: list[tuple[str, ...]] = []
+
+    def together(joint: tuple[Joint, ...]) -> float:
+        names = tuple(sorted(each.name for each in joint))
+        seen.append(names)
+        assert names != ("a", "b"), "it does not run"
+        return 0.1 * len(names)
+
+    joints = [Joint(name, "layers", 10, name, (name,), (), alone=loss) for name, loss in (("a", 1), ("b", 2), ("c", 9))]
+    stand = lambda joint: {"a", "b"} != {each.name for each in joint}  # noqa: E731
+    search = Search(
+        [], joints, 40, 20, together, lambda c: 1.0, lambda c: 40 - 10 * len(c.joint), lambda _: True, False, stand
+    )
+    found = search.run()
+    assert found is not None and sorted(each.name for each in found.choice.joint) == ["a", "c"] and ("a", "c") in seen
+
+
+WINDOWS: dict[str, dict[str, Any]] = {
+    "gemma3": {"sliding_window": 4},
+    "mistral": {"sliding_window": 3},
+    "gpt-oss": {"sliding_window": 5},
+    "llama4": {"attention_chunk_size": 4},
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_keys_and_values_of_windows_shorter_than_the_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = FAMILIES[name].config()
+    for key, value in WINDOWS[name].items():
+        setattr(config, key, value)
+    model: Any = getattr(transformers, FAMILIES[name].model_class)(config).eval()
+    data = batches(name, model, 1)
+    for tokens in (2, 3, 4, 5, 7):
+        row = {key: value[:, :tokens] for key, value in data[0].items() if key != "attention_mask"}
+        check_key_values(model, row, "a window")
+    windowed = key_value_bytes(model, 64, 64)
+    monkeypatch.setattr(counting, "window", lambda *_: None)
+    assert windowed < key_value_bytes(model, 64, 64)
+    with pytest.raises(FfnkitError, match="its attentions are counted for"):
+        check_key_values(model, row, "whole texts")
+
+
+def test_keys_and_values_of_an_attention_that_is_not_known() -> None:
+    """It does keep some: DeepSeek's latent ones."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+    sizes |= {"intermediate_size": 24, "first_k_dense_replace": 2}
+    model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(vocab_size=99, **sizes))
+    with pytest.raises(FfnkitError, match="has no attention of a known layout"):
+        fk.FitTo(kv=0.5).chosen(model)
+    with pytest.raises(FfnkitError, match="keeps no keys and values"):
+        fk.FitTo(kv=0.5).chosen(FAMILIES["bert"].model())
 
 
 @pytest.mark.parametrize("name", ["albert", "mixtral", "t5", "vit", "gpt2", "clip"])

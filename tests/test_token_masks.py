@@ -13,6 +13,7 @@ import torch
 import transformers
 from families import BART, CLIP_TEXT, ENCODER, FAMILIES, IMAGE, T5
 from family import redraw
+from test_layer_numbers import gemma3n
 from torch import Tensor, nn
 
 from ffnkit.calibration.blockwise import Blockwise
@@ -146,6 +147,7 @@ CASES = {
     "mixtral": Case(lambda: FAMILIES["mixtral"].model(), _text),
     "llama4": Case(lambda: FAMILIES["llama4"].model(), _text),
     "gpt2": Case(lambda: FAMILIES["gpt2"].model(), _text),
+    "gemma3n": Case(lambda: gemma3n(2), _text),  # several streams of the tokens pass through a layer
 }  # fmt: skip
 FILL = {"labels": -100, "input_ids": 1, "decoder_input_ids": 1}
 

@@ -22,6 +22,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Layers, need_data
 from ffnkit.methods.expecting import Work
 from ffnkit.methods.narrow.calibrated import CalibratedFusion
+from ffnkit.model.attention import attentions
 from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc, check, told
 from ffnkit.surgery.apply import check_edits
@@ -92,8 +93,11 @@ class FitTo:
         if self.uniform:
             parts = [each for each in parts if each in UNIFORM]
         if target.kind == "kv" and not target.count(model):
-            what = f"{type(model).__name__} keeps no keys and values"
-            raise FfnkitError(f"target {target}", what, "Take params, flops, bytes or latency")
+            writes = getattr(model, "can_generate", lambda: False)() and not attentions(model)
+            what = "has no attention of a known layout" if writes else "keeps no keys and values"
+            raise FfnkitError(
+                f"target {target}", f"{type(model).__name__} {what}", "Take params, flops, bytes or latency"
+            )
         space = Space(model, counted, self.layers, parts, self.multiple)
         for ffn in space.found:
             ffn.check_plain(f"fitting {ffn.name}")
@@ -178,6 +182,7 @@ class FitTo:
             lambda choice: space.count(space.shapes(choice)),
             lambda joint: _bears(space, joint),
             self.uniform,
+            lambda joint: _stand(space, joint),
         )
 
 
@@ -194,6 +199,18 @@ def _leave_out_unborne(space: Space) -> None:
 
 def _bears(space: Space, joint: Joint) -> bool:
     return joint.kind != "layers" or _bear(space.model, joint.edits)
+
+
+def _stand(space: Space, joint: tuple[Joint, ...]) -> bool:
+    """Whether a model is left with these moves together: not without any layer, or any of a kind."""
+    layers = tuple(edit for each in joint if each.kind == "layers" for edit in each.edits)
+    try:
+        if layers:
+            check_edits(space.model, layers)
+        space.count(space.shapes(Choice(joint)))
+    except FfnkitError:
+        return False
+    return True
 
 
 def _bear(model: nn.Module, edits: Sequence[Any]) -> bool:

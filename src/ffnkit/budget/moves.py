@@ -143,7 +143,8 @@ class Space:
                 gone = self.saving(block, "layers", edits)
             except FfnkitError:
                 continue
-            inside = tuple(name for name in self._every if name.startswith(f"{block}."))
+            # BERT's linears hang on the layer itself, which is its FFN by name
+            inside = tuple(name for name in self._every if f"{name}.".startswith(f"{block}."))
             yield Joint(block, "layers", gone, block, inside, edits)
 
     def add(self, kind: str, name: str, covers: tuple[str, ...], edits: tuple[Edit, ...]) -> Joint:
@@ -176,7 +177,17 @@ class Space:
             best[ffn.name] = max(best.get(ffn.name, 0.0), float(size * Shape.of(ffn).parameters))
         for name, saving in best.items():
             by_block[block_name(name)] = by_block.get(block_name(name), 0.0) + saving
-        return int(sum(max(by_block.get(b, 0.0), whole.get(b, 0.0)) for b in {*by_block, *whole}))
+        saved = sum(max(by_block.get(b, 0.0), whole.get(b, 0.0)) for b in {*by_block, *whole})
+        return int(saved - sum(self._stays(by_block, whole)))
+
+    def _stays(self, by_block: dict[str, float], whole: dict[str, float]) -> Iterator[float]:
+        """Of each stack of which all layers may go, what one layer that has to stay keeps beyond its other moves."""
+        stacks: dict[str, set[str]] = {}
+        for ffn in ffns(self.model):
+            stacks.setdefault(ffn.stack, set()).add(block_name(ffn.name))
+        for blocks in stacks.values():
+            if blocks <= {*whole}:
+                yield max(min(whole[b] - by_block.get(b, 0.0) for b in blocks), 0.0)
 
     # --- what it saves
 

@@ -34,7 +34,8 @@ class Search:
         graded, joints: what may go, with its foreseen losses. whole, limit: of the target.
         together: the loss of joint moves without others. assembled: the loss of a choice.
         count: what a choice leaves of the target, exactly. borne: whether the model bears a joint move.
-        uniform: one share for all FFNs, as standard checkpoints have it.
+        uniform: one share for all FFNs, as standard checkpoints have it. stand: whether it bears several joint moves
+            together: of a stack one layer stays, of some families one of each kind.
 
     Attributes:
         tried: what was assembled, in order. scales: by which factor graded losses were foreseen too low, by kind.
@@ -49,10 +50,12 @@ class Search:
     count: Callable[[Choice], int]
     borne: Callable[[Joint], bool] = lambda _: True
     uniform: bool = False
+    stand: Callable[[tuple[Joint, ...]], bool] = lambda _: True
     tried: list[Tried] = field(default_factory=list)
     scales: dict[str, float] = field(default_factory=lambda: {"neurons": 1.0, "heads": 1.0})
     _together: dict[frozenset[int], float] = field(default_factory=dict)
     _borne: dict[int, bool] = field(default_factory=dict)
+    _stood: dict[frozenset[int], bool] = field(default_factory=dict)
 
     def run(self, rounds: int = 2) -> Tried | None:
         """The best choice that was found; None where the target cannot be reached.
@@ -65,7 +68,8 @@ class Search:
         path = self._path(self.joints)
         self._try(ONE_SHARE, (), uniform=True)
         layers = [each for each in self.joints if each.kind == "layers"]
-        for joint in self._path(layers, to_the_end=True)[:0:-1]:
+        ended = self._path(layers, to_the_end=True)
+        for joint in ended[:0:-1]:
             if self._try("layers alone", joint) is not None:
                 break
         least = float("inf")
@@ -75,6 +79,10 @@ class Search:
                 break  # what was corrected found nothing better
             least = self._least
             path = self._corrected(path)
+        if self.best is None:  # what was taken first may bar the layers that would save most
+            for joint in self._path(self.joints, ended[-1], to_the_end=True):
+                if self._try("as much as may go", joint) is not None:
+                    break
         return self.best
 
     def rate(self) -> float:
@@ -101,9 +109,15 @@ class Search:
             self._together[key] = joint[0].alone if len(joint) == 1 else self.together(joint) if joint else 0.0
         return self._together[key]
 
-    def _path(self, joints: Sequence[Joint], *, to_the_end: bool = False) -> list[tuple[Joint, ...]]:
-        """None, one, two, ... joint moves, until they alone keep the target, or more of them are hopeless."""
-        path: list[tuple[Joint, ...]] = [()]
+    def _path(
+        self, joints: Sequence[Joint], start: tuple[Joint, ...] = (), *, to_the_end: bool = False
+    ) -> list[tuple[Joint, ...]]:
+        """None, one, two, ... joint moves, until they alone keep the target, or more of them are hopeless.
+
+        Args:
+            start: moves that are taken already, in place of none.
+        """
+        path: list[tuple[Joint, ...]] = [start]
         rates = {id(each): each.alone / each.saving for each in joints}
         least = float("inf")
         while self.whole - sum(each.saving for each in path[-1]) > self.limit:
@@ -131,7 +145,7 @@ class Search:
             joint, more = free[lowest]
             if lowest in fresh or len(fresh) >= AGAIN:
                 return free[min(fresh, key=lambda key: rates[key])][1]
-            if not self._bears(joint):
+            if not self._bears(joint) or not self._stand(more):
                 del free[lowest]
                 continue
             saved = sum(each.saving for each in more) - sum(each.saving for each in taken)
@@ -143,6 +157,12 @@ class Search:
         if id(joint) not in self._borne:
             self._borne[id(joint)] = self.borne(joint)
         return self._borne[id(joint)]
+
+    def _stand(self, joint: tuple[Joint, ...]) -> bool:
+        key = frozenset(map(id, joint))
+        if key not in self._stood:
+            self._stood[key] = len(joint) < 2 or self.stand(joint)
+        return self._stood[key]
 
     # --- neurons and heads
 
@@ -249,7 +269,7 @@ class Search:
             near = [number for number in (at - 1, at, at + 1) if number in losses]
             best = min(near, key=value)
             if best == at:
-                return True
+                return bool(self.tried)
             at = best
 
     def _corrected(self, path: list[tuple[Joint, ...]]) -> list[tuple[Joint, ...]]:
@@ -279,7 +299,7 @@ class Search:
         rough: list[tuple[float, int, tuple[Joint, ...]]] = []
         for number, found in enumerate(sets.values()):
             choice = self.fill(found)
-            if choice is not None and all(map(self._bears, found)):
+            if choice is not None and all(map(self._bears, found)) and self._stand(found):
                 gone = sum(each.alone for each in joint if each not in found)
                 more_lost = sum(each.alone for each in found if each not in joint)
                 loss = self.loss(joint) - gone + more_lost + self.foreseen(choice, of_joint=0.0)

@@ -115,11 +115,15 @@ def file_bytes(model: Any) -> int:
 # --- keys and values ----------------------------------------------------------------------------------------------
 
 
-def key_value_bytes(model: Any, tokens: int, read: int) -> int:
-    """Bytes of the keys and values of one sequence of ``tokens`` tokens; of ``read`` tokens that an encoder reads."""
+def key_value_bytes(model: Any, tokens: int, read: int, *, spare: int = 0) -> int:
+    """Bytes of the keys and values of one sequence of ``tokens`` tokens; of ``read`` tokens that an encoder reads.
+
+    Args:
+        spare: so many tokens fewer than its window an attention keeps.
+    """
     size = 0
     for attention in _caching(model):
-        seen = read if attention.cross else min(tokens, window(model, attention) or tokens)
+        seen = read if attention.cross else min(tokens, (window(model, attention) or tokens + spare) - spare)
         width = attention.linear("v").weight.element_size() * attention.head_dim
         size += 2 * attention.kv_heads * width * seen * (1 + len(attention.tied))
     return size
@@ -147,7 +151,8 @@ def check_key_values(model: Any, batch: Batch, asked: str) -> None:
         raise FfnkitError(asked, f"{type(model).__name__} keeps no keys and values: it does not write", do)
     held = sum(value.numel() * value.element_size() for value in _cached(cache))
     tokens = next((row[k].shape[1] for k in ("decoder_input_ids", "input_ids") if k in row), 0)
-    counted = key_value_bytes(model, tokens, row["input_ids"].shape[1] if "input_ids" in row else 0)
+    # of a window transformers' cache keeps one token less from step to step: the next one joins them
+    counted = key_value_bytes(model, tokens, row["input_ids"].shape[1] if "input_ids" in row else 0, spare=1)
     if held != counted:
         what = f"of {tokens} tokens it keeps {held:,} bytes, and its attentions are counted for {counted:,}"
         raise FfnkitError(asked, what, do)
@@ -171,6 +176,8 @@ def window(model: Any, attention: Attention) -> int | None:
     """How many tokens an attention keeps at most, where it keeps not all."""
     config = model.config.get_text_config(decoder=True)
     kinds = getattr(config, "layer_types", None)
-    if kinds and attention.layer < len(kinds) and "sliding" not in kinds[attention.layer]:
+    kind = kinds[attention.layer] if kinds and attention.layer < len(kinds) else ""
+    if kind and "sliding" not in kind and "chunked" not in kind:
         return None
-    return config_value(config, "sliding_window", attention.layer) or None
+    key = "attention_chunk_size" if "chunked" in kind else "sliding_window"
+    return config_value(config, key, attention.layer) or None

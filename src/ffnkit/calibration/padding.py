@@ -187,6 +187,8 @@ class TokenMasks:
             return None
         if x.numel() // x.shape[-1] == whole.numel():
             return whole.mT if _turned(x, whole) else whole
+        if x.ndim == 4 and x.shape[1:3] == whole.shape:
+            return whole.expand(x.shape[:-1])
         stop = call.offset + x.shape[1] if x.ndim == 3 else 0
         if x.ndim == 3 and len(x) == len(whole) and stop <= whole.shape[1]:
             part = whole[:, call.offset : stop]
@@ -228,7 +230,8 @@ class TokenMasks:
             return
         others = tuple(v for v in given if v is not first and v.ndim == 3 and v.shape[-1] == first.shape[-1])
         for key in keys:
-            self._calls[key] = _Call(block, tuple(first.shape[:-1]), others=others)
+            # of several streams of the same tokens (Gemma 3n, streams first) an FFN gets one
+            self._calls[key] = _Call(block, tuple(first.shape[-3:-1]), others=others)
 
     def _route(self, numbers: dict[str, int], count: int, _: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]

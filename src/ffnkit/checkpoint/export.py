@@ -19,7 +19,13 @@ from ffnkit.checkpoint.dtypes import write_dtypes
 from ffnkit.checkpoint.exported import ExportReport as ExportReport
 from ffnkit.checkpoint.save import short_card
 from ffnkit.checkpoint.speed import measured
-from ffnkit.checkpoint.standard import padded_widths, standard_config, standard_generation_config, standard_state
+from ffnkit.checkpoint.standard import (
+    padded_widths,
+    standard_config,
+    standard_generation_config,
+    standard_state,
+    written_once,
+)
 from ffnkit.checkpoint.verify import verify
 from ffnkit.errors import FfnkitError
 from ffnkit.io.architectures import is_own
@@ -108,9 +114,7 @@ def export(
         tied = skeleton.all_tied_weights_keys if hasattr(skeleton, "all_tied_weights_keys") else {}
         into_files(skeleton)
         with no_bars():
-            skeleton.save_pretrained(
-                temporary, state_dict={k: v for k, v in form.state.items() if k not in tied}, **save_pretrained_kwargs
-            )
+            skeleton.save_pretrained(temporary, state_dict=written_once(form.state, tied), **save_pretrained_kwargs)
         write_dtypes(model, temporary)
         if target == "nemotron-nas":
             nemotron.add_code(temporary)

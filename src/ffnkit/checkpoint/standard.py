@@ -50,6 +50,10 @@ def _even_width(ffn: FFN, multiple: int) -> int:
 def standard_config(model: PreTrainedModel, found: list[FFN], keys: Keys, targets: dict[str, int]) -> Any:
     """The config with the widths that each key is to say, and without what ffnkit wrote there."""
     config = copy.deepcopy(model.config)
+    if _head_alone(model):  # engines read the embeddings in its place
+        for each in (config, config.get_text_config()):
+            if getattr(each, "tie_word_embeddings", False):
+                each.tie_word_embeddings = False
     config.dtype = model.dtype  # where save_pretrained was called its name is there, which not every class takes
     described = description(model)
     if described is not None:
@@ -58,6 +62,38 @@ def standard_config(model: PreTrainedModel, found: list[FFN], keys: Keys, target
             config.quantization_config = described["base"]
     write(config, spread(found, keys, targets))
     return config
+
+
+def _head_alone(model: PreTrainedModel) -> bool:
+    """Whether the head, alone of what the config ties, has other numbers than the embeddings that it is tied to.
+
+    transformers opens what has both in its files as it is, whatever its config says; others may not.
+    """
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)  # by class and config: opening forgets its own
+    if len(ties) != 1:
+        return False
+    head, embeddings = (model.get_parameter(name) for name in next(iter(ties.items())))
+    return head is not embeddings and not torch.equal(head, embeddings)
+
+
+def written_once(state: dict[str, Tensor], ties: dict[str, str]) -> dict[str, Tensor]:
+    """A state dict without the tensors that opening ties to another one; those that are not equal to it stay.
+
+    Args:
+        ties: names of tied tensors, and of what they are tied to.
+    """
+
+    def is_tied(name: str) -> bool:
+        first = state.get(ties.get(name, ""))
+        return name in ties and (first is None or _equal(state[name], first))
+
+    return {name: value for name, value in state.items() if not is_tied(name)}
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return (one.data_ptr() == other.data_ptr() and one.numel() > 0) or torch.equal(one, other)
 
 
 def standard_state(model: PreTrainedModel, found: list[FFN], targets: dict[str, int]) -> dict[str, Tensor]:

@@ -82,9 +82,11 @@ class After:
         built = describe.build(HealSettings, {"tokens": self.heal, **given}, "healing", "--heal-set", flags)
         return cast("HealSettings", built)
 
-    def check(self, dry_run: bool) -> None:
-        """Raises FfnkitError where options do not go together."""
+    def check(self, dry_run: bool, method: Any = None) -> None:
+        """Raises FfnkitError where options do not go together, or with the method."""
         wanted = self.settings
+        if wanted is not None:
+            wanted.check_beside(method)
         if self.cost_text is not None and not self.cost_text.is_file():
             raise FfnkitError(f"--cost-text {self.cost_text}", "there is no such file", "Name a text file")
         if self.cost_text is not None and not self.cost_tokens:
@@ -202,13 +204,20 @@ def _metric(
         return None, 0
     rows = calibration.splits.report
     count = min(len(rows), ROWS if labelled or task.kind == "language-modelling" else SHORT)
-    rows = rows.select(range(count))
+    rows = rows.select(_drawn(len(rows), count))
 
     def metric(model: Any) -> dict[str, float]:
         found = tune.evaluate(model, tokenizer, task, rows, max_length=calibration.settings.max_length)
         return {name: value for name, value in found.items() if name != "loss"}
 
     return metric, count
+
+
+def _drawn(rows: int, count: int) -> list[int]:
+    """So many of the rows, spread over all of them: files may be sorted by class. The same ones for every seed."""
+    import numpy as np
+
+    return sorted(np.random.default_rng(0).permutation(rows)[:count].tolist())
 
 
 class _timed:

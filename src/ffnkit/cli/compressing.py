@@ -155,7 +155,7 @@ def compress(
     calibration.check(chosen, limit)
     deciding.check(chosen, calibration)
     console.quieten()
-    after.check(dry_run)
+    after.check(dry_run, chosen)
     if device_map is not None and stream:
         raise FfnkitError(f"--device-map {device_map}", "--stream keeps the model in its files", "Give one of the two")
     streamed = False if device_map is not None else stream

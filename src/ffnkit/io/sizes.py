@@ -21,12 +21,19 @@ _ROOM = 1 << 24  # numbers that a model may hold beside 8 for each stored one: n
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a folder that from_pretrained reads: whole, or the shards that an index names."""
+    """The safetensors files of a folder that from_pretrained reads: whole, or the shards that an index names.
+
+    Raises FfnkitError: an index that cannot be read, or that names no shards.
+    """
     whole, index = Path(folder) / "model.safetensors", Path(folder) / "model.safetensors.index.json"
     if whole.is_file() or not index.is_file():
         return [whole] if whole.is_file() else []
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [path for path in (Path(folder) / str(name) for name in dict.fromkeys(shards)) if path.is_file()]
+    try:
+        shards = dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # what is no JSON, or not of this form
+        found = f"{index.name} cannot be read, or names no shards ({type(error).__name__}: {error})"
+        raise FfnkitError(f"model {folder}", found, "Save or download it again") from error
+    return [path for path in (Path(folder) / str(name) for name in shards) if path.is_file()]
 
 
 def stored_shapes(files: Iterable[str | Path] | None) -> Shapes:

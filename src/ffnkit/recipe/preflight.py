@@ -52,6 +52,8 @@ def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
                     method = method_of(arm, recipe.seeds[0])
                     method.chosen(empty)
                     check_learnt(arm.settings, method, empty)
+                    if "heal" in recipe.stages:
+                        recipe.heal.check_beside(method)
                     if arm.budget is not None:
                         room(empty, arm.budget, method.layers, arm.multiple)
                 for spec in arm.prune:

@@ -21,7 +21,7 @@ from ffnkit.io.folders import check_target
 from ffnkit.io.sizes import checkpoint_files
 from ffnkit.io.snapshots import name_of
 from ffnkit.stream.opening import opened_from_files, too_large
-from ffnkit.stream.record import is_by_ffn, planned, ready, room_for, uses_blocks
+from ffnkit.stream.record import is_by_ffn, leaving_what_was_planned, planned, ready, room_for, uses_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,7 +100,7 @@ def make_plan(
         if uses_blocks(method):
             logger.info("%s", room_for(model, batches, out))
     place = ready(name_of(model), method, out, fingerprints)
-    with going_on(place, _say):
+    with leaving_what_was_planned(place), going_on(place, _say):
         return ffnkit.plan(model, method, data=data), place.parent
 
 

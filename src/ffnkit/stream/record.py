@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ def ready(source: str, method: Any, out: str | Path, data: list[str]) -> Path:
     return place
 
 
+@contextmanager
+def leaving_what_was_planned(place: Path) -> Iterator[Path]:
+    """:func:`ready`'s folder while a plan is made; where it fails before anything lies in it, it goes."""
+    try:
+        yield place
+    except BaseException:
+        if not any(path.is_file() for path in place.rglob("*")):
+            shutil.rmtree(place.parent, ignore_errors=True)
+        raise
+
+
 def planned(
     model: Any, method: Any, source: str, out: str | Path, told: Callable[[int], None] | None = None
 ) -> tuple[Plan, Path]:
@@ -55,16 +67,17 @@ def planned(
     Returns:
         The plan, and the folder of its parts.
     """
-    place = ready(source, method, out, [])
     chosen = method.chosen(model)
+    place = ready(source, method, out, [])
     files = [place / f"{number}.safetensors" for number in range(len(chosen))]
     if told is not None and (done := sum(file.is_file() for file in files)):
         told(done)
     parts = []
-    for file, (ffn, width) in zip(files, chosen, strict=True):
-        if not file.is_file():
-            plan(model, dataclasses.replace(method, width={ffn.name: width})).save(file)
-        parts.append(Plan.load(file))
+    with leaving_what_was_planned(place):
+        for file, (ffn, width) in zip(files, chosen, strict=True):
+            if not file.is_file():
+                plan(model, dataclasses.replace(method, width={ffn.name: width})).save(file)
+            parts.append(Plan.load(file))
     return _joined(parts, model, method), place.parent
 
 

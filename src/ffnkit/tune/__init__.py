@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ffnkit.tune.settings import DistilSettings as DistilSettings
     from ffnkit.tune.settings import TrainSettings as TrainSettings
     from ffnkit.tune.sharding import fsdp_plugin as fsdp_plugin
+    from ffnkit.tune.sharding import ties_in_one_group as ties_in_one_group
     from ffnkit.tune.sharding import wrap_classes as wrap_classes
     from ffnkit.tune.training import TrainResult as TrainResult
     from ffnkit.tune.training import seed_everything as seed_everything
@@ -57,6 +58,7 @@ _HOMES = {
     "scorer": "scoring",
     "with_score": "scoring",
     "fsdp_plugin": "sharding",
+    "ties_in_one_group": "sharding",
     "wrap_classes": "sharding",
     "DistilSettings": "settings",
     "TrainSettings": "settings",

@@ -15,7 +15,7 @@ from ffnkit.tasks.running import IGNORED
 from ffnkit.tune.calibration import drawn_batches, own_texts
 from ffnkit.tune.calibration_text import read_calibration
 from ffnkit.tune.distil_data import Collate
-from ffnkit.tune.distil_text import text_examples
+from ffnkit.tune.distil_text import text_examples, writes
 from ffnkit.tune.settings import CalibrationSettings
 
 WINDOW = 512  # tokens of a row at most
@@ -35,7 +35,7 @@ def kept_apart(
     """Batches of a part by place: "in" the user's text, "out" of all that is fitted; a place without text is not there.
 
     Rows are as long as a model may read, ``WINDOW`` tokens at most. Of a masked language model a seventh of the tokens
-    is masked, and these are asked for.
+    is masked, and these are asked for; where its tokenizer has no mask, the text stays whole and has no labels.
 
     Args:
         tokens: of each place, about. other: a file of text that is "out", in place of kinds that come with ffnkit.
@@ -62,17 +62,17 @@ def first_rows(
     """Padded batches of these texts, spread over them, until they hold ``settings.tokens`` tokens."""
     window = min(WINDOW, max(settings.tokens // ROWS, 32))
     examples, collate = text_examples(texts, tokenizer, model, window)
-    if is_masked(model):
+    if is_masked(model) and tokenizer.mask_token_id is not None:
         collate = _masking(collate, tokenizer)
     return drawn_batches(examples, collate, settings, seed=0)
 
 
 def is_masked(model: nn.Module) -> bool:
-    """Whether the model gives words for masked ones."""
+    """Whether the model gives words for masked ones, and writes no text (BART's class is listed for both)."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as NAMES
 
     kind = getattr(getattr(model, "config", None), "model_type", "")
-    return type(model).__name__ == NAMES.get(kind)
+    return type(model).__name__ == NAMES.get(kind) and not writes(model)
 
 
 def _masking(collate: Collate, tokenizer: Any) -> Collate:

@@ -85,6 +85,35 @@ def is_asked() -> bool:
 
 
 @contextmanager
+def ties_in_one_group(model: nn.Module) -> Iterator[None]:
+    """While the block runs, what FSDP2 shards takes every module along that holds one of its weights too.
+
+    accelerate puts a head and the embeddings that it is tied to into one group, and torch refuses a weight that lies in
+    two. Encoder-decoders tie the embeddings of both stacks as well, masked language models a bias.
+    """
+    from torch.distributed import fsdp
+
+    plain: Any = fsdp.fully_shard
+
+    def together(module: Any, **how: Any) -> Any:
+        given = [module] if isinstance(module, nn.Module) else list(module)
+        held = {id(parameter) for each in given for parameter in each.parameters()}
+        inside = {id(inner) for each in given for inner in each.modules()}
+        more = [
+            other
+            for other in model.modules()
+            if id(other) not in inside and any(id(p) in held for p in other.parameters(recurse=False))
+        ]
+        return plain([*given, *more] if more else module, **how)
+
+    fsdp.fully_shard = together
+    try:
+        yield
+    finally:
+        fsdp.fully_shard = plain
+
+
+@contextmanager
 def in_shards(model: nn.Module, arguments: TrainingArguments) -> Iterator[None]:
     """A training inside the block may lay the model in shards, where that is asked for; behind it the model is whole.
 
@@ -103,7 +132,8 @@ def in_shards(model: nn.Module, arguments: TrainingArguments) -> Iterator[None]:
         "cpu_ram_efficient_loading": False,  # it would have the model on meta for a while, and new parameters
     }
     try:
-        yield
+        with ties_in_one_group(model):
+            yield
         values = {name: full_tensor(p).detach() for name, p in model.named_parameters(remove_duplicate=False)}
     finally:
         before.restore()

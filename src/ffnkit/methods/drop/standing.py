@@ -25,6 +25,7 @@ from ffnkit.methods.drop.writers import halved_stream_is_the_same, norm_offset, 
 from ffnkit.model.finding import ffns
 from ffnkit.plans import Progress
 from ffnkit.surgery.temporary import TemporaryPlan, temporarily
+from ffnkit.surgery.trial import try_out
 
 LEAST = 0.05  # a smaller factor stands for nothing: what arrives has little to do with what is wanted
 _DO = "Leave refit out"
@@ -90,7 +91,7 @@ def stand_ins(
     is there where a bias can hold it.
 
     Raises:
-        FfnkitError: nothing in the model can hold the factor.
+        FfnkitError: nothing in the model can hold the factor; it does not run without what goes.
 
     Source: a number: Prune&Comp (arXiv 2507.18212); one of each dimension: LinearPatch (arXiv 2505.24680), the diagonal
         part. Differs: least squares over tokens that count alike, where Prune&Comp takes the mean ratio of sizes; the
@@ -101,6 +102,7 @@ def stand_ins(
     factors: dict[str, tuple[float, int]] = {}  # of what is written behind, by path: a gap's own and those before it
     told: dict[str, dict[str, float]] = {}
     few = few_rows(batches[0])
+    try_out(model, [edit for gap in gaps for edit in gap.edits], few)  # else running without them may be what fails
     every = {ffn.name: ffn for ffn in ffns(model)}
     metrics = output_metric(model, [every[gap.last] for gap in gaps], batches)
     for number, gap in enumerate(gaps, 1):

@@ -25,7 +25,7 @@ from ffnkit.tune.answers import Kind, kind_of
 from ffnkit.tune.distil_trains import in_eval
 from ffnkit.tune.healing.loss import Blocks, whole_loss
 from ffnkit.tune.healing.masters import Masters
-from ffnkit.tune.healing.settings import HealSettings
+from ffnkit.tune.healing.settings import HealSettings, no_adapters
 from ffnkit.tune.kinds import Ffn, Full, Lora
 from ffnkit.tune.lifecycle import undone
 from ffnkit.tune.tuners import Tuner
@@ -108,11 +108,14 @@ def heal(
         progress: called with tokens done, tokens in all, and what is done.
 
     Raises:
-        FfnkitError: no batches, too few of them to hold one out, models that cannot be compared, nothing that trains.
+        FfnkitError: no batches, too few of them to hold one out, models that cannot be compared, nothing that trains;
+            adapters (``trains="lora"``) on layers that share an FFN and keep something of their own.
     """
     settings = settings or HealSettings.model_validate({})
     if tokens is not None:
         settings = HealSettings.model_validate({**settings.model_dump(), "tokens": tokens})
+    if settings.trains == "lora":
+        _check_adapters(model)
     parts, decide = _parts(data, held)
     first = decide[next(iter(decide))][0]
     with in_eval(model), in_eval(original):
@@ -138,6 +141,16 @@ def _tuner(settings: HealSettings) -> Tuner:
             {"rank": settings.rank, "alpha": 2.0 * settings.rank, "head": False, "modules_to_train": ("norms",)}
         )
     return Full() if settings.trains == "all" else Ffn.model_validate({"head": False, "modules_to_train": ("norms",)})
+
+
+def _check_adapters(model: nn.Module) -> None:
+    from ffnkit.model.finding import ffns
+
+    apart = [ffn for ffn in ffns(model) if ffn.tied and ffn.differing]
+    if apart:
+        raise no_adapters(
+            f"{apart[0].name} is shared by {len(apart[0].owners)} layers that keep something of their own"
+        )
 
 
 def rate_of(model: nn.Module, original: nn.Module, trains: str) -> float:

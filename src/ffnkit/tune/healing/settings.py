@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from ffnkit.errors import FfnkitError
 from ffnkit.settings.amounts import amount
 from ffnkit.settings.checked import Checked
 from ffnkit.tune.settings import Count, NotNegative, Positive
@@ -54,3 +55,14 @@ class HealSettings(Checked):
         if self.batch_size is not None:
             return self.batch_size
         return min(max(round(max(self.tokens / STEPS, LEAST) / size), 1), MOST)
+
+    def check_beside(self, method: Any) -> None:
+        """Raises FfnkitError where a method will leave FFNs that cannot learn so: told before anything is planned."""
+        if self.trains == "lora" and getattr(method, "extras", False):
+            raise no_adapters(f"{method.name} has layers that share an FFN keep something of their own", "extras=false")
+
+
+def no_adapters(found: str, instead: str = "") -> FfnkitError:
+    """The error where adapters, merged at the end, would give each layer of a shared FFN weights of its own."""
+    found += ", and adapters would give each layer weights of its own again"
+    return FfnkitError("healing with trains=lora", found, f"Set trains to ffn{' or ' * bool(instead)}{instead}")
