@@ -52,6 +52,23 @@ class _Form:
     targets: dict[str, int]
 
 
+def written_widths(model: PreTrainedModel, target: Target = "standard", multiple: int = 1) -> dict[str, int]:
+    """The width that each FFN has in the file of a form, by the places where it stands; 0: it is left out there."""
+    found = ffns(model)
+    targets, left_out = _targets(model, found, width_keys(model, found), target, multiple)
+    return {owner: 0 if owner in left_out else targets[ffn.name] for ffn in found for owner in ffn.owners}
+
+
+def _targets(
+    model: PreTrainedModel, found: list[FFN], keys: Keys, target: Target, multiple: int
+) -> tuple[dict[str, int], set[str]]:
+    """The width of each FFN in the file, by its name, and the places whose FFN is left out."""
+    if target == "standard":
+        return padded_widths(model, found, keys, multiple), set()
+    left_out = nemotron.silent(found) if multiple % nemotron.UNIT else set()
+    return {ffn.name: -(-ffn.width // multiple) * multiple for ffn in found}, left_out
+
+
 def export(
     model: PreTrainedModel,
     directory: str | Path,
@@ -121,7 +138,7 @@ def export(
             speed = measured(model, fresh, plain, found, keys, form.targets, before or {}, measure) if measure else None
         del fresh
         write_companions(model, temporary, tokenizer)
-        (temporary / "README.md").write_text(card or short_card(model, compact=False), encoding="utf-8")
+        (temporary / "README.md").write_text(card or short_card(model, form=target), encoding="utf-8")
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
     padded = [ffn for ffn in found if form.targets[ffn.name] > ffn.width]
     zeros = {ffn.name: (form.targets[ffn.name] - ffn.width) * _per_neuron(ffn) * len(ffn.owners) for ffn in padded}
@@ -144,15 +161,14 @@ def export(
 
 
 def _standard(model: PreTrainedModel, found: list[FFN], keys: Keys, multiple: int) -> _Form:
-    targets = padded_widths(model, found, keys, multiple)
+    targets, _ = _targets(model, found, keys, "standard", multiple)
     config = standard_config(model, found, keys, targets)
     return _Form(type(model), config, standard_state(model, found, targets), targets)
 
 
 def _nemotron(model: PreTrainedModel, found: list[FFN], keys: Keys, multiple: int) -> _Form:
     nemotron.check_shape(model)
-    targets = {ffn.name: -(-ffn.width // multiple) * multiple for ffn in found}
-    left_out = nemotron.silent(found) if multiple % nemotron.UNIT else set()
+    targets, left_out = _targets(model, found, keys, "nemotron-nas", multiple)
     state = nemotron.nemotron_state(standard_state(model, found, targets), left_out)
     return _Form(DeciLMForCausalLM, nemotron.nemotron_config(model, found, targets, left_out), state, targets)
 

@@ -64,7 +64,7 @@ def save(
         model.save_pretrained(temporary, **save_pretrained_kwargs)
         write_dtypes(model, temporary)
         write_companions(model, temporary, tokenizer)
-        (temporary / "README.md").write_text(card or short_card(model, compact=True), encoding="utf-8")
+        (temporary / "README.md").write_text(card or short_card(model), encoding="utf-8")
     return Path(directory)
 
 
@@ -76,7 +76,7 @@ def _save_with_added(
         write_added(model, temporary / ADAPTER)
         with without_added(model) as base:
             save(base, temporary / BASE, tokenizer=tokenizer, **save_pretrained_kwargs)
-            text = short_card(base, compact=True).replace("Compact form: ", "The base is in compact form: ")
+            text = short_card(base).replace("Compact form: ", "The base is in compact form: ")
         note = f"`{BASE}` is the model without its adapters, `{ADAPTER}` holds these; `ffnkit.load` opens both.\n"
         (temporary / "README.md").write_text(card or f"{text}\n{note}", encoding="utf-8")
     return Path(directory)
@@ -92,12 +92,14 @@ def _sync_config(model: PreTrainedModel) -> None:
         update_config(model, keys, original)
 
 
-def short_card(model: PreTrainedModel, *, compact: bool) -> str:
+def short_card(model: PreTrainedModel, *, form: str = "compact") -> str:
     """README.md of a checkpoint about which nothing was measured."""
     tags = "tags:\n- ffnkit\nlibrary_name: transformers\n"
     how = (
         "Compact form: `import ffnkit` before `from_pretrained`, or `ffnkit.load`."
-        if compact and description(model) is not None
+        if form == "compact" and description(model) is not None
+        else "Each layer has its own width: `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` opens it."
+        if form == "nemotron-nas"
         else "Opened by `from_pretrained` once ffnkit is imported: transformers has no such class."
         if is_own(model)
         else "Opened by plain `from_pretrained`."

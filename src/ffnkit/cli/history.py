@@ -73,8 +73,15 @@ class History:
 
         write_text(folder / FILE, json.dumps(plain(asdict(self)), indent=2, ensure_ascii=False) + "\n")
 
-    def card(self, model: Any, form: Literal["compact", "standard", "apart"]) -> str:
-        """The text of README.md."""
+    def card(
+        self, model: Any, form: Literal["compact", "standard", "nemotron-nas", "apart"], multiple: int = 1
+    ) -> str:
+        """The text of README.md.
+
+        Args:
+            multiple: to which widths are padded in the file.
+        """
+        from ffnkit.checkpoint.export import written_widths
         from ffnkit.model.linear import added_to
         from ffnkit.report.card import CardInfo, LayerWidth, Metric, model_card
         from ffnkit.report.environment import versions
@@ -83,12 +90,13 @@ class History:
         figures = [
             Metric(name, value, dataset=task, split="report", task=self.kind) for name, value in self.metrics.items()
         ]
+        held = written_widths(model, form, multiple) if form in ("standard", "nemotron-nas") and self.layers else {}
         info = CardInfo(
             base_model=self.base_model,
             form="added" if added_to(model) else form,
             method=self.method,
             settings=self.settings,
-            layers=[LayerWidth(*row) for row in self.layers],
+            layers=[LayerWidth(*row, held.get(row[0])) for row in self.layers],
             metrics=figures,
             training=self.training,
             cost=self.cost,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ffnkit.checkpoint.export import written_widths
 from ffnkit.io import quickstart
 from ffnkit.io.architectures import is_own
 from ffnkit.io.files import write_text
@@ -173,6 +174,7 @@ def card(run: Run, model: PreTrainedModel, chosen: dict[str, Any], form: Any) ->
     from ffnkit.model.finding import ffns
 
     widths = {ffn.name: ffn.width for ffn in ffns(model)}
+    held = written_widths(model) if form == "standard" else {}
     metric = run.ground.metric
     task = getattr(run.ground, "task", None)
     dataset, config = (task.hub[0], task.hub[1] if len(task.hub) > 1 else None) if task and task.hub else ("text", None)
@@ -184,7 +186,9 @@ def card(run: Run, model: PreTrainedModel, chosen: dict[str, Any], form: Any) ->
             form=form,
             method="ffnkit search",
             settings={name: value for name, value in chosen["candidate"].items() if value},
-            layers=tuple(LayerWidth(ffn.name, ffn.width, widths.get(ffn.name)) for ffn in ffns(run.original)),
+            layers=tuple(
+                LayerWidth(ffn.name, ffn.width, widths.get(ffn.name), held.get(ffn.name)) for ffn in ffns(run.original)
+            ),
             metrics=[
                 Metric(
                     metric,
