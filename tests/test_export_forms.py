@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from test_layer_numbers import gemma3n
 from tolerance import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from typer.testing import CliRunner
 
 import ffnkit as fk
 from ffnkit.checkpoint.sizes import best_form, standard_parameters
-from ffnkit.cli.executing import with_hook
+from ffnkit.cli.executing import ignoring, with_hook
+from ffnkit.cli.program import app
 from ffnkit.methods import get
 from ffnkit.model.finding import ffns
 from ffnkit.surgery.meta import rehearse
@@ -174,6 +176,27 @@ def test_exec_imports_ffnkit_in_children_too(tmp_path: Path) -> None:
     hooked = subprocess.run(run, env=with_hook(dict(given)), capture_output=True, text=True)
     assert hooked.stdout.split() == ["True", "True"], hooked.stderr
     assert subprocess.run(run, env=given, capture_output=True, text=True).stdout.split() == ["False", "True"]
+
+
+@pytest.mark.parametrize("flags", [["-E"], ["-uI"], ["-S"], ["-W", "ignore", "-E"], ["-Xdev", "-BE"]])
+def test_exec_refuses_a_python_that_would_not_import_it(flags: list[str]) -> None:
+    for name in ("python", "/usr/bin/python3.11"):
+        assert ignoring([name, *flags, "tool.py"]) in ("E", "I", "S")
+        given = {"PYTHONPATH": str(Path(fk.__file__).parents[1])}
+    run = [sys.executable, *flags, "-c", "import sys; print('ffnkit' in sys.modules)"]
+    found = subprocess.run(run, env=with_hook(given), capture_output=True, text=True)
+    assert found.stdout.split() == ["False"], "the control: Python does leave it out"
+    result = CliRunner().invoke(app, ["exec", "--", "python", *flags, "tool.py"])
+    assert result.exit_code == 2 and "Leave that flag out" in result.output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["tool", "-E"], ["python", "tool.py", "-E"], ["python", "-m", "tool", "-I"], ["python", "-c", "1", "-S"]]
+    + [["python", "-u", "-WE", "tool.py"], ["python", "-mE"], ["python", "--help-all"], ["python", "-"], ["python"]],
+)
+def test_flags_of_the_tool_itself_are_its_own(words: list[str]) -> None:
+    assert ignoring(words) is None
 
 
 @pytest.mark.slow
