@@ -88,6 +88,20 @@ def test_in_python(source: Path, tmp_path: Path) -> None:
     assert (tmp_path / "standard" / "README.md").read_text() != "README.md"
 
 
+@pytest.mark.parametrize("compact", [True, False])
+def test_a_subfolder_is_a_model_with_files_of_its_own(source: Path, tmp_path: Path, compact: bool) -> None:
+    model = fk.load(source / "model")
+    if compact:
+        fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, restarts=1, layers="last:1")))
+    fk.save(model, tmp_path / "whole" / "inner")
+    (tmp_path / "whole" / "of_the_whole.txt").write_text("")
+    opened = fk.load(tmp_path / "whole", subfolder="inner")
+    fk.save(opened, tmp_path / "again")
+    assert inside(tmp_path / "again") >= TRAVELS and "of_the_whole.txt" not in inside(tmp_path / "again")
+    wanted = AutoModel.from_pretrained(tmp_path / "whole", subfolder="inner").state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in opened.state_dict().items())
+
+
 def test_a_folder_inside_the_source_is_not_copied_into_itself(source: Path) -> None:
     model = fk.load(source / "model")
     for _ in range(2):  # the second time it lies there

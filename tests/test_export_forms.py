@@ -224,3 +224,27 @@ def test_plain_opening_quantizes_a_compact_checkpoint(tmp_path: Path) -> None:
     second = fk.load(tmp_path / "out", quantization_config=asked)
     kinds = [type(m).__name__ for m in first.modules()]
     assert kinds == [type(m).__name__ for m in second.modules()] and "Linear8bitLt" in kinds
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_model_is_exported_where_nothing_of_it_changes(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    asked = BitsAndBytesConfig(load_in_8bit=True) if bits == 8 else BitsAndBytesConfig(load_in_4bit=True)
+    fk.save(ragged(dropped=False), tmp_path / "ragged")
+    even = FAMILIES["llama"].model()
+    fk.export(fk.apply(even, fk.plan(even, fk.Fusion(width=16, restarts=1))), tmp_path / "even")
+    opened = fk.load(tmp_path / "ragged", quantization_config=asked)
+    for target in ("standard", "nemotron-nas"):
+        with pytest.raises(fk.FfnkitError, match="Export the model from before it was quantized"):
+            fk.export(opened, tmp_path / "out", target=target)
+    assert not (tmp_path / "out").exists()
+    same = fk.load(tmp_path / "even", quantization_config=asked)
+    fk.export(same, tmp_path / "out")
+    with pytest.raises(fk.FfnkitError, match="for nemotron-nas: the model is quantized"):
+        fk.export(same, tmp_path / "out", target="nemotron-nas")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert [type(m).__name__ for m in again.modules()] == [type(m).__name__ for m in same.modules()]

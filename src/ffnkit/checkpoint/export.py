@@ -34,6 +34,7 @@ from ffnkit.model.finding import ffns
 from ffnkit.model.linear import check_untouched
 from ffnkit.nn.lowrank import LowRank
 from ffnkit.nn.masked import Masked
+from ffnkit.nn.quantized import is_quantized_linear
 from ffnkit.surgery.description import Keys, width_keys
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def export(
     check_weights(model, type(model).__name__)
     found = ffns(model)
     keys = width_keys(model, found)
+    _check_quantized(model, found, keys, target, multiple)
     form = (_nemotron if target == "nemotron-nas" else _standard)(model, found, keys, multiple)
     own = {id(t): t for t in [*model.parameters(), *_persistent_buffers(model)]}
     numbers = sum(p.numel() for p in model.parameters())
@@ -158,6 +160,20 @@ def export(
         speed=speed,
         **checked,
     )
+
+
+def _check_quantized(model: PreTrainedModel, found: list[FFN], keys: Keys, target: Target, multiple: int) -> None:
+    """Raises FfnkitError where the form asks for other weights than a quantized model holds."""
+    if not any(is_quantized_linear(module) for module in model.modules()):
+        return
+    targets, _ = _targets(model, found, keys, target, multiple)
+    odd = [ffn.name for ffn in found if ffn.special or ffn.tied or targets[ffn.name] != ffn.width]
+    odd += [attention.name for attention in attentions(model) if attention.kept]
+    if odd or target != "standard":
+        asked = f"exporting {type(model).__name__}" + (f" for {target}" if target != "standard" else "")
+        what = f"it would fold, pad or write out {odd[0]}" if odd else "that form's config says nothing of it"
+        do = "Export the model from before it was quantized, and open that with quantization_config"
+        raise FfnkitError(asked, f"the model is quantized, and {what}", do)
 
 
 def _standard(model: PreTrainedModel, found: list[FFN], keys: Keys, multiple: int) -> _Form:
