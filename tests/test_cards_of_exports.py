@@ -1,4 +1,4 @@
-"""What is said of an export is so: on its card the widths in the file and what opens it, and first that it saves nothing."""
+"""What is said of an export is so: on its card its widths and what opens it, and before it that it saves nothing."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_the_card_of_widths_by_layer_opens_it(tmp_path: Path, own: bool) -> None
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "nas", trust_remote_code=True)
 
 
-# --- what saves nothing, before the work --------------------------------------------------------------------------------
+# --- what saves nothing, before the work ------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ TRAVELS = {
     "additional_chat_templates/tool.jinja", "chat_template.jinja", "labels/names.txt", "eval/notes.txt",
 }  # fmt: skip
 STAYS = {
-    "pytorch_model.bin", "onnx/config.json", "old_onnx/model.onnx", "old_onnx/config.json", "trainer_state.json", "all_results.json", ".git/HEAD",
+    "pytorch_model.bin", "onnx/config.json", "old_onnx/model.onnx", "old_onnx/config.json",
+    "trainer_state.json", "all_results.json", ".git/HEAD",
     "model.safetensors.index.json", "params.json", "predictions.jsonl", "onnx/tokenizer.json", "original/params.json",
     "saved_model/1/variables/variables.data-00000-of-00001", "openvino_model.xml", "old.onnx.data", "bert.ckpt.index",
     "eval/similarity_evaluation_results.csv", "runs/now/events.out.tfevents.1", "logs/loss.txt", "openvino/config.json",

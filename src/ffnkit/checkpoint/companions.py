@@ -19,13 +19,13 @@ from ffnkit.io.snapshots import WEIGHTS, folder_of, name_of
 
 # Of a tokenizer: where one is given, it has written what holds, and older files beside it would not.
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-# Its vocabulary in other forms, which transformers writes no longer and others read (llama.cpp: Gemma's, Phi-3's, T5's).
+# Its vocabulary in other forms, which transformers writes no longer and others read (llama.cpp: Gemma's, T5's).
 _VOCABULARY = (
     *("vocab.txt", "vocab.json", "merges.txt", "*.model", "*.spm", "tekken.json", "*.tiktoken"),
     *("bpe.codes", "vocab.bpe", "encoder.json", "vocab-*.json", "entity_vocab.json", "normalizer.json"),
 )
-# What is written anew, belongs to another form of the weights, or tells of the model as it was. Folders of other forms by
-# their names too: from the hub their weights are not fetched, and what is left of them is of no use.
+# What is written anew, belongs to another form of the weights, or tells of the model as it was. Folders of other forms
+# by their names too: from the hub their weights are not fetched, and what is left of them is of no use.
 _LEFT = (
     *("config.json", "README.md", "ffnkit.json", FILE, "metrics.json", "predictions*.jsonl", "adapter_config.json"),
     *("params.json", "*quant*config*.json", "trainer_state.json", ".*", "__pycache__", "logs", "runs", "wandb"),

@@ -98,7 +98,7 @@ def short_card(model: PreTrainedModel, *, form: str = "compact") -> str:
     how = (
         "Compact form: `import ffnkit` before `from_pretrained`, or `ffnkit.load`."
         if form == "compact" and description(model) is not None
-        else "Each layer has its own width: `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` opens it."
+        else "Widths by layer: `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` opens it."
         if form == "nemotron-nas"
         else "Opened by `from_pretrained` once ffnkit is imported: transformers has no such class."
         if is_own(model)

@@ -36,7 +36,7 @@ def execute(
     words, environment = command, with_hook(dict(os.environ))
     if (flag := ignoring(words)) is not None:
         found = f"-{flag} has Python start without what is imported at its start, ffnkit among it"
-        raise FfnkitError(f"ffnkit exec -- {words[0]} -{flag}", found, "Leave that flag out, or import ffnkit in the script")
+        raise FfnkitError(f"ffnkit exec -- {words[0]} -{flag}", found, "Leave that flag out")
     program = sys.executable if words[0] in ("python", "python3") else shutil.which(words[0])
     if program is None:
         beside = Path(sys.executable).with_name(words[0])  # scripts of an environment that is not activated

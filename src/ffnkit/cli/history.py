@@ -73,9 +73,7 @@ class History:
 
         write_text(folder / FILE, json.dumps(plain(asdict(self)), indent=2, ensure_ascii=False) + "\n")
 
-    def card(
-        self, model: Any, form: Literal["compact", "standard", "nemotron-nas", "apart"], multiple: int = 1
-    ) -> str:
+    def card(self, model: Any, form: Literal["compact", "standard", "nemotron-nas", "apart"], multiple: int = 1) -> str:
         """The text of README.md.
 
         Args:

@@ -242,7 +242,7 @@ def _widths(layers: Sequence[LayerWidth]) -> str:
         written = f" {'left out' if held == 0 else after if held is None else held} |" if padded else ""
         lines.append(f"| {shown} | {before} | {'shared or dropped' if after is None else after} |{written}")
     if padded:
-        lines += ["", "Where the file holds more, these are neurons of zeros, or what is shared written out: outputs are equal."]
+        lines += ["", "More in the file are neurons of zeros, or what is shared written out: outputs are equal."]
     return "\n".join(lines)
 
 
@@ -264,8 +264,8 @@ def _opening(info: CardInfo) -> str:
         )
     if info.form == "nemotron-nas":
         return (
-            "Each layer has a width of its own here (NVIDIA's form, `DeciLMForCausalLM`). transformers opens it with the "
-            "code beside it, and ffnkit is not needed; vLLM with `--trust-remote-code`.\n\n```python\n"
+            "Each layer has a width of its own here (NVIDIA's form, `DeciLMForCausalLM`). transformers opens it with "
+            "the code beside it, and ffnkit is not needed; vLLM with `--trust-remote-code`.\n\n```python\n"
             "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("
             '"path-or-hub-id-of-this-checkpoint", trust_remote_code=True)\n```'
         )
