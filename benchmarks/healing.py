@@ -5,9 +5,10 @@
 
 All FFNs of MODEL, a folder, keep ``--width`` of their neurons, by data-aware fusion on ``--calibration`` tokens of
 WikiText-2's validation split and of ffnkit's text of many kinds (or FOLDER is such a checkpoint), and by the neurons'
-importance alone ("cut"). Then each learns on the same tokens in the same order: from the uncompressed model ("healed"),
-or the next token (the same loop, rate, held-out stop and parameters). Perplexity in windows of 512 tokens, of
-WikiText-2's test split and of another text (a FILE, say a novel). Results are kept after each arm.
+importance alone ("cut"), or by fusion in widths by layer. Then each learns on the same tokens in the same order: from
+the uncompressed model ("healed"), or the next token (the same loop, rate, held-out stop and parameters). Perplexity in
+windows of 512 tokens, of WikiText-2's test split and of another text (a FILE, say a novel). Results are kept after each
+arm.
 """
 
 from __future__ import annotations
@@ -36,10 +37,14 @@ from ffnkit.tune.healing.data import healing_data
 from ffnkit.tune.healing.settings import HealSettings
 
 WINDOW, SEED = 512, 0
+WIDTHS = "calibrated-fusion, widths by layer"
+STARTS = {"calibrated-fusion": "fusion", "importance": "cut", WIDTHS: "widths by layer"}
 ARMS = {
     "fusion, healed": ("calibrated-fusion", {}, False),
     "fusion, healed, a quarter layer by layer": ("calibrated-fusion", {"blocks": 0.25}, False),
+    "fusion, healed, four texts a step": ("calibrated-fusion", {"batch_size": 4}, False),
     "fusion, next token": ("calibrated-fusion", {}, True),
+    "widths by layer, healed": (WIDTHS, {}, False),
     "cut, healed": ("importance", {}, False),
 }
 
@@ -66,7 +71,8 @@ def narrowed(given: argparse.Namespace, method: str, calibration: tune.Calibrati
     if not folder.is_dir():
         model = AutoModelForCausalLM.from_pretrained(given.model).eval()
         data = tune.calibration_batches(model, tokenizer, calibration, seed=SEED)
-        plan = fk.plan(model, methods.build(method, width=given.width), data=data)
+        width = fk.allocate(model, given.width, data=data) if method == WIDTHS else given.width
+        plan = fk.plan(model, methods.build(method.split(",")[0], width=width), data=data)
         fk.save(fk.apply(model, plan), folder)
     return fk.load(folder).eval()
 
@@ -78,14 +84,14 @@ def page(results: dict[str, Any]) -> str:
     lines.append([":--", *["--:"] * (len(texts) + 3)])
     for row in results["rows"]:
         back = " / ".join(f"{row['back'][text]:.0%}" for text in texts) if "back" in row else ""
-        spent = [f"{row['tokens']:,}", f"{row['seconds'] / 60:.0f}"] if "tokens" in row else ["", ""]
+        spent = [f"{row['tokens']:,}", f"{row['seconds'] / 60:.1f}"] if "tokens" in row else ["", ""]
         lines.append([row["name"], *(f"{row[text]:.1f}" for text in texts), back, *spent])
     table = common.table(lines)
     notes = [
         f"- {said['model']} in {said['dtype']}, all FFNs at {said['width']:g} of their width; perplexity on"
         f" {said['windows'] * WINDOW:,} tokens of each text in windows of {WINDOW}; one draw. Healing on half"
         " WikiText-2's validation split, half ffnkit's text of many kinds; a second text is of neither kind.",
-        "- Minutes on one thread, beside other work on the same machine.",
+        "- Minutes of the processor, one thread.",
         *common.footer(results),
     ]
     return f"# What healing gives back ({said['model']})\n\n{table}\n\n" + "\n".join(notes) + "\n"
@@ -141,14 +147,14 @@ def main() -> None:
             continue
         method, more, plain = ARMS[arm]
         model = narrowed(given, method, calibration, tokenizer)
-        start = measured({"importance": "cut"}.get(method, "fusion"), model)
+        start = measured(STARTS[method], model)
         settings = HealSettings.model_validate({"tokens": given.tokens, **more})
         parts, decide = healing_data(model, tokenizer, settings, calibration, seed=SEED)
-        began = time.perf_counter()
+        began = time.process_time()
         with next_token(plain), console.progress(arm) as step:
             found = fk.heal(model, base, parts, settings, held=decide, seed=SEED, progress=step)
         row = {"name": arm, **{text: perplexity(model, ids) for text, ids in held.items()}, **found.to_dict()}
-        row["seconds"] = time.perf_counter() - began
+        row["seconds"] = time.process_time() - began
         row["back"] = {text: math.log(start[text] / row[text]) / math.log(start[text] / whole[text]) for text in texts}
         keep(row)
 

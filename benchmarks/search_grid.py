@@ -25,13 +25,15 @@ GRID = [10, 15, 5, 12, 8, 18, 6, 14, 4, 16, 9, 11, 7, 13, 17]  # twentieths of t
 WORDS = {"search": "search", "grid": "grid by hand"}
 
 
-def measured(arm: str, recipe: Any, place: Path, seconds: float) -> dict[str, Any]:
+def measured(arm: str, recipe: Any, work: Path, seconds: float) -> dict[str, Any]:
     """One row of the results: what an arm found, in ``seconds`` of the processor where it is the grid."""
     from ffnkit.search import choice
     from ffnkit.search.job import Run
 
-    run = Run(recipe, place, print)
+    run = Run(recipe, work / arm, print)
     run.folder.begin(run.facts())
+    if arm == "grid":  # a folder that the search has begun: it takes no other
+        share_original(work / "search", work / arm)
     run.prepare()
     _ = run.original, run.statistics, run.batches, run.held  # read before the clock starts
     begin = time.process_time()
@@ -94,9 +96,11 @@ def by_widths(recipe: Any) -> Any:
 
 def share_original(source: Path, target: Path) -> None:
     """The original, its figures and its statistics, as the search made them."""
-    target.mkdir(parents=True, exist_ok=True)
     for each in source.glob("original*"):
-        (shutil.copytree if each.is_dir() else shutil.copy)(each, target / each.name)
+        if each.is_dir():
+            shutil.copytree(each, target / each.name, dirs_exist_ok=True)
+        else:
+            shutil.copy(each, target / each.name)
     shutil.copy(source / "statistics.safetensors", target)
 
 
@@ -176,12 +180,11 @@ def main() -> None:
     results = resumed(args.out, name, {"recipe": told})
     have = {row["name"]: row for row in results["rows"]}
     if "search" not in have:
-        have["search"] = measured("search", recipe, args.work / "search", 0.0)
+        have["search"] = measured("search", recipe, args.work, 0.0)
         results["rows"] = [have["search"]]
         write(args.out, name, results, page)
     if "grid" not in have:
-        share_original(args.work / "search", args.work / "grid")
-        have["grid"] = measured("grid", by_widths(recipe), args.work / "grid", have["search"]["processor_s"])
+        have["grid"] = measured("grid", by_widths(recipe), args.work, have["search"]["processor_s"])
     results["rows"] = [have["search"], have["grid"]]
     times(recipe, args.work, results)
     write(args.out, name, results, page)

@@ -7,23 +7,28 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import transformers
 from families import FAMILIES
 from family import redraw
-from test_cli import bad, good
+from test_cli import bad, bert, good
 from torch import nn
 
 import ffnkit as fk
 from ffnkit.calibration import shipped
 from ffnkit.errors import FfnkitError
 from ffnkit.settings.amounts import amount
-from ffnkit.tune import zeros
+from ffnkit.tasks.models import load_tokenizer
+from ffnkit.tune import CalibrationSettings, zeros
 from ffnkit.tune.healing import heal as module
+from ffnkit.tune.healing.data import healing_data
 from ffnkit.tune.healing.loss import Blocks, whole_loss
 from ffnkit.tune.healing.masters import Masters
 from ffnkit.tune.healing.settings import HealSettings
+
+__all__ = ["bert"]  # a fixture
 
 KINDS = ("llama", "bert", "gpt2", "mixtral", "t5", "bart", "vit")
 
@@ -191,6 +196,47 @@ def test_counts_as_people_write_them() -> None:
     for wrong in ("k", "1.5", "-3", "200kb", "0", 0, True, 1.5):
         with pytest.raises(ValueError):
             HealSettings.model_validate({"tokens": wrong})
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "texts"),
+    [("200k", 256, 1), ("1m", 256, 5), ("10m", 256, 32), ("4k", 25, 10), ("200k", 25, 10), ("4k", 1000, 1), (9, 1, 32)],
+)
+def test_a_step_is_small(tokens: Any, size: float, texts: int) -> None:
+    assert HealSettings.model_validate({"tokens": tokens}).texts_a_step(size) == texts
+    assert HealSettings.model_validate({"tokens": tokens, "batch_size": 7}).texts_a_step(size) == 7
+
+
+def test_rows_of_a_task_count_by_their_length(bert: Path) -> None:
+    task, tokenizer = fk.tasks.get("sst2"), load_tokenizer(bert)
+    model = task.load_model(str(bert), tokenizer=tokenizer)
+    for words, least, most in ((1, 32, 32), (28, 8, 9)):  # few short ones would be too small a step
+        rows = datasets.Dataset.from_dict({"sentence": [" ".join(["film"] * words)] * 200, "label": [0, 1] * 100})
+        own = {"task": task, "rows": rows, "dev": rows}
+        parts, held = healing_data(model, tokenizer, settings(tokens=4000), CalibrationSettings(max_length=32), **own)
+        assert least <= max(len(batch["input_ids"]) for batch in parts[0][0]) <= most
+        assert sum(map(module.size_of, held["sst2"])) >= 600
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masters_step_as_adamw_does(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(5, 3).to(dtype), torch.randn(4).to(dtype)]
+    ours = [nn.Parameter(value.clone()) for value in start]
+    masters = Masters(ours, {})
+    averages = [[torch.zeros_like(value, dtype=torch.float64) for value in start] for _ in range(2)]
+    wanted = [value.double() for value in start]
+    for number in range(1, 6):
+        for parameter in ours:
+            parameter.grad = torch.randn_like(parameter) * 0.01
+        gradients = [parameter.grad.double() for parameter in ours if parameter.grad is not None]
+        masters.step(0.01)
+        for first, second, value, gradient in zip(*averages, wanted, gradients, strict=True):
+            first.mul_(0.9).add_(0.1 * gradient)
+            second.mul_(0.95).add_(0.05 * gradient**2)
+            value -= 0.01 * (first / (1 - 0.9**number)) / ((second / (1 - 0.95**number)).sqrt() + 1e-8)
+    for parameter, value in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(parameter.detach(), value.to(dtype))
 
 
 def test_refusals() -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ffnkit.tune.healing.settings import HealSettings
 
 Part = Literal["dev", "report"]
-ROWS = 32  # of a task's rows, a step
+ROWS = 32  # of train that a healing draws from, at least
 TOKENS = 8192  # of text that models are chosen by, and of what is reported
 
 
@@ -206,8 +206,6 @@ class TaskGround(Ground):
         from ffnkit.tune.healing.data import healing_data
 
         splits = self.source.splits
-        if "batch_size" not in self.recipe.heal.model_fields_set:  # rows of a task are short
-            settings = settings.model_copy(update={"batch_size": ROWS})
         rows = {"task": self.task, "rows": self._drawn(settings.tokens // 2, seed), "dev": splits.dev}
         return healing_data(model, self.tokenizer, settings, self.calibrating, seed=seed, **rows)
 

@@ -9,6 +9,7 @@ from torch import nn
 from ffnkit.tune.apart import ROWS, kept_apart
 from ffnkit.tune.calibration import calibration_batches
 from ffnkit.tune.distil_text import writes
+from ffnkit.tune.healing.heal import size_of
 from ffnkit.tune.healing.settings import HealSettings
 from ffnkit.tune.settings import CalibrationSettings
 
@@ -40,13 +41,14 @@ def healing_data(
         FfnkitError: a file that cannot be read or has no text; no tokenizer for a text.
     """
     length = settings.max_length if writes(model) else min(settings.max_length, calibration.max_length)
-    own = calibration.model_copy(
-        update={"tokens": settings.tokens, "max_length": length, "batch_size": settings.batch_size, "mix": 0.0}
-    )
+    own = calibration.model_copy(update={"tokens": settings.tokens, "max_length": length, "mix": 0.0})
     if calibration.text is None and task is not None:
-        learned = calibration_batches(model, tokenizer, own, task=task, rows=rows, seed=seed)
         held = own.model_copy(update={"tokens": HELD, "batch_size": ROWS})
-        return [(learned, 1.0)], {task.name: calibration_batches(model, tokenizer, held, task=task, rows=dev)}
+        decide = calibration_batches(model, tokenizer, held, task=task, rows=dev)
+        size = sum(map(size_of, decide)) / sum(len(next(iter(batch.values()))) for batch in decide)  # of a row
+        own = own.model_copy(update={"batch_size": settings.texts_a_step(size)})
+        return [(calibration_batches(model, tokenizer, own, task=task, rows=rows, seed=seed), 1.0)], {task.name: decide}
+    own = own.model_copy(update={"batch_size": settings.texts_a_step(length)})
     many = own.model_copy(update={"text": None})
     share = 1.0 if calibration.text is None else calibration.mix
     parts: Parts = []

@@ -10,6 +10,8 @@ from ffnkit.settings.amounts import amount
 from ffnkit.settings.checked import Checked
 from ffnkit.tune.settings import Count, NotNegative, Positive
 
+STEPS, LEAST, MOST = 800, 256, 32  # where nothing is said: steps in all, tokens a step at least, texts a step at most
+
 Tokens = Annotated[int, Field(gt=0), BeforeValidator(amount)]
 
 
@@ -39,7 +41,16 @@ class HealSettings(Checked):
         Field(description="peak rate of AdamW; null: by the share of the FFNs that is gone, and the width"),
     ] = None
     rank: Annotated[Count, Field(description="of the adapters of lora")] = 16
-    batch_size: Annotated[Count, Field(description="texts a step")] = 4
+    batch_size: Annotated[
+        Count | None,
+        Field(description="texts a step; null: so few that there are about 800 steps, of 256 tokens or more"),
+    ] = None
     max_length: Annotated[Count, Field(description="tokens of a text; longer ones come in pieces")] = 256
     checks: Annotated[Count, Field(description="how often the loss on held-out text is measured; the best is kept")] = 8
     patience: Annotated[Count, Field(description="measurements without a gain after which it stops")] = 3
+
+    def texts_a_step(self, size: float) -> int:
+        """Texts of so many tokens a step: ``batch_size``, else few: many small steps learn more of as many tokens."""
+        if self.batch_size is not None:
+            return self.batch_size
+        return min(max(round(max(self.tokens / STEPS, LEAST) / size), 1), MOST)
