@@ -79,6 +79,32 @@ def test_the_card_of_widths_by_layer_opens_it(tmp_path: Path, own: bool) -> None
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "nas", trust_remote_code=True)
 
 
+@pytest.mark.parametrize(
+    ("readme", "wanted"),
+    [
+        ("---\nlicense: llama3.2\ntags: [a]\n---\n# x\n", "llama3.2"),
+        ("---\nlicense: other\nlicense_name: own\n---\n", None),
+        ("---\nlicense: [mit]\n---\n", None),
+        ("---\n: {bad\n---\n", None),
+        ("---\n", None),
+        ("# license: mit\n", None),
+        (None, None),
+    ],
+)
+def test_the_licence_of_the_source_stays_on_the_card(readme: str | None, wanted: str | None, tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    if readme is not None:
+        (folder / "README.md").write_text(readme)
+    history = History.of(str(folder))
+    assert history.license == wanted
+    model, _ = narrowed("bert", "all")
+    card = history.card(model, "standard")
+    assert ModelCard(card).data.license == wanted and ("The licence is not stated here" in card) == (wanted is None)
+    history.write(folder)
+    assert History.of(str(folder)).license == wanted, "from step to step"
+
+
 # --- what saves nothing, before the work ------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ class History:
         kind: the hub's name of the kind of that task.
         cost: what the last compression lost, as :meth:`ffnkit.report.cost.Cost.to_dict` gives it.
         healing: settings of the healing after it.
+        license: that of the base model, as its own card states it; None where it states none.
     """
 
     base_model: str
@@ -39,6 +40,7 @@ class History:
     kind: str = "text-classification"
     cost: dict[str, Any] = field(default_factory=dict)
     healing: dict[str, Any] = field(default_factory=dict)
+    license: str | None = None
 
     @classmethod
     def of(cls, model: str) -> History:
@@ -48,7 +50,9 @@ class History:
             known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
             return cls(**{**known, "layers": tuple(tuple(row) for row in known.get("layers", ()))})
         except (OSError, ValueError, TypeError):
-            return cls(base_model=public_name(model))
+            from ffnkit.report.licence import licence_of
+
+            return cls(base_model=public_name(model), license=licence_of(model))
 
     @property
     def narrowed(self) -> list[str]:
@@ -103,6 +107,7 @@ class History:
             auto_class="AutoModelForSequenceClassification" if is_own(model) else type(model).__name__,
             own_class=is_own(model),
             pipeline_tag=self.kind if self.task else None,
+            license=self.license,
         )
         return model_card(info)
 

@@ -14,6 +14,7 @@ from ffnkit.recipe.sources import method_of
 from ffnkit.recipe.state import Unit, unit_of, zeros_of
 from ffnkit.report import environment
 from ffnkit.report.card import CardInfo, Form, LayerWidth, Metric, model_card
+from ffnkit.report.licence import licence_of
 from ffnkit.tune import tuners
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def card_of(
             auto_class=task.auto_class(model.config).__name__,
             own_class=is_own(model),
             pipeline_tag=task.pipeline_tag,
+            license=licence_of(recipe.model),
         )
     )
 

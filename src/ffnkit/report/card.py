@@ -319,6 +319,8 @@ def _limits(info: CardInfo) -> str:
         notes.append("Fewer than 3 seeds are behind some figures: small differences may be chance.")
     if info.license is None:
         notes.append("The licence is not stated here; it is that of the base model and of the data.")
+    else:
+        notes.append(f"Licence of the base model, as its card states it: {inline(info.license)}.")
     return "\n".join(f"- {note}" for note in notes)
 
 

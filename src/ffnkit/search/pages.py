@@ -14,6 +14,7 @@ from ffnkit.recipe.state import write_json
 from ffnkit.report import environment
 from ffnkit.report.card import CardInfo, LayerWidth, Metric, model_card
 from ffnkit.report.formats import markdown_table
+from ffnkit.report.licence import licence_of
 from ffnkit.search.halving import fronts
 from ffnkit.search.settings import COUNTED
 
@@ -207,5 +208,6 @@ def card(run: Run, model: PreTrainedModel, chosen: dict[str, Any], form: Any) ->
             auto_class=task.auto_class(model.config).__name__ if task else "AutoModelForCausalLM",
             own_class=is_own(model),
             pipeline_tag=task.pipeline_tag if task else "text-generation",
+            license=licence_of(run.recipe.model),
         )
     )
