@@ -19,7 +19,7 @@ from ffnkit.io.loading import check_weights, no_bars
 from ffnkit.io.progress import phase
 from ffnkit.model.finding import ffns, has_ffns
 from ffnkit.model.inspect import inspect
-from ffnkit.model.linear import added_to, check_untouched
+from ffnkit.model.linear import added_to, check_model, check_untouched
 from ffnkit.nn.adapter_layer import adapter_layers, plain_state
 from ffnkit.surgery.description import description, is_plain_model, original_widths, update_config, width_keys
 
@@ -49,6 +49,7 @@ def save(
         FfnkitError: no space, not writable, a file in the way, NaN weights, a shape that the form cannot hold, or what
             is there would be read together with the model (an adapter of peft, weights of other names).
     """
+    check_model(model)
     if added_to(model):
         return _save_with_added(model, directory, tokenizer, card, **save_pretrained_kwargs)
     check_untouched(model, f"saving {type(model).__name__}")
