@@ -292,9 +292,7 @@ def check_model(model: object) -> None:
     """Raises FfnkitError where something else, the name of one most likely, stands in the place of a model."""
     if not isinstance(model, nn.Module):
         asked = f"a model: {model!r:.80}" if isinstance(model, str | os.PathLike) else "a model"
-        raise FfnkitError(
-            asked, f"it is of type {type(model).__name__}", "Open it first: ffnkit.load(folder_or_hub_name)"
-        )
+        raise FfnkitError(asked, f"it is of type {type(model).__name__}", "Open it first: ffnkit.load(folder)")
 
 
 def check_untouched(model: nn.Module, asked: str) -> None:
