@@ -21,11 +21,14 @@ from ffnkit.errors import FfnkitError
 HALF = ("--method", "fusion", "--set", "width=0.5", "--cost-tokens", "0")
 TRAVELS = {
     "preprocessor_config.json", "video_preprocessor_config.json", "generation_config.json", "LICENSE", "own_code.py",
-    "additional_chat_templates/tool.jinja", "chat_template.jinja", "labels/names.txt",
+    "additional_chat_templates/tool.jinja", "chat_template.jinja", "labels/names.txt", "eval/notes.txt",
 }  # fmt: skip
 STAYS = {
-    "pytorch_model.bin", "onnx/model.onnx", "onnx/config.json", "trainer_state.json", "all_results.json", ".git/HEAD",
-    "model.safetensors.index.json", "params.json", "predictions.jsonl",
+    "pytorch_model.bin", "onnx/config.json", "old_onnx/model.onnx", "old_onnx/config.json",
+    "trainer_state.json", "all_results.json", ".git/HEAD",
+    "model.safetensors.index.json", "params.json", "predictions.jsonl", "onnx/tokenizer.json", "original/params.json",
+    "saved_model/1/variables/variables.data-00000-of-00001", "openvino_model.xml", "old.onnx.data", "bert.ckpt.index",
+    "eval/similarity_evaluation_results.csv", "runs/now/events.out.tfevents.1", "logs/loss.txt", "openvino/config.json",
 }  # fmt: skip
 
 
@@ -84,6 +87,20 @@ def test_in_python(source: Path, tmp_path: Path) -> None:
     fk.export(model, tmp_path / "standard")
     assert inside(tmp_path / "standard") >= TRAVELS
     assert (tmp_path / "standard" / "README.md").read_text() != "README.md"
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_a_subfolder_is_a_model_with_files_of_its_own(source: Path, tmp_path: Path, compact: bool) -> None:
+    model = fk.load(source / "model")
+    if compact:
+        fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, restarts=1, layers="last:1")))
+    fk.save(model, tmp_path / "whole" / "inner")
+    (tmp_path / "whole" / "of_the_whole.txt").write_text("")
+    opened = fk.load(tmp_path / "whole", subfolder="inner")
+    fk.save(opened, tmp_path / "again")
+    assert inside(tmp_path / "again") >= TRAVELS and "of_the_whole.txt" not in inside(tmp_path / "again")
+    wanted = AutoModel.from_pretrained(tmp_path / "whole", subfolder="inner").state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in opened.state_dict().items())
 
 
 def test_a_folder_inside_the_source_is_not_copied_into_itself(source: Path) -> None:
@@ -145,6 +162,44 @@ def test_two_transformers_in_a_folder_are_refused(source: Path, tmp_path: Path) 
     shutil.copytree(source / "model", whole / "1_Pooling", dirs_exist_ok=True)
     with pytest.raises(FfnkitError, match="several of its modules are transformers"):
         fk.load(whole)
+
+
+@pytest.mark.parametrize("held", ["nested", "beside"])
+def test_one_of_two_transformers_is_compressed_by_itself(source: Path, tmp_path: Path, held: str) -> None:
+    """What the refusal of the whole tells to do: of a router's routes, and of modules beside each other."""
+    whole, parts = tmp_path / "st", ("query_0_Transformer", "document_0_Transformer")
+    for part in parts:
+        shutil.copytree(source / "model", whole / part)
+        (whole / part / "sentence_bert_config.json").write_text('{"max_seq_length": 12}')
+    rows = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Router"}]
+    if held == "beside":
+        rows = [{"idx": i, "name": str(i), "path": part, "type": "x.Transformer"} for i, part in enumerate(parts)]
+    (whole / "modules.json").write_text(json.dumps(rows))
+    with pytest.raises(FfnkitError, match="Compress each of these folders by itself, and put the results in their"):
+        fk.load(whole)
+    model = fk.load(whole / parts[1])
+    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, restarts=1)))
+    fk.export(model, tmp_path / "small")
+    assert {"tokenizer.json", "sentence_bert_config.json"} <= inside(tmp_path / "small")
+    assert "modules.json" not in inside(tmp_path / "small")
+
+
+def test_forms_of_a_vocabulary_travel_with_what_holds_it(source: Path, tmp_path: Path) -> None:
+    """llama.cpp's converter reads tokenizer.model of Gemma and others; transformers writes tokenizer.json alone."""
+    folder = shutil.copytree(source / "model", tmp_path / "source")
+    forms = {"tokenizer.model", "vocab.txt", "own.tiktoken", "normalizer.json"}
+    for name in forms:
+        (folder / name).write_text("old")
+    (folder / "special_tokens_map.json").write_text("{}")
+    model = fk.load(folder)
+    more = AutoTokenizer.from_pretrained(source / "model")
+    more.add_tokens(["<new>"])
+    other = more.train_new_from_iterator([["another text"]], 40)
+    for name, tokenizer in {"same": AutoTokenizer.from_pretrained(folder), "more": more, "other": other}.items():
+        fk.save(model, tmp_path / name, tokenizer=tokenizer)
+        assert forms & inside(tmp_path / name) == (set() if name == "other" else forms), name
+        assert "special_tokens_map.json" not in inside(tmp_path / name)
+        assert AutoTokenizer.from_pretrained(tmp_path / name).get_vocab() == tokenizer.get_vocab()
 
 
 @pytest.mark.slow

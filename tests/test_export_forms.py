@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from test_layer_numbers import gemma3n
 from tolerance import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from typer.testing import CliRunner
 
 import ffnkit as fk
 from ffnkit.checkpoint.sizes import best_form, standard_parameters
-from ffnkit.cli.executing import with_hook
+from ffnkit.cli.executing import ignoring, with_hook
+from ffnkit.cli.program import app
 from ffnkit.io.architectures import load_any
 from ffnkit.methods import get
 from ffnkit.model.finding import ffns
@@ -177,6 +179,27 @@ def test_exec_imports_ffnkit_in_children_too(tmp_path: Path) -> None:
     assert subprocess.run(run, env=given, capture_output=True, text=True).stdout.split() == ["False", "True"]
 
 
+@pytest.mark.parametrize("flags", [["-E"], ["-uI"], ["-S"], ["-W", "ignore", "-E"], ["-Xdev", "-BE"]])
+def test_exec_refuses_a_python_that_would_not_import_it(flags: list[str]) -> None:
+    for name in ("python", "/usr/bin/python3.11"):
+        assert ignoring([name, *flags, "tool.py"]) in ("E", "I", "S")
+        given = {"PYTHONPATH": str(Path(fk.__file__).parents[1])}
+    run = [sys.executable, *flags, "-c", "import sys; print('ffnkit' in sys.modules)"]
+    found = subprocess.run(run, env=with_hook(given), capture_output=True, text=True)
+    assert found.stdout.split() == ["False"], "the control: Python does leave it out"
+    result = CliRunner().invoke(app, ["exec", "--", "python", *flags, "tool.py"])
+    assert result.exit_code == 2 and "Leave that flag out" in result.output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["tool", "-E"], ["python", "tool.py", "-E"], ["python", "-m", "tool", "-I"], ["python", "-c", "1", "-S"]]
+    + [["python", "-u", "-WE", "tool.py"], ["python", "-mE"], ["python", "--help-all"], ["python", "-"], ["python"]],
+)
+def test_flags_of_the_tool_itself_are_its_own(words: list[str]) -> None:
+    assert ignoring(words) is None
+
+
 @pytest.mark.slow
 def test_a_tool_run_by_exec_opens_a_compact_checkpoint(tmp_path: Path) -> None:
     fk.save(ragged(), tmp_path / "out")
@@ -226,3 +249,27 @@ def test_a_head_of_its_own_under_a_config_that_ties_it(family: str, tmp_path: Pa
     tied = json.loads((tmp_path / "standard" / "config.json").read_text())["tie_word_embeddings"]
     assert tied == (family not in ("llama", "gpt2", "gemma3"))  # of the others the key is about more tensors
     assert not torch.allclose(own["logits"], wanted["logits"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantized_model_is_exported_where_nothing_of_it_changes(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    asked = BitsAndBytesConfig(load_in_8bit=True) if bits == 8 else BitsAndBytesConfig(load_in_4bit=True)
+    fk.save(ragged(dropped=False), tmp_path / "ragged")
+    even = FAMILIES["llama"].model()
+    fk.export(fk.apply(even, fk.plan(even, fk.Fusion(width=16, restarts=1))), tmp_path / "even")
+    opened = fk.load(tmp_path / "ragged", quantization_config=asked)
+    for target in ("standard", "nemotron-nas"):
+        with pytest.raises(fk.FfnkitError, match="Export the model from before it was quantized"):
+            fk.export(opened, tmp_path / "out", target=target)
+    assert not (tmp_path / "out").exists()
+    same = fk.load(tmp_path / "even", quantization_config=asked)
+    fk.export(same, tmp_path / "out")
+    with pytest.raises(fk.FfnkitError, match="for nemotron-nas: the model is quantized"):
+        fk.export(same, tmp_path / "out", target="nemotron-nas")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert [type(m).__name__ for m in again.modules()] == [type(m).__name__ for m in same.modules()]

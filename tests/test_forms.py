@@ -299,6 +299,21 @@ def test_a_config_that_names_no_class_is_refused(tmp_path: Path) -> None:
     assert type(fk.load(tmp_path / "out", architectures=["LlamaForCausalLM"])).__name__ == "LlamaForCausalLM"
 
 
+@pytest.mark.parametrize("given", ["some/model", Path("folder"), None, {}], ids=str)
+def test_the_name_of_a_model_is_none(given: Any, tmp_path: Path) -> None:
+    calls = {
+        "inspect": lambda: fk.inspect(given),
+        "plan": lambda: fk.plan(given, fk.Fusion(width=0.5)),
+        "fold": lambda: fk.fold(given),
+        "save": lambda: fk.save(given, tmp_path / "out"),
+        "export": lambda: fk.export(given, tmp_path / "out"),
+    }
+    for name, call in calls.items():
+        with pytest.raises(FfnkitError, match=r"Open it first: ffnkit\.load"):
+            call()
+            pytest.fail(name)
+
+
 def test_a_model_with_adapters_of_peft_is_not_saved_as_its_adapter(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

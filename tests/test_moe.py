@@ -414,11 +414,12 @@ def test_the_routers_own_loss_trains_as_in_transformers_and_is_not_reported() ->
 # Widths that the grouped product refuses -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # torch tries the product without numbers in one
 @pytest.mark.parametrize("name", ["mixtral", "aria"])
-def test_experts_of_any_width_run(name: str, tmp_path: Path) -> None:
+def test_experts_of_any_width_run(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """transformers' default product of experts wants rows of a multiple of 16 bytes."""
     family = FAMILIES[name]
-    model = family.model()
+    model = family.model().to(dtype)
     model.set_experts_implementation("grouped_mm")
     batch = family.inputs(model)
     plan = fk.plan(model, fk.CalibratedFusion(width=0.25, refine=0, sequential=True), data=[batch])
@@ -438,7 +439,8 @@ def test_experts_of_any_width_run(name: str, tmp_path: Path) -> None:
     for form in ("compact", "folded", "standard"):
         again = fk.load(tmp_path / form).eval()
         assert again.get_experts_implementation()[""] == ("grouped_mm" if form == "standard" else "eager")
-        assert_close(family.outputs(again, batch)["logits"], expected, rel=1e-5, what=form)
+        exact = 1e-5 if dtype == torch.float32 else 3e-2
+        assert_close(family.outputs(again, batch)["logits"], expected, rel=exact, what=form)
 
 
 # Layouts and what is left out ----------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from ffnkit.model.finding import ffns
 from ffnkit.model.linear import check_untouched
 from ffnkit.nn.lowrank import LowRank
 from ffnkit.nn.masked import Masked
+from ffnkit.nn.quantized import is_quantized_linear
 from ffnkit.surgery.description import Keys, width_keys
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,23 @@ class _Form:
     config: Any
     state: dict[str, Tensor]
     targets: dict[str, int]
+
+
+def written_widths(model: PreTrainedModel, target: Target = "standard", multiple: int = 1) -> dict[str, int]:
+    """The width that each FFN has in the file of a form, by the places where it stands; 0: it is left out there."""
+    found = ffns(model)
+    targets, left_out = _targets(model, found, width_keys(model, found), target, multiple)
+    return {owner: 0 if owner in left_out else targets[ffn.name] for ffn in found for owner in ffn.owners}
+
+
+def _targets(
+    model: PreTrainedModel, found: list[FFN], keys: Keys, target: Target, multiple: int
+) -> tuple[dict[str, int], set[str]]:
+    """The width of each FFN in the file, by its name, and the places whose FFN is left out."""
+    if target == "standard":
+        return padded_widths(model, found, keys, multiple), set()
+    left_out = nemotron.silent(found) if multiple % nemotron.UNIT else set()
+    return {ffn.name: -(-ffn.width // multiple) * multiple for ffn in found}, left_out
 
 
 def export(
@@ -102,6 +120,7 @@ def export(
     check_weights(model, type(model).__name__)
     found = ffns(model)
     keys = width_keys(model, found)
+    _check_quantized(model, found, keys, target, multiple)
     form = (_nemotron if target == "nemotron-nas" else _standard)(model, found, keys, multiple)
     own = {id(t): t for t in [*model.parameters(), *_persistent_buffers(model)]}
     numbers = sum(p.numel() for p in model.parameters())
@@ -125,7 +144,7 @@ def export(
             speed = measured(model, fresh, plain, found, keys, form.targets, before or {}, measure) if measure else None
         del fresh
         write_companions(model, temporary, tokenizer)
-        (temporary / "README.md").write_text(card or short_card(model, compact=False), encoding="utf-8")
+        (temporary / "README.md").write_text(card or short_card(model, form=target), encoding="utf-8")
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
     padded = [ffn for ffn in found if form.targets[ffn.name] > ffn.width]
     zeros = {ffn.name: (form.targets[ffn.name] - ffn.width) * _per_neuron(ffn) * len(ffn.owners) for ffn in padded}
@@ -147,16 +166,29 @@ def export(
     )
 
 
+def _check_quantized(model: PreTrainedModel, found: list[FFN], keys: Keys, target: Target, multiple: int) -> None:
+    """Raises FfnkitError where the form asks for other weights than a quantized model holds."""
+    if not any(is_quantized_linear(module) for module in model.modules()):
+        return
+    targets, _ = _targets(model, found, keys, target, multiple)
+    odd = [ffn.name for ffn in found if ffn.special or ffn.tied or targets[ffn.name] != ffn.width]
+    odd += [attention.name for attention in attentions(model) if attention.kept]
+    if odd or target != "standard":
+        asked = f"exporting {type(model).__name__}" + (f" for {target}" if target != "standard" else "")
+        what = f"it would fold, pad or write out {odd[0]}" if odd else "that form's config says nothing of it"
+        do = "Export the model from before it was quantized, and open that with quantization_config"
+        raise FfnkitError(asked, f"the model is quantized, and {what}", do)
+
+
 def _standard(model: PreTrainedModel, found: list[FFN], keys: Keys, multiple: int) -> _Form:
-    targets = padded_widths(model, found, keys, multiple)
+    targets, _ = _targets(model, found, keys, "standard", multiple)
     config = standard_config(model, found, keys, targets)
     return _Form(type(model), config, standard_state(model, found, targets), targets)
 
 
 def _nemotron(model: PreTrainedModel, found: list[FFN], keys: Keys, multiple: int) -> _Form:
     nemotron.check_shape(model)
-    targets = {ffn.name: -(-ffn.width // multiple) * multiple for ffn in found}
-    left_out = nemotron.silent(found) if multiple % nemotron.UNIT else set()
+    targets, left_out = _targets(model, found, keys, "nemotron-nas", multiple)
     state = nemotron.nemotron_state(standard_state(model, found, targets), left_out)
     return _Form(DeciLMForCausalLM, nemotron.nemotron_config(model, found, targets, left_out), state, targets)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ def load(directory: str | Path, *, fold: bool = False, **kwargs: Any) -> PreTrai
     Raises:
         FfnkitError: where both ``fold`` and a quantization are asked for, or it is missing, damaged or holds NaN.
     """
+    name = str(directory)
+    if os.path.isdir(name) and kwargs.get("subfolder"):  # a folder by itself, from which its other files travel too
+        name = os.path.join(name, kwargs.pop("subfolder"))
     quantization = kwargs.get("quantization_config")
     if fold and quantization is not None:
         found = "what is quantized cannot be folded exactly"
@@ -35,11 +39,11 @@ def load(directory: str | Path, *, fold: bool = False, **kwargs: Any) -> PreTrai
         others = {key: value for key, value in kwargs.items() if key not in ("quantization_config", "config")}
         config, rest = kwargs.get("config"), others
         if config is None:
-            config, rest = read_config(str(directory), return_unused_kwargs=True, **others)
+            config, rest = read_config(name, return_unused_kwargs=True, **others)
         described: Any = getattr(config, "quantization_config", None)
         if is_compact(described):
             data = quantization if isinstance(quantization, dict) else quantization.to_dict()
             config.quantization_config = {**described, "base": data, "base_done": False}
             kwargs = {**rest, **{key: others[key] for key in HUB if key in others}, "config": config}
-    model = load_any(str(directory), **kwargs)
+    model = load_any(name, **kwargs)
     return fold_model(model) if fold else model

@@ -19,7 +19,7 @@ from ffnkit.io.loading import check_weights, no_bars
 from ffnkit.io.progress import phase
 from ffnkit.model.finding import ffns, has_ffns
 from ffnkit.model.inspect import inspect
-from ffnkit.model.linear import added_to, check_untouched
+from ffnkit.model.linear import added_to, check_model, check_untouched
 from ffnkit.nn.adapter_layer import adapter_layers, plain_state
 from ffnkit.surgery.description import description, is_plain_model, original_widths, update_config, width_keys
 
@@ -49,6 +49,7 @@ def save(
         FfnkitError: no space, not writable, a file in the way, NaN weights, a shape that the form cannot hold, or what
             is there would be read together with the model (an adapter of peft, weights of other names).
     """
+    check_model(model)
     if added_to(model):
         return _save_with_added(model, directory, tokenizer, card, **save_pretrained_kwargs)
     check_untouched(model, f"saving {type(model).__name__}")
@@ -64,7 +65,7 @@ def save(
         model.save_pretrained(temporary, **save_pretrained_kwargs)
         write_dtypes(model, temporary)
         write_companions(model, temporary, tokenizer)
-        (temporary / "README.md").write_text(card or short_card(model, compact=True), encoding="utf-8")
+        (temporary / "README.md").write_text(card or short_card(model), encoding="utf-8")
     return Path(directory)
 
 
@@ -76,7 +77,7 @@ def _save_with_added(
         write_added(model, temporary / ADAPTER)
         with without_added(model) as base:
             save(base, temporary / BASE, tokenizer=tokenizer, **save_pretrained_kwargs)
-            text = short_card(base, compact=True).replace("Compact form: ", "The base is in compact form: ")
+            text = short_card(base).replace("Compact form: ", "The base is in compact form: ")
         note = f"`{BASE}` is the model without its adapters, `{ADAPTER}` holds these; `ffnkit.load` opens both.\n"
         (temporary / "README.md").write_text(card or f"{text}\n{note}", encoding="utf-8")
     return Path(directory)
@@ -92,12 +93,14 @@ def _sync_config(model: PreTrainedModel) -> None:
         update_config(model, keys, original)
 
 
-def short_card(model: PreTrainedModel, *, compact: bool) -> str:
+def short_card(model: PreTrainedModel, *, form: str = "compact") -> str:
     """README.md of a checkpoint about which nothing was measured."""
     tags = "tags:\n- ffnkit\nlibrary_name: transformers\n"
     how = (
         "Compact form: `import ffnkit` before `from_pretrained`, or `ffnkit.load`."
-        if compact and description(model) is not None
+        if form == "compact" and description(model) is not None
+        else "Widths by layer: `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)` opens it."
+        if form == "nemotron-nas"
         else "Opened by `from_pretrained` once ffnkit is imported: transformers has no such class."
         if is_own(model)
         else "Opened by plain `from_pretrained`."

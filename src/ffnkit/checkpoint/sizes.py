@@ -16,6 +16,9 @@ from ffnkit.nn.masked import Masked
 from ffnkit.nn.quantized import is_quantized_linear
 from ffnkit.surgery.description import description, width_keys
 
+FIXED = "no config of {} names the width of its FFNs"
+"""Of families that compute it from the hidden size (BLOOM, MPT, DINOv2): their standard form is always as wide."""
+
 
 def standard_parameters(model: PreTrainedModel) -> int:
     """Parameters of the standard form; the model may be one without weights, as a rehearsal leaves it."""
@@ -64,5 +67,11 @@ def saves_nothing(source: nn.Module, edited: PreTrainedModel) -> str:
         return ""
     return (
         f"saves nothing as a standard checkpoint: {then:,} parameters, as many as before, {now:,} in ffnkit's compact "
-        "form. Equal widths in all layers save in every form"
+        f"form. {_what_saves(edited)}"
     )
+
+
+def _what_saves(edited: PreTrainedModel) -> str:
+    if not has_ffns(edited) or any(key is not None for key in width_keys(edited, ffns(edited)).values()):
+        return "Equal widths in all layers save in every form"
+    return f"{FIXED.format(type(edited).__name__)}: no width saves there"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,9 @@ def execute(
       ffnkit exec -- python -m pytest tests
     """
     words, environment = command, with_hook(dict(os.environ))
+    if (flag := ignoring(words)) is not None:
+        found = f"-{flag} has Python start without what is imported at its start, ffnkit among it"
+        raise FfnkitError(f"ffnkit exec -- {words[0]} -{flag}", found, "Leave that flag out")
     program = sys.executable if words[0] in ("python", "python3") else shutil.which(words[0])
     if program is None:
         beside = Path(sys.executable).with_name(words[0])  # scripts of an environment that is not activated
@@ -48,6 +52,26 @@ def execute(
     except OSError as error:
         found = f"it cannot be run ({error.strerror})"
         raise FfnkitError(f"ffnkit exec -- {words[0]}", found, "Give a program") from error
+
+
+def ignoring(words: list[str]) -> str | None:
+    """The flag of a Python command that keeps the hook from being imported (-E, -I, -S); None where there is none."""
+    if re.fullmatch(r"python[\d.]*(\.exe)?", Path(words[0]).name) is None:
+        return None
+    rest = iter(words[1:])
+    for word in rest:
+        if not word.startswith("-") or word == "-":
+            return None
+        for place, letter in enumerate(word[1:] if not word.startswith("--") else ""):
+            if letter in "EIS":
+                return letter
+            if letter in "cm":
+                return None
+            if letter in "WX":
+                if place + 2 == len(word):
+                    next(rest, None)
+                break
+    return None
 
 
 def with_hook(environment: dict[str, str]) -> dict[str, str]:

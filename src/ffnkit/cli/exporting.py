@@ -70,7 +70,7 @@ def export(
             loaded,
             temporary,
             tokenizer=load_companion(model),
-            card=history.card(loaded, "standard"),
+            card=history.card(loaded, target, multiple),
             target=target,
             multiple=multiple,
             measure=measure,

@@ -47,6 +47,7 @@ def warn_early(model: Any, chosen: Any) -> bool:
         model: without weights. chosen: what a method's ``chosen`` gave: FFNs and the widths that they get, or another
             kind of thing, of which nothing is said yet.
     """
+    from ffnkit.checkpoint.sizes import FIXED
     from ffnkit.model.config_keys import width_keys
     from ffnkit.model.ffn import FFN
     from ffnkit.model.finding import ffns
@@ -59,14 +60,15 @@ def warn_early(model: Any, chosen: Any) -> bool:
     keys, new = width_keys(model, found), {ffn.name: width for ffn, width in chosen}
     if all(width == ffn.width for ffn, width in chosen):
         return False
-    for key in {keys[ffn.name] for ffn in found} - {None}:
+    named = {keys[ffn.name] for ffn in found} - {None}
+    for key in named:
         group = [ffn for ffn in found if keys[ffn.name] == key]
         if max(new.get(ffn.name, ffn.width) for ffn in group) < max(ffn.width for ffn in group):
             return False
-    console.say(
-        f"saves nothing as a standard checkpoint: {len(new)} of {len(found)} FFNs get narrower, and plain transformers "
-        "has one width for all; ffnkit's compact form saves. --layers all saves in every form"
-    )
+    few = f"{len(new)} of {len(found)} FFNs get narrower, and plain transformers has one width for all"
+    why = few if named else FIXED.format(type(model).__name__)
+    more = ". --layers all saves in every form" if named else ""
+    console.say(f"saves nothing as a standard checkpoint: {why}; ffnkit's compact form saves{more}")
     return True
 
 
@@ -82,6 +84,7 @@ def warn_planned(model: Any, plan: Any) -> None:
 
 def warn_export(model: Any, history: Any, target: str) -> None:
     """The same of a checkpoint that is about to be exported."""
+    from ffnkit.checkpoint.nemotron import check_shape
     from ffnkit.checkpoint.standard import padded_widths
     from ffnkit.model.finding import ffns, has_ffns
     from ffnkit.surgery.description import width_keys
@@ -93,7 +96,8 @@ def warn_export(model: Any, history: Any, target: str) -> None:
     targets = padded_widths(model, found, width_keys(model, found))
     stays = [targets[ffn.name] >= before.get(owner, 0) for ffn in found for owner in ffn.owners]
     if all(stays) and len(stays) >= len(before):
-        console.say(
-            "saves nothing as a standard checkpoint: its FFNs are written as wide as they were before; "
-            "--target nemotron-nas keeps each layer's width for engines that read it"
-        )
+        way = "the compact form is the small one; its widths open with ffnkit alone"
+        with contextlib.suppress(FfnkitError):
+            check_shape(model)
+            way = "--target nemotron-nas keeps each layer's width for engines that read it"
+        console.say(f"saves nothing as a standard checkpoint: its FFNs are written as wide as they were before; {way}")

@@ -27,6 +27,7 @@ class History:
         kind: the hub's name of the kind of that task.
         cost: what the last compression lost, as :meth:`ffnkit.report.cost.Cost.to_dict` gives it.
         healing: settings of the healing after it.
+        license: that of the base model, as its own card states it; None where it states none.
     """
 
     base_model: str
@@ -39,6 +40,7 @@ class History:
     kind: str = "text-classification"
     cost: dict[str, Any] = field(default_factory=dict)
     healing: dict[str, Any] = field(default_factory=dict)
+    license: str | None = None
 
     @classmethod
     def of(cls, model: str) -> History:
@@ -48,7 +50,9 @@ class History:
             known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
             return cls(**{**known, "layers": tuple(tuple(row) for row in known.get("layers", ()))})
         except (OSError, ValueError, TypeError):
-            return cls(base_model=public_name(model))
+            from ffnkit.report.licence import licence_of
+
+            return cls(base_model=public_name(model), license=licence_of(model))
 
     @property
     def narrowed(self) -> list[str]:
@@ -73,8 +77,13 @@ class History:
 
         write_text(folder / FILE, json.dumps(plain(asdict(self)), indent=2, ensure_ascii=False) + "\n")
 
-    def card(self, model: Any, form: Literal["compact", "standard", "apart"]) -> str:
-        """The text of README.md."""
+    def card(self, model: Any, form: Literal["compact", "standard", "nemotron-nas", "apart"], multiple: int = 1) -> str:
+        """The text of README.md.
+
+        Args:
+            multiple: to which widths are padded in the file.
+        """
+        from ffnkit.checkpoint.export import written_widths
         from ffnkit.model.linear import added_to
         from ffnkit.report.card import CardInfo, LayerWidth, Metric, model_card
         from ffnkit.report.environment import versions
@@ -83,12 +92,13 @@ class History:
         figures = [
             Metric(name, value, dataset=task, split="report", task=self.kind) for name, value in self.metrics.items()
         ]
+        held = written_widths(model, form, multiple) if form in ("standard", "nemotron-nas") and self.layers else {}
         info = CardInfo(
             base_model=self.base_model,
             form="added" if added_to(model) else form,
             method=self.method,
             settings=self.settings,
-            layers=[LayerWidth(*row) for row in self.layers],
+            layers=[LayerWidth(*row, held.get(row[0])) for row in self.layers],
             metrics=figures,
             training=self.training,
             cost=self.cost,
@@ -97,6 +107,7 @@ class History:
             auto_class="AutoModelForSequenceClassification" if is_own(model) else type(model).__name__,
             own_class=is_own(model),
             pipeline_tag=self.kind if self.task else None,
+            license=self.license,
         )
         return model_card(info)
 

@@ -16,8 +16,11 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.files import read_json
 
 MODULES = "modules.json"
-OWN = (MODULES, "config_sentence_transformers.json", "sentence_bert_config.json")
+SETTINGS = "sentence_bert_config.json"
+"""What the module that holds the transformer says of itself: its longest row, its task."""
+OWN = (MODULES, "config_sentence_transformers.json", SETTINGS)
 """What such a folder holds beside the modules and the files of any transformer."""
+_EACH = "Compress each of these folders by itself, and put the results in their places in a copy of the whole"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class SentenceFolder:
 def sentence_folder(folder: str | Path) -> SentenceFolder | None:
     """What a folder, or the one around it where it is named as its transformer, holds; None: no sentence-transformers.
 
+    One of several transformers in a folder is a model by itself where it is named.
+
     Raises:
         FfnkitError: several of its modules hold a transformers model, or none of them does.
     """
@@ -54,7 +59,10 @@ def sentence_folder(folder: str | Path) -> SentenceFolder | None:
     own = _read(path)
     if own is not None:
         return own
-    above = _read(path.parent) if (path.parent / MODULES).is_file() else None
+    try:
+        above = _read(path.parent) if (path.parent / MODULES).is_file() else None
+    except FfnkitError:
+        return None
     return above if above is not None and above.transformer == path.name else None
 
 
@@ -68,7 +76,7 @@ def _read(root: Path) -> SentenceFolder | None:
     held = [row["path"] for row in rows if "model_type" in (read_json(root / row["path"] / "config.json") or {})]
     if len(held) > 1:
         found = f"several of its modules are transformers: {', '.join(held)}"
-        raise FfnkitError(f"model {root}", found, "Compress each of these folders by itself")
+        raise FfnkitError(f"model {root}", found, _EACH)
     if not held and rows:
         _refuse_without_transformer(root, [row["path"] for row in rows])
     return SentenceFolder(root, tuple(rows), held[0]) if held else None
@@ -82,7 +90,7 @@ def _refuse_without_transformer(root: Path, paths: list[str]) -> None:
     asked = f"model {root}"
     if deeper:
         found = f"its transformers lie inside of a module: {', '.join(deeper)}"
-        raise FfnkitError(asked, found, "Compress each of these folders by itself")
+        raise FfnkitError(asked, found, _EACH)
     if missing:
         found = f"{MODULES} names {missing[0]}, and the folder holds no such folder"
         raise FfnkitError(asked, found, "Name the model that is meant, or put its files there")

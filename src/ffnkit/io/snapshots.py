@@ -11,7 +11,9 @@ from ffnkit.io.sentences import sentence_folder
 
 WEIGHTS = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf"),
-    *("*.ot", "*.tflite", "*.mlmodel", "*.npz", "*.pkl", "*.index.json"),
+    *("*.ot", "*.tflite", "*.mlmodel", "*.npz", "*.pkl", "*.index.json", "*.onnx.data", "openvino_*.xml"),
+    *("*.ckpt.*", "*.data-?????-of-?????", "*.pb", "*.keras", "*.hdf5", "*.pdparams", "*.params", "*.distcp"),
+    *("*.pt2", "*.pte", "*.engine", "*.task", "*.litertlm", "*.llamafile", "*.nemo", "*.exl2"),
 )
 """What names of weights look like, in any form."""
 

@@ -16,7 +16,7 @@ from ffnkit.model.families.ffns import Layout, layouts
 from ffnkit.model.families.keys import TOP_K_KEYS
 from ffnkit.model.families.rows import Rows
 from ffnkit.model.ffn import FFN
-from ffnkit.model.linear import descend, features, is_linear, linears, stored_weight, walk
+from ffnkit.model.linear import check_model, descend, features, is_linear, linears, stored_weight, walk
 from ffnkit.model.proposing import proposed, written
 
 
@@ -25,6 +25,7 @@ def ffns(model: nn.Module) -> list[FFN]:
 
     Raises FfnkitError where no layout matches, naming the mirrored linears of the model and the row to add.
     """
+    check_model(model)
     found: list[FFN] = []
     by_weights: dict[tuple[int, ...], FFN] = {}
     rows = Rows(layouts())

@@ -9,6 +9,7 @@ torch.compile and of FSDP. Finding sees all of them (:func:`is_linear`), so that
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -287,12 +288,20 @@ def check_editable(linear: nn.Module, name: str, asked: str) -> None:
         raise FfnkitError(asked, f"{name} {found[0]}", found[1])
 
 
+def check_model(model: object) -> None:
+    """Raises FfnkitError where something else, the name of one most likely, stands in the place of a model."""
+    if not isinstance(model, nn.Module):
+        asked = f"a model: {model!r:.80}" if isinstance(model, str | os.PathLike) else "a model"
+        raise FfnkitError(asked, f"it is of type {type(model).__name__}", "Open it first: ffnkit.load(folder)")
+
+
 def check_untouched(model: nn.Module, asked: str) -> None:
     """Raises FfnkitError where a module of the model is more than its family made it (:func:`foreign`).
 
     Plans for such models, edits of them and files of them would be wrong: names and tensors are not those of the
     family.
     """
+    check_model(model)
     for name, module in model.named_modules():
         found = foreign(module)
         if found is not None:

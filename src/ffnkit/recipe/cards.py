@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ffnkit.checkpoint.added import base_of
+from ffnkit.checkpoint.export import written_widths
 from ffnkit.io import quickstart
 from ffnkit.io.architectures import is_own
 from ffnkit.model.linear import added_to
@@ -13,6 +14,7 @@ from ffnkit.recipe.sources import method_of
 from ffnkit.recipe.state import Unit, unit_of, zeros_of
 from ffnkit.report import environment
 from ffnkit.report.card import CardInfo, Form, LayerWidth, Metric, model_card
+from ffnkit.report.licence import licence_of
 from ffnkit.tune import tuners
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def card_of(
             form="added" if added_to(model) else form,
             method=method_of(arm, unit.seed).name if arm.compressed else None,
             settings=settings,
-            layers=_widths(model, before) if arm.compressed else (),
+            layers=_widths(model, before, form) if arm.compressed else (),
             metrics=_metrics(recipe, unit, task, evaluated.get("metrics", {})),
             training=_training(recipe, unit),
             figures=_counts(evaluated) | _zeros(recipe, unit, form),
@@ -56,6 +58,7 @@ def card_of(
             auto_class=task.auto_class(model.config).__name__,
             own_class=is_own(model),
             pipeline_tag=task.pipeline_tag,
+            license=licence_of(recipe.model),
         )
     )
 
@@ -72,11 +75,12 @@ def _zeros(recipe: Recipe, unit: Unit, form: Form) -> dict[str, str]:
     return {"zeros in linears": f"{value:.1%}"} if found.get("zeros") and value is not None else {}
 
 
-def _widths(model: PreTrainedModel, before: dict[str, int]) -> tuple[LayerWidth, ...]:
+def _widths(model: PreTrainedModel, before: dict[str, int], form: Form) -> tuple[LayerWidth, ...]:
     from ffnkit.model.finding import ffns
 
     now = {ffn.name: ffn.width for ffn in ffns(base_of(model))}
-    return tuple(LayerWidth(name, width, now.get(name)) for name, width in before.items())
+    held = written_widths(model) if form == "standard" else {}
+    return tuple(LayerWidth(name, width, now.get(name), held.get(name)) for name, width in before.items())
 
 
 def _metrics(recipe: Recipe, unit: Unit, task: AnyTask, found: dict[str, float]) -> tuple[Metric, ...]:

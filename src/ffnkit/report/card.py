@@ -25,11 +25,16 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class LayerWidth:
-    """Hidden neurons of one FFN (of each expert, in a mixture) before and after; None: shared with another, or gone."""
+    """Hidden neurons of one FFN (of each expert, in a mixture) before and after; None: shared with another, or gone.
+
+    Attributes:
+        written: how many there are in the file, where zeros pad it; None: as many as after.
+    """
 
     name: str
     before: int
     after: int | None
+    written: int | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Metric:
     baseline: float | None = None
 
 
-Form = Literal["compact", "standard", "apart", "added"]
+Form = Literal["compact", "standard", "nemotron-nas", "apart", "added"]
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,8 @@ class CardInfo:
 
     Attributes:
         base_model: hub id, or the folder of the model that was changed.
-        form: "compact" (opens with ffnkit), "standard" (opens with plain transformers), "apart" (a base and what is
-            tuned beside it) or "added" (a base, and what no weight can hold).
+        form: "compact" (opens with ffnkit), "standard" (opens with plain transformers), "nemotron-nas" (with the code
+            beside it), "apart" (a base and what is tuned beside it) or "added" (a base, and what no weight can hold).
         method, settings: the method and its settings; method None: the FFNs were left as they were.
         layers: width of every FFN before and after.
         metrics: measured figures.
@@ -116,10 +121,17 @@ class CardInfo:
         return self.name or "-".join(part for part in parts if part)
 
 
-def layer_widths(before: Iterable[Any], after: Iterable[Any]) -> tuple[LayerWidth, ...]:
-    """Widths of two inventories, row by row; rows have ``name`` and ``width``, as attributes or keys."""
-    now = {_get(row, "name"): _get(row, "width") for row in after}
-    return tuple(LayerWidth(_get(row, "name"), _get(row, "width"), now.get(_get(row, "name"))) for row in before)
+def layer_widths(
+    before: Iterable[Any], after: Iterable[Any], written: Mapping[str, int] | None = None
+) -> tuple[LayerWidth, ...]:
+    """Widths of two inventories, row by row; rows have ``name`` and ``width``, as attributes or keys.
+
+    Args:
+        written: widths in the file, by name, where they may be others.
+    """
+    now, held = {_get(row, "name"): _get(row, "width") for row in after}, written or {}
+    rows = ((_get(row, "name"), _get(row, "width")) for row in before)
+    return tuple(LayerWidth(name, width, now.get(name), held.get(name)) for name, width in rows)
 
 
 def _get(row: Any, key: str) -> Any:
@@ -221,11 +233,16 @@ def _widths(layers: Sequence[LayerWidth]) -> str:
     """A table in which neighbours of equal widths share a line."""
     if not layers:
         return ""
-    lines = ["", "", "| FFN | hidden neurons before | after |", "| :-- | --: | --: |"]
-    for (before, after), group in groupby(layers, key=lambda layer: (layer.before, layer.after)):
+    padded = any(layer.written not in (None, layer.after) for layer in layers)
+    more, rule = (" in this file |", " --: |") if padded else ("", "")
+    lines = ["", "", f"| FFN | hidden neurons before | after |{more}", f"| :-- | --: | --: |{rule}"]
+    for (before, after, held), group in groupby(layers, key=lambda each: (each.before, each.after, each.written)):
         names = [layer.name for layer in group]
         shown = f"`{names[0]}`" if len(names) == 1 else f"`{names[0]}` to `{names[-1]}` ({len(names)})"
-        lines.append(f"| {shown} | {before} | {'shared or dropped' if after is None else after} |")
+        written = f" {'left out' if held == 0 else after if held is None else held} |" if padded else ""
+        lines.append(f"| {shown} | {before} | {'shared or dropped' if after is None else after} |{written}")
+    if padded:
+        lines += ["", "More in the file are neurons of zeros, or what is shared written out: outputs are equal."]
     return "\n".join(lines)
 
 
@@ -244,6 +261,13 @@ def _opening(info: CardInfo) -> str:
             "What was trained is no part of any weight: `base` is the model without it and opens by itself, `adapter` "
             "holds it. `pip install ffnkit` opens both as one model:\n\n```python\nimport ffnkit\n\n"
             'model = ffnkit.load("path-of-this-checkpoint")\n```'
+        )
+    if info.form == "nemotron-nas":
+        return (
+            "Each layer has a width of its own here (NVIDIA's form, `DeciLMForCausalLM`). transformers opens it with "
+            "the code beside it, and ffnkit is not needed; vLLM with `--trust-remote-code`.\n\n```python\n"
+            "from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("
+            '"path-or-hub-id-of-this-checkpoint", trust_remote_code=True)\n```'
         )
     compact = info.form == "compact"
     what = "read the compact form" if compact else "know the class of this model"
@@ -295,6 +319,8 @@ def _limits(info: CardInfo) -> str:
         notes.append("Fewer than 3 seeds are behind some figures: small differences may be chance.")
     if info.license is None:
         notes.append("The licence is not stated here; it is that of the base model and of the data.")
+    else:
+        notes.append(f"Licence of the base model, as its card states it: {inline(info.license)}.")
     return "\n".join(f"- {note}" for note in notes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ffnkit.checkpoint.export import written_widths
 from ffnkit.io import quickstart
 from ffnkit.io.architectures import is_own
 from ffnkit.io.files import write_text
@@ -13,6 +14,7 @@ from ffnkit.recipe.state import write_json
 from ffnkit.report import environment
 from ffnkit.report.card import CardInfo, LayerWidth, Metric, model_card
 from ffnkit.report.formats import markdown_table
+from ffnkit.report.licence import licence_of
 from ffnkit.search.halving import fronts
 from ffnkit.search.settings import COUNTED
 
@@ -173,6 +175,7 @@ def card(run: Run, model: PreTrainedModel, chosen: dict[str, Any], form: Any) ->
     from ffnkit.model.finding import ffns
 
     widths = {ffn.name: ffn.width for ffn in ffns(model)}
+    held = written_widths(model) if form == "standard" else {}
     metric = run.ground.metric
     task = getattr(run.ground, "task", None)
     dataset, config = (task.hub[0], task.hub[1] if len(task.hub) > 1 else None) if task and task.hub else ("text", None)
@@ -184,7 +187,9 @@ def card(run: Run, model: PreTrainedModel, chosen: dict[str, Any], form: Any) ->
             form=form,
             method="ffnkit search",
             settings={name: value for name, value in chosen["candidate"].items() if value},
-            layers=tuple(LayerWidth(ffn.name, ffn.width, widths.get(ffn.name)) for ffn in ffns(run.original)),
+            layers=tuple(
+                LayerWidth(ffn.name, ffn.width, widths.get(ffn.name), held.get(ffn.name)) for ffn in ffns(run.original)
+            ),
             metrics=[
                 Metric(
                     metric,
@@ -203,5 +208,6 @@ def card(run: Run, model: PreTrainedModel, chosen: dict[str, Any], form: Any) ->
             auto_class=task.auto_class(model.config).__name__ if task else "AutoModelForCausalLM",
             own_class=is_own(model),
             pipeline_tag=task.pipeline_tag if task else "text-generation",
+            license=licence_of(run.recipe.model),
         )
     )

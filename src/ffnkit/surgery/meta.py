@@ -17,7 +17,7 @@ from ffnkit.model import probe, running
 from ffnkit.model.fresh import built, written
 from ffnkit.model.linear import walk
 from ffnkit.nn.adapter_layer import adapter_layers
-from ffnkit.nn.grouped_experts import run_uneven_experts
+from ffnkit.nn.grouped_experts import are_uneven, run_by_loop, run_uneven_experts
 from ffnkit.surgery import description
 from ffnkit.surgery.journal import reachable
 from ffnkit.surgery.writer import ModelWriter
@@ -99,7 +99,12 @@ def _check_runs(model: PreTrainedModel, twin: PreTrainedModel) -> None:
     """Raises FfnkitError where the family's forward does not bear the shapes; known where it runs without numbers."""
     batch = None if adapter_layers(twin) else probe.inputs(model)  # updates ask for autocast, which meta has not
     why = "" if batch is None else _stopped(twin, batch)
-    if batch is not None and why and not _stopped(skeleton(model), batch):
+    if batch is None or not why:
+        return
+    before = skeleton(model)
+    if are_uneven(twin):  # their loop looks at numbers, whatever the shapes
+        run_by_loop(before)
+    if not _stopped(before, batch):
         what = f"its forward does not bear these shapes ({why})"
         raise FfnkitError(f"editing {type(model).__name__}", what, "Leave these places out for this family")
 
