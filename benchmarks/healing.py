@@ -84,7 +84,8 @@ def page(results: dict[str, Any]) -> str:
     lines.append([":--", *["--:"] * (len(texts) + 3)])
     for row in results["rows"]:
         back = " / ".join(f"{row['back'][text]:.0%}" for text in texts) if "back" in row else ""
-        spent = [f"{row['tokens']:,}", f"{row['seconds'] / 60:.1f}"] if "tokens" in row else ["", ""]
+        minutes = f"{row['seconds'] / 60:.1f}" if "seconds" in row else ""  # of runs beside others it is not kept
+        spent = [f"{row['tokens']:,}", minutes] if "tokens" in row else ["", ""]
         lines.append([row["name"], *(f"{row[text]:.1f}" for text in texts), back, *spent])
     table = common.table(lines)
     notes = [
