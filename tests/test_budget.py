@@ -17,6 +17,7 @@ from tolerance import assert_close
 
 import ffnkit as fk
 from ffnkit import methods
+from ffnkit.budget.allocation import narrowing_costs
 from ffnkit.budget.sizes import room
 from ffnkit.errors import FfnkitError
 from ffnkit.model.finding import ffns
@@ -391,3 +392,20 @@ def test_a_budget_that_does_not_fit_the_model_is_found_first(folder: Path, tmp_p
 
     with pytest.raises(FfnkitError, match="arms.narrow.*multiple"):
         run(recipe_from(plain(folder, method="fusion", budget=0.1)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "mixtral"])
+def test_costs_measured_once_serve_every_budget(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES[name].model().eval()
+    data = batches(name, model)
+    costs = narrowing_costs(model, data)
+    multiple = {"multiple": 4}
+    assert fk.allocate(model, 0.5, costs=costs, **multiple) == fk.allocate(model, 0.5, data=data, **multiple)
+    monkeypatch.setattr("ffnkit.budget.allocation.costs_of", None)  # nothing is measured any more
+    wide, narrow = (fk.allocate(model, share, costs=costs, **multiple) for share in (0.75, 0.35))
+    assert sum(wide.values()) > sum(narrow.values())
+    assert wide.measure == "how far the model's end moves"
+    first = next(iter(costs))
+    for wrong in ({**costs, first: costs[first][:-1]}, {k: v for k, v in costs.items() if k != first}):
+        with pytest.raises(FfnkitError, match="Measure them anew"):
+            fk.allocate(model, 0.5, costs=wrong, **multiple)

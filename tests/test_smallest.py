@@ -23,6 +23,7 @@ from test_recipe_run import tiny
 from test_side_by_side import CLUSTER
 
 import ffnkit
+from ffnkit.budget import allocation
 from ffnkit.errors import FfnkitError
 from ffnkit.search import candidates as ways
 from ffnkit.search.candidates import Candidate
@@ -231,6 +232,32 @@ def test_what_is_narrowed_loses_more_and_is_made_again_from_its_plans(how: Any) 
     assert len(plans) == 2 and ways.costs(model)["params"] < ways.costs(start)["params"]
     ways.apply_plans(start, plans)
     assert [p.equal(q) for p, q in zip(model.parameters(), start.parameters(), strict=True)].count(False) == 0
+
+
+def test_what_widths_cost_is_measured_once_a_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from methods import case_of
+
+    from ffnkit.search import job
+
+    case, asked = case_of("llama"), []
+    measure = allocation.narrowing_costs
+
+    def counted(*given: Any) -> Any:
+        asked.append(given)
+        return measure(*given)
+
+    monkeypatch.setattr(allocation, "narrowing_costs", counted)
+    for _ in range(2):  # two processes
+        run = job.Run.__new__(job.Run)
+        run.folder, run.original = Folder(tmp_path), case.model().eval()  # type: ignore[misc]
+        batches = case.data(run.original)
+        run.statistics = ffnkit.calibrate(run.original, batches)  # type: ignore[misc]
+        for share in (0.75, 0.5):
+            model = copy.deepcopy(run.original)
+            given = (Candidate("widths", share), "params", run.statistics, batches, 0)
+            ways.apply_to(model, *given, lambda run=run: run.costs)  # type: ignore[misc, arg-type]
+            assert ways.costs(model)["params"] < ways.costs(run.original)["params"]
+    assert len(asked) == 1
 
 
 def recipe(base: Path, **search: Any) -> Any:

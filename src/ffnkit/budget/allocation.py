@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ffnkit.budget.costs import costs_of
 from ffnkit.budget.sizes import Room, room
@@ -15,7 +15,7 @@ from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.errors import FfnkitError
 from ffnkit.io.progress import phase
 from ffnkit.ops.knapsack import cheapest
-from ffnkit.plans import Progress
+from ffnkit.plans import Progress, Shape
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def allocate(
     data: Iterable[Batch] | StatisticsFile | None = None,
     multiple: int | None = None,
     uniform: bool = False,
+    costs: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
 ) -> Allocation:
     """Widths for the FFNs of ``layers`` such that they keep to ``budget`` and their narrowing costs least.
@@ -98,6 +99,7 @@ def allocate(
         multiple: widths are multiples of it, the whole width aside; 64 for FFNs of 1024 neurons or more, else 8.
         uniform: the same share for all, the largest within the budget: a standard checkpoint then needs no padding.
             Costs are not estimated.
+        costs: what :func:`narrowing_costs` gave of this model, in the place of data: measured once, for many budgets.
         progress: called with (done, total, FFN name).
 
     Raises:
@@ -107,15 +109,46 @@ def allocate(
         space = room(model, budget, layers, multiple)
         if uniform:
             return _allocation(space, space.uniform(), None, "")
-        with phase("widths by layer") as step:
-            costs = costs_of(space, model, data, progress or step)
-        prices = [[float(cost[width]) for width in widths] for cost, widths in zip(costs, space.widths, strict=True)]
+        if costs is None:
+            with phase("widths by layer") as step:
+                found = costs_of(space, model, data, progress or step)
+        else:
+            found = [_known(costs, shape) for shape in space.shapes]
+        prices = [[float(cost[width]) for width in widths] for cost, widths in zip(found, space.widths, strict=True)]
         picked = cheapest(space.sizes(), prices, space.budget)
     except FfnkitError as error:
         raise error.within(f"widths by layer of {type(model).__name__}") from error
-    measure = "how far the model's end moves" if data is not None else "share of the neurons' norms that goes"
+    measured = data is not None or costs is not None
+    measure = "how far the model's end moves" if measured else "share of the neurons' norms that goes"
     chosen = [widths[number] for widths, number in zip(space.widths, picked, strict=True)]
     return _allocation(space, chosen, [row[number] for row, number in zip(prices, picked, strict=True)], measure)
+
+
+def narrowing_costs(
+    model: nn.Module, data: Iterable[Batch] | StatisticsFile, *, share: float = 0.5, progress: Progress | None = None
+) -> dict[str, Tensor]:
+    """For each FFN, by name, (ff + 1,) how far the model's end moves where it keeps so many neurons.
+
+    :func:`allocate` measures this at its own budget; here it is at ``share`` of the neurons. From there the measure
+    follows the error of the FFN's output, so budgets far from the share are guessed less well.
+
+    Raises:
+        FfnkitError: as :func:`allocate`.
+    """
+    space = room(model, share)
+    with phase("widths by layer") as step:
+        costs = costs_of(space, model, data, progress or step)
+    return {ffn.name: cost for ffn, cost in zip(space.found, costs, strict=True)}
+
+
+def _known(costs: Mapping[str, Tensor], shape: Shape) -> Tensor:
+    cost = costs.get(shape.name)
+    if cost is None or len(cost) != shape.width + 1:
+        what = "it is not among them" if cost is None else f"they are of {len(cost) - 1} neurons, it has {shape.width}"
+        raise FfnkitError(
+            f"costs of {shape.name}", what, "Measure them anew: narrowing_costs(model, data)"
+        )
+    return cost
 
 
 def _allocation(space: Room, widths: list[int], costs: list[float] | None, measure: str) -> Allocation:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import ffnkit
+from ffnkit.budget.allocation import narrowing_costs
 from ffnkit.budget.targets import Target
 from ffnkit.methods.drop.heads import RemoveHeads
 from ffnkit.methods.drop.layers import FfnDrop, LayerDrop
@@ -16,6 +17,8 @@ from ffnkit.model.finding import ffns
 from ffnkit.report.measure import ffn_parameters
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ffnkit.calibration.stored import StatisticsFile
     from ffnkit.search.settings import How, Objective, SearchSettings
 
@@ -89,10 +92,14 @@ def apply_to(
     statistics: StatisticsFile,
     batches: Sequence[Any],
     seed: int,
+    costs: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> list[Any]:
     """Make the model, in place, what the candidate says; the plans come back, in order.
 
     Neurons go first: for them the statistics were taken. What else goes sees the narrow model.
+
+    Args:
+        costs: gives the model's :func:`.narrowing_costs`, where widths by layer are asked for; None: they are measured.
     """
     plans = []
     share = candidate.share
@@ -103,7 +110,8 @@ def apply_to(
     if share < 1:
         width: Any = share
         if candidate.how != "width" and candidate.how != "shared":  # shared ones have one width
-            width = ffnkit.allocate(model, share, data=statistics)
+            known = costs() if costs is not None else narrowing_costs(model, statistics)
+            width = ffnkit.allocate(model, share, costs=known)
         method = CalibratedFusion(width=width, effort="fast", seed=seed)
         plans.append(_applied(model, ffnkit.plan(model, method, data=statistics)))
     others: dict[str, Any] = {

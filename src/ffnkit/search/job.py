@@ -18,7 +18,7 @@ from typing import Any
 
 import ffnkit
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import disk_errors, read_json
+from ffnkit.io.files import disk_errors, read_json, replacing
 from ffnkit.io.progress import phase
 from ffnkit.recipe.shares import Shares
 from ffnkit.recipe.state import digest, folder_digest, write_json
@@ -150,6 +150,20 @@ class Run:
         """The calibration data."""
         return self.ground.calibration(self.original)
 
+    @cached_property
+    def costs(self) -> dict[str, Any]:
+        """What the narrowing of its FFNs costs, measured once, by whoever needs it first."""
+        from safetensors.torch import load_file, save_file
+
+        from ffnkit.budget.allocation import narrowing_costs
+
+        file = self.folder.out / "costs.safetensors"
+        with self.folder.turn("costs"):
+            if not file.exists():
+                with replacing(file) as new:
+                    save_file(narrowing_costs(self.original, self.statistics), new)
+            return load_file(file)
+
     def size(self, costs: dict[str, int]) -> float:
         """What is to be small, to the original's; of time the FLOPs foresee it."""
         kind = "flops" if self.settings.objective == "latency" else self.settings.objective
@@ -215,7 +229,13 @@ class Run:
         place.mkdir(parents=True, exist_ok=True)
         model = copy.deepcopy(self.original)
         plans = ways.apply_to(
-            model, candidate, self.settings.objective, self.statistics, self.batches, self.settings.seed
+            model,
+            candidate,
+            self.settings.objective,
+            self.statistics,
+            self.batches,
+            self.settings.seed,
+            lambda: self.costs,
         )
         for number, plan in enumerate(plans):
             plan.save(place / f"plan-{number}")
