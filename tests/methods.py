@@ -74,7 +74,7 @@ REFUSED = {
     ("calibrated-merging", "llama4"): "a group of one FFN",
     ("calibrated-merging", "albert"): "layer 1 has no FFN",
     ("layer-drop", "albert"): "no layer of the stack is left",
-    ("layer-drop refitted", "albert"): "it runs 3 times in a pass",
+    ("layer-drop refitted", "albert"): "no layer of the stack is left",
     ("ffn-drop refitted", "albert"): "it runs 3 times in a pass",
     ("layer-drop refitted", "clip"): "not every reader is a norm",
     ("ffn-drop refitted", "clip"): "not every reader is a norm",

@@ -177,9 +177,9 @@ def test_no_more_rows_are_read_than_are_learned_from(base: Path, monkeypatch: py
 
     monkeypatch.setattr(type(ground.task), "encode", lambda self, *a, **k: counting(*a, **k))
     [(few, _)], held = ground.healing(model, given.heal.model_copy(update={"tokens": 20}), 0)
-    assert few and held and seen == [ROWS, len(ground.source.splits.dev)]
+    assert few and held and seen == [len(ground.source.splits.dev), ROWS]
     ground.healing(model, given.heal.model_copy(update={"tokens": 5000}), 0)
-    assert seen[2] == len(ground.source.splits.train) > ROWS
+    assert seen[3] == len(ground.source.splits.train) > ROWS
     [(again, _)], _ = ground.healing(model, given.heal.model_copy(update={"tokens": 20}), 0)
     [(other, _)], _ = ground.healing(model, given.heal.model_copy(update={"tokens": 20}), 1)
     ids = [each[0]["input_ids"] for each in (few, again, other)]

@@ -145,9 +145,7 @@ def _known(costs: Mapping[str, Tensor], shape: Shape) -> Tensor:
     cost = costs.get(shape.name)
     if cost is None or len(cost) != shape.width + 1:
         what = "it is not among them" if cost is None else f"they are of {len(cost) - 1} neurons, it has {shape.width}"
-        raise FfnkitError(
-            f"costs of {shape.name}", what, "Measure them anew: narrowing_costs(model, data)"
-        )
+        raise FfnkitError(f"costs of {shape.name}", what, "Measure them anew: narrowing_costs(model, data)")
     return cost
 
 

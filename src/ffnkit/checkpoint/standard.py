@@ -19,6 +19,7 @@ from ffnkit.model.config_keys import spread
 from ffnkit.model.config_values import write
 from ffnkit.model.families.attentions import Role, places
 from ffnkit.model.ffn import FFN
+from ffnkit.model.finding import ffns
 from ffnkit.model.generation_numbers import renumber
 from ffnkit.model.linear import is_transposed
 from ffnkit.nn.adapter_layer import plain_state
@@ -69,11 +70,28 @@ def _head_alone(model: PreTrainedModel) -> bool:
 
     transformers opens what has both in its files as it is, whatever its config says; others may not.
     """
-    ties = model.get_expanded_tied_weights_keys(all_submodels=True)  # by class and config: opening forgets its own
+    ties = _own_ties(model)
     if len(ties) != 1:
         return False
-    head, embeddings = (model.get_parameter(name) for name in next(iter(ties.items())))
-    return head is not embeddings and not torch.equal(head, embeddings)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    head, embeddings = (named.get(name) for name in next(iter(ties.items())))
+    if head is None or embeddings is None or head is embeddings or head.is_meta or embeddings.is_meta:
+        return False
+    return not torch.equal(head, embeddings.to(head.device))
+
+
+def _own_ties(model: PreTrainedModel) -> dict[str, str]:
+    """What class and config tie, by name, FFNs that share their weights left out. Opening forgets its own."""
+    inside = tuple(f"{owner}." for ffn in ffns(model) for owner in ffn.owners)
+    held = vars(model)
+    before = {"_tied_weights_keys": held["_tied_weights_keys"]} if "_tied_weights_keys" in held else {}
+    every = model._tied_weights_keys or {}
+    held["_tied_weights_keys"] = {name: first for name, first in every.items() if not name.startswith(inside)}
+    try:
+        return dict(model.get_expanded_tied_weights_keys(all_submodels=True))
+    finally:
+        del held["_tied_weights_keys"]
+        held.update(before)
 
 
 def written_once(state: dict[str, Tensor], ties: dict[str, str]) -> dict[str, Tensor]:
