@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-FUSED = ("cpu", "cuda", "xpu")
+FUSED = ("cpu", "cuda", "xpu")  # devices for which torch has AdamW in one kernel
 
 
 class Masters:
