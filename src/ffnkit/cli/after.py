@@ -207,7 +207,7 @@ def _metric(
     rows = rows.select(_drawn(len(rows), count))
 
     def metric(model: Any) -> dict[str, float]:
-        found = tune.evaluate(model, tokenizer, task, rows, max_length=calibration.settings.max_length)
+        found = tune.evaluate(model, tokenizer, task, rows, max_length=calibration.settings.row_length)
         return {name: value for name, value in found.items() if name != "loss"}
 
     return metric, count

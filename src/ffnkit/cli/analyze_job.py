@@ -75,7 +75,7 @@ class Texts:
     text: Path | None
     rows: int
     tokens: int
-    max_length: int
+    max_length: int | None
     tokenizer: str | None
     seed: int
     mix: float | None = None
@@ -111,6 +111,7 @@ class Texts:
 
         few = CalibrationSettings(tokens=self.tokens, max_length=self.max_length)
         every = CalibrationSettings(tokens=EVERYTHING, max_length=self.max_length)
+        long = every.text_length
         if self.task is not None:
             task = tasks.get(self.task)
             splits = task.splits(self.data_dir, seed=self.seed, report_limit=self.rows)
@@ -125,8 +126,10 @@ class Texts:
         if self.mix is not None:
             few = few.model_copy(update={"mix": self.mix})
         calibration = mixed_batches(model, tokenizer, [(fitted, 1.0)], few, seed=self.seed)
-        examples, collate = text_examples(measured, tokenizer, model, self.max_length)
-        examples = [examples[i] for i in range(min(len(examples), self.rows))]
+        examples, collate = text_examples(measured, tokenizer, model, long)
+        rows = self.rows if self.max_length else max(self.rows * every.row_length // long, 1)
+        examples = [examples[i] for i in range(min(len(examples), rows))]
+        every = every.model_copy(update={"batch_size": every.texts_a_pass(long)})
         return calibration, drawn_batches(examples, collate, every, seed=self.seed)
 
 

@@ -13,7 +13,7 @@ from ffnkit.cli.data_options import DATA, DataDir, Mix, TaskName, Tokenizer
 from ffnkit.cli.outputs import check_output
 from ffnkit.errors import FfnkitError
 from ffnkit.io import quickstart
-from ffnkit.settings.calibration import TOKENS
+from ffnkit.settings.calibration import ROW_LENGTH, TEXT_LENGTH, TOKENS
 
 NTK = "The kernel (NTK)"
 ENERGY = "Gradients (--energy)"
@@ -54,8 +54,14 @@ def analyze(
         int, typer.Option("--calibration-tokens", min=1, help="For methods that use data.", rich_help_panel=DATA)
     ] = TOKENS,
     max_length: Annotated[
-        int, typer.Option("--max-length", min=2, help="Longer texts are cut, in tokens.", rich_help_panel=DATA)
-    ] = 128,
+        int | None,
+        typer.Option(
+            "--max-length",
+            min=2,
+            help=f"Longer texts are cut, in tokens. \\[default: {TEXT_LENGTH} of --text, {ROW_LENGTH} of rows]",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     tokenizer: Tokenizer = None,
     similarity: Annotated[
         bool, typer.Option("--similarity", help="Compare the layers of MODEL with one another instead.")

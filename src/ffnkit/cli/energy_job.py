@@ -9,6 +9,7 @@ from typing import Any
 from ffnkit.cli import console
 from ffnkit.cli.analyze_job import Texts, hand_over
 from ffnkit.errors import FfnkitError
+from ffnkit.settings.calibration import ROW_LENGTH
 
 
 @dataclass(frozen=True)
@@ -65,19 +66,20 @@ class EnergyJob:
         from ffnkit.tune import text_examples
         from ffnkit.tune.calibration import first_batches
 
+        length = self.texts.max_length or ROW_LENGTH  # as in tuning
         wanted = self.batches + self.fresh + max(0, steps - self.batches)
         if self.texts.task is not None:
             task = tasks.get(self.texts.task)
             rows = task.splits(
                 self.texts.data_dir, seed=self.texts.seed, train_limit=wanted * self.batch_size, report_limit=1
             ).train
-            examples = task.encode(rows, tokenizer, max_length=self.texts.max_length, model=model)
+            examples = task.encode(rows, tokenizer, max_length=length, model=model)
             collate = task.collator(tokenizer, model)
         else:
             from ffnkit.tasks.language_modelling.sets import read_texts
 
             texts = read_texts(Path(str(self.texts.text)), "text")
-            examples, collate = text_examples(texts, tokenizer, model, self.texts.max_length)
+            examples, collate = text_examples(texts, tokenizer, model, length)
         drawn = first_batches(examples, collate, self.batch_size, wanted, seed=self.texts.seed)
         if len(drawn) < self.batches + self.fresh:
             found = f"the data make {len(drawn)} batches of {self.batch_size}"

@@ -42,7 +42,7 @@ def calibration_batches(
     """
     settings = settings or CalibrationSettings()
     if settings.text is None and task is not None:
-        examples = task.encode(rows, tokenizer, max_length=settings.max_length, model=model)
+        examples = task.encode(rows, tokenizer, max_length=settings.row_length, model=model)
         return drawn_batches(examples, task.collator(tokenizer, model), settings, seed=seed)
     return mixed_batches(model, tokenizer, own_texts(tokenizer, settings), settings, seed=seed)
 
@@ -77,8 +77,9 @@ def mixed_batches(
     placed = []
     for number, (texts, share) in enumerate(parts):
         if tokens := round(settings.tokens * share):
-            examples, collate = text_examples(texts, tokenizer, model, settings.max_length)
-            found = drawn_batches(examples, collate, settings.model_copy(update={"tokens": tokens}), seed=seed)
+            examples, collate = text_examples(texts, tokenizer, model, settings.text_length)
+            few = {"tokens": tokens, "batch_size": settings.texts_a_pass(settings.text_length)}
+            found = drawn_batches(examples, collate, settings.model_copy(update=few), seed=seed)
             placed += [((place + 0.5) / len(found), number, batch) for place, batch in enumerate(found)]
     return [batch for *_, batch in sorted(placed, key=lambda each: each[:2])]
 
@@ -106,7 +107,7 @@ def deciding_batches(
         cut = len(order) - max(1, len(order) // 4)
         return tuple(  # type: ignore[return-value]
             drawn_batches(
-                task.encode(rows.select(part), tokenizer, max_length=settings.max_length, model=model),
+                task.encode(rows.select(part), tokenizer, max_length=settings.row_length, model=model),
                 task.collator(tokenizer, model),
                 each,
                 seed=seed,
@@ -131,12 +132,12 @@ def drawn_batches(
     The last batch has no more examples than that takes, about.
     """
     settings = settings or CalibrationSettings()
-    count = getattr(collate, "tokens", _tokens)
+    count, size = getattr(collate, "tokens", _tokens), settings.texts_a_pass(settings.row_length)
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     batches: list[dict[str, Any]] = []
     held = start = 0
     while start < len(order) and held < settings.tokens:
-        rows = order[start : start + settings.batch_size]
+        rows = order[start : start + size]
         batch = dict(collate([examples[i] for i in rows]))
         share = (settings.tokens - held) / max(count(batch), 1)
         if (enough := max(1, math.ceil(share * len(rows)))) < len(rows):

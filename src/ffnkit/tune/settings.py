@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from ffnkit.settings.calibration import MIX, TEXT_COLUMN, TOKENS
+from ffnkit.settings.calibration import MIX, ROW_LENGTH, TEXT_COLUMN, TEXT_LENGTH, TEXTS_A_PASS, TOKENS
 from ffnkit.settings.checked import Checked
 from ffnkit.settings.presets import Preset
 from ffnkit.tune.presets import TRAINING
@@ -197,5 +197,28 @@ class CalibrationSettings(Checked):
         ),
     ] = MIX
     text_column: Annotated[str, Field(description="the column of the text, where the file is a table")] = TEXT_COLUMN
-    max_length: Annotated[Count, Field(description="longer texts are cut, in tokens")] = 128
-    batch_size: Annotated[Count, Field(description="texts of a forward pass")] = 16
+    max_length: Annotated[
+        Count | None,
+        Field(
+            description=f"longer texts are cut, in tokens; null: {TEXT_LENGTH} of a text file (not more than the model"
+            f" reads), {ROW_LENGTH} of a task's rows"
+        ),
+    ] = None
+    batch_size: Annotated[
+        Count | None,
+        Field(description=f"texts of a forward pass; null: {TEXTS_A_PASS}, fewer where they are long"),
+    ] = None
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a task's row at most."""
+        return self.max_length or ROW_LENGTH
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a piece of a text file at most: what tokens far apart do to each other counts too."""
+        return self.max_length or TEXT_LENGTH
+
+    def texts_a_pass(self, length: int) -> int:
+        """Texts of a forward pass, each of at most so many tokens."""
+        return self.batch_size or min(max(TEXTS_A_PASS * ROW_LENGTH // length, 1), TEXTS_A_PASS)

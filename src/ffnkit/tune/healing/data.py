@@ -40,7 +40,7 @@ def healing_data(
     Raises:
         FfnkitError: a file that cannot be read or has no text; no tokenizer for a text.
     """
-    length = settings.max_length if writes(model) else min(settings.max_length, calibration.max_length)
+    length = settings.max_length if writes(model) else min(settings.max_length, calibration.row_length)
     own = calibration.model_copy(update={"tokens": settings.tokens, "max_length": length, "mix": 0.0})
     if calibration.text is None and task is not None:
         held = own.model_copy(update={"tokens": HELD, "batch_size": ROWS})
