@@ -124,15 +124,15 @@ def test_engines_are_named_of_what_they_read(name: str, engines: bool, said: lis
     assert ("--target nemotron-nas" in line) == engines and ("the compact form" in line) != engines
 
 
-def dinov2() -> PreTrainedModel:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
-    return transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**sizes)).eval()
+def mpt() -> PreTrainedModel:
+    sizes = {"d_model": 16, "n_heads": 2, "n_layers": 2, "vocab_size": 60, "max_seq_len": 32}
+    return transformers.MptForCausalLM(transformers.MptConfig(**sizes)).eval()
 
 
 @pytest.mark.parametrize("layers", ["all", "last:1"])
-@pytest.mark.parametrize("name", ["bloom", "dinov2", "bert"])
+@pytest.mark.parametrize("name", ["bloom", "mpt", "bert"])
 def test_widths_that_no_config_names_save_in_no_standard_form(name: str, layers: str, said: list[str]) -> None:
-    model = dinov2() if name == "dinov2" else FAMILIES[name].model()
+    model = mpt() if name == "mpt" else FAMILIES[name].model()
     method = fk.Fusion(width=0.5, restarts=1, layers=layers)
     told = forms.warn_early(model, method.chosen(model))
     forms.warn_planned(model, fk.plan(model, method))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 from ffnkit.errors import FfnkitError
 from ffnkit.io.compact import ASKED
 from ffnkit.io.sizes import Shapes
-from ffnkit.model.config_values import config_tree, held
+from ffnkit.model.config_values import Place, config_tree, held
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import is_linear
 from ffnkit.nn.expert_weights import PREFIX
@@ -18,6 +19,11 @@ from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.surgery.description import IMPOSSIBLE_WIDTH, rows_for
 
 _DO = "Use the config.json that was saved with the weights"
+
+
+def _wider(place: Place, said: Any, width: int) -> bool:
+    """Whether a ratio stands for more than an FFN's width, as it does where ffnkit alone is to open the file."""
+    return isinstance(said, int | float) and said * place.times > width
 
 
 def check_sizes(model: PreTrainedModel, described: dict[str, Any], stored: Shapes) -> None:
@@ -37,7 +43,9 @@ def check_sizes(model: PreTrainedModel, described: dict[str, Any], stored: Shape
         if row["key"] is not None:
             path, key = row["key"]
             path = path if path in tree else ""  # a part that is opened alone: its config is the whole
-            if (found := held(tree[path], ("", key))) != IMPOSSIBLE_WIDTH:
+            place = Place.of(key)
+            found = held(tree[path], ("", str(replace(place, times=1))))
+            if found != IMPOSSIBLE_WIDTH if place.times == 1 else not _wider(place, found, row["width"]):
                 what = f"{key[:100]} is said to hold the width of {name}, and is {str(found)[:50]}"
                 raise FfnkitError(ASKED, what, _DO)
             row["key"] = [path, key]

@@ -17,7 +17,7 @@ from ffnkit.nn.quantized import is_quantized_linear
 from ffnkit.surgery.description import description, width_keys
 
 FIXED = "no config of {} names the width of its FFNs"
-"""Of families that compute it from the hidden size (BLOOM, MPT, DINOv2): their standard form is always as wide."""
+"""Of families that compute it from the hidden size (BLOOM, MPT): their standard form is always as wide."""
 
 
 def standard_parameters(model: PreTrainedModel) -> int:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ffnkit.io import files
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.config_keys import spread
-from ffnkit.model.config_values import write
+from ffnkit.model.config_values import Place, entry, write
 from ffnkit.model.families.attentions import Role, places
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
@@ -35,11 +35,14 @@ def padded_widths(model: PreTrainedModel, found: list[FFN], keys: Keys, multiple
     Where a key holds it, the next multiple of ``multiple``.
     """
     original = original_widths(model, found)
-    widest: dict[tuple[str, str], int] = defaultdict(int)
+    widest: dict[tuple[str, str], float] = defaultdict(int)  # what is said at each place
     for ffn in found:
         if (key := keys[ffn.name]) is not None:
-            widest[key] = max(widest[key], _even_width(ffn, multiple))
-    return {ffn.name: original[ffn.name] if (k := keys[ffn.name]) is None else widest[k] for ffn in found}
+            widest[entry(key)] = max(widest[entry(key)], Place.of(key[1]).said(_even_width(ffn, multiple)))
+    return {
+        ffn.name: original[ffn.name] if (key := keys[ffn.name]) is None else Place.of(key[1]).meant(widest[entry(key)])
+        for ffn in found
+    }
 
 
 def _even_width(ffn: FFN, multiple: int) -> int:

@@ -49,6 +49,7 @@ def warn_early(model: Any, chosen: Any) -> bool:
     """
     from ffnkit.checkpoint.sizes import FIXED
     from ffnkit.model.config_keys import width_keys
+    from ffnkit.model.config_values import Place, entry
     from ffnkit.model.ffn import FFN
     from ffnkit.model.finding import ffns
 
@@ -60,10 +61,10 @@ def warn_early(model: Any, chosen: Any) -> bool:
     keys, new = width_keys(model, found), {ffn.name: width for ffn, width in chosen}
     if all(width == ffn.width for ffn, width in chosen):
         return False
-    named = {keys[ffn.name] for ffn in found} - {None}
-    for key in named:
-        group = [ffn for ffn in found if keys[ffn.name] == key]
-        if max(new.get(ffn.name, ffn.width) for ffn in group) < max(ffn.width for ffn in group):
+    named = {entry(key) for key in keys.values() if key is not None}
+    for place in named:
+        group = [(ffn, Place.of(key[1])) for ffn in found if (key := keys[ffn.name]) and entry(key) == place]
+        if max(p.said(new.get(ffn.name, ffn.width)) for ffn, p in group) < max(p.said(f.width) for f, p in group):
             return False
     few = f"{len(new)} of {len(found)} FFNs get narrower, and plain transformers has one width for all"
     why = few if named else FIXED.format(type(model).__name__)

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ffnkit.model.config_values import Key, Place, at_layer, config_tree, config_value, overrides, subconfig, varies
+from ffnkit.model.config_values import (
+    Key,
+    Place,
+    at_layer,
+    config_tree,
+    config_value,
+    held,
+    overrides,
+    subconfig,
+    varies,
+    write,
+)
 from ffnkit.model.families.keys import OPTIONAL_WIDTH_KEYS, WIDTH_KEYS, WIDTH_KEYS_OF_PARTS
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
@@ -52,7 +65,8 @@ def width_keys(model: PreTrainedModel, found: list[FFN]) -> dict[str, Key | None
 
     Names and values propose one, which settles it where two would do. Models are built with another value of each key
     that holds that number (without weights), to see which FFNs follow, and that nothing else does; and with a width for
-    each layer in ``per_layer_config``, which few classes read for their FFNs.
+    each layer in ``per_layer_config``, which few classes read for their FFNs. Of FFNs that are left, a key may hold the
+    ratio of their width to that of the model (Swin, DINOv2, SegFormer).
     """
     tree = list(config_tree(model.config))
     modules = dict(walk(model))
@@ -73,14 +87,51 @@ def width_keys(model: PreTrainedModel, found: list[FFN]) -> dict[str, Key | None
         right = [key for key in by_width[ffn.width] if ffn.name in tried[key]]  # type: ignore[index]
         if keys[ffn.name] not in right and (keys[ffn.name] is None or keys[ffn.name] in asked):
             keys[ffn.name] = next(iter(right), None)
+    keys |= _ratios(kind, read_as, model.config.to_json_string(), tree, [f for f in found if keys[f.name] is None])
     return _by_layer(kind, read_as, model.config.to_json_string(), found, keys)
+
+
+def _ratios(
+    kind: Any, config_class: Any, text: str, tree: list[tuple[str, PreTrainedConfig]], found: list[FFN]
+) -> dict[str, Key | None]:
+    """The key whose value times the width of the model is each FFN's width; None where there is none."""
+    near = {ffn.name: [key for key, said in _numbers(tree) if int(ffn.d * said) == ffn.width] for ffn in found}
+    asked = tuple(dict.fromkeys(key for keys in near.values() for key in keys))
+    tried = _followers(kind, config_class, text, asked) if asked else None
+    keys = {n: next((k for k in named if n in tried[k]), None) if tried else None for n, named in near.items()}
+    of = {ffn.name: ffn.d for ffn in found}
+    whole = {key: not _takes_half(kind, config_class, text, key) for key in set(keys.values()) if key is not None}
+    return {n: k and (k[0], str(replace(Place.of(k[1]), times=of[n], whole=whole[k]))) for n, k in keys.items()}
+
+
+def _numbers(tree: list[tuple[str, PreTrainedConfig]]) -> Iterator[tuple[Key, float]]:
+    """The numbers above 0 that a config holds, also in lists."""
+    for path, config in tree:
+        for name, said in vars(config).items():
+            entries = enumerate(said) if isinstance(said, list | tuple) else [(None, said)]
+            for number, value in entries:
+                if type(value) in (int, float) and 0 < value < math.inf:
+                    yield (path, str(Place(name, number))), value
+
+
+@lru_cache(maxsize=64)
+def _takes_half(kind: Any, config_class: Any, text: str, key: Key) -> bool:
+    """Whether a class bears a half more under a key than its config has, which may be a whole number."""
+    config = read(config_class, text)
+    try:
+        write(config, {(key[0], str(replace(Place.of(key[1]), times=2, whole=False))): int(2 * held(config, key)) + 1})
+        built(kind, read(config_class, config.to_json_string()))
+    except Exception:  # whatever the classes raise
+        return False
+    return True
 
 
 @lru_cache(maxsize=64)
 def _followers(kind: Any, config_class: Any, text: str, asked: tuple[Key, ...]) -> dict[Key, set[str]] | None:
     """By key, the FFNs that are twice as wide with twice its value, where nothing else changes.
 
-    None where the class is not built from a config alone.
+    Its value is their width, or the ratio of that to the width of the model. None where the class is not built from a
+    config alone.
     """
     try:
         before = built(kind, read(config_class, text))
@@ -90,13 +141,19 @@ def _followers(kind: Any, config_class: Any, text: str, asked: tuple[Key, ...]) 
     for path, key in asked:
         found[path, key] = set()
         config = read(config_class, text)
-        said = vars(subconfig(config, path))[key]
+        said = held(config, (path, key))
         try:
-            setattr(subconfig(config, path), key, 2 * said)
+            write(config, {(path, key): 2 * said})
             after = built(kind, config)
         except Exception:  # whatever the classes raise: they do not bear that value
             continue
-        wider = {f.name for f in ffns(after) if f.name in known and f.width == 2 * known[f.name].width == 2 * said}
+        times = {ffn.name: 1 if ffn.width == said else ffn.d for ffn in known.values()}
+        wider = {
+            f.name
+            for f in ffns(after)
+            if f.name in known
+            and (f.width, known[f.name].width) == (int(times[f.name] * 2 * said), int(times[f.name] * said))
+        }
         if _nothing_else(before, after, wider):
             found[path, key] = wider
     return found

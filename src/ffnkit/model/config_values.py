@@ -8,6 +8,7 @@ itself refuses to be asked: everything here that reads a value by its name asks 
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-Key = tuple[str, str]  # path of a sub-config; a name in it: "d_ff", "d_ff[3]" or "per_layer_config[3].d_ff"
+# Path of a sub-config; a name in it: "d_ff", "d_ff[3]" or "per_layer_config[3].d_ff"; or, where the value times 96 is
+# meant, "mlp_ratio*96", of whole numbers only "mlp_ratio*96 whole".
+Key = tuple[str, str]
+_TIMES = re.compile(r"(.+)\*(\d+)( whole)?")
 _OF_LAYER = re.compile(r"per_layer_config\[(\d+)\]\.(\w+)")
 _ENTRY = re.compile(r"(\w+)\[(\d+)\]")
 
@@ -28,23 +32,43 @@ class Place:
     Attributes:
         name: the name of the value. layer: whose it is, None: of all. own: said by ``per_layer_config``, else by an
             entry of a list.
+        times: what is meant is the value times this, rounded down: a ratio to the width of the model. A list has an
+            entry a stage then, and ``layer`` is its number. whole: the value is a whole number.
     """
 
     name: str
     layer: int | None = None
     own: bool = False
+    times: int = 1
+    whole: bool = True
 
     @staticmethod
     def of(text: str) -> Place:
+        if found := _TIMES.fullmatch(text):
+            return replace(Place.of(found[1]), times=int(found[2]), whole=bool(found[3]))
         if found := _OF_LAYER.fullmatch(text):
             return Place(found[2], int(found[1]), own=True)
         found = _ENTRY.fullmatch(text)
         return Place(found[1], int(found[2])) if found else Place(text)
 
     def __str__(self) -> str:
-        if self.layer is None:
-            return self.name
-        return f"per_layer_config[{self.layer}].{self.name}" if self.own else f"{self.name}[{self.layer}]"
+        name = self.name
+        if self.layer is not None:
+            name = f"per_layer_config[{self.layer}].{self.name}" if self.own else f"{self.name}[{self.layer}]"
+        return name if self.times == 1 else f"{name}*{self.times}" + " whole" * self.whole
+
+    def meant(self, value: float) -> int:
+        """The number that a value stands for."""
+        return int(self.times * value)
+
+    def said(self, number: int) -> float:
+        """The least value that stands for a number, or for the next one that some value stands for."""
+        if self.whole:
+            return -(-number // self.times)
+        value = number / self.times
+        while self.meant(value) < number:  # the quotient may be rounded down
+            value = math.nextafter(value, math.inf)
+        return value
 
 
 def config_tree(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
@@ -88,7 +112,12 @@ def overrides(config: Any) -> dict[int, dict[str, Any]]:
 def at_layer(key: Key, layer: int) -> Key:
     """The key of a value once its layer has this number."""
     place = Place.of(key[1])
-    return key if place.layer is None else (key[0], str(replace(place, layer=layer)))
+    return key if place.layer is None or place.times > 1 else (key[0], str(replace(place, layer=layer)))
+
+
+def entry(key: Key) -> Key:
+    """Where the value of a key stands: that of others too, which mean other multiples of it."""
+    return key[0], str(replace(Place.of(key[1]), times=1))
 
 
 def held(config: PreTrainedConfig, key: Key) -> Any:
@@ -100,9 +129,15 @@ def held(config: PreTrainedConfig, key: Key) -> Any:
     return found[place.layer] if isinstance(found, list | tuple) and place.layer < len(found) else None
 
 
-def write(config: PreTrainedConfig, values: Mapping[Key, int]) -> None:
-    """Write values under their keys. What all layers of ``per_layer_config`` say alike, the config says once."""
+def write(config: PreTrainedConfig, numbers: Mapping[Key, int]) -> None:
+    """Write what stands for numbers under their keys, of several at one place the largest.
+
+    What all layers of ``per_layer_config`` say alike, the config says once.
+    """
     own: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
+    values: dict[Key, Any] = {}
+    for key, number in numbers.items():
+        values[entry(key)] = max(values.get(entry(key), 0), Place.of(key[1]).said(number))
     for (path, text), new in values.items():
         place, home = Place.of(text), subconfig(config, path)
         if place.own and place.layer is not None:

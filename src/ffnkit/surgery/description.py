@@ -10,6 +10,7 @@ width keys then hold 1, an impossible width.
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator
@@ -24,7 +25,7 @@ from ffnkit.io.formats import FORMAT, MARK, is_compact
 from ffnkit.model import config_keys
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.config_keys import spread
-from ffnkit.model.config_values import at_layer, config_tree, write
+from ffnkit.model.config_values import Place, at_layer, config_tree, entry, write
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import walk
@@ -138,14 +139,17 @@ def attention_rows(model: nn.Module) -> dict[str, Any]:
 
 def is_plain(found: list[FFN], keys: Keys, original: dict[str, int]) -> bool:
     """Whether plain transformers can build this shape: one width for each config key, nothing shared or apart."""
-    widths: dict[Any, set[int]] = defaultdict(set)
+    said: dict[tuple[str, str], float] = defaultdict(int)
     for ffn in found:
         if ffn.special or ffn.tied:
             return False
-        if keys[ffn.name] is None and ffn.width != original.get(ffn.name, ffn.width):
-            return False
-        widths[keys[ffn.name]].add(ffn.width)
-    return all(len(values) == 1 for key, values in widths.items() if key is not None)
+        if (key := keys[ffn.name]) is None:
+            if ffn.width != original.get(ffn.name, ffn.width):
+                return False
+        else:
+            said[entry(key)] = max(said[entry(key)], Place.of(key[1]).said(ffn.width))
+    known = [(ffn, key) for ffn in found if (key := keys[ffn.name]) is not None]
+    return all(Place.of(key[1]).meant(said[entry(key)]) == ffn.width for ffn, key in known)
 
 
 def is_plain_model(model: PreTrainedModel, found: list[FFN], keys: Keys, original: dict[str, int]) -> bool:
@@ -173,7 +177,17 @@ def update_config(model: PreTrainedModel, keys: Keys, original: dict[str, int]) 
         data["base"] = base
     declare_shared(model)
     tell(config, data)
-    write(config, spread(found, keys, {ffn.name: IMPOSSIBLE_WIDTH for ffn in found}))
+    write(config, spread(found, keys, _impossible(found, keys)))
+
+
+def _impossible(found: list[FFN], keys: Keys) -> dict[str, int]:
+    """Widths that no FFN has, by its name: no model without ffnkit is to take the weights for its own.
+
+    Where a ratio says the width, a larger one: classes read 0 as none.
+    """
+    every = [(ffn.name, ffn.width, Place.of(key[1])) for ffn in found if (key := keys[ffn.name]) is not None]
+    most = math.ceil(max((place.said(width) for _, width, place in every if place.times > 1), default=0))
+    return {name: IMPOSSIBLE_WIDTH if place.times == 1 else place.meant(most + 1) for name, _, place in every}
 
 
 def original_widths(model: PreTrainedModel, found: list[FFN]) -> dict[str, int]:
