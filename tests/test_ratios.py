@@ -123,6 +123,21 @@ def test_other_widths_are_padded_to_the_next_ratio(family: str, dtype: torch.dty
     assert {ffn.name: ffn.width for ffn in ffns(opened)} == {ffn.name: ffn.width for ffn in ffns(model)}
 
 
+def test_a_few_zeros_are_no_reason_for_a_form_of_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stages = {"embed_dim": 32, "depths": [1] * 4, "num_heads": [2] * 4, "window_size": 2, "patch_size": 1}
+    model = T.SwinForImageClassification(T.SwinConfig(**{**IMAGE, **stages})).eval()
+    cut(model, 0.3)
+    expected = answers(model)
+    assert (
+        hasattr(model.config, "quantization_config") and best_form(model) == "standard"
+    )  # 77 and 307: no ratio is both
+    report = fk.export(model, tmp_path / "out")
+    assert 0 < report.padding < 0.005 * report.parameters
+    assert_close(answers(type(model).from_pretrained(tmp_path / "out").eval()), expected)
+    assert best_form(cut(made("dinov2"), 0.55)) == "compact"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["swin", "dinov2"])
 def test_a_compact_checkpoint_is_no_plain_one(family: str, tmp_path: Path) -> None:

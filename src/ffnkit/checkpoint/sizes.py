@@ -20,6 +20,9 @@ FIXED = "no config of {} names the width of its FFNs"
 """Of families that compute it from the hidden size (BLOOM, MPT): their standard form is always as wide."""
 
 
+LITTLE = 0.005  # share of a model's parameters that is not worth a form which other tools do not open
+
+
 def standard_parameters(model: PreTrainedModel) -> int:
     """Parameters of the standard form; the model may be one without weights, as a rehearsal leaves it."""
     found = ffns(model)
@@ -31,8 +34,8 @@ def standard_parameters(model: PreTrainedModel) -> int:
 def best_form(model: Any) -> Literal["standard", "compact"]:
     """The form that a model is saved in unless one is asked for: the one rule.
 
-    The standard one, which opens everywhere, unless the compact one is smaller, or keeps what is pruned at zero while
-    the model trains on.
+    The standard one, which opens everywhere, unless the compact one is smaller (by more than zeros for a few neurons
+    take), or keeps what is pruned at zero while the model trains on.
     """
     return "standard" if not next(_held(model), "") else "compact"
 
@@ -51,7 +54,7 @@ def _held(model: Any) -> Iterator[str]:
         if any(is_quantized_linear(module) for module in model.modules()):
             yield "quantized weights"
         now, then = sum(p.numel() for p in model.parameters()), standard_parameters(model)
-        if then > now:
+        if then > now * (1 + LITTLE):
             yield f"{now:,} parameters in place of {then:,}"
 
 
