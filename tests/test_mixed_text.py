@@ -25,7 +25,7 @@ def test_the_text_is_of_many_kinds() -> None:
     assert len(kinds) >= 12 and min(map(len, kinds.values())) >= 5
     every = [text for part in ("fit", "decide", "report") for text in shipped.texts(shipped.kinds(part))]
     assert sorted(every) == sorted(piece for pieces in kinds.values() for piece in pieces)
-    assert all(piece == piece.strip("\n") and len(piece) > 200 for piece in every)
+    assert all(piece == piece.strip("\n") and 200 < len(piece) < 5000 for piece in every)
     of = {piece: kind for kind, pieces in kinds.items() for piece in pieces}
     every = shipped.texts()
     for start in range(0, len(every) - 40, 10):  # wherever a block is cut out, kinds mix
@@ -109,3 +109,31 @@ def test_progress_in_a_log(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         now += 60
         step(1, 2, "layers.0.mlp")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("positions", "long"), [(1024, 512), (512, 512), (48, 48)])
+def test_running_text_is_read_in_long_pieces(positions: int, long: int, own: Path) -> None:
+    """What tokens far apart do to each other counts: pieces as long as what is measured, not as a task's rows."""
+    from test_tune import SMALL, TASK, TOKENIZER, splits
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, **sizes, max_position_embeddings=positions))
+    given = CalibrationSettings(tokens=6000, text=str(own), mix=0.25)
+    batches = calibration_batches(model, TOKENIZER, given)
+    shapes = {tuple(batch["input_ids"].shape) for batch in batches}
+    assert {length for _, length in shapes} == {long} and max(rows for rows, _ in shapes) == 4
+    asked = calibration_batches(model, TOKENIZER, given.model_copy(update={"max_length": 24, "batch_size": 3}))
+    assert {tuple(batch["input_ids"].shape) for batch in asked} >= {(3, 24)}
+    rows = calibration_batches(model, TOKENIZER, CalibrationSettings(tokens=200), task=TASK, rows=splits().train)
+    assert max(len(batch["input_ids"]) for batch in rows) == 16
+
+
+def test_sizes_that_are_not_given_follow_from_the_kind_of_data() -> None:
+    usual = CalibrationSettings()
+    assert (usual.row_length, usual.text_length) == (128, 512)
+    assert [usual.texts_a_pass(length) for length in (8, 128, 256, 512, 4096)] == [16, 16, 8, 4, 1]
+    asked = CalibrationSettings(max_length=64, batch_size=5)
+    assert (asked.row_length, asked.text_length, asked.texts_a_pass(512)) == (64, 64, 5)
+    for name in ("max_length", "batch_size"):
+        with pytest.raises(ValueError):
+            CalibrationSettings(**{name: 0})
