@@ -101,6 +101,30 @@ def test_worse_on_one_text_is_no_gain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("told", "back"), [([1.1, 1.2, 0.9, 0.8], 0), ([1.1, 1.3, 0.9, 0.8], 1), ([float("nan"), 0.9, 0.9, 0.8], 1)]
+)
+def test_a_state_on_the_way_may_be_worse_and_a_lost_one_is_left(
+    told: list[float], back: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rate falls to nothing in the end, and gains come with its fall; what is far worse, or no number, is left."""
+    model, original, batches = pair("llama")
+    losses = iter([{"in": 1.0, "out": 1.0}, *({"in": 0.9, "out": loss} for loss in told)])
+    monkeypatch.setattr(module._Run, "_held", lambda self: next(losses))
+    returns, plain = [], module.Masters.back_to
+    monkeypatch.setattr(module.Masters, "back_to", lambda self, best: (returns.append(1), plain(self, best)))
+    found = fk.heal(model, original, batches, settings())
+    assert len(returns) == back and found.after == {"in": 0.9, "out": 0.8} and len(found.checks) == 5
+
+
+def test_lost_again_and_again_it_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, original, batches = pair("llama")
+    losses = iter([{"in": 1.0}, *[{"in": 9.0}] * 20])
+    monkeypatch.setattr(module._Run, "_held", lambda self: next(losses))
+    found = fk.heal(model, original, batches, settings(checks=10, patience=2))
+    assert len(found.checks) == 3 and not found.kept_at and found.tokens < 250
+
+
 def test_interrupted_it_has_the_best_state(monkeypatch: pytest.MonkeyPatch) -> None:
     model, original, batches = pair("llama")
     flags = [p.requires_grad for p in model.parameters()]

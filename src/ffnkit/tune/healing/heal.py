@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
 WARMUP, FIRST = 0.05, 10  # share of the tokens until the rate is whole, and how many steps it takes at least
 LEAST = 0.05  # of the rate, at the end
+WORSE = 1.25  # times the loss before healing: a state that has lost its way, and is not on it under a large rate
 
 
 @dataclass
@@ -89,7 +90,8 @@ def heal(
     First each layer learns its own outputs from what it gets in the original (``settings.blocks``), then all of them
     what the original answers: KL of words and classes, squared error of numbers, and without a head the hidden states.
     What is kept is the state with the least loss on held-out text, among those that are worse on none of it; the model
-    as it was where there is none. After a measurement without a gain it goes on from the best state at half the rate.
+    as it was where there is none. The rate falls to almost nothing, and most of the gain comes with its fall: a state
+    on the way may be worse than the first. One that is lost (``WORSE``) is left: back to the best, at half the rate.
     Zeros of masks stay zeros, shared weights stay shared. A model in bf16 or fp16 learns with float32 masters.
 
     Where it stops on the way, for whatever reason, the model has the best state so far, and what trained before it does
@@ -157,7 +159,7 @@ def rate_of(model: nn.Module, original: nn.Module, trains: str) -> float:
     """The peak rate: what has lost more has a longer way to go, and wide models bear smaller steps.
 
     0.18 sqrt(share of the FFNs' parameters that is gone) / d, with d the width of the hidden states; three times that
-    for adapters. Chosen on a model of d = 64 and one of 576; where it is too high, healing halves it.
+    for adapters. Chosen on a model of d = 64 and one of 576; where it is far too high, healing halves it.
     """
     from ffnkit.model.finding import ffns
 
@@ -202,7 +204,7 @@ class _Run:
         self.masters = Masters(self.parameters, kept_zero)
         self.result = Healed(learning_rate=rate, trained=sum(p.numel() for p in self.parameters))
         self.best = [p.detach().clone() for p in self.parameters]
-        self.share = 1.0  # of the rate: halved where a state was no better than the best
+        self.share = 1.0  # of the rate: halved where a state was lost
         self.least = 1.0  # of the mean over held-out texts of loss over loss before
 
     def go(self, order: _Order, progress: Progress) -> None:
@@ -250,17 +252,16 @@ class _Run:
         return self.share * up * (LEAST + (1 - LEAST) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
 
     def _check(self) -> bool:
-        """Whether this state is the best so far; then it is the one to keep."""
+        """Measure this state, and keep it where it is the best so far; False where it is lost."""
         found = self._held()
         self.result.checks.append((self.result.tokens, found))
         shares = [found[name] / max(before, 1e-12) for name, before in self.result.before.items()]
         score = sum(shares) / len(shares)
-        if not (max(shares) <= 1.0 and score < self.least):  # what is NaN is no gain either
-            return False
-        self.least, self.result.after, self.result.kept_at = score, found, self.result.tokens
-        for best, parameter in zip(self.best, self.parameters, strict=True):
-            best.copy_(parameter.detach())
-        return True
+        if all(share <= 1.0 for share in shares) and score < self.least:  # what is NaN is no gain
+            self.least, self.result.after, self.result.kept_at = score, found, self.result.tokens
+            for best, parameter in zip(self.best, self.parameters, strict=True):
+                best.copy_(parameter.detach())
+        return all(share <= WORSE for share in shares)
 
     @torch.no_grad()
     def _held(self) -> dict[str, float]:

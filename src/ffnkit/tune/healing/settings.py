@@ -48,7 +48,7 @@ class HealSettings(Checked):
     ] = None
     max_length: Annotated[Count, Field(description="tokens of a text; longer ones come in pieces")] = 256
     checks: Annotated[Count, Field(description="how often the loss on held-out text is measured; the best is kept")] = 8
-    patience: Annotated[Count, Field(description="measurements without a gain after which it stops")] = 3
+    patience: Annotated[Count, Field(description="lost states in a row after which it stops")] = 3
 
     def texts_a_step(self, size: float) -> int:
         """Texts of so many tokens a step: ``batch_size``, else few: many small steps learn more of as many tokens."""
