@@ -148,7 +148,7 @@ def test_environment_names_no_host_and_no_folder(monkeypatch: pytest.MonkeyPatch
     assert platform.node() == host.node
     versions, machine = environment.versions(), environment.machine()
     assert {"python", "ffnkit", "torch", "transformers", "scikit-learn"} <= set(versions)
-    assert versions["torch"] == torch.__version__
+    assert torch.__version__.startswith(versions["torch"])  # builds for CUDA add which one to their own name alone
     assert machine["cores"] >= 1 and machine["memory_bytes"] > 1 << 28
     text = repr(machine)
     assert str(Path.home()) not in text and host.node not in text
