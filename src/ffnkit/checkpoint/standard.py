@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from ffnkit.io import files
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.config_keys import spread
-from ffnkit.model.config_values import Place, entry, write
+from ffnkit.model.config_values import Place, entry, largest, write
 from ffnkit.model.families.attentions import Role, places
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
@@ -35,10 +34,7 @@ def padded_widths(model: PreTrainedModel, found: list[FFN], keys: Keys, multiple
     Where a key holds it, the next multiple of ``multiple``.
     """
     original = original_widths(model, found)
-    widest: dict[tuple[str, str], float] = defaultdict(int)  # what is said at each place
-    for ffn in found:
-        if (key := keys[ffn.name]) is not None:
-            widest[entry(key)] = max(widest[entry(key)], Place.of(key[1]).said(_even_width(ffn, multiple)))
+    widest = largest((key, _even_width(ffn, multiple)) for ffn in found if (key := keys[ffn.name]) is not None)
     return {
         ffn.name: original[ffn.name] if (key := keys[ffn.name]) is None else Place.of(key[1]).meant(widest[entry(key)])
         for ffn in found

@@ -11,7 +11,7 @@ import copy
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,15 +129,21 @@ def held(config: PreTrainedConfig, key: Key) -> Any:
     return found[place.layer] if isinstance(found, list | tuple) and place.layer < len(found) else None
 
 
+def largest(numbers: Iterable[tuple[Key, int]]) -> dict[Key, float]:
+    """What is to stand at each place (:func:`entry`) for the largest of the numbers that keys of it mean."""
+    values: dict[Key, float] = {}
+    for key, number in numbers:
+        values[entry(key)] = max(values.get(entry(key), 0), Place.of(key[1]).said(number))
+    return values
+
+
 def write(config: PreTrainedConfig, numbers: Mapping[Key, int]) -> None:
     """Write what stands for numbers under their keys, of several at one place the largest.
 
     What all layers of ``per_layer_config`` say alike, the config says once.
     """
     own: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
-    values: dict[Key, Any] = {}
-    for key, number in numbers.items():
-        values[entry(key)] = max(values.get(entry(key), 0), Place.of(key[1]).said(number))
+    values: dict[Key, Any] = dict(largest(numbers.items()))
     for (path, text), new in values.items():
         place, home = Place.of(text), subconfig(config, path)
         if place.own and place.layer is not None:

@@ -25,7 +25,7 @@ from ffnkit.io.formats import FORMAT, MARK, is_compact
 from ffnkit.model import config_keys
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.config_keys import spread
-from ffnkit.model.config_values import Place, at_layer, config_tree, entry, write
+from ffnkit.model.config_values import Place, at_layer, config_tree, entry, largest, write
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import walk
@@ -139,17 +139,13 @@ def attention_rows(model: nn.Module) -> dict[str, Any]:
 
 def is_plain(found: list[FFN], keys: Keys, original: dict[str, int]) -> bool:
     """Whether plain transformers can build this shape: one width for each config key, nothing shared or apart."""
-    said: dict[tuple[str, str], float] = defaultdict(int)
-    for ffn in found:
-        if ffn.special or ffn.tied:
-            return False
-        if (key := keys[ffn.name]) is None:
-            if ffn.width != original.get(ffn.name, ffn.width):
-                return False
-        else:
-            said[entry(key)] = max(said[entry(key)], Place.of(key[1]).said(ffn.width))
-    known = [(ffn, key) for ffn in found if (key := keys[ffn.name]) is not None]
-    return all(Place.of(key[1]).meant(said[entry(key)]) == ffn.width for ffn, key in known)
+    if any(ffn.special or ffn.tied for ffn in found):
+        return False
+    if any(keys[ffn.name] is None and ffn.width != original.get(ffn.name, ffn.width) for ffn in found):
+        return False
+    known = [(key, ffn.width) for ffn in found if (key := keys[ffn.name]) is not None]
+    said = largest(known)
+    return all(Place.of(key[1]).meant(said[entry(key)]) == width for key, width in known)
 
 
 def is_plain_model(model: PreTrainedModel, found: list[FFN], keys: Keys, original: dict[str, int]) -> bool:
