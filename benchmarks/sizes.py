@@ -1,13 +1,14 @@
-"""What is lost when a share of all parameters goes, by each method, before any tuning: sizes, texts, draws.
+"""What is lost when a share of all parameters goes, by each method, before and after healing: sizes, texts, draws.
 
     FFNKIT_DATA=... python benchmarks/sizes.py MODEL [--removed 0.1 0.2 0.3] [--draws 3] [--tokens 8192]
-        [--novel FILE] [--only ARM ...] [--out FOLDER]
+        [--novel FILE] [--only ARM ...] [--heal 200k] [--out FOLDER]
 
 All FFNs of MODEL, a folder, keep one share of their neurons, such that this share of all parameters is gone; or a block
 of adjacent layers goes, those whose output is most like their input, as many as come nearest to it. Half of the
 calibration tokens are WikiText-2's validation split, half ffnkit's text of many kinds; draws are of both. The closed
 forms read one file of statistics a draw. Perplexity on the same windows of 512 tokens for every arm: of WikiText-2's
-test split, and of FILE, of which calibration has nothing. Results are kept after each arm: run again, it goes on.
+test split, and of FILE, of which calibration has nothing. With --heal each arm then learns from the uncompressed model
+on as many tokens of the same texts, and results are told apart. They are kept after each arm: run again, it goes on.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from transformers import AutoModelForCausalLM
 import ffnkit as fk
 from ffnkit import methods, tune
 from ffnkit.io.loading import no_bars
+from ffnkit.settings.amounts import amount
 from ffnkit.tasks.models import load_tokenizer
+from ffnkit.tune.healing.data import healing_data
+from ffnkit.tune.healing.settings import HealSettings
 
 REFIT = {"refit": True}
 # Name: method, settings, and what it reads: nothing, the batches, or the statistics.
@@ -43,6 +47,32 @@ ARMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "ours, select=loss": ("calibrated-fusion", {"select": "loss"}, "batches"),
     "ours, select=leverage, sequential=False": ("calibrated-fusion", {"select": "leverage"}, "statistics"),
 }
+
+
+def healed_page(results: dict[str, Any]) -> str:
+    """The Markdown page: a row an arm, before and after in the columns of each size."""
+    said = results["conditions"]
+    texts, rows = said["texts"], results["rows"]
+    sizes = [size for size in said["removed"] if any(row["removed"] == size for row in rows)]
+    lines = [["", *(f"-{size:.0%} {text}" for size in sizes for text in texts)]]
+    lines.append([":--", *["--:"] * (len(lines[0]) - 1)])
+    whole = rows[0]
+    lines.append(["uncompressed", *(f"{whole[text]:.1f}" for _ in sizes for text in texts)])
+    for name in dict.fromkeys(row["name"] for row in rows[1:]):
+        here = {row["removed"]: row for row in rows if row["name"] == name}
+        cells = [
+            f"{here[size]['start'][text]:.1f} -> {here[size][text]:.1f}" if size in here else ""
+            for size in sizes
+            for text in texts
+        ]
+        lines.append([name, *cells])
+    notes = [
+        f"- {said['model']}, {said['tokens']:,} tokens of calibration (half WikiText-2, half of many kinds), then"
+        f" {said['heal']:,} of healing on the same texts at today's settings; perplexity on {said['measured']:,} tokens"
+        f" of each text in windows of {WINDOW}; one draw.",
+        *common.footer(results),
+    ]
+    return f"# What a size costs after healing ({said['model']})\n\n{common.table(lines)}\n\n" + "\n".join(notes) + "\n"
 
 
 def page(results: dict[str, Any]) -> str:
@@ -113,15 +143,17 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--novel", type=Path)
     parser.add_argument("--only", nargs="+", choices=[*ARMS], default=[*ARMS])
+    parser.add_argument("--heal", type=amount, default=0)
     parser.add_argument("--work", type=Path, default=Path("sizes_work"))
     parser.add_argument("--out", type=Path, default=common.RESULTS)
     given = parser.parse_args()
-    name = f"sizes_{given.model.name.lower()}"
+    name = f"sizes_{given.model.name.lower()}" + "_healed" * bool(given.heal)
     tokenizer = load_tokenizer(given.model)
     held = held_out(tokenizer, given.novel, given.windows)
     conditions = {
         **{"model": given.model.name, "removed": given.removed, "draws": given.draws, "tokens": given.tokens},
         **{"measured": min(ids.numel() for ids in held.values()), "texts": [*held]},
+        **({"heal": given.heal} if given.heal else {}),
     }
     results = common.resumed(given.out, name, conditions)
 
@@ -133,8 +165,17 @@ def main() -> None:
         row |= {text: perplexity(model, ids) for text, ids in held.items()}
         print(row, flush=True)
         results["rows"].append(row)
-        results["means"] = means(results)
-        common.write(given.out, name, results, page)
+        if not given.heal:
+            results["means"] = means(results)
+        common.write(given.out, name, results, healed_page if given.heal else page)
+
+    def healed(model: Any, draw: int) -> dict[str, Any]:
+        before = {text: perplexity(model, ids) for text, ids in held.items()}
+        settings = HealSettings.model_validate({"tokens": given.heal})
+        parts, decide = healing_data(model, tokenizer, settings, calibrating(given.tokens), seed=draw)
+        busy = time.process_time()
+        found = fk.heal(model, opened(), parts, settings, held=decide, seed=draw)
+        return {"start": before, **found.to_dict(), "healing processor seconds": time.process_time() - busy}
 
     if not results["rows"]:
         keep({"name": "uncompressed", "removed": 0.0}, opened())
@@ -158,7 +199,8 @@ def main() -> None:
         took = {"seconds": time.perf_counter() - start, "processor seconds": time.process_time() - busy}
         fk.fold(fk.apply(model, plan))
         gone = 1 - sum(p.numel() for p in model.parameters()) / whole
-        keep({"name": arm, "removed": size, "draw": draw, "gone": gone, **took}, model)
+        row = {"name": arm, "removed": size, "draw": draw, "gone": gone, **took}
+        keep(row | (healed(model, draw) if given.heal else {}), model)
 
 
 if __name__ == "__main__":

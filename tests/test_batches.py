@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 import ffnkit as fk
-from ffnkit.calibration.batches import evaluating, run
+from ffnkit.calibration.batches import evaluating, few_rows, run
 from ffnkit.errors import FfnkitError
 from ffnkit.methods import FfnDrop, Importance, LayerDrop
 from ffnkit.plans import Plan
@@ -178,3 +178,21 @@ def test_gradients_that_were_there_stay() -> None:
     fk.plan(model, fk.DSEE(support="gradient"), data=_batches(model))
     assert all(parameter.grad is held[name] for name, parameter in model.named_parameters())
     assert [parameter for parameter in model.parameters() if not parameter.requires_grad] == [frozen]
+
+
+@pytest.mark.parametrize(
+    ("more", "length"),
+    [
+        ({}, 3),
+        ({"attention_mask": torch.ones(4, 9, dtype=torch.long)}, 3),
+        ({"labels": torch.ones(4, dtype=torch.long)}, 3),
+        ({"attention_mask": (torch.arange(9) > 4).long().expand(4, 9)}, 9),  # padding on the left
+        ({"pixel_values": torch.ones(4, 3, 2, 2)}, 9),  # a text that tells where its images go
+        ({"decoder_input_ids": torch.ones(4, 5, dtype=torch.long)}, 9),
+    ],
+    ids=["text", "mask", "classes", "left", "image", "two"],
+)
+def test_few_tokens_are_taken_of_text_alone(more: dict[str, torch.Tensor], length: int) -> None:
+    found = few_rows({"input_ids": torch.ones(4, 9, dtype=torch.long), **more}, tokens=3)
+    assert found["input_ids"].shape == (2, length)
+    assert all(len(value) == 2 for value in found.values())

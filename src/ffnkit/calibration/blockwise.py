@@ -26,6 +26,7 @@ from ffnkit.calibration.statistics import Statistics
 from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import held
+from ffnkit.io.progress import counted
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name
 from ffnkit.nn.grouped_experts import run_uneven_experts
@@ -34,6 +35,7 @@ from ffnkit.surgery.temporary import with_neurons
 
 Beside = Callable[[], AbstractContextManager[Any]]
 
+WALKED = 64  # tokens of a row that tell whether blocks can be skipped, and where outputs go
 SAME = 1e-4  # relative: the same computation in another order of batches at most
 
 
@@ -74,7 +76,7 @@ class Blockwise:
         by_block: dict[str, list[FFN]] = {}
         for ffn in found:
             by_block.setdefault(block_name(ffn.name), []).append(ffn)
-        whole, self.batches = self.batches, [dict(few_rows(self.batches[0]))]
+        whole, self.batches = self.batches, [dict(few_rows(self.batches[0], tokens=WALKED))]
         self.calls = self._order(list(by_block))
         silent = next((name for name in by_block if not self.calls.get(name)), None)
         if silent is not None:
@@ -118,7 +120,7 @@ class Blockwise:
         self._passed = None
         keep = last and self._stops(group) and self._skips(name)
         with self.masks.watching(), hooked(group, receive, self.masks):
-            for number, batch in enumerate(self.batches):
+            for number, batch in enumerate(counted(self.batches, "what it gets")):
                 self.masks.start(batch)
                 output = self._run(number, name if self._stops(group) else None, _holder(name))
                 if keep:

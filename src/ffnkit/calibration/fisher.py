@@ -14,6 +14,7 @@ from ffnkit.calibration.padding import TokenMasks
 from ffnkit.calibration.reading import some
 from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.io.files import spooled
+from ffnkit.io.progress import counted
 from ffnkit.model.ffn import FFN
 
 TOGETHER = 512  # tokens that are gone back over at a time, where rows are not longer
@@ -55,7 +56,7 @@ def fisher(
         for parameter in flags:
             parameter.requires_grad_(False)
         with evaluating(model), torch.enable_grad():
-            for batch in _parts(kept(some(model, batches))):
+            for batch in counted(_parts(kept(some(model, batches))), "Fisher information"):
                 _go_back(model, prepared(model, batch), masks, draw)
     finally:
         for handle in handles:

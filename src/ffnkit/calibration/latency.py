@@ -126,12 +126,12 @@ def _evaluating(models: Any) -> Iterator[None]:
     """Eval mode for those that are modules; afterwards every module is back in the mode that it was in."""
     import torch
 
-    from ffnkit.calibration.batches import evaluating
+    from ffnkit.calibration.batches import eval_mode
 
     with ExitStack() as stack:
         for model in models:
             if isinstance(model, torch.nn.Module):
-                stack.enter_context(evaluating(model))
+                stack.enter_context(eval_mode(model))
         yield
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, few_rows, first_tensor, kept
-from ffnkit.calibration.blockwise import Blockwise
+from ffnkit.calibration.blockwise import WALKED, Blockwise
 from ffnkit.calibration.hooks import Activations, Receive
 from ffnkit.calibration.reading import is_norm
 from ffnkit.calibration.statistics import Statistics
@@ -115,7 +115,7 @@ def _factors(model: nn.Module, batch: Batch, found: list[FFN]) -> dict[str, floa
         if rows is not None and acts.expert is None:
             got.append((acts.output.float().clone(), rows.float()))
 
-    with Blockwise(model, [few_rows(batch)], found) as probe:
+    with Blockwise(model, [few_rows(batch, tokens=WALKED)], found) as probe:
         for group in probe.groups:
             for ffn in group:
                 got.clear()

@@ -61,7 +61,10 @@ def _nothing(done: int, total: int, what: str) -> None:
 
 @contextmanager
 def phase(title: str) -> Iterator[Step]:
-    """A part of the work that is shown, moved by calls with (done, total, what); nothing where none is."""
+    """A part of the work that is shown, moved by calls with (done, total, what); nothing where none is.
+
+    A call with 0 done says that the first step begins only now.
+    """
     if (display := _current.get()) is None:
         yield _nothing
         return
@@ -146,7 +149,9 @@ class _Part:
 
     def move(self, done: int, total: int, what: str) -> None:
         now = time.monotonic()
-        if done < self.done:  # steps of another kind, on which the earlier ones have no bearing
+        if not done:  # the first begins: what came before says nothing of what one takes
+            self.since, self.base = now, 0
+        elif done < self.done:  # steps of another kind, on which the earlier ones have no bearing
             self.since, self.base = self.last, 0
         elif not self.done and done > 1:
             self.since, self.base = now, done

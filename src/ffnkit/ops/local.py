@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.ops.neurons import Neurons
+from ffnkit.ops.products import is_slow
 
 Activation = Callable[[Tensor], Tensor]
 STEP = 0.02  # Adam's step, relative to the rms of the tensor that it moves
@@ -93,8 +94,9 @@ def regress(
 
 
 def multiplying(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Matrix products in bfloat16 where that is the dtype: the weights came in it, and it is twice as fast."""
-    return torch.autocast(device.type, dtype, enabled=dtype is torch.bfloat16, cache_enabled=False)
+    """Matrix products in bfloat16 where the weights came in it, unless the device multiplies float32 faster."""
+    wanted = dtype is torch.bfloat16 and not (device.type == "cpu" and is_slow(dtype))
+    return torch.autocast(device.type, dtype, enabled=wanted, cache_enabled=False)
 
 
 def forget(optimizer: torch.optim.Optimizer) -> None:

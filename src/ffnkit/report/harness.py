@@ -167,10 +167,10 @@ def _as_before(model: Any) -> Iterator[None]:
     import numpy as np
     import torch
 
-    from ffnkit.calibration.batches import evaluating
+    from ffnkit.calibration.batches import eval_mode
 
     states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(), evaluating(model):
+    with torch.random.fork_rng(), eval_mode(model):
         try:
             yield
         finally:

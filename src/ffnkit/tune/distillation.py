@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.io.progress import Step, shown
+from ffnkit.ops.products import fast_products
 from ffnkit.tune.distil_data import Data
 from ffnkit.tune.distil_head import settle_heads
 from ffnkit.tune.distil_loss import distillation_loss
@@ -103,7 +104,13 @@ def distil(
     source = Data(data, collate, settings.batch_size, seed)
     total = source.steps(settings.epochs) if settings.steps is None else settings.steps
     state = State.load(out_dir, parameters, _run(settings, seed, total, parameters))
-    with only(student, parameters), in_eval(student), in_eval(teacher), shown("distilling", quiet=not progress) as step:
+    with (
+        only(student, parameters),
+        in_eval(student),
+        in_eval(teacher),
+        fast_products(student),
+        shown("distilling", quiet=not progress) as step,
+    ):
         _fit(student, teacher, source, settings, state, parameters, total, step)
     return _result(tuple(f.name for f in chosen), head, state, parameters, settings, total)
 

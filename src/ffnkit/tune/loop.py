@@ -23,6 +23,7 @@ from ffnkit.io.loading import no_bars
 from ffnkit.io.progress import Step
 from ffnkit.model.trainable import parts_of
 from ffnkit.nn.adapter_layer import adapter_layers, full_tensor
+from ffnkit.ops.products import fast_products
 from ffnkit.surgery.compressed import compressed_parameters
 from ffnkit.tasks.running import IGNORED, is_seq2seq, logits_of, target_counts
 from ffnkit.tune.sharding import load_whole, on_any_device
@@ -110,6 +111,10 @@ class Loop(Trainer):
             loss = loss + self._smoothing * confidence(logits_of(outputs), inputs["labels"], self.model)
         loss = loss if share is None else loss * share
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        with fast_products(model):
+            return super().training_step(model, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         made = super().create_optimizer(model)

@@ -80,6 +80,8 @@ def block_by_block(
         if record is not None:
             done |= record.read(moved)
             tell(len(done))
+        if progress is not None:
+            progress(len(done), len(found), "")
         for group in blocks.groups:
             fresh = [ffn for ffn in group if ffn.name not in done]
             if fresh:

@@ -20,6 +20,7 @@ from ffnkit.calibration.batches import Batch, kept
 from ffnkit.errors import FfnkitError
 from ffnkit.io.progress import counted, phase
 from ffnkit.ops.masks import unpacked
+from ffnkit.ops.products import fast_products
 from ffnkit.tune import zeros
 from ffnkit.tune.answers import Kind, kind_of
 from ffnkit.tune.distil_trains import in_eval
@@ -120,7 +121,7 @@ def heal(
         _check_adapters(model)
     parts, decide = _parts(data, held)
     first = decide[next(iter(decide))][0]
-    with in_eval(model), in_eval(original):
+    with in_eval(model), in_eval(original), fast_products(model):
         kind = kind_of(original, first)
         model = undone(model)
         rate = settings.learning_rate or rate_of(model, original, settings.trains)
