@@ -150,11 +150,40 @@ def batches() -> Iterator[list[dict[str, Tensor]]]:
 
 @pytest.mark.parametrize("method", [fk.CalibratedFusion(width=0.5), fk.Fusion(width=0.5, restarts=1)])
 def test_plans_and_healing_go_through(slow: None, method: Any, batches: list[dict[str, Tensor]]) -> None:
-    """Every product of the work is in float32, and the results are those of the narrow type to rounding."""
+    """Healing is in float32, and both models have their type afterwards, the original its bits."""
     family = FAMILIES["llama"]
     model, original = family.model().bfloat16(), family.model().bfloat16()
+    bits = {name: value.clone() for name, value in original.state_dict().items()}
+    fk.apply(model, fk.plan(model, method, data=batches if method.needs_data else None))
     with Seen() as seen:
-        fk.apply(model, fk.plan(model, method, data=batches if method.needs_data else None))
         found = fk.heal(model, original, batches, tokens=256)
-    assert found.steps and torch.float32 in seen.dtypes
-    assert next(model.parameters()).dtype is torch.bfloat16
+    assert found.steps and seen.dtypes == {torch.float32}
+    assert {p.dtype for p in (*model.parameters(), *original.parameters())} == {torch.bfloat16}
+    assert all(torch.equal(bits[name], value) for name, value in original.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_healing_takes_up_where_the_type_is_not_slow(
+    monkeypatch: pytest.MonkeyPatch, batches: list[dict[str, Tensor]]
+) -> None:
+    monkeypatch.setattr(products, "is_slow", lambda dtype: False)
+    family = FAMILIES["llama"]
+    model, original = family.model().bfloat16(), family.model().bfloat16()
+    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, restarts=1)))
+    with Seen() as seen:
+        fk.heal(model, original, batches, tokens=64)
+    assert torch.bfloat16 in seen.dtypes
+
+
+def test_a_model_has_its_type_again_whatever_happens(slow: None) -> None:
+    """Shared weights stay shared, buffers come too, and an error on the way changes nothing."""
+    model = FAMILIES["t5"].model().bfloat16()
+    bits = {name: value.clone() for name, value in model.state_dict().items()}
+    same = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    with pytest.raises(ZeroDivisionError), products.in_float32(model):
+        assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+        raise ZeroDivisionError
+    after = model.state_dict()
+    assert all(value.dtype is bits[name].dtype and torch.equal(value, bits[name]) for name, value in after.items())
+    together = [(a, b) for a in same for b in same if a < b and same[a] == same[b]]
+    assert together and all(after[a].data_ptr() == after[b].data_ptr() for a, b in together)

@@ -75,3 +75,26 @@ def fast_products(model: nn.Module) -> Iterator[None]:
         return
     with _Wide():
         yield
+
+
+def is_widened(tensor: Tensor) -> bool:
+    """Whether :func:`in_float32` turns it: on a CPU, in a type in which that is slow."""
+    return tensor.device.type == "cpu" and tensor.dtype in NARROW and is_slow(tensor.dtype)
+
+
+@contextmanager
+def in_float32(*models: nn.Module) -> Iterator[None]:
+    """Inside, these models are in float32 where their type is slow: for steps in which each weight is read many times.
+
+    Afterwards each tensor has its type again; one that was not written to, its bits. Memory: two bytes a number.
+    """
+    tensors = {id(t): t for model in models for t in (*model.parameters(), *model.buffers())}
+    narrow = [(tensor, tensor.dtype) for tensor in tensors.values() if is_widened(tensor)]
+    try:
+        for tensor, _ in narrow:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in narrow:
+            tensor.data = tensor.data.to(dtype)
+            tensor.grad = None

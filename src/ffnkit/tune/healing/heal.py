@@ -20,7 +20,7 @@ from ffnkit.calibration.batches import Batch, kept
 from ffnkit.errors import FfnkitError
 from ffnkit.io.progress import counted, phase
 from ffnkit.ops.masks import unpacked
-from ffnkit.ops.products import fast_products
+from ffnkit.ops.products import in_float32, is_widened
 from ffnkit.tune import zeros
 from ffnkit.tune.answers import Kind, kind_of
 from ffnkit.tune.distil_trains import in_eval
@@ -99,7 +99,8 @@ def heal(
     again.
 
     Memory beside the model: the original, and for each number that trains 12 bytes (8 in float32), its gradient and a
-    copy of the best state; the activations of a batch.
+    copy of the best state; the activations of a batch. On a CPU that is slow in the model's type both are in float32
+    meanwhile.
 
     Args:
         model: compressed by a plan, with the same outputs as its original.
@@ -121,7 +122,7 @@ def heal(
         _check_adapters(model)
     parts, decide = _parts(data, held)
     first = decide[next(iter(decide))][0]
-    with in_eval(model), in_eval(original), fast_products(model):
+    with in_eval(model), in_eval(original), in_float32(model, original):
         kind = kind_of(original, first)
         model = undone(model)
         rate = settings.learning_rate or rate_of(model, original, settings.trains)
@@ -174,10 +175,11 @@ def memory_of(model: nn.Module, original: nn.Module, settings: HealSettings) -> 
     from ffnkit.model.finding import ffns
 
     held = sum(p.numel() * p.element_size() for p in original.parameters())
+    held += sum(2 * p.numel() for each in (model, original) for p in each.parameters() if is_widened(p))
     if settings.trains == "lora":
         return held
     chosen = model.parameters() if settings.trains == "all" else (p for ffn in ffns(model) for p in ffn.parameters())
-    each = ((p.numel(), p.element_size()) for p in {id(p): p for p in chosen}.values())
+    each = ((p.numel(), 4 if is_widened(p) else p.element_size()) for p in {id(p): p for p in chosen}.values())
     return held + sum(count * (8 + 2 * size + (4 if size < 4 else 0)) for count, size in each)
 
 
