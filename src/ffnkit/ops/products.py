@@ -31,9 +31,14 @@ def is_slow(dtype: torch.dtype) -> bool:
     return dtype in NARROW and _seconds(dtype) > 1.2 * _seconds(torch.float32)
 
 
+def is_widened(tensor: Tensor) -> bool:
+    """Whether a tensor is on a CPU, in a type in which that is slow."""
+    return tensor.device.type == "cpu" and tensor.dtype in NARROW and is_slow(tensor.dtype)
+
+
 def _seconds(dtype: torch.dtype) -> float:
     """The shortest of a few tries: other work on the machine makes none of them shorter."""
-    one = torch.ones(SIZE, SIZE, dtype=dtype)
+    one = torch.ones(SIZE, SIZE, dtype=dtype, device="cpu")
     best = float("inf")
     with torch.no_grad():
         for _ in range(TRIES):
@@ -58,8 +63,8 @@ class _Wide(TorchDispatchMode):
 def _dtype(factors: tuple[Tensor, ...]) -> torch.dtype | None:
     """The type of a product, where it is better made in float32."""
     left, right = factors[-2:]
-    if left.dtype not in NARROW or left.device.type != "cpu" or not is_slow(left.dtype):
-        return None
+    if not is_widened(left) or any(type(each) not in (Tensor, nn.Parameter) for each in factors):
+        return None  # what is no plain tensor multiplies in its own way
     return left.dtype if min(*left.shape[-2:], right.shape[-1]) >= LEAST else None
 
 
@@ -70,16 +75,11 @@ def fast_products(model: nn.Module) -> Iterator[None]:
     Memory: the factors of one product in float32. Nothing changes on other devices, and where its type is not slow.
     """
     inside = any(isinstance(mode, _Wide) for mode in _get_current_dispatch_mode_stack())
-    if inside or not any(p.device.type == "cpu" and is_slow(p.dtype) for p in model.parameters()):
+    if inside or not any(is_widened(p) for p in model.parameters()):
         yield
         return
     with _Wide():
         yield
-
-
-def is_widened(tensor: Tensor) -> bool:
-    """Whether :func:`in_float32` turns it: on a CPU, in a type in which that is slow."""
-    return tensor.device.type == "cpu" and tensor.dtype in NARROW and is_slow(tensor.dtype)
 
 
 @contextmanager
