@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from test_cli import bert, good, table, verbosity  # noqa: F401 (fixtures)
@@ -17,6 +19,7 @@ from test_recipe_run import (
     recipe_of,
 )
 
+from ffnkit.budget.losses import EXPECTED, Losses
 from ffnkit.io import progress
 
 
@@ -62,6 +65,16 @@ def test_work_that_goes_on_does_not_begin_with_nothing(clock: Clock, capsys: pyt
         clock.now += 10
         step(902, 1000, "")
     assert capsys.readouterr().err == "training: 902 of 1000 after 10 s, about 16.3 min left\n"
+
+
+def test_what_comes_before_the_first_step_is_none(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    """A minute of preparation, then 5 s a layer: it was told as a minute a layer."""
+    with progress.shown("planning") as step:
+        clock.now += 60
+        step(0, 30, "")
+        clock.now += 5
+        step(1, 30, "")
+    assert capsys.readouterr().err.splitlines()[-1] == "planning: 1 of 30 after 65 s, about 2.4 min left"
 
 
 def test_one_long_step_is_seen_as_well(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -232,3 +245,17 @@ def test_only_stages_that_ran_are_on_the_page(folder: Path) -> None:  # noqa: F8
     whole, half = (said_of(tuned, name) for name in arms)
     assert whole["tuner"]["name"] == "full" and half["tuner"]["rank"] == 8
     assert "distilled" in half and "distilled" not in whole
+
+
+def test_no_end_is_told_once_there_are_more_steps_than_were_expected() -> None:
+    """A target's search does not know how many choices it will measure: "7 s left" was told for minutes."""
+    told: list[tuple[int, int]] = []
+    losses = object.__new__(Losses)
+    losses.space = cast(Any, SimpleNamespace(blocks=["a", "b"]))
+    losses._steps = itertools.count(1)
+    losses.progress = lambda done, total, what: told.append((done, total))
+    for _ in range(40):
+        losses.tell("a choice measured")
+    known = 4 + EXPECTED
+    assert told[: known - 1] == [(step, known) for step in range(1, known)]
+    assert all(total == 0 for _, total in told[known - 1 :]) and told[-1] == (40, 0)

@@ -286,7 +286,7 @@ class Losses:
         step = next(self._steps)
         if self.progress is not None:
             total = 2 * len(self.space.blocks) + EXPECTED  # how many choices there will be is not known
-            self.progress(step, max(step + 1, total), what)
+            self.progress(step, total if step < total else 0, what)
 
     # --- once more
 
