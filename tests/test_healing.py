@@ -240,6 +240,14 @@ def test_rows_of_a_task_count_by_their_length(bert: Path) -> None:
         parts, held = healing_data(model, tokenizer, settings(tokens=4000), CalibrationSettings(max_length=32), **own)
         assert least <= max(len(batch["input_ids"]) for batch in parts[0][0]) <= most
         assert sum(map(module.size_of, held["sst2"])) >= 600
+        parts, held = healing_data(
+            model,
+            tokenizer,
+            settings(tokens=4000),
+            CalibrationSettings(max_length=32),
+            **own | {"dev": rows.select([])},
+        )
+        assert held == {} and least <= max(len(batch["input_ids"]) for batch in parts[0][0]) <= most
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

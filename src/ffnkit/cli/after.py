@@ -152,7 +152,9 @@ class After:
         if (settings := self.settings) is not None:
             result = self._healed(model, settings, source, dtype, calibration)
             report["healing"] = result.to_dict()
-            told = {**settings.model_dump(), "learning_rate": result.learning_rate, "kept after tokens": result.kept_at}
+            given = {name: value for name, value in settings.model_dump().items() if value is not None}
+            chosen = {"learning_rate": result.learning_rate, "steps": result.steps}
+            told = {**given, **chosen, "kept after tokens": result.kept_at}
             history = replace(history, healing=told)
             cost = said.compare(model, "healed") if said is not None else None
         if cost is not None:

@@ -35,7 +35,8 @@ def healing_data(
     ffnkit; with a task, its rows. Each is read again as often as its tokens need.
 
     Args:
-        task, rows, dev: a task, rows to learn from and rows to decide on, where the calibration names no file.
+        task, rows, dev: a task, rows to learn from and rows to decide on, where the calibration names no file. Where
+            there are none to decide on, there is no held-out text: :func:`.heal.heal` keeps some of the others apart.
 
     Raises:
         FfnkitError: a file that cannot be read or has no text; no tokenizer for a text.
@@ -45,9 +46,11 @@ def healing_data(
     if calibration.text is None and task is not None:
         held = own.model_copy(update={"tokens": HELD, "batch_size": ROWS})
         decide = calibration_batches(model, tokenizer, held, task=task, rows=dev)
-        size = sum(map(size_of, decide)) / sum(len(next(iter(batch.values()))) for batch in decide)  # of a row
+        some = decide or calibration_batches(model, tokenizer, held, task=task, rows=rows)
+        size = sum(map(size_of, some)) / sum(len(next(iter(batch.values()))) for batch in some)  # of a row
         own = own.model_copy(update={"batch_size": settings.texts_a_step(size)})
-        return [(calibration_batches(model, tokenizer, own, task=task, rows=rows, seed=seed), 1.0)], {task.name: decide}
+        learned = calibration_batches(model, tokenizer, own, task=task, rows=rows, seed=seed)
+        return [(learned, 1.0)], {task.name: decide} if decide else {}
     own = own.model_copy(update={"batch_size": settings.texts_a_step(length)})
     many = own.model_copy(update={"text": None})
     share = 1.0 if calibration.text is None else calibration.mix
