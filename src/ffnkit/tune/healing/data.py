@@ -45,7 +45,7 @@ def healing_data(
     own = calibration.model_copy(update={"tokens": settings.tokens, "max_length": length, "mix": 0.0})
     if calibration.text is None and task is not None:
         held = own.model_copy(update={"tokens": HELD, "batch_size": ROWS})
-        decide = calibration_batches(model, tokenizer, held, task=task, rows=dev)
+        decide = calibration_batches(model, tokenizer, held, task=task, rows=dev) if dev else []
         some = decide or calibration_batches(model, tokenizer, held, task=task, rows=rows)
         size = sum(map(size_of, some)) / sum(len(next(iter(batch.values()))) for batch in some)  # of a row
         own = own.model_copy(update={"batch_size": settings.texts_a_step(size)})
