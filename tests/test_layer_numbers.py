@@ -21,13 +21,13 @@ from torch import nn
 
 import ffnkit as fk
 from ffnkit.errors import FfnkitError
+from ffnkit.io.config_text import written
 from ffnkit.methods.drop.layers import LayerDrop
 from ffnkit.methods.narrow.selection import Magnitude
 from ffnkit.model import probe, running
 from ffnkit.model.attention import attentions
 from ffnkit.model.config_keys import width_keys
 from ffnkit.model.finding import ffns
-from ffnkit.model.fresh import written
 
 TEXT = {
     "vocab_size": 99, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2,

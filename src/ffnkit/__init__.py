@@ -153,6 +153,7 @@ def _register_hooks() -> None:
     from ffnkit._late import after_import
 
     after_import("transformers.quantizers.auto", "ffnkit.checkpoint.hook")
+    after_import("transformers.modeling_utils", "ffnkit.checkpoint.drawn")
     after_import("peft.tuners.tuners_utils", "ffnkit.surgery.beside_peft")
     for name in _CLASSIFIED:  # the config is what an Auto class asks for first
         config, model = (f"transformers.models.{name}.{part}_{name}" for part in ("configuration", "modeling"))

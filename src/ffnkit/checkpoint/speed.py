@@ -11,10 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ffnkit.calibration.latency import Latencies, Spread, latencies
+from ffnkit.io.config_text import read
 from ffnkit.model.config_keys import spread
 from ffnkit.model.config_values import write
 from ffnkit.model.ffn import FFN
-from ffnkit.model.fresh import built, read
+from ffnkit.model.fresh import built
 from ffnkit.surgery.description import Keys
 
 TOKENS = 128

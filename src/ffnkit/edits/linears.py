@@ -34,7 +34,7 @@ class LinearEdit(Edit):
 
     @classmethod
     def blank(cls: type[Own], ffn: FFN, site: str, row: dict[str, Any]) -> Own:
-        """The edit with arbitrary numbers: the structure that a config describes by ``row``."""
+        """The structure that a config describes by ``row``; a factor of ones, a bias and a difference of zeros."""
         raise NotImplementedError
 
     def pieces(self) -> tuple[Tensor, ...]:
@@ -81,7 +81,7 @@ class ScaleInputs(LinearEdit):
     @classmethod
     def blank(cls, ffn: FFN, site: str, row: dict[str, Any]) -> ScaleInputs:
         weight = ffn.oriented(site)
-        return cls(ffn.name, site, weight.new_empty(*weight.shape[:-2], weight.shape[-1]))
+        return cls(ffn.name, site, weight.new_ones(*weight.shape[:-2], weight.shape[-1]))
 
     @classmethod
     def build(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> ScaleInputs:

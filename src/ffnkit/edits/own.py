@@ -47,8 +47,10 @@ class KeepOwn(LinearEdit):
     def blank(cls, ffn: FFN, site: str, row: dict[str, Any]) -> KeepOwn:
         weight, bias = ffn.oriented(site), ffn.linear(site).bias
         (out, inner), rank = weight.shape, row.get("rank", 0)
-        pair = (weight.new_empty(rank, inner), weight.new_empty(out, rank)) if rank else (None, None)
-        return cls(ffn.name, site, weight.new_empty(inner), None if bias is None else weight.new_empty(out), *pair)
+        first = weight.new_empty(rank, inner).normal_(std=inner**-0.5) if rank else None
+        second = weight.new_zeros(out, rank) if rank else None
+        own_bias = None if bias is None else weight.new_zeros(out)
+        return cls(ffn.name, site, weight.new_ones(inner), own_bias, first, second)
 
     def saved(self, shape: Shape) -> int:
         added = (self.scale, self.first, self.second)  # a bias was there before

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.config_text import written
 
 SHOWN = 3  # names in an error
 FITS = "Use a checkpoint whose config.json fits its weights"
@@ -76,6 +76,6 @@ def _tensors(model: Any, architectures: list[str]) -> set[str] | None:
         return None
     try:
         with torch.device("meta"):
-            return set(cls(copy.deepcopy(model.config)).state_dict())
+            return set(cls(written(model.config)).state_dict())
     except Exception:  # whatever a class makes of a config that is not its own
         return None

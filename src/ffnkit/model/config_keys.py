@@ -12,6 +12,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ffnkit.io.config_text import read, written
 from ffnkit.model.config_values import (
     Key,
     Place,
@@ -27,7 +28,7 @@ from ffnkit.model.config_values import (
 from ffnkit.model.families.keys import OPTIONAL_WIDTH_KEYS, WIDTH_KEYS, WIDTH_KEYS_OF_PARTS
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
-from ffnkit.model.fresh import built, read, shapes, written
+from ffnkit.model.fresh import built, shapes
 from ffnkit.model.linear import walk
 
 

@@ -6,13 +6,14 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ffnkit.io.config_text import written
 from ffnkit.model.attention import Attention, attentions
 from ffnkit.model.config_values import config_tree, config_value
 from ffnkit.model.finding import ffns
+from ffnkit.model.fresh import built
 from ffnkit.model.linear import features, is_linear
 from ffnkit.nn.pruned_attention import prune_attention
 
@@ -34,10 +35,7 @@ def settle(model: PreTrainedModel) -> None:
     try:
         for each in _speaking(config, found[0]):
             _say(each, heads, kv_heads, width)
-        read = type(config).from_dict(config.to_dict())  # as it would be opened
-        with torch.device("meta"):
-            fresh = type(model)(copy.deepcopy(read))
-        if not _alike(model, fresh):
+        if not _alike(model, built(type(model), written(config))):  # as it would be opened
             return
     except Exception:  # whatever the config's class raises: it does not bear it
         return

@@ -16,10 +16,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.config_text import written
 from ffnkit.model.config_keys import candidates
 from ffnkit.model.config_values import config_tree, overrides
 from ffnkit.model.families.keys import DEPTH_KEYS, HIDDEN_STATE_KEYS, SPECIAL_TOKEN
-from ffnkit.model.fresh import built, written
+from ffnkit.model.fresh import built
 from ffnkit.model.layer_reads import Reads, reads
 from ffnkit.model.linear import walk
 

@@ -13,8 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ffnkit.edits import Edit
 from ffnkit.errors import FfnkitError
+from ffnkit.io.config_text import written
 from ffnkit.model import probe, running
-from ffnkit.model.fresh import built, written
+from ffnkit.model.fresh import built
 from ffnkit.model.linear import walk
 from ffnkit.nn.adapter_layer import adapter_layers
 from ffnkit.nn.grouped_experts import are_uneven, run_by_loop, run_uneven_experts

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from ffnkit.edits import Edit
 from ffnkit.edits.base import Stage
 from ffnkit.errors import FfnkitError
+from ffnkit.io.config_text import written
 from ffnkit.io.loading import no_bars
 from ffnkit.model import probe, running
 from ffnkit.model.finding import block_name
-from ffnkit.model.fresh import written
 from ffnkit.model.layer_reads import reads
 from ffnkit.nn.adapter_layer import plain_state
 from ffnkit.nn.grouped_experts import run_uneven_experts

@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ffnkit as fk
+from ffnkit.io.config_text import written
 from ffnkit.io.formats import is_compact
+from ffnkit.model.fresh import built
 from ffnkit.nn.pruned_attention import plain_class
 from ffnkit.plans import Plan
 from ffnkit.testing.contract import (
@@ -37,8 +38,7 @@ def check_usual(model: Any, original: Any, name: str) -> None:
     original, or, where something was removed, those of a fresh model of its config."""
     names, reference = set(model.state_dict()), original
     if names != set(original.state_dict()):
-        with torch.device("meta"):
-            reference = type(model)(model.config)
+        reference = built(type(model), written(model.config))
         odd = sorted(names ^ set(reference.state_dict()))
         what = f"{odd[:1]} is not both there and in a fresh model of its config"
         require(not odd, "the config says what there is", what)
