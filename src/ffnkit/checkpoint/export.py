@@ -29,6 +29,7 @@ from ffnkit.checkpoint.standard import (
 from ffnkit.checkpoint.verify import verify
 from ffnkit.errors import FfnkitError
 from ffnkit.io.architectures import is_own
+from ffnkit.io.backends import check_writes
 from ffnkit.io.conversions import into_files
 from ffnkit.io.files import SHARD, are_in_files
 from ffnkit.io.folders import staging
@@ -117,6 +118,7 @@ def export(
     if are_in_files():
         save_pretrained_kwargs = {"max_shard_size": SHARD, **save_pretrained_kwargs}
     check_untouched(model, f"exporting {type(model).__name__}")
+    check_writes(model, f"exporting {type(model).__name__}")
     check_weights(model, type(model).__name__)
     found = ffns(model)
     keys = width_keys(model, found)

@@ -25,10 +25,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ffnkit.errors import FfnkitError
 from ffnkit.io import apart
+from ffnkit.io.backends import method_of, quantizer_errors
 from ffnkit.io.compact import check_described
 from ffnkit.io.formats import FORMAT, MARK, QUANT_METHOD, is_compact
+from ffnkit.io.loading import open_errors
 
 logger = logging.getLogger(__name__)
+_QUANTIZED = "opening a compact checkpoint quantized"
 
 # ``surgery`` is imported when first used: this module may be loaded in the middle of transformers'
 # own import, when the modules that they need are not there yet.
@@ -106,9 +109,16 @@ class FfnkitQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.inner: HfQuantizer | None = None
         if quantization_config.base is not None:
-            config = AutoQuantizationConfig.from_dict(copy.deepcopy(quantization_config.base))
-            self.inner = AutoHfQuantizer.from_config(config, pre_quantized=quantization_config.base_done)
+            with open_errors(_QUANTIZED):  # the config itself may ask for the method's package
+                config = AutoQuantizationConfig.from_dict(copy.deepcopy(quantization_config.base))
+            with quantizer_errors(_QUANTIZED, config):
+                self.inner = AutoHfQuantizer.from_config(config, pre_quantized=quantization_config.base_done)
             self.pre_quantized = self.inner.pre_quantized
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if self.inner is not None:
+            with quantizer_errors(_QUANTIZED, self.inner.quantization_config):
+                self.inner.validate_environment(*args, **kwargs)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from ffnkit.checkpoint import contents, placement
@@ -128,7 +138,8 @@ class FfnkitQuantizer(HfQuantizer):
             contents.check_contents(model, described, stored)
         placement.check_map(model, described, kwargs.get("device_map"))
         if self.inner is not None:  # before the declaration: quantizers leave out what is tied
-            self.inner.preprocess_model(model, **kwargs)
+            with quantizer_errors(_QUANTIZED, self.inner.quantization_config):
+                self.inner.preprocess_model(model, **kwargs)
             _leave_packing(model)
         declare(model, described)
         return model
@@ -178,7 +189,10 @@ class FfnkitQuantizer(HfQuantizer):
     # --- what the nested quantizer decides, where there is one
 
     def is_serializable(self) -> bool:
-        return self.inner is None or bool(self.inner.is_serializable())
+        writes = self.inner is None or bool(self.inner.is_serializable())
+        if self.inner is not None and not writes:  # transformers' error takes us for the quantization
+            logger.warning("%s writes no checkpoints of what it quantized", method_of(self.inner.quantization_config))
+        return writes
 
     def get_state_dict_and_metadata(self, model: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """What is written of a quantized model: of a shared FFN the first place alone, with what lies beside it.
@@ -241,7 +255,7 @@ def _nested(merge: Callable[..., Any]) -> Callable[..., Any]:
             return merge(quantization_config, quantization_config_from_args)
         if quantization_config.get("base") is not None:
             do = "Open it without quantization_config, or quantize the compact checkpoint that it was made of"
-            raise FfnkitError("opening a compact checkpoint quantized", "it is quantized already", do)
+            raise FfnkitError(_QUANTIZED, "it is quantized already", do)
         return FfnkitConfig.from_dict({**quantization_config, "base": quantization_config_from_args.to_dict()})
 
     return merged
@@ -328,7 +342,6 @@ for _name in (
     "get_new_dtype",
     "adjust_max_memory",
     "param_needs_quantization",
-    "validate_environment",
     "update_parallel_plan",
     "update_attn_implementation",
     "get_quantize_ops",

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
 
 from ffnkit.errors import FfnkitError
-from ffnkit.io.architectures import load_any, read_config
-from ffnkit.io.formats import is_compact
-from ffnkit.io.loading import HUB
+from ffnkit.io.architectures import load_any
+from ffnkit.io.loading import open_errors
 from ffnkit.surgery.apply import fold as fold_model
 
 
@@ -35,15 +35,8 @@ def load(directory: str | Path, *, fold: bool = False, **kwargs: Any) -> PreTrai
     if fold and quantization is not None:
         found = "what is quantized cannot be folded exactly"
         raise FfnkitError("load(fold=True, quantization_config=...)", found, "Fold first, save, and quantize that")
-    if quantization is not None:
-        others = {key: value for key, value in kwargs.items() if key not in ("quantization_config", "config")}
-        config, rest = kwargs.get("config"), others
-        if config is None:
-            config, rest = read_config(name, return_unused_kwargs=True, **others)
-        described: Any = getattr(config, "quantization_config", None)
-        if is_compact(described):
-            data = quantization if isinstance(quantization, dict) else quantization.to_dict()
-            config.quantization_config = {**described, "base": data, "base_done": False}
-            kwargs = {**rest, **{key: others[key] for key in HUB if key in others}, "config": config}
+    if isinstance(quantization, dict):
+        with open_errors(f"model {name}"):
+            kwargs["quantization_config"] = AutoQuantizationConfig.from_dict(quantization)
     model = load_any(name, **kwargs)
     return fold_model(model) if fold else model

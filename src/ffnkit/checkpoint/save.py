@@ -12,6 +12,7 @@ from ffnkit.checkpoint.companions import write_companions
 from ffnkit.checkpoint.dtypes import tell_recast, write_dtypes
 from ffnkit.io.apart import ADAPTER, BASE
 from ffnkit.io.architectures import is_own
+from ffnkit.io.backends import check_writes
 from ffnkit.io.conversions import into_files
 from ffnkit.io.files import SHARD, are_in_files
 from ffnkit.io.folders import staging
@@ -53,6 +54,7 @@ def save(
     if added_to(model):
         return _save_with_added(model, directory, tokenizer, card, **save_pretrained_kwargs)
     check_untouched(model, f"saving {type(model).__name__}")
+    check_writes(model, f"saving {type(model).__name__}")
     check_weights(model, type(model).__name__)
     _sync_config(model)
     tell_recast(model)

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from ffnkit.errors import FfnkitError
 from ffnkit.io import placing, quickstart
 from ffnkit.io.apart import ADAPTERS, base_of, is_apart, with_updates
+from ffnkit.io.backends import is_of_quantizer, quantizer_reason
 from ffnkit.io.conversions import forget_few_bits, from_few_bits
 from ffnkit.io.fitting import check_fits, is_head
 from ffnkit.io.progress import phase
@@ -361,6 +362,8 @@ def _near(name: str) -> str | None:
 def _reason(error: Exception) -> tuple[str, str]:
     """What was found, and what to do, for an error of from_pretrained."""
     text = str(error)
+    if is_of_quantizer(error):
+        return quantizer_reason(error)
     if "connect" in text.lower() or "LocalEntryNotFound" in text or "offline mode" in text:
         found = f"{_NOT_HERE}; it is not in the cache, and the hub cannot be reached"
         return found, "Check the path; for a model of the hub connect to the network"
@@ -377,6 +380,8 @@ def _reason(error: Exception) -> tuple[str, str]:
     if "size mismatch" in text:
         line = next((part.strip() for part in text.splitlines() if "size mismatch" in part), "sizes do not match")
         return line.rstrip("."), "Use a checkpoint whose config.json fits its weights and the task"
+    if isinstance(error, ImportError) and "pip install" in text:
+        return _first_line(error), "Install what its code needs in this environment"
     if "no file named" in text:
         return _first_line(error), "Name a folder that save_pretrained wrote"
     return _first_line(error), "Check the name and the files of the model"
