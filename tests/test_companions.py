@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from typer.testing import CliRunner
 
 import ffnkit as fk
+from ffnkit import tasks
 from ffnkit.cli.program import app
 from ffnkit.errors import FfnkitError
+from ffnkit.io.loading import hub_reachable
+from ffnkit.io.snapshots import folder_of
 
 HALF = ("--method", "fusion", "--set", "width=0.5", "--cost-tokens", "0")
 TRAVELS = {
@@ -101,6 +105,44 @@ def test_a_subfolder_is_a_model_with_files_of_its_own(source: Path, tmp_path: Pa
     assert inside(tmp_path / "again") >= TRAVELS and "of_the_whole.txt" not in inside(tmp_path / "again")
     wanted = AutoModel.from_pretrained(tmp_path / "whole", subfolder="inner").state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in opened.state_dict().items())
+
+
+@pytest.fixture
+def cached(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache of the hub with two revisions of org/several: another model's files at the root, the model in inner/."""
+    repository = tmp_path / "hub" / "models--org--several"
+    for revision, commit in (("main", "a" * 40), ("v1", "b" * 40)):
+        inner = repository / "snapshots" / commit / "inner"
+        shutil.copytree(source / "model", inner)
+        (inner / "chat_template.jinja").write_text(revision)
+        for name in ("tokenizer.json", "preprocessor_config.json", "chat_template.jinja", "of_the_whole.txt"):
+            (inner.parent / name).write_text("of another")
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub_reachable.cache_clear()
+    yield tmp_path / "hub"
+    hub_reachable.cache_clear()
+
+
+@pytest.mark.parametrize("revision", ["main", "v1", "b" * 40])
+def test_files_of_a_hub_name_are_those_of_the_subfolder_and_the_revision(
+    source: Path, cached: Path, tmp_path: Path, revision: str
+) -> None:
+    how = {"subfolder": "inner", "revision": revision, "cache_dir": str(cached)}
+    for number, open_one in enumerate((fk.load, tasks.get("sst2").load_model)):
+        model: Any = open_one("org/several", **how)
+        fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, restarts=1)))
+        for write in (fk.save, fk.export):
+            out = tmp_path / f"{write.__name__}-{number}"
+            write(model, out)
+            found = inside(out)
+            assert found >= TRAVELS | {"tokenizer.json"} and not (STAYS | {"of_the_whole.txt"}) & found
+            assert (out / "chat_template.jinja").read_text() == ("main" if revision == "main" else "v1")
+            assert AutoTokenizer.from_pretrained(out).get_vocab()
+    whole = folder_of("org/several", revision=revision, cache_dir=str(cached))
+    assert whole is not None and (whole / "of_the_whole.txt").is_file()  # the control
+    assert folder_of("org/several", "other", cache_dir=str(cached)) is None
 
 
 def test_a_folder_inside_the_source_is_not_copied_into_itself(source: Path) -> None:

@@ -15,7 +15,7 @@ from ffnkit.io.files import read_json
 from ffnkit.io.loading import load_tokenizer
 from ffnkit.io.manifest import FILE
 from ffnkit.io.sentences import MODULES, OWN, SETTINGS, SentenceFolder, sentence_folder
-from ffnkit.io.snapshots import WEIGHTS, folder_of, name_of
+from ffnkit.io.snapshots import WEIGHTS, source_of
 
 # Of a tokenizer: where one is given, it has written what holds, and older files beside it would not.
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -43,8 +43,7 @@ def write_companions(model: Any, directory: Path, tokenizer: Any) -> None:
     """
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    name = name_of(model)
-    source = folder_of(name) if name else None
+    source = source_of(model)
     if source is None:
         return
     held = sentence_folder(source)

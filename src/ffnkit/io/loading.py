@@ -91,6 +91,7 @@ def load_with_info(auto_class: Any, name_or_dir: str | Path, **kwargs: Any) -> t
     _check_numbers(model, name)
     check_weights(model, name)
     _note_drawn(model, info)
+    model._ffnkit_opened = {key: kwargs[key] for key in ("revision", "cache_dir", "subfolder") if kwargs.get(key)}
     if "experts_implementation" not in kwargs:
         run_uneven_experts(model)
     return with_updates(model, name_or_dir), info

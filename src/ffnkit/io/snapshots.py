@@ -23,21 +23,33 @@ def name_of(model: Any) -> str:
     return str(getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "") or "")
 
 
-def folder_of(name: str, **hub: Any) -> Path | None:
+def source_of(model: Any) -> Path | None:
+    """The folder of the other files of where a model came from, in the revision and subfolder that ffnkit opened.
+
+    None as :func:`folder_of`.
+    """
+    name = name_of(model)
+    return folder_of(name, **getattr(model, "_ffnkit_opened", {})) if name else None
+
+
+def folder_of(name: str, subfolder: str = "", **hub: Any) -> Path | None:
     """The folder of a model's other files; of a hub name those that are not in the cache are fetched, where it answers.
 
     None where there is none. Weights are not fetched, but those of the modules behind a sentence-transformers model.
 
     Args:
+        subfolder: the model's place in there. Files beside it are of another model: transformers looks for none there.
         hub: as for ``huggingface_hub.snapshot_download`` (revision, cache_dir, token).
     """
     if os.path.isdir(name):
-        return Path(name)
-    folder = _snapshot(name, ignore_patterns=list(WEIGHTS), **hub)
-    held = sentence_folder(folder) if folder is not None else None
-    if held is not None and (behind := [f"{row['path']}/*" for row in held.behind if row["path"]]):
-        _snapshot(name, allow_patterns=behind, **hub)
-    return folder
+        return place if (place := Path(name) / subfolder).is_dir() else None
+    whole = _snapshot(name, ignore_patterns=list(WEIGHTS), **hub)
+    if whole is None or not (whole / subfolder).is_dir():
+        return None
+    held = sentence_folder(whole / subfolder)
+    if held is not None and (behind := [held.root / row["path"] for row in held.behind if row["path"]]):
+        _snapshot(name, allow_patterns=[f"{path.relative_to(whole).as_posix()}/*" for path in behind], **hub)
+    return whole / subfolder
 
 
 def _snapshot(name: str, **how: Any) -> Path | None:

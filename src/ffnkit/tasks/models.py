@@ -79,7 +79,7 @@ def _stored_labels(name_or_dir: str | Path, kwargs: dict[str, Any]) -> list[str]
 def _config(name_or_dir: str | Path, kwargs: dict[str, Any]) -> Any:
     from ffnkit.io.architectures import read_config
 
-    known = {key: kwargs[key] for key in ("trust_remote_code", "revision", "token", "cache_dir") if key in kwargs}
+    known = {key: kwargs[key] for key in loading.HUB if key in kwargs}
     return read_config(str(name_or_dir), **known)
 
 

@@ -107,7 +107,7 @@ class Writer:
 
         from ffnkit.io.architectures import read_config
 
-        known = {key: kwargs[key] for key in ("trust_remote_code", "revision", "token", "cache_dir") if key in kwargs}
+        known = {key: kwargs[key] for key in loading.HUB if key in kwargs}
         auto = self.auto_class(read_config(str(name_or_dir), **known))
         model, info = loading.load_with_info(auto, name_or_dir, **{"dtype": torch.float32, **kwargs})
         absent = [key for key in info.get("missing_keys", ()) if is_head(model, key)]
