@@ -13,14 +13,17 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from families import FAMILIES
 from test_cli import bert, good, table, verbosity  # noqa: F401 (fixtures)
 from test_recipe_run import (
     folder,  # noqa: F401 (a fixture)
     recipe_of,
 )
 
+import ffnkit
 from ffnkit.budget.losses import EXPECTED, Losses
 from ffnkit.io import progress
+from ffnkit.io.folders import staging
 
 
 @pytest.fixture
@@ -75,6 +78,16 @@ def test_what_comes_before_the_first_step_is_none(clock: Clock, capsys: pytest.C
         clock.now += 5
         step(1, 30, "")
     assert capsys.readouterr().err.splitlines()[-1] == "planning: 1 of 30 after 65 s, about 2.4 min left"
+
+
+def test_once_all_steps_are_done_none_is_left(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    """What goes on then is something else, such as the evaluation after the last step: "0 s left" was told for it."""
+    with progress.shown("training") as step:
+        for number in (1, 2):
+            clock.now += 6
+            step(number, 2, "")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["training: 1 of 2 after 6 s, about 6 s left", "training: 2 of 2 after 12 s"]
 
 
 def test_one_long_step_is_seen_as_well(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -259,3 +272,16 @@ def test_no_end_is_told_once_there_are_more_steps_than_were_expected() -> None:
     known = 4 + EXPECTED
     assert told[: known - 1] == [(step, known) for step in range(1, known)]
     assert all(total == 0 for _, total in told[known - 1 :]) and told[-1] == (40, 0)
+
+
+def test_folders_have_the_names_that_their_user_gave(
+    every_step: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Commands write a model into a folder that is put in place when all of it is there."""
+    model: Any = FAMILIES["bert"].model()
+    with progress.shown("work"), staging(tmp_path / "out") as outer, staging(outer / "a") as inner:
+        ffnkit.save(model, inner)
+        ffnkit.export(model, outer / "b")
+    said = capsys.readouterr().err
+    assert f"saving {tmp_path / 'out' / 'a'}" in said and f"exporting {tmp_path / 'out' / 'b'}" in said
+    assert "ffnkit-tmp" not in said

@@ -32,7 +32,7 @@ from ffnkit.io.architectures import is_own
 from ffnkit.io.backends import check_writes
 from ffnkit.io.conversions import into_files
 from ffnkit.io.files import SHARD, are_in_files
-from ffnkit.io.folders import staging
+from ffnkit.io.folders import as_named, staging
 from ffnkit.io.loading import check_weights, no_bars
 from ffnkit.io.progress import phase
 from ffnkit.model.attention import attentions
@@ -127,7 +127,7 @@ def export(
     own = {id(t): t for t in [*model.parameters(), *_persistent_buffers(model)]}
     numbers = sum(p.numel() for p in model.parameters())
     _say_growth(model, found, form, numbers)
-    with phase(f"exporting {directory}"), staging(directory) as temporary:
+    with phase(f"exporting {as_named(directory)}"), staging(directory) as temporary:
         with torch.device("meta"):
             skeleton = form.kind(form.config)
         if (generation := standard_generation_config(model)) is not None:

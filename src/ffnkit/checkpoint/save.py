@@ -15,7 +15,7 @@ from ffnkit.io.architectures import is_own
 from ffnkit.io.backends import check_writes
 from ffnkit.io.conversions import into_files
 from ffnkit.io.files import SHARD, are_in_files
-from ffnkit.io.folders import staging
+from ffnkit.io.folders import as_named, staging
 from ffnkit.io.loading import check_weights, no_bars
 from ffnkit.io.progress import phase
 from ffnkit.model.finding import ffns, has_ffns
@@ -62,7 +62,7 @@ def save(
         save_pretrained_kwargs = {"max_shard_size": SHARD, **save_pretrained_kwargs}
     if adapter_layers(model):  # weights are saved with the updates in them
         save_pretrained_kwargs = {"state_dict": plain_state(model), **save_pretrained_kwargs}
-    with phase(f"saving {directory}"), no_bars(), staging(directory) as temporary:
+    with phase(f"saving {as_named(directory)}"), no_bars(), staging(directory) as temporary:
         into_files(model)
         model.save_pretrained(temporary, **save_pretrained_kwargs)
         write_dtypes(model, temporary)

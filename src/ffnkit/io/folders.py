@@ -78,9 +78,23 @@ def staging(target: str | Path, kind: str = "model") -> Iterator[Path]:
     with disk_errors(target), made(where), workspace(where, "" if inside else real.name) as place:
         new = place / NEW
         new.mkdir()
-        yield new
+        _targets[new] = target
+        try:
+            yield new
+        finally:
+            del _targets[new]
         _finish(new, real, kind)
         (_fill if inside else _replace)(new, real, kind)
+
+
+_targets: dict[Path, Path] = {}  # where what is being built will be
+
+
+def as_named(folder: str | Path) -> str:
+    """A folder as its user named it, where what is built in it takes another one's place later."""
+    path = Path(folder)
+    new = next((each for each in (path, *path.parents) if each in _targets), None)
+    return str(folder) if new is None else as_named(_targets[new] / path.relative_to(new))
 
 
 def _is_there(path: Path) -> bool:

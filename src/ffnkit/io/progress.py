@@ -167,7 +167,7 @@ class _Part:
 
     def left(self) -> float | None:
         """Seconds that it will take yet, counted from the last step; None where that cannot be told."""
-        if self.done == self.base or self.total < self.done:
+        if self.done == self.base or self.total <= self.done:  # once all are done, what goes on is something else
             return None
         return (self.last - self.since) * (self.total - self.done) / (self.done - self.base)
 
