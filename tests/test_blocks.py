@@ -141,6 +141,17 @@ def test_what_works_between_up_and_down_is_refused() -> None:
     sizes = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4}
     with pytest.raises(FfnkitError, match="a norm, a convolution or"):
         ffns(transformers.SegformerModel(transformers.SegformerConfig(**sizes)))
+    # No row is proposed for what it would not hold for; the control has the same names and no convolution.
+    sizes = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_attention_heads": [1, 2], "num_encoder_blocks": 2}
+    patches = {"patch_sizes": [4, 2], "strides": [4, 2], "mlp_ratios": [4, 4]}
+    for name in ("GLPN", "PvtV2"):
+        shrink = {"sr_ratios": [2, 1]}
+        config = getattr(transformers, f"{name}Config")(**sizes, **patches, **shrink)
+        with pytest.raises(FfnkitError, match="a norm, a convolution or") as caught:
+            ffns(getattr(transformers, f"{name}Model")(config))
+        assert "LAYOUTS" not in str(caught.value)
+    plain = transformers.PvtConfig(**sizes, **patches, sequence_reduction_ratios=[2, 1], image_size=32)
+    assert [ffn.width for ffn in ffns(transformers.PvtModel(plain))] == [32, 64]
     # The controls: norms behind the FFN, in its output module, do no harm.
     query = transformers.InstructBlipQFormerConfig(**SMALL, encoder_hidden_size=16)
     assert len(ffns(transformers.InstructBlipQFormerModel(query))) == 2

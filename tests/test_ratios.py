@@ -27,6 +27,10 @@ IMAGE = {"image_size": 16, "patch_size": 4, "num_labels": 3}
 PLAIN = {"hidden_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
 STAGES = {"embed_dim": 12, "depths": [1, 2]}
 SWIN = {**STAGES, "num_heads": [2, 2], "window_size": 2}
+PVT = {
+    "num_encoder_blocks": 2, "depths": [1, 2], "hidden_sizes": [12, 24], "num_attention_heads": [1, 2],
+    "sequence_reduction_ratios": [2, 1], "patch_sizes": [4, 2], "strides": [4, 2], "mlp_ratios": [4, 4],
+}  # fmt: skip
 VISION = {"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": 4, "hidden_size": 16}
 TEXT = {
     "vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -41,6 +45,7 @@ FAMILIES: dict[str, tuple[Any, Any, bool]] = {
         lambda: T.FocalNetConfig(**IMAGE, **STAGES, focal_levels=[1, 1], focal_windows=[1, 1]),
         False,
     ),
+    "pvt": (T.PvtForImageClassification, lambda: T.PvtConfig(**{**IMAGE, **PVT}), True),
     "dinov2": (T.Dinov2ForImageClassification, lambda: T.Dinov2Config(**IMAGE, **PLAIN), True),
     "dinov2_with_registers": (
         T.Dinov2WithRegistersForImageClassification,

@@ -214,16 +214,17 @@ def _top_k(model: nn.Module, owner: nn.Module, layer: int) -> int:
 def _unknown(model: nn.Module) -> FfnkitError:
     """The error for a model without a known FFN, with the mirrored linears that it has."""
     name = type(model).__name__
-    between, *_ = next(with_middle(model), (None,))
-    if between is not None:
+    pairs = list(mirrored(model))
+    between = [owner for owner, *_ in with_middle(model)] + [pair[0] for pair in pairs if are_joined(model, *pair)]
+    pairs = [pair for pair in pairs if pair[0] not in between]
+    if between and not pairs:
         what = "a norm, a convolution or a further linear"
-        found = f"in '{between}' {what} works on the hidden neurons, so none can go alone"
+        found = f"in '{between[0]}' {what} works on the hidden neurons, which no edit goes along with"
         return FfnkitError(f"the FFNs of {name}", found, "Use a model without one")
     deep = [p for p, value in model.named_parameters() if "expert" in p and (value.ndim == 3 or p[-7:] != ".weight")]
     if deep:
         found = f"its experts lie in parameters of a form that is not known, such as {deep[0]}"
         return FfnkitError(f"the FFNs of {name}", found, "Use a model of another family")
-    pairs = list(mirrored(model))
     if not pairs:
         return FfnkitError(f"the FFNs of {name}", "it has no pair of linears d -> ff -> d", "Name a transformer model")
     owner, up, down = pairs[0]
@@ -244,6 +245,13 @@ def with_middle(model: nn.Module) -> Iterator[tuple[str, nn.Module, Layout]]:
         layout = _match(module, rows, middle=True)
         if layout is not None and _match(module, rows) is None:
             yield name, module, layout
+
+
+def are_joined(model: nn.Module, owner: str, up: str, down: str) -> bool:
+    """Whether something works on the hidden neurons between mirrored linears of no known row."""
+    module = model.get_submodule(owner)
+    found: list[Any] = [module.get_submodule(up), module.get_submodule(down)]
+    return _has_middle(module, found, *features(found[0]))
 
 
 def mirrored(model: nn.Module, *, without: Container[int] = ()) -> Iterator[tuple[str, str, str]]:

@@ -81,6 +81,7 @@ LAYOUTS: list[Layout] = [
     Layout("GPT-NeoX", "dense_h_to_4h", "dense_4h_to_h"),  # also BLOOM, Falcon
     Layout("GPT-J", "fc_in", "fc_out"),
     Layout("ALBERT", "ffn", "ffn_output", runs=("num_hidden_layers", "num_hidden_groups", "inner_group_num")),
+    Layout("PVT", "dense1", "dense2", owner="PvtFFN"),  # of the same names: heads of OWL-ViT, adapters of X-MOD
     Layout("plain", "up_proj", "down_proj"),  # Nemotron, MPT
 ]
 
