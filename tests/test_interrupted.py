@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +16,10 @@ import pytest
 from test_cli import bad, good, invoke
 from test_recipe_run import recipe_of, run, tiny
 
+from ffnkit.cli.group import ending, report
 from ffnkit.cli.tune_job import SETTINGS
-from ffnkit.errors import FfnkitError
+from ffnkit.errors import FfnkitError, WritingError
+from ffnkit.io.files import disk_errors
 from ffnkit.recipe.unit import _Job
 from ffnkit.tune.loop import Loop
 
@@ -163,3 +169,38 @@ def test_a_disk_that_fills_while_a_recipe_runs_is_one_line(folder: Path, small_d
     (small_disk / "filler").unlink()
     assert left or not out.exists()
     shutil.rmtree(out, ignore_errors=True)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_what_schedulers_send_ends_as_ctrl_c_does(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One that is ignored, as by nohup, stays so."""
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with ending() as came:
+            with pytest.raises(KeyboardInterrupt) as caught:
+                os.kill(os.getpid(), number)
+                time.sleep(5)
+            assert signal.getsignal(number) == signal.SIG_DFL, "the next one ends at once"
+        assert report(caught.value, False, came) == 128 + number
+        assert capsys.readouterr().err.startswith(f"ffnkit: error: ended by {name}. Run the same command again")
+        assert report(KeyboardInterrupt(), False) == 130
+        signal.signal(number, signal.SIG_IGN)
+        with ending() as came:
+            os.kill(os.getpid(), number)
+        assert not came
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_full_disk_is_seen_behind_what_torch_says(tmp_path: Path) -> None:
+    """Its writer's own error hides the first one; the negative control is another error."""
+    with pytest.raises(WritingError, match="no space left on the disk"), disk_errors(tmp_path):
+        try:
+            raise RuntimeError("basic_ios::clear: iostream error")
+        finally:
+            raise RuntimeError("unexpected pos 19520 vs 19408")
+    with pytest.raises(RuntimeError, match="shapes"), disk_errors(tmp_path):
+        raise RuntimeError("shapes differ")
+    error = WritingError("a", "b", "c")
+    assert type(pickle.loads(pickle.dumps(error))) is WritingError is type(error.within("d"))

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -547,3 +547,134 @@ def test_the_commands_hand_on_who_is_to_work(command: str, monkeypatch: pytest.M
         assert found.exit_code == 2 and "as far as the test goes" in found.output, found.output
         wanted = {"--jobs": (3, 2, None), "--ray": (1, None, "auto" if len(more) == 1 else more[1])}[more[0]]
         assert (seen["jobs"], seen["threads"], seen["ray"]) == wanted
+
+
+@pytest.mark.parametrize("error", [FfnkitError("a", "b", "c"), KeyboardInterrupt()])
+def test_a_search_that_found_nothing_leaves_nothing(error: BaseException, tmp_path: Path) -> None:
+    """So that the corrected command may have the folder; what was found stays."""
+    pytest.importorskip("fcntl")
+    folder, facts = Folder(tmp_path / "new" / "out"), {"model": "m", "search": {"keep": 0.9}}
+    with pytest.raises(type(error)), folder.begun(facts):
+        with folder.turn("original"):
+            pass
+        raise error
+    assert not list(tmp_path.iterdir())
+    with folder.begun(facts), folder.claimed("original"):
+        pass
+    with pytest.raises(type(error)), folder.begun(facts):
+        (folder.out / "original.json").write_text("{}")
+        raise error
+    assert (folder.out / "search.json").is_file()
+
+
+def test_a_search_at_work_keeps_its_folder_where_another_one_fails(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    folder, facts = Folder(tmp_path / "out"), {"model": "m"}
+    folder.begin(facts)
+    with folder.claimed("original") as ours:
+        assert ours
+        with pytest.raises(KeyboardInterrupt), folder.begun(facts):
+            raise KeyboardInterrupt
+    folder.check_there()
+    folder.clear()
+    with pytest.raises(FfnkitError, match="removed meanwhile"):
+        folder.check_there()
+    assert not folder.out.exists()
+
+
+def test_the_folder_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """It lacks fields of today, which have their defaults; the negative control is another value."""
+    folder = Folder(tmp_path / "out")
+    folder.begin({"model": "m", "search": {"keep": 0.9}, "weights": "w"})
+    folder.begin({"model": "m", "search": {"keep": 0.9, "least": 0.2, "seed": 0}, "weights": "w", "format": 1})
+    for other, words in (({"keep": 0.9, "least": 0.3}, "search.least was 0.2, is 0.3"), ({"keep": 0.9}, "weights")):
+        with pytest.raises(FfnkitError, match=words):
+            folder.begin({"model": "m", "search": other, "weights": "w" if "least" in other else "v"})
+
+
+def test_a_full_disk_is_no_failure_of_a_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else others would take its place once there is room; what does not fit the model is one."""
+    from types import SimpleNamespace
+
+    from ffnkit.errors import WritingError
+    from ffnkit.search.job import Run
+
+    run = Run.__new__(Run)
+    run.folder, run.say = Folder(tmp_path), lambda line: None
+    run.__dict__["proposals"] = SimpleNamespace(candidate=lambda number: Candidate("width", 0.5))
+    for kind, noted in ((WritingError, False), (FfnkitError, True)):
+        error = kind("writing", "no space left on the disk", "Free some")
+
+        def measured(*_: Any, error: BaseException = error) -> Any:
+            raise error
+
+        monkeypatch.setattr(run, "_measured", measured, raising=False)
+        with nullcontext() if noted else pytest.raises(WritingError):
+            run._measure(0)
+        assert run.folder.tried(0) == noted
+
+
+def test_a_further_process_ends_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from ffnkit.search.helper import help_with
+
+    assert help_with(tmp_path) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a further process of the search ends" in line and "no search to be seen" in line
+
+
+@pytest.mark.parametrize("text", ["hello", "hello\n" * 100])
+def test_a_text_without_parts_to_choose_by_is_refused(text: str, tmp_path: Path) -> None:
+    """Its perplexity would be that of other text."""
+    from ffnkit.search.ground import Ground
+
+    file = tmp_path / "t.txt"
+    for content, good in ((text, False), ("\n".join(f"line {n} of many" for n in range(1000)), True)):
+        file.write_text(content)
+        ground = Ground(search_from({"model": "m", "calibration": {"text": str(file)}}, "r"))
+        ground.__dict__["tokenizer"] = None
+        with nullcontext() if good else pytest.raises(FfnkitError, match="too short, or too much alike"):
+            ground.check()
+
+
+@pytest.mark.parametrize(("quartiles", "level"), [([0.5, 0.7], False), ([0.5, 1.1], True)])
+def test_the_time_is_told_with_its_spread(quartiles: list[float], level: bool) -> None:
+    from ffnkit.search import pages
+
+    found = found_by_clock(a=0.7, b=0.6)
+    found["chosen"] |= {"latency_quartiles": quartiles}
+    found["timing"] = {"batch_size": 2, "length": 8, "repeats": 20, "threads": 1, "device": "cpu"}
+    line = pages.said(found)[-1]
+    assert "takes 0.60 of the original's time" in line and f"between 0.50 and {quartiles[1]:.2f}" in line
+    assert ("no difference" in line) == level and "20 rounds" in line and "threads: 1" in line
+
+
+def test_the_fastest_of_several_is_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figure by which it was chosen flatters."""
+    from types import SimpleNamespace
+
+    from ffnkit.report import measure
+    from ffnkit.search import choice
+    from ffnkit.search import pages as written
+
+    asked: list[list[str]] = []
+
+    def latencies(models: Any, *_: Any, **__: Any) -> Any:
+        asked.append(list(models))
+        ratios = {name: measure.Spread(len(asked) / 10, 0.1, 0.3, 3) for name in models}
+        return measure.Latencies(ratios, ratios)
+
+    monkeypatch.setattr(measure, "latencies", latencies)
+    monkeypatch.setattr("ffnkit.recipe.timing.batch_for", lambda *_: {})
+    monkeypatch.setattr(written, "card", lambda *_: "")
+    monkeypatch.setattr(choice.ffnkit, "save", lambda *_, **__: None)
+    monkeypatch.setattr(choice.ffnkit, "export", lambda *_, **__: None)
+    scored = SimpleNamespace(value=0.8, rows={"a": np.zeros(1)})
+    ground = SimpleNamespace(open=lambda _: None, scored=lambda *_: scored, tokenizer=None)
+    about = SimpleNamespace(measure=SimpleNamespace(batch_size=1, length=2, repeats=3))
+    run: Any = SimpleNamespace(recipe=about, ground=ground, folder=Folder(tmp_path), original=None)
+    run.kept = lambda *_: (1.0, 0.9)
+    rows: list[Any] = [{"number": n, "tuned": {"rung": 0}} for n in (0, 1)]
+    choice.timed(run, rows)
+    told = choice._told(run, rows[1], {})
+    assert asked == [["original", "0", "1"], ["original", "1"]]
+    assert (rows[1]["latency"], told["latency"]) == (0.1, 0.2)

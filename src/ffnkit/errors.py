@@ -1,4 +1,4 @@
-"""The one exception of ffnkit, and its warnings."""
+"""The one exception of ffnkit, its kind that is no fault of what was asked for, and its warnings."""
 
 from __future__ import annotations
 
@@ -25,11 +25,16 @@ class FfnkitError(ValueError):
 
     def __reduce__(self) -> tuple[type[FfnkitError], tuple[str, str, str]]:
         """Between processes it stays what it is."""
-        return FfnkitError, (self.asked, self.found, self.do)
+        return type(self), (self.asked, self.found, self.do)
 
     def within(self, context: str) -> FfnkitError:
         """The same error with ``context`` (model, method, shape) put before it."""
-        return FfnkitError(f"{context}: {self.asked}", self.found, self.do)
+        return type(self)(f"{context}: {self.asked}", self.found, self.do)
+
+
+class WritingError(FfnkitError):
+    """A place cannot be written (no space, no permission): that says nothing of what was asked for, so that whoever
+    notes what cannot be done and goes on with something else stops here."""
 
 
 class FfnkitWarning(UserWarning):

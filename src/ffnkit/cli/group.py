@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from typer.core import TyperGroup
 
 from ffnkit.cli import console
 from ffnkit.errors import FfnkitError, RenamedWarning, short
+from ffnkit.io.files import is_full
 from ffnkit.settings.words import in_words
 
 GLOBAL_FLAGS = ("--debug", "--quiet", "--verbose")
@@ -21,12 +25,14 @@ BARE = {"--ray": "auto"}  # options that may stand without their value, and what
 NO_SPACE = "writing the output: no space left on the disk. Free some space or choose another --out"
 _PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 BAD_INPUT, INTERNAL, INTERRUPTED = 2, 1, 130
+ENDING = ("SIGTERM", "SIGHUP")  # of schedulers, containers and terminals that close
 
 
 class Group(TyperGroup):
     """A command group that takes global flags in any place and turns every exception into one line and an exit code.
 
-    Exit codes: 0 done, 2 bad input or an output that cannot be written, 130 interrupted, 1 an error of ffnkit itself.
+    Exit codes: 0 done, 2 bad input or an output that cannot be written, 130 interrupted, 143 ended by SIGTERM (129 by
+    SIGHUP), 1 an error of ffnkit itself.
     """
 
     def main(
@@ -43,7 +49,7 @@ class Group(TyperGroup):
         if not standalone_mode:
             return super().main(words, prog_name, complete_var, False, windows_expand_args, **extra)
         debug = words[: len(GLOBAL_FLAGS)].count("--debug") > 0
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), ending() as came:
             console.show_warnings()
             try:
                 code = super().main(
@@ -52,8 +58,30 @@ class Group(TyperGroup):
                 if code == INTERRUPTED:  # typer makes an exit code of Ctrl-C
                     raise KeyboardInterrupt
             except BaseException as error:
-                code = report(error, debug)
+                code = report(error, debug, came)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def ending() -> Iterator[list[int]]:
+    """In the block the signals of ``ENDING`` end us as Ctrl-C does: processes of ours are stopped, what is half written
+    goes. Gives those that came; the second one ends us at once. One that is ignored (nohup) or handled stays so."""
+    came: list[int] = []
+    before: dict[int, Any] = {}
+
+    def end(number: int, _: Any) -> None:
+        came.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        numbers = [getattr(signal, name) for name in ENDING if hasattr(signal, name)]
+        before = {n: signal.signal(n, end) for n in numbers if signal.getsignal(n) == signal.SIG_DFL}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def hoist(words: list[str]) -> list[str]:
@@ -83,10 +111,13 @@ def filled(words: list[str]) -> list[str]:
     return [f"{w}={BARE[w]}" if w in BARE and alone else w for w, alone in zip(words, bare, strict=False)] + rest
 
 
-def report(error: BaseException, debug: bool) -> int:
+def report(error: BaseException, debug: bool, came: Sequence[int] = ()) -> int:
     """Print the one line for ``error`` on stderr and return the exit code.
 
     The traceback stands before it with ``debug``, and where the fault is our own.
+
+    Args:
+        came: signals that ended us.
     """
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else INTERNAL
@@ -101,8 +132,9 @@ def report(error: BaseException, debug: bool) -> int:
 
         console.write_error("".join(traceback.format_exception(error)).rstrip())
     if interrupted:
-        console.error("interrupted. Run the same command again: it goes on where it can")
-        return INTERRUPTED
+        how = f"ended by {signal.Signals(came[0]).name}" if came else "interrupted"
+        console.error(f"{how}. Run the same command again: it goes on where it can")
+        return 128 + came[0] if came else INTERRUPTED
     if line is not None:
         console.error(line)
         return BAD_INPUT
@@ -117,13 +149,11 @@ def expected(error: BaseException) -> str | None:
         return str(error)
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # the parser's own usage errors
         return usage_line(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(error):
         return NO_SPACE
     if isinstance(error, OSError) and error.errno in _PATHS:
         named = short(str(error.filename or "a file"))
         return f"open {named}: {error.strerror}. Check the permissions or choose another path"
-    if "No space left on device" in str(error):  # writers in other languages raise their own exception types
-        return NO_SPACE
     return None
 
 

@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ffnkit.errors import FfnkitError
+from ffnkit.errors import FfnkitError, WritingError
 from ffnkit.io.workspace import NEW, made, workspace
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype
 
-_FULL = ("No space left", "os error 28", "PytorchStreamWriter failed writing")  # of writers in other languages
+# of writers in other languages; torch's tells of no reason
+_FULL = ("No space left", "os error 28", "PytorchStreamWriter failed writing", "basic_ios::clear: iostream error")
 
 
 @contextmanager
@@ -28,11 +29,21 @@ def space_errors(target: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or any(words in str(error) for words in _FULL):
+        if is_full(error):
             do = "Free some space and run the same again; what was there before is unchanged"
-            raise FfnkitError(f"writing '{target}'", "no space left on the disk", do) from error
+            raise WritingError(f"writing '{target}'", "no space left on the disk", do) from error
         raise
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error: it, or one during whose handling it arose."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(words in str(error) for words in _FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager
@@ -47,8 +58,8 @@ def disk_errors(target: str | Path) -> Iterator[None]:
             asked = f"writing '{target}'"
             told = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
             if error.errno == errno.ENOENT:
-                raise FfnkitError(asked, f"a part of it went away meanwhile ({told})", "Run the same again") from error
-            raise FfnkitError(asked, told, "Name a place that can be written") from error
+                raise WritingError(asked, f"a part of it went away meanwhile ({told})", "Run the same again") from error
+            raise WritingError(asked, told, "Name a place that can be written") from error
 
 
 def resolved(path: str | Path) -> Path:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ffnkit.errors import FfnkitError
+from ffnkit.errors import FfnkitError, WritingError
 from ffnkit.io.files import read_json
 from ffnkit.recipe.state import Unit, write_json
 
@@ -108,6 +108,8 @@ def _tried(
         )
         score = result.best_metric
         del result
+    except WritingError:  # tells nothing of the rate
+        raise
     except FfnkitError as error:
         return None, str(error)
     finally:

@@ -335,7 +335,7 @@ def check_same(out: Path, wanted: Iterable[tuple[Unit, dict[str, Any]]]) -> None
             then["calibration"] = None
         if then is None or then == now:
             continue
-        field, old, new = _difference(then, now)
+        field, old, new = difference(then, now)
         raise FfnkitError(
             f"running this recipe into {out}",
             f"it holds {unit.name} of another recipe ({field} was {old}, is {new})",
@@ -343,9 +343,10 @@ def check_same(out: Path, wanted: Iterable[tuple[Unit, dict[str, Any]]]) -> None
         )
 
 
-def _difference(old: Any, new: Any, path: str = "") -> tuple[str, str, str]:
+def difference(old: Any, new: Any, path: str = "") -> tuple[str, str, str]:
+    """The first field in which two that differ do so, and what stands there in each."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
             if old.get(key) != new.get(key):
-                return _difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+                return difference(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
     return path or "recipe", json.dumps(old)[:60], json.dumps(new)[:60]

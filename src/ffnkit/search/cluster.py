@@ -32,8 +32,8 @@ def search_on(run: Run, shares: Shares) -> None:
     ours = not installed().is_initialized()
     ray = connected(shares.ray)
     try:
-        run.folder.begin(run.facts())
-        _Crew(ray, run, shares).work()
+        with run.folder.begun(run.facts()):
+            _Crew(ray, run, shares).work()
     finally:
         if ours:
             ray.shutdown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,6 +87,16 @@ class Ground:
         files = self.calibrating.text
         return [file_digest(file) for file in files] if isinstance(files, dict) else None
 
+    def check(self) -> None:
+        """Raises FfnkitError where a text that is named has no parts to choose by and to report on."""
+        from ffnkit.tune.calibration import own_texts
+
+        for part in ("decide", "report"):
+            if self.calibrating.text is not None and not own_texts(self.tokenizer, self.calibrating, part):
+                what = "it is too short, or too much alike, to keep parts of it apart from what is fitted"
+                do = "Give more text, or none: text of many kinds takes its place"
+                raise FfnkitError(f"searching by {self.where}", what, do)
+
     def original(self, out: Path) -> PreTrainedModel:
         """The model that all are compared with."""
         return self.open(self.name)
@@ -164,6 +175,9 @@ class TaskGround(Ground):
         """As the task wants it."""
         return self.source.tokenizer
 
+    def check(self) -> None:
+        """Rows are split as the source is read."""
+
     def facts(self) -> Any:
         """What the rows are."""
         return self.source.data_digest()
@@ -173,7 +187,9 @@ class TaskGround(Ground):
         import ffnkit
         from ffnkit.tune import train
 
+        tuning = out.with_name(f".{out.name}.tuning")
         if out.is_dir():
+            shutil.rmtree(tuning, ignore_errors=True)
             return self.open(out)
         try:
             return self.open(self.name)
@@ -186,10 +202,11 @@ class TaskGround(Ground):
             self.source.splits,
             self.recipe.tune,
             seed=self.recipe.search.seed,
-            out_dir=out.with_name(f".{out.name}.tuning"),
+            out_dir=tuning,
             progress=is_shown(),
         )
         ffnkit.save(found.model, out, tokenizer=self.tokenizer)
+        shutil.rmtree(tuning, ignore_errors=True)
         return found.model.to(self.device).eval()  # type: ignore[arg-type]
 
     def open(self, folder: str | Path) -> PreTrainedModel:

@@ -8,6 +8,8 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from ffnkit.errors import FfnkitError
+from ffnkit.io.files import disk_errors
 from ffnkit.recipe.process import Apart
 from ffnkit.recipe.worker import hush, watch
 
@@ -19,18 +21,29 @@ class Helper(Apart):
         super().__init__("ffnkit.search.helper", [str(out)], environment)
 
 
-def help_with(out: Path) -> None:
-    """Do what is left of the search in the folder, beside others."""
+def help_with(out: Path) -> int:
+    """Do what is left of the search in the folder, beside others; the exit code."""
     from ffnkit.search.job import run_of
 
-    run = run_of(out, lambda line: print(line, file=sys.stderr, flush=True))
-    run.prepare()
-    run.work()
+    try:
+        with disk_errors(out):
+            run = run_of(out, say)
+            run.prepare()
+            run.work()
+    except FfnkitError as error:  # whoever started us goes on, or comes to it as well
+        say(f"a further process of the search ends: {error}")
+        return 1
+    return 0
+
+
+def say(line: str) -> None:
+    """A line of progress, beside those of others."""
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
     threading.Thread(target=watch, args=(sys.stdin.fileno(),), daemon=True).start()
     hush()
-    help_with(Path(sys.argv[1]))
+    code = help_with(Path(sys.argv[1]))
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ffnkit
-from ffnkit.errors import FfnkitError
+from ffnkit.errors import FfnkitError, WritingError
 from ffnkit.io.files import disk_errors, read_json, replacing
 from ffnkit.io.progress import phase
 from ffnkit.recipe.shares import Shares
@@ -28,7 +28,7 @@ from ffnkit.search.ground import Ground, ground_of
 from ffnkit.search.halving import promoted, spread
 from ffnkit.search.proposing import Proposals
 from ffnkit.search.settings import COUNTED, SearchRecipe, check_optuna
-from ffnkit.search.state import FACTS, POLL, Folder, Task, read_rows, spec_of, write_rows
+from ffnkit.search.state import FACTS, FIRST, FORMAT, POLL, Folder, Task, read_rows, recipe_in, spec_of, write_rows
 
 Say = Callable[[str], None]
 
@@ -83,11 +83,12 @@ def search(
 
             search_on(run, shares)
             return run.finish()  # which reads what was written there
-        run.folder.begin(run.facts())
-        run.prepare()
-        with helpers(Path(out), shares):
-            run.work()
-        return run.finish()
+        with run.folder.begun(run.facts()):
+            run.prepare()
+            if run.open():
+                with helpers(Path(out), shares):
+                    run.work()
+            return run.finish()
 
 
 class Run:
@@ -104,7 +105,7 @@ class Run:
         plain = self.recipe.model_dump(mode="json", exclude={"name", "notes"})
         folder = Path(self.ground.name)
         own = folder_digest(folder) if folder.is_dir() else self.ground.name
-        return {**plain, "weights": own, "data": digest(self.ground.facts())}
+        return {**plain, "weights": own, "data": digest(self.ground.facts()), "format": FORMAT}
 
     # --- the original
 
@@ -112,9 +113,11 @@ class Run:
         """The original, its figures and the statistics of one pass, by whoever comes first."""
         folder = self.folder
         with phase("the original"), folder.turn("original"):
-            if (folder.out / "original.json").exists():
+            if (folder.out / FIRST).exists():
                 return
             begin = time.perf_counter()
+            folder.begin(self.facts())  # again: who had the turn before may have failed and taken it away
+            self.ground.check()
             model = self.ground.original(folder.original)
             found = self.ground.scored(model, "dev")
             if not (found.value > 0 and found.value < float("inf")):
@@ -123,7 +126,7 @@ class Run:
             write_rows(folder.out / "original-dev.npz", found.rows)
             ffnkit.calibrate(model, self.ground.calibration(model), folder.out / "statistics.safetensors")
             figures = {"value": found.value, "costs": ways.costs(model), "layers": ways.depth(model)}
-            write_json(folder.out / "original.json", figures | {"seconds": time.perf_counter() - begin})
+            write_json(folder.out / FIRST, figures | {"seconds": time.perf_counter() - begin})
             self.say(f"original: {self.ground.metric} {found.value:.4f} on dev ({time.perf_counter() - begin:.0f} s)")
 
     @cached_property
@@ -134,7 +137,7 @@ class Run:
     @cached_property
     def first(self) -> dict[str, Any]:
         """Its figures."""
-        found = read_json(self.folder.out / "original.json")
+        found = read_json(self.folder.out / FIRST)
         assert found is not None
         return found
 
@@ -181,7 +184,11 @@ class Run:
         """What can be done now and is not done, in its order; nothing at the end of the work.
 
         Candidates come first, then rung by rung what is left of them.
+
+        Raises:
+            FfnkitError: nothing fits the model, or the folder went away.
         """
+        self.folder.check_there()
         if left := self.proposals.open():
             return [Task(number) for number in left]
         for rung in range(self.settings.rungs):
@@ -213,6 +220,8 @@ class Run:
         begin, candidate, place = time.perf_counter(), self.proposals.candidate(number), self.folder.place(number)
         try:
             figures = self._measured(candidate, place)
+        except WritingError:  # tells nothing of the candidate
+            raise
         except FfnkitError as error:
             self.say(f"{candidate}: {error}")
             write_json(place / "failed.json", {"candidate": candidate.to_dict(), "error": str(error)})
@@ -369,10 +378,7 @@ def helpers(out: Path, shares: Shares) -> Iterator[None]:
 
 def run_of(out: Path, say: Say) -> Run:
     """The search that another process began in a folder."""
-    from ffnkit.search.settings import search_from
-
     facts = read_json(out / FACTS)
     if facts is None:
         raise FfnkitError(f"searching into {out}", "there is no search to be seen from here", "Use a shared folder")
-    own = {name: value for name, value in facts.items() if name not in ("weights", "data")}
-    return Run(search_from(own, str(out / FACTS)), out, say)
+    return Run(recipe_in(facts), out, say)

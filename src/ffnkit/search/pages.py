@@ -97,7 +97,7 @@ def said(results: dict[str, Any]) -> list[str]:
     if _by_clock(results):
         lines.append(
             "latency: seconds of a batch, to the original's, all in turn at the end, of the smallest that keep enough;"
-            " the fastest is chosen."
+            " the fastest is chosen, and timed again."
         )
     if (chosen := results["chosen"]) is None:
         if any(row.get("enough") for row in results["candidates"]):
@@ -107,10 +107,23 @@ def said(results: dict[str, Any]) -> list[str]:
     low = "" if report["low"] is None else f", surely {report['low']:.2%}"
     lines.append(
         f"Chosen: {chosen['name']}, {chosen['size']:.1%} of the {what}. Its {metric} is {report['value']:.4g} on the"
-        f" rows that chose nothing, the original's {report['original']:.4g}: {report['kept']:.2%} is kept{low}. A batch"
-        f" takes {chosen['latency']:.2f} of the original's time."
+        f" rows that chose nothing, the original's {report['original']:.4g}: {report['kept']:.2%} is kept{low}."
+        f" {_speed(chosen, results.get('timing'))}"
     )
     return lines
+
+
+def _speed(chosen: dict[str, Any], how: dict[str, Any] | None) -> str:
+    """The time of the chosen one in words; of results of an earlier version less is known."""
+    told = f"A batch takes {chosen['latency']:.2f} of the original's time"
+    if how is None or "latency_quartiles" not in chosen:
+        return f"{told}."
+    low, high = chosen["latency_quartiles"]
+    level = ": no difference that can be told" if low <= 1 <= high else ""
+    return (
+        f"{told}{level} (half of {how['repeats']} rounds in turn, after all else, between {low:.2f} and {high:.2f};"
+        f" {how['batch_size']} x {how['length']}, {how['device']}, threads: {how['threads']})."
+    )
 
 
 def _picture(run: Run, results: dict[str, Any], notes: list[str]) -> None:

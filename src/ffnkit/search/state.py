@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,12 +16,19 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.files import read_json, replacing
 from ffnkit.io.folders import check_target
 from ffnkit.io.workspace import held
-from ffnkit.recipe.state import write_json
+from ffnkit.recipe.state import difference, write_json
 from ffnkit.search.candidates import Candidate
 from ffnkit.search.chances import Rows
+from ffnkit.search.settings import SearchRecipe, search_from
 
-FACTS, POLL = "search.json", 0.5
-OURS = ("candidates", "original", "model", "claims", "front.md", "front.svg", "report.html", "results.json", FACTS)
+FACTS, FIRST, POLL = "search.json", "original.json", 0.5
+FORMAT = 1  # of the folder; raised when an older one can no longer be continued
+BESIDE = ("weights", "data", "format")  # of the facts, what is no field of the recipe
+OURS = (
+    *("candidates", "original", "model", "claims", "front.md", "front.svg", "report.html", "results.json"),
+    *("proposed.json", FIRST, "original-dev.npz", "original-report.npz", "statistics.safetensors"),
+    *("costs.safetensors", ".original.tuning", FACTS),
+)
 
 
 @dataclass(frozen=True)
@@ -39,36 +47,83 @@ class Folder:
 
     def begin(self, facts: dict[str, Any]) -> None:
         """Make it, or see that it holds this search. Raises FfnkitError where it holds something else."""
-        found = read_json(self.out / FACTS)
-        if found is None:
-            check_target(self.out, "run")
-            if taken := [name for name in OURS if (self.out / name).exists()]:
-                what = f"it holds {', '.join(taken)}, which no search wrote"
-                raise FfnkitError(f"output folder '{self.out}'", what, "Give another folder")
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_json(self.out / FACTS, facts)
-        elif differ := [name for name in facts if found.get(name) != facts[name]]:
-            asked = f"searching into {self.out}"
-            raise FfnkitError(asked, f"it holds a search with another {differ[0]}", "Give another --out")
+        check_target(self.out, "run")
+        self.out.mkdir(parents=True, exist_ok=True)
+        with self._turn(self.out):  # of two that begin at once the second sees the first
+            found = read_json(self.out / FACTS)
+            if found is None:
+                if taken := [name for name in OURS if (self.out / name).exists()]:
+                    (self.out / ".lock").unlink(missing_ok=True)
+                    what = f"it holds {', '.join(taken)}, which no search wrote"
+                    raise FfnkitError(f"output folder '{self.out}'", what, "Give another folder")
+                write_json(self.out / FACTS, facts)
+            elif (then := _today(found)) != (now := _today(facts)):
+                field, old, new = difference(then, now)
+                what = f"it holds another search ({field} was {old}, is {new})"
+                raise FfnkitError(f"searching into {self.out}", what, "Give another --out")
 
     @contextmanager
-    def claimed(self, task: str) -> Iterator[bool]:
+    def begun(self, facts: dict[str, Any]) -> Iterator[None]:
+        """The folder with this search in the block; where the block fails before anything is found, nothing is left."""
+        made = [each for each in (self.out, *self.out.parents) if not each.exists()]
+        try:
+            self.begin(facts)
+            yield
+        except BaseException:
+            if (self.out / FACTS).is_file() and not self.found:
+                with self.claimed("original") as ours:
+                    if ours:  # else another process is at it
+                        self.clear()
+            for each in made:
+                with suppress(OSError):  # it holds something
+                    each.rmdir()
+            raise
+
+    @property
+    def found(self) -> bool:
+        """Whether it holds something that takes time to find again."""
+        return (self.out / FIRST).exists() or any((self.out / ".original.tuning").glob("checkpoint-*"))
+
+    def clear(self) -> None:
+        """Take away what a search wrote that has found nothing."""
+        for name in reversed((*OURS, ".lock")):
+            path = self.out / name
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def check_there(self) -> None:
+        """Raises FfnkitError where it was removed while a search is at work; what was written since goes as well."""
+        if (self.out / FACTS).is_file():
+            return
+        for name in ("candidates", "claims"):
+            shutil.rmtree(self.out / name, ignore_errors=True)
+        with suppress(OSError):
+            self.out.rmdir()
+        what = "the folder of the search was removed meanwhile"
+        raise FfnkitError(f"searching into {self.out}", what, "Run the same command anew")
+
+    def claimed(self, task: str) -> AbstractContextManager[bool]:
         """Whether a task is ours alone inside the block; the system lets go of it however we end."""
-        place = self.out / "claims" / task
-        place.mkdir(parents=True, exist_ok=True)
+        return self._claimed(self.out / "claims" / task)
+
+    def turn(self, task: str) -> AbstractContextManager[None]:
+        """Wait until a task is nobody else's, and hold it."""
+        return self._turn(self.out / "claims" / task)
+
+    @contextmanager
+    def _claimed(self, place: Path) -> Iterator[bool]:
         with ExitStack() as stack:
             try:
-                stack.enter_context(held(place, task))
+                place.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(held(place, place.name))
                 ours = True
-            except FfnkitError:
+            except (FfnkitError, FileNotFoundError):  # another has it, or has just removed it
                 ours = False
             yield ours
 
     @contextmanager
-    def turn(self, task: str) -> Iterator[None]:
-        """Wait until a task is nobody else's, and hold it."""
+    def _turn(self, place: Path) -> Iterator[None]:
         while True:
-            with self.claimed(task) as ours:
+            with self._claimed(place) as ours:
                 if ours:
                     yield
                     return
@@ -113,6 +168,17 @@ class Folder:
     def model(self, number: int, rung: int) -> Path:
         """The checkpoint of a candidate after a rung."""
         return self.place(number) / f"rung-{rung}"
+
+
+def _today(facts: dict[str, Any]) -> dict[str, Any]:
+    """What a search depends on, in the fields of today: one that an earlier version did not know has its default."""
+    beside = {name: facts[name] for name in BESIDE if name in facts}
+    return recipe_in(facts).model_dump(mode="json", exclude={"name", "notes"}) | {"format": FORMAT} | beside
+
+
+def recipe_in(facts: dict[str, Any]) -> SearchRecipe:
+    """The search of a file. Raises FfnkitError where this version does not know its fields."""
+    return search_from({name: value for name, value in facts.items() if name not in BESIDE}, FACTS)
 
 
 def spec_of(found: dict[str, Any]) -> Candidate:
