@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
 import ffnkit as fk
-from ffnkit.calibration.batches import evaluating, few_rows, run
+from ffnkit.calibration.batches import evaluating, run
 from ffnkit.errors import FfnkitError
 from ffnkit.methods import FfnDrop, Importance, LayerDrop
+from ffnkit.model.running import few_rows
 from ffnkit.plans import Plan
 
 # every method that takes data, in a form that needs them

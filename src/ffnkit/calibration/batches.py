@@ -71,24 +71,6 @@ def first_tensor(output: Any) -> Tensor:
     return next((value for value in found if value.ndim > 1), found[0])
 
 
-def few_rows(batch: Batch, rows: int = 2, tokens: int | None = None) -> Batch:
-    """The first rows of a batch, where all of its tensors have the same number of rows; else the batch.
-
-    Args:
-        tokens: and the first of each row, where the batch is text alone, and each row has one there that counts.
-    """
-    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
-    if len({len(value) for value in tensors.values()}) != 1:
-        return batch
-    few = {name: value[:rows] for name, value in tensors.items()}
-    shapes = {value.shape[1:] for value in few.values() if value.ndim > 1}
-    if tokens is not None and "input_ids" in few and len(shapes) == 1 and len(*shapes) == 1:
-        short = {name: value[:, :tokens] if value.ndim > 1 else value for name, value in few.items()}
-        mask = short.get("attention_mask")
-        few = short if mask is None or bool(mask.any(1).all()) else few
-    return {**batch, **few}
-
-
 def _fault(batch: Any) -> tuple[str, str] | None:
     """What a batch is instead, and what to do about it."""
     if isinstance(batch, tuple | list):

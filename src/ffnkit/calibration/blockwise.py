@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import Batch, evaluating, few_rows, forward, kept, prepared
+from ffnkit.calibration.batches import Batch, evaluating, forward, kept, prepared
 from ffnkit.calibration.going_on import again, keep
 from ffnkit.calibration.hooks import Receive, hooked
 from ffnkit.calibration.padding import TokenMasks
@@ -29,13 +29,13 @@ from ffnkit.io.files import held
 from ffnkit.io.progress import counted
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name
+from ffnkit.model.running import FEW, few_rows
 from ffnkit.nn.grouped_experts import run_uneven_experts
 from ffnkit.ops.neurons import Neurons
 from ffnkit.surgery.temporary import with_neurons
 
 Beside = Callable[[], AbstractContextManager[Any]]
 
-WALKED = 64  # tokens of a row that tell whether blocks can be skipped, and where outputs go
 SAME = 1e-4  # relative: the same computation in another order of batches at most
 
 
@@ -76,7 +76,7 @@ class Blockwise:
         by_block: dict[str, list[FFN]] = {}
         for ffn in found:
             by_block.setdefault(block_name(ffn.name), []).append(ffn)
-        whole, self.batches = self.batches, [dict(few_rows(self.batches[0], tokens=WALKED))]
+        whole, self.batches = self.batches, [dict(few_rows(self.batches[0], tokens=FEW))]
         self.calls = self._order(list(by_block))
         silent = next((name for name in by_block if not self.calls.get(name)), None)
         if silent is not None:

@@ -10,6 +10,7 @@ from typing import Any
 from ffnkit.cli.budgets import Budget
 from ffnkit.cli.data_options import CalibrationData
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import phase
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ class Calibration(CalibrationData):
     def _drawn(self, draw: Any, model: Any, source: str, seed: int | None) -> Any:
         seed = self.seed if seed is None else seed
         rows = self.splits.train if self.chosen else None
-        return draw(model, self.tokenizer_of(source), self.settings, task=self.chosen, rows=rows, seed=seed)
+        with phase("reading calibration data"):
+            return draw(model, self.tokenizer_of(source), self.settings, task=self.chosen, rows=rows, seed=seed)
 
     @cached_property
     def splits(self) -> Any:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ffnkit.calibration.batches import Batch, few_rows, run
+from ffnkit.calibration.batches import Batch, run
 from ffnkit.calibration.stored import StatisticsFile, tokens_of
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
+from ffnkit.model.running import few_rows
 
 SIZE = 512  # of the matrices that tell the machine's rates
 SOLVED = 384

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+FEW = 64  # tokens of a row that tell whether two models compute the same
 _STATES = ("past_key_values", "cache_params", "mems", "state", "hidden_states", "attentions")  # one entry a layer
+
+
+def few_rows(batch: Mapping[str, Any], rows: int = 2, tokens: int | None = None) -> Mapping[str, Any]:
+    """The first rows of a batch, where all of its tensors have the same number of rows; else the batch.
+
+    Args:
+        tokens: and the first of each row, where the batch is text alone, and each row has one there that counts.
+    """
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
+    if len({len(value) for value in tensors.values()}) != 1:
+        return batch
+    few = {name: value[:rows] for name, value in tensors.items()}
+    shapes = {value.shape[1:] for value in few.values() if value.ndim > 1}
+    if tokens is not None and "input_ids" in few and len(shapes) == 1 and len(*shapes) == 1:
+        short = {name: value[:, :tokens] if value.ndim > 1 else value for name, value in few.items()}
+        mask = short.get("attention_mask")
+        few = short if mask is None or bool(mask.any(1).all()) else few
+    return {**batch, **few}
 
 
 @torch.no_grad()

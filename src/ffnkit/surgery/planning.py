@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ffnkit import plans
 from ffnkit.errors import FfnkitError
+from ffnkit.io.progress import phase
 from ffnkit.plans import Measured, Method, Plan, Progress
 from ffnkit.surgery.apply import check_edits
 from ffnkit.surgery.meta import structure
@@ -36,8 +37,9 @@ def plan(
     """
     made = plans.plan(model, method, data, progress)
     try:
-        check_edits(model, made.edits)
-        try_out(model, made.edits, data[0] if isinstance(data, Sequence) and data else None)
+        with phase("trying the plan out"):
+            check_edits(model, made.edits)
+            try_out(model, made.edits, data[0] if isinstance(data, Sequence) and data else None)
     except FfnkitError as error:
         raise error.within(f"{method.name} on {type(model).__name__}") from error
     made.rehearsed.add(structure(model))

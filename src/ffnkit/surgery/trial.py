@@ -43,7 +43,8 @@ def try_out(model: nn.Module, edits: Iterable[Edit], batch: Mapping[str, Any] | 
     if not tried or not isinstance(model, PreTrainedModel) or not _at_hand(model):
         return
     asked = tried[0].asked + (f" and {len(tried) - 1} more" if len(tried) > 1 else "")
-    given_batch = {name: value for name, value in (batch or {}).items() if not name.startswith("label")}
+    unlabelled = {name: value for name, value in (batch or {}).items() if not name.startswith("label")}
+    given_batch = dict(running.few_rows(unlabelled, tokens=running.FEW))
     batch = given_batch if given_batch and not isinstance(_run(model, given_batch), str) else probe.runnable(model)
     if batch is None:
         _check_read(model, tried, asked)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import Batch, evaluating, few_rows, first_tensor, forward, prepared
+from ffnkit.calibration.batches import Batch, evaluating, first_tensor, forward, prepared
 from ffnkit.calibration.padding import TokenMasks
 from ffnkit.calibration.reading import is_norm, output_metric
 from ffnkit.edits import Edit, Rescale
@@ -23,6 +23,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.gaps import Gap
 from ffnkit.methods.drop.writers import halved_stream_is_the_same, norm_offset, written_behind
 from ffnkit.model.finding import ffns
+from ffnkit.model.running import few_rows
 from ffnkit.plans import Progress
 from ffnkit.surgery.temporary import TemporaryPlan, temporarily
 from ffnkit.surgery.trial import try_out
