@@ -292,7 +292,8 @@ def outcome(out: Path) -> dict[str, Any]:
     for row in [*found["candidates"], found["chosen"]]:
         for name in ("seconds", "loss", "healed"):
             row.get("tuned", {}).pop(name, None)
-        row.pop("latency", None), row.pop("latency_s", None)
+        for name in ("latency", "latency_s", "latency_quartiles"):
+            row.pop(name, None)
     found["original"].pop("seconds"), found["original"].pop("latency_s")
     return dict(found)
 
