@@ -54,10 +54,10 @@ def healed_page(results: dict[str, Any]) -> str:
     said = results["conditions"]
     texts, rows = said["texts"], results["rows"]
     sizes = [size for size in said["removed"] if any(row["removed"] == size for row in rows)]
-    lines = [["", *(f"-{size:.0%} {text}" for size in sizes for text in texts)]]
+    lines = [["", *(f"-{size:.0%} {text}" for size in sizes for text in texts), "healing, min of the processor"]]
     lines.append([":--", *["--:"] * (len(lines[0]) - 1)])
     whole = rows[0]
-    lines.append(["uncompressed", *(f"{whole[text]:.1f}" for _ in sizes for text in texts)])
+    lines.append(["uncompressed", *(f"{whole[text]:.1f}" for _ in sizes for text in texts), ""])
     for name in dict.fromkeys(row["name"] for row in rows[1:]):
         here = {row["removed"]: row for row in rows if row["name"] == name}
         cells = [
@@ -65,7 +65,8 @@ def healed_page(results: dict[str, Any]) -> str:
             for size in sizes
             for text in texts
         ]
-        lines.append([name, *cells])
+        minutes = sorted({round(row["healing"]["processor seconds"] / 60) for row in here.values()})
+        lines.append([name, *cells, " to ".join(str(each) for each in {minutes[0]: 0, minutes[-1]: 0})])
     notes = [
         f"- {said['model']}, {said['tokens']:,} tokens of calibration (half WikiText-2, half of many kinds), then"
         f" {said['heal']:,} of healing on the same texts at today's settings; perplexity on {said['measured']:,} tokens"
@@ -175,7 +176,8 @@ def main() -> None:
         parts, decide = healing_data(model, tokenizer, settings, calibrating(given.tokens), seed=draw)
         busy = time.process_time()
         found = fk.heal(model, opened(), parts, settings, held=decide, seed=draw)
-        return {"start": before, **found.to_dict(), "healing processor seconds": time.process_time() - busy}
+        busy = time.process_time() - busy
+        return {"start": before, "healing": found.to_dict() | {"processor seconds": busy}}
 
     if not results["rows"]:
         keep({"name": "uncompressed", "removed": 0.0}, opened())
