@@ -320,11 +320,13 @@ def test_bad_output_folders(folder: Path, tmp_path: Path) -> None:
         run(recipe_of(folder), tmp_path / "file")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
-    (foreign / "results.json").write_text("{}")
-    for restart in (False, True):
-        with pytest.raises(FfnkitError, match="no run of a recipe wrote"):
-            run(recipe_of(folder), foreign, restart=restart)
-    assert (foreign / "results.json").read_text() == "{}"
+    for name in ("results.json", "search.json"):  # the latter of a search that is not done
+        (foreign / name).write_text("{}")
+        for restart in (False, True):
+            with pytest.raises(FfnkitError, match="no run of a recipe wrote"):
+                run(recipe_of(folder), foreign, restart=restart)
+        assert [path.name for path in foreign.iterdir()] == [name] and (foreign / name).read_text() == "{}"
+        (foreign / name).unlink()
 
 
 def test_two_runs_at_once_are_refused(folder: Path, tmp_path: Path) -> None:

@@ -289,6 +289,7 @@ OURS = (
     *("run.json", "results.json", "results.csv", "table.md", "report.html", "latency.json", "recipe.yaml"),
     *("judging.json", "judgements.jsonl", "logs", "units"),
 )
+SEARCH = "search.json"  # what a search leaves first in its folder
 
 
 def check_out(out: Path) -> None:
@@ -298,7 +299,7 @@ def check_out(out: Path) -> None:
         FfnkitError: a file stands there, it cannot be written, or files of something else bear our names.
     """
     check_target(out, "run")
-    taken = [name for name in OURS if (out / name).exists()]
+    taken = [name for name in (*OURS, SEARCH) if (out / name).exists()]
     if taken and read_json(out / "run.json") is None:
         found = f"it holds {', '.join(taken)}, which no run of a recipe wrote"
         raise FfnkitError(f"output folder '{out}'", found, "Give another folder")

@@ -16,12 +16,12 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.files import read_json, replacing
 from ffnkit.io.folders import check_target
 from ffnkit.io.workspace import held
-from ffnkit.recipe.state import difference, write_json
+from ffnkit.recipe.state import SEARCH, difference, write_json
 from ffnkit.search.candidates import Candidate
 from ffnkit.search.chances import Rows
 from ffnkit.search.settings import SearchRecipe, search_from
 
-FACTS, FIRST, POLL = "search.json", "original.json", 0.5
+FACTS, FIRST, POLL = SEARCH, "original.json", 0.5
 FORMAT = 1  # of the folder; raised when an older one can no longer be continued
 BESIDE = ("weights", "data", "format")  # of the facts, what is no field of the recipe
 OURS = (
