@@ -624,3 +624,13 @@ def test_a_plan_takes_what_mends_and_tells_it() -> None:
     assert mended and told["measured"] == min(each["measured"] for each in told["tried"])
     assert any(isinstance(edit, ReplaceLinear | Rescale) for edit in plan.edits)
     fk.apply(model, plan)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(4, 8), (128, 8), (512, 2), (4096, 1)])
+def test_a_batch_that_is_timed_does_not_grow_with_the_texts(tokens: int, rows: int) -> None:
+    """Pieces of 512 tokens in place of 128 made each measurement four times as long."""
+    model = FAMILIES["llama"].model()
+    assert Speed(model, {"input_ids": torch.ones(1, tokens, dtype=torch.long)}).batch["input_ids"].shape == (
+        rows,
+        tokens,
+    )

@@ -13,14 +13,14 @@ from ffnkit.calibration.latency import latency
 from ffnkit.edits import Edit
 from ffnkit.surgery.temporary import TemporaryPlan
 
-ROUNDS, ROWS = 7, 8
+ROUNDS, ROWS, TOKENS = 7, 8, 1024  # of a batch: so many rows at most, and about so many tokens
 
 
 class Speed:
     """Seconds of a batch of a model with edits and without.
 
     Args:
-        row: inputs of one row, repeated to ``ROWS``.
+        row: inputs of one row, repeated to ``ROWS``, or as many as have ``TOKENS``.
 
     Attributes:
         last: medians of seconds before and after, and of their ratio, as they were measured last.
@@ -29,7 +29,9 @@ class Speed:
     def __init__(self, model: nn.Module, row: Batch) -> None:
         self.model = model
         given = model_inputs(model, prepared(model, row))
-        self.batch = {k: _repeated(v) for k, v in given.items()}
+        longest = max((v.shape[1] for v in given.values() if isinstance(v, Tensor) and v.ndim == 2), default=1)
+        count = min(ROWS, max(1, TOKENS // longest))
+        self.batch = {k: _repeated(v, count) for k, v in given.items()}
         self.last: dict[str, float] = {}
 
     def ratio(self, edits: Sequence[Edit]) -> float:
@@ -49,5 +51,5 @@ class Speed:
         return latency(self.model, self.batch, repeats=3, warmup=warmup).median
 
 
-def _repeated(value: Any) -> Any:
-    return value.repeat(ROWS, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value
+def _repeated(value: Any, count: int) -> Any:
+    return value.repeat(count, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) and value.ndim else value

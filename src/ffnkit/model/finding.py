@@ -250,8 +250,9 @@ def with_middle(model: nn.Module) -> Iterator[tuple[str, nn.Module, Layout]]:
 def are_joined(model: nn.Module, owner: str, up: str, down: str) -> bool:
     """Whether something works on the hidden neurons between mirrored linears of no known row."""
     module = model.get_submodule(owner)
-    found: list[Any] = [module.get_submodule(up), module.get_submodule(down)]
-    return _has_middle(module, found, *features(found[0]))
+    first, last = module.get_submodule(up), module.get_submodule(down)
+    gates = [each for each in module.modules() if is_linear(each) and features(each) == features(first)]
+    return _has_middle(module, [first, *(each for each in gates if each is not first), last], *features(first))
 
 
 def mirrored(model: nn.Module, *, without: Container[int] = ()) -> Iterator[tuple[str, str, str]]:
