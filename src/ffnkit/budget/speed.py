@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, model_inputs, prepared
 from ffnkit.calibration.latency import latency
+from ffnkit.calibration.stored import tokens_of
 from ffnkit.edits import Edit
 from ffnkit.surgery.temporary import TemporaryPlan
 
@@ -29,8 +30,7 @@ class Speed:
     def __init__(self, model: nn.Module, row: Batch) -> None:
         self.model = model
         given = model_inputs(model, prepared(model, row))
-        longest = max((v.shape[1] for v in given.values() if isinstance(v, Tensor) and v.ndim == 2), default=1)
-        count = min(ROWS, max(1, TOKENS // longest))
+        count = min(ROWS, max(1, TOKENS // tokens_of(given)))
         self.batch = {k: _repeated(v, count) for k, v in given.items()}
         self.last: dict[str, float] = {}
 

@@ -19,6 +19,8 @@ from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import check_model, descend, features, is_linear, linears, stored_weight, walk
 from ffnkit.model.proposing import proposed, written
 
+JOINED = "a norm, a convolution or a further linear works on the hidden neurons"
+
 
 def ffns(model: nn.Module) -> list[FFN]:
     """Every FFN of the model in the order of its modules; FFNs that share their weights are one.
@@ -218,8 +220,7 @@ def _unknown(model: nn.Module) -> FfnkitError:
     between = [owner for owner, *_ in with_middle(model)] + [pair[0] for pair in pairs if are_joined(model, *pair)]
     pairs = [pair for pair in pairs if pair[0] not in between]
     if between and not pairs:
-        what = "a norm, a convolution or a further linear"
-        found = f"in '{between[0]}' {what} works on the hidden neurons, which no edit goes along with"
+        found = f"in '{between[0]}' {JOINED}, which no edit goes along with"
         return FfnkitError(f"the FFNs of {name}", found, "Use a model without one")
     deep = [p for p, value in model.named_parameters() if "expert" in p and (value.ndim == 3 or p[-7:] != ".weight")]
     if deep:

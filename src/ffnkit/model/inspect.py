@@ -13,7 +13,7 @@ from torch import nn
 
 from ffnkit.model.attention import ROLES, Attention, attention_linears, attention_modules, attentions
 from ffnkit.model.ffn import FFN
-from ffnkit.model.finding import are_joined, ffns, mirrored, with_middle
+from ffnkit.model.finding import JOINED, are_joined, ffns, mirrored, with_middle
 from ffnkit.model.linear import features, flops, is_linear, stored_weight, unwrapped, walk
 from ffnkit.model.targets import ranges
 from ffnkit.model.trainable import body, head_modules
@@ -225,7 +225,6 @@ def added_parameters(model: nn.Module) -> int:
 
 _NO_FFN = re.compile(r"mamba|mixer|embed|position|proj(ection|ector)|router|connector", re.IGNORECASE)
 _WIDEST = 16  # ff / d of an FFN at most; bottlenecks of other uses go further
-_JOINED = "a norm, a convolution or a further linear works on the hidden neurons"
 Place = tuple[str, dict[str, nn.Parameter], str]  # owner, weights by name below it, why
 
 
@@ -267,7 +266,7 @@ def _with_middle(model: nn.Module) -> Iterator[Place]:
     for path, module, layout in with_middle(model):
         names = (f"{site}.weight" for site in dict.fromkeys((layout.up, layout.gate or layout.up, layout.down)))
         weights = {name: module.get_parameter(name) for name in names}
-        yield path, weights, _JOINED
+        yield path, weights, JOINED
 
 
 def _mirrored(model: nn.Module, covered: set[int]) -> Iterator[Place]:
@@ -283,7 +282,7 @@ def _mirrored(model: nn.Module, covered: set[int]) -> Iterator[Place]:
             continue
         if not any(_NO_FFN.search(text) for text in (*paths, *near)):
             joined = are_joined(model, owner, *pair)
-            yield owner, weights, _JOINED if joined else "mirrored linears of no known row"
+            yield owner, weights, JOINED if joined else "mirrored linears of no known row"
 
 
 def body_flops(model: nn.Module) -> float:
