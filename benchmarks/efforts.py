@@ -39,12 +39,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "best, select=leverage": {"effort": "best", "select": "leverage"},
     "best, refine_metric=norm": {"effort": "best", "refine_metric": "norm"},
     "best, four times the text": {"effort": "best"},
+    "best, refine=1500, four times the text": {"effort": "best", "refine": 1500},
     "fast, select=loss": {"effort": "fast", "select": "loss"},
     "default, select=loss": {"select": "loss"},
     "best, select=loss": {"effort": "best", "select": "loss"},
     "best, select=loss, four times the text": {"effort": "best", "select": "loss"},
 }
-FOUR = ("best, four times the text", "best, select=loss, four times the text")
+FOUR = tuple(name for name in ARMS if name.endswith("four times the text"))
 TIMES = dict.fromkeys(FOUR, 4)  # the tokens, of arms that see more
 
 

@@ -336,3 +336,20 @@ def test_the_config_is_compared_as_it_is_written() -> None:
     config = copy.deepcopy(FAMILIES["llama"].config())
     config.bound = float("inf")
     assert written(config).bound == float("inf")
+
+
+def test_the_trial_takes_few_tokens_of_a_long_batch() -> None:
+    """Answers of a whole batch in float64 are gigabytes where the vocabulary is large: 64 tokens tell the same."""
+    from ffnkit.surgery.trial import try_out
+
+    sizes = {"vocab_size": 99, "n_embd": 16, "n_layer": 4, "n_head": 2, "n_positions": 200}
+    model = made(T.GPT2LMHeadModel, T.GPT2Config(**sizes, bos_token_id=2, eos_token_id=3))
+    batch = {"input_ids": torch.full((5, 150), 7), "attention_mask": torch.ones(5, 150, dtype=torch.long)}
+    plan = fk.plan(model, LayerDrop(layers="1"))
+    seen: list[torch.Size] = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    try_out(model, plan.edits, batch)
+    handle.remove()
+    assert seen and all(shape[-1] == running.FEW and shape[0] <= 2 for shape in seen)
