@@ -64,11 +64,13 @@ def sentence_arms() -> Iterator[tuple[str, str, Made]]:
     yield "3 of 6", "left out, searched, refitted", lambda: methods.build("ffn-drop", window=3, refit=True)
     for width in (0.5, 0.25):
         for select in ("leverage", "loss", "balanced"):
-            how = f"each at {width:.0%} of its width, select={select}"
-            yield "all", how, lambda width=width, select=select: fk.CalibratedFusion(width=width, select=select)
-    for select in ("loss", "balanced"):
-        how = f"each at 25% of its width, select={select}, refine_metric=fisher"
-        yield "all", how, lambda select=select: fk.CalibratedFusion(width=0.25, select=select, refine_metric="fisher")
+            for more in ({}, {"refine_metric": "norm"}):
+                if more and select == "leverage":
+                    continue
+                said = {"select": select} | more
+                how = f"each at {width:.0%} of its width, " + ", ".join(f"{key}={value}" for key, value in said.items())
+                yield "all", how, lambda width=width, said=said: fk.CalibratedFusion(width=width, **said)
+
 
 
 def stories(tokens: int) -> tuple[Callable[[], Any], list[dict[str, Any]], Callable[[Any], float]]:

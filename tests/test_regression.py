@@ -75,6 +75,8 @@ def test_the_information_is_taken_where_it_is_asked_for(name: str, monkeypatch: 
         ("norm", "fisher", 2, 1, 2),
         ("fisher", "norm", 2, 1, 1),
         ("norm", "fisher", 0, 0, 0),
+        ("norm", None, 2, 0, 1),  # as the choice
+        ("fisher", None, 2, 1, 2),
     ):
         asked.clear()
         regressed.clear()
@@ -86,8 +88,7 @@ def test_the_information_is_taken_where_it_is_asked_for(name: str, monkeypatch: 
 
 def test_best_takes_more_tokens_and_settings_are_decided_on_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
     best = fk.CalibratedFusion(0.5, effort="best")
-    assert (best.refine, best.refine_metric, best.tokens) == (500, "fisher", 65536)
-    assert fk.CalibratedFusion(0.5).refine_metric == "norm"
+    assert (best.refine, best.tokens) == (500, 65536)
     case = case_of("llama")
     model: Any = FAMILIES["llama"].model()
     data, held = case.batches(model), []

@@ -18,7 +18,7 @@ from ffnkit.calibration.batches import Batch, kept
 from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.calibration.reading import output_metric
 from ffnkit.calibration.statistics import Statistics
-from ffnkit.calibration.stored import first_batches
+from ffnkit.calibration.stored import first_batches, tokens_of
 from ffnkit.edits import Edit, ReplaceNeurons
 from ffnkit.methods.common import largest
 from ffnkit.methods.drop.heads import head_activity, head_scores, left_out, removal
@@ -41,8 +41,8 @@ def held_out(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
     and a tenth of all are; a lone row is both."""
     rows: list[Batch] = [row for batch in kept(batches) for row in _rows(batch)]
     picked = range(HELD - 1, len(rows), HELD) or range(len(rows) - 1, len(rows))
-    most = max(MANY, sum(map(_tokens, rows)) // 10)
-    held = set(_some(picked, sum(_tokens(rows[number]) for number in picked), most))
+    most = max(MANY, sum(map(tokens_of, rows)) // 10)
+    held = set(_some(picked, sum(tokens_of(rows[number]) for number in picked), most))
     measured = [row for number, row in enumerate(rows) if number in held]
     fitted = [row for number, row in enumerate(rows) if number not in held] or rows
     return joined(fitted), measured
@@ -85,17 +85,13 @@ def _shape(row: Batch) -> Any:
 def spread(rows: list[Batch], tokens: int) -> list[Batch]:
     """Some of the rows, from all parts of them, that hold about so many tokens. Batches count as rows."""
     rows = [row for batch in rows for row in _rows(batch)]
-    return [rows[number] for number in _some(range(len(rows)), sum(map(_tokens, rows)), tokens)]
+    return [rows[number] for number in _some(range(len(rows)), sum(map(tokens_of, rows)), tokens)]
 
 
 def _some(numbers: Sequence[int], size: int, tokens: int) -> list[int]:
     """Some of the numbers, from all parts of them: such that of ``size`` tokens about ``tokens`` remain."""
     count = min(len(numbers), max(1, -(-tokens * len(numbers) // max(size, 1))))
     return [numbers[number * len(numbers) // count] for number in range(count)]
-
-
-def _tokens(row: Batch) -> int:
-    return max((v.shape[1] for v in row.values() if isinstance(v, Tensor) and v.ndim == 2), default=1)
 
 
 def _nearest(options: Sequence[int], wanted: float) -> int:

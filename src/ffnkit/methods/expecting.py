@@ -139,7 +139,7 @@ def fused(ffn: FFN, width: int, tokens: int, *, greedy: bool, refine: int, kept:
     gram = tokens * ffn.active * experts * ff**2 * 0.6  # a triangle of it
     selecting = width * ff * (width / 2 + 2 * d) if greedy else ff**3 / 2
     solving = width**3 / 6 + width**2 * d + width * ff * d
-    regression = 3 * refine * batch * matrices * d * width if refine and kept else 0
+    regression = 3 * refine * batch * d * (matrices * width + d) if refine and kept else 0  # errors by a (d, d) metric
     target = kept * matrices * d * (ff + width) if refine else 0
     steps = experts * refine if kept else 0
     numbers = 4 * tokens * ff + steps * (10 * batch * width + 8 * matrices * d * width + 8 * batch * d)

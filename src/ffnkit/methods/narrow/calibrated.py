@@ -83,9 +83,9 @@ class CalibratedFusion(Narrowing):
         ),
     ] = "fisher"
     refine_metric: Annotated[
-        Literal["fisher", "norm"],
-        Doc("what errors of the outputs count by in the regression, in the words of metric."),
-    ] = "norm"
+        Literal["fisher", "norm"] | None,
+        Doc("what errors of the outputs count by in the regression; None: what they count by in the choice."),
+    ] = None
     select: Annotated[
         Literal["balanced", "loss", "leverage", "greedy"],
         Doc(
@@ -115,8 +115,8 @@ class CalibratedFusion(Narrowing):
             "closed forms alone, each layer on its own", {"sequential": False, "metric": "norm", "refine": 0}
         ),
         "best": Preset(
-            "long regressions on more tokens, by what errors do to the answers",
-            {"refine": 500, "refine_metric": "fisher", "tokens": 65536},
+            "long regressions on more tokens",
+            {"refine": 500, "tokens": 65536},
         ),
     }
     name: ClassVar[str] = "calibrated-fusion"
@@ -190,7 +190,7 @@ class CalibratedFusion(Narrowing):
         few = batches if isinstance(batches, StatisticsFile) else first_batches(batches)
         metrics = output_metric(model, found, few, seed=self.seed)
         read = {"norm": {name: metric.dimensions for name, metric in metrics.items()}}
-        regressed = self.refine_metric if self.refine else "norm"
+        regressed = (self.refine_metric or self.metric) if self.refine else "norm"
         if "fisher" in (self.metric, regressed):
             read["fisher"] = read["norm"] | fisher(model, found, few, seed=self.seed)
         return {name: Reading(read[self.metric][name], metrics[name], read[regressed][name]) for name in metrics}
