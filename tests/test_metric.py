@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
+import transformers as T
 from families import FAMILIES
 from tolerance import assert_close
 
@@ -14,6 +16,7 @@ from ffnkit.calibration.fisher import DAMPING, fisher
 from ffnkit.calibration.hooks import Activations, held_out
 from ffnkit.calibration.reading import Metric, output_metric
 from ffnkit.calibration.statistics import Statistics
+from ffnkit.calibration.stored import PROBED
 from ffnkit.calibration.streams import Streams
 from ffnkit.methods.narrow.calibrated import held_out as judged
 from ffnkit.methods.narrow.observed import Part
@@ -98,6 +101,30 @@ def test_fisher_information_is_that_of_a_loop(name: str) -> None:
     slow = (slow / slow.diagonal().mean() + DAMPING * torch.eye(ffn.d)) / (1 + DAMPING)
     assert_close(found[ffn.name], slow, rel=1e-3)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("more", [{}, {"window": True}], ids=["vit", "swin"])
+def test_images_are_gone_back_over_by_the_tokens_that_they_are(more: dict[str, bool]) -> None:
+    """Nothing in a batch of images says how many; it was a pass an image, over all of them."""
+    sizes = {"image_size": 32, "patch_size": 8, "num_labels": 3}
+    if more:  # 16 tokens an image in the first stage, 4 in the last
+        config = T.SwinConfig(**sizes, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2)
+        model: Any = T.SwinForImageClassification(config)
+    else:
+        wide = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model = T.ViTForImageClassification(T.ViTConfig(**sizes, **wide))
+    rows: list[int] = []
+    model.register_forward_pre_hook(lambda _, __, given: rows.append(len(given["pixel_values"])), with_kwargs=True)
+    draw = torch.Generator().manual_seed(0)
+    batches = [{"pixel_values": torch.randn(100, 3, 32, 32, generator=draw)} for _ in range(14)]
+    told, least = (16, 4) if more else (17, 17)
+    found = fisher(model.eval(), list(ffns(model)), batches)
+    assert len(found) == 2
+    assert rows[0] == 1 and max(rows) == 512 // told  # then as many as fit
+    assert PROBED <= sum(rows) * least < PROBED + 512
+    rows.clear()
+    fisher(model, list(ffns(model)), batches[:1])
+    assert sum(rows) == 100  # where there are fewer, all
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])

@@ -12,7 +12,7 @@ from ffnkit.calibration.batches import Batch, evaluating, kept, prepared
 from ffnkit.calibration.drift import given, whole_masks, writes
 from ffnkit.calibration.padding import TokenMasks
 from ffnkit.calibration.reading import some
-from ffnkit.calibration.stored import StatisticsFile
+from ffnkit.calibration.stored import PROBED, StatisticsFile
 from ffnkit.io.files import spooled
 from ffnkit.io.progress import counted
 from ffnkit.model.ffn import FFN
@@ -45,9 +45,10 @@ def fisher(
     """
     draw = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
+    seen: dict[str, int] = {}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     handles = [
-        module.register_forward_hook(_adding(sums, ffn.name))
+        module.register_forward_hook(_adding(sums, seen, ffn.name))
         for ffn in found
         for module in {id(m): m for owner in ffn.owners.values() for m in [_giving(ffn, owner)]}.values()
     ]
@@ -56,7 +57,7 @@ def fisher(
         for parameter in flags:
             parameter.requires_grad_(False)
         with evaluating(model), torch.enable_grad():
-            for batch in counted(_parts(kept(some(model, batches))), "Fisher information"):
+            for batch in counted(_parts(kept(some(model, batches)), seen), "Fisher information"):
                 _go_back(model, prepared(model, batch), masks, draw)
     finally:
         for handle in handles:
@@ -70,12 +71,13 @@ def _giving(ffn: FFN, owner: nn.Module) -> nn.Module:
     return owner if ffn.layout.experts else ffn.linear("down", owner)
 
 
-def _adding(sums: dict[str, Tensor], name: str) -> Any:
-    """A hook that adds up the gradients at what a module gives."""
+def _adding(sums: dict[str, Tensor], seen: dict[str, int], name: str) -> Any:
+    """A hook that adds up the gradients at what a module gives, and how many tokens they are of."""
 
     def add(gradient: Tensor) -> None:
         g = gradient.detach().reshape(-1, gradient.shape[-1]).float()
         sums[name] = sums.get(name, 0) + g.T @ g
+        seen[name] = seen.get(name, 0) + len(g)
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         if not isinstance(output, Tensor):
@@ -104,16 +106,27 @@ def _go_back(model: nn.Module, batch: dict[str, Any], masks: TokenMasks, draw: t
         (rows * signs.to(rows)).sum().backward()
 
 
-def _parts(batches: list[Batch]) -> Iterator[Batch]:
-    """The batches, of few rows each: what going back takes grows with them."""
+def _parts(batches: list[Batch], seen: dict[str, int]) -> Iterator[Batch]:
+    """The batches, of few rows each: what going back takes grows with them.
+
+    Rows that do not say how many tokens they are (images, sound) are taken as what the FFNs have ``seen`` of those
+    before, and no more of them than hold ``PROBED`` tokens.
+    """
+    done = 0
     for batch in batches:
         tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
         count = len(tensors[0])
-        ids = next((value for value in tensors if value.ndim == 2 and not value.is_floating_point()), tensors[0])
-        step = max(1, TOGETHER // max(ids[0].numel(), 1)) if all(len(value) == count for value in tensors) else count
-        for start in range(0, count, step):
+        whole = any(len(value) != count for value in tensors)
+        ids = next((value for value in tensors if value.ndim == 2 and not value.is_floating_point()), None)
+        start = 0
+        while start < count:
+            if ids is None and min(seen.values(), default=0) >= PROBED:
+                return
+            size = -(-max(seen.values(), default=TOGETHER) // max(done, 1)) if ids is None else ids[0].numel()
+            step = count if whole else max(1, TOGETHER // max(size, 1))
             rows = slice(start, start + step)
             yield {k: v[rows] if isinstance(v, Tensor) and v.ndim and step < count else v for k, v in batch.items()}
+            start, done = start + step, done + min(step, count - start)
 
 
 def _damped(total: Tensor) -> Tensor:
