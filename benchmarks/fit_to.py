@@ -56,7 +56,7 @@ ARMS = {
 
 
 def told(done: int, total: int, what: str) -> None:
-    print(f"{done} of {total}: {what}", flush=True)
+    print(f"{done}{f' of {total}' * bool(total)}: {what}", flush=True)
 
 
 def page(results: dict[str, Any]) -> str:
