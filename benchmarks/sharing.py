@@ -72,7 +72,6 @@ def sentence_arms() -> Iterator[tuple[str, str, Made]]:
                 yield "all", how, lambda width=width, said=said: fk.CalibratedFusion(width=width, **said)
 
 
-
 def stories(tokens: int) -> tuple[Callable[[], Any], list[dict[str, Any]], Callable[[Any], float]]:
     """What opens the model, its calibration batches, and what measures it."""
     folder = Path(os.environ["FFNKIT_MODELS"]) / "stories260K"

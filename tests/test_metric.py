@@ -127,6 +127,29 @@ def test_images_are_gone_back_over_by_the_tokens_that_they_are(more: dict[str, b
     assert sum(rows) == 100  # where there are fewer, all
 
 
+def test_sound_is_gone_back_over_by_its_frames_not_by_the_words_beside_it() -> None:
+    """Eight words stand for 200 frames: 64 rows of so many words were 12,800 tokens at once."""
+    sizes = {
+        "vocab_size": 60,
+        "d_model": 16,
+        "num_mel_bins": 4,
+        "max_source_positions": 200,
+        "max_target_positions": 20,
+    }
+    parts = {
+        f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("attention_heads", 2))
+    }
+    special = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 2}
+    wide = {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    model: Any = T.WhisperForConditionalGeneration(T.WhisperConfig(**sizes, **parts, **special, **wide)).eval()
+    rows: list[int] = []
+    model.register_forward_pre_hook(lambda _, __, given: rows.append(len(given["input_features"])), with_kwargs=True)
+    words = torch.arange(4, 12).repeat(100, 1)
+    batch = {"input_features": torch.randn(100, 4, 400), "decoder_input_ids": words}
+    assert len(fisher(model, list(ffns(model)), [batch])) == 2
+    assert rows[0] == 1 and max(rows) == 2 and sum(rows) == 100  # 800 words: all
+
+
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_an_ffn_is_to_give_what_its_reader_lacks(name: str) -> None:
     model = FAMILIES[name].model()

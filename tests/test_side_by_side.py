@@ -176,6 +176,28 @@ def test_a_unit_that_another_process_holds_is_left_alone(tmp_path: Path) -> None
     assert not list((tmp_path / "units" / "arm").iterdir())
 
 
+def test_a_claim_that_goes_while_it_is_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``mkdir`` says that a folder exists which another process removes before it looks what it is."""
+    pytest.importorskip("fcntl")
+    (tmp_path / "run.json").write_text("{}")
+    unit = Unit("arm", 0, tmp_path / "units" / "arm" / "seed-0")
+    made, real = [], Path.mkdir
+
+    def mkdir(path: Path, *args: Any, **given: Any) -> None:
+        made.append(path)
+        if len(made) == 1:
+            raise FileExistsError(path)
+        real(path, *args, **given)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with unit.held(wait=0.0):
+        assert len(made) > 1
+    monkeypatch.undo()
+    unit.folder.with_name(".seed-0").write_text("")  # a file in its place is no race
+    with pytest.raises(FileExistsError), unit.held(wait=0.0):
+        raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [

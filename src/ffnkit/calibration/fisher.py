@@ -109,8 +109,8 @@ def _go_back(model: nn.Module, batch: dict[str, Any], masks: TokenMasks, draw: t
 def _parts(batches: list[Batch], seen: dict[str, int]) -> Iterator[Batch]:
     """The batches, of few rows each: what going back takes grows with them.
 
-    Rows that do not say how many tokens they are (images, sound) are taken as what the FFNs have ``seen`` of those
-    before, and no more of them than hold ``PROBED`` tokens.
+    Rows that do not say how many tokens they are (images, sound, whatever text is beside them) are taken as what the
+    FFNs have ``seen`` of those before, and no more of them than hold ``PROBED`` tokens.
     """
     done = 0
     for batch in batches:
@@ -118,6 +118,8 @@ def _parts(batches: list[Batch], seen: dict[str, int]) -> Iterator[Batch]:
         count = len(tensors[0])
         whole = any(len(value) != count for value in tensors)
         ids = next((value for value in tensors if value.ndim == 2 and not value.is_floating_point()), None)
+        if any(value.ndim > 1 and value.is_floating_point() for value in tensors):
+            ids = None
         start = 0
         while start < count:
             if ids is None and min(seen.values(), default=0) >= PROBED:

@@ -99,12 +99,13 @@ class Unit:
         place, until = self.folder.parent / f".{self.folder.name}", time.monotonic() + wait
         with ExitStack() as stack:
             while True:
-                place.mkdir(parents=True, exist_ok=True)
                 try:
+                    place.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(held(place, f"running {self.name}", "another process is at work on it"))
                     break
-                except FileNotFoundError:  # the other one has just removed it
-                    continue
+                except (FileNotFoundError, FileExistsError):  # the other one has just removed it
+                    if place.is_file():
+                        raise
                 except FfnkitError:
                     if time.monotonic() > until:
                         raise

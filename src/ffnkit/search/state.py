@@ -116,7 +116,7 @@ class Folder:
                 place.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(held(place, place.name))
                 ours = True
-            except (FfnkitError, FileNotFoundError):  # another has it, or has just removed it
+            except (FfnkitError, FileNotFoundError, FileExistsError):  # another has it, or has just removed it
                 ours = False
             yield ours
 
