@@ -88,7 +88,8 @@ def test_the_information_is_taken_where_it_is_asked_for(name: str, monkeypatch: 
 
 def test_best_takes_more_tokens_and_settings_are_decided_on_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
     best = fk.CalibratedFusion(0.5, effort="best")
-    assert (best.refine, best.tokens) == (500, 65536)
+    assert (best.refine, best.metric, best.refine_metric, best.tokens) == (500, "fisher", None, 65536)
+    assert fk.CalibratedFusion(0.5).refine_metric is None
     case = case_of("llama")
     model: Any = FAMILIES["llama"].model()
     data, held = case.batches(model), []

@@ -24,6 +24,7 @@ from ffnkit.recipe import cluster, pool, run, shares
 from ffnkit.recipe.board import Board
 from ffnkit.recipe.shares import Shares
 from ffnkit.recipe.state import Unit
+from ffnkit.search.state import Folder
 
 GB = 1 << 30
 
@@ -326,3 +327,12 @@ def test_tasks_of_a_ray_cluster(folder: Path, plain: Path, tmp_path: Path) -> No
     subprocess.run([sys.executable, "-c", code, str(recipe), str(out)], env=environment, check=True, timeout=800)
     assert killed
     assert outcome(out) == outcome(plain)
+
+
+def test_a_file_in_the_place_of_a_searchs_claim_is_told_not_waited_for(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    folder = Folder(tmp_path)
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "claims" / "task").write_text("")
+    with pytest.raises(FileExistsError), folder.turn("task"):
+        raise AssertionError

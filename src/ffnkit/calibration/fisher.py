@@ -117,9 +117,8 @@ def _parts(batches: list[Batch], seen: dict[str, int]) -> Iterator[Batch]:
         tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
         count = len(tensors[0])
         whole = any(len(value) != count for value in tensors)
-        ids = next((value for value in tensors if value.ndim == 2 and not value.is_floating_point()), None)
-        if any(value.ndim > 1 and value.is_floating_point() for value in tensors):
-            ids = None
+        told = not any(value.ndim > 1 and value.is_floating_point() for value in tensors)
+        ids = next((value for value in tensors if value.ndim == 2), None) if told else None
         start = 0
         while start < count:
             if ids is None and min(seen.values(), default=0) >= PROBED:

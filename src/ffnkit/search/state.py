@@ -117,6 +117,8 @@ class Folder:
                 stack.enter_context(held(place, place.name))
                 ours = True
             except (FfnkitError, FileNotFoundError, FileExistsError):  # another has it, or has just removed it
+                if place.is_file():
+                    raise
                 ours = False
             yield ours
 
