@@ -12,14 +12,16 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ffnkit.errors import FfnkitError
 
 PREFIX = ".ffnkit-tmp-"
 LOCK, NEW, OLD = "lock", "new", "old"
+POLL = 0.2  # seconds between two tries at what another process holds
 
 
 @contextmanager
@@ -104,6 +106,34 @@ def held(folder: str | Path, asked: str, found: str = "another run is at work th
     finally:
         if lock is not None:
             os.close(lock)
+
+
+@contextmanager
+def claimed(folder: Path, asked: str, found: str, *, wait: float = 0.0) -> Iterator[None]:
+    """Make a folder and hold it for the time of the block; whoever held it before may remove it in the same moment.
+
+    Args:
+        wait: seconds until it is given up where another process holds it.
+
+    Raises:
+        FfnkitError: another one does.
+        FileExistsError: a file stands there.
+    """
+    until = time.monotonic() + wait
+    with ExitStack() as stack:
+        while True:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(held(folder, asked, found))
+                break
+            except (FileNotFoundError, FileExistsError):  # the other one has just removed it
+                if folder.is_file():
+                    raise
+            except FfnkitError:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(POLL)
+        yield
 
 
 def remove(place: Path) -> None:

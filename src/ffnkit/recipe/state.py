@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import read_json, write_text
 from ffnkit.io.folders import check_target
-from ffnkit.io.workspace import held
+from ffnkit.io.workspace import claimed
 from ffnkit.recipe.schema import Arm, Recipe, arm_dict, facts_today
 from ffnkit.recipe.sources import HUB_SET, calibration_texts, expand, method_of
 from ffnkit.tune.settings import HARMLESS
@@ -96,20 +95,8 @@ class Unit:
             FfnkitError: it is at work on it still.
         """
         check_there(self.out)
-        place, until = self.folder.parent / f".{self.folder.name}", time.monotonic() + wait
-        with ExitStack() as stack:
-            while True:
-                try:
-                    place.mkdir(parents=True, exist_ok=True)
-                    stack.enter_context(held(place, f"running {self.name}", "another process is at work on it"))
-                    break
-                except (FileNotFoundError, FileExistsError):  # the other one has just removed it
-                    if place.is_file():
-                        raise
-                except FfnkitError:
-                    if time.monotonic() > until:
-                        raise
-                    time.sleep(0.1)
+        place = self.folder.parent / f".{self.folder.name}"
+        with claimed(place, f"running {self.name}", "another process is at work on it", wait=wait):
             try:
                 yield
             finally:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import numpy as np
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import read_json, replacing
 from ffnkit.io.folders import check_target
-from ffnkit.io.workspace import held
+from ffnkit.io.workspace import claimed
 from ffnkit.recipe.state import SEARCH, difference, write_json
 from ffnkit.search.candidates import Candidate
 from ffnkit.search.chances import Rows
@@ -49,7 +49,7 @@ class Folder:
         """Make it, or see that it holds this search. Raises FfnkitError where it holds something else."""
         check_target(self.out, "run")
         self.out.mkdir(parents=True, exist_ok=True)
-        with self._turn(self.out):  # of two that begin at once the second sees the first
+        with self.turn():  # of two that begin at once the second sees the first
             found = read_json(self.out / FACTS)
             if found is None:
                 if taken := [name for name in OURS if (self.out / name).exists()]:
@@ -101,35 +101,21 @@ class Folder:
         what = "the folder of the search was removed meanwhile"
         raise FfnkitError(f"searching into {self.out}", what, "Run the same command anew")
 
-    def claimed(self, task: str) -> AbstractContextManager[bool]:
-        """Whether a task is ours alone inside the block; the system lets go of it however we end."""
-        return self._claimed(self.out / "claims" / task)
-
-    def turn(self, task: str) -> AbstractContextManager[None]:
-        """Wait until a task is nobody else's, and hold it."""
-        return self._turn(self.out / "claims" / task)
-
     @contextmanager
-    def _claimed(self, place: Path) -> Iterator[bool]:
+    def claimed(self, task: str) -> Iterator[bool]:
+        """Whether a task is ours alone inside the block; the system lets go of it however we end."""
         with ExitStack() as stack:
             try:
-                place.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(held(place, place.name))
+                stack.enter_context(claimed(self.out / "claims" / task, task, "another process does it"))
                 ours = True
-            except (FfnkitError, FileNotFoundError, FileExistsError):  # another has it, or has just removed it
-                if place.is_file():
-                    raise
+            except FfnkitError:
                 ours = False
             yield ours
 
-    @contextmanager
-    def _turn(self, place: Path) -> Iterator[None]:
-        while True:
-            with self._claimed(place) as ours:
-                if ours:
-                    yield
-                    return
-            time.sleep(POLL)
+    def turn(self, task: str = "") -> AbstractContextManager[None]:
+        """Wait until a task, or the folder, is nobody else's, and hold it."""
+        place = self.out / "claims" / task if task else self.out
+        return claimed(place, task, "another process does it", wait=math.inf)
 
     @property
     def original(self) -> Path:
