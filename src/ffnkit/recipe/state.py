@@ -293,15 +293,22 @@ def check_out(out: Path) -> None:
         raise FfnkitError(f"output folder '{out}'", found, "Give another folder")
 
 
-def check_there(out: Path) -> None:
-    """Raises FfnkitError where the folder of a run that is at work was removed; what was written since goes as well."""
-    if (out / "run.json").is_file():
+def check_there(out: Path, record: str = "run.json", parts: Iterable[str] = ("units",), what: str = "run") -> None:
+    """Raises FfnkitError where the folder of a run that is at work was removed; what was written since goes as well.
+
+    Args:
+        record: the file that the run began with.
+        parts: folders that it makes while it is at work.
+    """
+    if (out / record).is_file():
         return
-    shutil.rmtree(out / "units", ignore_errors=True)
+    for name in parts:
+        shutil.rmtree(out / name, ignore_errors=True)
     for path in (out / ".lock", out):
         with suppress(OSError):  # it holds something else
             path.rmdir() if path.is_dir() else path.unlink()
-    raise FfnkitError(f"running into {out}", "the folder of the run was removed meanwhile", "Run the same command anew")
+    found = f"the folder of the {what} was removed meanwhile"
+    raise FfnkitError(f"output folder '{out}'", found, "Run the same command anew")
 
 
 def clear_out(out: Path) -> None:

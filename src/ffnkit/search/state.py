@@ -16,7 +16,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.files import read_json, replacing
 from ffnkit.io.folders import check_target
 from ffnkit.io.workspace import claimed
-from ffnkit.recipe.state import SEARCH, difference, write_json
+from ffnkit.recipe.state import SEARCH, check_there, difference, write_json
 from ffnkit.search.candidates import Candidate
 from ffnkit.search.chances import Rows
 from ffnkit.search.settings import SearchRecipe, search_from
@@ -92,14 +92,7 @@ class Folder:
 
     def check_there(self) -> None:
         """Raises FfnkitError where it was removed while a search is at work; what was written since goes as well."""
-        if (self.out / FACTS).is_file():
-            return
-        for name in ("candidates", "claims"):
-            shutil.rmtree(self.out / name, ignore_errors=True)
-        with suppress(OSError):
-            self.out.rmdir()
-        what = "the folder of the search was removed meanwhile"
-        raise FfnkitError(f"searching into {self.out}", what, "Run the same command anew")
+        check_there(self.out, FACTS, ("candidates", "claims"), "search")
 
     @contextmanager
     def claimed(self, task: str) -> Iterator[bool]:
