@@ -222,6 +222,26 @@ def test_the_time_that_is_told_is_that_of_the_choice_that_is_taken(monkeypatch: 
     assert plan.report["target"]["seconds of a batch"]["ratio"] == 0.7
 
 
+def test_another_limit_measures_no_joint_moves_again() -> None:
+    """Rounds of a target of time differ in their limit; what joint moves lose without others does not hang on it."""
+    single = {"first": 0.01, "second": 0.02, "third": 0.5, "fourth": 0.9}
+    first = search([joint(name) for name in single], [], lambda gone, _: sum(single[name] for name in gone), 65)
+    asked: list[frozenset[str]] = []
+    together = first.together
+
+    def told(joints: tuple[Joint, ...]) -> float:
+        asked.append(frozenset(each.name for each in joints))
+        return together(joints)
+
+    first.together = told
+    for limit, goes in ((65, {"first", "second"}), (45, {"first", "second", "third"}), (65, {"first", "second"})):
+        first = first.under(limit)
+        found = first.run()
+        assert found is not None and {each.name for each in found.choice.joint} == goes
+        assert found.count <= limit and all(each.count <= limit for each in first.tried)
+    assert len(asked) == len(set(asked)) > 2
+
+
 def test_a_standard_checkpoint_needs_no_padding(tmp_path: Path) -> None:
     model = FAMILIES["llama"].model()
     plan = fk.plan(model, fk.FitTo(params=0.7, uniform=True, multiple=4), data=batches("llama", model))

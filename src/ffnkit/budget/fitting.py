@@ -147,8 +147,9 @@ class FitTo:
         share = asked
         best: tuple[Tried | None, Search] | None = None
         kept: dict[str, float] = {}
+        search = self._search(space, losses)
         for _ in range(LATENCY_ROUNDS if speed is not None else 1):
-            search = self._search(space, losses)
+            search = search.under(space.limit)
             found = search.run(self.rounds)
             if speed is None:
                 return found, search

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ffnkit.budget.moves import Choice, Graded, Joint
 from ffnkit.ops.knapsack import cheapest
@@ -84,6 +84,10 @@ class Search:
                 if self._try("as much as may go", joint) is not None:
                     break
         return self.best
+
+    def under(self, limit: int) -> Search:
+        """The same search under another limit, with what holds under any: losses of joint moves alone, and scales."""
+        return replace(self, limit=limit, tried=[])
 
     def rate(self) -> float:
         """The loss that is foreseen for one of the target, where neurons and heads alone keep it; else infinite."""

@@ -15,6 +15,7 @@ from ffnkit.edits import Edit
 from ffnkit.surgery.temporary import TemporaryPlan
 
 ROUNDS, ROWS, TOKENS = 7, 8, 1024  # of a batch: so many rows at most, and about so many tokens
+REPEATS, LONG = 3, 0.5  # passes a round; one where it takes longer, in seconds, since its noise is a smaller part of it
 
 
 class Speed:
@@ -37,18 +38,22 @@ class Speed:
     def ratio(self, edits: Sequence[Edit]) -> float:
         """The median over rounds of the seconds with the edits to those without."""
         plan = TemporaryPlan(self.model, edits)
-        before, after = [], []
-        for number in range(ROUNDS):
-            first = 2 if number == 0 else 0
-            before.append(self._seconds(first))
+        before: list[float] = []
+        after: list[float] = []
+        warmup = [self._seconds(1, warmup=1)]
+        with plan:
+            warmup.append(self._seconds(1, warmup=1))
+        repeats = 1 if min(warmup) > LONG else REPEATS
+        for _ in range(ROUNDS):
+            before.append(self._seconds(repeats))
             with plan:
-                after.append(self._seconds(first))
+                after.append(self._seconds(repeats))
         ratio = statistics.median(b / a for a, b in zip(before, after, strict=True))
         self.last = {"before": statistics.median(before), "after": statistics.median(after), "ratio": ratio}
         return ratio
 
-    def _seconds(self, warmup: int) -> float:
-        return latency(self.model, self.batch, repeats=3, warmup=warmup).median
+    def _seconds(self, repeats: int, warmup: int = 0) -> float:
+        return latency(self.model, self.batch, repeats=repeats, warmup=warmup).median
 
 
 def _repeated(value: Any, count: int) -> Any:
