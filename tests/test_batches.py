@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import transformers
 from families import ENCODER, FAMILIES
 from methods import slow_but
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import BatchEncoding
 
@@ -18,6 +19,7 @@ import ffnkit as fk
 from ffnkit.calibration.batches import evaluating, run
 from ffnkit.errors import FfnkitError
 from ffnkit.methods import FfnDrop, Importance, LayerDrop
+from ffnkit.model.finding import ffns
 from ffnkit.model.running import few_rows
 from ffnkit.plans import Plan
 
@@ -197,3 +199,41 @@ def test_few_tokens_are_taken_of_text_alone(more: dict[str, torch.Tensor], lengt
     found = few_rows({"input_ids": torch.ones(4, 9, dtype=torch.long), **more}, tokens=3)
     assert found["input_ids"].shape == (2, length)
     assert all(len(value) == 2 for value in found.values())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt", "bart"])
+def test_logits_that_nobody_reads_are_not_made(name: str) -> None:
+    """A pass for hidden neurons alone gives the same ones; whoever listens to the head gets every token."""
+    model = FAMILIES[name].model()
+    given = [FAMILIES[name].inputs(model, seed=seed) for seed in range(2)]
+    head, seen = model.get_output_embeddings(), list[int]()
+    real = head.forward
+
+    def forward(x: Tensor) -> Tensor:
+        seen.append(x.shape[1])
+        return real(x)
+
+    whole = given[0].get("decoder_input_ids", given[0]["input_ids"]).shape[1]
+    head.forward = forward
+    least = 1 if "logits_to_keep" in inspect.signature(model.forward).parameters else whole
+    run(model, given)
+    assert set(seen) == {least}
+    run(model, given, after=lambda *_: None, logits=False)
+    assert set(seen) == {least}
+    seen.clear()
+    run(model, given, after=lambda *_: None)
+    handle = head.register_forward_hook(lambda *_: None)
+    run(model, given)
+    handle.remove()
+    assert set(seen) == {whole}
+    del head.forward
+    one, all_of = (neurons_of(model, given, after) for after in (None, lambda *_: None))
+    assert torch.equal(one, all_of)
+
+
+def neurons_of(model: nn.Module, given: list[dict[str, Tensor]], after: Any) -> Tensor:
+    ffn, found = ffns(model)[-1], list[Tensor]()
+    handle = ffn.linear("down").register_forward_pre_hook(lambda _, args: found.append(args[0].flatten()))
+    run(model, given, after=after)
+    handle.remove()
+    return torch.cat(found)

@@ -208,6 +208,12 @@ def test_a_target_of_time_is_measured() -> None:
     assert any(isinstance(edit, DropLayer) for edit in plan.edits)
 
 
+def test_a_target_of_time_is_expected_to_take_longer_than_one_of_flops() -> None:
+    model = FAMILIES["llama"].model()
+    (work, through), (same, fewer) = (fk.FitTo(**{kind: 0.9}).expects(model, 4096) for kind in ("latency", "flops"))
+    assert work == same and through > fewer
+
+
 def test_the_time_that_is_told_is_that_of_the_choice_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """A later round that misses the target changes nothing."""
     ratios = iter((0.7, 0.97, 0.96, 0.95, 0.94))

@@ -7,11 +7,14 @@ import dataclasses
 from ffnkit.budget.losses import CURVES, EXPECTED, FEW, MANY
 from ffnkit.budget.moves import Space
 from ffnkit.budget.refining import TOKENS
+from ffnkit.budget.speed import ROUNDS
+from ffnkit.budget.speed import TOKENS as TIMED
 from ffnkit.methods.expecting import Work
 from ffnkit.methods.narrow.calibrated import CalibratedFusion
 
 FISHER = 3 * 4096  # tokens that go through the model and back, as passes
 WIDTHS = 3  # at which an FFN is refitted before the choice is made
+SEARCHES = 3  # until the FLOPs are found under which a target of time is kept
 
 
 def works(space: Space, method: CalibratedFusion | None, tokens: int, *, every: bool) -> list[Work]:
@@ -42,3 +45,8 @@ def passed(space: Space, method: CalibratedFusion | None, tokens: int, *, every:
     if method is None:
         return total + tokens
     return total + min(FISHER, 3 * tokens) + 2 * (2 * min(tokens, TOKENS) + tokens * (2 if every else 1))
+
+
+def timed() -> float:
+    """The same, of a target of time, beside one of FLOPs: choices are timed, and searched for again."""
+    return SEARCHES * 2 * (ROUNDS + 2) * TIMED + (SEARCHES - 1) * EXPECTED / 2 * (FEW + MANY)

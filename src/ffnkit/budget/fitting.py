@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from torch import nn
 
-from ffnkit.budget.expecting import passed, works
+from ffnkit.budget.expecting import passed, timed, works
 from ffnkit.budget.finishing import Finish
 from ffnkit.budget.losses import Losses, held_out
 from ffnkit.budget.moves import PARTS, Choice, Joint, Space
@@ -110,7 +110,9 @@ class FitTo:
     def expects(self, model: nn.Module, tokens: int) -> tuple[list[Work], float]:
         """About what it takes on so many tokens: the work for each FFN, and the tokens that pass the model."""
         space, every = self.chosen(model), self.effort == "best"
-        return works(space, self._fitting, tokens, every=every), passed(space, self._fitting, tokens, every=every)
+        through = passed(space, self._fitting, tokens, every=every)
+        again = timed() if self.target.kind == "latency" else 0.0
+        return works(space, self._fitting, tokens, every=every), through + again
 
     @property
     def _fitting(self) -> CalibratedFusion | None:

@@ -59,8 +59,8 @@ def _rows(batch: Batch) -> Iterator[dict[str, Any]]:
         yield {k: v[pick] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
 
 
-def joined(rows: list[Batch], most: int = 16) -> list[Batch]:
-    """Rows of one shape in batches again, in their order."""
+def joined(rows: list[Batch], most: int = 16, tokens: int = 2048) -> list[Batch]:
+    """Rows of one shape in batches again, in their order: so many of them at most, with about so many tokens."""
     batches: list[Batch] = []
     held: list[Batch] = []
 
@@ -71,7 +71,8 @@ def joined(rows: list[Batch], most: int = 16) -> list[Batch]:
             held.clear()
 
     for row in rows:
-        if held and (len(held) == most or _shape(row) != _shape(held[0])):
+        full = len(held) == most or (len(held) + 1) * tokens_of(row) > tokens
+        if held and (full or _shape(row) != _shape(held[0])):
             close()
         held.append(row)
     close()

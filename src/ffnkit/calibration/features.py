@@ -250,7 +250,7 @@ def passages(
             handles.append(block.register_forward_pre_hook(partial(entering, layer), with_kwargs=True))
             handles.append(block.register_forward_hook(partial(leaving, layer)))
         with masks.watching(), hooked(list(found.values()), adding, masks):
-            run(model, batches, before=before, after=after)
+            run(model, batches, before=before, after=after, logits=False)
     finally:
         for handle in handles:
             handle.remove()

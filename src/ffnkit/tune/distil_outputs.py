@@ -31,8 +31,8 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], *, states: bool, logits:
     """
     known = inspect.signature(model.forward).parameters
     more: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
-    if not logits and "logits_to_keep" in known:
-        more["logits_to_keep"] = 1  # of a large vocabulary they would be most of the memory
+    if not logits:
+        more |= batches.few_logits(model)
     output = model(**{**more, **batches.prepared(model, inputs)}, output_hidden_states=states, return_dict=True)
     answers = output.get("logits")
     answers = answers[0] if isinstance(answers, tuple | list) else answers  # further ones stand beside the first
