@@ -247,7 +247,7 @@ class _Runs:
         """The blocks' outputs in the order in which they run."""
         found: list[_State] = []
         with evaluating(model), _caught(model, self.stacks, found, masks):
-            forward(model, batch)
+            forward(model, batch, logits=False)
         return found
 
     def activation(self, ffn: FFN) -> Activation:

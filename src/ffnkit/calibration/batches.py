@@ -171,14 +171,16 @@ def check_finite(what: str, values: Tensor, counted: Callable[[], Tensor] | None
         raise FfnkitError(what, found, "Load the model with dtype float32 or bfloat16, or repair its weights")
 
 
-def forward(model: nn.Module, batch: Batch, *, labels: bool = False) -> Any:
+def forward(model: nn.Module, batch: Batch, *, labels: bool = False, logits: bool = True) -> Any:
     """The model's output for a prepared batch.
 
     Args:
         labels: hand all labels to the model, so that it gives its loss; else only those that the decoder's inputs are
-            made from.
+            made from. logits: of every token; else of the last one alone, where that saves the others.
     """
-    return model(**(batch if labels else model_inputs(model, batch)))
+    inputs = batch if labels else model_inputs(model, batch)
+    more = {} if logits or "labels" in inputs else few_logits(model)
+    return model(**{**more, **inputs})
 
 
 def few_logits(model: nn.Module) -> dict[str, Any]:
@@ -248,8 +250,7 @@ def run(
             batch = prepared(model, given)
             if before is not None:
                 before(batch)
-            less = few_logits(model) if not labels and (after is None or not logits) else {}
-            output = forward(model, {**less, **batch}, labels=labels)
+            output = forward(model, batch, labels=labels, logits=logits and after is not None)
             if after is not None:
                 after(batch, output)
             count += 1

@@ -291,7 +291,7 @@ class Blockwise:
         handles = [self.modules[name].register_forward_pre_hook(count(name)) for name in near]
         try:
             with torch.no_grad(), evaluating(self.model):
-                forward(self.model, self.batches[0])
+                forward(self.model, self.batches[0], logits=False)
         finally:
             for handle in handles:
                 handle.remove()

@@ -189,7 +189,7 @@ def _place(model: nn.Module, few: Batch, gap: Gap) -> _Place:
     ]
     try:
         with torch.no_grad(), evaluating(model):
-            forward(model, prepared(model, few))
+            forward(model, prepared(model, few), logits=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -264,7 +264,7 @@ class _Seen:
             handle = module.register_forward_hook(lambda _, __, output: found.append(first_tensor(output)))
         try:
             with evaluating(self.model):
-                forward(self.model, batch)
+                forward(self.model, batch, logits=False)
         finally:
             handle.remove()
         if len(found) != 1:

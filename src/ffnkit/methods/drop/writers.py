@@ -133,7 +133,7 @@ def _doubled(_: nn.Module, __: Any, output: Any) -> Any:
 def _run(model: nn.Module, few: Batch, handles: list[Any]) -> None:
     try:
         with evaluating(model):
-            forward(model, prepared(model, few))
+            forward(model, prepared(model, few), logits=False)
     finally:
         for handle in handles:
             handle.remove()
