@@ -17,7 +17,7 @@ from tolerance import assert_close, assert_differs
 
 import ffnkit as fk
 from ffnkit.budget import targets as counting
-from ffnkit.budget.losses import Losses, held_out, shown
+from ffnkit.budget.losses import Losses, held_out, joined, shown
 from ffnkit.budget.mending import gaps_closed, heads_refitted
 from ffnkit.budget.moves import PARTS, Choice, Graded, Joint, Space
 from ffnkit.budget.nested import Nested, tail_errors
@@ -25,6 +25,7 @@ from ffnkit.budget.search import Search
 from ffnkit.budget.speed import Speed
 from ffnkit.budget.targets import Target, check_key_values, file_bytes, key_value_bytes
 from ffnkit.calibration.blockwise import Blockwise
+from ffnkit.calibration.latency import Spread
 from ffnkit.edits import DropLayer, ReplaceLinear, Rescale, Tie
 from ffnkit.edits.order import check_normal
 from ffnkit.errors import FfnkitError
@@ -660,3 +661,28 @@ def test_a_batch_that_is_timed_does_not_grow_with_the_texts(tokens: int, rows: i
         rows,
         tokens,
     )
+
+
+@pytest.mark.parametrize(("tokens", "count", "sizes"), [(8, 40, [16, 16, 8]), (512, 9, [4, 4, 1]), (4096, 2, [1, 1])])
+def test_rows_are_joined_to_so_many_tokens_at_most(tokens: int, count: int, sizes: list[int]) -> None:
+    """Sixteen rows of 512 tokens in one pass were gigabytes of a large vocabulary's answers."""
+    rows = [{"input_ids": torch.full((1, tokens), number)} for number in range(count)]
+    found = joined(rows)
+    assert [len(each["input_ids"]) for each in found] == sizes
+    assert torch.equal(
+        torch.cat([each["input_ids"] for each in found]), torch.cat([each["input_ids"] for each in rows])
+    )
+
+
+@pytest.mark.parametrize(("seconds", "repeats"), [(0.01, 3), (2.0, 1)])
+def test_a_long_batch_is_timed_once_a_round(seconds: float, repeats: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def timed(_: Any, __: Any, *, repeats: int, warmup: int) -> Spread:
+        asked.append((repeats, warmup))
+        return Spread(seconds, seconds, seconds, repeats)
+
+    monkeypatch.setattr("ffnkit.budget.speed.latency", timed)
+    model = FAMILIES["llama"].model()
+    assert Speed(model, {"input_ids": torch.ones(1, 4, dtype=torch.long)}).ratio(()) == 1.0
+    assert asked == [(1, 1)] * 2 + [(repeats, 0)] * 14
