@@ -14,6 +14,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.model.families.ffns import LAYOUTS, Layout
 from ffnkit.model.finding import ffns
 from ffnkit.model.targets import resolve_width, select
+from ffnkit.settings import WhichLayers
 
 
 def chosen(name: str, layers: str) -> list[tuple[str, int]]:
@@ -39,16 +40,22 @@ def bert(layers: int = 6) -> nn.Module:
         ("0-1,5", [0, 1, 5]),
         ("last:1,0", [0, 5]),
         ("4", [4]),
+        (4, [4]),
+        ([1, 3], [1, 3]),
+        ((3, 1), [1, 3]),
+        (range(2, 5), [2, 3, 4]),
+        (["0-1", 5, "last:2"], [0, 1, 4, 5]),
     ],
 )
-def test_layer_expressions(layers: str, numbers: list[int]) -> None:
+def test_layer_expressions(layers: WhichLayers, numbers: list[int]) -> None:
     assert [f.layer for f in select(ffns(bert()), layers)] == numbers
 
 
 @pytest.mark.parametrize(
-    "layers", ["6", "4-9", "last:7", "last:0", "5-2", "", "some", "encoder:1", "1,,2", "-1", "last:"]
+    "layers",
+    ["6", "4-9", "last:7", "last:0", "5-2", "", "some", "encoder:1", "1,,2", "-1", "last:", 6, -1, [], [1, 6], [-1]],
 )
-def test_layers_that_do_not_exist_are_refused_and_named(layers: str) -> None:
+def test_layers_that_do_not_exist_are_refused_and_named(layers: WhichLayers) -> None:
     with pytest.raises(FfnkitError, match="0-5") as error:
         select(ffns(bert()), layers)
     assert "\n" not in str(error.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
@@ -17,6 +18,8 @@ from ffnkit.cli import app, describe
 from ffnkit.cli.data_options import OPTIONS
 from ffnkit.cli.training_options import FLAGS, Training, sentence
 from ffnkit.errors import FfnkitError
+from ffnkit.model.finding import ffns
+from ffnkit.model.targets import select
 from ffnkit.recipe.schema import TaskSpec
 from ffnkit.recipe.settings import method_fields
 from ffnkit.settings import Doc, Setting, build, check, settings_of
@@ -91,6 +94,18 @@ def test_what_a_declaration_does_not_allow_is_refused_when_it_is_planned(name: s
             fk.plan(model, made(name, **{each.name: value}), data=[])
         text = str(caught.value)
         assert "\n" not in text and each.name in text, text
+
+
+@pytest.mark.parametrize("name", [name for name, each in EVERY if each.name == "layers"])
+def test_layers_are_given_by_expression_number_or_list(name: str) -> None:
+    model = FAMILIES["bert"].model()
+    for layers in ([0, 1], (0, 1), range(2), ["0", 1]):
+        method = made(name, layers=layers)
+        check(method)
+        kept = json.loads(json.dumps(method.settings()))  # as a plan or a card holds them
+        assert kept["layers"] == list(layers)
+        check(made(name, layers=kept["layers"]))
+        assert [ffn.layer for ffn in select(ffns(model), kept["layers"])] == [0, 1]
 
 
 @pytest.mark.parametrize("name", KINDS)

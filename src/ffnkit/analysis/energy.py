@@ -18,6 +18,7 @@ from ffnkit.calibration.batches import Batch
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.update.sparsegrad import SparseGrad
 from ffnkit.plans import Progress
+from ffnkit.settings import WhichLayers
 
 SHARES = (0.001, 0.003, 0.01, 0.03, 0.1)
 TITLES = {
@@ -111,7 +112,7 @@ def gradient_energy(
     fresh: Iterable[Batch],
     *,
     targets: str = "ffn",
-    layers: str = "all",
+    layers: WhichLayers = "all",
     shares: Sequence[float] = SHARES,
     reach: float = 1.0,
     core: float = 0.97,

@@ -28,6 +28,7 @@ from ffnkit.calibration.batches import evaluating
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
 from ffnkit.plans import Progress
+from ffnkit.settings import WhichLayers
 
 MEMORY = 512 << 20
 BUFFER, SIGNS = 0.8, 0.1  # shares of the memory: gradients of all examples, signs of some columns of them
@@ -48,7 +49,7 @@ class NtkSettings:
     """
 
     examples: int = 48
-    layers: str = "last:2"
+    layers: WhichLayers = "last:2"
     output: Output = "probability"
     memory: int = MEMORY
 

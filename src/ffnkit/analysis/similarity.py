@@ -29,6 +29,7 @@ from ffnkit.ops.similarity import (
     unbiased_cka,
     unbiased_hsic,
 )
+from ffnkit.settings import WhichLayers
 
 Matrix = list[list[float]]
 RBF_ROWS = 2000  # whose distances to one another are held for each layer
@@ -116,7 +117,7 @@ def similarity(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
-    layers: str = "all",
+    layers: WhichLayers = "all",
     tokens: int = 10000,
     attention: bool = True,
     neurons: bool = True,

@@ -16,6 +16,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.progress import phase
 from ffnkit.ops.knapsack import cheapest
 from ffnkit.plans import Progress, Shape
+from ffnkit.settings import WhichLayers
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def allocate(
     model: nn.Module,
     budget: float | int,
     *,
-    layers: str = "all",
+    layers: WhichLayers = "all",
     data: Iterable[Batch] | StatisticsFile | None = None,
     multiple: int | None = None,
     uniform: bool = False,

@@ -20,6 +20,7 @@ from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
 from ffnkit.model.targets import select
 from ffnkit.plans import Shape
+from ffnkit.settings import WhichLayers
 from ffnkit.surgery.meta import skeleton
 from ffnkit.surgery.writer import ModelWriter
 
@@ -88,7 +89,7 @@ class Space:
     """
 
     def __init__(
-        self, model: nn.Module, target: Target, layers: str, parts: Sequence[str], multiple: int | None = None
+        self, model: nn.Module, target: Target, layers: WhichLayers, parts: Sequence[str], multiple: int | None = None
     ) -> None:
         self.model, self.target = model, target
         self.found = select(ffns(model), layers)

@@ -11,6 +11,7 @@ from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.targets import select
 from ffnkit.plans import Shape
+from ffnkit.settings import WhichLayers
 
 WIDE = 1024  # FFNs from this width on get multiples of 64, others of 8
 
@@ -57,7 +58,7 @@ class Room:
         return sum(shape.neuron_parameters * width for shape, width in zip(self.shapes, widths, strict=True))
 
 
-def room(model: nn.Module, budget: float | int, layers: str = "all", multiple: int | None = None) -> Room:
+def room(model: nn.Module, budget: float | int, layers: WhichLayers = "all", multiple: int | None = None) -> Room:
     """The FFNs of ``layers``, their possible widths and the parameters that they may keep. Reads no weights.
 
     Args:

@@ -40,9 +40,6 @@ def chosen_methods(
             raise FfnkitError(f"--{key} {value}", f"--set {key}=... is given too", "Give one of the two")
         if value is not None:
             given |= describe.parse_settings([f"{key}={value}"])
-    if "layers" in given:  # YAML reads 4 and [4, 5] as numbers
-        chosen = given["layers"]
-        given["layers"] = ",".join(map(str, chosen)) if isinstance(chosen, list) else str(chosen)
     given.setdefault("seed", seed)
     made, used = [], {"seed"}
     for word in words:

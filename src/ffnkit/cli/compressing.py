@@ -198,9 +198,6 @@ def choose_method(
             raise FfnkitError(f"--{key} {value}", f"--set {key}=... is given too", "Give one of the two")
         if value is not None:
             settings[key] = value
-    if isinstance(settings.get("layers"), int | list):  # YAML reads 4 and [4, 5] as numbers
-        chosen = settings["layers"]
-        settings["layers"] = ",".join(map(str, chosen)) if isinstance(chosen, list) else str(chosen)
     return describe.build(methods.get(name), settings, f"method {name}")
 
 

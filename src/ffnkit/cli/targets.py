@@ -45,9 +45,6 @@ def fitting(
             if key in settings:
                 raise FfnkitError(f"--set {key}=...", f"--{key} says it too", "Give one of the two")
             settings[key] = value
-    if isinstance(settings.get("layers"), int | list):
-        chosen = settings["layers"]
-        settings["layers"] = ",".join(map(str, chosen)) if isinstance(chosen, list) else str(chosen)
     made = describe.build(FitTo, settings, f"--target {target}")
     _ = made.target
     return made

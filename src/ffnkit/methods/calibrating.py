@@ -29,6 +29,7 @@ from ffnkit.model.finding import ffns
 from ffnkit.model.targets import select
 from ffnkit.ops.moments import DOUBLE_UP_TO
 from ffnkit.plans import Progress, check_weights
+from ffnkit.settings import WhichLayers
 
 HELD = CalibratedFusion.tokens
 
@@ -39,7 +40,7 @@ def calibrate(
     batches: Iterable[Batch],
     path: str | Path | None = None,
     *,
-    layers: str = "all",
+    layers: WhichLayers = "all",
     held: int = HELD,
     progress: Progress | None = None,
 ) -> StatisticsFile:

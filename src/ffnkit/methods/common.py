@@ -23,10 +23,10 @@ from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.ops.clusters import cluster_neurons
 from ffnkit.ops.neurons import Neurons
 from ffnkit.plans import Progress, check_weights
-from ffnkit.settings import Doc, check, told
+from ffnkit.settings import Doc, WhichLayers, check, told
 
 Width = int | float | Mapping[str, int]
-Layers = Annotated[str, Doc('which layers, e.g. "all", "last:8", "4-11", "4,5,9", "encoder:last:4".')]
+Layers = Annotated[WhichLayers, Doc('which layers, e.g. "all", "last:8", "4-11", [4, 5, 9], "encoder:last:4".')]
 Sequential = Annotated[
     bool, Doc("calibrate each layer on what the compressed layers before it give, else on the model as it was.")
 ]
@@ -54,7 +54,7 @@ class Narrowing:
         return targets(model, self.layers, self.width)
 
 
-def targets(model: nn.Module, layers: str, width: Width) -> list[tuple[FFN, int]]:
+def targets(model: nn.Module, layers: WhichLayers, width: Width) -> list[tuple[FFN, int]]:
     """The FFNs to narrow and their new widths.
 
     Args:
@@ -74,7 +74,7 @@ def targets(model: nn.Module, layers: str, width: Width) -> list[tuple[FFN, int]
     return [(ffn, resolve_width(width[ffn.name], ffn.width, ffn.name)) for ffn in chosen if ffn.name in width]
 
 
-def plain_linears(model: nn.Module, method: str, targets: str, layers: str) -> dict[str, nn.Module]:
+def plain_linears(model: nn.Module, method: str, targets: str, layers: WhichLayers) -> dict[str, nn.Module]:
     """The linears that updates of a method may stand beside, by name.
 
     Raises:

@@ -14,13 +14,14 @@ from ffnkit.model.finding import Placed, ffns
 from ffnkit.model.linear import check_editable, is_linear, linears, parameters, stored_weight
 from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.reparametrized import ReparametrizedLinear
+from ffnkit.settings import WhichLayers
 
 _NUMBER = "[0-9]{1,18}"  # more digits no layer has, and Python reads 4,300 at most
 AnyPlaced = TypeVar("AnyPlaced", bound=Placed)
 
 
-def select(found: list[AnyPlaced], layers: str) -> list[AnyPlaced]:
-    """The FFNs, or whatever else hangs in layers, that a layer expression names.
+def select(found: list[AnyPlaced], layers: WhichLayers) -> list[AnyPlaced]:
+    """The FFNs, or whatever else hangs in layers, that a layer expression, a number or a list of them names.
 
     ``"all"``, ``"last:8"``, ``"first:4"``, ``"4-11"``, ``"4,5,9"``, mixtures with commas; ``"encoder:"`` or
     ``"decoder:"`` (or another stack's name) before a part holds for it and the parts after it. Without it every
@@ -34,19 +35,25 @@ def select(found: list[AnyPlaced], layers: str) -> list[AnyPlaced]:
             by_stack[ffn.stack].append(ffn.layer)
     chosen: set[tuple[str, int]] = set()
     stacks = list(by_stack)
-    for part in str(layers).replace(" ", "").split(","):
-        expression = part
+    layers = expression(layers)
+    for part in layers.replace(" ", "").split(","):
+        named = part
         head, colon, rest = part.partition(":")
         if colon and head not in ("last", "first"):
             if head not in by_stack or head == "":
                 raise _no_layers(layers, by_stack, f"there is no stack '{head}'")
-            stacks, expression = [head], rest
-        numbers = {(stack, n) for stack in stacks for n in _numbers(expression, by_stack[stack])}
-        missing = _missing(expression, [by_stack[stack] for stack in stacks])
+            stacks, named = [head], rest
+        numbers = {(stack, n) for stack in stacks for n in _numbers(named, by_stack[stack])}
+        missing = _missing(named, [by_stack[stack] for stack in stacks])
         if missing or not numbers:
             raise _no_layers(layers, by_stack, missing or f"'{part}' is not a layer expression")
         chosen |= numbers
     return [ffn for ffn in found if (ffn.stack, ffn.layer) in chosen]
+
+
+def expression(layers: WhichLayers) -> str:
+    """Layers as text: "4,5,9" for a list of them."""
+    return str(layers) if isinstance(layers, str | int) else ",".join(map(str, layers))
 
 
 def _numbers(expression: str, present: list[int]) -> set[int]:
@@ -116,7 +123,7 @@ def resolve_width(width: int | float, ff: int, name: str) -> int:
 GROUPS = ("ffn", "attention", "qv", "all")
 
 
-def targets(model: nn.Module, asked: str, layers: str = "all") -> tuple[list[str], list[str]]:
+def targets(model: nn.Module, asked: str, layers: WhichLayers = "all") -> tuple[list[str], list[str]]:
     """Names of the modules that get adapters, and of the bare 3-D parameters of experts.
 
     Args:
@@ -169,7 +176,7 @@ def one_a_weight(model: nn.Module, names: list[str]) -> list[str]:
     return list(first.values())
 
 
-def query_value(model: nn.Module, layers: str = "all") -> dict[str, list[Tensor]]:
+def query_value(model: nn.Module, layers: WhichLayers = "all") -> dict[str, list[Tensor]]:
     """The linears that hold query or value of an attention, by name.
 
     With each the rows of query and those of value, int64, where it holds more than one of the three; [] elsewhere.
@@ -186,7 +193,7 @@ def query_value(model: nn.Module, layers: str = "all") -> dict[str, list[Tensor]
     return found
 
 
-def _ffn_targets(model: nn.Module, layers: str) -> tuple[list[str], list[str]]:
+def _ffn_targets(model: nn.Module, layers: WhichLayers) -> tuple[list[str], list[str]]:
     owned = {id(p) for ffn in select(ffns(model), layers) for p in ffn.parameters()}
     linear = dict(linears(model))
     modules = [name for name, m in linear.items() if any(id(p) in owned for p in parameters(m))]

@@ -19,6 +19,8 @@ from ffnkit.settings.presets import filled
 
 MISSING = dataclasses.MISSING
 T = TypeVar("T")
+# Layers by expression ("last:8", "4-11"), by number, or a list of either; ffnkit.model.targets.select reads it.
+WhichLayers = str | int | Sequence[int | str]
 _WORDS = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}
 _WORDS |= {type(None): "null", dict: "names with values", Mapping: "names with values"}
 
@@ -216,14 +218,17 @@ def check(method: Any) -> None:
 
 
 def told(method: Any) -> dict[str, Any]:
-    """A method's settings as plain data: lists for tuples, text for paths; a preset where there is one."""
+    """A method's settings as plain data: lists for sequences, text for paths; a preset where there is one."""
     found = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
     if found.get("preset") is None:
         found.pop("preset", None)
-    return {
-        name: list(value) if isinstance(value, list | tuple) else str(value) if isinstance(value, Path) else value
-        for name, value in found.items()
-    }
+    return {name: _plain(value) for name, value in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def renamed(**names: str) -> Callable[[type[T]], type[T]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args
 
-from ffnkit.settings import Doc
+from ffnkit.settings import Doc, WhichLayers
 from ffnkit.settings.presets import Preset
 
 Part = Literal["head", "biases", "norms", "attention", "embeddings", "rest"]
@@ -51,7 +51,7 @@ class SparseGradSettings:
         "layer"
     )
     targets: Annotated[str, Doc('"ffn", "attention", "all", or a regular expression over module names.')] = "ffn"
-    layers: Annotated[str, Doc("of which layers FFNs are taken.")] = "all"
+    layers: Annotated[WhichLayers, Doc("of which layers FFNs are taken.")] = "all"
     batches: Annotated[
         int,
         Doc(
@@ -110,7 +110,7 @@ class DseeSettings:
         float | None,
         Doc("share of each weight's entries that train, instead of nonzeros.", above=0, at_most=1, example=0.001),
     ] = None
-    layers: Annotated[str, Doc("of which layers query and value, and FFNs, are taken.")] = "all"
+    layers: Annotated[WhichLayers, Doc("of which layers query and value, and FFNs, are taken.")] = "all"
     lora: Annotated[
         str | Path | None, Doc("a folder with a peft LoRA adapter that U and V start from, with its ranks and scales.")
     ] = None

@@ -10,6 +10,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 from pydantic_core import PydanticCustomError
 
 from ffnkit.errors import FfnkitError
+from ffnkit.settings import WhichLayers
 from ffnkit.settings.updates import DseeSettings, Part, SparseGradSettings
 from ffnkit.tune.base import KEEP_ZEROS, ROUTERS, Adapting, Beside, Routers, Tuner, Updating, declared
 
@@ -222,7 +223,7 @@ class Bottleneck(Beside):
     size: Annotated[int, Field(gt=0)] = Field(64, description="width of the adapters")
     behind: Literal["both", "ffn"] = Field("both", description="both: attentions and FFNs (Houlsby); ffn (Pfeiffer)")
     activation: str = Field("gelu", description="between the two linears, as transformers knows it")
-    layers: str = Field("all", description="of which layers, as of every method")
+    layers: WhichLayers = Field("all", description="of which layers, as of every method")
 
     def put_on(self, model: nn.Module, preparation: Preparation) -> nn.Module:
         from ffnkit.tune import bottleneck

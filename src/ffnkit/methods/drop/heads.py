@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -24,7 +23,7 @@ from ffnkit.model.targets import select
 from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.plans import Draft, Progress
-from ffnkit.settings import Doc, check, renamed
+from ffnkit.settings import Doc, check, renamed, told
 
 Amount = int | float | Mapping[str, int | float]
 By = Literal["weight", "update", "both", "activation", "coefficients", "random"]
@@ -82,7 +81,7 @@ class RemoveHeads:
 
     def settings(self) -> dict[str, Any]:
         """The settings by name."""
-        return dataclasses.asdict(self)
+        return told(self)
 
     def chosen(self, model: nn.Module) -> list[tuple[Attention, int]]:
         """The attentions and how many units each keeps. Raises FfnkitError where the settings do not fit the model."""

@@ -26,14 +26,14 @@ from ffnkit.model.finding import block_name, ffns
 from ffnkit.model.targets import select
 from ffnkit.nn.masked import Masked
 from ffnkit.plans import Draft, Progress
-from ffnkit.settings import Doc, check
+from ffnkit.settings import Doc, WhichLayers, check, told
 
 
 @dataclass(frozen=True)
 class _Drop:
     """What both have in common: one of ``layers`` and ``window`` says what goes."""
 
-    layers: Annotated[str | None, Doc('where, e.g. "last:2", "4-7", "4,5,9", "encoder:last:2".')] = None
+    layers: Annotated[WhichLayers | None, Doc('where, e.g. "last:2", "4-7", [4, 5, 9], "encoder:last:2".')] = None
     window: Annotated[int | None, Doc("number of adjacent layers; the best window is searched for.", at_least=1)] = None
     score: Annotated[
         Score | None,
@@ -77,7 +77,7 @@ class _Drop:
         return self.window is not None or self.refit
 
     def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(dataclasses.replace(self, score=None)) | {"score": score_name(self.score)}
+        return told(self) | {"score": score_name(self.score)}
 
     def chosen(self, model: nn.Module) -> list[Groups]:
         """The groups of FFNs to choose among. Raises FfnkitError where the settings do not fit the model."""

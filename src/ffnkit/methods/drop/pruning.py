@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from ffnkit.methods.drop.learnt import Learnt
 from ffnkit.methods.drop.weights import Prunable, column_norms, prunable
 from ffnkit.ops.masks import lowest, lowest_of_groups, lowest_of_rows, read_pattern
 from ffnkit.plans import Draft, Progress
-from ffnkit.settings import Doc, check, renamed
+from ffnkit.settings import Doc, WhichLayers, check, renamed, told
 
 Mode = Literal["ABS", "AB", "WABS", "WAB", "NABS", "NAB", "W", "random"]
 OF_UPDATE = ("ABS", "AB", "NABS", "NAB")  # modes that see the update alone
@@ -76,7 +75,7 @@ class Prune:
         Doc('"2:4", "4:8", ...: of each M weights that follow each other along the input N stay; sets the sparsities.'),
     ] = None
     targets: Annotated[str, Doc('"ffn", "attention", "qv", "all", or a regular expression over module names.')] = "all"
-    layers: Annotated[str, Doc("of which layers FFNs are taken.")] = "all"
+    layers: Annotated[WhichLayers, Doc("of which layers FFNs are taken.")] = "all"
     seed: Annotated[int, Doc("of random choices.", at_least=0)] = 0
 
     name: ClassVar[str] = "prune"
@@ -93,7 +92,7 @@ class Prune:
         return self.by == "wanda"
 
     def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return told(self)
 
     def check(self) -> None:
         """Raises FfnkitError on settings out of range."""

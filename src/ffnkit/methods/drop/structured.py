@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -23,7 +22,7 @@ from ffnkit.model.finding import ffns as find_ffns
 from ffnkit.model.inspect import body_flops, neuron_flops, unit_flops
 from ffnkit.model.targets import select
 from ffnkit.plans import Draft, Progress, check_weights
-from ffnkit.settings import Doc, check, renamed
+from ffnkit.settings import Doc, check, renamed, told
 
 WIDE, COARSE, FINE = 1024, 64, 8  # from how many neurons on a budget takes them by how many
 
@@ -103,7 +102,7 @@ class StructuredPruning:
         return self.by if self.neurons_by is None else self.neurons_by
 
     def settings(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return told(self)
 
     def check(self) -> None:
         """Raises FfnkitError on settings out of range."""

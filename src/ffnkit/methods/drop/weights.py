@@ -29,6 +29,7 @@ from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.coefficients import carries_update
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.reparametrized import ReparametrizedLinear, oriented
+from ffnkit.settings import WhichLayers
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Prunable:
             raise FfnkitError(f"weights of {self.label}", "they hold NaN or infinity", "Repair the weights first")
 
 
-def prunable(model: nn.Module, asked: str, layers: str = "all") -> list[Prunable]:
+def prunable(model: nn.Module, asked: str, layers: WhichLayers = "all") -> list[Prunable]:
     """Weights in the order of the modules, each once; never of task heads, poolers, routers or tied embeddings.
 
     Args:
@@ -138,7 +139,7 @@ def prunable(model: nn.Module, asked: str, layers: str = "all") -> list[Prunable
     return found
 
 
-def _wanted(model: nn.Module, asked: str, layers: str) -> Any:
+def _wanted(model: nn.Module, asked: str, layers: WhichLayers) -> Any:
     """A function of a module's name and the module that says whether it is meant."""
     if asked not in GROUPS:
         try:

@@ -13,9 +13,8 @@ from ffnkit.methods.share.windows import Groups, series, windows
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.targets import select
-from ffnkit.settings import Doc, check, told
+from ffnkit.settings import Doc, WhichLayers, check, told
 
-Group = str | Sequence[int]
 WANTED = "layers='4-7', groups=['0-3', [5, 7]], window=4, keep=3 or remove=0.5"
 
 
@@ -23,9 +22,9 @@ WANTED = "layers='4-7', groups=['0-3', [5, 7]], window=4, keep=3 or remove=0.5"
 class Sharing:
     """What methods have in common that let layers share an FFN: one of these settings says which layers."""
 
-    layers: Annotated[str | None, Doc('one group, e.g. "4-7" or "all".')] = None
+    layers: Annotated[WhichLayers | None, Doc('one group, e.g. "4-7", [4, 5, 7] or "all".')] = None
     groups: Annotated[
-        Sequence[Group] | None,
+        Sequence[WhichLayers] | None,
         Doc('several groups, each a layer expression or a list of layer numbers, e.g. ["0-3", [4, 6, 7]].'),
     ] = None
     window: Annotated[int | None, Doc("number of adjacent layers; the best window is searched for.", at_least=2)] = None
@@ -46,10 +45,7 @@ class Sharing:
 
     def settings(self) -> dict[str, Any]:
         """The settings by name."""
-        own = told(self)
-        if self.groups is not None and not isinstance(self.groups, str):
-            own["groups"] = [g if isinstance(g, str) else list(g) for g in self.groups]
-        return own
+        return told(self)
 
     def check(self) -> None:
         """Raises FfnkitError on settings that contradict each other or lie out of range."""
@@ -70,7 +66,7 @@ class Sharing:
         if not self.searches:
             asked = [self.layers] if self.layers is not None else list(self.groups or ())
             found = ffns(model)
-            return [self.fitting([rows for one in asked for rows in series(select(found, _expression(one)))])]
+            return [self.fitting([rows for one in asked for rows in series(select(found, one))])]
         rows = self.stacks(model)
         found_windows = windows(rows, [self.length(len(one)) for one in rows], least=2)
         return [self.fitting(groups) for groups in found_windows]
@@ -113,10 +109,6 @@ class Sharing:
                     what = f"{ffn.name} is {mine} and {group[0].name} is {first}"
                     raise FfnkitError(f"merging {names}", what, "Name layers whose FFNs have one shape")
         return groups
-
-
-def _expression(group: Group) -> str:
-    return group if isinstance(group, str) else ",".join(str(number) for number in group)
 
 
 def _signature(ffn: FFN) -> str:

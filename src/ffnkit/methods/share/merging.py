@@ -15,14 +15,14 @@ from ffnkit.calibration.features import Features
 from ffnkit.edits import Edit, ReplaceNeurons, Tie
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, generator, lifted, need_data
-from ffnkit.methods.share.grouping import Group, Sharing
+from ffnkit.methods.share.grouping import Sharing
 from ffnkit.methods.share.refitting import corrected
 from ffnkit.methods.share.windows import Groups, Score, best, label, score_name, series
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.ops.matching import Spread, assign, correlation, likeness, matched, spread
 from ffnkit.plans import Draft, Progress, check_weights
-from ffnkit.settings import Doc, check
+from ffnkit.settings import Doc, WhichLayers, check
 from ffnkit.settings.presets import Preset, with_presets
 
 Pair = tuple[Tensor, float]
@@ -42,7 +42,7 @@ class Merging(Sharing):
     """
 
     groups: Annotated[
-        Literal["similar"] | Sequence[Group] | None,
+        Literal["similar"] | Sequence[WhichLayers] | None,
         Doc(
             'several groups, each a layer expression or a list of layer numbers, e.g. ["0-3", [4, 6, '
             '7]]; "similar" lets the features choose groups, adjacent or not, ``keep`` of them in '

@@ -11,6 +11,7 @@ from torch import nn
 from ffnkit.edits import Edit
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
+from ffnkit.model.targets import ranges
 
 Groups = list[list[FFN]]
 Score = Callable[[nn.Module], float] | str  # the name of a task's metric until a task is there
@@ -45,9 +46,7 @@ def label(groups: Groups) -> str:
     """A choice of groups in words: "encoder:2-4; decoder:2-4"."""
     parts = []
     for group in groups:
-        numbers = [ffn.layer for ffn in group]
-        adjacent = numbers == list(range(numbers[0], numbers[-1] + 1))
-        text = f"{numbers[0]}-{numbers[-1]}" if adjacent and len(numbers) > 1 else ",".join(map(str, numbers))
+        text = ranges([ffn.layer for ffn in group])
         parts.append(f"{group[0].stack}:{text}" if group[0].stack else text)
     return "; ".join(parts)
 
