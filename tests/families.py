@@ -121,6 +121,7 @@ _ROWS = (
     _decoder("phi", "PhiForCausalLM"),
     _decoder("starcoder2", "Starcoder2ForCausalLM", num_key_value_heads=1),
     _decoder("nemotron", "NemotronForCausalLM", num_key_value_heads=1),
+    _decoder("apertus", "ApertusForCausalLM", num_key_value_heads=1),
     _decoder("biogpt", "BioGptForCausalLM"),
     Family(
         "opt", "OPTForCausalLM",

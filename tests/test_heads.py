@@ -44,7 +44,7 @@ STANDARD = (
     "phi", "starcoder2", "nemotron", "llama", "llama-bias", "mistral", "olmo", "qwen2", "qwen3", "gemma", "gemma2",
     "gemma3", "phi3", "glm", "granite", "smollm3", "cohere", "lfm2", "ernie4-5", "vit", "deit", "umt5", "mixtral",
     "qwen2-moe", "qwen2-moe-equal", "qwen3-moe", "granitemoe", "llama4", "aria", "gpt-oss", "phi3-8",
-    "umt5-4",
+    "umt5-4", "apertus",
 )  # fmt: skip
 
 
