@@ -119,7 +119,7 @@ def _has_middle(owner: nn.Module, found: list[Any], ff: int, d: int) -> bool:
             continue
         if number not in between and {names[id(module)].rpartition(".")[0]} != parents:
             continue
-        own_numbers = [p for p in module.parameters(recurse=False) if p.numel() > 1]  # one alone treats all alike (xIELU)
+        own_numbers = [p for p in module.parameters(recurse=False) if p.numel() > 1]  # one alone treats all alike
         if any(len(p.shape) in (1, 3, 4) and p.shape[0] == ff for p in own_numbers):
             return not any(id(child) in own for child in module.children())
     return False
