@@ -6,17 +6,29 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as T
 from families import FAMILIES
 from test_contract import same, snapshot
 from test_layer_numbers import gemma3n, llava
 from tolerance import assert_close, relative_error
 
+import ffnkit as fk
 from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.calibration.hooks import Activations, watch
+from ffnkit.methods.drop.layers import LayerDrop
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
+from ffnkit.model.running import FEW
+from ffnkit.surgery.temporary import with_neurons
 
 NAMES = ("bert", "gpt2", "llama", "t5", "bart", "albert", "clip", "whisper", "mixtral", "llama4", "switch", "vit")
+
+
+SIZES = {"vocab_size": 99, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "d_model": 16}
+STACKS = {"encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+BART = T.BartConfig(**SIZES, **STACKS, encoder_ffn_dim=40, decoder_ffn_dim=40, max_position_embeddings=200)
+T5 = T.T5Config(**SIZES, d_kv=8, d_ff=40, num_layers=3, num_heads=2)
+ENDING = [(T.BartForSequenceClassification, BART), (T.T5ForSequenceClassification, T5)]
 
 
 class Outputs:
@@ -79,6 +91,58 @@ def test_an_installed_ffn_changes_later_layers_and_goes_again() -> None:
     assert [id(p) for p in model.parameters()] == identities
     again = replayed(model, batches, found)
     assert_close(again[found[-1].name], plain[found[-1].name], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_beside_a_pass_leaves_no_hook(name: str) -> None:
+    """Where a layer itself holds the linears of its FFN (BERT), what lends it other neurons puts its hooks back too."""
+    family = FAMILIES[name]
+    model = family.model()
+    batches = [family.inputs(model, seed=seed) for seed in range(2)]
+    dense = [ffn for ffn in ffns(model) if not ffn.experts and ffn.active == 1]
+    if not dense:
+        pytest.skip("experts alone")
+    few = dense[0].read().map(torch.Tensor.detach).take(torch.arange(3))
+    outputs, wanted = Outputs(), Outputs()
+    with with_neurons(dense[0], few):
+        watch(model, batches, ffns(model), wanted.add)
+    before = hooks(model)
+    with Blockwise(model, batches, ffns(model), lambda: with_neurons(dense[0], few)) as blocks:
+        for group in blocks.groups:
+            blocks.watch(group, outputs.add)
+            blocks.advance(group)
+        blocks.finish(0)
+    assert hooks(model) == before
+    got = outputs.all()
+    for ffn, values in wanted.all().items():
+        assert_close(got[ffn], values, rel=1e-5, what=ffn)
+
+
+def hooks(model: Any) -> dict[str, list[Any]]:
+    found = {}
+    for name, module in model.named_modules():
+        found[name] = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return found
+
+
+@pytest.mark.parametrize(("given", "config"), ENDING, ids=["bart", "t5"])
+def test_rows_that_end_with_a_token_are_not_cut_where_it_is_read(given: type, config: Any) -> None:
+    """Classifiers of two stacks read the state of the token that ends a row; rows here are longer than few tokens."""
+    torch.manual_seed(0)
+    model = given(config).eval()
+    ids = torch.randint(3, 99, (3, 2 * FEW + 7))
+    ids[:, -1] = 2
+    ids[1, FEW - 9 :] = 1
+    ids[1, FEW - 10] = 2
+    batches = [{"input_ids": ids, "attention_mask": ids.ne(1).long()}]
+    found = ffns(model)
+    expected = Outputs()
+    watch(model, batches, found, expected.add)
+    got = replayed(model, batches, found)
+    for name, values in expected.all().items():
+        assert_close(got[name], values, rel=1e-5, what=name)
+    for method in (fk.FitTo(params=0.8, effort="fast"), LayerDrop(layers="1")):
+        fk.plan(model, method, data=batches)
 
 
 def test_a_block_that_stays_runs_once_and_gives_the_same() -> None:

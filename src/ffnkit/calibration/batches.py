@@ -183,6 +183,16 @@ def forward(model: nn.Module, batch: Batch, *, labels: bool = False, logits: boo
     return model(**{**more, **inputs})
 
 
+def runs_on(model: nn.Module, batch: Batch) -> bool:
+    """Whether the model takes a batch, whatever it raises for one that it does not."""
+    try:
+        with torch.no_grad(), evaluating(model):
+            forward(model, prepared(model, batch), logits=False)
+    except Exception:
+        return False
+    return True
+
+
 def few_logits(model: nn.Module) -> dict[str, Any]:
     """What asks a model for the last token's logits alone: of a large vocabulary they are most of a pass's memory, and
     of a small model a fifth of its time. Empty where it always gives all, or where somebody listens to its head."""

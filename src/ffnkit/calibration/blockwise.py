@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import Batch, evaluating, forward, kept, prepared
+from ffnkit.calibration.batches import Batch, evaluating, forward, kept, prepared, runs_on
 from ffnkit.calibration.going_on import again, keep
 from ffnkit.calibration.hooks import Receive, hooked
 from ffnkit.calibration.padding import TokenMasks
@@ -29,7 +30,7 @@ from ffnkit.io.files import held
 from ffnkit.io.progress import counted
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name
-from ffnkit.model.running import FEW, few_rows
+from ffnkit.model.running import few_tokens
 from ffnkit.nn.grouped_experts import run_uneven_experts
 from ffnkit.ops.neurons import Neurons
 from ffnkit.surgery.temporary import with_neurons
@@ -76,7 +77,7 @@ class Blockwise:
         by_block: dict[str, list[FFN]] = {}
         for ffn in found:
             by_block.setdefault(block_name(ffn.name), []).append(ffn)
-        whole, self.batches = self.batches, [dict(few_rows(self.batches[0], tokens=FEW))]
+        whole, self.batches = self.batches, [dict(few_tokens(self.batches[0], partial(runs_on, model)))]
         self.calls = self._order(list(by_block))
         silent = next((name for name in by_block if not self.calls.get(name)), None)
         if silent is not None:
@@ -245,17 +246,20 @@ class Blockwise:
             caught.append(_detached(output))
             raise _Enough
 
-        block = self.modules[until] if until is not None else None
-        handle = block.register_forward_hook(stop) if block is not None else None
-        with torch.no_grad(), evaluating(self.model), self._beside(), self._skipping(number, within):
+        # what is beside puts modules back as it found them, hooks too: ours comes after it, and goes before
+        with (
+            torch.no_grad(),
+            evaluating(self.model),
+            self._beside(),
+            self._skipping(number, within),
+            ExitStack() as own,
+        ):
+            if until is not None:
+                own.callback(self.modules[until].register_forward_hook(stop).remove)
             try:
-                whole = forward(self.model, self.batches[number])
+                return forward(self.model, self.batches[number])
             except _Enough:
-                pass
-            finally:
-                if handle is not None:
-                    handle.remove()
-        return caught[0] if caught else whole
+                return caught[0]
 
     @contextmanager
     def _skipping(self, number: int, within: str) -> Iterator[None]:

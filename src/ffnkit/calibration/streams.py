@@ -5,19 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import Batch, first_tensor, kept
+from ffnkit.calibration.batches import Batch, first_tensor, kept, runs_on
 from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.calibration.hooks import Activations, Receive
 from ffnkit.calibration.reading import is_norm
 from ffnkit.calibration.statistics import Statistics
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name
-from ffnkit.model.running import FEW, few_rows
+from ffnkit.model.running import few_tokens
 from ffnkit.surgery.temporary import with_neurons
 
 HALF = 0.5  # an FFN's output is scaled by this to see how much of it its reader gets
@@ -116,7 +117,7 @@ def _factors(model: nn.Module, batch: Batch, found: list[FFN]) -> dict[str, floa
         if rows is not None and acts.expert is None:
             got.append((acts.output.float().clone(), rows.float()))
 
-    with Blockwise(model, [few_rows(batch, tokens=FEW)], found) as probe:
+    with Blockwise(model, [few_tokens(batch, partial(runs_on, model))], found) as probe:
         for group in probe.groups:
             for ffn in group:
                 got.clear()

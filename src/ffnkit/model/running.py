@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,16 @@ def few_rows(batch: Mapping[str, Any], rows: int = 2, tokens: int | None = None)
         mask = short.get("attention_mask")
         few = short if mask is None or bool(mask.any(1).all()) else few
     return {**batch, **few}
+
+
+def few_tokens(batch: Mapping[str, Any], runs: Callable[[Mapping[str, Any]], bool]) -> Mapping[str, Any]:
+    """The first ``FEW`` tokens of the first rows, where a model ``runs`` on them; else the first rows whole.
+
+    BART's and T5's classifiers look for the token that ends a row, Nystromformer takes rows of one length.
+    """
+    few, whole = few_rows(batch, tokens=FEW), few_rows(batch)
+    cut = any(isinstance(value, Tensor) and value.shape != few[name].shape for name, value in whole.items())
+    return few if cut and runs(few) else whole
 
 
 @torch.no_grad()
