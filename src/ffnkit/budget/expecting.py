@@ -9,7 +9,7 @@ from ffnkit.budget.moves import Space
 from ffnkit.budget.refining import TOKENS
 from ffnkit.budget.speed import ROUNDS
 from ffnkit.budget.speed import TOKENS as TIMED
-from ffnkit.methods.expecting import Work
+from ffnkit.methods.expecting import Work, answers
 from ffnkit.methods.narrow.calibrated import CalibratedFusion
 
 FISHER = 3 * 4096  # tokens that go through the model and back, as passes
@@ -24,6 +24,8 @@ def works(space: Space, method: CalibratedFusion | None, tokens: int, *, every: 
         method: how FFNs are fitted in the end; None: in closed form alone. every: two choices are fitted wholly.
     """
     closed = CalibratedFusion(width=1, effort="fast")
+    compared = 2 * MANY * 6.0 * answers(space.model)  # the original's answers, a choice's, and those that count
+    placed = sum(p.numel() * p.element_size() for ffn in space.found for p in ffn.parameters())  # a choice's weights
     share = max(0.1, space.limit / max(space.whole, 1))
     found = []
     for ffn in space.found:
@@ -34,7 +36,7 @@ def works(space: Space, method: CalibratedFusion | None, tokens: int, *, every: 
             parts += [quick.work(ffn, width, min(tokens, TOKENS))] * 2
             parts += [method.work(ffn, width, tokens)] * (2 if every else 1)
         added = {f.name: sum(getattr(p, f.name) for p in parts) for f in dataclasses.fields(Work)}
-        found.append(Work(**added | {"held": max(part.held for part in parts)}))
+        found.append(Work(**added | {"held": max(part.held for part in parts) + compared + placed}))
     return found
 
 

@@ -70,7 +70,7 @@ class Drift:
                 continue
             gap, norm = gap + divergence(now, was), norm + len(was)
             if labels is not None:
-                lost += float(nn.functional.cross_entropy(now.float(), labels, reduction="sum", ignore_index=-100))
+                lost += _written(now, labels)
                 asked += int(labels.ne(-100).sum())
         figures = {"KL" if self.written else "error": max(gap, 0.0) / max(norm, 1e-30)}
         return figures | ({"perplexity": math.exp(min(lost / asked, 700.0))} if asked else {})
@@ -145,6 +145,12 @@ def divergence(new: Tensor, old: Tensor) -> float:
         first, second = theirs.float().log_softmax(-1), ours.float().log_softmax(-1)
         gap += (first.exp() * (first - second)).sum().item()
     return gap
+
+
+def _written(logits: Tensor, labels: Tensor) -> float:
+    """The sum over rows of the cross-entropy of logits (n, V), where a label is asked for; some rows at a time."""
+    parts = zip(logits.split(ROWS), labels.split(ROWS), strict=True)
+    return sum(float(nn.functional.cross_entropy(x.float(), y, reduction="sum", ignore_index=-100)) for x, y in parts)
 
 
 def apart(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:

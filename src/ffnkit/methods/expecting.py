@@ -80,9 +80,7 @@ def expected(model: nn.Module, method: Any, data: list[Batch] | StatisticsFile |
         whole = method.expects(model, count) if hasattr(method, "expects") else None
         through = sizes if whole is None else whole[1]
         passes = each * (3 + through / max(tokens_of(rows), 1))  # the rows are walked through beforehand
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        wide = getattr(head, "out_features", 0) if head is not None else 0
-        held = tokens_of(rows) * 6.0 * wide
+        held = tokens_of(rows) * 6.0 * answers(model)
     if whole is not None:
         found, deep = whole[0], max((ffn.d for ffn in ffns(model)), default=0)
     elif hasattr(method, "work"):
@@ -98,6 +96,12 @@ def expected(model: nn.Module, method: Any, data: list[Batch] | StatisticsFile |
     outputs = 4.0 * count * deep
     held = max([held, *(each.held for each in found)]) + (outputs if data is not None and not stored else 0.0)
     return Expected(passes + spent, passes, spent, held)
+
+
+def answers(model: nn.Module) -> int:
+    """The numbers that a model answers for each token: one a word of its vocabulary; 0 where it does not write."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return getattr(head, "out_features", 0) if head is not None else 0
 
 
 def rates(device: torch.device) -> dict[str, float]:
