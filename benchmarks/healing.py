@@ -4,11 +4,11 @@
         [--only ARM ...] [--out FOLDER]
 
 All FFNs of MODEL, a folder, keep ``--width`` of their neurons, by data-aware fusion on ``--calibration`` tokens of
-WikiText-2's validation split and of ffnkit's text of many kinds (or FOLDER is such a checkpoint), and by the neurons'
-importance alone ("cut"), or by fusion in widths by layer. Then each learns on the same tokens in the same order: from
-the uncompressed model ("healed"), or the next token (the same loop, rate, held-out stop and parameters). Perplexity in
-windows of 512 tokens, of WikiText-2's test split and of another text (a FILE, say a novel). Results are kept after each
-arm.
+WikiText-2's validation split and of ffnkit's text of many kinds (or FOLDER is such a checkpoint), in closed form alone,
+in widths by layer, and by the neurons' importance ("cut"), with output layers refitted too. Then each learns on the
+same tokens in the same order: from the uncompressed model ("healed"), or the next token (the same loop, rate, held-out
+stop and parameters). Perplexity in windows of 512 tokens, of WikiText-2's test split and of another text (a FILE, say a
+novel). Results are kept after each arm.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ from ffnkit.tune.healing.settings import HealSettings
 
 WINDOW, SEED = 512, 0
 WIDTHS = "calibrated-fusion, widths by layer"
+CLOSED, REFITTED = "calibrated-fusion, in closed form", "importance, refitted"
 STARTS = {"calibrated-fusion": "fusion", "importance": "cut", WIDTHS: "widths by layer"}
+STARTS |= {CLOSED: "fusion in closed form", REFITTED: "cut and refitted"}
+MORE = {CLOSED: {"effort": "fast"}, REFITTED: {"refit": True}}
 ARMS = {
     "fusion, healed": ("calibrated-fusion", {}, False),
     "fusion, healed, a quarter layer by layer": ("calibrated-fusion", {"blocks": 0.25}, False),
@@ -46,6 +49,8 @@ ARMS = {
     "fusion, next token": ("calibrated-fusion", {}, True),
     "widths by layer, healed": (WIDTHS, {}, False),
     "cut, healed": ("importance", {}, False),
+    "fusion in closed form, healed": (CLOSED, {}, False),
+    "cut and refitted, healed": (REFITTED, {}, False),
 }
 
 
@@ -72,7 +77,7 @@ def narrowed(given: argparse.Namespace, method: str, calibration: tune.Calibrati
         model = AutoModelForCausalLM.from_pretrained(given.model).eval()
         data = tune.calibration_batches(model, tokenizer, calibration, seed=SEED)
         width = fk.allocate(model, given.width, data=data) if method == WIDTHS else given.width
-        plan = fk.plan(model, methods.build(method.split(",")[0], width=width), data=data)
+        plan = fk.plan(model, methods.build(method.split(",")[0], width=width, **MORE.get(method, {})), data=data)
         fk.save(fk.apply(model, plan), folder)
     return fk.load(folder).eval()
 
