@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import FAMILIES
 from methods import case_of
 from torch import Tensor
@@ -105,3 +106,35 @@ def test_best_takes_more_tokens_and_settings_are_decided_on_as_many(monkeypatch:
     few = calibrate(model, data, held=4)  # what as many as before would hold
     with pytest.raises(fk.FfnkitError, match="tokens were kept, and 64 are asked for"):
         fk.plan(model, fk.CalibratedFusion(0.5, refine=2, tokens=64), data=few)
+
+
+@pytest.mark.parametrize("gives", [local.hidden, local.forward])
+def test_an_activation_is_found_among_what_is_none(gives: Any) -> None:
+    """Beside an FFN stand modules that take other things than numbers one by one, and raise whatever they raise."""
+
+    def transform(x: torch.Tensor) -> torch.Tensor:
+        return torch.fft.fftn(x, dim=(1, 2)).real  # FNet's, of (batch, tokens, d)
+
+    def asking(x: torch.Tensor) -> torch.Tensor:
+        raise AttributeError("no such state")
+
+    neurons = Neurons(up=torch.randn(6, 4), down=torch.randn(4, 6))
+    x = torch.randn(5, 4)
+    silu = torch.nn.functional.silu
+    observed = gives(neurons, x, silu)
+    others: list[Any] = [transform, asking, torch.tanh]
+    assert local.activation_of(neurons, x, observed, [*others, silu], gives) is silu
+    assert local.activation_of(neurons, x, observed, others, gives) is None
+
+
+@pytest.mark.parametrize(
+    "method",
+    [fk.CalibratedFusion(width=0.5, refine=2), fk.CalibratedMerging(layers=[0, 1], refine=2)],
+    ids=["fusion", "merging"],
+)
+def test_an_ffn_beside_a_fourier_transform_is_fitted(method: Any) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "vocab_size": 50}
+    model = transformers.FNetForMaskedLM(transformers.FNetConfig(**sizes)).eval()
+    data = [{"input_ids": torch.randint(3, 50, (4, 20))}]
+    fk.apply(model, fk.plan(model, method, data=data))
+    assert torch.isfinite(model(**data[0]).logits).all()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
@@ -64,5 +63,7 @@ def _computes(owner: nn.Module, row: Layout) -> bool:
         return False
     finally:
         handle.remove()
-    inside: list[Any] = [local.hidden(neurons, x[0], act) for act in activations(ffn)] if seen else []
-    return any(torch.allclose(value, seen[0].reshape(value.shape), rtol=1e-3, atol=1e-5) for value in inside)
+    if not seen:
+        return False
+    hidden = seen[0].reshape(-1, seen[0].shape[-1])
+    return local.activation_of(neurons, x[0], hidden, activations(ffn)) is not None

@@ -127,13 +127,23 @@ def _loss(
     return squared.mean() if weights is None else (squared * weights).sum() / weights.sum().clamp_min(1e-30)
 
 
-def activation_of(neurons: Neurons, x: Tensor, observed: Tensor, candidates: list[Activation]) -> Activation | None:
-    """The candidate that gives the hidden activations observed for inputs x; None where none does."""
+def activation_of(
+    neurons: Neurons,
+    x: Tensor,
+    observed: Tensor,
+    candidates: list[Activation],
+    gives: Callable[[Neurons, Tensor, Activation], Tensor] = hidden,
+) -> Activation | None:
+    """The candidate that gives what was observed for inputs x; None where none does.
+
+    Args:
+        gives: what was observed of them: ``hidden``, or the outputs (``forward``).
+    """
     wanted = observed.float()
     for candidate in candidates:
         try:
-            found = hidden(neurons, x, candidate)
-        except (RuntimeError, TypeError, ValueError):
+            found = gives(neurons, x, candidate)
+        except Exception:  # whatever something raises that is no function of numbers (the transform of FNet)
             continue
         if found.shape == wanted.shape and bool((found - wanted).norm() <= 2e-2 * wanted.norm()):
             return candidate

@@ -134,13 +134,8 @@ class Fitting:
 
     def _activation(self, ffn: FFN, member: Member) -> Activation:
         x, y = member.inputs[:64], member.outputs[:64]
-        for candidate in activations(ffn):
-            try:
-                found = local.forward(member.neurons, x, candidate)
-            except (RuntimeError, TypeError, ValueError):
-                continue
-            if found.shape == y.shape and bool((found - y).norm() <= 2e-2 * y.norm()):
-                return candidate
+        if (found := local.activation_of(member.neurons, x, y, activations(ffn), local.forward)) is not None:
+            return found
         what = "its activation is none that is known"
         raise FfnkitError(f"sharing {ffn.name}", what, "Use merging, which needs to know the weights only")
 

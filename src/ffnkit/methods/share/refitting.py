@@ -101,12 +101,7 @@ def _activation(ffn: FFN, held: Features) -> local.Activation:
     """The FFN's activation: the candidate that explains its outputs."""
     own = lifted(ffn.raw())
     x, y = (held.get(ffn.name, kind)[:64].to(own.up) for kind in ("input", "output"))
-    for candidate in activations(ffn):
-        try:
-            found = local.forward(own, x, candidate)
-        except (RuntimeError, TypeError, ValueError):
-            continue
-        if found.shape == y.shape and bool((found - y).norm() <= 2e-2 * y.norm()):
-            return candidate
+    if (found := local.activation_of(own, x, y, activations(ffn), local.forward)) is not None:
+        return found
     do = "Set correct='none', which needs to know the weights only"
     raise FfnkitError(f"correcting {ffn.name}", "its activation is none that is known", do)
