@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from ffnkit.errors import FfnkitError
 from ffnkit.tune import get
+from ffnkit.tune.tuners import TUNERS
 
 OTHER = {"mask": {"basis", "choose"}, "meprop": {"basis", "selection"}}  # what makes the tuner another one
 
@@ -30,3 +32,27 @@ def test_defaults_are_the_methods(name: str) -> None:
 
 def test_another_default_is_found() -> None:
     assert set(differing(get({"name": "dsee", "rank": 3}).method, set())) == {"rank"}
+
+
+LAYERED = [kind.name for kind in TUNERS if "layers" in kind.model_fields]
+
+
+@pytest.mark.parametrize("name", LAYERED)
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (4, "4"),
+        ("last:2", "last:2"),
+        ([4, 5], [4, 5]),
+        (["0-1", 3], ["0-1", 3]),
+        (True, None),
+        (2.5, None),
+        ([2.5], None),
+    ],
+)
+def test_layers_of_a_tuner_are_an_expression_a_number_or_a_list(name: str, given: Any, kept: Any) -> None:
+    if kept is None:
+        with pytest.raises(FfnkitError, match="layers"):
+            get({"name": name, "layers": given})
+    else:
+        assert get({"name": name, "layers": given}).layers == kept

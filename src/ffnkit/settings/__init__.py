@@ -19,8 +19,9 @@ from ffnkit.settings.presets import filled
 
 MISSING = dataclasses.MISSING
 T = TypeVar("T")
-# Layers by expression ("last:8", "4-11"), by number, or a list of either; ffnkit.model.targets.select reads it.
-WhichLayers = str | int | Sequence[int | str]
+# Layers by expression ("last:8", "4-11"), or a list of these and of numbers; ffnkit.model.targets.select reads it. A
+# number alone is text too (see _fits): a union with int would take True.
+WhichLayers = str | Sequence[int | str]
 _WORDS = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}
 _WORDS |= {type(None): "null", dict: "names with values", Mapping: "names with values"}
 

@@ -13,6 +13,7 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     create_model,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -43,6 +44,12 @@ class Tuner(Checked):
     old_names: ClassVar[Mapping[str, str]] = {"also": "modules_to_train", "share": "density"}
 
     routers: Routers = Field("trained", description=ROUTERS)
+
+    @field_validator("layers", mode="before", check_fields=False)
+    @classmethod
+    def _one_layer(cls, value: Any) -> Any:
+        """A number alone is a layer, as it is to methods (YAML reads ``layers: 4`` as one)."""
+        return str(value) if type(value) is int else value
 
     def prepare(
         self,
