@@ -16,7 +16,7 @@ from test_cli import bad, bert, good, verbosity
 
 import ffnkit as fk
 from ffnkit import methods
-from ffnkit.calibration import shipped
+from ffnkit.calibration import drift, shipped
 from ffnkit.calibration.drift import Drift
 from ffnkit.errors import FfnkitError
 from ffnkit.methods import deciding
@@ -115,8 +115,10 @@ def test_the_setting_that_loses_least_on_held_out_text_is_taken(monkeypatch: pyt
             decide(model, fit, held, wrong, given)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("rows", [3, drift.ROWS])
 @pytest.mark.parametrize("family", ["bert", "t5", "llama"])
-def test_the_judge_tells_what_a_loop_tells(family: str) -> None:
+def test_the_judge_tells_what_a_loop_tells(family: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drift, "ROWS", rows)
     model = FAMILIES[family].model()
     batch = FAMILIES[family].inputs(model, seed=3)
     if family == "llama":

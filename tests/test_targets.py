@@ -215,6 +215,15 @@ def test_a_target_of_time_is_expected_to_take_longer_than_one_of_flops() -> None
     assert work == same and through > fewer
 
 
+def test_the_memory_that_is_expected_holds_the_answers_compared() -> None:
+    """Three answers of 2,048 tokens in two bytes, for each further word of the vocabulary."""
+    model = FAMILIES["llama"].model()
+    (work, _), more = fk.FitTo(flops=0.9).expects(model, 4096), 1000
+    model.lm_head = torch.nn.Linear(16, model.lm_head.out_features + more, bias=False)
+    (wide, _) = fk.FitTo(flops=0.9).expects(model, 4096)
+    assert [b.held - a.held for a, b in zip(work, wide, strict=True)] == [more * 2048 * 3 * 2.0] * len(work)
+
+
 def test_the_time_that_is_told_is_that_of_the_choice_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """A later round that misses the target changes nothing."""
     ratios = iter((0.7, 0.97, 0.96, 0.95, 0.94))

@@ -10,6 +10,7 @@ from torch import nn
 
 from ffnkit.analysis.energy_measure import Measured
 from ffnkit.model.finding import ffns
+from ffnkit.model.targets import expression
 
 HELD = 0.8  # of the energy of all layers
 BETTER = 0.05  # of a gradient's energy: so much more a basis for each weight has to hold to be worth its size
@@ -138,11 +139,7 @@ def _expression(places: list[tuple[str, int]], every: bool) -> str:
     stacks: dict[str, list[int]] = {}
     for stack, number in sorted(set(places)):
         stacks.setdefault(stack, []).append(number)
-    return ",".join(f"{stack}:{_list(own)}" if stack else _list(own) for stack, own in stacks.items())
-
-
-def _list(numbers: list[int]) -> str:
-    return ",".join(map(str, numbers))
+    return ",".join(f"{stack}:{expression(own)}" if stack else expression(own) for stack, own in stacks.items())
 
 
 def _rounded(share: float) -> float:

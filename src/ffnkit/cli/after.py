@@ -87,8 +87,9 @@ class After:
 
         What was regressed is further from the original, and learns slower from it (docs/healing.md).
         """
-        said = {pair.partition("=")[0].strip() for pair in pairs}
-        if self.heal is None or method != "calibrated-fusion" or said & {"effort", "refine", "sequential"}:
+        if self.heal is None or method != "calibrated-fusion":
+            return pairs
+        if describe.parse_settings(pairs).keys() & {"effort", "refine", "sequential"}:
             return pairs
         console.say("effort=fast, as healing follows; --set effort=default has the regression too")
         return [*pairs, "effort=fast"]

@@ -30,14 +30,20 @@ def few_rows(batch: Mapping[str, Any], rows: int = 2, tokens: int | None = None)
     return {**batch, **few}
 
 
-def few_tokens(batch: Mapping[str, Any], runs: Callable[[Mapping[str, Any]], bool]) -> Mapping[str, Any]:
-    """The first ``FEW`` tokens of the first rows, where a model ``runs`` on them; else the first rows whole.
+def beginnings(batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The first ``FEW`` tokens of the first rows, where that cuts them, and these rows whole; to try in order.
 
     BART's and T5's classifiers look for the token that ends a row, Nystromformer takes rows of one length.
     """
     few, whole = few_rows(batch, tokens=FEW), few_rows(batch)
     cut = any(isinstance(value, Tensor) and value.shape != few[name].shape for name, value in whole.items())
-    return few if cut and runs(few) else whole
+    return [few, whole] if cut else [whole]
+
+
+def few_tokens(batch: Mapping[str, Any], runs: Callable[[Mapping[str, Any]], bool]) -> Mapping[str, Any]:
+    """The first of :func:`beginnings` that a model ``runs`` on; the last one is not tried."""
+    *cut, whole = beginnings(batch)
+    return next((each for each in cut if runs(each)), whole)
 
 
 @torch.no_grad()

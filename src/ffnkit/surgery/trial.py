@@ -44,8 +44,9 @@ def try_out(model: nn.Module, edits: Iterable[Edit], batch: Mapping[str, Any] | 
         return
     asked = tried[0].asked + (f" and {len(tried) - 1} more" if len(tried) > 1 else "")
     unlabelled = {name: value for name, value in (batch or {}).items() if not name.startswith("label")}
-    given_batch = dict(running.few_tokens(unlabelled, lambda few: not isinstance(_run(model, dict(few)), str)))
-    batch = given_batch if given_batch and not isinstance(_run(model, given_batch), str) else probe.runnable(model)
+    given_batches = [dict(each) for each in running.beginnings(unlabelled)] if unlabelled else []
+    runs = (each for each in given_batches if not isinstance(_run(model, each), str))
+    batch = next(runs, None) or probe.runnable(model)
     if batch is None:
         _check_read(model, tried, asked)
         return
