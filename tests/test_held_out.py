@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import FAMILIES
 
 import ffnkit as fk
-from ffnkit.calibration.hooks import RUN, Activations
+from ffnkit.calibration.hooks import RUN, Activations, held_out
 from ffnkit.methods.common import lifted
-from ffnkit.methods.narrow.calibrated import held_out, wide
+from ffnkit.methods.narrow.judging import FEWEST, Judged
 from ffnkit.methods.narrow.observed import Part
 from ffnkit.model.finding import ffns
 from ffnkit.ops import local
@@ -48,35 +50,43 @@ def test_the_sums_are_of_the_fitted_tokens_alone() -> None:
     assert not bool((held[:, None] == apart[None]).all(-1).any())
 
 
-def test_the_error_is_that_of_a_loop_over_the_tokens_held_out() -> None:
+def test_the_error_is_that_of_a_loop_over_half_of_the_tokens_held_out() -> None:
     draw = torch.Generator().manual_seed(0)
     old = Neurons(torch.randn(6, 3, generator=draw), torch.randn(3, 6, generator=draw))
     new = old.take(torch.tensor([0, 2, 5]))
-    part = Part(0)
-    part.update(_call(400))
-    x, w = torch.cat(part.apart.inputs), torch.cat(part.apart.weights)
+    part, call = Part(0), _call(400)
+    part.update(replace(call, hidden=local.hidden(old, call.input, torch.relu)))
+    places = torch.nonzero(held_out(400)).flatten()
+    places = places[: len(places) - len(places) // 2]
+    assert call.weights is not None
+    x, w = call.input[places], call.weights[places]
     outs = [(old.down @ torch.relu(old.up @ each), new.down @ torch.relu(new.up @ each)) for each in x]
     mean = sum(k * a for k, (a, _) in zip(w, outs, strict=True)) / w.sum()
     lost = sum(k * (a - b).square().sum() for k, (a, b) in zip(w, outs, strict=True))
     spread = sum(k * (a - mean).square().sum() for k, (a, _) in zip(w, outs, strict=True))
-    assert held_out(old, new, part.apart, torch.relu, torch.float32) == pytest.approx(float(lost / spread), rel=1e-5)
-    assert torch.allclose(wide(old, x, torch.relu, torch.float32)[0], outs[0][0], atol=1e-5)
+    judged = Judged(old, part, [torch.relu], torch.float32)
+    assert judged.error(new) == pytest.approx(float(lost / spread), rel=1e-5)
+    assert torch.allclose(judged.gives(old, x)[0], outs[0][0], atol=1e-5)
 
 
 @pytest.mark.parametrize("refine", [0, 5])
-def test_tokens_held_out_change_no_weight(refine: int) -> None:
+def test_tokens_that_tell_the_error_change_no_weight(refine: int) -> None:
     ffn = ffns(FAMILIES["bert"].model())[0]
     method, old = fk.CalibratedFusion(width=0.5, refine=refine), lifted(ffn.raw())
+    tokens = 40 * FEWEST
+    apart = torch.nonzero(held_out(tokens)).flatten()
+    tells, decides = apart[: len(apart) // 2], apart[len(apart) - len(apart) // 2 :]
 
-    def fitted(scale: float) -> tuple[torch.Tensor, float]:
-        x = torch.randn(400, old.up.shape[1], generator=torch.Generator().manual_seed(1))
-        x[torch.arange(400) // RUN % 10 == 9] *= scale
+    def fitted(places: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+        x = torch.randn(tokens, old.up.shape[1], generator=torch.Generator().manual_seed(1))
+        x[places] *= scale
         hidden = local.hidden(old, x, torch.nn.functional.gelu)
-        part = Part(1000)
+        part = Part(tokens)
         part.update(Activations(x, hidden, hidden @ old.down.T))
         neurons, _, error, _ = method._fit(ffn, old, part, 20, 0)
         return neurons.down, error
 
-    (one, error), (two, other) = fitted(1.0), fitted(3.0)
+    (one, error), (two, other) = fitted(tells, 1.0), fitted(tells, 3.0)
     assert torch.equal(one, two)
     assert error != other  # the control: the tokens did change
+    assert not torch.equal(one, fitted(decides, 3.0)[0])  # and those that decide do

@@ -305,9 +305,11 @@ def test_regression_keeps_the_start_where_it_does_not_help() -> None:
     x = torch.randn(60, 4, generator=generator)
     target = local.forward(neurons, x, torch.relu)
     draw = torch.Generator().manual_seed(0)
-    assert local.regress(neurons, x, target, torch.relu, steps=5, generator=draw) is neurons
+    assert local.regress(neurons, local.Sample(x, target), torch.relu, steps=5, generator=draw) is neurons
     other = neurons.take(torch.arange(3))
-    fitted = local.regress(other, x, target, torch.relu, steps=50, generator=torch.Generator().manual_seed(0))
+    fitted = local.regress(
+        other, local.Sample(x, target), torch.relu, steps=50, generator=torch.Generator().manual_seed(0)
+    )
     assert fitted is not other
 
 

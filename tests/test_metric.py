@@ -18,7 +18,7 @@ from ffnkit.calibration.reading import Metric, output_metric
 from ffnkit.calibration.statistics import Statistics
 from ffnkit.calibration.stored import PROBED
 from ffnkit.calibration.streams import Streams
-from ffnkit.methods.narrow.calibrated import held_out as judged
+from ffnkit.methods.narrow.judging import Judged
 from ffnkit.methods.narrow.observed import Part
 from ffnkit.model.finding import ffns
 from ffnkit.ops.neurons import Neurons
@@ -218,14 +218,16 @@ def test_the_held_out_error_is_as_the_reader_sees_it() -> None:
     part.update(Activations(x, torch.relu(x @ old.up.T), x, missing=0.1 * x))
     tokens = torch.rand(400, generator=draw)
     metric = Metric(torch.tensor([2.0, 0.1, 0.9]), tokens, tokens[held_out(400)])
-    rows = [(x[i], tokens[i]) for i in range(400) if held_out(400)[i]]
+    places = [i for i in range(400) if held_out(400)[i]]
+    rows = [(x[i], tokens[i]) for i in places[: len(places) - len(places) // 2]]  # the others decide
     ys = [(old.down @ torch.relu(old.up @ v) + 0.1 * v, new.down @ torch.relu(new.up @ v), w) for v, w in rows]
     mean = sum(w * y for y, _, w in ys) / sum(w for *_, w in ys)
     lost = sum(w * ((a - b).square() @ metric.dimensions) for a, b, w in ys)
     spread = sum(w * ((a - mean).square() @ metric.dimensions) for a, _, w in ys)
-    given = judged(old, new, part.apart, torch.relu, torch.float32, metric)
+    judged = Judged(old, part, [torch.relu], torch.float32)
+    given = judged.error(new, metric)
     assert given == pytest.approx(float(lost / spread), rel=1e-4)
-    plain = judged(old, new, part.apart, torch.relu, torch.float32, dataclasses.replace(metric, apart=None))
+    plain = judged.error(new, dataclasses.replace(metric, apart=None))
     assert plain != pytest.approx(given, rel=1e-3)  # the control: tokens weigh
 
 

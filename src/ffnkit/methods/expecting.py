@@ -135,18 +135,22 @@ def seconds(work: Callable[[], Any]) -> float:
     return max(time.perf_counter() - start, 1e-9)
 
 
-def fused(ffn: FFN, width: int, tokens: int, *, greedy: bool, refine: int, kept: int, batch: int = 1024) -> Work:
-    """The work of data-aware fusion: Gram matrices, selection, refit and regression."""
+def fused(
+    ffn: FFN, width: int, tokens: int, *, greedy: bool, refine: int, kept: int, ridges: int = 1, batch: int = 1024
+) -> Work:
+    """The work of data-aware fusion: Gram matrices, selection, refits under so many ridges, regression and refits."""
     ff, d, matrices = ffn.width, ffn.d, 3 if ffn.gated else 2
     experts = max(ffn.experts, 1)
     kept = min(kept, tokens)
     gram = tokens * ffn.active * experts * ff**2 * 0.6  # a triangle of it
     selecting = width * ff * (width / 2 + 2 * d) if greedy else ff**3 / 2
-    solving = width**3 / 6 + width**2 * d + width * ff * d
+    refits = ridges * (width**3 / 6 + width**2 * d)
+    solving = (2 if refine else 1) * refits + width * ff * d
     regression = 3 * refine * batch * d * (matrices * width + d) if refine and kept else 0  # errors by a (d, d) metric
+    again = kept * (matrices * d * width + 0.6 * (width + d) ** 2) if refine else 0
     target = kept * matrices * d * (ff + width) if refine else 0
     steps = experts * refine if kept else 0
     numbers = 4 * tokens * ff + steps * (10 * batch * width + 8 * matrices * d * width + 8 * batch * d)
     held = 3 * 8 * ff**2 + (12 * kept * d + 20 * batch * width + 16 * matrices * d * width if refine else 0)
-    single, double = gram + experts * regression + target, experts * (selecting + solving)
+    single, double = gram + experts * regression + target + again, experts * (selecting + solving)
     return Work(single, double, numbers, 200 * steps, held)

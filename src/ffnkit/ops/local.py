@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from ffnkit.ops.products import is_slow
 
 Activation = Callable[[Tensor], Tensor]
 STEP = 0.02  # Adam's step, relative to the rms of the tensor that it moves
+SHARES = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)  # of what a fit learnt, which are tried on held-out tokens
+ENOUGH = 0.5  # of what was learnt in a quarter of the steps: where no more carries over, more steps add noise
 
 
 def forward(neurons: Neurons, x: Tensor, activation: Activation) -> Tensor:
@@ -30,67 +33,82 @@ def hidden(neurons: Neurons, x: Tensor, activation: Activation) -> Tensor:
     return activation(nn.functional.linear(x, neurons.gate, neurons.gate_bias)) * up
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Inputs of an FFN (n, d), what it is to give (n, d), and how much each token counts (n,)."""
+
+    inputs: Tensor
+    wanted: Tensor
+    weights: Tensor | None = None
+
+    def take(self, rows: Tensor) -> Sample:
+        return Sample(self.inputs[rows], self.wanted[rows], None if self.weights is None else self.weights[rows])
+
+
 def regress(
     start: Neurons,
-    x: Tensor,
-    target: Tensor,
+    sample: Sample,
     activation: Activation,
     *,
     steps: int,
     generator: torch.Generator,
-    weights: Tensor | None = None,
+    held: Sample | None = None,
     dimensions: Tensor | None = None,
     batch: int = 1024,
     products: torch.dtype | None = None,
 ) -> Neurons:
-    """Minimise ||FFN(x) - target||^2 over all of the neurons' weights by Adam, from ``start``.
+    """Minimise ||FFN(x) - wanted||^2 over all of the neurons' weights by Adam, from ``start``.
 
-    A tenth of the tokens is held out; where a fit is no better on them, smaller steps are tried, and then the start
-    comes back.
+    What the fit learnt is taken by the share of it under which the error on held-out tokens is least: few tokens teach
+    much that does not carry over. Where a quarter of the steps is taken by half or less, the others are left out.
 
     Args:
-        x, target: (n, d), float32. weights: (n,) how much each token counts.
+        sample: tokens to fit, float32. held: tokens that decide; None holds out a tenth of the others.
         dimensions: (d,) each dimension, or (d, d) a metric M, symmetric: an error e counts e^T M e.
         steps: of Adam, with the step falling to zero along a cosine.
         products: dtype of the matrix products (:func:`multiplying`); weights, errors and steps stay as they are.
     """
-    order = torch.randperm(len(x), generator=generator).to(x.device)
-    held, used = order[: len(x) // 10], order[len(x) // 10 :]
-    if steps == 0 or len(held) == 0:
+    if held is None:
+        order = torch.randperm(len(sample.inputs), generator=generator).to(sample.inputs.device)
+        tenth = len(order) // 10
+        held, sample = sample.take(order[:tenth]), sample.take(order[tenth:])
+    count = len(sample.inputs)
+    if steps == 0 or not len(held.inputs) or not count:
         return start
 
-    def error(neurons: Neurons, rows: Tensor) -> Tensor:
-        with multiplying(x.device, products):
-            return _loss(neurons, x[rows], target[rows], activation, _rows(weights, rows), dimensions)
+    def error(neurons: Neurons, of: Sample) -> Tensor:
+        with multiplying(of.inputs.device, products):
+            return _loss(neurons, of, activation, dimensions)
 
-    def fit(steps: int, size: float) -> Neurons:
-        """``start`` after so many steps of this size; as it is where a quarter of them has made it no better."""
-        parts = {name: value.detach().clone().requires_grad_() for name, value in start.tensors().items()}
-        sizes = {name: size * max(p.detach().square().mean().sqrt().item(), 1e-8) for name, p in parts.items()}
-        groups = [{"params": [p], "lr": sizes[name]} for name, p in parts.items()]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        fitted = Neurons(**parts)
-        for step in range(steps):
-            rows = used[torch.randint(len(used), (min(batch, len(used)),), generator=generator).to(x.device)]
-            optimizer.zero_grad()
-            with torch.enable_grad():
-                error(fitted, rows).backward()
-            optimizer.step()
-            schedule.step()
-            if step == steps // 4 and not gains(fitted):
-                break
-        forget(optimizer)
-        fitted = fitted.map(lambda value: value.detach())
-        return fitted if gains(fitted) else start
+    def taken(fitted: Neurons) -> tuple[float, Neurons]:
+        """The share of what was learnt that is best on held-out tokens, and the start with it."""
+        with torch.no_grad():
+            tried = [(0.0, start)] + [(share, between(start, fitted, share)) for share in SHARES]
+            return min(tried, key=lambda each: error(each[1], held).item())
 
-    def gains(fitted: Neurons) -> bool:
-        return bool(error(fitted, held) < before)
+    parts = {name: value.clone() for name, value in start.tensors().items()}
+    sizes = [STEP * max(value.square().mean().sqrt().item(), 1e-8) for value in parts.values()]
+    groups = [{"params": [p.requires_grad_()], "lr": size} for p, size in zip(parts.values(), sizes, strict=True)]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    fitted = Neurons(**parts)
+    for step in range(1, steps + 1):
+        rows = torch.randint(count, (min(batch, count),), generator=generator).to(sample.inputs.device)
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            error(fitted, sample.take(rows)).backward()
+        optimizer.step()
+        schedule.step()
+        if step == -(-steps // 4) and taken(fitted)[0] <= ENOUGH:
+            break
+    forget(optimizer)
+    return taken(fitted)[1]
 
-    with torch.no_grad():
-        before = error(start, held)
-        fitted = fit(steps, STEP)
-        return fit(steps, STEP / 4) if fitted is start else fitted
+
+def between(start: Neurons, end: Neurons, share: float) -> Neurons:
+    """``start`` with a share of what it lacks of ``end``."""
+    moved = end.tensors()
+    return Neurons(**{name: value.lerp(moved[name].detach(), share) for name, value in start.tensors().items()})
 
 
 def multiplying(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
@@ -105,26 +123,15 @@ def forget(optimizer: torch.optim.Optimizer) -> None:
     optimizer.param_groups.clear()
 
 
-def _rows(weights: Tensor | None, rows: Tensor) -> Tensor | None:
-    return None if weights is None else weights[rows]
-
-
-def _loss(
-    neurons: Neurons,
-    x: Tensor,
-    target: Tensor,
-    activation: Activation,
-    weights: Tensor | None,
-    dimensions: Tensor | None,
-) -> Tensor:
-    gap = forward(neurons, x, activation).to(target.dtype) - target
+def _loss(neurons: Neurons, of: Sample, activation: Activation, dimensions: Tensor | None) -> Tensor:
+    gap = forward(neurons, of.inputs, activation).to(of.wanted.dtype) - of.wanted
     if dimensions is None:
         squared = gap.square().mean(1)
     elif dimensions.ndim == 1:
         squared = gap.square() @ dimensions / len(dimensions)
     else:
         squared = ((gap @ dimensions) * gap).mean(1)
-    return squared.mean() if weights is None else (squared * weights).sum() / weights.sum().clamp_min(1e-30)
+    return squared.mean() if of.weights is None else (squared * of.weights).sum() / of.weights.sum().clamp_min(1e-30)
 
 
 def activation_of(

@@ -111,5 +111,16 @@ def regress(
     return done, [fresh[id(own)] for own in owns]
 
 
+def between(
+    start: tuple[Neurons, list[Own]], end: tuple[Neurons, list[Own]], share: float
+) -> tuple[Neurons, list[Own]]:
+    """``start`` with a share of what it lacks of ``end``; members that share what they keep go on sharing it."""
+    owns = {
+        id(new): Own(**{name: value.lerp(new.tensors()[name], share) for name, value in old.tensors().items()})
+        for old, new in zip(start[1], end[1], strict=True)
+    }
+    return local.between(start[0], end[0], share), [owns[id(new)] for new in end[1]]
+
+
 def _size(value: Tensor) -> float:
     return max(value.detach().square().mean().sqrt().item(), 1e-8)

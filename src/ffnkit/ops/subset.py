@@ -13,7 +13,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from ffnkit.ops.ridge import factored, pulled
+from ffnkit.ops.ridge import LEAST, factored
 
 AT_ONCE = 512  # scores are computed anew at least so many times
 DELAY = 32  # neurons whose effect on what is left of the outputs is subtracted together
@@ -172,30 +172,66 @@ def ranked(gram: Tensor, ridge: float, down: Tensor, share: float) -> Tensor:
     return torch.tensor([*order], device=gram.device)
 
 
-def refit(
-    gram: Tensor, down: Tensor, kept: Tensor, ridge: float, missing: Tensor | None = None
-) -> tuple[Tensor, float]:
-    """The output layer (d, width) of the neurons ``kept`` that does on the data what the whole one did.
+class Refit:
+    """The output layer (d, width) of the neurons S that does on the data what the whole one did: least squares.
 
-    Minimises ||H W^T - H_S D^T||_F^2 + lambda ||D - W_S||_F^2 with lambda = ridge x the mean diagonal of G_SS:
-    ``D = W_S + W_R G_RS (G_SS + lambda I)^-1`` with R the neurons that go (:func:`~ffnkit.ops.ridge.pulled`), float64.
-    The ridge pulls towards the columns as they were: much of it leaves plain cutting, where one that pulls towards zero
-    would leave nothing.
+    Minimises ||H W^T + E - H_S D^T||_F^2 + lambda ||D - W_S||_F^2 with lambda = ridge x the mean diagonal of G_SS:
+    ``D = W_S + (W_R G_RS + E^T H_S) (G_SS + lambda I)^-1`` with R the neurons that go, float64. The ridge pulls towards
+    the columns as they were: much of it leaves plain cutting, where one that pulls towards zero would leave nothing.
 
     Args:
-        missing: (d, ff) E^T H of what the outputs are to give beyond H W^T, E (n, d); they are H W^T + E then.
-
-    Returns:
-        D, and how much of the squared norm of the outputs it explains: ||H W^T||_F^2 - ||H W^T - H_S D^T||_F^2.
+        square: (width, width) G_SS. gap: (width, d) H_S^T times what is to be given beyond H_S W_S^T.
+        start: (d, width) W_S. centre: the means of H_S (width,) and of what is wanted (d,), where an output bias takes
+            them up: ``square`` and ``gap`` are around them then.
 
     Source: GRAIL (arXiv 2602.23795), least squares behind any selection. Differs: its ridge pulls towards zero.
     """
-    square = gram[kept[:, None], kept].double()
-    cross = square.new_zeros(len(kept), len(down))  # G_{S,:} W^T
-    for part in torch.arange(gram.shape[1], device=gram.device).split(COLUMNS):
-        cross += gram[kept[:, None], part].double() @ down[:, part].double().T
-    if missing is not None:
-        cross += missing[:, kept].double().T
-    fitted = pulled(square, cross.T, down[:, kept], ridge)
-    explained = float((fitted.T * (cross.mul_(2).addmm_(square, fitted.T, alpha=-1))).sum())
-    return fitted, explained
+
+    def __init__(self, square: Tensor, gap: Tensor, start: Tensor, centre: tuple[Tensor, Tensor] | None = None) -> None:
+        self.start, self.centre = start.double(), centre
+        self._square, self._gap = square.double(), gap.double()
+
+    @classmethod
+    def of(
+        cls,
+        gram: Tensor,
+        down: Tensor,
+        kept: Tensor,
+        missing: Tensor | None = None,
+        centre: tuple[Tensor, Tensor] | None = None,
+    ) -> Refit:
+        """The problem of the neurons ``kept`` of an FFN.
+
+        Args:
+            gram: (ff, ff) H^T H. down: (d, ff) W. kept: (width,) S.
+            missing: (d, ff) E^T H of what the outputs are to give beyond H W^T, E (n, d).
+        """
+        square = gram[kept[:, None], kept].double()
+        gap = square @ -down[:, kept].double().T  # G_{S,:} W^T less what S gives as it is
+        for part in torch.arange(gram.shape[1], device=gram.device).split(COLUMNS):
+            gap += gram[kept[:, None], part].double() @ down[:, part].double().T
+        if missing is not None:
+            gap += missing[:, kept].double().T
+        return cls(square, gap, down[:, kept], centre)
+
+    def solve(self, ridge: float) -> Tensor:
+        """D, (d, width), float64. At least ``LEAST`` of a ridge is taken, for columns that depend on each other."""
+        return self.start + torch.cholesky_solve(self._gap, factored(self._square, max(ridge, LEAST))[0]).T
+
+    def explained(self, down: Tensor) -> float:
+        """How much of the squared norm of what is wanted an output layer explains, less that of E alone."""
+        cross = self._gap + self._square @ self.start.T
+        return float((down.T * (2 * cross - self._square @ down.T)).sum())
+
+    def bias(self, down: Tensor) -> Tensor | None:
+        """The output bias (d,), float64, that goes with an output layer; None without ``centre``."""
+        return None if self.centre is None else self.centre[1] - down @ self.centre[0]
+
+
+def refit(
+    gram: Tensor, down: Tensor, kept: Tensor, ridge: float, missing: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """The output layer of the neurons ``kept`` under one ridge, and what it explains (:class:`Refit`)."""
+    problem = Refit.of(gram, down, kept, missing)
+    fitted = problem.solve(ridge)
+    return fitted, problem.explained(fitted)

@@ -16,18 +16,19 @@ from ffnkit.calibration.batches import kept
 from ffnkit.calibration.blockwise import Beside, Blockwise
 from ffnkit.calibration.fisher import fisher
 from ffnkit.calibration.reading import Metric, output_metric
-from ffnkit.calibration.statistics import HeldInputs, Statistics
+from ffnkit.calibration.statistics import Statistics
 from ffnkit.calibration.stored import StatisticsFile, first_batches
 from ffnkit.calibration.streams import Streams
 from ffnkit.edits import Edit, ReplaceNeurons, ScaleInputs
 from ffnkit.methods.common import Batch, Narrowing, generator, lifted, need_data, norms
 from ffnkit.methods.expecting import Work, fused
 from ffnkit.methods.narrow.by_block import Fitted, block_by_block, drafted
+from ffnkit.methods.narrow.judging import RIDGES, Judged
 from ffnkit.methods.narrow.observed import Part, observing
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.ops import local
 from ffnkit.ops.neurons import Neurons, concatenate
-from ffnkit.ops.subset import choose, outputs, ranked, refit, weighed
+from ffnkit.ops.subset import Refit, choose, outputs, ranked, weighed
 from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc
 from ffnkit.settings.presets import Preset, with_presets
@@ -39,7 +40,6 @@ RIDGE = 1e-2  # of the selection, relative to the mean square of the activations
 # keeps nothing for the few outputs that a model may stand on; some neurons by their loss keep those.
 BY_LOSS = {"loss": 1.0, "balanced": 0.5, "leverage": 0.0}
 COMPRESSED = "what each layer gets once those before it are compressed (sequential=true)"
-ROWS = 1024  # tokens that pass through an FFN at a time
 
 
 @with_presets
@@ -94,9 +94,13 @@ class CalibratedFusion(Narrowing):
         ),
     ] = "balanced"
     ridge: Annotated[
-        float,
-        Doc("of the refit, towards the old columns, relative to the mean square of the activations.", at_least=0),
-    ] = 0.1
+        float | None,
+        Doc(
+            "of the refit, towards the old columns, relative to the mean square of the activations. None: several, "
+            "mixed by what tokens say that were not fitted.",
+            at_least=0,
+        ),
+    ] = None
     tokens: Annotated[
         int, Doc("most tokens a layer that are held for the regression; the statistics use all.", at_least=1)
     ] = 16384
@@ -126,7 +130,8 @@ class CalibratedFusion(Narrowing):
 
     def work(self, ffn: FFN, width: int, tokens: int) -> Work:
         """About what one FFN takes."""
-        return fused(ffn, width, tokens, greedy=self.select == "greedy", refine=self.refine, kept=self.tokens)
+        greedy, ridges = self.select == "greedy", len(RIDGES) if self.ridge is None else 1
+        return fused(ffn, width, tokens, greedy=greedy, refine=self.refine, kept=self.tokens, ridges=ridges)
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         found = self.chosen(model)
@@ -233,64 +238,50 @@ class CalibratedFusion(Narrowing):
         if seen is None:  # an expert that no token reached: nothing is known but its weights
             kept = torch.sort(norms(old), descending=True, stable=True).indices[:width].sort().values
             return old.take(kept), old.up.new_ones(width), 0.0, 0.0
-        moments = seen.moments
-        gram = moments.centred(last=True) if old.down_bias is not None else moments.second(last=True)
-        metric = reading.metric if reading is not None else None
-        read = old.down if reading is None else weighed(old.down, reading.weights)
+        moments, centred = seen.moments, old.down_bias is not None
+        gram = moments.centred(last=True) if centred else moments.second(last=True)
+        weights = None if reading is None else reading.weights
+        read = old.down if weights is None else weighed(old.down, weights)
         if self.select == "greedy":
             kept = choose(gram, read, width, RIDGE).order.sort().values.to(gram.device)
         else:
             kept = ranked(gram, RIDGE, read, BY_LOSS[self.select])[:width].sort().values
-        centred = old.down_bias is not None
-        down, explained = refit(gram, old.down, kept, self.ridge, seen.missing(centred=centred))
+        mean, centre = moments.mean(), None
+        if old.down_bias is not None:
+            wanted = old.down_bias.double() + old.down.double() @ mean + seen.beyond.mean()
+            centre = mean[kept], wanted
+        problem = Refit.of(gram, old.down, kept, seen.missing(centred=centred), centre)
         norm = outputs(gram, old.down)
         del gram
         moments.forget()
-        error = max(norm - explained, 0.0) / max(norm, 1e-300)
-        fresh = dataclasses.replace(old.take(kept), down=down.to(old.down.dtype))
-        if old.down_bias is not None:
-            lost = old.down.double() @ moments.mean() - down @ moments.mean()[kept] + seen.beyond.mean()
-            fresh = dataclasses.replace(fresh, down_bias=(old.down_bias.double() + lost).to(old.down_bias.dtype))
-        x, hidden = seen.held.probe
-        activation = local.activation_of(old, x, hidden, activations(ffn))
-        products = ffn.raw().up.dtype
-        if activation is None:
+        judged = Judged(old, seen, activations(ffn), ffn.raw().up.dtype)
+        ridges = RIDGES if self.ridge is None else (self.ridge,)
+        fresh, down = judged.refitted(old.take(kept), problem, ridges, weights)
+        error = max(norm - problem.explained(down), 0.0) / max(norm, 1e-300)
+        start = problem.start
+        del problem
+        if judged.activation is None:
             logger.warning("%s is not refined, its error is of fitted tokens: its activation is not known", ffn.name)
         elif self.refine and seen.held.inputs:
-            dimensions = None if reading is None else reading.regressed.to(x.device)
-            fresh = self._refined(old, fresh, seen.held, activation, products, number, dimensions)
-        if activation is not None and seen.apart.inputs:
-            error = held_out(old, fresh, seen.apart, activation, products, metric)
+            sample = judged.sample(old, seen.held)
+            seen.held.inputs.clear()
+            fitted = local.regress(
+                fresh,
+                sample,
+                judged.activation,
+                steps=self.refine,
+                generator=generator(self.seed, number),
+                held=judged.decides,
+                dimensions=None if reading is None else reading.regressed.to(sample.inputs.device),
+                products=judged.products,
+            )
+            if fitted is not fresh:
+                fresh = judged.refitted_again(fitted, sample, start, ridges, weights)
+        told = judged.error(fresh, None if reading is None else reading.metric)
         size = moments.absolute()
         factor = (size.sum() / size[kept].sum().clamp_min(1e-30)).clamp_min(1.0).float().item()
         scale = old.up.new_full((width,), factor)
-        return dataclasses.replace(fresh, down=fresh.down / factor), scale, error, norm
-
-    def _refined(
-        self,
-        old: Neurons,
-        start: Neurons,
-        seen: HeldInputs,
-        activation: local.Activation,
-        products: torch.dtype,
-        number: int,
-        dimensions: Tensor | None,
-    ) -> Neurons:
-        """``start`` after the regression, where that helps."""
-        x, target = torch.cat(seen.inputs), wanted(old, seen, activation, products)
-        weights = torch.cat(seen.weights) if seen.weights else None
-        seen.inputs.clear()
-        return local.regress(
-            start,
-            x,
-            target,
-            activation,
-            steps=self.refine,
-            generator=generator(self.seed, number),
-            weights=weights,
-            dimensions=dimensions,
-            products=products,
-        )
+        return dataclasses.replace(fresh, down=fresh.down / factor), scale, error if told is None else told, norm
 
 
 @dataclass(frozen=True)
@@ -302,40 +293,3 @@ class Reading:
     weights: Tensor
     metric: Metric
     regressed: Tensor
-
-
-def wide(neurons: Neurons, x: Tensor, activation: local.Activation, products: torch.dtype) -> Tensor:
-    """The outputs (n, d), float32, for inputs x (n, d), some rows at a time."""
-    with torch.no_grad(), local.multiplying(x.device, products):
-        return torch.cat([local.forward(neurons, rows, activation).float() for rows in x.split(ROWS)])
-
-
-def wanted(old: Neurons, seen: HeldInputs, activation: local.Activation, products: torch.dtype) -> Tensor:
-    """What an FFN is to give (n, d) for the inputs that are held: what it gave, and what is missing beyond it."""
-    outputs = wide(old, torch.cat(seen.inputs), activation, products)
-    return outputs + torch.cat(seen.missing) if seen.missing else outputs
-
-
-def held_out(
-    old: Neurons,
-    new: Neurons,
-    seen: HeldInputs,
-    activation: local.Activation,
-    products: torch.dtype,
-    metric: Metric | None = None,
-) -> float:
-    """The squared error of the new outputs on tokens that no fit saw, relative to the wanted ones' spread.
-
-    Args:
-        metric: how much tokens and dimensions count; of the first tokens alone, where it tells of no more.
-    """
-    x, target = torch.cat(seen.inputs), wanted(old, seen, activation, products).double()
-    weights = torch.cat(seen.weights).double() if seen.weights else x.new_ones(len(x), dtype=torch.float64)
-    gap = wide(new, x, activation, products).double() - target
-    if metric is not None and metric.apart is not None:
-        few = min(len(metric.apart), len(x))
-        gap, target, weights = gap[:few], target[:few], weights[:few] * metric.apart[:few].to(weights)
-    dimensions = target.new_ones(target.shape[1]) if metric is None else metric.dimensions.to(target)
-    centred = target - (weights @ target) / weights.sum().clamp_min(1e-300)
-    rest, total = (float(weights @ (each.square() @ dimensions)) for each in (gap, centred))
-    return rest / total if total > 0 else 0.0

@@ -92,10 +92,13 @@ class Fitting:
         errors = sharing.errors(best, owns, judges, act)
         if refine:
             draw = generator(seed, *(ffn.layer for ffn in group))
-            tried = sharing.regress(best, owns, used, act, steps=refine, generator=draw, scales=extras)
-            found = sharing.errors(*tried, judges, act)
-            if sum(found) < sum(errors):
-                (best, owns), errors = tried, found
+            start = best, owns
+            end = sharing.regress(*start, used, act, steps=refine, generator=draw, scales=extras)
+            for share in local.SHARES:
+                tried = sharing.between(start, end, share)
+                found = sharing.errors(*tried, judges, act)
+                if sum(found) < sum(errors):
+                    (best, owns), errors = tried, found
         if rank:
             wider = [_with_difference(best, *each, act, rank, ridge) for each in zip(owns, used, strict=True)]
             gained = sharing.errors(best, wider, judges, act)

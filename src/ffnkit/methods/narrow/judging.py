@@ -1,0 +1,145 @@
+"""Tokens of an FFN that no fit saw: one half decides between fits, the other tells the error of what was decided."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ffnkit.calibration.reading import Metric
+from ffnkit.calibration.statistics import HeldInputs
+from ffnkit.methods.narrow.observed import Part
+from ffnkit.ops import local
+from ffnkit.ops.mixing import mixed
+from ffnkit.ops.moments import Moments
+from ffnkit.ops.neurons import Neurons
+from ffnkit.ops.subset import Refit
+
+ROWS = 1024  # tokens that pass through an FFN at a time
+FEWEST = 64  # tokens that decide: fewer tell nothing
+RIDGES = (0.1, 0.01, 1.0, 10.0)  # of the refits that are mixed; the first alone where too few tokens decide
+
+
+class Judged:
+    """What is known of one FFN, or one expert, from tokens held apart.
+
+    Args:
+        old: its neurons as they were. seen: what it did on the data.
+        activations: functions one of which is its activation. products: the dtype that it multiplies in.
+
+    Attributes:
+        activation: the function, None where none of them is it: nothing can be judged then.
+        decides, tells: tokens with what the FFN is to give for them; ``decides`` None where they are too few.
+    """
+
+    def __init__(self, old: Neurons, seen: Part, activations: list[local.Activation], products: torch.dtype) -> None:
+        x, hidden = seen.held.probe
+        self.activation = local.activation_of(old, x, hidden, activations)
+        self.products = products
+        self.decides: local.Sample | None = None
+        self.tells: local.Sample | None = None
+        if self.activation is not None and seen.apart.inputs:
+            decides, self.tells = (self.sample(old, half) for half in seen.judges())
+            self.decides = decides if len(decides.inputs) >= FEWEST else None
+
+    def sample(self, old: Neurons, held: HeldInputs) -> local.Sample:
+        """The inputs held, and what the FFN is to give for them: what it gave, and what is missing beyond it."""
+        inputs = torch.cat(held.inputs)
+        wanted = self.gives(old, inputs)
+        if held.missing:
+            wanted += torch.cat(held.missing)
+        return local.Sample(inputs, wanted, torch.cat(held.weights) if held.weights else None)
+
+    def hidden(self, neurons: Neurons, x: Tensor) -> Tensor:
+        """What its neurons give (n, ff) for inputs x (n, d)."""
+        assert self.activation is not None
+        with torch.no_grad(), local.multiplying(x.device, self.products):
+            return local.hidden(neurons, x, self.activation)
+
+    def gives(self, neurons: Neurons, x: Tensor) -> Tensor:
+        """The outputs (n, d), float32, for inputs x (n, d), some rows at a time."""
+        assert self.activation is not None
+        with torch.no_grad(), local.multiplying(x.device, self.products):
+            return torch.cat([local.forward(neurons, rows, self.activation).float() for rows in x.split(ROWS)])
+
+    def refitted(
+        self,
+        neurons: Neurons,
+        problem: Refit,
+        ridges: Sequence[float] = RIDGES,
+        dimensions: Tensor | None = None,
+        beside: Sequence[Tensor] = (),
+    ) -> tuple[Neurons, Tensor]:
+        """The neurons with an output layer refitted, and that layer (d, width) in float64.
+
+        Of several ridges the fits are mixed, by what the tokens say that decide.
+
+        Args:
+            dimensions: what errors count by there (:func:`~ffnkit.ops.mixing.mixed`). beside: output layers to mix in.
+        """
+        down = problem.solve(ridges[0])
+        if self.decides is not None and len(ridges) > 1:
+            start = with_output(neurons, problem, problem.start)
+            rows = self.hidden(start, self.decides.inputs).double()
+            if problem.centre is not None:
+                rows -= problem.centre[0]
+            gap = self.decides.wanted - self.gives(start, self.decides.inputs)
+            layers = [down, *map(problem.solve, ridges[1:]), *(each.double() for each in beside)]
+            changes = [each - problem.start for each in layers]
+            shares = mixed(changes, rows, gap, dimensions, self.decides.weights)
+            down = sum((share * each for share, each in zip(shares, changes, strict=True)), problem.start)
+        return with_output(neurons, problem, down), down
+
+    def refitted_again(
+        self,
+        neurons: Neurons,
+        sample: local.Sample,
+        start: Tensor,
+        ridges: Sequence[float] = RIDGES,
+        dimensions: Tensor | None = None,
+    ) -> Neurons:
+        """Neurons that a regression moved, with the output layer refitted to what they give now.
+
+        Args:
+            sample: the tokens that they were fitted to. start: (d, width) that the ridges pull towards, as before.
+        """
+        ff = neurons.ff
+        moments = Moments(ff + neurons.d, sample.inputs.device)
+        for places in torch.arange(len(sample.inputs)).split(ROWS):
+            rows = sample.take(places)
+            given = self.hidden(neurons, rows.inputs).float()
+            moments.add(torch.cat((given, rows.wanted), 1), rows.weights)
+        mean, biased = moments.mean(), neurons.down_bias is not None
+        gram = moments.centred(last=True) if biased else moments.second(last=True)
+        square, cross = gram[:ff, :ff].double(), gram[:ff, ff:].double()
+        centre = (mean[:ff], mean[ff:]) if biased else None
+        problem = Refit(square, cross - square @ start.double().T, start, centre)
+        return self.refitted(neurons, problem, ridges, dimensions, [neurons.down])[0]
+
+    def error(self, new: Neurons, metric: Metric | None = None) -> float | None:
+        """The squared error of the new outputs on the tokens that tell, relative to the wanted ones' spread.
+
+        Args:
+            metric: how much tokens and dimensions count; of the first tokens alone, where it tells of no more.
+        """
+        if self.tells is None or not len(self.tells.inputs):
+            return None
+        target = self.tells.wanted.double()
+        gap = self.gives(new, self.tells.inputs).double() - target
+        given = self.tells.weights
+        weights = target.new_ones(len(target)) if given is None else given.double()
+        if metric is not None and metric.apart is not None:
+            few = min(len(metric.apart), len(target))
+            gap, target, weights = gap[:few], target[:few], weights[:few] * metric.apart[:few].to(weights)
+        dimensions = target.new_ones(target.shape[1]) if metric is None else metric.dimensions.to(target)
+        centred = target - (weights @ target) / weights.sum().clamp_min(1e-300)
+        rest, total = (float(weights @ (each.square() @ dimensions)) for each in (gap, centred))
+        return rest / total if total > 0 else 0.0
+
+
+def with_output(neurons: Neurons, problem: Refit, down: Tensor) -> Neurons:
+    """The neurons with this output layer, and the output bias that goes with it."""
+    bias, dtype = problem.bias(down), neurons.down.dtype
+    return dataclasses.replace(neurons, down=down.to(dtype), down_bias=None if bias is None else bias.to(dtype))
