@@ -14,7 +14,7 @@ import ffnkit as fk
 from ffnkit.calibration.drift import Drift, apart
 from ffnkit.calibration.reading import output_metric
 from ffnkit.model.finding import ffns
-from ffnkit.ops import local
+from ffnkit.ops import local, sharing
 from ffnkit.ops.matching import assign, likeness
 from ffnkit.ops.neurons import Neurons
 from ffnkit.ops.union import Member, biases, choose_from, fitted, pooled, thin_difference, union, with_one_bias
@@ -210,3 +210,18 @@ def test_with_one_bias_the_output_layer_is_least_squares_over_all_members() -> N
     assert torch.allclose(made, whole[:, :-1], rtol=1e-3, atol=1e-4)
     own = fitted(joined, pooled(joined, found, torch.relu), kept, len(found), 0.0).down.double()
     assert not torch.allclose(own, whole[:, :-1], rtol=1e-2, atol=1e-2)  # biases of their own are another fit
+
+
+def test_a_share_of_what_was_fitted_lies_between_and_members_go_on_sharing() -> None:
+    draw = torch.Generator().manual_seed(0)
+    pairs = [Neurons(torch.randn(6, 4, generator=draw), torch.randn(4, 6, generator=draw)) for _ in range(2)]
+    first, second = (sharing.Own(torch.rand(6, generator=draw), torch.randn(4, generator=draw)) for _ in range(2))
+    start, end = (pairs[0], [first, first]), (pairs[1], [second, second])
+    for share in (0.0, 0.25, 1.0):
+        neurons, owns = sharing.between(start, end, share)
+        assert owns[0] is owns[1]
+        torch.testing.assert_close(neurons.up, (1 - share) * pairs[0].up + share * pairs[1].up)
+        torch.testing.assert_close(neurons.down, (1 - share) * pairs[0].down + share * pairs[1].down)
+        torch.testing.assert_close(owns[0].scale, (1 - share) * first.scale + share * second.scale)
+    apart = sharing.between((pairs[0], [first, first]), (pairs[1], [second, first]), 0.5)[1]
+    assert apart[0] is not apart[1]

@@ -525,6 +525,28 @@ MUTANTS: tuple[Mutant, ...] = (
         "test_budget.py",
     ),
     M(
+        "those-that-decide-tell-too",
+        "self._places = torch.nonzero(~odd).flatten()",
+        "self._places = torch.arange(len(odd))",
+        "test_mixing.py test_held_out.py",
+    ),
+    M("shares-beyond-the-fits", "if shares.sum() > 1:", "if shares.sum() > 10:", "test_mixing.py"),
+    M(
+        "the-share-that-fits-worst",
+        "return min(tried, key=lambda each: error",
+        "return max(tried, key=lambda each: error",
+        "test_mixing.py",
+    ),
+    M("noise-is-gone-on-with", "and taken(fitted)[0] <= ENOUGH", "and taken(fitted)[0] < 0", "test_mixing.py"),
+    M("one-ridge-alone", "if self.decides is not None and len(ridges) > 1:", "if False:", "test_mixing.py"),
+    M("mean-of-the-rows-stays", "rows -= problem.centre[0]", "pass", "test_mixing.py"),
+    M(
+        "shared-owns-part",
+        "return local.between(start[0], end[0], share), [owns[id(new)] for new in end[1]]",
+        "return local.between(start[0], end[0], share), [dataclasses.replace(owns[id(new)]) for new in end[1]]",
+        "test_sharing.py",
+    ),
+    M(
         "refit-bias-sign",
         "old.down.double() @ mean - down @ mean[kept]",
         "old.down.double() @ mean + down @ mean[kept]",

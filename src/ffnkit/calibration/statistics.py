@@ -192,14 +192,6 @@ class HeldInputs:
                     held.append(rows[:room].float())
             self.held += len(self.inputs[-1])
 
-    def part(self, first: int, last: int | None) -> HeldInputs:
-        """Some of what is held, by its places."""
-        found = HeldInputs(self.most)
-        if self.inputs:
-            weights, missing = (torch.cat(each)[first:last] if each else None for each in (self.weights, self.missing))
-            found._take(torch.cat(self.inputs)[first:last], weights, missing)
-        return found
-
     def merge(self, other: HeldInputs) -> None:
         self.probe = self.probe or other.probe
         for number, inputs in enumerate(other.inputs):

@@ -1,4 +1,4 @@
-"""Tokens of an FFN that no fit saw: one half decides between fits, the other tells the error of what was decided."""
+"""Tokens of an FFN that no fit saw: half of them decide between fits, the others tell the error of what was decided."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ffnkit.calibration.hooks import RUN
 from ffnkit.calibration.reading import Metric
 from ffnkit.calibration.statistics import HeldInputs
 from ffnkit.methods.narrow.observed import Part
@@ -31,7 +32,8 @@ class Judged:
 
     Attributes:
         activation: the function, None where none of them is it: nothing can be judged then.
-        decides, tells: tokens with what the FFN is to give for them; ``decides`` None where they are too few.
+        decides, tells: tokens with what the FFN is to give for them, in runs of ``RUN`` that take turns, so that both
+            are of all kinds of text; ``decides`` None where they are too few.
     """
 
     def __init__(self, old: Neurons, seen: Part, activations: list[local.Activation], products: torch.dtype) -> None:
@@ -41,8 +43,11 @@ class Judged:
         self.decides: local.Sample | None = None
         self.tells: local.Sample | None = None
         if self.activation is not None and seen.apart.inputs:
-            decides, self.tells = (self.sample(old, half) for half in seen.judges())
-            self.decides = decides if len(decides.inputs) >= FEWEST else None
+            apart = self.sample(old, seen.apart)
+            odd = torch.arange(len(apart.inputs)) // RUN % 2 == 1
+            self._places = torch.nonzero(~odd).flatten()
+            self.tells = apart.take(self._places)
+            self.decides = apart.take(torch.nonzero(odd).flatten()) if int(odd.sum()) >= FEWEST else None
 
     def sample(self, old: Neurons, held: HeldInputs) -> local.Sample:
         """The inputs held, and what the FFN is to give for them: what it gave, and what is missing beyond it."""
@@ -131,8 +136,9 @@ class Judged:
         given = self.tells.weights
         weights = target.new_ones(len(target)) if given is None else given.double()
         if metric is not None and metric.apart is not None:
-            few = min(len(metric.apart), len(target))
-            gap, target, weights = gap[:few], target[:few], weights[:few] * metric.apart[:few].to(weights)
+            known = self._places[self._places < len(metric.apart)]
+            few, tokens = len(known), metric.apart[known.to(metric.apart.device)].to(weights)
+            gap, target, weights = gap[:few], target[:few], weights[:few] * tokens
         dimensions = target.new_ones(target.shape[1]) if metric is None else metric.dimensions.to(target)
         centred = target - (weights @ target) / weights.sum().clamp_min(1e-300)
         rest, total = (float(weights @ (each.square() @ dimensions)) for each in (gap, centred))

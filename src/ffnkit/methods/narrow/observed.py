@@ -52,7 +52,7 @@ class Part:
     Attributes:
         moments: of the hidden activations. held: inputs for the regression, and what tells the activation.
         apart: inputs that neither saw (:meth:`~ffnkit.calibration.hooks.Activations.apart`), to judge fits by
-            (:meth:`judges`).
+            (:class:`~ffnkit.methods.narrow.judging.Judged`).
         beyond: what the outputs are to be more than they are.
     """
 
@@ -77,11 +77,6 @@ class Part:
         self.beyond.update(fitted)
         if len(apart.input):
             self.apart.update(apart)
-
-    def judges(self) -> tuple[HeldInputs, HeldInputs]:
-        """The later half of what is held apart, to decide between fits, and the first half, to tell their error by."""
-        half = self.apart.held // 2
-        return self.apart.part(self.apart.held - half, None), self.apart.part(0, self.apart.held - half)
 
     def merge(self, other: Part) -> None:
         for mine, theirs in zip(self._parts().values(), other._parts().values(), strict=True):
