@@ -159,19 +159,37 @@ def test_a_mixture_is_no_worse_where_it_is_decided_than_any_fit(bias: bool) -> N
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_after_a_regression_the_output_layer_is_the_least_squares_of_what_neurons_give_now(bias: bool) -> None:
+def test_after_a_regression_the_output_layer_suits_what_neurons_give_now(bias: bool) -> None:
+    """The least squares of a loop, where the deciding tokens are of the very kind and the learnt layer is far off."""
     old, part, _ = part_of(1500, bias=bias)
     judged = judging.Judged(old, part, [torch.relu], torch.float32)
     sample = judged.sample(old, part.held)
+    judged.decides = sample  # on the tokens of the fit nothing beats the fit
     moved = dataclasses.replace(old, up=old.up * 1.3 + 0.1)
     found = judged.refitted_again(moved, sample, old.down, [0.0])
     given = local.hidden(moved, sample.inputs, torch.relu).double()
     if bias:
         given = torch.cat((given, torch.ones(len(given), 1)), 1)
     slow = torch.linalg.lstsq(given, sample.wanted.double()).solution.T
-    torch.testing.assert_close(found.down.double(), slow[:, :12], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.down.double(), slow[:, :12], rtol=1e-3, atol=1e-3)
     if found.down_bias is not None:
-        torch.testing.assert_close(found.down_bias.double(), slow[:, 12], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.down_bias.double(), slow[:, 12], rtol=1e-3, atol=1e-3)
+
+
+def test_what_a_regression_learnt_of_the_output_layer_stays_where_it_is_better() -> None:
+    old, part, _ = part_of(1500, bias=False)
+    judged = judging.Judged(old, part, [torch.relu], torch.float32)
+    sample = judged.sample(old, part.held)
+    assert judged.decides is not None
+    exact = local.Sample(judged.decides.inputs, judged.gives(old, judged.decides.inputs))
+    judged.decides = exact
+    far = torch.zeros_like(old.down)
+    found = judged.refitted_again(old, sample, far, [10.0])
+    assert (
+        squared(found, exact) < 1e-4 < squared(judged.refitted(old, Refit(torch.eye(12), far.T, far), [1.0])[0], exact)
+    )
+    judged.decides = None
+    assert judged.refitted_again(old, sample, far) is old
 
 
 def test_few_tokens_decide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -538,7 +538,12 @@ MUTANTS: tuple[Mutant, ...] = (
         "test_mixing.py",
     ),
     M("noise-is-gone-on-with", "and taken(fitted)[0] <= ENOUGH", "and taken(fitted)[0] < 0", "test_mixing.py"),
-    M("one-ridge-alone", "if self.decides is not None and len(ridges) > 1:", "if False:", "test_mixing.py"),
+    M(
+        "one-ridge-alone",
+        "if self.decides is not None and len(ridges) + len(beside) > 1:",
+        "if False:",
+        "test_mixing.py",
+    ),
     M("mean-of-the-rows-stays", "rows -= problem.centre[0]", "pass", "test_mixing.py"),
     M(
         "shared-owns-part",

@@ -85,7 +85,7 @@ class Judged:
             dimensions: what errors count by there (:func:`~ffnkit.ops.mixing.mixed`). beside: output layers to mix in.
         """
         down = problem.solve(ridges[0])
-        if self.decides is not None and len(ridges) > 1:
+        if self.decides is not None and len(ridges) + len(beside) > 1:
             start = with_output(neurons, problem, problem.start)
             rows = self.hidden(start, self.decides.inputs).double()
             if problem.centre is not None:
@@ -107,9 +107,13 @@ class Judged:
     ) -> Neurons:
         """Neurons that a regression moved, with the output layer refitted to what they give now.
 
+        The fits are mixed with the layer that the regression left; where no tokens decide, that one stays.
+
         Args:
             sample: the tokens that they were fitted to. start: (d, width) that the ridges pull towards, as before.
         """
+        if self.decides is None:
+            return neurons
         ff = neurons.ff
         moments = Moments(ff + neurons.d, sample.inputs.device)
         for places in torch.arange(len(sample.inputs)).split(ROWS):
