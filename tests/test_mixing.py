@@ -185,9 +185,7 @@ def test_what_a_regression_learnt_of_the_output_layer_stays_where_it_is_better()
     judged.decides = exact
     far = torch.zeros_like(old.down)
     found = judged.refitted_again(old, sample, far, [10.0])
-    assert (
-        squared(found, exact) < 1e-4 < squared(judged.refitted(old, Refit(torch.eye(12), far.T, far), [1.0])[0], exact)
-    )
+    assert squared(found, exact) < 1e-4 < squared(judged.refitted(old, Refit(torch.eye(12), far, far), [1.0])[0], exact)
     judged.decides = None
     assert judged.refitted_again(old, sample, far) is old
 

@@ -55,8 +55,8 @@ def test_a_matrix_counts_as_the_form_that_it_is() -> None:
 
 def test_a_diagonal_matrix_is_weights_of_the_dimensions() -> None:
     weights = torch.tensor([3.0, 0.5, 0.25, 0.25])
-    torch.testing.assert_close(fit(torch.diag(weights)).up, fit(weights).up, rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(fit(weights).up, fit(None).up, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(fit(torch.diag(weights)).down, fit(weights).down, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(fit(weights).down, fit(None).down, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "mixtral"])

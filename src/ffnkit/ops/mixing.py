@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 ROUNDING = 1e-9  # relative: candidates that differ by less are one
-HEAVY = 1e4
+HEAVY = 1e4  # how much the row that makes shares add up to 1 counts, relative to the others
 
 
 def mixed(

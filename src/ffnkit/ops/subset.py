@@ -13,7 +13,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from ffnkit.ops.ridge import LEAST, factored
+from ffnkit.ops.ridge import factored, pulled
 
 AT_ONCE = 512  # scores are computed anew at least so many times
 DELAY = 32  # neurons whose effect on what is left of the outputs is subtracted together
@@ -180,16 +180,18 @@ class Refit:
     the columns as they were: much of it leaves plain cutting, where one that pulls towards zero would leave nothing.
 
     Args:
-        square: (width, width) G_SS. gap: (width, d) H_S^T times what is to be given beyond H_S W_S^T.
+        square: (width, width) G_SS. cross: (d, width) (H W^T + E)^T H_S.
         start: (d, width) W_S. centre: the means of H_S (width,) and of what is wanted (d,), where an output bias takes
-            them up: ``square`` and ``gap`` are around them then.
+            them up: ``square`` and ``cross`` are around them then.
 
     Source: GRAIL (arXiv 2602.23795), least squares behind any selection. Differs: its ridge pulls towards zero.
     """
 
-    def __init__(self, square: Tensor, gap: Tensor, start: Tensor, centre: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(
+        self, square: Tensor, cross: Tensor, start: Tensor, centre: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         self.start, self.centre = start.double(), centre
-        self._square, self._gap = square.double(), gap.double()
+        self._square, self._cross = square.double(), cross.double()
 
     @classmethod
     def of(
@@ -207,21 +209,20 @@ class Refit:
             missing: (d, ff) E^T H of what the outputs are to give beyond H W^T, E (n, d).
         """
         square = gram[kept[:, None], kept].double()
-        gap = square @ -down[:, kept].double().T  # G_{S,:} W^T less what S gives as it is
+        cross = square.new_zeros(len(kept), len(down))  # G_{S,:} W^T
         for part in torch.arange(gram.shape[1], device=gram.device).split(COLUMNS):
-            gap += gram[kept[:, None], part].double() @ down[:, part].double().T
+            cross += gram[kept[:, None], part].double() @ down[:, part].double().T
         if missing is not None:
-            gap += missing[:, kept].double().T
-        return cls(square, gap, down[:, kept], centre)
+            cross += missing[:, kept].double().T
+        return cls(square, cross.T, down[:, kept], centre)
 
     def solve(self, ridge: float) -> Tensor:
-        """D, (d, width), float64. At least ``LEAST`` of a ridge is taken, for columns that depend on each other."""
-        return self.start + torch.cholesky_solve(self._gap, factored(self._square, max(ridge, LEAST))[0]).T
+        """D, (d, width), float64 (:func:`~ffnkit.ops.ridge.pulled`)."""
+        return pulled(self._square, self._cross, self.start, ridge)
 
     def explained(self, down: Tensor) -> float:
         """How much of the squared norm of what is wanted an output layer explains, less that of E alone."""
-        cross = self._gap + self._square @ self.start.T
-        return float((down.T * (2 * cross - self._square @ down.T)).sum())
+        return float((down * (2 * self._cross - down @ self._square)).sum())
 
     def bias(self, down: Tensor) -> Tensor | None:
         """The output bias (d,), float64, that goes with an output layer; None without ``centre``."""

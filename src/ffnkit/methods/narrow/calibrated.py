@@ -52,9 +52,11 @@ class CalibratedFusion(Narrowing):
        ``metric`` of what comes behind, grows with the best D where one of them alone goes, the rest by leverage;
     2. D (and the output bias) is refitted in closed form by ridge regression, so that what the dropped neurons did
        is taken over by the kept ones as far as it can be: they are fused into them. The ridge pulls towards the old
-       columns, not towards zero. With ``sequential``, H is what the compressed layers before give, and the target is
-       what the *block* gave in the model as it was: the FFN makes up for what was lost before it;
-    3. ``refine`` steps of regression fit the remaining weights too, kept only where held-out tokens gain;
+       columns, not towards zero; fits under several are mixed by what tokens say that were not fitted. With
+       ``sequential``, H is what the compressed layers before give, and the target is what the *block* gave in the model
+       as it was: the FFN makes up for what was lost before it;
+    3. ``refine`` steps of regression fit all weights; of what they learnt the share is taken that carries over to those
+       tokens, and the output layer is refitted to it;
     4. a fixed factor p = sum_i |h_i| / sum_S |h_i| stands in front of D, apart from it (D / p is stored), so that
        under Adam the narrow output layer moves the output as far as the wide one did (its NTK).
 

@@ -122,9 +122,8 @@ class Judged:
             moments.add(torch.cat((given, rows.wanted), 1), rows.weights)
         mean, biased = moments.mean(), neurons.down_bias is not None
         gram = moments.centred(last=True) if biased else moments.second(last=True)
-        square, cross = gram[:ff, :ff].double(), gram[:ff, ff:].double()
         centre = (mean[:ff], mean[ff:]) if biased else None
-        problem = Refit(square, cross - square @ start.double().T, start, centre)
+        problem = Refit(gram[:ff, :ff], gram[ff:, :ff], start, centre)
         return self.refitted(neurons, problem, ridges, dimensions, [neurons.down])[0]
 
     def error(self, new: Neurons, metric: Metric | None = None) -> float | None:
