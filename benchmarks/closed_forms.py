@@ -26,10 +26,11 @@ from ffnkit import methods, tune
 from ffnkit.io.loading import no_bars
 from ffnkit.tasks.models import load_tokenizer
 
-REFIT = {"refit": True}
+REFIT = {"refit": True, "ridge": 0.1}  # one ridge, as published forms have; by default several are mixed
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "importance": ("importance", {}),
     "importance, refit": ("importance", REFIT),
+    "importance, refit, ridges mixed": ("importance", {"refit": True}),
     "modegpt": ("modegpt", {}),
     "modegpt, pull=0.1": ("modegpt", {"pull": 0.1}),
     "obs, block=32": ("obs", {"block": 32}),

@@ -32,7 +32,7 @@ from ffnkit.tasks.models import load_tokenizer
 from ffnkit.tune.healing.data import healing_data
 from ffnkit.tune.healing.settings import HealSettings
 
-REFIT = {"refit": True}
+REFIT = {"refit": True, "ridge": 0.1}  # one ridge, as GRAIL has
 # Name: method, settings, and what it reads: nothing, the batches, or the statistics.
 ARMS: dict[str, tuple[str, dict[str, Any], str]] = {
     "magnitude": ("magnitude", {}, ""),

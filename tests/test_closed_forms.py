@@ -21,9 +21,11 @@ from ffnkit.methods.narrow.refitting import Refitting
 from ffnkit.model.attention import attentions
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import bare_weight
+from ffnkit.ops.apart import held_out
 from ffnkit.ops.neurons import Neurons
+from ffnkit.ops.refit import refit
 from ffnkit.ops.ridge import pulled
-from ffnkit.ops.subset import leverage, refit
+from ffnkit.ops.subset import leverage
 from ffnkit.ops.surgeon import surgeon
 
 ACT = {"bert": nn.functional.gelu, "llama": nn.functional.silu, "mixtral": nn.functional.silu}
@@ -86,7 +88,7 @@ def after(model: Any, method: Any, data: Any) -> dict[str, Neurons]:
 @pytest.mark.parametrize("method", ["magnitude", "importance", "fusion", "clustering", "sketch"])
 def test_refit_is_the_pulled_regression_behind_any_narrowing(method: str, name: str) -> None:
     model, data = given(name)
-    drafted, seen = after(model, methods.build(method, width=0.5), data), observed(model, data)
+    drafted, seen = after(model, methods.build(method, width=0.5), data), observed(model, data, fitted=True)
     made = after(model, methods.build(method, width=0.5, refit=True, ridge=0.05), data)
     for ffn, start in drafted.items():
         for number, (old, new) in enumerate(zip(singles(start), singles(made[ffn]), strict=True)):
@@ -110,7 +112,7 @@ def test_refit_on_what_compressed_layers_give() -> None:
     first = fk.apply(copy.deepcopy(model), fk.plan(model, methods.build("magnitude", width={names[0]: 0.5})))
     for ffn in ffns(first)[:1]:
         ffn.write(made[names[0]])
-    x, h, y, weights = observed(first, data)[names[1], 0]
+    x, h, y, weights = observed(first, data, fitted=True)[names[1], 0]
     drafted = after(first, methods.build("magnitude", width={names[1]: 0.5}), None)[names[1]]
     wanted = least_squares(hidden(drafted, x, "llama"), y, weights, drafted.down, False, 0.05)
     assert_close(made[names[1]].down, wanted, rel=1e-3, what="down of the second layer")
@@ -294,6 +296,7 @@ def test_heads_that_go_are_taken_over_by_those_that_stay(name: str) -> None:
     fk.apply(fitted, plan)
     for old, start, new in zip(found, attentions(cut), attentions(fitted), strict=True):
         z, y = (value.detach()[on] for value in held[old.name])
+        z, y = (value[~held_out(len(z))] for value in (z, y))
         columns = old.columns()[old.members(plain.edits[found.index(old)].index)["q"]].flatten()  # type: ignore[attr-defined]
         first, bias = (bare_weight(each.linear("o")).detach() for each in (start, new)), new.linear("o").bias
         weight, got = first

@@ -9,12 +9,13 @@ import torch
 from families import FAMILIES
 
 import ffnkit as fk
-from ffnkit.calibration.hooks import RUN, Activations, held_out
+from ffnkit.calibration.hooks import Activations
 from ffnkit.methods.common import lifted
-from ffnkit.methods.narrow.judging import FEWEST, Judged
+from ffnkit.methods.narrow.judging import Judged
 from ffnkit.methods.narrow.observed import Part
 from ffnkit.model.finding import ffns
 from ffnkit.ops import local
+from ffnkit.ops.apart import FEWEST, RUN, held_out
 from ffnkit.ops.neurons import Neurons
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import ffnkit as fk
 from ffnkit.calibration.features import Features
+from ffnkit.calibration.reading import output_metric
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.share.merging import Merging
 from ffnkit.methods.share.refitting import corrected
@@ -228,7 +229,7 @@ def test_the_correction_is_the_least_squares_solution() -> None:
     found = ffns(model)[:2]
     held = Features(model, batches, found, {f.name: ["up", "input", "output"] for f in found}, 10_000)
     order = assign(correlation(*(held.get(f.name, "up") for f in found)))[None].to(torch.int32)
-    fitted, errors = corrected(found, order, held, ridge=1e-9)
+    fitted, errors = corrected(found, order, held, output_metric(model, found, batches), ridge=1e-9)
     with temporarily(model, fk.plan(model, Merging(layers="0-1", features="up"), data=batches).edits):
         plain = [f.raw().map(torch.clone) for f in found]
     inputs = torch.cat([held.get(f.name, "input") for f in found]).double()

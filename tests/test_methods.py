@@ -26,7 +26,8 @@ from ffnkit.model.finding import ffns
 from ffnkit.ops import local, subset
 from ffnkit.ops.moments import Moments
 from ffnkit.ops.neurons import Neurons
-from ffnkit.ops.subset import choose, leverage, ranked, refit
+from ffnkit.ops.refit import refit
+from ffnkit.ops.subset import choose, leverage, ranked
 
 # Fast: each method on an FFN without gates, with them and with experts, and each kind of FFN by one method or two.
 EACH = pytest.mark.parametrize(("method", "name"), crossed(OTHERS, KINDS, always=[("svd", "bert")]))

@@ -13,7 +13,7 @@ from tolerance import assert_close
 
 from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.calibration.fisher import DAMPING, fisher
-from ffnkit.calibration.hooks import RUN, Activations, held_out
+from ffnkit.calibration.hooks import Activations
 from ffnkit.calibration.reading import Metric, output_metric
 from ffnkit.calibration.statistics import Statistics
 from ffnkit.calibration.stored import PROBED
@@ -21,9 +21,11 @@ from ffnkit.calibration.streams import Streams
 from ffnkit.methods.narrow.judging import Judged
 from ffnkit.methods.narrow.observed import Part
 from ffnkit.model.finding import ffns
+from ffnkit.ops.apart import RUN, held_out
 from ffnkit.ops.neurons import Neurons
+from ffnkit.ops.refit import refit
 from ffnkit.ops.similarity import linear_cka, standardized_cka
-from ffnkit.ops.subset import leverage, refit, weighed
+from ffnkit.ops.subset import leverage, weighed
 
 
 def _moments() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -13,13 +13,14 @@ from methods import case_of
 from torch import Tensor
 
 import ffnkit as fk
-from ffnkit.calibration.hooks import RUN, Activations
+from ffnkit.calibration.hooks import Activations
 from ffnkit.methods.narrow import judging
 from ffnkit.methods.narrow.observed import Part
-from ffnkit.ops import local
+from ffnkit.ops import apart, local
+from ffnkit.ops.apart import FEWEST, RUN
 from ffnkit.ops.mixing import mixed
 from ffnkit.ops.neurons import Neurons
-from ffnkit.ops.subset import Refit
+from ffnkit.ops.refit import RIDGES, Refit
 
 
 def error(shares: Any, candidates: list[Tensor], rows: Tensor, gap: Tensor, metric: Tensor, weights: Tensor) -> float:
@@ -152,7 +153,7 @@ def test_a_mixture_is_no_worse_where_it_is_decided_than_any_fit(bias: bool) -> N
     mixture, down = judged.refitted(old.take(kept), problem)
     torch.testing.assert_close(mixture.down, down.float())
     least = squared(mixture, held)
-    for ridge in judging.RIDGES:
+    for ridge in RIDGES:
         single, _ = judged.refitted(old.take(kept), problem, [ridge])
         assert least <= squared(single, held) * (1 + 1e-5)
     assert least < squared(judging.with_output(old.take(kept), problem, problem.start), held)
@@ -191,9 +192,9 @@ def test_what_a_regression_learnt_of_the_output_layer_stays_where_it_is_better()
 
 
 def test_few_tokens_decide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    old, part, _ = part_of(20 * judging.FEWEST - 40, bias=False)
+    old, part, _ = part_of(20 * FEWEST - 40, bias=False)
     assert judging.Judged(old, part, [torch.relu], torch.float32).decides is None
-    old, part, _ = part_of(20 * judging.FEWEST + 400, bias=False)
+    old, part, _ = part_of(20 * FEWEST + 400, bias=False)
     assert judging.Judged(old, part, [torch.relu], torch.float32).decides is not None
 
 
@@ -202,11 +203,11 @@ def test_a_ridge_that_is_set_is_the_only_one(name: str, monkeypatch: pytest.Monk
     asked: list[float] = []
     solve = Refit.solve
     monkeypatch.setattr(Refit, "solve", lambda self, ridge: asked.append(ridge) or solve(self, ridge))
-    monkeypatch.setattr(judging, "FEWEST", 1)
+    monkeypatch.setattr(apart, "FEWEST", 1)
     model: Any = FAMILIES[name].model()
     data = [*case_of(name).batches(model)] * 30
     fk.plan(model, fk.CalibratedFusion(0.5, refine=0, ridge=0.7), data=data)
     assert set(asked) == {0.7}
     asked.clear()
     fk.plan(model, fk.CalibratedFusion(0.5, refine=0), data=data)
-    assert set(asked) == set(judging.RIDGES)
+    assert set(asked) == set(RIDGES)

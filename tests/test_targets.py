@@ -34,7 +34,7 @@ from ffnkit.methods.drop.layers import LayerDrop
 from ffnkit.methods.narrow.observed import observing
 from ffnkit.model.attention import attentions
 from ffnkit.model.finding import ffns
-from ffnkit.ops.subset import refit
+from ffnkit.ops.refit import refit
 from ffnkit.recipe.schema import recipe_from
 from ffnkit.recipe.sources import method_of
 from ffnkit.surgery.temporary import temporarily

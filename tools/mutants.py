@@ -526,9 +526,9 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     M(
         "those-that-decide-tell-too",
-        "self._places = torch.nonzero(~odd).flatten()",
-        "self._places = torch.arange(len(odd))",
-        "test_mixing.py test_held_out.py",
+        "for each in (odd, ~odd))",
+        "for each in (odd, odd | True))",
+        "test_mixing.py test_held_out.py test_refits.py",
     ),
     M("shares-beyond-the-fits", "if shares.sum() > 1:", "if shares.sum() > 10:", "test_mixing.py"),
     M(
@@ -540,11 +540,28 @@ MUTANTS: tuple[Mutant, ...] = (
     M("noise-is-gone-on-with", "and taken(fitted)[0] <= ENOUGH", "and taken(fitted)[0] < 0", "test_mixing.py"),
     M(
         "one-ridge-alone",
-        "if self.decides is not None and len(ridges) + len(beside) > 1:",
-        "if False:",
-        "test_mixing.py",
+        "if decide is None or len(ridges) + len(beside) < 2:",
+        "if True:",
+        "test_mixing.py test_refits.py",
     ),
-    M("mean-of-the-rows-stays", "rows -= problem.centre[0]", "pass", "test_mixing.py"),
+    M(
+        "mean-of-the-rows-stays",
+        "rows, gap = rows - self.centre[0], gap - ",
+        "rows, gap = rows, gap - ",
+        "test_mixing.py test_refits.py",
+    ),
+    M(
+        "held-tokens-are-fitted",
+        "self.see(rows[~out], wanted[~out], None if weights is None else weights[~out])",
+        "self.see(rows, wanted, weights)",
+        "test_refits.py",
+    ),
+    M(
+        "members-by-their-squares",
+        "pairs.see(*rows)",
+        "pairs.see(*rows[:2])",
+        "test_refits.py",
+    ),
     M(
         "shared-owns-part",
         "return local.between(start[0], end[0], share), [owns[id(new)] for new in end[1]]",

@@ -20,7 +20,8 @@ from ffnkit.methods.narrow.observed import Part, observing
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.curves import Curve, output_curve, tail_curve
 from ffnkit.ops.neurons import Neurons, concatenate
-from ffnkit.ops.subset import refit, weighed
+from ffnkit.ops.refit import refit
+from ffnkit.ops.subset import weighed
 from ffnkit.plans import Progress, check_weights
 
 RIDGE = 1e-2  # as data-aware fusion has it unless told otherwise

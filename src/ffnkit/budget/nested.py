@@ -16,7 +16,8 @@ from ffnkit.methods.narrow.judging import RIDGES
 from ffnkit.methods.narrow.observed import Part
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons, concatenate
-from ffnkit.ops.subset import ranked, refit, weighed
+from ffnkit.ops.refit import refit
+from ffnkit.ops.subset import ranked, weighed
 
 FUSION = CalibratedFusion(width=1)  # its defaults
 REFIT = RIDGES[0]

@@ -15,8 +15,7 @@ from ffnkit.calibration.batches import Batch, check_finite, run
 from ffnkit.calibration.padding import TokenMasks
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
-
-RUN = 16  # neighbouring tokens that are held out together
+from ffnkit.ops.apart import held_out
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,8 @@ class Activations:
         return self if bool(chosen.all()) else self.take(chosen)
 
     def apart(self) -> tuple[Activations, Activations]:
-        """Nine tenths of the tokens, and a tenth that is held out; which ones follows from their places in the call.
-
-        Runs of ``RUN`` tokens are held out, since neighbours are alike; single ones where the call is short.
+        """Nine tenths of the tokens, and a tenth that is held out; which ones follows from their places in the
+        call (:func:`~ffnkit.ops.apart.held_out`).
         """
         out = held_out(len(self.input)).to(self.input.device)
         return self.take(~out), self.take(out)
@@ -66,12 +64,6 @@ class Activations:
         if kept.weights is None or kept.expert is not None:
             return kept
         return replace(kept, weights=None)  # a mask: what is left counts alike
-
-
-def held_out(tokens: int) -> Tensor:
-    """(tokens,) bool: those of a call that :meth:`Activations.apart` holds out."""
-    places = torch.arange(tokens)
-    return places // (RUN if tokens >= 10 * RUN else 1) % 10 == 9
 
 
 Receive = Callable[[FFN, Activations], None]

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch
-from ffnkit.calibration.hooks import Activations, held_out, watch
+from ffnkit.calibration.hooks import Activations, watch
 from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.model.ffn import FFN
+from ffnkit.ops.apart import held_out
 
 
 @dataclass(frozen=True)

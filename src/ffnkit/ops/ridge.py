@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ffnkit.ops.moments import Moments
-
 LEAST = 1e-10  # of the mean diagonal: with less, columns that depend on each other are told apart by rounding
 
 
@@ -34,34 +32,3 @@ def pulled(square: Tensor, cross: Tensor, start: Tensor, ridge: float) -> Tensor
     square, start = square.double(), start.double()
     missing = (cross.double() - start @ square).T
     return start + torch.cholesky_solve(missing, factored(square, max(ridge, LEAST))[0]).T
-
-
-class Pairs:
-    """What comes in and what is wanted of it, token by token: enough to fit a linear, and to tell its error.
-
-    Args:
-        columns, outputs: of what comes in (n, columns) and of what is wanted (n, outputs).
-    """
-
-    def __init__(self, columns: int, outputs: int, device: torch.device) -> None:
-        self.columns = columns
-        self._moments = Moments(columns + outputs, device)
-
-    def add(self, rows: Tensor, wanted: Tensor, weights: Tensor | None = None) -> None:
-        """Tokens, each weighing ``weights`` (n,) or 1."""
-        self._moments.add(torch.cat((rows.float(), wanted.float()), 1), weights)
-
-    def fit(self, start: Tensor, bias: Tensor | None, ridge: float) -> tuple[Tensor, Tensor | None, float]:
-        """Weight (outputs, columns), float64, the bias where there is one, and the relative error on these tokens.
-
-        The weight is pulled towards ``start`` (:func:`pulled`); the bias is free. The sums are spent.
-        """
-        mean, at = self._moments.mean(), self.columns
-        gram = self._moments.second(last=True) if bias is None else self._moments.centred(last=True)
-        square, cross = gram[:at, :at].double(), gram[at:, :at].double()
-        weight = pulled(square, cross, start, ridge)
-        fresh = None if bias is None else (mean[at:] - weight @ mean[:at]).to(bias.dtype)
-        total = float(gram.diagonal()[at:].sum())
-        rest = total - float((weight * (2 * cross - weight @ square)).sum())
-        self._moments.forget()
-        return weight, fresh, (max(rest, 0.0) / max(total, 1e-300)) ** 0.5

@@ -13,7 +13,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from ffnkit.ops.ridge import factored, pulled
+from ffnkit.ops.ridge import factored
 
 AT_ONCE = 512  # scores are computed anew at least so many times
 DELAY = 32  # neurons whose effect on what is left of the outputs is subtracted together
@@ -170,69 +170,3 @@ def ranked(gram: Tensor, ridge: float, down: Tensor, share: float) -> Tensor:
         turn = orders[0 if ceil(share * place) > ceil(share * (place - 1)) else 1]
         order[next(each for each in turn if each not in order)] = place
     return torch.tensor([*order], device=gram.device)
-
-
-class Refit:
-    """The output layer (d, width) of the neurons S that does on the data what the whole one did: least squares.
-
-    Minimises ||H W^T + E - H_S D^T||_F^2 + lambda ||D - W_S||_F^2 with lambda = ridge x the mean diagonal of G_SS:
-    ``D = W_S + (W_R G_RS + E^T H_S) (G_SS + lambda I)^-1`` with R the neurons that go, float64. The ridge pulls towards
-    the columns as they were: much of it leaves plain cutting, where one that pulls towards zero would leave nothing.
-
-    Args:
-        square: (width, width) G_SS. cross: (d, width) (H W^T + E)^T H_S.
-        start: (d, width) W_S. centre: the means of H_S (width,) and of what is wanted (d,), where an output bias takes
-            them up: ``square`` and ``cross`` are around them then.
-
-    Source: GRAIL (arXiv 2602.23795), least squares behind any selection. Differs: its ridge pulls towards zero.
-    """
-
-    def __init__(
-        self, square: Tensor, cross: Tensor, start: Tensor, centre: tuple[Tensor, Tensor] | None = None
-    ) -> None:
-        self.start, self.centre = start.double(), centre
-        self._square, self._cross = square.double(), cross.double()
-
-    @classmethod
-    def of(
-        cls,
-        gram: Tensor,
-        down: Tensor,
-        kept: Tensor,
-        missing: Tensor | None = None,
-        centre: tuple[Tensor, Tensor] | None = None,
-    ) -> Refit:
-        """The problem of the neurons ``kept`` of an FFN.
-
-        Args:
-            gram: (ff, ff) H^T H. down: (d, ff) W. kept: (width,) S.
-            missing: (d, ff) E^T H of what the outputs are to give beyond H W^T, E (n, d).
-        """
-        square = gram[kept[:, None], kept].double()
-        cross = square.new_zeros(len(kept), len(down))  # G_{S,:} W^T
-        for part in torch.arange(gram.shape[1], device=gram.device).split(COLUMNS):
-            cross += gram[kept[:, None], part].double() @ down[:, part].double().T
-        if missing is not None:
-            cross += missing[:, kept].double().T
-        return cls(square, cross.T, down[:, kept], centre)
-
-    def solve(self, ridge: float) -> Tensor:
-        """D, (d, width), float64 (:func:`~ffnkit.ops.ridge.pulled`)."""
-        return pulled(self._square, self._cross, self.start, ridge)
-
-    def explained(self, down: Tensor) -> float:
-        """How much of the squared norm of what is wanted an output layer explains, less that of E alone."""
-        return float((down * (2 * self._cross - down @ self._square)).sum())
-
-    def bias(self, down: Tensor) -> Tensor | None:
-        """The output bias (d,), float64, that goes with an output layer; None without ``centre``."""
-        return None if self.centre is None else self.centre[1] - down @ self.centre[0]
-
-
-def refit(
-    gram: Tensor, down: Tensor, kept: Tensor, ridge: float, missing: Tensor | None = None
-) -> tuple[Tensor, float]:
-    """The output layer of the neurons ``kept`` under one ridge, and what it explains (:class:`Refit`)."""
-    problem = Refit.of(gram, down, kept, missing)
-    fitted = problem.solve(ridge)
-    return fitted, problem.explained(fitted)

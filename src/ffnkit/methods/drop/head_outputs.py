@@ -15,7 +15,7 @@ from ffnkit.methods.common import Batch, activity
 from ffnkit.model.attention import Attention
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import bare_weight
-from ffnkit.ops.ridge import Pairs
+from ffnkit.ops.refit import Pairs
 from ffnkit.plans import Progress
 
 
@@ -75,13 +75,14 @@ def refitted_outputs(
     data: Iterable[Batch],
     found: list[Attention],
     stay: Mapping[str, Tensor],
-    ridge: float,
+    ridge: float | None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[Edit, float]]:
     """Each attention's output linear refitted to what it gave, and the relative error on the data.
 
     Minimises ||Z_S D^T + b - Y||_F^2 + lambda ||D - W_S||_F^2 over tokens, with Z_S what the heads that stay hand to
-    the output linear W, Y what it gave, lambda = ridge x the mean square of Z_S; b only where it has a bias.
+    the output linear W, Y what it gave, lambda = ridge x the mean square of Z_S; b only where it has a bias. Without a
+    ridge fits under several are mixed, by tokens held out (:class:`~ffnkit.ops.refit.Pairs`).
 
     Args:
         stay: by the attention's name, the units that stay.
@@ -92,10 +93,11 @@ def refitted_outputs(
     pairs: dict[str, Pairs] = {}
 
     def note(attention: Attention, x: Tensor, y: Tensor, weights: Tensor) -> None:
-        name = attention.name
+        name, counts = attention.name, weights > 0
+        x, y = x[counts], y[counts]
         if name not in pairs:
             pairs[name] = Pairs(len(columns[name]), y.shape[1], x.device)
-        pairs[name].add(x[:, columns[name].to(x.device)], y, weights)
+        pairs[name].add(x[:, columns[name].to(x.device)], y)
 
     watch_outputs(model, data, found, note, progress=progress)
     for attention in found:

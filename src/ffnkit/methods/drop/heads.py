@@ -62,8 +62,13 @@ class RemoveHeads:
         bool, Doc("refit the output linears to what the attentions gave on data, by ridge regression (GRAIL).")
     ] = False
     ridge: Annotated[
-        float, Doc("of refit, towards the columns as they were, relative to the heads' mean square.", at_least=0)
-    ] = 0.1
+        float | None,
+        Doc(
+            "of refit, towards the columns as they were, relative to the heads' mean square. None: several, mixed by "
+            "what tokens say that were not fitted.",
+            at_least=0,
+        ),
+    ] = None
 
     name: ClassVar[str] = "heads"
     summary: ClassVar[str] = "remove attention heads (structured pruning)"

@@ -23,12 +23,13 @@ from ffnkit.edits import Edit, ReplaceNeurons, ScaleInputs
 from ffnkit.methods.common import Batch, Narrowing, generator, lifted, need_data, norms
 from ffnkit.methods.expecting import Work, fused
 from ffnkit.methods.narrow.by_block import Fitted, block_by_block, drafted
-from ffnkit.methods.narrow.judging import RIDGES, Judged
+from ffnkit.methods.narrow.judging import Judged
 from ffnkit.methods.narrow.observed import Part, observing
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.ops import local
 from ffnkit.ops.neurons import Neurons, concatenate
-from ffnkit.ops.subset import Refit, choose, outputs, ranked, weighed
+from ffnkit.ops.refit import Refit, ridges_of
+from ffnkit.ops.subset import choose, outputs, ranked, weighed
 from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc
 from ffnkit.settings.presets import Preset, with_presets
@@ -132,7 +133,7 @@ class CalibratedFusion(Narrowing):
 
     def work(self, ffn: FFN, width: int, tokens: int) -> Work:
         """About what one FFN takes."""
-        greedy, ridges = self.select == "greedy", len(RIDGES) if self.ridge is None else 1
+        greedy, ridges = self.select == "greedy", len(ridges_of(self.ridge))
         return fused(ffn, width, tokens, greedy=greedy, refine=self.refine, kept=self.tokens, ridges=ridges)
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
@@ -257,7 +258,7 @@ class CalibratedFusion(Narrowing):
         del gram
         moments.forget()
         judged = Judged(old, seen, activations(ffn), ffn.raw().up.dtype)
-        ridges = RIDGES if self.ridge is None else (self.ridge,)
+        ridges = ridges_of(self.ridge)
         fresh, down = judged.refitted(old.take(kept), problem, ridges, weights)
         error = max(norm - problem.explained(down), 0.0) / max(norm, 1e-300)
         start = problem.start

@@ -18,7 +18,8 @@ from ffnkit.methods.narrow.calibrated import COMPRESSED
 from ffnkit.methods.narrow.observed import Part, observing
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons, concatenate
-from ffnkit.ops.subset import leverage, outputs, refit
+from ffnkit.ops.refit import refit
+from ffnkit.ops.subset import leverage, outputs
 from ffnkit.ops.surgeon import surgeon
 from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc

@@ -8,19 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ffnkit.calibration.hooks import RUN
 from ffnkit.calibration.reading import Metric
 from ffnkit.calibration.statistics import HeldInputs
 from ffnkit.methods.narrow.observed import Part
 from ffnkit.ops import local
-from ffnkit.ops.mixing import mixed
+from ffnkit.ops.apart import lost, turns
 from ffnkit.ops.moments import Moments
 from ffnkit.ops.neurons import Neurons
-from ffnkit.ops.subset import Refit
+from ffnkit.ops.refit import RIDGES, Deciding, Refit
 
 ROWS = 1024  # tokens that pass through an FFN at a time
-FEWEST = 64  # tokens that decide: fewer tell nothing
-RIDGES = (0.1, 0.01, 1.0, 10.0)  # of the refits that are mixed; the first alone where too few tokens decide
 
 
 class Judged:
@@ -32,8 +29,8 @@ class Judged:
 
     Attributes:
         activation: the function, None where none of them is it: nothing can be judged then.
-        decides, tells: tokens with what the FFN is to give for them, in runs of ``RUN`` that take turns, so that both
-            are of all kinds of text; ``decides`` None where they are too few.
+        decides, tells: tokens with what the FFN is to give for them, in runs that take turns
+            (:func:`~ffnkit.ops.apart.turns`); ``decides`` None where they are too few.
     """
 
     def __init__(self, old: Neurons, seen: Part, activations: list[local.Activation], products: torch.dtype) -> None:
@@ -44,10 +41,9 @@ class Judged:
         self.tells: local.Sample | None = None
         if self.activation is not None and seen.apart.inputs:
             apart = self.sample(old, seen.apart)
-            odd = torch.arange(len(apart.inputs)) // RUN % 2 == 1
-            self._places = torch.nonzero(~odd).flatten()
+            decide, self._places = turns(len(apart.inputs))
             self.tells = apart.take(self._places)
-            self.decides = apart.take(torch.nonzero(odd).flatten()) if int(odd.sum()) >= FEWEST else None
+            self.decides = apart.take(decide) if len(decide) else None
 
     def sample(self, old: Neurons, held: HeldInputs) -> local.Sample:
         """The inputs held, and what the FFN is to give for them: what it gave, and what is missing beyond it."""
@@ -79,22 +75,16 @@ class Judged:
     ) -> tuple[Neurons, Tensor]:
         """The neurons with an output layer refitted, and that layer (d, width) in float64.
 
-        Of several ridges the fits are mixed, by what the tokens say that decide.
+        Of several ridges the fits are mixed, by the tokens that decide (:meth:`~ffnkit.ops.refit.Refit.mixed`).
 
         Args:
             dimensions: what errors count by there (:func:`~ffnkit.ops.mixing.mixed`). beside: output layers to mix in.
         """
-        down = problem.solve(ridges[0])
-        if self.decides is not None and len(ridges) + len(beside) > 1:
-            start = with_output(neurons, problem, problem.start)
-            rows = self.hidden(start, self.decides.inputs).double()
-            if problem.centre is not None:
-                rows -= problem.centre[0]
-            gap = self.decides.wanted - self.gives(start, self.decides.inputs)
-            layers = [down, *map(problem.solve, ridges[1:]), *(each.double() for each in beside)]
-            changes = [each - problem.start for each in layers]
-            shares = mixed(changes, rows, gap, dimensions, self.decides.weights)
-            down = sum((share * each for share, each in zip(shares, changes, strict=True)), problem.start)
+        decide = None
+        if self.decides is not None:
+            rows = self.hidden(neurons, self.decides.inputs)
+            decide = Deciding(rows, self.decides.wanted, self.decides.weights)
+        down = problem.mixed(ridges, decide, dimensions, beside)
         return with_output(neurons, problem, down), down
 
     def refitted_again(
@@ -134,18 +124,14 @@ class Judged:
         """
         if self.tells is None or not len(self.tells.inputs):
             return None
-        target = self.tells.wanted.double()
-        gap = self.gives(new, self.tells.inputs).double() - target
-        given = self.tells.weights
-        weights = target.new_ones(len(target)) if given is None else given.double()
+        wanted, weights = self.tells.wanted, self.tells.weights
+        gap = self.gives(new, self.tells.inputs).double() - wanted.double()
         if metric is not None and metric.apart is not None:
             known = self._places[self._places < len(metric.apart)]
-            few, tokens = len(known), metric.apart[known.to(metric.apart.device)].to(weights)
-            gap, target, weights = gap[:few], target[:few], weights[:few] * tokens
-        dimensions = target.new_ones(target.shape[1]) if metric is None else metric.dimensions.to(target)
-        centred = target - (weights @ target) / weights.sum().clamp_min(1e-300)
-        rest, total = (float(weights @ (each.square() @ dimensions)) for each in (gap, centred))
-        return rest / total if total > 0 else 0.0
+            few, tokens = len(known), metric.apart[known.to(metric.apart.device)].double()
+            gap, wanted = gap[:few], wanted[:few]
+            weights = tokens if weights is None else weights[:few].double() * tokens.to(weights.device)
+        return lost(gap, wanted, weights, None if metric is None else metric.dimensions)
 
 
 def with_output(neurons: Neurons, problem: Refit, down: Tensor) -> Neurons:

@@ -10,9 +10,8 @@ from torch import Tensor
 from ffnkit.calibration.hooks import Activations
 from ffnkit.calibration.statistics import HeldInputs, HiddenMoments, Statistics
 from ffnkit.model.ffn import FFN
+from ffnkit.ops.apart import MOST
 from ffnkit.ops.moments import Moments
-
-JUDGED = 2048  # tokens at most that are held out to judge a fit
 
 
 class Beyond:
@@ -59,7 +58,7 @@ class Part:
     stored: ClassVar[str] = "fusion"
 
     def __init__(self, most: int) -> None:
-        self.hidden, self.held, self.apart = HiddenMoments(), HeldInputs(most), HeldInputs(JUDGED)
+        self.hidden, self.held, self.apart = HiddenMoments(), HeldInputs(most), HeldInputs(MOST)
         self.beyond = Beyond()
 
     @property

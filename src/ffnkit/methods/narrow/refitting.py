@@ -12,18 +12,20 @@ from torch import Tensor, nn
 from ffnkit.calibration.batches import kept
 from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.calibration.hooks import Activations
-from ffnkit.calibration.stored import StatisticsFile
+from ffnkit.calibration.reading import Metric, output_metric
+from ffnkit.calibration.stored import StatisticsFile, first_batches
 from ffnkit.edits import Edit, ReplaceNeurons, Stage
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, lifted, need_data, singles
 from ffnkit.methods.narrow.by_block import Fitted, block_by_block
+from ffnkit.methods.narrow.judging import Judged
+from ffnkit.methods.narrow.observed import Part, observing
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.model.finding import ffns
 from ffnkit.ops import local
-from ffnkit.ops.moments import Moments
 from ffnkit.ops.neurons import Neurons, concatenate
-from ffnkit.ops.ridge import Pairs
-from ffnkit.ops.subset import outputs, refit
+from ffnkit.ops.refit import Pairs, Refit, ridges_of
+from ffnkit.ops.subset import outputs
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc, check
 from ffnkit.surgery.temporary import TemporaryPlan
@@ -42,9 +44,13 @@ class Refitting(Narrowing):
         bool, Doc("refit the output layers to what the FFNs gave on data, by ridge regression (GRAIL).")
     ] = field(default=False, kw_only=True)
     ridge: Annotated[
-        float,
-        Doc("of refit, towards the output layer as drafted, relative to the activations' mean square.", at_least=0),
-    ] = field(default=0.1, kw_only=True)
+        float | None,
+        Doc(
+            "of refit, towards the output layer as drafted, relative to the activations' mean square. None: several, "
+            "mixed by what tokens say that were not fitted.",
+            at_least=0,
+        ),
+    ] = field(default=None, kw_only=True)
     sequential: Annotated[
         bool, Doc("refit each layer on what the compressed layers before it give, else on the model as it was.")
     ] = field(default=False, kw_only=True)
@@ -83,7 +89,7 @@ def refitted(
     model: nn.Module,
     batches: Iterable[Batch],
     draft: Draft,
-    ridge: float,
+    ridge: float | None,
     progress: Progress | None = None,
     *,
     sequential: bool = False,
@@ -92,8 +98,9 @@ def refitted(
 
     Minimises ||H D^T + b - Y||_F^2 + lambda ||D - D_0||_F^2 over the tokens of the data: H what the drafted neurons
     give on the FFN's inputs, Y what the FFN gave, D_0 the drafted output layer, lambda = ridge x the mean square of H.
-    b only where the FFN has an output bias. A factor that the draft keeps apart stays apart. Experts that no token
-    reached, and FFNs that keep their width, stay as drafted.
+    b only where the FFN has an output bias. Without a ridge fits under several are mixed, by tokens held out and in the
+    metric of the next norm (:class:`~ffnkit.ops.refit.Pairs`). A factor that the draft keeps apart stays apart. Experts
+    that no token reached, and FFNs that keep their width, stay as drafted.
 
     Raises:
         FfnkitError: the draft makes new neurons, and the activation function is none that is known.
@@ -107,6 +114,7 @@ def refitted(
     own = {edit.target: edit for edit in draft.edits if edit.stage is Stage.NEURONS}
     found = [ffn for ffn in ffns(model) if ffn.name in own and own[ffn.name].new_width != ffn.width]
     fits: dict[str, _Refit] = {}
+    metrics = output_metric(model, found, first_batches(batches))
     quantities = {name: dict(values) for name, values in draft.quantities.items()}
 
     def show(blocks: Blockwise, group: list[FFN], last: bool) -> None:
@@ -116,7 +124,7 @@ def refitted(
         blocks.watch(group, lambda ffn, acts: fits[ffn.name].add(acts), last=last)
 
     def fit(ffn: FFN) -> Fitted:
-        neurons, error = fits[ffn.name].solve(ridge)
+        neurons, error = fits[ffn.name].solve(ridge, metrics[ffn.name].dimensions)
         scale = fits.pop(ffn.name).scale
         stored = neurons if scale is None else neurons.scaled(1 / scale.to(neurons.down))
         dtype = ffn.raw().up.dtype
@@ -134,23 +142,22 @@ def refitted(
 
 
 def refitted_from(
-    model: nn.Module, stored: StatisticsFile, draft: Draft, ridge: float, progress: Progress | None = None
+    model: nn.Module, stored: StatisticsFile, draft: Draft, ridge: float | None, progress: Progress | None = None
 ) -> Draft:
-    """As :func:`refitted`, of a draft of which neurons stay or go, from statistics of one pass.
-
-    The sums in these are of nine tenths of the tokens (:meth:`~ffnkit.calibration.hooks.Activations.apart`): so this is
-    what :func:`refitted` makes of those alone, to rounding.
-    """
+    """As :func:`refitted`, of a draft of which neurons stay or go, from statistics: the same to rounding."""
     known = {ffn.name: ffn for ffn in ffns(model)}
     edits, quantities = [], {name: dict(values) for name, values in draft.quantities.items()}
+    narrower = [known[edit.target] for edit in draft.edits if edit.neurons_kept is not None and edit.target in known]
+    metrics = output_metric(model, narrower, stored)
     for number, edit in enumerate(draft.edits, 1):
         ffn, chosen = known.get(edit.target), edit.neurons_kept
         if ffn is not None and chosen is not None and edit.new_width != ffn.width:
-            old = lifted(ffn.raw())
+            old, seen = lifted(ffn.raw()), observing([ffn], 0)
+            stored.fill([ffn], seen)
             each_one = singles(old)
             numbers = chosen.long().to(old.up.device).reshape(len(each_one), -1)
             fits = [
-                _closed(*each, stored.moments(ffn, e), ridge)
+                _closed(ffn, *each, seen.parts.pop((ffn.name, e), None), ridge, metrics[ffn.name])
                 for e, each in enumerate(zip(each_one, numbers, strict=True))
             ]
             neurons = concatenate([each for each, _ in fits]) if old.experts else fits[0][0]
@@ -163,18 +170,24 @@ def refitted_from(
     return Draft(tuple(edits), quantities, draft.report)
 
 
-def _closed(old: Neurons, chosen: Tensor, moments: Moments | None, ridge: float) -> tuple[Neurons, float | None]:
+def _closed(
+    ffn: FFN, old: Neurons, chosen: Tensor, seen: Part | None, ridge: float | None, metric: Metric
+) -> tuple[Neurons, float | None]:
     """One FFN or expert of the neurons ``chosen``, and its relative error; as they were where no token came."""
-    if moments is None:
+    if seen is None:
         return old.take(chosen), None
-    mean, bias = moments.mean(), old.down_bias
-    gram = moments.second(last=True) if bias is None else moments.centred(last=True)
-    down, explained = refit(gram, old.down, chosen, ridge)
-    norm = outputs(gram, old.down)
-    if bias is not None:
-        bias = (bias.double() + old.down.double() @ mean - down @ mean[chosen]).to(bias.dtype)
-    made = dataclasses.replace(old.take(chosen), down=down.to(old.down.dtype), down_bias=bias)
-    return made, (max(norm - explained, 0.0) / max(norm, 1e-300)) ** 0.5
+    moments, mean, centre = seen.moments, seen.moments.mean(), None
+    gram = moments.second(last=True) if old.down_bias is None else moments.centred(last=True)
+    if old.down_bias is not None:
+        centre = mean[chosen], old.down_bias.double() + old.down.double() @ mean
+    problem = Refit.of(gram, old.down, chosen, centre=centre)
+    judged = Judged(old, seen, activations(ffn), ffn.raw().up.dtype)
+    made, down = judged.refitted(old.take(chosen), problem, ridges_of(ridge), metric.dimensions)
+    error = judged.error(made, dataclasses.replace(metric, apart=None))
+    if error is None:
+        norm = outputs(gram, old.down)
+        error = max(norm - problem.explained(down), 0.0) / max(norm, 1e-300)
+    return made, error**0.5
 
 
 class _Refit:
@@ -219,14 +232,14 @@ class _Refit:
         neurons = self.neurons.expert(number) if experts else self.neurons
         return local.hidden(neurons, rows.input, self._activation)
 
-    def solve(self, ridge: float) -> tuple[Neurons, float]:
+    def solve(self, ridge: float | None, dimensions: Tensor) -> tuple[Neurons, float]:
         """The neurons, the factor in the output layer, and the relative error of the outputs, mean over experts."""
         parts, errors = [], []
         for number in range(max(self.ffn.experts, 1)):
             single = self.neurons.expert(number) if self.ffn.experts else self.neurons
             pairs = self.pairs.pop(number, None)
             if pairs is not None:
-                down, bias, error = pairs.fit(single.down, single.down_bias, ridge)
+                down, bias, error = pairs.fit(single.down, single.down_bias, ridge, dimensions)
                 single = dataclasses.replace(single, down=down.to(single.down.dtype), down_bias=bias)
                 errors.append(error)
             parts.append(single)

@@ -11,7 +11,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ffnkit.calibration.batches import kept
 from ffnkit.calibration.features import Features
+from ffnkit.calibration.reading import Metric, output_metric
+from ffnkit.calibration.stored import first_batches
 from ffnkit.edits import Edit, ReplaceNeurons, Tie
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, generator, lifted, need_data
@@ -80,8 +83,13 @@ class Merging(Sharing):
     ] = None
     tokens: Annotated[int, Doc("rows of features that are compared.", at_least=4)] = 10000
     ridge: Annotated[
-        float, Doc("of the correction, relative to the mean square of the hidden activations.", at_least=0)
-    ] = 1e-2
+        float | None,
+        Doc(
+            "of the correction, towards the mean, relative to the hidden activations' mean square. None: several, "
+            "mixed by what tokens say that were not fitted.",
+            at_least=0,
+        ),
+    ] = None
     seed: Annotated[int, Doc("of random weights.", at_least=0)] = 0
     preset: Annotated[Literal["paper"] | None, Doc("values for what is not given.")] = None
 
@@ -118,14 +126,18 @@ class Merging(Sharing):
         self.check()
         started = time.perf_counter()
         candidates = self.chosen(model)
-        held = None
+        held: Features | None = None
+        metrics: dict[str, Metric] = {}
         if self.needs_data:
-            held = self._features(
-                model, candidates, need_data(data, self.name, beyond="features of layers, token by token")
-            )
+            batches = need_data(data, self.name, beyond="features of layers, token by token")
+            found = list({ffn.name: ffn for groups in candidates for group in groups for ffn in group}.values())
+            if self.correct == "output":
+                batches = kept(batches)
+                metrics = output_metric(model, found, first_batches(batches))
+            held = self._features(model, found, batches)
         if self.groups == "similar":
             candidates = [self._similar(model, held)]
-        work = _Work(self, held, progress, {pair for groups in candidates for pair in self._pairs(groups)})
+        work = _Work(self, held, metrics, progress, {pair for groups in candidates for pair in self._pairs(groups)})
         chosen, scores = best(model, candidates, self.score, lambda groups: work.edits(groups)[0], work.alike)
         edits, quantities = work.edits(chosen)
         report: dict[str, Any] = {"groups": [[ffn.name for ffn in group] for group in chosen], "layers": label(chosen)}
@@ -160,7 +172,7 @@ class Merging(Sharing):
                 continue
             if self.keep >= len(rows):
                 raise FfnkitError(f"keep={self.keep}", f"the stack has {len(rows)} FFNs", "Give a smaller number")
-            work = _Work(self, held, None, set())
+            work = _Work(self, held, {}, None, set())
             distance = torch.zeros(len(rows), len(rows), dtype=torch.float64)
             for i, first in enumerate(rows):
                 for j in range(i + 1, len(rows)):
@@ -193,8 +205,7 @@ class Merging(Sharing):
     def _pairs(self, groups: list[list[FFN]]) -> set[tuple[str, str]]:
         return {(anchor.name, ffn.name) for anchor, *rest in map(self.placed, groups) for ffn in rest}
 
-    def _features(self, model: nn.Module, candidates: list[list[list[FFN]]], data: Iterable[Batch]) -> Features:
-        found = list({ffn.name: ffn for groups in candidates for group in groups for ffn in group}.values())
+    def _features(self, model: nn.Module, found: list[FFN], data: Iterable[Batch]) -> Features:
         wanted = self.compared
         needed = ["input", "output"] if self.correct == "output" else []
         kinds = {f.name: [k for k in wanted if k != "gate" or f.gated] + needed for f in found}
@@ -205,8 +216,14 @@ class _Work:
     """Pairs that are matched once, whichever groups need them."""
 
     def __init__(
-        self, method: Merging, held: Features | None, progress: Progress | None, pairs: set[tuple[str, str]]
+        self,
+        method: Merging,
+        held: Features | None,
+        metrics: Mapping[str, Metric],
+        progress: Progress | None,
+        pairs: set[tuple[str, str]],
     ) -> None:
+        self.metrics = metrics
         self.method, self.held, self.progress, self.total = method, held, progress, len(pairs)
         self.found: dict[tuple[str, str], Pair] = {}
         self.spreads: dict[tuple[str, str], Spread] = {}
@@ -273,7 +290,7 @@ class _Work:
                 assert self.held is not None
                 start = drawn.neurons() if drawn is not None else None
                 used = orders if average else orders[:0]
-                fitted, errors = corrected([anchor, *rest], used, self.held, method.ridge, start)
+                fitted, errors = corrected([anchor, *rest], used, self.held, self.metrics, method.ridge, start)
                 drawn = ReplaceNeurons.of(anchor.name, fitted)
                 for name, error in errors.items():
                     quantities.setdefault(name, {})["output error on the data"] = error

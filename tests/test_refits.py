@@ -1,0 +1,202 @@
+"""Refits of every method are mixed from several ridges, by tokens that none saw; other tokens tell the error."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from methods import case_of
+from tolerance import assert_close
+from torch import Tensor
+
+import ffnkit as fk
+from ffnkit import methods
+from ffnkit.calibration.features import Features
+from ffnkit.calibration.reading import output_metric
+from ffnkit.edits import ReplaceLinear, ReplaceNeurons
+from ffnkit.methods.share.refitting import corrected, shared
+from ffnkit.model.finding import ffns
+from ffnkit.ops import apart
+from ffnkit.ops.apart import RUN, held_out
+from ffnkit.ops.refit import RIDGES, Deciding, Pairs, Refit
+
+TOKENS = 3200  # of one call
+
+
+def tall(rows: Tensor, wanted: Tensor, start: Tensor, ridge: float, *, bias: bool, weights: Tensor) -> Tensor:
+    """min sum_t w_t ||D h_t + b - y_t||^2 + lambda ||D - start||^2 as one tall system, D alone."""
+    share = (weights / weights.sum())[:, None].double()
+    rows, wanted = rows.double(), wanted.double()
+    if bias:
+        rows, wanted = rows - (share * rows).sum(0), wanted - (share * wanted).sum(0)
+    shift = ridge * (share * rows.square()).sum(0).mean()
+    left = torch.cat([share.sqrt() * rows, shift.sqrt() * torch.eye(rows.shape[1]).double()])
+    return torch.linalg.lstsq(left, torch.cat([share.sqrt() * wanted, shift.sqrt() * start.double().T])).solution.T
+
+
+def problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rows, noisy outputs, a start and weights."""
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(TOKENS, 8, generator=draw) * torch.logspace(0, -2, 8) + 3
+    true, start = torch.randn(2, 5, 8, generator=draw)
+    wanted = rows @ (start + 0.3 * true).T + 2 * torch.randn(TOKENS, 5, generator=draw) + 1
+    return rows, wanted, start, torch.rand(TOKENS, generator=draw) + 0.5
+
+
+def fit(rows: Tensor, wanted: Tensor, start: Tensor, weights: Tensor, bias: Tensor | None, ridge: float | None) -> Any:
+    pairs = Pairs(rows.shape[1], wanted.shape[1], rows.device)
+    pairs.add(rows, wanted, weights)
+    return pairs.fit(start, bias, ridge)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_mixture_is_of_the_slow_fits_and_best_where_it_is_decided(biased: bool) -> None:
+    rows, wanted, start, weights = problem()
+    bias = torch.zeros(5) if biased else None
+    found, fresh, error = fit(rows, wanted, start, weights, bias, None)
+    out = held_out(TOKENS)
+    places = torch.nonzero(out).flatten()
+    odd = torch.arange(len(places)) // RUN % 2 == 1
+    decide, tell, fitted = places[odd], places[~odd], ~out
+
+    def loss(weight: Tensor, where: Tensor) -> float:
+        gap = wanted[where].double() - rows[where].double() @ weight.T
+        if biased:
+            share = weights[fitted].double() / weights[fitted].double().sum()
+            gap -= share @ (wanted[fitted].double() - rows[fitted].double() @ weight.T)
+        return float((gap.square().sum(1) * weights[where]).sum())
+
+    singles = [tall(rows[fitted], wanted[fitted], start, r, bias=biased, weights=weights[fitted]) for r in RIDGES]
+    for ridge, slow in zip(RIDGES, singles, strict=True):
+        assert_close(fit(rows, wanted, start, weights, bias, ridge)[0], slow, rel=1e-4, what=f"ridge {ridge}")
+    changes = torch.stack([(single - start).flatten() for single in singles], 1)
+    shares = torch.linalg.lstsq(changes, (found - start).flatten()[:, None]).solution
+    assert_close(changes @ shares, (found - start).flatten()[:, None], rel=1e-3, what="a mixture of the fits")
+    least = loss(found, decide)
+    assert all(least <= loss(single, decide) * (1 + 1e-6) for single in [*singles, start.double()])
+    spread = wanted[tell].double() - (weights[tell].double() @ wanted[tell].double()) / weights[tell].sum()
+    total = float((spread.square().sum(1) * weights[tell]).sum())
+    assert error**2 == pytest.approx(loss(found, tell) / total, rel=1e-4)
+    assert (fresh is not None) == biased
+
+
+def test_what_decides_is_not_fitted_and_what_tells_changes_nothing() -> None:
+    rows, wanted, start, weights = problem()
+    places = torch.nonzero(held_out(TOKENS)).flatten()
+    odd = torch.arange(len(places)) // RUN % 2 == 1
+    plain, _, error = fit(rows, wanted, start, weights, None, None)
+    for some, ridge, same in ((places[~odd], None, True), (places[odd], None, False), (places, 0.1, True)):
+        other = wanted.clone()
+        other[some] += 5
+        changed, _, told = fit(rows, other, start, weights, None, ridge)
+        before = plain if ridge is None else fit(rows, wanted, start, weights, None, ridge)[0]
+        assert torch.equal(changed, before) == same
+        assert (told != error) or not same
+
+
+def test_only_so_many_tokens_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, wanted, start, weights = problem()
+    monkeypatch.setattr("ffnkit.ops.refit.MOST", 200)
+    pairs = Pairs(8, 5, rows.device)
+    for part in range(4):
+        some = slice(800 * part, 800 * part + 800)
+        pairs.add(rows[some], wanted[some], weights[some])
+    assert sum(len(each[0]) for each in pairs._held) == 200
+    assert pairs.fit(start, None, None)[0].isfinite().all()
+
+
+def given(name: str) -> tuple[Any, list[dict[str, Any]]]:
+    model = FAMILIES[name].model()
+    return model, case_of(name).batches(model) * 2
+
+
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many fits went into each refitted layer, of few tokens too."""
+    for name in ("FEWEST", "RUN"):
+        monkeypatch.setattr(apart, name, 1)
+    asked: list[int] = []
+    mix = Refit.mixed
+
+    def noted(self: Refit, ridges: Any, decide: Deciding | None, *more: Any) -> Tensor:
+        asked.append(len(ridges) if decide is not None else 1)
+        return mix(self, ridges, decide, *more)
+
+    monkeypatch.setattr(Refit, "mixed", noted)
+    return asked
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "mixtral", "gpt2", "t5"])
+@pytest.mark.parametrize("made", ["importance", "fusion", "heads"])
+def test_every_refit_mixes_unless_a_ridge_is_set(made: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = given(name)
+    asked = spied(monkeypatch)
+    settings: dict[str, Any] = {"remove": 1} if made == "heads" else {"width": 0.5}
+    plan = fk.plan(model, methods.build(made, refit=True, **settings), data=data)
+    assert asked and max(asked) == len(RIDGES)
+    told = [q["output error on the data"] for q in plan.quantities.values() if "output error on the data" in q]
+    assert told and all(0 <= each < 5 for each in told)
+    fk.apply(copy.deepcopy(model), plan)
+    asked.clear()
+    fk.plan(model, methods.build(made, refit=True, ridge=0.3, **settings), data=data)
+    assert asked and max(asked) == 1
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "mixtral"])
+def test_statistics_mix_as_the_data_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = given(name)
+    asked = spied(monkeypatch)
+    one, two = (
+        fk.plan(model, methods.build("magnitude", width=0.5, refit=True), data=each)
+        for each in (data, fk.calibrate(model, data))
+    )
+    assert max(asked) == len(RIDGES)
+    for first, second in zip(one.edits, two.edits, strict=True):
+        assert isinstance(first, ReplaceNeurons) and isinstance(second, ReplaceNeurons)
+        assert_close(first.neurons().down, second.neurons().down, rel=1e-3, what=first.target)
+    for target, told in one.quantities.items():
+        assert told == pytest.approx(two.quantities[target], rel=1e-3)
+
+
+def test_padding_changes_no_head() -> None:
+    model, data = given("bert")
+    other = [{**each, "input_ids": each["input_ids"].masked_fill(each["attention_mask"] == 0, 7)} for each in data]
+    method = fk.RemoveHeads(remove=1, refit=True)
+    weights: Callable[[Any], list[Tensor]] = lambda given: [  # noqa: E731
+        e.tensors()["weight"] for e in fk.plan(model, method, data=given).edits if isinstance(e, ReplaceLinear)
+    ]
+    for one, two in zip(weights(data), weights(other), strict=True):
+        assert_close(one, two, rel=1e-4, what="output linear")
+
+
+def test_a_shared_output_layer_is_fitted_to_each_member_by_its_own_scale() -> None:
+    model = FAMILIES["llama"].model().double()
+    data = case_of("llama").batches(model) * 3
+    found = ffns(model)[:2]
+    with torch.no_grad():  # the second member's outputs are ten times as large: by squares it alone would count
+        for value in found[1].linear("down").parameters():
+            value *= 10
+    held = Features(model, data, found, {f.name: ["input", "output"] for f in found}, 10_000)
+    metrics = output_metric(model, found, data)
+    orders = torch.arange(found[0].width, dtype=torch.int32)[None]
+    made, errors = corrected(found, orders, held, metrics, 0.1)
+    mean = shared(found, orders)
+    dimensions = torch.stack([metrics[f.name].dimensions for f in found]).mean(0).double()
+    rows, wanted, weights = [], [], []
+    for ffn in found:
+        x, y = (held.get(ffn.name, kind).double() for kind in ("input", "output"))
+        fitted = ~held_out(len(x))
+        assert mean.gate is not None
+        hidden = torch.nn.functional.silu(x @ mean.gate.T.double()) * (x @ mean.up.T.double())
+        rows.append(hidden[fitted])
+        wanted.append(y[fitted])
+        weights.append(torch.full((int(fitted.sum()),), 1 / float(y.var(0) @ dimensions)))
+    parts = [torch.cat(each) for each in (rows, wanted, weights)]
+    slow = tall(parts[0], parts[1], mean.down, 0.1, bias=False, weights=parts[2])
+    assert_close(made.down.double(), slow, rel=1e-3, what="shared output layer")
+    alike = tall(parts[0], parts[1], mean.down, 0.1, bias=False, weights=torch.ones(len(parts[0])))
+    assert not torch.allclose(made.down.double(), alike, rtol=0.05)  # the control
+    assert set(errors) == {ffn.name for ffn in found}
