@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import ffnkit as fk
 from ffnkit.calibration.features import Features
-from ffnkit.calibration.reading import output_metric
 from ffnkit.errors import FfnkitError
+from ffnkit.methods.share.fitting import Fitting
 from ffnkit.methods.share.merging import Merging
-from ffnkit.methods.share.refitting import corrected
+from ffnkit.methods.share.refitting import Correction, shared
 from ffnkit.methods.share.windows import series as in_series
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
@@ -229,7 +229,8 @@ def test_the_correction_is_the_least_squares_solution() -> None:
     found = ffns(model)[:2]
     held = Features(model, batches, found, {f.name: ["up", "input", "output"] for f in found}, 10_000)
     order = assign(correlation(*(held.get(f.name, "up") for f in found)))[None].to(torch.int32)
-    fitted, errors = corrected(found, order, held, output_metric(model, found, batches), ridge=1e-9)
+    seen = Fitting(model, found, batches, batches, 10_000)
+    fitted, errors = Correction(found, shared(found, order), seen).solve(1e-9)
     with temporarily(model, fk.plan(model, Merging(layers="0-1", features="up"), data=batches).edits):
         plain = [f.raw().map(torch.clone) for f in found]
     inputs = torch.cat([held.get(f.name, "input") for f in found]).double()
@@ -237,7 +238,7 @@ def test_the_correction_is_the_least_squares_solution() -> None:
     hidden = torch.nn.functional.silu(inputs @ plain[0].gate.T) * (inputs @ plain[0].up.T)  # type: ignore[union-attr]
     best = torch.linalg.lstsq(hidden, wanted).solution
     gap = [float((hidden @ down - wanted).norm() / wanted.norm()) for down in (best, fitted.down.T, plain[0].down.T)]
-    assert gap[1] < gap[0] * 1.01 and gap[2] > gap[0] * 1.05
+    assert gap[1] < gap[0] * 1.03 and gap[2] > gap[0] * 1.05  # members by their scale: test_refits
     assert set(errors) == {f.name for f in found}
     corrected_plan = fk.plan(model, Merging(layers="0-1", correct="output"), data=batches)
     fk.apply(model, corrected_plan)

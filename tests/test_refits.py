@@ -15,14 +15,15 @@ from torch import Tensor
 
 import ffnkit as fk
 from ffnkit import methods
-from ffnkit.calibration.features import Features
-from ffnkit.calibration.reading import output_metric
+from ffnkit.calibration.drift import Drift
 from ffnkit.edits import ReplaceLinear, ReplaceNeurons
-from ffnkit.methods.share.refitting import corrected, shared
+from ffnkit.methods.share.fitting import Fitting
+from ffnkit.methods.share.refitting import Correction, Corrector, shared
 from ffnkit.model.finding import ffns
 from ffnkit.ops import apart
 from ffnkit.ops.apart import RUN, held_out
 from ffnkit.ops.refit import RIDGES, Deciding, Pairs, Refit
+from ffnkit.surgery.temporary import temporarily
 
 TOKENS = 3200  # of one call
 
@@ -172,31 +173,54 @@ def test_padding_changes_no_head() -> None:
         assert_close(one, two, rel=1e-4, what="output linear")
 
 
-def test_a_shared_output_layer_is_fitted_to_each_member_by_its_own_scale() -> None:
-    model = FAMILIES["llama"].model().double()
-    data = case_of("llama").batches(model) * 3
+def shared_by_two() -> tuple[Any, list[Any], Fitting, list[Any]]:
+    """A model of two FFNs, of which the second gives ten times as much: by squares it alone would count."""
+    model = FAMILIES["llama"].model()
     found = ffns(model)[:2]
-    with torch.no_grad():  # the second member's outputs are ten times as large: by squares it alone would count
+    with torch.no_grad():
         for value in found[1].linear("down").parameters():
             value *= 10
-    held = Features(model, data, found, {f.name: ["input", "output"] for f in found}, 10_000)
-    metrics = output_metric(model, found, data)
-    orders = torch.arange(found[0].width, dtype=torch.int32)[None]
-    made, errors = corrected(found, orders, held, metrics, 0.1)
-    mean = shared(found, orders)
-    dimensions = torch.stack([metrics[f.name].dimensions for f in found]).mean(0).double()
+    batches = [
+        {**each, "input_ids": each["input_ids"] + n} for n in range(3) for each in case_of("llama").batches(model)
+    ]
+    return model, found, Fitting(model, found, batches[1:], batches[:1], 10_000), batches[:1]
+
+
+def test_a_shared_output_layer_is_fitted_to_each_member_by_its_own_scale() -> None:
+    _, found, seen, _ = shared_by_two()
+    mean = shared(found, torch.arange(found[0].width, dtype=torch.int32)[None])
+    correction = Correction(found, mean, seen)
+    made, errors = correction.solve(0.1)
     rows, wanted, weights = [], [], []
-    for ffn in found:
-        x, y = (held.get(ffn.name, kind).double() for kind in ("input", "output"))
-        fitted = ~held_out(len(x))
+    for member in correction.members:
+        x = member.inputs.double()
         assert mean.gate is not None
-        hidden = torch.nn.functional.silu(x @ mean.gate.T.double()) * (x @ mean.up.T.double())
-        rows.append(hidden[fitted])
-        wanted.append(y[fitted])
-        weights.append(torch.full((int(fitted.sum()),), 1 / float(y.var(0) @ dimensions)))
-    parts = [torch.cat(each) for each in (rows, wanted, weights)]
-    slow = tall(parts[0], parts[1], mean.down, 0.1, bias=False, weights=parts[2])
-    assert_close(made.down.double(), slow, rel=1e-3, what="shared output layer")
-    alike = tall(parts[0], parts[1], mean.down, 0.1, bias=False, weights=torch.ones(len(parts[0])))
+        rows.append(torch.nn.functional.silu(x @ mean.gate.T.double()) * (x @ mean.up.T.double()))
+        wanted.append(member.outputs.double())
+        share = member.tokens.double() / member.tokens.sum()
+        spread = (share[:, None] * member.outputs.double().square() * member.dimensions.double()).sum()
+        weights.append(share / spread)
+    h, y, w = (torch.cat(each) for each in (rows, wanted, weights))
+    root, shift = w.sqrt()[:, None], 0.1 * (w[:, None] * h.square()).sum(0).mean()
+    left = torch.cat([root * h, shift.sqrt() * torch.eye(h.shape[1]).double()])
+    right = torch.cat([root * y, shift.sqrt() * mean.down.T.double()])
+    assert_close(made.down.double(), torch.linalg.lstsq(left, right).solution.T, rel=1e-3, what="shared output layer")
+    alike = tall(h, y, mean.down, 0.1, bias=False, weights=torch.ones(len(h)))
     assert not torch.allclose(made.down.double(), alike, rtol=0.05)  # the control
     assert set(errors) == {ffn.name for ffn in found}
+
+
+def test_the_ridge_of_a_shared_output_layer_is_that_which_moves_the_model_least() -> None:
+    model, found, seen, held = shared_by_two()
+    mean = shared(found, torch.arange(found[0].width, dtype=torch.int32)[None])
+    far = []
+    drift = Drift(model, held)
+    for ridge in RIDGES:
+        neurons, _ = Correction(found, mean, seen).solve(ridge)
+        with temporarily(model, [ReplaceNeurons.of(ffn.name, neurons) for ffn in found]):
+            far.append(drift())
+    assert len(set(far)) == len(far)
+    ((best, _),) = Corrector(model, seen, held, None).best([(found, mean)])
+    assert torch.equal(best.down, Correction(found, mean, seen).solve(RIDGES[far.index(min(far))])[0].down)
+    ((one, _),) = Corrector(model, seen, held, 0.7).best([(found, mean)])
+    assert torch.equal(one.down, Correction(found, mean, seen).solve(0.7)[0].down)

@@ -552,14 +552,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     M(
         "held-tokens-are-fitted",
-        "self.see(rows[~out], wanted[~out], None if weights is None else weights[~out])",
-        "self.see(rows, wanted, weights)",
+        "self._moments.add(both[~out], None if weights is None else weights[~out])",
+        "self._moments.add(both, weights)",
         "test_refits.py",
     ),
     M(
-        "members-by-their-squares",
-        "pairs.see(*rows)",
-        "pairs.see(*rows[:2])",
+        "the-ridge-that-moves-most",
+        "return min(made, key=lambda each: self._far(",
+        "return max(made, key=lambda each: self._far(",
         "test_refits.py",
     ),
     M(

@@ -143,15 +143,12 @@ class Pairs:
     def add(self, rows: Tensor, wanted: Tensor, weights: Tensor | None = None) -> None:
         """Tokens, each weighing ``weights`` (n,) or 1."""
         out = held_out(len(rows)).to(rows.device)
-        self.see(rows[~out], wanted[~out], None if weights is None else weights[~out])
+        both = torch.cat((rows.float(), wanted.float()), 1)
+        self._moments.add(both[~out], None if weights is None else weights[~out])
         if self._room > 0 and bool(out.any()):
             weights = rows.new_ones(len(rows)) if weights is None else weights
             self._held.append(tuple(each[out][: self._room].float() for each in (rows, wanted, weights)))
             self._room -= len(self._held[-1][0])
-
-    def see(self, rows: Tensor, wanted: Tensor, weights: Tensor | None = None) -> None:
-        """Tokens all of which are fitted."""
-        self._moments.add(torch.cat((rows.float(), wanted.float()), 1), weights)
 
     def fit(
         self,
@@ -159,7 +156,6 @@ class Pairs:
         bias: Tensor | None,
         ridge: float | None,
         dimensions: Tensor | None = None,
-        decide: Deciding | None = None,
     ) -> tuple[Tensor, Tensor | None, float]:
         """Weight (outputs, columns), float64, the bias where there is one, and the relative error on tokens held out.
 
@@ -168,13 +164,13 @@ class Pairs:
 
         Args:
             ridge: relative to the mean square of what comes in; None: several, mixed (:meth:`Refit.mixed`).
-            dimensions: (outputs,) what errors count by. decide: tokens that decide, where none are held out.
+            dimensions: (outputs,) what errors count by.
         """
         mean, at = self._moments.mean(), self.columns
         gram = self._moments.second(last=True) if bias is None else self._moments.centred(last=True)
         centre = None if bias is None else (mean[:at], mean[at:])
         problem = Refit(gram[:at, :at], gram[at:, :at], start, centre)
-        decide, tell = self._split() if decide is None else (decide, None)
+        decide, tell = self._split()
         weight = problem.mixed(ridges_of(ridge), decide, dimensions)
         fresh = problem.bias(weight)
         if tell is None:

@@ -111,7 +111,9 @@ def pooled(neurons: Neurons, members: list[Member], activation: Activation) -> P
 
 
 def with_one_bias(moments: Pooled, members: list[Member]) -> Pooled:
-    """The moments around the mean of all members, where they are to share the output bias too."""
+    """The moments around the mean of all members, where they are to share the output bias too; as they are without."""
+    if members[0].neurons.down_bias is None:
+        return moments
     scales = [member.scale for member in members]
     mean = _mean(moments.means, scales)
     centre = _mean([member.centre.double() for member in members], scales)

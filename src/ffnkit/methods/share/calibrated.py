@@ -30,7 +30,8 @@ class CalibratedMerging(Sharing):
     norm reads them:
     1. the shared neurons are chosen one after the other from those of *all* members, by how much each lowers the error
        of all outputs (``ops.union``);
-    2. the output layer is refitted to all members in closed form, the ridge towards the columns as they were;
+    2. the output layer is refitted to all members in closed form, strongly pulled towards the columns as they were:
+       where one member's error changes what the next one gets, large weights that fit the clean inputs break the model;
     3. ``refine`` steps of regression fit all weights, kept only where rows that were not fitted gain;
     4. each member keeps a factor for each hidden neuron and an output bias of its own (``extras``), and if asked for a
        difference of low rank (``extra_rank``).
@@ -53,7 +54,7 @@ class CalibratedMerging(Sharing):
     ridge: Annotated[
         float,
         Doc("of the refit, towards the old columns, relative to the mean square of the activations.", at_least=0),
-    ] = 1e-2
+    ] = 1.0
     score: Annotated[
         Score | None,
         Doc(

@@ -32,7 +32,8 @@ from ffnkit.ops.union import (
 )
 from ffnkit.plans import check_weights
 
-SELECTION = 1e-2  # ridge of the choice, relative to the mean square of the activations
+SELECTION = 0.3  # ridge of the choice, relative to the mean square of the activations
+THIN = 1e-2  # and of a difference of low rank, which is fitted last
 CANDIDATES = 6144  # neurons among which a group's are chosen: their Gram matrix is of this size
 HELD = 4  # one over the share of the fitted tokens that are kept apart, at most
 
@@ -86,8 +87,8 @@ class Fitting:
         """
         for ffn in group:
             check_weights(ffn.raw(), ffn.name)
-        used, judges = ([self._member(ffn, when) for ffn in group] for when in (0, 1))
-        act = self._activation(group[0], used[0])
+        used, judges = ([self.member(ffn, when) for ffn in group] for when in (0, 1))
+        act = self.activation(group[0], used[0], "sharing", "Use merging, which needs to know the weights only")
         best, owns = self._chosen(used, act, group[0].width, ridge, extras)
         errors = sharing.errors(best, owns, judges, act)
         if refine:
@@ -100,7 +101,7 @@ class Fitting:
                 if sum(found) < sum(errors):
                     (best, owns), errors = tried, found
         if rank:
-            wider = [_with_difference(best, *each, act, rank, ridge) for each in zip(owns, used, strict=True)]
+            wider = [_with_difference(best, *each, act, rank) for each in zip(owns, used, strict=True)]
             gained = sharing.errors(best, wider, judges, act)
             owns = [w if new < old else w.without() for w, new, old in zip(wider, gained, errors, strict=True)]
             errors = [min(pair) for pair in zip(gained, errors, strict=True)]
@@ -109,7 +110,8 @@ class Fitting:
         dtype = group[0].raw().up.dtype
         return Fit(best.to(dtype), owns, errors)
 
-    def _member(self, ffn: FFN, when: int) -> Member:
+    def member(self, ffn: FFN, when: int) -> Member:
+        """What an FFN did on the fitted rows (``when`` 0), or on those that judge (1)."""
         features, metrics = self.seen[when]
         x, y = (features.get(ffn.name, kind) for kind in ("input", "output"))
         metric: Metric = metrics[ffn.name]
@@ -135,12 +137,12 @@ class Fitting:
         owns = [dataclasses.replace(none, bias=bias) for bias in found]
         return neurons, owns if extras else [owns[0]] * len(owns)
 
-    def _activation(self, ffn: FFN, member: Member) -> Activation:
+    def activation(self, ffn: FFN, member: Member, doing: str, do: str) -> Activation:
+        """The activation function of an FFN: that which explains its outputs; an error that says what to do."""
         x, y = member.inputs[:64], member.outputs[:64]
         if (found := local.activation_of(member.neurons, x, y, activations(ffn), local.forward)) is not None:
             return found
-        what = "its activation is none that is known"
-        raise FfnkitError(f"sharing {ffn.name}", what, "Use merging, which needs to know the weights only")
+        raise FfnkitError(f"{doing} {ffn.name}", "its activation is none that is known", do)
 
 
 def _sizes(member: Member, act: Activation) -> torch.Tensor:
@@ -153,8 +155,8 @@ def _sizes(member: Member, act: Activation) -> torch.Tensor:
     )
 
 
-def _with_difference(neurons: Neurons, own: Own, member: Member, act: Activation, rank: int, ridge: float) -> Own:
+def _with_difference(neurons: Neurons, own: Own, member: Member, act: Activation, rank: int) -> Own:
     hidden = local.hidden(neurons, member.inputs, act) * own.scale
     gap = member.outputs - sharing.forward(neurons, own, member.inputs, act)
-    first, second = thin_difference(hidden, gap, member.tokens, member.dimensions, rank, ridge)
+    first, second = thin_difference(hidden, gap, member.tokens, member.dimensions, rank, THIN)
     return dataclasses.replace(own, first=first, second=second)

@@ -11,19 +11,19 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ffnkit.calibration.batches import kept
+from ffnkit.calibration.drift import apart
 from ffnkit.calibration.features import Features
-from ffnkit.calibration.reading import Metric, output_metric
-from ffnkit.calibration.stored import first_batches
 from ffnkit.edits import Edit, ReplaceNeurons, Tie
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, generator, lifted, need_data
+from ffnkit.methods.share.fitting import Fitting
 from ffnkit.methods.share.grouping import Sharing
-from ffnkit.methods.share.refitting import corrected
+from ffnkit.methods.share.refitting import Corrector, shared
 from ffnkit.methods.share.windows import Groups, Score, best, label, score_name, series
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.ops.matching import Spread, assign, correlation, likeness, matched, spread
+from ffnkit.ops.neurons import Neurons
 from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc, WhichLayers, check
 from ffnkit.settings.presets import Preset, with_presets
@@ -85,8 +85,8 @@ class Merging(Sharing):
     ridge: Annotated[
         float | None,
         Doc(
-            "of the correction, towards the mean, relative to the hidden activations' mean square. None: several, "
-            "mixed by what tokens say that were not fitted.",
+            "of the correction, towards the mean, relative to the hidden activations' mean square. None: the one of "
+            "several with which the model's end moves least on rows kept apart.",
             at_least=0,
         ),
     ] = None
@@ -127,17 +127,18 @@ class Merging(Sharing):
         started = time.perf_counter()
         candidates = self.chosen(model)
         held: Features | None = None
-        metrics: dict[str, Metric] = {}
+        corrector: Corrector | None = None
         if self.needs_data:
             batches = need_data(data, self.name, beyond="features of layers, token by token")
             found = list({ffn.name: ffn for groups in candidates for group in groups for ffn in group}.values())
             if self.correct == "output":
-                batches = kept(batches)
-                metrics = output_metric(model, found, first_batches(batches))
-            held = self._features(model, found, batches)
+                batches, judging = apart(batches)
+                corrector = Corrector(model, Fitting(model, found, batches, judging, self.tokens), judging, self.ridge)
+            if self.compared:
+                held = self._features(model, found, batches)
         if self.groups == "similar":
             candidates = [self._similar(model, held)]
-        work = _Work(self, held, metrics, progress, {pair for groups in candidates for pair in self._pairs(groups)})
+        work = _Work(self, held, corrector, progress, {pair for groups in candidates for pair in self._pairs(groups)})
         chosen, scores = best(model, candidates, self.score, lambda groups: work.edits(groups)[0], work.alike)
         edits, quantities = work.edits(chosen)
         report: dict[str, Any] = {"groups": [[ffn.name for ffn in group] for group in chosen], "layers": label(chosen)}
@@ -172,7 +173,7 @@ class Merging(Sharing):
                 continue
             if self.keep >= len(rows):
                 raise FfnkitError(f"keep={self.keep}", f"the stack has {len(rows)} FFNs", "Give a smaller number")
-            work = _Work(self, held, {}, None, set())
+            work = _Work(self, held, None, None, set())
             distance = torch.zeros(len(rows), len(rows), dtype=torch.float64)
             for i, first in enumerate(rows):
                 for j in range(i + 1, len(rows)):
@@ -206,9 +207,7 @@ class Merging(Sharing):
         return {(anchor.name, ffn.name) for anchor, *rest in map(self.placed, groups) for ffn in rest}
 
     def _features(self, model: nn.Module, found: list[FFN], data: Iterable[Batch]) -> Features:
-        wanted = self.compared
-        needed = ["input", "output"] if self.correct == "output" else []
-        kinds = {f.name: [k for k in wanted if k != "gate" or f.gated] + needed for f in found}
+        kinds = {f.name: [k for k in self.compared if k != "gate" or f.gated] for f in found}
         return Features(model, data, found, kinds, self.tokens)
 
 
@@ -219,11 +218,11 @@ class _Work:
         self,
         method: Merging,
         held: Features | None,
-        metrics: Mapping[str, Metric],
+        corrector: Corrector | None,
         progress: Progress | None,
         pairs: set[tuple[str, str]],
     ) -> None:
-        self.metrics = metrics
+        self.corrector = corrector
         self.method, self.held, self.progress, self.total = method, held, progress, len(pairs)
         self.found: dict[tuple[str, str], Pair] = {}
         self.spreads: dict[tuple[str, str], Spread] = {}
@@ -270,38 +269,58 @@ class _Work:
 
     def edits(self, groups: list[list[FFN]]) -> tuple[list[Edit], dict[str, dict[str, float]]]:
         """The edits that merge these groups, and what was measured of each member."""
-        edits: list[Edit] = []
-        quantities: dict[str, dict[str, float]] = {}
+        starts = [self._start(number, group) for number, group in enumerate(groups)]
+        quantities = {name: {"correlation": c} for start in starts for name, c in start.alike.items()}
+        if self.corrector is None:
+            return [edit for start in starts for edit in start.edits()], quantities
+        made = self.corrector.best([(start.group, start.neurons()) for start in starts])
+        for _, errors in made:
+            for name, error in errors.items():
+                quantities.setdefault(name, {})["output error on rows kept apart"] = error
+        return [edit for start, (n, _) in zip(starts, made, strict=True) for edit in start.edits(n)], quantities
+
+    def _start(self, number: int, group: list[FFN]) -> _Start:
         method = self.method
-        for number, group in enumerate(groups):
-            anchor, *rest = method.placed(group)
-            for ffn in group:
-                check_weights(ffn.raw(), ffn.name)
-            pairs = [self.pair(anchor, member) for member in rest] if method.take == "mean" else []
-            same = torch.arange(anchor.width)
-            orders = torch.stack([p[0] for p in pairs] or [same for _ in rest]).to(torch.int32)
-            names = [member.name for member in rest]
-            quantities |= {m.name: {"correlation": p[1]} for m, p in zip(rest, pairs, strict=False) if p[1] == p[1]}
-            average = method.take == "mean"
-            drawn: ReplaceNeurons | None = None
-            if method.take == "random":
-                drawn = ReplaceNeurons.of(anchor.name, _random(anchor, generator(method.seed, number)))
-            if method.correct == "output":
-                assert self.held is not None
-                start = drawn.neurons() if drawn is not None else None
-                used = orders if average else orders[:0]
-                fitted, errors = corrected([anchor, *rest], used, self.held, self.metrics, method.ridge, start)
-                drawn = ReplaceNeurons.of(anchor.name, fitted)
-                for name, error in errors.items():
-                    quantities.setdefault(name, {})["output error on the data"] = error
-                average = False
-            if drawn is not None:
-                edits.append(drawn)
-            edits.append(Tie(anchor.name, members=names, average=average, orders=orders))
-        return edits, quantities
+        anchor, *rest = placed = method.placed(group)
+        for ffn in group:
+            check_weights(ffn.raw(), ffn.name)
+        pairs = [self.pair(anchor, member) for member in rest] if method.take == "mean" else []
+        same = torch.arange(anchor.width)
+        orders = torch.stack([p[0] for p in pairs] or [same for _ in rest]).to(torch.int32)
+        alike = {m.name: p[1] for m, p in zip(rest, pairs, strict=False) if p[1] == p[1]}
+        drawn = _random(anchor, generator(method.seed, number)) if method.take == "random" else None
+        return _Start(placed, orders, alike, method.take == "mean", drawn)
 
 
-def _random(ffn: FFN, draw: torch.Generator) -> Any:
+@dataclass(frozen=True)
+class _Start:
+    """A group as it is merged before any correction.
+
+    Attributes:
+        group: the anchor first. orders: (len(group) - 1, ff) of the others' neurons. alike: their correlation, by name.
+        average: whether the mean is shared. drawn: random neurons that are shared in its place.
+    """
+
+    group: list[FFN]
+    orders: Tensor
+    alike: dict[str, float]
+    average: bool
+    drawn: Neurons | None
+
+    def neurons(self) -> Neurons:
+        """The shared FFN."""
+        return self.drawn or shared(self.group, self.orders if self.average else self.orders[:0])
+
+    def edits(self, other: Neurons | None = None) -> list[Edit]:
+        """The edits that let the group share it, or ``other`` in its place."""
+        anchor, *rest = self.group
+        given = other or self.drawn
+        own: list[Edit] = [] if given is None else [ReplaceNeurons.of(anchor.name, given)]
+        average = self.average and other is None
+        return [*own, Tie(anchor.name, members=[ffn.name for ffn in rest], average=average, orders=self.orders)]
+
+
+def _random(ffn: FFN, draw: torch.Generator) -> Neurons:
     """Neurons of the FFN's shape, drawn with the spread of its own weights; biases zero."""
     own = lifted(ffn.raw())
     fresh: dict[str, Tensor] = {}

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ffnkit.calibration.features import Features
-from ffnkit.calibration.reading import Metric
-from ffnkit.errors import FfnkitError
-from ffnkit.methods.common import lifted
-from ffnkit.model.ffn import FFN, activations
-from ffnkit.ops import local
-from ffnkit.ops.apart import MOST, held_out, lost, turns
-from ffnkit.ops.matching import ROWS
+from ffnkit.calibration.drift import Drift
+from ffnkit.edits import ReplaceNeurons
+from ffnkit.methods.common import Batch, lifted
+from ffnkit.methods.share.fitting import Fitting
+from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons
-from ffnkit.ops.refit import Deciding, Pairs
+from ffnkit.ops.refit import ridges_of
+from ffnkit.ops.ridge import pulled
+from ffnkit.ops.sharing import Own, errors
+from ffnkit.ops.union import biases, pooled, with_one_bias
+from ffnkit.surgery.temporary import temporarily
 
 
 def shared(group: list[FFN], orders: Tensor) -> Neurons:
@@ -32,69 +32,64 @@ def shared(group: list[FFN], orders: Tensor) -> Neurons:
     return sums.map(lambda value: value / len(group))
 
 
-def corrected(
-    group: list[FFN],
-    orders: Tensor,
-    held: Features,
-    metrics: Mapping[str, Metric],
-    ridge: float | None,
-    start: Neurons | None = None,
-) -> tuple[Neurons, dict[str, float]]:
-    """The shared FFN with its output layer refitted to all members, and each member's relative output error then.
+class Correction:
+    """The output layer of a shared FFN refitted to all members, in closed form.
 
     Minimises sum over members i of w_i ||h(X_i) D^T + b - Y_i||_F^2 + lambda ||D - D_0||_F^2, with X_i and Y_i what the
-    i-th FFN receives and gives on the data, h the shared hidden layer, D_0 its averaged output layer, w_i one over the
-    variance of Y_i and lambda = ridge x the mean square of h, times the tokens. b only where the FFN has an output
-    bias. Without a ridge fits under several are mixed, by tokens held out; other tokens tell the errors. Both, and the
-    variances, in the metric of the norms that read the outputs.
+    i-th FFN receives and gives on the data, h the shared hidden layer, D_0 its output layer as it was made, w_i one
+    over the variance of Y_i and lambda = ridge x the mean square of h. b only where the FFN has an output bias. Tokens,
+    and the variances, count as the norms that read the outputs see them.
 
     Args:
-        group: the anchor first. orders: (len(group) - 1, ff), or empty: the anchor's weights are shared as they are.
-        held: features "input" and "output" of all members. metrics: by name. start: shared weights in place of both.
+        start: the shared FFN. seen: what the members did on data.
 
     Raises:
         FfnkitError: an activation function that is not known.
     """
-    anchor = group[0]
-    mean = lifted(start) if start is not None else shared(group, orders)
-    act, device = _activation(anchor, held), mean.up.device
-    dimensions = torch.stack([metrics[ffn.name].dimensions for ffn in group]).mean(0).to(device)
-    pairs = Pairs(mean.ff, mean.d, device)
-    deciding: list[tuple[Tensor, Tensor, Tensor]] = []
-    telling: dict[str, list[Tensor]] = {}
-    for ffn in group:
-        x, y = (held.get(ffn.name, kind) for kind in ("input", "output"))
-        weight = 1 / max(float(y.var(0) @ dimensions.cpu()), 1e-30)
-        out = held_out(len(x))
-        apart, fitted = torch.nonzero(out).flatten(), torch.nonzero(~out).flatten()
-        decide, tell = (apart[places[: MOST // len(group)]] for places in turns(len(apart)))
-        for rows in _passed(mean, act, x, y, fitted, weight):
-            pairs.see(*rows)
-        deciding += _passed(mean, act, x, y, decide, weight)
-        telling[ffn.name] = [value[tell if len(tell) else fitted].to(mean.up) for value in (x, y)]
-    given = Deciding(*map(torch.cat, zip(*deciding, strict=True))) if deciding else None
-    down, bias, _ = pairs.fit(mean.down, mean.down_bias, ridge, dimensions, given)
-    made = dataclasses.replace(mean, down=down.to(mean.down.dtype), down_bias=bias)
-    errors = {
-        name: lost(local.forward(made, x, act) - y, y, dimensions=dimensions) ** 0.5 for name, (x, y) in telling.items()
-    }
-    return made.to(anchor.raw().up.dtype), errors
+
+    def __init__(self, group: list[FFN], start: Neurons, seen: Fitting) -> None:
+        self.group, self.start = group, lifted(start)
+        self.members, self.judges = ([seen.member(ffn, when) for ffn in group] for when in (0, 1))
+        self.activation = seen.activation(group[0], self.members[0], "correcting", "Set correct='none'")
+        self.moments = with_one_bias(pooled(self.start, self.members, self.activation), self.members)
+
+    def solve(self, ridge: float) -> tuple[Neurons, dict[str, float]]:
+        """The shared FFN, and each member's relative output error on rows kept apart."""
+        down = pulled(self.moments.gram, self.moments.cross.T, self.start.down, ridge)
+        made = dataclasses.replace(self.start, down=down.to(self.start.down.dtype))
+        every = torch.arange(made.ff, device=down.device)
+        (bias, *_) = biases(made, self.moments, every, self.members, one=True)
+        made = dataclasses.replace(made, down_bias=bias)
+        told = errors(made, [Own.none(made)] * len(self.group), self.judges, self.activation)
+        found = {ffn.name: error**0.5 for ffn, error in zip(self.group, told, strict=True)}
+        return made.to(self.group[0].raw().up.dtype), found
 
 
-def _passed(
-    neurons: Neurons, act: local.Activation, x: Tensor, y: Tensor, places: Tensor, weight: float
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """What the neurons make of some tokens' inputs (n, ff), their wanted outputs (n, d) and weights (n,), in slices."""
-    for some in places.split(ROWS) if len(places) else ():
-        hidden = local.hidden(neurons, x[some].to(neurons.up), act)
-        yield hidden, y[some].to(neurons.up), hidden.new_full((len(some),), weight)
+class Corrector:
+    """Corrects all groups under one ridge: the one that is set, or that with which the model's end moves least.
 
+    Errors of single FFNs do not tell: where one member's error changes what the next one gets, large weights that fit
+    what it got before break the model.
 
-def _activation(ffn: FFN, held: Features) -> local.Activation:
-    """The FFN's activation: the candidate that explains its outputs."""
-    own = lifted(ffn.raw())
-    x, y = (held.get(ffn.name, kind)[:64].to(own.up) for kind in ("input", "output"))
-    if (found := local.activation_of(own, x, y, activations(ffn), local.forward)) is not None:
-        return found
-    do = "Set correct='none', which needs to know the weights only"
-    raise FfnkitError(f"correcting {ffn.name}", "its activation is none that is known", do)
+    Args:
+        seen: what the FFNs did on data. held: rows kept apart, on which the model's end is compared.
+    """
+
+    def __init__(self, model: nn.Module, seen: Fitting, held: list[Batch], ridge: float | None) -> None:
+        self.model, self.seen, self.ridges = model, seen, ridges_of(ridge)
+        self._moved = Drift(model, held) if ridge is None else None
+
+    def best(self, starts: list[tuple[list[FFN], Neurons]]) -> list[tuple[Neurons, dict[str, float]]]:
+        """The shared FFN of each group, the anchor first, and each member's error (:meth:`Correction.solve`)."""
+        groups = [Correction(group, start, self.seen) for group, start in starts]
+        made = [[group.solve(ridge) for group in groups] for ridge in self.ridges]
+        if self._moved is None:
+            return made[0]
+        return min(made, key=lambda each: self._far([(g.group, n) for g, (n, _) in zip(groups, each, strict=True)]))
+
+    def _far(self, found: list[tuple[list[FFN], Neurons]]) -> float:
+        """How far the model's end moves where each member has the shared weights."""
+        assert self._moved is not None
+        edits = [ReplaceNeurons.of(ffn.name, neurons) for group, neurons in found for ffn in group]
+        with temporarily(self.model, edits):
+            return self._moved()
