@@ -18,7 +18,6 @@ from torch import nn
 
 import ffnkit as fk
 from ffnkit.calibration import shipped
-from ffnkit.cli.after import After
 from ffnkit.errors import FfnkitError
 from ffnkit.settings.amounts import amount
 from ffnkit.tasks.models import load_tokenizer
@@ -363,7 +362,6 @@ def test_command_line(small: tuple[Path, Path], tmp_path: Path) -> None:
     assert history["cost"] == report["cost"] and history["healing"]["tokens"] == 2000
     healed = fk.load(tmp_path / "out")
     assert next(healed.parameters()).dtype == torch.bfloat16
-    assert "effort=fast" in ran.stderr and "- effort: fast" in card
     assert "--heal" in good("compress", "--help").stdout
     for wrong, told in {
         ("--heal", "many"): "200k",
@@ -375,21 +373,3 @@ def test_command_line(small: tuple[Path, Path], tmp_path: Path) -> None:
         assert told in bad(*words, *wrong, "--out", tmp_path / "x"), wrong
     assert "--dry-run" in bad(*words, "--heal", "2k", "--dry-run")
     assert not (tmp_path / "x").exists()
-
-
-@pytest.mark.parametrize(
-    ("method", "pairs", "more"),
-    [
-        ("calibrated-fusion", ["width=0.5"], ["effort=fast"]),
-        ("calibrated-fusion", ["width=0.5", "effort=default"], []),
-        ("calibrated-fusion", ["refine=7"], []),
-        ("calibrated-fusion", ["sequential=true"], []),
-        ("importance", ["width=0.5"], []),
-        (None, [], []),
-    ],
-)
-def test_what_is_healed_is_fitted_in_closed_form_unless_told(
-    method: str | None, pairs: list[str], more: list[str]
-) -> None:
-    assert After(heal="2k").starting(method, pairs) == [*pairs, *more]
-    assert After().starting(method, pairs) == pairs

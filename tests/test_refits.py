@@ -224,3 +224,45 @@ def test_the_ridge_of_a_shared_output_layer_is_that_which_moves_the_model_least(
     assert torch.equal(best.down, Correction(found, mean, seen).solve(RIDGES[far.index(min(far))])[0].down)
     ((one, _),) = Corrector(model, seen, held, 0.7).best([(found, mean)])
     assert torch.equal(one.down, Correction(found, mean, seen).solve(0.7)[0].down)
+
+
+@pytest.mark.parametrize(("power", "kept"), [(0.5, True), (1.0, False)])
+def test_a_token_of_massive_values_keeps_them_where_layers_share(
+    power: float, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Language models write a huge value for their first token, and attend to it; a norm makes its errors small."""
+    monkeypatch.setattr("ffnkit.methods.share.fitting.POWER", power)
+    torch.manual_seed(0)
+    model = FAMILIES["llama"].model()
+    first = ffns(model)[0]
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        embedding[:, 1] = 0
+        embedding[0] = 0
+        embedding[0, 1] = 5  # alone in this direction, to which one neuron of the first layer answers
+        for site in ("up", "gate"):
+            first.linear(site).weight[0] = 0
+            first.linear(site).weight[0, 1] = 5
+        first.linear("down").weight[:, 0] = 0
+        first.linear("down").weight[0, 0] = 5
+    draw = torch.Generator().manual_seed(0)
+    size = len(model.get_input_embeddings().weight)
+    rows = torch.randint(1, size, (20, 40), generator=draw)
+    rows[:, 0] = 0
+    data = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(2)]
+    row = rows[:1]
+    wanted = float(massive(model, first, row))
+    assert wanted > 500
+    plan = fk.plan(model, fk.CalibratedMerging(layers="0-1", refine=0, ridge=1.0), data=data)
+    fk.apply(model, plan)
+    assert (float(massive(model, ffns(model)[0], row)) > 0.3 * wanted) == kept
+
+
+def massive(model: Any, ffn: Any, row: Tensor) -> Tensor:
+    """What an FFN gives for the first token in its first dimension."""
+    got: list[Tensor] = []
+    handle = ffn.linear("down").register_forward_hook(lambda _, __, output: got.append(output[0, 0, 0]))
+    with torch.no_grad():
+        model(input_ids=row)
+    handle.remove()
+    return got[0]

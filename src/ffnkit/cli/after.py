@@ -82,18 +82,6 @@ class After:
         built = describe.build(HealSettings, {"tokens": self.heal, **given}, "healing", "--heal-set", flags)
         return cast("HealSettings", built)
 
-    def starting(self, method: str | None, pairs: list[str]) -> list[str]:
-        """The settings of a method that is healed: data-aware fusion in closed form, where none says how it fits.
-
-        What was regressed is further from the original, and learns slower from it (docs/healing.md).
-        """
-        if self.heal is None or method != "calibrated-fusion":
-            return pairs
-        if describe.parse_settings(pairs).keys() & {"effort", "refine", "sequential"}:
-            return pairs
-        console.say("effort=fast, as healing follows; --set effort=default has the regression too")
-        return [*pairs, "effort=fast"]
-
     def check(self, dry_run: bool, method: Any = None) -> None:
         """Raises FfnkitError where options do not go together, or with the method."""
         wanted = self.settings

@@ -151,7 +151,6 @@ def compress(
         chosen = targets.fitting(target, context, given_method, settings or [], layers, multiple, form)
     else:
         pairs = [*(settings or []), *(limit.settings(method) if limit is not None else [])]
-        pairs = pairs if deciding.decide else after.starting(method, pairs)
         chosen = choose_method(method, pairs, layers, seed, plan_in)
     calibration.check(chosen, limit)
     deciding.check(chosen, calibration)

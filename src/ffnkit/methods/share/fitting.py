@@ -35,6 +35,9 @@ from ffnkit.plans import check_weights
 SELECTION = 0.3  # ridge of the choice, relative to the mean square of the activations
 THIN = 1e-2  # and of a difference of low rank, which is fitted last
 CANDIDATES = 6144  # neurons among which a group's are chosen: their Gram matrix is of this size
+# Of how much a token counts to the norm that reads it. As it is, a token of massive values, which attention uses as a
+# sink, counts as nothing, and the model breaks without it; where all count alike, it is all that is fitted.
+POWER = 0.5
 HELD = 4  # one over the share of the fitted tokens that are kept apart, at most
 
 
@@ -117,7 +120,7 @@ class Fitting:
         metric: Metric = metrics[ffn.name]
         neurons = lifted(ffn.raw())
         device = neurons.up.device
-        given = (x, y, metric.tokens[: len(x)], self.seen[0][1][ffn.name].dimensions)
+        given = (x, y, metric.tokens[: len(x)] ** POWER, self.seen[0][1][ffn.name].dimensions)
         return Member.of(neurons, *(value.to(device, neurons.up.dtype) for value in given))
 
     def _chosen(
