@@ -1,14 +1,15 @@
-"""What fitted sharing loses before any tuning: a story teller's perplexity, and MiniLM on STS-B.
+"""What fitted sharing loses before any tuning: perplexity of a story teller and a language model, and MiniLM on STS-B.
 
-    FFNKIT_DATA=... FFNKIT_MODELS=... python benchmarks/sharing.py [--tokens 16384] [--only stories minilm]
-        [--out FOLDER]
+    FFNKIT_DATA=... FFNKIT_MODELS=... python benchmarks/sharing.py [--tokens 16384] [--only stories minilm smollm2]
+        [--model FOLDER] [--out FOLDER]
 
 stories260K: every group of adjacent layers shares one FFN (``calibrated-merging``, calibrated on stories of the train
 split), beside the same pair without one of its FFNs (``ffn-drop``, the better of the two) and beside merging with the
 output layer refitted. Perplexity on 8,192 tokens of the validation split in windows of 512. MiniLM: Spearman on STS-B's
 validation split, cosine of mean embeddings; half of the FFNs saved by three pairs, by a search for as many, and by
 leaving out three FFNs; with the regression and without it (``refine=0``); and each FFN narrowed in their place.
-Calibration there: sentences of the train split. Results are kept after each arm: run again, it goes on.
+Calibration there: sentences of the train split. SmolLM2 in FOLDER: some pairs of layers, calibrated on WikiText-2's
+validation split; perplexity on its test split. Results are kept after each arm: run again, it goes on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,25 @@ def sentence_arms() -> Iterator[tuple[str, str, Made]]:
                 said = {"select": select} | more
                 how = f"each at {width:.0%} of its width, " + ", ".join(f"{key}={value}" for key, value in said.items())
                 yield "all", how, lambda width=width, said=said: fk.CalibratedFusion(width=width, **said)
+
+
+def language_arms() -> Iterator[tuple[str, str, Made]]:
+    for layers in ("2-3", "10-11", "20-21"):
+        yield layers, "shared, fitted", sharing(layers=layers)
+        yield layers, "merged, refitted", partial(fk.Merging, layers=layers, correct="output")
+
+
+def language(folder: Path, tokens: int) -> tuple[Callable[[], Any], list[dict[str, Any]], Callable[[Any], float]]:
+    tokenizer = load_tokenizer(folder)
+    held = windows(tokenizer, text_of("wikitext2", "test"))[::2]
+    ids = tokenizer(text_of("wikitext2", "validation"), return_tensors="pt", verbose=False).input_ids[0]
+    rows = ids[: tokens // WINDOW * WINDOW].view(-1, WINDOW)
+    data = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(1)]
+    return (
+        lambda: AutoModelForCausalLM.from_pretrained(folder).eval(),
+        data,
+        lambda model: perplexity(model, held),
+    )
 
 
 def stories(tokens: int) -> tuple[Callable[[], Any], list[dict[str, Any]], Callable[[Any], float]]:
@@ -179,7 +200,8 @@ def study(name: str, arms: Any, opened: Any, tokens: int, said: dict[str, Any], 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--only", nargs="+", choices=["stories", "minilm"], default=["stories", "minilm"])
+    parser.add_argument("--only", nargs="+", choices=["stories", "minilm", "smollm2"], default=["stories", "minilm"])
+    parser.add_argument("--model", type=Path, help="of smollm2")
     parser.add_argument("--out", type=Path, default=common.RESULTS)
     given = parser.parse_args()
     if "stories" in given.only:
@@ -190,6 +212,10 @@ def main() -> None:
         measured = "Spearman on STS-B's validation split, cosine of mean embeddings"
         said = {"model": "all-MiniLM-L6-v2", "metric": "Spearman", "digits": 4, "measured": measured}
         study("sharing_minilm", sentence_arms, sentences, given.tokens, said, given.out)
+    if "smollm2" in given.only:
+        measured = f"perplexity on {WINDOW * WINDOWS // 2:,} tokens of WikiText-2's test split in windows of {WINDOW}"
+        said = {"model": "SmolLM2-135M", "metric": "perplexity", "digits": 1, "measured": measured}
+        study("sharing_smollm2", language_arms, partial(language, given.model), given.tokens, said, given.out)
 
 
 if __name__ == "__main__":

@@ -52,9 +52,13 @@ class CalibratedMerging(Sharing):
         int, Doc("rank of a difference of the output layer that each member keeps of its own.", at_least=0)
     ] = 0
     ridge: Annotated[
-        float,
-        Doc("of the refit, towards the old columns, relative to the mean square of the activations.", at_least=0),
-    ] = 1.0
+        float | None,
+        Doc(
+            "of the refit, towards the old columns, relative to the mean square of the activations. None: 1 where a "
+            "regression follows, 0.1 where none does.",
+            at_least=0,
+        ),
+    ] = None
     score: Annotated[
         Score | None,
         Doc(

@@ -33,6 +33,7 @@ from ffnkit.ops.union import (
 from ffnkit.plans import check_weights
 
 SELECTION = 0.3  # ridge of the choice, relative to the mean square of the activations
+BEFORE, ALONE = 1.0, 0.1  # of the output layer: a regression starts best from one that has hardly been fitted
 THIN = 1e-2  # and of a difference of low rank, which is fitted last
 CANDIDATES = 6144  # neurons among which a group's are chosen: their Gram matrix is of this size
 # Of how much a token counts to the norm that reads it. As it is, a token of massive values, which attention uses as a
@@ -78,18 +79,21 @@ class Fitting:
             for batches, most in ((fit, tokens), (held, max(tokens // HELD, 2)))
         ]
 
-    def of(self, group: Sequence[FFN], *, refine: int, ridge: float, extras: bool, rank: int, seed: int = 0) -> Fit:
+    def of(
+        self, group: Sequence[FFN], *, refine: int, ridge: float | None, extras: bool, rank: int, seed: int = 0
+    ) -> Fit:
         """The shared FFN of a group.
 
         Args:
-            refine: steps of regression. ridge: of the output layer. extras: whether members keep a scale and a bias of
-                their own. rank: of a difference of their own.
+            refine: steps of regression. ridge: of the output layer; None: ``BEFORE`` a regression, else ``ALONE``.
+            extras: whether members keep a scale and a bias of their own. rank: of a difference of their own.
 
         Raises:
             FfnkitError: an activation function that is not known.
         """
         for ffn in group:
             check_weights(ffn.raw(), ffn.name)
+        ridge = (BEFORE if refine else ALONE) if ridge is None else ridge
         used, judges = ([self.member(ffn, when) for ffn in group] for when in (0, 1))
         act = self.activation(group[0], used[0], "sharing", "Use merging, which needs to know the weights only")
         best, owns = self._chosen(used, act, group[0].width, ridge, extras)
