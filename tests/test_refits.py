@@ -237,6 +237,5 @@ def test_tokens_count_by_the_root_of_what_the_norm_makes_of_them() -> None:
     tokens = seen.member(found[0], 0).tokens
     metric = output_metric(model, found, [batch])[found[0].name].tokens
     assert_close(tokens, metric.sqrt(), rel=1e-5, what="tokens")
-    assert (
-        float(metric[0] / metric.median()) < 0.5 * float(tokens[0] / tokens.median()) < 0.5
-    )  # the sink is one of them
+    whole, root = (float(each[0] / each.median()) for each in (metric, tokens))
+    assert whole < 0.5 * root < 0.5  # the sink
