@@ -413,7 +413,7 @@ def test_several_methods_in_one_table(tmp_path: Path) -> None:
     assert found.rows[0].errors and found.rows[1].errors
     assert found.rows[1].errors.mean_output > found.rows[0].errors.mean_output
     assert found.rows[0].errors.mean_output == pytest.approx(found.rows[3].errors.mean_output, rel=1e-5)
-    assert all(0 < done <= total for done, total, _ in steps) and steps
+    assert all(0 <= done <= total for done, total, _ in steps) and any(done for done, *_ in steps)
     data_of = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert [row["name"] for row in data_of["rows"]] == names
     assert data_of["conditions"]["ntk"]["ffns"] == ["bert.encoder.layer.2"]
