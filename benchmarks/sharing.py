@@ -80,32 +80,35 @@ def language_arms() -> Iterator[tuple[str, str, Made]]:
         yield layers, "merged, refitted", partial(fk.Merging, layers=layers, correct="output")
 
 
-def language(folder: Path, tokens: int) -> tuple[Callable[[], Any], list[dict[str, Any]], Callable[[Any], float]]:
+def language(
+    folder: Path, tokens: int, fit: tuple[str, str], told: tuple[str, str], *, rows: int, some: slice, **opened: Any
+) -> tuple[Callable[[], Any], list[dict[str, Any]], Callable[[Any], float]]:
+    """What opens the model, its calibration batches of so many rows, and what measures it.
+
+    Args:
+        fit, told: data set and split to calibrate on, and to measure on. some: which windows are measured.
+    """
     tokenizer = load_tokenizer(folder)
-    held = windows(tokenizer, text_of("wikitext2", "test"))[::2]
-    ids = tokenizer(text_of("wikitext2", "validation"), return_tensors="pt", verbose=False).input_ids[0]
-    rows = ids[: tokens // WINDOW * WINDOW].view(-1, WINDOW)
-    data = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(1)]
+    held = windows(tokenizer, text_of(*told))[some]
+    ids = tokenizer(text_of(*fit), return_tensors="pt", verbose=False).input_ids[0]
+    pieces = ids[: tokens // WINDOW * WINDOW].view(-1, WINDOW)
+    data = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in pieces.split(rows)]
     return (
-        lambda: AutoModelForCausalLM.from_pretrained(folder).eval(),
+        lambda: AutoModelForCausalLM.from_pretrained(folder, **opened).eval(),
         data,
         lambda model: perplexity(model, held),
     )
 
 
 def stories(tokens: int) -> tuple[Callable[[], Any], list[dict[str, Any]], Callable[[Any], float]]:
-    """What opens the model, its calibration batches, and what measures it."""
-    folder = Path(os.environ["FFNKIT_MODELS"]) / "stories260K"
-    tokenizer = load_tokenizer(folder)
-    held = windows(tokenizer, text_of("tinystories", "validation"))
-    ids = tokenizer(text_of("tinystories", "train"), return_tensors="pt", verbose=False).input_ids[0]
-    rows = ids[: tokens // WINDOW * WINDOW].view(-1, WINDOW)
-    data = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(4)]
-    return (
-        lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
-        data,
-        lambda model: perplexity(model, held),
-    )
+    folder, own = Path(os.environ["FFNKIT_MODELS"]) / "stories260K", "tinystories"
+    splits = (own, "train"), (own, "validation")
+    return language(folder, tokens, *splits, rows=4, some=slice(None), dtype=torch.float32)
+
+
+def smollm2(folder: Path, tokens: int) -> tuple[Callable[[], Any], list[dict[str, Any]], Callable[[Any], float]]:
+    splits = ("wikitext2", "validation"), ("wikitext2", "test")
+    return language(folder, tokens, *splits, rows=1, some=slice(None, None, 2))
 
 
 def sentences(tokens: int) -> tuple[Callable[[], Any], list[dict[str, Any]], Callable[[Any], float]]:
@@ -215,7 +218,7 @@ def main() -> None:
     if "smollm2" in given.only:
         measured = f"perplexity on {WINDOW * WINDOWS // 2:,} tokens of WikiText-2's test split in windows of {WINDOW}"
         said = {"model": "SmolLM2-135M", "metric": "perplexity", "digits": 1, "measured": measured}
-        study("sharing_smollm2", language_arms, partial(language, given.model), given.tokens, said, given.out)
+        study("sharing_smollm2", language_arms, partial(smollm2, given.model), given.tokens, said, given.out)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,10 @@ from ffnkit.calibration.statistics import Statistics
 from ffnkit.io.files import spooled
 from ffnkit.methods.common import lifted, norms, singles
 from ffnkit.methods.narrow.calibrated import BY_LOSS, RIDGE, CalibratedFusion
-from ffnkit.methods.narrow.judging import RIDGES
 from ffnkit.methods.narrow.observed import Part
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons, concatenate
-from ffnkit.ops.refit import refit
+from ffnkit.ops.refit import RIDGES, refit
 from ffnkit.ops.subset import ranked, weighed
 
 FUSION = CalibratedFusion(width=1)  # its defaults

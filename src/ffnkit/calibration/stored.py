@@ -21,12 +21,10 @@ from ffnkit.errors import FfnkitError
 from ffnkit.io.files import replacing
 from ffnkit.io.tensors import TensorWriter
 from ffnkit.model.ffn import FFN
-from ffnkit.ops.moments import Moments
 
 FORMAT = "ffnkit calibration 1"
 PROBE = "probe"  # begins the names of the batches that lie in the file
 PROBED = 4096  # tokens that these hold, where there are so many: for metrics of errors, and for the model's end
-MOMENTS = "fusion.hidden"  # what the sums over hidden activations are called
 KEYS = 16  # tensors of one FFN or expert, at most
 NARROW = (torch.bfloat16, torch.float16)  # dtypes in which what a model of theirs gave is stored, where that is exact
 
@@ -132,16 +130,6 @@ class StatisticsFile:
                 if state := self.state(ffn.name, number, kind):
                     device = ffn.raw().up.device
                     seen.put(ffn.name, number, {key: value.to(device) for key, value in state.items()})
-
-    def moments(self, ffn: FFN, expert: int = 0) -> Moments | None:
-        """Sums over the hidden activations of an FFN or expert, of the nine tenths of its tokens that fits may see.
-
-        None where no token came. Raises FfnkitError: the FFN is not among ``layers``.
-        """
-        self._check_layer(ffn.name)
-        device = ffn.raw().up.device
-        state = {key: value.to(device) for key, value in self.state(ffn.name, expert, MOMENTS).items()}
-        return Moments.of(state) if state else None
 
     def _check_layer(self, name: str) -> None:
         if name not in self.layers:

@@ -23,12 +23,12 @@ from ffnkit.edits import Edit, ReplaceNeurons, ScaleInputs
 from ffnkit.methods.common import Batch, Narrowing, generator, lifted, need_data, norms
 from ffnkit.methods.expecting import Work, fused
 from ffnkit.methods.narrow.by_block import Fitted, block_by_block, drafted
-from ffnkit.methods.narrow.judging import Judged
+from ffnkit.methods.narrow.judging import Judged, problem_of
 from ffnkit.methods.narrow.observed import Part, observing
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.ops import local
 from ffnkit.ops.neurons import Neurons, concatenate
-from ffnkit.ops.refit import Refit, ridges_of
+from ffnkit.ops.refit import ridges_of
 from ffnkit.ops.subset import choose, outputs, ranked, weighed
 from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc
@@ -241,19 +241,15 @@ class CalibratedFusion(Narrowing):
         if seen is None:  # an expert that no token reached: nothing is known but its weights
             kept = torch.sort(norms(old), descending=True, stable=True).indices[:width].sort().values
             return old.take(kept), old.up.new_ones(width), 0.0, 0.0
-        moments, centred = seen.moments, old.down_bias is not None
-        gram = moments.centred(last=True) if centred else moments.second(last=True)
+        moments = seen.moments
+        gram = moments.second(last=True) if old.down_bias is None else moments.centred(last=True)
         weights = None if reading is None else reading.weights
         read = old.down if weights is None else weighed(old.down, weights)
         if self.select == "greedy":
             kept = choose(gram, read, width, RIDGE).order.sort().values.to(gram.device)
         else:
             kept = ranked(gram, RIDGE, read, BY_LOSS[self.select])[:width].sort().values
-        mean, centre = moments.mean(), None
-        if old.down_bias is not None:
-            wanted = old.down_bias.double() + old.down.double() @ mean + seen.beyond.mean()
-            centre = mean[kept], wanted
-        problem = Refit.of(gram, old.down, kept, seen.missing(centred=centred), centre)
+        problem = problem_of(old, seen, gram, kept)
         norm = outputs(gram, old.down)
         del gram
         moments.forget()

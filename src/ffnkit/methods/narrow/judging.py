@@ -134,6 +134,14 @@ class Judged:
         return lost(gap, wanted, weights, None if metric is None else metric.dimensions)
 
 
+def problem_of(old: Neurons, seen: Part, gram: Tensor, kept: Tensor) -> Refit:
+    """The refit of the neurons ``kept`` (width,) to what the FFN is to give; ``gram`` (ff, ff) centred with a bias."""
+    mean, centre = seen.moments.mean(), None
+    if old.down_bias is not None:
+        centre = mean[kept], old.down_bias.double() + old.down.double() @ mean + seen.beyond.mean()
+    return Refit.of(gram, old.down, kept, seen.missing(centred=centre is not None), centre)
+
+
 def with_output(neurons: Neurons, problem: Refit, down: Tensor) -> Neurons:
     """The neurons with this output layer, and the output bias that goes with it."""
     bias, dtype = problem.bias(down), neurons.down.dtype

@@ -18,13 +18,13 @@ from ffnkit.edits import Edit, ReplaceNeurons, Stage
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, Narrowing, lifted, need_data, singles
 from ffnkit.methods.narrow.by_block import Fitted, block_by_block
-from ffnkit.methods.narrow.judging import Judged
+from ffnkit.methods.narrow.judging import Judged, problem_of
 from ffnkit.methods.narrow.observed import Part, observing
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.model.finding import ffns
 from ffnkit.ops import local
 from ffnkit.ops.neurons import Neurons, concatenate
-from ffnkit.ops.refit import Pairs, Refit, ridges_of
+from ffnkit.ops.refit import Pairs, ridges_of
 from ffnkit.ops.subset import outputs
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc, check
@@ -176,11 +176,9 @@ def _closed(
     """One FFN or expert of the neurons ``chosen``, and its relative error; as they were where no token came."""
     if seen is None:
         return old.take(chosen), None
-    moments, mean, centre = seen.moments, seen.moments.mean(), None
+    moments = seen.moments
     gram = moments.second(last=True) if old.down_bias is None else moments.centred(last=True)
-    if old.down_bias is not None:
-        centre = mean[chosen], old.down_bias.double() + old.down.double() @ mean
-    problem = Refit.of(gram, old.down, chosen, centre=centre)
+    problem = problem_of(old, seen, gram, chosen)
     judged = Judged(old, seen, activations(ffn), ffn.raw().up.dtype)
     made, down = judged.refitted(old.take(chosen), problem, ridges_of(ridge), metric.dimensions)
     error = judged.error(made, dataclasses.replace(metric, apart=None))
