@@ -110,9 +110,20 @@ def test_the_setting_that_loses_least_on_held_out_text_is_taken(monkeypatch: pyt
     assert decide(model, fit, held, method, {"ridge": (0.1,)}).method == method
     whole = fk.CalibratedFusion(0.5, sequential=True, refine=0)
     assert decide(model, fit, held, whole, {"ridge": (0.2,)}).tried
-    for wrong, given in ((methods.build("unstructured", width=0.5), None), (method, {"steps": (1,)})):
-        with pytest.raises(FfnkitError, match="deciding settings"):
-            decide(model, fit, held, wrong, given)  # type: ignore[arg-type]
+    wrong = [methods.build("unstructured", width=0.5), methods.build("importance", width=0.5), method]
+    wrong += [fk.Merging(layers="all", correct="output"), fk.CalibratedMerging(layers="all")]
+    for each in [*wrong, fk.RemoveHeads(remove=1, refit=True)]:
+        with pytest.raises(FfnkitError, match=f"deciding settings of {each.name}"):
+            decide(model, fit, held, each, {"steps": (1,)} if each is method else None)
+
+
+@pytest.mark.parametrize("name", ["importance", "fusion", "clustering"])
+def test_the_ridge_of_a_refit_is_decided(name: str) -> None:
+    model = FAMILIES["bert"].model()
+    fit, held = ([FAMILIES["bert"].inputs(model, seed=seed) for seed in part] for part in (range(3), range(9, 12)))
+    decision = decide(model, fit, held, methods.build(name, width=0.5, refit=True))
+    assert len({trial["given"]["ridge"] for trial in decision.tried}) == len(decision.tried) == 4
+    assert len({round(next(v for k, v in trial.items() if k != "given"), 9) for trial in decision.tried}) > 1
 
 
 @pytest.mark.parametrize("rows", [3, drift.ROWS])

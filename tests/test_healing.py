@@ -19,6 +19,7 @@ from torch import nn
 import ffnkit as fk
 from ffnkit.calibration import shipped
 from ffnkit.errors import FfnkitError
+from ffnkit.model.finding import ffns
 from ffnkit.settings.amounts import amount
 from ffnkit.tasks.models import load_tokenizer
 from ffnkit.tune import CalibrationSettings, zeros
@@ -139,6 +140,16 @@ def test_interrupted_it_has_the_best_state(monkeypatch: pytest.MonkeyPatch) -> N
         assert [p.requires_grad for p in model.parameters()] == flags
         assert not any("lora" in name for name, _ in model.named_modules())
         assert torch.allclose(model(**batches[0]).logits, said, atol=1e-5)  # lora folds factors
+
+
+@pytest.mark.parametrize("trains", ["ffn", "lora"])
+def test_where_nothing_gains_it_says_what_is_left(trains: str) -> None:
+    model, original, batches = pair("llama")
+    apart = [ffn.special for ffn in ffns(model)]
+    found = fk.heal(model, original, batches, settings(trains=trains, learning_rate=1e-12))
+    assert apart[0] and not found.kept_at and found.folded == (trains == "lora")
+    assert str(found).endswith("as it was, what stood apart folded" if found.folded else "the model is as it was")
+    assert [ffn.special for ffn in ffns(model)] == ([{} for _ in apart] if found.folded else apart)
 
 
 @pytest.mark.parametrize("trains", ["ffn", "lora", "all"])

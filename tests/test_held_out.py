@@ -85,8 +85,8 @@ def test_tokens_that_tell_the_error_change_no_weight(refine: int) -> None:
         hidden = local.hidden(old, x, torch.nn.functional.gelu)
         part = Part(tokens)
         part.update(Activations(x, hidden, hidden @ old.down.T))
-        neurons, _, error, _ = method._fit(ffn, old, part, 20, 0)
-        return neurons.down, error
+        one = method._fit(ffn, old, part, 20, 0)
+        return one.neurons.down, one.error
 
     (one, error), (two, other) = fitted(tells, 1.0), fitted(tells, 3.0)
     assert torch.equal(one, two)

@@ -190,6 +190,15 @@ def test_nor_is_one_of_a_method(kind: Any) -> None:
                     each.check(wrong)
 
 
+@pytest.mark.parametrize("kind", METHODS, ids=lambda kind: kind.name)
+def test_the_value_that_a_line_tells_to_give_is_one(kind: Any) -> None:
+    for each in settings_of(kind):
+        if each.kinds == (float,):
+            with pytest.raises(FfnkitError) as error:
+                each.check(float("nan"))
+            each.check(float(str(error.value).rpartition(f"such as {each.name}=")[2]))
+
+
 def test_the_environment_is_put_in_in_paths_only(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "s3cret")
     monkeypatch.setenv("PLACE", str(base))

@@ -24,6 +24,8 @@ from transformers import PreTrainedTokenizerFast
 
 import ffnkit as fk
 from ffnkit import methods, tune
+from ffnkit.analysis import errors
+from ffnkit.calibration.hooks import Activations
 from ffnkit.cli.tuning import merged
 from ffnkit.errors import FfnkitError
 from ffnkit.model.experts import router_parameters, routers
@@ -545,6 +547,9 @@ def test_the_audio_of_phi_4_has_its_gate_second() -> None:
     assert ffn.layout.up_first and torch.equal(ffn.read().up, owner.gate_up_proj.weight[:24])
     x = torch.randn(1, 5, 16)
     check_gate(ffn, lambda: owner(x))
+    read = owner.layer_norm(x)[0]
+    there = errors._output(ffn, Activations(read, read[:, :0], read), lambda _: owner.act_fn)
+    assert_close(there, owner(x)[0], rel=1e-5, what="computed apart")
     from ffnkit.surgery.writer import resize
 
     with torch.no_grad():  # another width goes back in the same order

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from families import FAMILIES
 from methods import case_of
 from tolerance import assert_close
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import ffnkit as fk
 from ffnkit import methods
@@ -131,7 +133,7 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "mixtral", "gpt2", "t5"])
+@pytest.mark.parametrize("name", ["bert", "llama", "mixtral", "gpt2", "t5", "gpt-oss"])
 @pytest.mark.parametrize("made", ["importance", "fusion", "heads"])
 def test_every_refit_mixes_unless_a_ridge_is_set(made: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = given(name)
@@ -147,7 +149,7 @@ def test_every_refit_mixes_unless_a_ridge_is_set(made: str, name: str, monkeypat
     assert asked and max(asked) == 1
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "mixtral"])
+@pytest.mark.parametrize("name", ["bert", "llama", "mixtral", "gpt-oss"])
 def test_statistics_mix_as_the_data_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = given(name)
     asked = spied(monkeypatch)
@@ -161,6 +163,20 @@ def test_statistics_mix_as_the_data_do(name: str, monkeypatch: pytest.MonkeyPatc
         assert_close(first.neurons().down, second.neurons().down, rel=1e-3, what=first.target)
     for target, told in one.quantities.items():
         assert told == pytest.approx(two.quantities[target], rel=1e-3)
+
+
+@pytest.mark.parametrize("times", [1, 300])
+def test_one_token_says_nothing_of_an_output_layer_with_a_bias(times: int) -> None:
+    """Around its mean it has nothing but rounding, and a ridge relative to that would be rounding too."""
+    rows, wanted, start, _ = problem()
+    one, more = (Pairs(rows.shape[1], wanted.shape[1], rows.device) for _ in range(2))
+    for _ in range(times):
+        one.add(rows[:1] / 3, wanted[:1])
+        more.add(rows[:1] / 3, wanted[:1])
+    more.add(rows[1:9], wanted[1:9])  # the control: other tokens do
+    (down, bias, _), (other, *_) = (each.fit(start, torch.zeros(len(start)), None) for each in (one, more))
+    assert torch.equal(down, start.double()) and not torch.equal(other, start.double()) and bias is not None
+    assert_close(rows[:1].double() / 3 @ down.T + bias, wanted[:1].double(), rel=1e-6, what="the token's output")
 
 
 def test_padding_changes_no_head() -> None:
@@ -227,6 +243,53 @@ def test_the_ridge_of_a_shared_output_layer_is_that_which_moves_the_model_least(
     assert torch.equal(one.down, Correction(found, mean, seen).solve(0.7)[0].down)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "bert", "phi3"])
+def test_an_ffn_that_gives_nothing_does_not_take_over_the_group(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative to its own outputs any error of it is infinite."""
+
+    def far(method: Any) -> float:
+        model = FAMILIES[name].model()
+        batches = [FAMILIES[name].inputs(model, seed=seed) for seed in range(16)]
+        dead = ffns(model)[0].raw()
+        for value in (dead.down, dead.down_bias):
+            if value is not None:
+                value.data.zero_()
+        drift = Drift(model, batches)
+        fk.apply(model, fk.plan(model, method, data=batches))
+        return drift()
+
+    made = fk.Merging(layers="all", correct="output", ridge=0.1), fk.CalibratedMerging(layers="all", refine=0)
+    now = [far(method) for method in made]
+    monkeypatch.setattr("ffnkit.ops.union.FAINT", 0.0)
+    assert [new < 0.95 * old for new, old in zip(now, map(far, made), strict=True)] == [True, True], now
+
+
+def test_one_group_is_corrected_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the members of a group did is dropped before the next one's is read; what four ridges share is held once."""
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    found, data = ffns(model), [FAMILIES["llama"].inputs(model, seed=seed) for seed in range(8)]
+    seen = Fitting(model, found, data[:6], data[6:], 10_000)
+    alive: weakref.WeakSet[Correction] = weakref.WeakSet()
+    most, made = [], Correction.__init__
+
+    def noting(self: Correction, *given: Any) -> None:
+        made(self, *given)
+        alive.add(self)
+        most.append(len(alive))
+
+    monkeypatch.setattr(Correction, "__init__", noting)
+    orders = torch.arange(found[0].width, dtype=torch.int32)[None]
+    for ridge in (None, 0.1):
+        starts = [(pair, shared(pair, orders)) for pair in (found[:2], found[2:4])]
+        Corrector(model, seen, data[6:], ridge).best(starts)
+    assert most == [1] * 4
+    fits = [neurons for neurons, _ in Corrector(model, seen, data[6:], None)._solved(*starts[0])]
+    assert len({each.up.data_ptr() for each in fits}) == 1 and len({each.down.data_ptr() for each in fits}) == 4
+
+
 def test_tokens_count_by_the_root_of_what_the_norm_makes_of_them() -> None:
     """By the metric itself an attention sink counts as nothing; where all count alike it is all that is fitted."""
     model, found, seen, _ = shared_by_two()
@@ -234,7 +297,7 @@ def test_tokens_count_by_the_root_of_what_the_norm_makes_of_them() -> None:
         model.get_input_embeddings().weight[5] *= 100
     batch = {"input_ids": torch.tensor([[5, *range(6, 26)]] * 2)}
     seen = Fitting(model, found, [batch], [batch], 10_000)
-    tokens = seen.member(found[0], 0).tokens
+    tokens = seen.members(found, 0)[0].tokens
     metric = output_metric(model, found, [batch])[found[0].name].tokens
     assert_close(tokens, metric.sqrt(), rel=1e-5, what="tokens")
     whole, root = (float(each[0] / each.median()) for each in (metric, tokens))

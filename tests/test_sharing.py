@@ -13,12 +13,24 @@ from methods import case_of
 import ffnkit as fk
 from ffnkit.calibration.drift import Drift, apart
 from ffnkit.calibration.reading import output_metric
+from ffnkit.errors import FfnkitError
 from ffnkit.model.finding import ffns
 from ffnkit.ops import local, sharing
 from ffnkit.ops.matching import assign, likeness
 from ffnkit.ops.neurons import Neurons
 from ffnkit.ops.union import Member, biases, choose_from, fitted, pooled, thin_difference, union, with_one_bias
 from ffnkit.testing.contract import distance
+
+
+@pytest.mark.parametrize("method", [fk.Merging(keep=1), fk.CalibratedMerging(keep=1), fk.Merging(window=2)])
+def test_a_search_among_edited_ffns_is_refused_before_it_starts(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["llama"].model()
+    data = [FAMILIES["llama"].inputs(model, seed=seed) for seed in range(4)]
+    fk.apply(model, fk.plan(model, fk.CalibratedFusion(0.5, effort="fast"), data=data))
+    monkeypatch.setattr("ffnkit.methods.share.fitting.Features", None)  # nothing is measured
+    monkeypatch.setattr("ffnkit.methods.share.merging.Features", None)
+    with pytest.raises(FfnkitError, match=r"edited already \(down is scaled\)"):
+        fk.plan(model, method, data=data)
 
 
 def members(bias: bool) -> list[Member]:

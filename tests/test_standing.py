@@ -196,6 +196,14 @@ def test_an_output_bias_gives_the_mean_of_the_ffn_that_went() -> None:
     assert not fk.plan(loud("bert"), FfnDrop(layers="1")).edits[0].down_bias.any()
 
 
+@pytest.mark.parametrize("method", [LayerDrop, FfnDrop])
+@pytest.mark.parametrize("refit", [False, True])
+def test_no_window_where_each_stack_has_one_ffn(method: Any, refit: bool) -> None:
+    model = loud("albert")
+    with pytest.raises(FfnkitError, match="no two FFNs of the model lie in one stack"):
+        fk.plan(model, method(window=1, refit=refit), data=data("albert", model))
+
+
 def test_where_no_weight_can_hold_a_factor_it_is_said() -> None:
     for name, method in (("olmo2", LayerDrop(layers="1", refit=True)), ("albert", FfnDrop(layers="0", refit=True))):
         model = loud(name)

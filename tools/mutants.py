@@ -168,11 +168,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     M(
         "moments-not-centred",
-        "self.second(last=last).addr_(mean, mean, alpha=-1)",
-        "self.second(last=last)",
+        "gram.addr_(mean, mean, alpha=-1).diagonal()",
+        "gram.diagonal()",
         "test_blockwise.py test_methods.py test_budget.py",
         "calibrated or moments or curve or output_bias",
     ),
+    M("rounding-is-variance", "NOISE = 1e-6  #", "NOISE = 0.0  #", "test_refits.py", "one_token"),
+    M("who-gives-nothing-counts-for-all", "FAINT = 1e-4  #", "FAINT = 0.0  #", "test_refits.py", "gives_nothing"),
+    M("errors-swap-gate-and-up", "ffn.halves(up, -1)", "up.chunk(2, dim=-1)", "test_moe.py", "phi_4"),
     M(
         "curve-adds-what-is-explained",
         "left.addmm_(columns.T, moved, alpha=-1)",

@@ -37,7 +37,7 @@ from ffnkit.calibration.reading import Metric, output_metric
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.model.finding import block_name, ffns
-from ffnkit.ops.local import Activation, activation_of
+from ffnkit.ops.local import Activation, activation_of, active
 from ffnkit.plans import Progress
 
 PROBE = 64  # tokens and neurons that tell which activation an FFN has
@@ -278,13 +278,12 @@ def _output(ffn: FFN, acts: Activations, activation: Callable[[FFN], Activation]
     x = acts.input
     if acts.expert is not None:
         return expert_forward(ffn, ffn.module, acts.expert, x)[2]
-    up, act = ffn.linear("up")(x), activation(ffn)
+    up, gate = ffn.linear("up")(x), None
     if ffn.layout.fused:
-        gate, up = up.chunk(2, dim=-1)
-        hidden = act(gate) * up
-    else:
-        hidden = act(ffn.linear("gate")(x)) * up if ffn.gated else act(up)
-    found: Tensor = ffn.linear("down")(hidden)
+        gate, up = ffn.halves(up, -1)
+    elif ffn.gated:
+        gate = ffn.linear("gate")(x)
+    found: Tensor = ffn.linear("down")(active(activation(ffn), up, gate))
     return found
 
 

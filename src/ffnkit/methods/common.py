@@ -22,11 +22,12 @@ from ffnkit.model.targets import targets as sited
 from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.ops.clusters import cluster_neurons
 from ffnkit.ops.neurons import Neurons
-from ffnkit.plans import Progress, check_weights
+from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc, WhichLayers, check, told
 
 Width = int | float | Mapping[str, int]
 Layers = Annotated[WhichLayers, Doc('which layers, e.g. "all", "last:8", "4-11", [4, 5, 9], "encoder:last:4".')]
+COMPRESSED = "what each layer gets once those before it are compressed (sequential=true)"
 Sequential = Annotated[
     bool, Doc("calibrate each layer on what the compressed layers before it give, else on the model as it was.")
 ]
@@ -44,9 +45,18 @@ class Narrowing:
 
     by_ffn: ClassVar[bool] = False  # whether what it decides of an FFN from weights hangs on no other FFN
 
+    @property
+    def beyond(self) -> str | None:
+        """What it needs of data that statistics of hidden neurons do not hold, in words; None where they do."""
+        return "the data themselves"
+
     def settings(self) -> dict[str, Any]:
         """The settings by name."""
         return told(self)
+
+    def draft(self, model: nn.Module, data: Any, progress: Progress | None) -> Draft:
+        """The edits, and what is told of them."""
+        raise NotImplementedError
 
     def chosen(self, model: nn.Module) -> list[tuple[FFN, int]]:
         """The FFNs to narrow and their new widths. Raises FfnkitError where layers or settings do not fit."""

@@ -15,6 +15,7 @@ from ffnkit.calibration.drift import Drift
 from ffnkit.edits import Edit
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.calibrating import HELD, calibrate
+from ffnkit.methods.common import Narrowing
 from ffnkit.plans import Progress
 from ffnkit.settings import settings_of
 from ffnkit.surgery.temporary import temporarily
@@ -66,7 +67,8 @@ def decide(
 
     Settings are decided one after the other, each with the values that the earlier ones got: the method's own value,
     then the candidates. A few layers, spread over the depth, are narrowed together as the method says; statistics are
-    taken once, of these layers. Another value is taken where it gains more than a hundredth.
+    taken once, of these layers, where they do for the method. Another value is taken where it gains more than a
+    hundredth.
 
     Args:
         fit: batches that the trials are fitted to. held: batches of other text, of another kind where there is one
@@ -78,21 +80,25 @@ def decide(
     Raises:
         FfnkitError: no candidate is a setting of the method, or a trial's error.
     """
+    asked = f"deciding settings of {method.name}"
+    if not isinstance(method, Narrowing):
+        raise FfnkitError(asked, "it narrows no FFN", "Use calibrated-fusion, or set them yourself")
     known = [each.name for each in settings_of(type(method))]
+    if getattr(method, "refit", None) is False:
+        known.remove("ridge")  # of the refit that is not asked for
     wanted = {name: values for name, values in (candidates or CANDIDATES).items() if candidates or name in known}
     if not wanted or (unknown := [name for name in wanted if name not in known]):
-        what = f"it has no setting {unknown[0]}" if wanted else f"it has none of {', '.join(CANDIDATES)}"
-        raise FfnkitError(f"deciding settings of {method.name}", what, "Use calibrated-fusion, or set them yourself")
+        what = f"it has no setting {unknown[0]} that counts" if wanted else f"it has none of {', '.join(CANDIDATES)}"
+        raise FfnkitError(asked, what, "Use calibrated-fusion, or set them yourself")
     chosen = [(ffn, width) for ffn, width in method.chosen(model) if width < ffn.width]
     if not chosen:
-        raise FfnkitError(f"deciding settings of {method.name}", "no FFN gets narrower", "Give a smaller width")
+        raise FfnkitError(asked, "no FFN gets narrower", "Give a smaller width")
     step = (len(chosen) - 1) / max(min(layers, len(chosen)) - 1, 1)
     few = [chosen[round(number * step)] for number in range(min(layers, len(chosen)))]
     trial = dataclasses.replace(method, width={ffn.name: width for ffn, width in few})
     places = ",".join(f"{ffn.stack}:{ffn.layer}" if ffn.stack else str(ffn.layer) for ffn, _ in few)
-    sequential = getattr(method, "sequential", False)
     held_inputs = max(HELD, getattr(method, "tokens", HELD))
-    data = kept(fit) if sequential else calibrate(model, fit, layers=places, held=held_inputs, progress=progress)
+    data = kept(fit) if method.beyond else calibrate(model, fit, layers=places, held=held_inputs, progress=progress)
     judge = Drift(model, held, JUDGED)
     tried: list[dict[str, Any]] = []
     total = 1 + sum(len([v for v in values if v != getattr(method, name)]) for name, values in wanted.items())

@@ -27,6 +27,7 @@ from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.expert_weights import broadcast, buffer_name, parametrized_weights
 from ffnkit.nn.reparametrized import ReparametrizedLinear
 from ffnkit.nn.scaled import Scaled
+from ffnkit.ops.local import Activation, Gating
 from ffnkit.ops.neurons import Neurons
 
 
@@ -206,14 +207,14 @@ class FFN:
         up, up_bias = weight("up"), self._bias("up")
         gate = gate_bias = None
         if self.layout.fused:
-            gate, up = self._halves(up, -2)
+            gate, up = self.halves(up, -2)
             if up_bias is not None:
-                gate_bias, up_bias = self._halves(up_bias, -1)
+                gate_bias, up_bias = self.halves(up_bias, -1)
         elif self.gated:
             gate, gate_bias = weight("gate"), self._bias("gate")
         return Neurons(up, weight("down"), gate, up_bias, gate_bias, self._bias("down"))
 
-    def _halves(self, value: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    def halves(self, value: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """(gate, up) of a tensor that holds both."""
         if self.layout.interleaved:
             first, second = value.unflatten(dim, (-1, 2)).unbind(dim)
@@ -337,10 +338,13 @@ def _mixes(value: Any) -> bool:
     return isinstance(value, nn.Module) and any(parameter.ndim > 1 for parameter in value.parameters())
 
 
-def activations(ffn: FFN) -> list[Callable[[Tensor], Tensor]]:
+def activations(ffn: FFN) -> list[Activation]:
     """Functions that may be the FFN's activation, the likely ones first; who asks compares with what was observed."""
     from transformers.activations import ACT2FN
 
+    own_gate = getattr(ffn.module, "_apply_gate", None)
+    if ffn.layout.fused and own_gate is not None and not ffn.linear_in_up:
+        return [Gating(lambda gate, up: own_gate(ffn.fuse(gate, up, -1)))]
     near = [*vars(ffn.module).values(), *ffn.module.children()]
     near += [value for child in ffn.module.children() for value in (*vars(child).values(), *child.children())]
     own = [value for value in near if callable(value) and not _mixes(value)]

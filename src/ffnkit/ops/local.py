@@ -13,7 +13,18 @@ from torch import Tensor, nn
 from ffnkit.ops.neurons import Neurons
 from ffnkit.ops.products import is_slow
 
-Activation = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Gating:
+    """What down receives (n, ff) of both gate and up (n, ff), where it is not act(gate) * up."""
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.function(gate, up)
+
+
+Activation = Callable[[Tensor], Tensor] | Gating
 STEP = 0.02  # Adam's step, relative to the rms of the tensor that it moves
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0)  # of what a fit learnt, which are tried on held-out tokens
 ENOUGH = 0.5  # of what was learnt in a quarter of the steps: where no more carries over, more steps add noise
@@ -28,9 +39,16 @@ def hidden(neurons: Neurons, x: Tensor, activation: Activation) -> Tensor:
     """What down receives, (n, ff), in the dtype of the neurons."""
     x = x.to(neurons.up.dtype)
     up = nn.functional.linear(x, neurons.up, neurons.up_bias)
-    if neurons.gate is None:
-        return activation(up)
-    return activation(nn.functional.linear(x, neurons.gate, neurons.gate_bias)) * up
+    gate = None if neurons.gate is None else nn.functional.linear(x, neurons.gate, neurons.gate_bias)
+    return active(activation, up, gate)
+
+
+def active(activation: Activation, up: Tensor, gate: Tensor | None = None) -> Tensor:
+    """What down receives of what up and gate give."""
+    if isinstance(activation, Gating):
+        assert gate is not None
+        return activation(gate, up)
+    return activation(up) if gate is None else activation(gate) * up
 
 
 @dataclass(frozen=True)

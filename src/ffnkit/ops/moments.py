@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 PANEL = 512  # columns of h whose products with the others are formed at a time
+NOISE = 1e-6  # of a mean square: products are rounded to float32
 DOUBLE_UP_TO = 6144  # columns; a float64 Gram matrix of more takes over 300 MB
 
 
@@ -57,9 +58,17 @@ class Moments:
         return gram.div_(max(self.count, 1e-300))
 
     def centred(self, *, last: bool = False) -> Tensor:
-        """The covariance, (width, width); ``last`` as in :meth:`second`."""
-        mean = self.mean().to(self._gram.dtype)
-        return self.second(last=last).addr_(mean, mean, alpha=-1)
+        """The covariance, (width, width); ``last`` as in :meth:`second`.
+
+        What does not vary beyond the rounding of the products (all, of a single token) has none: relative to it any
+        ridge would be noise too.
+        """
+        mean, gram = self.mean().to(self._gram.dtype), self.second(last=last)
+        least = NOISE * gram.diagonal()
+        constant = (gram.addr_(mean, mean, alpha=-1).diagonal() <= least).nonzero().squeeze(1)
+        if len(constant):
+            gram.index_fill_(0, constant, 0.0).index_fill_(1, constant, 0.0)
+        return gram
 
     def merge(self, other: Moments) -> None:
         """Add what ``other`` saw."""

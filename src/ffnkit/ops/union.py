@@ -21,6 +21,7 @@ from ffnkit.ops.ridge import factored, pulled
 from ffnkit.ops.subset import choose
 
 ROWS = 2048  # tokens at a time
+FAINT = 1e-4  # of the mean variance of a group's outputs: outputs that vary by less are no measure of their own error
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Member:
     Attributes:
         neurons: float32. inputs, outputs: (n, d), float32, what it receives and gives on the data.
         tokens: (n,) how much each token counts. dimensions: (d,) how much each dimension of the outputs does.
-        centre: (d,) the mean output. scale: one over the weighted variance of the outputs.
+        centre: (d,) the mean output. scale: one over the weighted variance of the outputs (see :func:`balanced`).
     """
 
     neurons: Neurons
@@ -53,6 +54,18 @@ class Member:
             for y, w in zip(outputs.split(ROWS), weights.split(ROWS), strict=True)
         )
         return cls(neurons, inputs, outputs, tokens, dimensions, centre, 1 / max(spread, 1e-30))
+
+
+def balanced(members: list[Member]) -> list[Member]:
+    """The members of a group, none of which counts for all: one that gives next to nothing counts as the others do.
+
+    Of an FFN that gives nothing, or always the same, any error is infinite relative to its own outputs.
+    """
+    spreads = [1 / member.scale for member in members]
+    faint = FAINT * sum(spreads) / len(spreads)
+    others = [spread for spread in spreads if spread > faint]
+    scale = len(others) / sum(others)
+    return [m if s > faint else dataclasses.replace(m, scale=scale) for m, s in zip(members, spreads, strict=True)]
 
 
 def union(members: list[Neurons], most: int | None = None, sizes: list[Tensor] | None = None) -> Neurons:

@@ -143,7 +143,10 @@ class Setting:
 
     @property
     def _example(self) -> Any:
-        return self.default if self.doc.example is None else self.doc.example
+        if self.doc.example is not None or isinstance(self.default, int | float):
+            return self.default if self.doc.example is None else self.doc.example
+        tried = (0.1, 1.0, self.doc.at_least, self.doc.at_most)
+        return next(value for value in tried if value is not None and self.doc.holds(value))
 
     def _of_type(self, value: Any) -> bool:
         return any(_fits(value, kind) for kind in self.kinds)

@@ -89,6 +89,8 @@ class _Drop:
         if self.layers is not None:
             return [series(select(found, self.layers))]
         rows = [one for one in series(found) if len(one) > 1]
+        if not rows:
+            raise FfnkitError(self.name, "no two FFNs of the model lie in one stack", "Name them, as in layers='all'")
         return windows(rows, [self.window or 1] * len(rows))
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +19,10 @@ from ffnkit.calibration.statistics import Statistics
 from ffnkit.calibration.stored import StatisticsFile, first_batches
 from ffnkit.calibration.streams import Streams
 from ffnkit.edits import Edit, ReplaceNeurons, ScaleInputs
-from ffnkit.methods.common import Batch, Narrowing, generator, lifted, need_data, norms
+from ffnkit.methods.common import COMPRESSED, Batch, Narrowing, generator, lifted, need_data, norms
 from ffnkit.methods.expecting import Work, fused
 from ffnkit.methods.narrow.by_block import Fitted, block_by_block, drafted
-from ffnkit.methods.narrow.judging import Judged, problem_of
+from ffnkit.methods.narrow.judging import Judged, problem_of, warn_unknown
 from ffnkit.methods.narrow.observed import Part, observing
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.ops import local
@@ -34,13 +33,10 @@ from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc
 from ffnkit.settings.presets import Preset, with_presets
 
-logger = logging.getLogger(__name__)
-
 RIDGE = 1e-2  # of the selection, relative to the mean square of the activations
 # Of the neurons that stay, those chosen by the loss without each. Leverage carries over to text of another kind, but
 # keeps nothing for the few outputs that a model may stand on; some neurons by their loss keep those.
 BY_LOSS = {"loss": 1.0, "balanced": 0.5, "leverage": 0.0}
-COMPRESSED = "what each layer gets once those before it are compressed (sequential=true)"
 
 
 @with_presets
@@ -131,6 +127,10 @@ class CalibratedFusion(Narrowing):
     paper: ClassVar[str] = ""
     needs_data: ClassVar[bool] = True
 
+    @property
+    def beyond(self) -> str | None:
+        return COMPRESSED if self.sequential else None
+
     def work(self, ffn: FFN, width: int, tokens: int) -> Work:
         """About what one FFN takes."""
         greedy, ridges = self.select == "greedy", len(ridges_of(self.ridge))
@@ -138,7 +138,7 @@ class CalibratedFusion(Narrowing):
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         found = self.chosen(model)
-        batches = need_data(data, self.name, beyond=COMPRESSED if self.sequential else None)
+        batches = need_data(data, self.name, beyond=self.beyond)
         batches = batches if isinstance(batches, StatisticsFile) else kept(batches)
         for ffn, _ in found:
             ffn.check_plain(f"calibrating {ffn.name}")
@@ -214,10 +214,11 @@ class CalibratedFusion(Narrowing):
             parts.append(
                 self._fit(ffn, single, seen.parts.pop((ffn.name, number), None), width, number, reading, whole)
             )
-        made = concatenate([p[0] for p in parts]) if old.experts else parts[0][0]
-        factor = torch.stack([p[1] for p in parts]) if old.experts else parts[0][1]
-        weight = [p[3] for p in parts]
-        error = sum(p[2] * w for p, w in zip(parts, weight, strict=True)) / max(sum(weight), 1e-300)
+        if not all(part.judged for part in parts):
+            warn_unknown(ffn, refined=bool(self.refine))
+        made = concatenate([part.neurons for part in parts]) if old.experts else parts[0].neurons
+        factor = torch.stack([part.factor for part in parts]) if old.experts else parts[0].factor
+        error = sum(part.error * part.norm for part in parts) / max(sum(part.norm for part in parts), 1e-300)
         dtype = ffn.raw().up.dtype
         return made.to(dtype), factor, error**0.5
 
@@ -230,17 +231,17 @@ class CalibratedFusion(Narrowing):
         number: int,
         reading: Reading | None = None,
         whole: bool = False,
-    ) -> tuple[Neurons, Tensor, float, float]:
-        """One FFN or expert: neurons, factor, squared relative error held out, squared norm of outputs.
+    ) -> _One:
+        """One FFN or expert.
 
         Args:
             reading: what errors count by; None: all alike. whole: it is fitted at its whole width too.
         """
         if width == old.ff and (seen is None or not whole):
-            return old, old.up.new_ones(width), 0.0, 0.0
+            return _One(old, old.up.new_ones(width))
         if seen is None:  # an expert that no token reached: nothing is known but its weights
             kept = torch.sort(norms(old), descending=True, stable=True).indices[:width].sort().values
-            return old.take(kept), old.up.new_ones(width), 0.0, 0.0
+            return _One(old.take(kept), old.up.new_ones(width))
         moments = seen.moments
         gram = moments.second(last=True) if old.down_bias is None else moments.centred(last=True)
         weights = None if reading is None else reading.weights
@@ -259,9 +260,7 @@ class CalibratedFusion(Narrowing):
         error = max(norm - problem.explained(down), 0.0) / max(norm, 1e-300)
         start = problem.start
         del problem
-        if judged.activation is None:
-            logger.warning("%s is not refined, its error is of fitted tokens: its activation is not known", ffn.name)
-        elif self.refine and seen.held.inputs:
+        if self.refine and seen.held.inputs and judged.activation is not None:
             sample = judged.sample(old, seen.held)
             seen.held.inputs.clear()
             fitted = local.regress(
@@ -280,7 +279,21 @@ class CalibratedFusion(Narrowing):
         size = moments.absolute()
         factor = (size.sum() / size[kept].sum().clamp_min(1e-30)).clamp_min(1.0).float().item()
         scale = old.up.new_full((width,), factor)
-        return dataclasses.replace(fresh, down=fresh.down / factor), scale, error if told is None else told, norm
+        narrow = dataclasses.replace(fresh, down=fresh.down / factor)
+        return _One(narrow, scale, error if told is None else told, norm, judged.activation is not None)
+
+
+class _One(NamedTuple):
+    """One FFN or expert: the factor (width,), the squared relative error held out, the squared norm of its outputs.
+
+    ``judged``: whether its activation is known, so that neurons that moved can be judged.
+    """
+
+    neurons: Neurons
+    factor: Tensor
+    error: float = 0.0
+    norm: float = 0.0
+    judged: bool = True
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.edits import ReplaceNeurons
-from ffnkit.methods.common import Batch, Narrowing, Sequential, largest, lifted, need_data, norms
+from ffnkit.methods.common import COMPRESSED, Batch, Narrowing, Sequential, largest, lifted, need_data, norms
 from ffnkit.methods.expecting import Work, fused
 from ffnkit.methods.narrow.by_block import Fitted, block_by_block, drafted
-from ffnkit.methods.narrow.calibrated import COMPRESSED
 from ffnkit.methods.narrow.observed import Part, observing
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons, concatenate
@@ -38,6 +37,10 @@ class ClosedForm(Narrowing):
     name: ClassVar[str]
     needs_data: ClassVar[bool] = True
 
+    @property
+    def beyond(self) -> str | None:
+        return COMPRESSED if self.sequential else None
+
     def work(self, ffn: FFN, width: int, tokens: int) -> Work:
         """About what one FFN takes."""
         return fused(ffn, width, tokens, greedy=False, refine=0, kept=0)
@@ -47,7 +50,7 @@ class ClosedForm(Narrowing):
         raise NotImplementedError
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
-        batches = need_data(data, self.name, beyond=COMPRESSED if self.sequential else None)
+        batches = need_data(data, self.name, beyond=self.beyond)
         widths = {ffn.name: (ffn, width) for ffn, width in self.chosen(model)}
         for name, (ffn, _) in widths.items():
             ffn.check_plain(f"narrowing {name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -11,11 +12,14 @@ from torch import Tensor
 from ffnkit.calibration.reading import Metric
 from ffnkit.calibration.statistics import HeldInputs
 from ffnkit.methods.narrow.observed import Part
+from ffnkit.model.ffn import FFN
 from ffnkit.ops import local
 from ffnkit.ops.apart import lost, turns
 from ffnkit.ops.moments import Moments
 from ffnkit.ops.neurons import Neurons
 from ffnkit.ops.refit import RIDGES, Deciding, Refit
+
+logger = logging.getLogger(__name__)
 
 ROWS = 1024  # tokens that pass through an FFN at a time
 
@@ -132,6 +136,12 @@ class Judged:
             gap, wanted = gap[:few], wanted[:few]
             weights = tokens if weights is None else weights[:few].double() * tokens.to(weights.device)
         return lost(gap, wanted, weights, None if metric is None else metric.dimensions)
+
+
+def warn_unknown(ffn: FFN, *, refined: bool = False) -> None:
+    """Say once of an FFN what is left out where its activation is not known: ``refined`` were it otherwise."""
+    left = "it is not refined, one ridge alone is taken" if refined else "one ridge alone is taken"
+    logger.warning("%s: its activation is not known; %s, and its error is of fitted tokens", ffn.name, left)
 
 
 def problem_of(old: Neurons, seen: Part, gram: Tensor, kept: Tensor) -> Refit:

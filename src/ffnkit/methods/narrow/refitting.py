@@ -16,9 +16,9 @@ from ffnkit.calibration.reading import Metric, output_metric
 from ffnkit.calibration.stored import StatisticsFile, first_batches
 from ffnkit.edits import Edit, ReplaceNeurons, Stage
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.common import Batch, Narrowing, lifted, need_data, singles
+from ffnkit.methods.common import COMPRESSED, Batch, Narrowing, lifted, need_data, singles
 from ffnkit.methods.narrow.by_block import Fitted, block_by_block
-from ffnkit.methods.narrow.judging import Judged, problem_of
+from ffnkit.methods.narrow.judging import Judged, problem_of, warn_unknown
 from ffnkit.methods.narrow.observed import Part, observing
 from ffnkit.model.ffn import FFN, activations
 from ffnkit.model.finding import ffns
@@ -64,13 +64,17 @@ class Refitting(Narrowing):
         """Whether activations are measured."""
         return self.measures or self.refit
 
+    @property
+    def beyond(self) -> str | None:
+        if not self.refit:
+            return None
+        return COMPRESSED if self.sequential else None if self.whole else "what the new neurons give (refit=true)"
+
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         check(self)
         if not self.refit:
             return self.drafted(model, data, progress)
-        beyond = None if self.whole else "what the new neurons give (refit=true)"
-        beyond = "what each layer gets once those before it are compressed" if self.sequential else beyond
-        batches = need_data(data, self.name, beyond=beyond)
+        batches = need_data(data, self.name, beyond=self.beyond)
         first, second = _halves(progress)
         if isinstance(batches, StatisticsFile):
             batches.check(model)
@@ -160,8 +164,10 @@ def refitted_from(
                 _closed(ffn, *each, seen.parts.pop((ffn.name, e), None), ridge, metrics[ffn.name])
                 for e, each in enumerate(zip(each_one, numbers, strict=True))
             ]
-            neurons = concatenate([each for each, _ in fits]) if old.experts else fits[0][0]
-            errors = [error for _, error in fits if error is not None]
+            neurons = concatenate([each for each, *_ in fits]) if old.experts else fits[0][0]
+            errors = [error for _, error, _ in fits if error is not None]
+            if not all(judged for *_, judged in fits):
+                warn_unknown(ffn)
             edit = ReplaceNeurons.of(ffn.name, neurons.to(ffn.raw().up.dtype))
             quantities.setdefault(ffn.name, {})["output error on the data"] = sum(errors) / max(len(errors), 1)
         edits.append(edit)
@@ -172,10 +178,12 @@ def refitted_from(
 
 def _closed(
     ffn: FFN, old: Neurons, chosen: Tensor, seen: Part | None, ridge: float | None, metric: Metric
-) -> tuple[Neurons, float | None]:
-    """One FFN or expert of the neurons ``chosen``, and its relative error; as they were where no token came."""
+) -> tuple[Neurons, float | None, bool]:
+    """One FFN or expert of the neurons ``chosen``, its relative error, and whether other tokens than the fitted ones
+    tell it; as they were where no token came.
+    """
     if seen is None:
-        return old.take(chosen), None
+        return old.take(chosen), None, True
     moments = seen.moments
     gram = moments.second(last=True) if old.down_bias is None else moments.centred(last=True)
     problem = problem_of(old, seen, gram, chosen)
@@ -185,7 +193,7 @@ def _closed(
     if error is None:
         norm = outputs(gram, old.down)
         error = max(norm - problem.explained(down), 0.0) / max(norm, 1e-300)
-    return made, error**0.5
+    return made, error**0.5, judged.activation is not None
 
 
 class _Refit:

@@ -94,7 +94,7 @@ class Importance(Refitting):
         return Work(numbers=3 * tokens * ffn.active * ffn.width * max(ffn.experts, 1))
 
     def drafted(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
-        batches = need_data(data, self.name, beyond=None)
+        batches = need_data(data, self.name, beyond=None)  # of the choice; a refit has its own
         found = self.chosen(model)
         for ffn, _ in found:
             ffn.check_plain(f"pruning {ffn.name}")

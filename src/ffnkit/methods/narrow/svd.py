@@ -78,6 +78,10 @@ class Svd(Narrowing):
                     raise FfnkitError(f"width {width} of {ffn.name}", f"'{site}' is left with no rank at all", do)
         return found
 
+    @property
+    def beyond(self) -> str | None:
+        return "inputs of linears"
+
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         narrower = [(ffn, width) for ffn, width in self.chosen(model) if width != ffn.width]
         if not self.whiten:
@@ -85,7 +89,7 @@ class Svd(Narrowing):
                 f.name: _factored(f, width, None, "weights") for f, width, _ in each(narrower, progress, "factoring")
             }
             return drafted([ffn for ffn, _ in narrower], made)
-        batches = need_data(data, self.name, beyond="inputs of linears")
+        batches = need_data(data, self.name, beyond=self.beyond)
         found = [ffn for ffn, _, _ in each(narrower, None, "factoring")]
         widths = {ffn.name: width for ffn, width in narrower}
         seen: dict[str, Inputs] = {}

@@ -22,6 +22,7 @@ from ffnkit.ops.neurons import Neurons
 from ffnkit.ops.sharing import Own
 from ffnkit.ops.union import (
     Member,
+    balanced,
     biases,
     choose_from,
     fitted,
@@ -94,7 +95,7 @@ class Fitting:
         for ffn in group:
             check_weights(ffn.raw(), ffn.name)
         ridge = (BEFORE if refine else ALONE) if ridge is None else ridge
-        used, judges = ([self.member(ffn, when) for ffn in group] for when in (0, 1))
+        used, judges = (self.members(group, when) for when in (0, 1))
         act = self.activation(group[0], used[0], "sharing", "Use merging, which needs to know the weights only")
         best, owns = self._chosen(used, act, group[0].width, ridge, extras)
         errors = sharing.errors(best, owns, judges, act)
@@ -117,8 +118,11 @@ class Fitting:
         dtype = group[0].raw().up.dtype
         return Fit(best.to(dtype), owns, errors)
 
-    def member(self, ffn: FFN, when: int) -> Member:
-        """What an FFN did on the fitted rows (``when`` 0), or on those that judge (1)."""
+    def members(self, group: Sequence[FFN], when: int) -> list[Member]:
+        """What the FFNs of a group did on the fitted rows (``when`` 0), or on those that judge (1)."""
+        return balanced([self._member(ffn, when) for ffn in group])
+
+    def _member(self, ffn: FFN, when: int) -> Member:
         features, metrics = self.seen[when]
         x, y = (features.get(ffn.name, kind) for kind in ("input", "output"))
         metric: Metric = metrics[ffn.name]

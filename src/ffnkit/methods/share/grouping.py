@@ -78,6 +78,8 @@ class Sharing:
         if not rows:
             self.fitting(found)
             raise FfnkitError(self.name, "no two FFNs of the model lie in one stack", "Use a narrowing method")
+        for ffn in (each for row in rows for each in row):
+            ffn.check_plain(f"merging {ffn.name}")
         return rows
 
     def length(self, layers: int) -> int:

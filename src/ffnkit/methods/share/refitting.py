@@ -49,7 +49,8 @@ class Correction:
 
     def __init__(self, group: list[FFN], start: Neurons, seen: Fitting) -> None:
         self.group, self.start = group, lifted(start)
-        self.members, self.judges = ([seen.member(ffn, when) for ffn in group] for when in (0, 1))
+        self.plain = start.to(group[0].raw().up.dtype)  # what does not change, once for all ridges
+        self.members, self.judges = (seen.members(group, when) for when in (0, 1))
         self.activation = seen.activation(group[0], self.members[0], "correcting", "Set correct='none'")
         self.moments = with_one_bias(pooled(self.start, self.members, self.activation), self.members)
 
@@ -62,7 +63,9 @@ class Correction:
         made = dataclasses.replace(made, down_bias=bias)
         told = errors(made, [Own.none(made)] * len(self.group), self.judges, self.activation)
         found = {ffn.name: error**0.5 for ffn, error in zip(self.group, told, strict=True)}
-        return made.to(self.group[0].raw().up.dtype), found
+        dtype = self.plain.up.dtype
+        bias = None if bias is None else bias.to(dtype)
+        return dataclasses.replace(self.plain, down=made.down.to(dtype), down_bias=bias), found
 
 
 class Corrector:
@@ -81,11 +84,17 @@ class Corrector:
 
     def best(self, starts: list[tuple[list[FFN], Neurons]]) -> list[tuple[Neurons, dict[str, float]]]:
         """The shared FFN of each group, the anchor first, and each member's error (:meth:`Correction.solve`)."""
-        groups = [Correction(group, start, self.seen) for group, start in starts]
-        made = [[group.solve(ridge) for group in groups] for ridge in self.ridges]
-        if self._moved is None:
+        under = [self._solved(group, start) for group, start in starts]
+        made = [list(each) for each in zip(*under, strict=True)]  # by ridge
+        if len(made) == 1:
             return made[0]
-        return min(made, key=lambda each: self._far([(g.group, n) for g, (n, _) in zip(groups, each, strict=True)]))
+        groups = [group for group, _ in starts]
+        return min(made, key=lambda each: self._far([(g, n) for g, (n, _) in zip(groups, each, strict=True)]))
+
+    def _solved(self, group: list[FFN], start: Neurons) -> list[tuple[Neurons, dict[str, float]]]:
+        """Under each ridge. What the members did, and its moments, are held of one group at a time."""
+        correction = Correction(group, start, self.seen)
+        return [correction.solve(ridge) for ridge in self.ridges]
 
     def _far(self, found: list[tuple[list[FFN], Neurons]]) -> float:
         """How far the model's end moves where each member has the shared weights."""

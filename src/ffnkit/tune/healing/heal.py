@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ffnkit.calibration.batches import Batch, kept
 from ffnkit.errors import FfnkitError
 from ffnkit.io.progress import counted, phase
+from ffnkit.model.finding import ffns
 from ffnkit.ops.masks import unpacked
 from ffnkit.ops.products import in_float32, is_widened
 from ffnkit.tune import zeros
@@ -48,6 +49,7 @@ class Healed:
         learning_rate: the peak. trained: numbers that trained.
         before, after: loss by held-out text, of the compressed model and of the one that is kept.
         kept_at: tokens after which the model was as it is kept; 0: nothing gained, and the model is as it was.
+        folded: adapters folded what stood apart (the factor of fusion), whether anything gained or not.
         checks: (tokens, loss by held-out text) of each measurement.
         block_loss: mean loss of the layers at the first and the last step block by block; () where there was none.
     """
@@ -61,6 +63,7 @@ class Healed:
     before: dict[str, float] = field(default_factory=dict)
     after: dict[str, float] = field(default_factory=dict)
     kept_at: int = 0
+    folded: bool = False
     checks: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     block_loss: tuple[float, ...] = ()
 
@@ -70,7 +73,8 @@ class Healed:
 
     def __str__(self) -> str:
         if not self.kept_at:
-            return f"healing gained nothing on held-out text in {self.tokens:,} tokens: the model is as it was"
+            left = "the model is as it was" + ", what stood apart folded" * self.folded
+            return f"healing gained nothing on held-out text in {self.tokens:,} tokens: {left}"
         losses = ", ".join(f"{name} {self.before[name]:.4g} -> {value:.4g}" for name, value in self.after.items())
         return f"healed on {self.kept_at:,} tokens in {self.seconds:.0f} s; loss on held-out text: {losses}"
 
@@ -127,10 +131,12 @@ def heal(
         model = undone(model)
         rate = settings.learning_rate or rate_of(model, original, settings.trains)
         noted = zeros.note(model)
+        folded = settings.trains == "lora" and any(ffn.special for ffn in ffns(model))
         tuner = _tuner(settings)
         tuned = tuner.prepare(model)
         try:
             run = _Run(tuned, original, settings, kind, decide, noted, rate)
+            run.result.folded = folded
             with phase("healing") as step:
                 run.go(_Order(parts, seed), progress or step)
         finally:
@@ -148,8 +154,6 @@ def _tuner(settings: HealSettings) -> Tuner:
 
 
 def _check_adapters(model: nn.Module) -> None:
-    from ffnkit.model.finding import ffns
-
     apart = [ffn for ffn in ffns(model) if ffn.tied and ffn.differing]
     if apart:
         raise no_adapters(
@@ -163,8 +167,6 @@ def rate_of(model: nn.Module, original: nn.Module, trains: str) -> float:
     0.18 sqrt(share of the FFNs' parameters that is gone) / d, with d the width of the hidden states; three times that
     for adapters. Chosen on a model of d = 64 and one of 576; where it is far too high, healing halves it.
     """
-    from ffnkit.model.finding import ffns
-
     sizes = [sum({id(p): p.numel() for ffn in ffns(m) for p in ffn.parameters()}.values()) for m in (model, original)]
     gone = min(max(1 - sizes[0] / max(sizes[1], 1), 0.05), 0.9)
     return (3.0 if trains == "lora" else 1.0) * 0.18 * gone**0.5 / max(ffn.d for ffn in ffns(original))
@@ -172,8 +174,6 @@ def rate_of(model: nn.Module, original: nn.Module, trains: str) -> float:
 
 def memory_of(model: nn.Module, original: nn.Module, settings: HealSettings) -> int:
     """Bytes that healing takes beside the compressed model, about, without the activations of a batch."""
-    from ffnkit.model.finding import ffns
-
     held = sum(p.numel() * p.element_size() for p in original.parameters())
     held += sum(2 * p.numel() for each in (model, original) for p in each.parameters() if is_widened(p))
     if settings.trains == "lora":
