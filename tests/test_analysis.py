@@ -464,3 +464,27 @@ def test_a_model_without_logits_says_what_to_do() -> None:
 def test_bad_settings_of_the_kernel(settings: dict[str, Any]) -> None:
     with pytest.raises(FfnkitError):
         NtkSettings(**settings)
+
+
+def test_an_expert_that_padding_alone_reaches_is_no_error() -> None:
+    """Rows one by one, and as one padded batch (the capacity of experts, and so the figures, hang on the batch)."""
+    model = FAMILIES["switch"].model()
+    draw = torch.Generator().manual_seed(5)
+    rows = [torch.randint(5, 98, (size,), generator=draw) for size in (7, 5, 3, 6)]
+    words = [torch.randint(5, 98, (size,), generator=draw) for size in (4, 6, 5, 3)]
+
+    def batch(chosen: list[int]) -> dict[str, torch.Tensor]:
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids = pad([rows[n] for n in chosen], batch_first=True, padding_value=1)
+        mask = pad([torch.ones_like(rows[n]) for n in chosen], batch_first=True)
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": pad([words[n] for n in chosen], batch_first=True, padding_value=-100),
+        }
+
+    one, all_ = (
+        fk.analyze(model, [fk.Fusion(0.5, restarts=1)], data=data, ntk=False).to_dict()["rows"][0]["output_error"]
+        for data in ([batch([n]) for n in range(4)], [batch([0, 1, 2, 3])])
+    )
+    assert 0 < one["mean"] < 1 and 0 < all_["mean"] < 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 from collections.abc import Callable
@@ -102,6 +103,30 @@ def test_methods_that_need_more_say_so(name: str) -> None:
     with pytest.raises(FfnkitError) as caught:
         fk.plan(model, made(REFUSES[name]), data=fk.calibrate(model, data))  # type: ignore[arg-type]
     assert "it needs" in str(caught.value) and "statistics hold sums" in str(caught.value)
+
+
+def test_statistics_of_a_router_that_turns_to_float32_fit(tmp_path: Path) -> None:
+    """That of Switch Transformers does where it runs, and a fresh model of the same weights has not run yet."""
+    model, data = case("switch")
+    model.to(torch.bfloat16)
+    fresh = copy.deepcopy(model)
+    fk.calibrate(model, data, tmp_path / "kept")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
+    for each in (model, fresh):
+        kept = StatisticsFile.load(tmp_path / "kept", each)
+        fk.plan(each, fk.CalibratedFusion(0.5, effort="fast"), data=kept)  # type: ignore[arg-type]
+        fk.allocate(each, 0.7, data=kept)  # type: ignore[arg-type]
+    with pytest.raises(FfnkitError, match="another dtype"):
+        StatisticsFile.load(tmp_path / "kept", fresh.float())
+
+
+def test_a_plan_tells_whether_its_layers_follow() -> None:
+    model, data = case("llama")
+    told = [
+        fk.plan(model, fk.CalibratedFusion(0.5, refine=0), data=each).report["sequential"]  # type: ignore[arg-type]
+        for each in (data, fk.calibrate(model, data))
+    ]
+    assert told == [True, False]
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 import ffnkit as fk
 from ffnkit import tasks
 from ffnkit.calibration import shipped
-from ffnkit.calibration.parts import texts_of
+from ffnkit.calibration.parts import parts_of, texts_of
 from ffnkit.cli import after
+from ffnkit.errors import FfnkitError
 from ffnkit.report.cost import Cost
-from ffnkit.report.costing import Before, repetition
+from ffnkit.report.costing import NEW, Before, repetition
 from ffnkit.tasks.models import load_tokenizer, other_labels
 from ffnkit.tune import CalibrationSettings, calibration_batches
 from ffnkit.tune.apart import is_masked, kept_apart
@@ -162,6 +163,61 @@ def test_rows_of_a_task_are_of_all_classes_where_its_file_is_sorted() -> None:
     assert after._drawn(3, 256) == [0, 1, 2]
 
 
+def test_continuations_are_greedy_whatever_the_checkpoint_says() -> None:
+    model = FAMILIES["llama"].model()
+    prompts = torch.randint(5, 90, (4, 6), generator=torch.Generator().manual_seed(0))
+    ids = prompts
+    with torch.no_grad():
+        while ids.shape[1] < min(model.config.max_position_embeddings, 6 + NEW):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    grams = [[tuple(row[at : at + 4]) for at in range(len(row) - 3)] for row in ids[:, 6:].tolist()]
+    wanted = 1 - sum(len(set(row)) for row in grams) / sum(map(len, grams))
+    assert wanted > 0
+    for name, value in {
+        "repetition_penalty": 2.0,
+        "no_repeat_ngram_size": 3,
+        "num_beams": 3,
+        "do_sample": True,
+    }.items():
+        model.generation_config = transformers.GenerationConfig(**{name: value})
+        own = model.generation_config
+        assert repetition(model, prompts) == pytest.approx(wanted)
+        assert model.generation_config is own
+
+
+def test_a_number_a_token_is_no_class() -> None:
+    """The discriminator of ELECTRA: its figures hang on no padding."""
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 12, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.ElectraConfig(vocab_size=99, intermediate_size=40, **sizes)
+    original = transformers.ElectraForPreTraining(config).eval()
+    model = copy.deepcopy(original)
+    fk.apply(model, fk.plan(model, fk.Fusion(0.5, restarts=1)))
+    ids, mask = torch.randint(3, 99, (4, 12)), torch.ones(4, 12, dtype=torch.long)
+    mask[2:, 8:] = 0
+    padded = [{"input_ids": ids, "attention_mask": mask}]
+    rows = ((ids[:2], mask[:2]), (ids[2:, :8], mask[2:, :8]))
+    one, two = (
+        fk.cost(original, model, data).to_dict()["stages"]["compressed"]
+        for data in (padded, [{"input_ids": i, "attention_mask": m} for i, m in rows])
+    )
+    assert "agreement" not in json.dumps(one) and "kl" not in json.dumps(one)
+    for place, figures in one.items():
+        for name, value in (figures or {}).items() if isinstance(figures, dict) else ():
+            assert value == pytest.approx(two[place][name], rel=1e-4)
+
+
+def test_a_decoder_without_anything_to_read_is_told() -> None:
+    original, model, batches = pair("t5")
+    bare = [{name: batch[name] for name in ("input_ids", "attention_mask")} for batch in batches]
+    for go in (fk.cost, fk.heal):
+        with pytest.raises(FfnkitError, match="no labels and no decoder_input_ids"):
+            go(original, model, bare)
+    with pytest.raises(FfnkitError, match="no labels and no decoder_input_ids"):
+        fk.calibrate(original, bare)
+    fk.calibrate(FAMILIES["bart"].model(), bare)  # makes its own
+
+
 # --- kept apart ------------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +240,52 @@ def test_short_and_repeated_texts() -> None:
     assert texts_of(["a few words"], "fit") == ["a few words"] and not texts_of(["a few words"], "report")
     same = ["one and the same line of words"] * 400
     assert texts_of(same, "fit") and not texts_of(same, "report") and not texts_of(same, "decide")
+
+
+def shared(texts: list[str], fitted: list[str]) -> float:
+    """The share of runs of 100 characters of some texts that stand in the fitted ones."""
+    whole = "\0".join(fitted)
+    runs = [text[at : at + 100] for text in texts for at in range(0, len(text) - 99, 50)]
+    return sum(run in whole for run in runs) / max(len(runs), 1)
+
+
+def paragraphs(count: int) -> list[str]:
+    draw = torch.Generator().manual_seed(0)
+    words = [f"word{number}" for number in range(200)]
+    sizes = [100 + int(n) for n in torch.randint(900, (count,), generator=draw)]
+    return [" ".join(words[int(n)] for n in torch.randint(200, (size,), generator=draw)) for size in sizes]
+
+
+@pytest.mark.parametrize("case", ["twice in one file", "in a second file", "within another text", "cut otherwise"])
+def test_what_is_fitted_is_in_no_other_part_wherever_it_stands_again(case: str) -> None:
+    texts = paragraphs(60)
+    files = {
+        "twice in one file": [texts + texts],
+        "in a second file": [texts[:40], texts[40:] + texts[:40]],
+        "within another text": [texts, [f"{texts[n - 1]} and {texts[n]}" for n in range(59, 0, -2)]],
+        "cut otherwise": [texts, ["x" * 700 + " " + " ".join(texts)]],
+    }[case]
+    fit = [text for file in parts_of(files, "fit") for text in file]
+    for part in ("decide", "report"):
+        found = [text for file in parts_of(files, part) for text in file]
+        assert found and shared(found, fit) < 0.1
+        alone = [text for file in files for text in texts_of(file, part)]  # the control: each file by itself
+        assert case == "twice in one file" or shared(alone, fit) > 0.3
+
+
+def test_answers_that_come_again_are_all_fitted() -> None:
+    answers = ["yes", "no"] * 900
+    assert texts_of(answers, "fit").count("yes") > 600
+
+
+def test_a_file_that_others_hold_is_told(tmp_path: Path, bert: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("\n\n".join(paragraphs(20)))
+    words = ("compress", bert, "--set", "width=0.5", "--out", tmp_path / "o")
+    told = bad(*words, "--text", tmp_path / "a.txt", "--text", tmp_path / "b.txt")
+    assert "b.txt" in told and "stand in the files before it" in told
+    assert "given twice" in bad(*words, "--text", tmp_path / "a.txt", "--text", f"{tmp_path}/./a.txt")
+    assert not (tmp_path / "o").exists()
 
 
 def test_kinds_that_no_fit_sees() -> None:
@@ -217,7 +319,7 @@ def test_no_fit_sees_what_is_reported(small: tuple[Path, Path], monkeypatch: pyt
         return len(wanted & fitted) / len(wanted)
 
     assert overlap() == 0
-    monkeypatch.setattr("ffnkit.tune.calibration.texts_of", lambda texts, part: list(texts))
+    monkeypatch.setattr("ffnkit.tune.calibration.parts_of", lambda files, part: [list(texts) for texts in files])
     assert overlap() > 0.1
 
 
@@ -242,6 +344,12 @@ def test_command_line(bert: Path, small: tuple[Path, Path], tmp_path: Path) -> N
     assert tuned.config.num_hidden_layers == 2
     assert "same greedy answer" in good("compress", bert, *words, "--out", tmp_path / "d").stdout
     assert "0" in bad("compress", folder, *words[:-1], -1, "--out", tmp_path / "e")
+    wrong = tmp_path / "latin.txt"
+    wrong.write_bytes("caf\xe9".encode("latin-1"))
+    assert "not UTF-8" in bad("compress", folder, *words, "--cost-text", wrong, "--out", tmp_path / "f")
+    fitted = ("--text", text, "--cost-text", f"{text.parent}/./{text.name}", "--out", tmp_path / "f")
+    told = bad("compress", folder, "--set", "width=0.5", "--cost-tokens", 200, *fitted)
+    assert "--text names it too" in told and not (tmp_path / "f").exists()
 
 
 def test_a_head_of_other_labels_is_not_judged(minilm_path: Path, data_dir: Path, tmp_path: Path) -> None:

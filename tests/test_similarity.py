@@ -180,3 +180,22 @@ def test_experts_are_refused() -> None:
     model = FAMILIES["mixtral"].model()
     with pytest.raises(FfnkitError, match="experts"):
         similarity(model, [FAMILIES["mixtral"].inputs(model)])
+
+
+def test_the_most_alike_neighbours_where_widths_differ() -> None:
+    model = FAMILIES["llama"].model()
+    data = [FAMILIES["llama"].inputs(model, seed=seed) for seed in range(4)]
+    found = similarity(model, data)
+    (stack, names), nan = next(iter(found.layers.items())), float("nan")
+    names[:] = ["a", "b", "c", "d"]
+
+    def said(matched: list[float], cka: list[float]) -> str:
+        for key, values in (("matched_neurons", matched), ("cka_ffn", cka)):
+            matrix = [[1.0] * 4 for _ in range(4)]
+            for place, value in enumerate(values):
+                matrix[place][place + 1] = value
+            found.matrices[stack][key] = matrix
+        return str(found).rpartition("most alike neighbours: ")[2].splitlines()[0]
+
+    assert said([nan, nan, nan], [0.1, 0.7, 0.3]) == "b and c"
+    assert said([nan, 0.2, 0.8], [0.9, 0.1, 0.1]) == said([0.8, 0.2, nan][::-1], [0.9, 0.1, 0.1]) == "c and d"

@@ -12,6 +12,7 @@ from families import FAMILIES
 from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch
+from ffnkit.calibration.fingerprints import batch_fingerprint, model_fingerprint
 from ffnkit.calibration.gradients import weight_gradients
 from ffnkit.calibration.statistics import (
     ColumnSquares,
@@ -22,8 +23,6 @@ from ffnkit.calibration.statistics import (
     RoutingCounts,
     Rows,
     Statistics,
-    batch_fingerprint,
-    model_fingerprint,
 )
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.narrow.observed import Part

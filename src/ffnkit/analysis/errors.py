@@ -223,7 +223,9 @@ class _Runs:
         def note(ffn: FFN, acts: Activations) -> None:
             self.ran.add(ffn.name)
             kept = acts.kept()
-            if ffn.name not in self._activations and not ffn.layout.experts and len(kept.input):
+            if not len(kept.input):  # an expert that padding alone was routed to
+                return
+            if ffn.name not in self._activations and not ffn.layout.experts:
                 self._activations[ffn.name] = _activation(ffn, kept)
             weights = kept.weights if kept.expert is not None else None  # else a mask: what is left counts alike
             # clones: the model may go on in place; without the hidden activations, the largest part

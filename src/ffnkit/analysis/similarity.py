@@ -95,8 +95,11 @@ class Similarity:
             for key, matrix in self.matrices[stack].items():
                 lines.append(f"  {head}{TITLES[key]} ({self.tokens[stack]:,} tokens)")
                 lines += ["    " + " ".join(f"{value:5.2f}" for value in row) for row in matrix]
-            near = self.matrices[stack].get("matched_neurons") or self.matrices[stack]["cka_ffn"]
-            pairs = [(near[i][i + 1], i) for i in range(len(names) - 1)]
+            pairs: list[tuple[float, int]] = []
+            for key in ("matched_neurons", "cka_ffn"):  # FFNs of unlike widths have no neurons that match
+                near = self.matrices[stack].get(key)
+                near_ones = [(near[i][i + 1], i) for i in range(len(names) - 1)] if near else []
+                pairs = pairs or [(value, i) for value, i in near_ones if not math.isnan(value)]
             if pairs:
                 _, best = max(pairs)
                 lines.append(f"  {head}most alike neighbours: {names[best]} and {names[best + 1]}")

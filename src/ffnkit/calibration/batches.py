@@ -180,7 +180,18 @@ def forward(model: nn.Module, batch: Batch, *, labels: bool = False, logits: boo
     """
     inputs = batch if labels else model_inputs(model, batch)
     more = {} if logits or "labels" in inputs else few_logits(model)
-    return model(**{**more, **inputs})
+    return called(model, {**more, **inputs})
+
+
+def called(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """What the model gives. Raises FfnkitError where its decoder has nothing to read (BART's makes its own)."""
+    try:
+        return model(**inputs)
+    except ValueError as error:
+        if not has_decoder(model) or "labels" in inputs or decoder_given(inputs):
+            raise
+        found = "no labels and no decoder_input_ids, and its decoder reads them"
+        raise FfnkitError(f"a batch of {type(model).__name__}", found, "Add labels to the batches") from error
 
 
 def runs_on(model: nn.Module, batch: Batch) -> bool:

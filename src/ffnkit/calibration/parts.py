@@ -9,20 +9,63 @@ Part = Literal["fit", "decide", "report"]
 
 PIECE = 2000  # characters; so much of a file goes to one part at a time
 FEWEST = 100  # of a piece; a file of fewer than ten such pieces is fitted whole
+RUN, MOST = 64, 500_000  # characters that are compared at a time, and of how many places of what is fitted
+SHARED = 0.1  # of a piece: phrases that come again are no repetition
 
 
 def texts_of(texts: Sequence[str], part: Part) -> list[str]:
-    """What belongs to a part of these texts: of ten pieces in a row eight are fitted, one decides, one is reported.
+    """What belongs to a part of the texts of one file (:func:`parts_of`)."""
+    return parts_of([texts], part)[0]
 
-    Pieces count characters over all texts, so that parts are alike however long a text is; a text is cut where it
-    reaches into another part, between words where there are some. What is in the fit word for word is in no other part.
-    Texts of a few lines are fitted whole.
+
+def parts_of(files: Sequence[Sequence[str]], part: Part) -> list[list[str]]:
+    """What belongs to a part of the texts of each file: of ten pieces in a row eight are fitted, one decides, one is
+    reported.
+
+    Pieces count characters over all texts of a file, so that parts are alike however long a text is; a text is cut
+    where it reaches into another part, between words where there are some. Texts of a few lines are fitted whole. A
+    text that comes again, in whatever file, counts once, and what stands in the fit word for word is in no other part
+    (:func:`apart_from`).
     """
-    total = sum(map(len, texts))
-    piece = min(PIECE, total // 10)
-    if piece < FEWEST:
-        return list(texts) if part == "fit" else []
+    seen: set[str] = set()
+    cuts = [_cut([text for text in texts if _is_new(text, seen)]) for texts in files]
+    if part == "fit":
+        return [cut["fit"] for cut in cuts]
+    fitted = [text for cut in cuts for text in cut["fit"]]
+    return [apart_from(cut[part], fitted) for cut in cuts]
+
+
+def apart_from(texts: Sequence[str], fitted: Sequence[str]) -> list[str]:
+    """The texts of which less than ``SHARED`` stands in the fitted ones word for word, in runs of two ``RUN``."""
+    if not texts:
+        return []
+    whole = set(fitted)
+    step = max(RUN, sum(map(len, fitted)) // MOST)
+    runs = {hash(text[at : at + RUN]) for text in fitted for at in range(0, len(text) - RUN + 1, step)}
+
+    def shared(text: str) -> float:
+        at = found = 0
+        while at + RUN <= len(text):
+            known = hash(text[at : at + RUN]) in runs
+            found += known * step
+            at += RUN if known else 1
+        return found / len(text)
+
+    return [text for text in texts if text not in whole and shared(text) < SHARED]
+
+
+def _is_new(text: str, seen: set[str]) -> bool:
+    """Whether a text has not come before; short ones, such as answers, may come again."""
+    new = len(text) < FEWEST or text not in seen
+    seen.add(text)
+    return new
+
+
+def _cut(texts: Sequence[str]) -> dict[Part, list[str]]:
     found: dict[Part, list[str]] = {"fit": [], "decide": [], "report": []}
+    piece = min(PIECE, sum(map(len, texts)) // 10)
+    if piece < FEWEST:
+        return found | {"fit": list(texts)}
     place = 0
     for text in texts:
         start = 0
@@ -36,8 +79,7 @@ def texts_of(texts: Sequence[str], part: Part) -> list[str]:
                 found[own].append(cut)
             start = end
         place += len(text)
-    fitted = set(found["fit"])
-    return found["fit"] if part == "fit" else [text for text in found[part] if text not in fitted]
+    return found
 
 
 def _part_at(place: int, piece: int) -> Part:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch, checked
+from ffnkit.calibration.fingerprints import batch_fingerprint, model_fingerprint
 from ffnkit.calibration.hooks import Activations, watch
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import SPOOL_FROM, disk_errors, spool
@@ -19,7 +19,6 @@ from ffnkit.model.ffn import FFN
 from ffnkit.ops.moments import Moments
 
 FORMAT = "ffnkit statistics 1"
-SAMPLES = 4096  # numbers of each tensor that tell models apart
 PROBE = 64  # tokens that tell which activation an FFN has
 
 
@@ -372,29 +371,3 @@ class Statistics(Generic[A]):
         for (name, expert), state in states.items():
             statistics.put(name, expert, state)
         return statistics
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """Tells models apart by names, shapes and some numbers of each tensor; it is no proof against a forger."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict(keep_vars=True).items():
-        if isinstance(value, Tensor):
-            flat = value.detach().flatten()
-            some = flat if flat.is_meta else flat[:: max(1, len(flat) // SAMPLES)][: 2 * SAMPLES]
-            _digest(digest, name, tuple(value.shape), some)
-    return digest.hexdigest()
-
-
-def batch_fingerprint(batch: Batch) -> str:
-    """Equal for batches of equal tensors."""
-    digest = hashlib.sha256()
-    for name, value in batch.items():
-        if isinstance(value, Tensor):
-            _digest(digest, name, tuple(value.shape), value)
-    return digest.hexdigest()
-
-
-def _digest(digest: Any, name: str, shape: tuple[int, ...], value: Tensor) -> None:
-    digest.update(f"{name} {shape} {value.dtype}".encode())
-    if not value.is_meta:
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration.batches import Batch
-from ffnkit.calibration.statistics import Accumulator, Statistics, model_fingerprint
+from ffnkit.calibration.fingerprints import model_fingerprint
+from ffnkit.calibration.statistics import Accumulator, Statistics
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import replacing
 from ffnkit.io.tensors import TensorWriter

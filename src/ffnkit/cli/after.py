@@ -82,8 +82,8 @@ class After:
         built = describe.build(HealSettings, {"tokens": self.heal, **given}, "healing", "--heal-set", flags)
         return cast("HealSettings", built)
 
-    def check(self, dry_run: bool, method: Any = None) -> None:
-        """Raises FfnkitError where options do not go together, or with the method."""
+    def check(self, dry_run: bool, method: Any = None, calibration: Calibration | None = None) -> None:
+        """Raises FfnkitError where options do not go together, or with the method, or a file cannot be read."""
         wanted = self.settings
         if wanted is not None:
             wanted.check_beside(method)
@@ -91,8 +91,22 @@ class After:
             raise FfnkitError(f"--cost-text {self.cost_text}", "there is no such file", "Name a text file")
         if self.cost_text is not None and not self.cost_tokens:
             raise FfnkitError(f"--cost-text {self.cost_text}", "--cost-tokens is 0", "Leave one of the two out")
+        if self.cost_text is not None and calibration is not None:
+            self._check_text(self.cost_text, calibration)
         if wanted is not None and dry_run:
             raise FfnkitError(f"--heal {self.heal}", "--dry-run applies nothing", "Leave one of the two out")
+
+    @staticmethod
+    def _check_text(file: Path, calibration: Calibration) -> None:
+        from ffnkit.tasks.language_modelling.sets import read_texts
+        from ffnkit.tune.calibration_text import has_dialogues
+
+        if any(file.samefile(each) for each in calibration.texts if Path(each).exists()):
+            found = "--text names it too: a part of it is fitted, and the rest is reported anyway"
+            raise FfnkitError(f"--cost-text {file}", found, "Leave it out, or name a text of another kind")
+        column = calibration.settings.text_column
+        if not has_dialogues(str(file), column):
+            read_texts(file, column)
 
     def before(self, model: Any, source: str, calibration: Calibration) -> Before | None:
         """What the uncompressed model says, of text that no fit sees; None, and a line why, where it says nothing."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from ffnkit.analysis.ntk import NtkSettings
 from ffnkit.analysis.study import FOLDED, Candidate, analyze, labels
+from ffnkit.calibration.parts import apart_from
 from ffnkit.cli import console, describe
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import write_text
@@ -131,19 +132,22 @@ class Texts:
 
 
 def halves(texts: list[str]) -> tuple[list[str], list[str]]:
-    """The first and the second half of some texts; a lone text is cut at a space near its middle.
+    """The first and the second half of some texts, without what comes again; a lone text is cut at a space near its
+    middle.
 
     Raises:
         FfnkitError: there is too little text for two parts.
     """
-    texts = [text for text in texts if text.strip()]
+    texts = list(dict.fromkeys(text for text in texts if text.strip()))
     if len(texts) == 1:
         cut = texts[0].find(" ", len(texts[0]) // 2)
         texts = [texts[0][:cut], texts[0][cut:]] if cut > 0 else texts
     if len(texts) < 2:
         raise FfnkitError("the text", "too little to calibrate on one half and measure on the other", "Give more text")
     middle = len(texts) // 2
-    return texts[:middle], texts[middle:]
+    if measured := apart_from(texts[middle:], texts[:middle]):
+        return texts[:middle], measured
+    raise FfnkitError("the text", "its second half stands in the first word for word", "Give more text")
 
 
 @dataclass(frozen=True)

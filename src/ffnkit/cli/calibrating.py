@@ -56,8 +56,9 @@ def calibrate(
       ffnkit calibrate roberta-base --merge notes.safetensors more.safetensors --out all.safetensors
 
     The file serves calibrated-fusion, importance and structured (neurons), at any width and any --budget, with the very
-    results that the data themselves give. It holds sums over pairs of neurons and some inputs of each FFN, and the
-    tokens of its first batches. Layers go to the disk one after the other.
+    results that the data themselves give where each layer is fitted on its own (sequential=false). It holds sums over
+    pairs of neurons and some inputs of each FFN, and the tokens of its first batches. Layers go to the disk one after
+    the other.
     """
     options.check_dtype(dtype)
     check_file(out)

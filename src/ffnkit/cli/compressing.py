@@ -155,7 +155,9 @@ def compress(
     calibration.check(chosen, limit)
     deciding.check(chosen, calibration)
     console.quieten()
-    after.check(dry_run, chosen)
+    after.check(dry_run, chosen, calibration)
+    if statistics is not None and getattr(chosen, "sequential", False) is None:
+        console.say("statistics are of the model as it was: each layer is fitted on its own (sequential=false)")
     if device_map is not None and stream:
         raise FfnkitError(f"--device-map {device_map}", "--stream keeps the model in its files", "Give one of the two")
     streamed = False if device_map is not None else stream

@@ -11,7 +11,8 @@ from torch import nn
 
 from ffnkit.calibration.batches import Batch, kept
 from ffnkit.calibration.blockwise import Blockwise
-from ffnkit.calibration.statistics import NeuronSquares, Statistics, batch_fingerprint, model_fingerprint
+from ffnkit.calibration.fingerprints import batch_fingerprint, model_fingerprint
+from ffnkit.calibration.statistics import NeuronSquares, Statistics
 from ffnkit.calibration.stored import (
     Make,
     StatisticsFile,
@@ -47,7 +48,8 @@ def calibrate(
     """Statistics of what a model's FFNs do on data: ``fk.plan(model, method, data=statistics)``.
 
     They hold what every method needs that narrows by hidden neurons (data-aware fusion, importance, structured pruning
-    of neurons), at any width and under any budget: plans are equal to the bit to those made from the batches. With
+    of neurons), at any width and under any budget: plans are equal to the bit to those made from the batches with
+    ``sequential=False``. With
     ``refit`` behind a choice of whole neurons they are those of nine tenths of the tokens, which the sums are of. Not
     for methods that measure other things (gradients, attention, features token by token) or a model that changes on the
     way (``sequential``).
@@ -56,7 +58,7 @@ def calibrate(
     taken. Memory beyond the model: one block's statistics, and its output for all batches.
 
     Args:
-        batches: for ``model(**batch)``. The tokens of the first of them (about 1,000) lie in the file.
+        batches: for ``model(**batch)``. The tokens of the first of them (about 4,000) lie in the file.
         path: of the file; None makes a temporary one, which :meth:`StatisticsFile.save` copies.
         layers: which FFNs, e.g. "all", "last:8".
         held: inputs of each FFN that are kept for regressions, at most; its experts share them. 0 keeps none

@@ -190,7 +190,12 @@ def repetition(model: Any, prompts: Tensor) -> float | None:
 
     length = min(NEW, room)  # the same of every prompt, past the end of a text
     plain = GenerationConfig(do_sample=False, max_new_tokens=length, min_new_tokens=length, pad_token_id=0)
-    written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=plain)
+    own = model.generation_config
+    model.generation_config = GenerationConfig()  # what a config leaves open comes from here: penalties, beams
+    try:
+        written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=plain)
+    finally:
+        model.generation_config = own
     written = written[:, ids.shape[1] :].tolist()
     grams = [[tuple(row[at : at + GRAM]) for at in range(len(row) - GRAM + 1)] for row in written]
     count = sum(map(len, grams))

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from ffnkit.calibration.batches import kept
+from ffnkit.calibration.fingerprints import batch_fingerprint
 from ffnkit.calibration.going_on import going_on
-from ffnkit.calibration.statistics import batch_fingerprint
 from ffnkit.calibration.stored import StatisticsFile
 from ffnkit.errors import FfnkitError
 from ffnkit.io.architectures import load_any, load_companion

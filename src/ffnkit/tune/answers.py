@@ -68,6 +68,9 @@ def kind_of(model: nn.Module, batch: Mapping[str, Any]) -> Kind:
     except FfnkitError:
         return "states"
     assert logits is not None
+    ids, labels = batch.get("input_ids"), getattr(getattr(model, "config", None), "num_labels", None)
+    if isinstance(ids, Tensor) and logits.shape == ids.shape and logits.shape[1] != labels:
+        return "states"  # a number a token (the discriminator of ELECTRA), and no classes
     if logits.ndim > 2:
         return "words" if writes(model) or is_masked(model) else "classes"
     problem = getattr(getattr(model, "config", None), "problem_type", None)

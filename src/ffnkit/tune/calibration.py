@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ffnkit.calibration import shipped
-from ffnkit.calibration.parts import Part, texts_of
+from ffnkit.calibration.parts import Part, parts_of
+from ffnkit.errors import FfnkitError
 from ffnkit.tune.calibration_text import read_calibration, shares
 from ffnkit.tune.distil_text import text_examples
 from ffnkit.tune.settings import CalibrationSettings
@@ -52,8 +53,14 @@ def own_texts(tokenizer: Any, settings: CalibrationSettings, part: Part = "fit")
 
     None where no file is named.
     """
-    files = [(read_calibration(file, settings.text_column, tokenizer), share) for file, share in shares(settings.text)]
-    return [(found, share) for texts, share in files if (found := texts_of(texts, part))]
+    given = shares(settings.text)
+    read = [read_calibration(file, settings.text_column, tokenizer) for file, _ in given]
+    found = parts_of(read, part)
+    for (file, _), texts in zip(given, found, strict=True):
+        if part == "fit" and not texts:
+            what = "all its texts stand in the files before it"
+            raise FfnkitError(f"calibration text {file}", what, "Leave it out")
+    return [(texts, share) for texts, (_, share) in zip(found, given, strict=True) if texts]
 
 
 def mixed_batches(

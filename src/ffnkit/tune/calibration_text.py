@@ -27,9 +27,9 @@ def shares(given: Given) -> list[tuple[str, float]]:
         pairs: list[tuple[str, float | None]] = list(given.items())
     else:
         pairs = [_pair(each) for each in ([given] if isinstance(given, str) else given or ())]
-    names = [name for name, _ in pairs]
-    for name, share in pairs:
-        if names.count(name) > 1:
+    places = [os.path.realpath(Path(name).expanduser()) for name, _ in pairs]
+    for place, (name, share) in zip(places, pairs, strict=True):
+        if places.count(place) > 1:
             raise FfnkitError(f"calibration text {name}", "it is given twice", "Give it once, with its share")
         if share is not None and not 0 < share <= 1:
             do = "Give a share above 0 and up to 1, such as 0.7"
@@ -64,12 +64,17 @@ def read_calibration(path: str, column: str, tokenizer: Any) -> list[str]:
     Raises:
         FfnkitError: the file cannot be read, has no such column, no text, or rows that are neither text nor dialogues.
     """
-    from ffnkit.tasks.instructions.forms import columns_at, form_of
     from ffnkit.tasks.language_modelling.sets import read_texts
 
+    return _dialogues(path, tokenizer) if has_dialogues(path, column) else read_texts(Path(path), column)
+
+
+def has_dialogues(path: str, column: str) -> bool:
+    """Whether a file is read as dialogues, which takes a tokenizer's chat template."""
+    from ffnkit.tasks.instructions.forms import columns_at, form_of
+
     columns = columns_at(path)
-    talks = form_of(columns) is not None and (column not in columns or column == "messages")
-    return _dialogues(path, tokenizer) if talks else read_texts(Path(path), column)
+    return form_of(columns) is not None and (column not in columns or column == "messages")
 
 
 def _dialogues(path: str, tokenizer: Any) -> list[str]:

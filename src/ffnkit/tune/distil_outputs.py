@@ -33,7 +33,8 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], *, states: bool, logits:
     more: dict[str, Any] = {"use_cache": False} if "use_cache" in known else {}
     if not logits:
         more |= batches.few_logits(model)
-    output = model(**{**more, **batches.prepared(model, inputs)}, output_hidden_states=states, return_dict=True)
+    more |= {"output_hidden_states": states, "return_dict": True}
+    output = batches.called(model, {**batches.prepared(model, inputs), **more})
     answers = output.get("logits")
     answers = answers[0] if isinstance(answers, tuple | list) else answers  # further ones stand beside the first
     if logits and answers is None:

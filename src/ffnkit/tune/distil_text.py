@@ -53,15 +53,19 @@ def text_examples(texts: Sequence[str], tokenizer: Any, model: nn.Module, max_le
     Raises:
         FfnkitError: no text, no padding token, or no room in ``max_length`` for a token beside the reparametrized ones.
     """
+    from transformers import DataCollatorWithPadding
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES as CHOOSING
+
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise FfnkitError("distillation text", "there is none", "Give at least one text that is not blank")
     if tokenizer.pad_token_id is None:
         raise FfnkitError("distillation text", "the tokenizer has no padding token", "Set tokenizer.pad_token")
+    if type(model).__name__ in CHOOSING.values():
+        found = "it reads several choices a row, and text has none"
+        raise FfnkitError(f"text for a {type(model).__name__}", found, "Give a task, or batches in Python")
     if writes(model):
         return _blocks(texts, tokenizer, model, max_length)
-    from transformers import DataCollatorWithPadding
-
     length = min(max_length, int(tokenizer.model_max_length), positions(model))
     if length <= tokenizer.num_special_tokens_to_add(pair=False):
         raise FfnkitError(f"max_length {max_length}", "no room for the text", "Use more tokens")

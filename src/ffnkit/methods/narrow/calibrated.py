@@ -143,7 +143,8 @@ class CalibratedFusion(Narrowing):
         for ffn, _ in found:
             ffn.check_plain(f"calibrating {ffn.name}")
             check_weights(ffn.raw(), ffn.name)
-        return drafted([ffn for ffn, _ in found], self.fits(model, found, batches, progress))
+        made = drafted([ffn for ffn, _ in found], self.fits(model, found, batches, progress))
+        return dataclasses.replace(made, report={"sequential": self._follows(batches)})
 
     def fits(
         self,
@@ -166,8 +167,7 @@ class CalibratedFusion(Narrowing):
         """
         narrow = [ffn for ffn, _ in found]
         widths = {ffn.name: width for ffn, width in found}
-        stored = isinstance(batches, StatisticsFile)
-        sequential = not stored if self.sequential is None else self.sequential
+        sequential = self._follows(batches)
         counted = readings if readings is not None else self.readings(model, narrow, batches)
         seen = observing(narrow, self.tokens if self.refine else 0)
         streams = None
@@ -192,6 +192,10 @@ class CalibratedFusion(Narrowing):
         return block_by_block(
             model, batches, narrow, show, fit, progress, sequential=sequential, beside=beside, passes=passes
         )
+
+    def _follows(self, batches: list[Batch] | StatisticsFile) -> bool:
+        """Whether layers are fitted to what compressed ones before them give; of statistics they cannot be."""
+        return not isinstance(batches, StatisticsFile) if self.sequential is None else self.sequential
 
     def readings(self, model: nn.Module, found: list[FFN], batches: list[Batch] | StatisticsFile) -> dict[str, Reading]:
         """What errors of each FFN's outputs count by, by name, on the first of the data."""
