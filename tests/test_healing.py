@@ -315,7 +315,7 @@ def test_adapters_would_part_what_keeps_something_of_its_own() -> None:
     assert sum(p.numel() for p in model.parameters()) == size
     fk.apply(plain, fk.plan(plain, fk.CalibratedMerging(layers="0-1", refine=0, extras=False), data=batches))
     size = sum(p.numel() for p in plain.parameters())
-    found = fk.heal(plain, original, batches, settings(trains="lora", learning_rate=1e-2))
+    found = fk.heal(plain, original, batches, settings(trains="lora", learning_rate=1e-3))
     assert found.kept_at and sum(p.numel() for p in plain.parameters()) == size
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ffnkit.budget.search import Search
 from ffnkit.budget.speed import Speed
 from ffnkit.budget.targets import Target, check_key_values, file_bytes, key_value_bytes
 from ffnkit.calibration.blockwise import Blockwise
+from ffnkit.calibration.drift import BROKEN, Drift
 from ffnkit.calibration.latency import Spread
 from ffnkit.edits import DropLayer, ReplaceLinear, Rescale, Tie
 from ffnkit.edits.order import check_normal
@@ -44,6 +46,113 @@ QUICK: dict[str, Any] = {"rounds": 0, "parts": ("neurons", "layers")}
 
 def batches(name: str, model: Any, count: int = 4) -> list[Any]:
     return [FAMILIES[name].inputs(model, seed=seed) for seed in range(count)]
+
+
+# ------------------------------------------------------------------------------------------------------ the model stays
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("roformer", {"params": 0.65}),
+        ("bert", {"params": 0.6, "parts": ("heads", "sharing", "neurons")}),
+        ("bart", {"params": 0.6, "parts": ("heads", "ffns", "neurons")}),
+        ("opt", {"params": 0.6, "parts": ("heads", "ffns", "neurons")}),
+        ("llama", {"params": 0.6}),
+    ],
+)
+def test_planning_leaves_the_model_as_it_was(name: str, settings: dict[str, Any]) -> None:
+    """Heads refitted, FFNs gone or shared, and the others fitted beside them; the plan fits a fresh model."""
+    model, fresh = FAMILIES[name].model(), FAMILIES[name].model()
+    data = batches(name, model, 6)
+    plan = fk.plan(model, fk.FitTo(multiple=4, rounds=1, **settings), data=data)
+    for key, value in fresh.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+    fk.apply(model, plan)
+    fk.apply(fresh, plan)
+    for key, value in fresh.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+def overflowing() -> Any:
+    """A LLaMA in float16 whose first FFN takes a massive activation away that overflows without it."""
+    model = FAMILIES["llama"].model()
+    layers, silu = model.model.layers, torch.nn.functional.silu(torch.tensor(4.0)) * 4
+    with torch.no_grad():
+        for layer in layers:
+            layer.post_attention_layernorm.weight[0] = 1
+            layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0
+            own = layer.self_attn
+            for read in (layer.mlp.gate_proj, layer.mlp.up_proj, own.q_proj, own.k_proj, own.v_proj):
+                read.weight[:, 0] = 0
+        model.model.embed_tokens.weight[:, 0] = 40000
+        model.lm_head.weight[:, 0] = 0
+        for number, sign in ((0, -1), (1, 1)):
+            ffn = layers[number].mlp
+            for linear in (ffn.gate_proj, ffn.up_proj):
+                linear.weight[0] = 0
+                linear.weight[0, 0] = 1
+            ffn.down_proj.weight[:, 0] = 0
+            ffn.down_proj.weight[0, 0] = sign * 40000 / silu
+    return model.half()
+
+
+def test_what_overflows_loses_more_than_anything() -> None:
+    model = overflowing()
+    data = batches("llama", model)
+    assert torch.isfinite(model(**data[0]).logits).all()
+    plan = fk.plan(model, fk.FitTo(params=0.85, parts=("ffns",), effort="fast", multiple=4), data=data)
+    told = plan.report["target"]
+    assert {each["name"]: each["alone"] for each in told["joint"]}.get("model.layers.0.mlp", 0) < 1
+    fk.apply(model, plan)
+    assert torch.isfinite(model(**data[0]).logits).all() and told["measured"] < 10
+    drift = Drift(overflowing(), data)
+    with torch.no_grad():
+        drift.model.get_submodule("model.layers.0.mlp.down_proj").weight.zero_()
+    assert drift() == BROKEN and math.isnan(drift.measure()["KL"])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("olmo", {"params": 0.7, "parts": ("layers",), "layers": "last:2"}),  # norms without weights
+        ("siglip", {"params": 0.45, "parts": ("layers", "ffns"), "effort": "fast", "rounds": 0}),  # an FFN in no layer
+        ("whisper", {"kv": 0.7, "context": 64, "rounds": 0}),  # an encoder of sound
+    ],
+)
+def test_awkward_families_reach_it(name: str, settings: dict[str, Any]) -> None:
+    model = FAMILIES[name].model()
+    data = batches(name, model)
+    plan = fk.plan(model, fk.FitTo(multiple=4, **settings), data=data)
+    told = plan.report["target"]
+    assert told["left"] <= told["amount"] * told["before"] and math.isfinite(told["measured"])
+    fk.apply(model, plan)
+    with torch.no_grad():
+        model(**data[0])
+
+
+def test_rows_of_padding_alone_are_left_out() -> None:
+    model = FAMILIES["llama"].model()
+    rows = batches("llama", model)
+    rows.append({**rows[0], "attention_mask": torch.zeros_like(rows[0]["attention_mask"])})
+    fitted, measured = held_out(rows)
+    assert all(row["attention_mask"].any(1).all() for row in [*fitted, *measured])
+    fk.plan(model, fk.FitTo(params=0.8, effort="fast", **QUICK), data=rows)
+
+
+def test_parts_that_save_nothing_are_told() -> None:
+    model = FAMILIES["llama"].model()
+    for settings, told in (
+        ({"flops": 0.8, "parts": ("sharing",)}, "sharing cannot save any of it"),
+        ({"params": 0.8, "parts": ("heads",), "uniform": True}, "heads cannot save any of it in standard form"),
+        ({"params": 0.8, "parts": ()}, "no parts are given"),
+    ):
+        with pytest.raises(FfnkitError, match=f"{told}. Give parts among neurons"):
+            fk.plan(model, fk.FitTo(**settings), data=batches("llama", model))  # type: ignore[arg-type]
+    model = FAMILIES["switch"].model()
+    with pytest.raises(FfnkitError) as error:
+        fk.plan(model, fk.FitTo(kv=0.6), data=batches("switch", model))
+    assert len(str(error.value)) < 400 and "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------------------------ counts

@@ -17,7 +17,7 @@ TARGET = ROOT / "docs" / "first.svg"
 COLUMN = "WikiText-2"
 SHOWN = {  # row of the result -> how it is called, and whether it is what we recommend
     "uncompressed": ("the model as it was", False),
-    "calibrated-fusion, refine=0": ("data-aware fusion", True),
+    "calibrated-fusion": ("data-aware fusion", True),
     "modegpt": ("MoDeGPT: leverage and refit", False),
     "importance": ("neurons by importance", False),
     "svd, whiten": ("SVD, whitened on data", False),

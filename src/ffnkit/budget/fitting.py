@@ -18,6 +18,7 @@ from ffnkit.budget.sharing import shared_runs
 from ffnkit.budget.speed import Speed
 from ffnkit.budget.targets import Target, check_key_values
 from ffnkit.calibration.batches import Batch
+from ffnkit.calibration.drift import BROKEN
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Layers, need_data
 from ffnkit.methods.expecting import Work
@@ -98,6 +99,12 @@ class FitTo:
             raise FfnkitError(
                 f"target {target}", f"{type(model).__name__} {what}", "Take params, flops, bytes or latency"
             )
+        if not parts:
+            saving = [each for each in PARTS if target.kind in COUNTED.get(each, (target.kind,))]
+            saving = [each for each in saving if each in UNIFORM] if self.uniform else saving
+            form = " in standard form" if self.uniform else ""
+            what = f"{', '.join(self.parts)} cannot save any of it{form}" if self.parts else "no parts are given"
+            raise FfnkitError(f"target {target}", what, f"Give parts among {', '.join(saving)}")
         space = Space(model, counted, self.layers, parts, self.multiple)
         for ffn in space.found:
             ffn.check_plain(f"fitting {ffn.name}")
@@ -140,6 +147,9 @@ class FitTo:
             do = "Give a larger one, more layers, or more parts"
             raise FfnkitError(f"target {target}", "what may go does not reach it", do)
         made = Finish(search, losses, self._fitting, every=self.effort == "best").run(found)
+        if made.loss >= BROKEN:
+            do = "Load the model with dtype float32 or bfloat16, or give a larger target"
+            raise FfnkitError(f"target {target}", "whatever reaches it, the model's numbers overflow", do)
         report = _report(target, space, search, made.tried, speed) | {"seconds": time.perf_counter() - started}
         return Draft(tuple(made.edits()), _quantities(space, made.choice), {"target": report})
 

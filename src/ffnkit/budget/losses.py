@@ -39,13 +39,20 @@ NARROWED = (0.25, 0.9)  # the share at which single FFNs are tried lies between
 def held_out(batches: Iterable[Batch]) -> tuple[list[Batch], list[Batch]]:
     """Rows to fit on, and others to measure on, spread over all: one row of ``HELD``, or as many as ``MANY`` tokens
     and a tenth of all are; a lone row is both."""
-    rows: list[Batch] = [row for batch in kept(batches) for row in _rows(batch)]
+    every: list[Batch] = [row for batch in kept(batches) for row in _rows(batch)]
+    rows = [row for row in every if _counts(row)] or every
     picked = range(HELD - 1, len(rows), HELD) or range(len(rows) - 1, len(rows))
     most = max(MANY, sum(map(tokens_of, rows)) // 10)
     held = set(_some(picked, sum(tokens_of(rows[number]) for number in picked), most))
     measured = [row for number, row in enumerate(rows) if number in held]
     fitted = [row for number, row in enumerate(rows) if number not in held] or rows
     return joined(fitted), measured
+
+
+def _counts(row: Batch) -> bool:
+    """Whether any token of a row counts: padding alone is nothing to fit or to measure on."""
+    mask = row.get("attention_mask")
+    return not isinstance(mask, Tensor) or bool(mask.ne(0).any())
 
 
 def _rows(batch: Batch) -> Iterator[dict[str, Any]]:

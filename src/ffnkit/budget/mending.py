@@ -12,7 +12,7 @@ from ffnkit.methods.drop.gaps import Gap, ffns_alone, whole_layers
 from ffnkit.methods.drop.head_outputs import refitted_outputs
 from ffnkit.methods.drop.heads import RemoveHeads
 from ffnkit.methods.drop.standing import stand_ins
-from ffnkit.model.finding import ffns
+from ffnkit.model.finding import block_name, ffns
 from ffnkit.model.linear import bare_weight
 
 Mended = tuple[list[Edit], list[Edit]]  # as a plan holds them, and beside heads that leave zeros in their places
@@ -51,8 +51,11 @@ def gaps_closed(losses: Losses, choice: Choice, edits: Sequence[Edit]) -> Mended
     alone = [[losses.space.ffn(name)] for name, each in going.items() if each.kind == "ffns"]
     dropped = {edit.target: edit for edit in edits if edit.joins and edit.renumbers}
     silent = {edit.target: edit for edit in edits if edit.new_width is not None and edit.target in going}
+    alone = [group for group in alone if block_name(group[0].name)]  # behind one in no layer nothing can stand for it
     gaps: list[Gap] = whole_layers(model, layers, lambda group: [dropped[f.name] for f in group if f.name in dropped])
     gaps += ffns_alone(model, alone, lambda ffn: [silent[ffn.name]])
+    if not gaps:
+        return [], []
     order = {ffn.name: number for number, ffn in enumerate(ffns(model))}
     gaps.sort(key=lambda gap: order[gap.name])
     inside = {id(edit) for gap in gaps for edit in gap.edits}

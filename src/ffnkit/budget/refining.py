@@ -83,7 +83,8 @@ class Beside:
     @contextmanager
     def placed(self) -> Iterator[None]:
         """The model with it while the block runs."""
-        with ExitStack() as stack, self._replaced():
+        # what lends saves the owners' state, linears too: it has to give it back before those go
+        with self._replaced(), ExitStack() as stack:
             for ffn, neurons in self._neurons:
                 stack.enter_context(lent(self.model, ffn, neurons))
             for edit in self._hooked:

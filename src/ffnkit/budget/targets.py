@@ -76,7 +76,7 @@ class Target:
         if self.kind == "bytes":
             return file_bytes(model)
         if self.kind == "kv":
-            return key_value_bytes(model, self.context, self.context)
+            return key_value_bytes(model, self.context, _read(model, self.context))
         return round(inspect(model).flops_per_token)
 
 
@@ -145,14 +145,16 @@ def check_key_values(model: Any, batch: Batch, asked: str) -> None:
         with torch.no_grad(), evaluating(model):
             found = model(**row, use_cache=True)
     except (TypeError, ValueError) as error:
-        raise FfnkitError(asked, f"{type(model).__name__} keeps no keys and values ({error})", do) from error
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise FfnkitError(asked, f"{type(model).__name__} keeps no keys and values ({why})", do) from error
     cache = getattr(found, "past_key_values", None)
     if cache is None or not _caching(model):
         raise FfnkitError(asked, f"{type(model).__name__} keeps no keys and values: it does not write", do)
     held = sum(value.numel() * value.element_size() for value in _cached(cache))
     tokens = next((row[k].shape[1] for k in ("decoder_input_ids", "input_ids") if k in row), 0)
     # of a window transformers' cache keeps one token less from step to step: the next one joins them
-    counted = key_value_bytes(model, tokens, row["input_ids"].shape[1] if "input_ids" in row else 0, spare=1)
+    crossed = [value.shape[2] for value in _held(getattr(cache, "cross_attention_cache", None))]
+    counted = key_value_bytes(model, tokens, crossed[0] if crossed else 0, spare=1)
     if held != counted:
         what = f"of {tokens} tokens it keeps {held:,} bytes, and its attentions are counted for {counted:,}"
         raise FfnkitError(asked, what, do)
@@ -160,8 +162,19 @@ def check_key_values(model: Any, batch: Batch, asked: str) -> None:
 
 def _cached(cache: Any) -> Iterator[Tensor]:
     for part in (getattr(cache, "self_attention_cache", cache), getattr(cache, "cross_attention_cache", None)):
-        for layer in getattr(part, "layers", ()):
-            yield from (v for v in (getattr(layer, "keys", None), getattr(layer, "values", None)) if v is not None)
+        yield from _held(part)
+
+
+def _held(part: Any) -> Iterator[Tensor]:
+    for layer in getattr(part, "layers", ()):
+        yield from (v for v in (getattr(layer, "keys", None), getattr(layer, "values", None)) if v is not None)
+
+
+def _read(model: Any, context: int) -> int:
+    """How much an encoder hands on: as many tokens as the decoder writes, of sound what it always makes of it."""
+    if getattr(model, "main_input_name", "input_ids") == "input_ids":
+        return context
+    return int(getattr(model.config, "max_source_positions", None) or context)
 
 
 def _caching(model: Any) -> list[Attention]:

@@ -17,6 +17,7 @@ from ffnkit.model.trainable import body
 TOKENS = 2048  # that are compared, at least, where there are so many
 ENTRIES = 1 << 27  # numbers of outputs that are held at most: 256 MiB in bfloat16
 ROWS = 256  # whose distributions are compared at a time
+BROKEN = 1e9  # further than anything else, and still a number that can be compared and added
 
 
 class Drift:
@@ -53,8 +54,9 @@ class Drift:
                 break
 
     def __call__(self) -> float:
-        """How far the model is now from what it was; 0 where nothing changed."""
-        return next(iter(self.measure().values()))
+        """How far the model is now from what it was; 0 where nothing changed, ``BROKEN`` where numbers overflow."""
+        found = next(iter(self.measure().values()))
+        return found if math.isfinite(found) else BROKEN
 
     def measure(self) -> dict[str, float]:
         """ "KL" or "error" (see above), and "perplexity" where the batches have labels of texts."""

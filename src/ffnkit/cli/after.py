@@ -148,7 +148,7 @@ class After:
         if own := ", ".join(Path(file).name for file in calibration.texts):
             names["in"] = f"{own}, kept apart"
             if "in" not in places:
-                console.say(f"{own} is too short to keep rows of it apart")
+                console.say(f"{own} is too short, or too much alike, to keep rows of it apart")
         if self.cost_text is not None:
             names["out"] = self.cost_text.name
         return {name: places[name] for name in ("in", "out") if name in places}, names

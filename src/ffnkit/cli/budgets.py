@@ -35,8 +35,8 @@ class Budget:
             return None
         if any(pair.partition("=")[0].strip() == "width" for pair in pairs):
             raise FfnkitError(f"--budget {amount:g}", "--set width=... is given too", "Give one of the two")
-        if not (0 < amount < 1 or (amount >= 1 and amount.is_integer())):
-            found = "it is neither a share between 0 and 1 nor a whole number"
+        if not (0 < amount < 1 or (amount > 1 and amount.is_integer())):
+            found = "it is neither a share between 0 and 1 nor a whole number above 1"
             raise FfnkitError(
                 f"--budget {amount:g}", found, "Give the share or number of FFN parameters that stay, such as 0.5"
             )

@@ -83,7 +83,9 @@ def _sandwiched(model: nn.Module, few: Batch, linears: list[str]) -> dict[str, s
 
 
 def norm_offset(norm: Any) -> int | None:
-    """What a norm adds to its weight: 0, or 1 (Gemma); None where its weight is no factor of each dimension."""
+    """What a norm adds to its weight: 0, or 1 (Gemma); None where it has none that is a factor of each dimension."""
+    if getattr(norm, "weight", None) is None:  # OLMo's
+        return None
     weight = norm.weight.detach()
     x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     bias = getattr(norm, "bias", None)
