@@ -237,3 +237,15 @@ def test_a_share_of_what_was_fitted_lies_between_and_members_go_on_sharing() -> 
         torch.testing.assert_close(owns[0].scale, (1 - share) * first.scale + share * second.scale)
     apart = sharing.between((pairs[0], [first, first]), (pairs[1], [second, first]), 0.5)[1]
     assert apart[0] is not apart[1]
+
+
+@pytest.mark.parametrize("method", [fk.Merging, fk.CalibratedMerging])
+def test_a_score_that_is_no_number_is_the_lowest(method: Any) -> None:
+    model = FAMILIES["gpt2"].model()
+    data = [FAMILIES["gpt2"].inputs(model, seed=seed) for seed in range(4)]
+    scores = iter([float("nan"), 0.5, float("nan"), 0.7, *[float("nan")] * 20])
+    more = {"refine": 0} if method is fk.CalibratedMerging else {}
+    count = len(ffns(model))
+    plan = fk.plan(model, method(window=2, score=lambda _: next(scores), **more), data=data)
+    merged = plan.report["groups"][0]
+    assert count > 2 and merged != [ffn.name for ffn in ffns(model)[:2]]

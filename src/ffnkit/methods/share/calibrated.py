@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 from torch import nn
 
-from ffnkit.calibration.drift import Drift, apart
+from ffnkit.calibration.drift import BROKEN, Drift, apart
 from ffnkit.edits import Edit
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, need_data
@@ -128,7 +129,12 @@ class CalibratedMerging(Sharing):
 
 def _lower(score: Any, model: nn.Module) -> Any:
     """A score as something of which less is better."""
-    return lambda: -float(score(model))
+
+    def lower() -> float:
+        found = -float(score(model))
+        return BROKEN if math.isnan(found) else found
+
+    return lower
 
 
 def _in_order(edits: list[Edit]) -> tuple[Edit, ...]:

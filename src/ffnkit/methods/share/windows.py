@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -81,6 +82,7 @@ def best(
             scores.append(proxy(groups))
             continue
         with temporarily(model, edits(groups)):
-            scores.append(float(score(model)))
+            value = float(score(model))
+            scores.append(-math.inf if math.isnan(value) else value)  # numbers that overflow are no highest score
     top = max(range(len(candidates)), key=lambda i: scores[i])
     return candidates[top], {label(groups): value for groups, value in zip(candidates, scores, strict=True)}
