@@ -388,3 +388,53 @@ def test_a_healed_arm(folder: Path, tmp_path: Path) -> None:
         recipe_of(folder, stages=["heal", "tune"], arms={"whole": {}})
     with pytest.raises(FfnkitError, match="heal.tokens"):
         recipe_of(folder, stages=stages, heal={"tokens": "many"})
+
+
+@pytest.mark.parametrize(
+    "arm",
+    [
+        {"method": "calibrated-merging", "layers": "0-1", "refine": 2, "tuner": {"name": "lora", "rank": 2}},
+        {"method": "merging", "layers": "0-1", "tuner": {"name": "lora", "rank": 2, "tied": "each"}},
+    ],
+    ids=["members keep something", "an adapter for each layer"],
+)
+def test_adapters_that_part_a_shared_ffn_go_on(folder: Path, tmp_path: Path, monkeypatch: Any, arm: Any) -> None:
+    """Built again before each stage, as after a kill, an arm ends with the same figures."""
+    from ffnkit.recipe import unit as units
+    from ffnkit.recipe.preflight import preflight
+    from ffnkit.recipe.state import base_facts, unit_facts
+
+    recipe = recipe_of(folder, arms={"a": arm}, stages=["compress", "tune", "evaluate"], calibration={"tokens": 200})
+    facts = unit_facts(recipe, base_facts(recipe, *preflight(recipe)), "a", 0)
+    monkeypatch.setattr(units, "await_reference", lambda *given, **more: None)
+    stage, found = units._Job.stage, []
+
+    def cut(self: Any, name: str) -> Any:
+        self.forget()
+        return stage(self, name)
+
+    for name, each in (("straight", stage), ("cut", cut)):
+        monkeypatch.setattr(units._Job, "stage", each)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text("{}")
+        unit = unit_of(tmp_path / name, "a", 0)
+        units.run_unit(recipe, unit, facts, lambda line: None)
+        marker = unit.marker("evaluate")
+        assert marker is not None
+        found.append((marker["metrics"], marker["parameters"]))
+    assert found[0] == found[1]
+
+
+def test_what_cannot_work_is_refused_beforehand(folder: Path) -> None:
+    from ffnkit.recipe.preflight import preflight
+
+    arm = {"method": "calibrated-merging", "layers": "0-1", "prune": {"method": "importance", "width": 0.5}}
+    stages = ["compress", "tune", "prune", "recover", "evaluate"]
+    with pytest.raises(FfnkitError, match="Set extras: false"):
+        preflight(recipe_of(folder, arms={"a": arm}, stages=stages))
+    preflight(recipe_of(folder, arms={"a": arm | {"extras": False}}, stages=stages))
+    wrong = {"method": "merging", "window": 2, "score": "bleu"}
+    with pytest.raises(FfnkitError, match="has no such metric"):
+        preflight(recipe_of(folder, arms={"a": wrong}))
+    with pytest.raises(FfnkitError, match="seeds"):
+        recipe_of(folder, seeds=[2**32])

@@ -249,3 +249,15 @@ def test_a_score_that_is_no_number_is_the_lowest(method: Any) -> None:
     plan = fk.plan(model, method(window=2, score=lambda _: next(scores), **more), data=data)
     merged = plan.report["groups"][0]
     assert count > 2 and merged != [ffn.name for ffn in ffns(model)[:2]]
+
+
+def test_how_many_ffns_can_be_saved_is_told() -> None:
+    model = FAMILIES["llama"].model()
+    for method, told in (
+        (fk.CalibratedMerging(keep=3), "keep=3: there are 3 FFNs in a stack. Give a number below 3"),
+        (fk.Merging(groups="similar", keep=9), "keep=9: there are 3 FFNs"),
+        (fk.CalibratedMerging(remove=0.99), "remove=0.99: .* one of them stays. Give 0.66 or less"),
+    ):
+        with pytest.raises(FfnkitError, match=told):
+            method.chosen(model)
+    assert len(fk.CalibratedMerging(remove=0.66).chosen(model)) == 1

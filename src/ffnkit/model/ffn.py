@@ -277,6 +277,8 @@ class FFN:
         if special:
             kinds = ", ".join(f"{site} is {value['kind']}" for site, value in special.items())
             do = "Fold the model first (ffnkit.fold), then go on"
+            if self.tied and self.differing:
+                do = "Share with extras=false, or fold the model (ffnkit.fold): each layer then has an FFN of its own"
             raise FfnkitError(asked, f"{self.name} is edited already ({kinds})", do)
         for site in self.sites if not self.layout.experts else ():
             for owner in self.owners:

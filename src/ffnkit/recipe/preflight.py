@@ -21,10 +21,14 @@ from ffnkit.recipe.sources import (
     tuner_of,
 )
 from ffnkit.recipe.state import distilled, folder_digest
+from ffnkit.tune.scoring import with_score
 from ffnkit.tune.tracking import trackers
 
 if TYPE_CHECKING:
     from ffnkit.recipe.schema import Recipe
+
+
+WHOLE = ("heads", "layer-drop", "ffn-drop")  # ways of pruning that leave the weights of FFNs as they are
 
 
 def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) -> tuple[str, str]:
@@ -51,6 +55,7 @@ def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
                 if arm.compressed:
                     method = method_of(arm, recipe.seeds[0])
                     method.chosen(empty)
+                    with_score(method, source.task, None, None)  # says where the task has no such metric
                     check_learnt(arm.settings, method, empty)
                     if "heal" in recipe.stages:
                         recipe.heal.check_beside(method)
@@ -58,6 +63,9 @@ def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
                         room(empty, arm.budget, method.layers, arm.multiple)
                 for spec in arm.prune:
                     pruning = methods.build(spec.method, **spec.settings)
+                    if arm.compressed and spec.method not in WHOLE and getattr(method, "extras", False):
+                        found = f"{method.name} leaves layers that share an FFN something of their own"
+                        raise FfnkitError(f"pruning by {spec.method}", found, "Set extras: false")
                     pruning.chosen(empty)
                     check_learnt(spec.settings, pruning, empty, tuner_of(recipe, name))
             except FfnkitError as error:

@@ -196,7 +196,7 @@ class Recipe(Part):
     data_dir: str | None = None
     limits: Limits = Limits()
     calibration: Calibration = Field(default_factory=lambda: Calibration.model_validate({}))
-    seeds: tuple[Annotated[int, Field(strict=True, ge=0)], ...] = (0,)
+    seeds: tuple[Annotated[int, Field(strict=True, ge=0, lt=2**32)], ...] = (0,)
     stages: tuple[Stage, ...] = ("compress", "tune", "evaluate", "export")
     tuner: TunerSpec = TunerSpec()
     arms: dict[str, Arm]

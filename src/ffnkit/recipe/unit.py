@@ -149,13 +149,14 @@ class _Job:
     def _as_tuned(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model in the form that the tuning leaves, its numbers yet to be read."""
         tuner = sources.tuner_of(self.recipe, self.unit.arm)
-        return tuner.finish(tuner.prepare(model)) if tuner.stays else ffnkit.fold(model, keep=SAVING)
+        parts = tuner.name == "lora" and not self.arm.prune  # maybe: layers that shared an FFN
+        made = tuner.finish(tuner.prepare(model)) if tuner.stays or parts else model
+        return made if tuner.stays else ffnkit.fold(made, keep=SAVING)
 
     # ----------------------------------------------------------------------------------------- the stages
     def stage(self, name: str) -> dict[str, Any]:
         """Do a stage; its figures come back."""
-        figures: dict[str, Any] = getattr(self, name)()
-        return figures
+        return dict(getattr(self, name)())
 
     def compress(self) -> dict[str, Any]:
         """Plan and apply the arm's method; the plan stays on disk until the unit is finished."""
@@ -265,13 +266,12 @@ class _Job:
         """Plan and apply the arm's pruning, one method after the other; the plans stay on disk."""
         from ffnkit import methods
 
-        before = measure.figures(self.model)
+        before, seed = measure.figures(self.model), self.unit.seed
         self.model.to(self.source.device)  # type: ignore[arg-type]
         plans = []
         for number, spec in enumerate(self.arm.prune):
-            method = methods.build(spec.method, **sources.seeded(spec.method, spec.settings, self.unit.seed))
-            wanted = bool(getattr(method, "needs_data", False))
-            data = self.source.calibration(self.model, self.unit.seed) if wanted else None
+            method = methods.build(spec.method, **sources.seeded(spec.method, spec.settings, seed))
+            data = self.source.calibration(self.model, seed) if getattr(method, "needs_data", False) else None
             plan = ffnkit.plan(self.model, self._scored(method), data=data)
             plan.save(self.unit.work / PRUNED.format(number))
             ffnkit.apply(self.model, plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -86,10 +87,17 @@ class Sharing:
         """The window's length in a stack of so many FFNs."""
         if self.window is not None:
             return self.window
+        there = f"there are {layers} FFNs in a stack"
         if self.keep is not None:
+            if self.keep >= layers:
+                raise FfnkitError(f"keep={self.keep}", there, f"Give a number below {layers}")
             return layers - self.keep + 1
         assert self.remove is not None
-        return next(k for k in range(1, layers + 1) if (k - 1) / layers >= self.remove - 1e-9 or k == layers)
+        most = (layers - 1) / layers
+        if self.remove > most + 1e-9:
+            do = f"Give {math.floor(100 * most) / 100:g} or less"
+            raise FfnkitError(f"remove={self.remove:g}", f"{there}, and one of them stays", do)
+        return next(k for k in range(2, layers + 1) if (k - 1) / layers >= self.remove - 1e-9)
 
     def fitting(self, groups: Groups) -> Groups:
         """The groups as they are. Raises FfnkitError as :meth:`chosen`."""

@@ -153,7 +153,10 @@ class Merging(Sharing):
         if self.groups != "similar":
             return super().chosen(model)
         self.check()
-        return [self.fitting([rows for rows in series(ffns(model)) if len(rows) > 1])]
+        found = [rows for rows in series(ffns(model)) if len(rows) > 1]
+        for rows in found:
+            self.length(len(rows))  # says where so many cannot be kept
+        return [self.fitting(found)]
 
     def fitting(self, groups: Groups) -> Groups:
         bare = next((ffn.name for group in super().fitting(groups) for ffn in group if not ffn.gated), None)
@@ -171,8 +174,6 @@ class Merging(Sharing):
         for rows in series(ffns(model)):
             if len(rows) < 2:
                 continue
-            if self.keep >= len(rows):
-                raise FfnkitError(f"keep={self.keep}", f"the stack has {len(rows)} FFNs", "Give a smaller number")
             work = _Work(self, held, None, None, set())
             distance = torch.zeros(len(rows), len(rows), dtype=torch.float64)
             for i, first in enumerate(rows):
