@@ -436,5 +436,11 @@ def test_what_cannot_work_is_refused_beforehand(folder: Path) -> None:
     wrong = {"method": "merging", "window": 2, "score": "bleu"}
     with pytest.raises(FfnkitError, match="has no such metric"):
         preflight(recipe_of(folder, arms={"a": wrong}))
+    for arm in (
+        {"method": "merging", "layers": "0-1", "features": "up"},
+        {"method": "fusion", "width": 0.5, "refit": True},
+    ):
+        with pytest.raises(FfnkitError, match=r"arms\.a.*statistics hold sums"):
+            preflight(recipe_of(folder, arms={"a": arm}, calibration={"statistics": "s.safetensors"}))
     with pytest.raises(FfnkitError, match="seeds"):
         recipe_of(folder, seeds=[2**32])

@@ -43,6 +43,10 @@ class Calibration(CalibrationData):
         if self.given and not needed and not used and not _scored(method):
             name = getattr(method, "name", "the saved plan")
             raise FfnkitError(self.named, f"{name} uses no data", "Leave it out")
+        if self.statistics is not None and method is not None:
+            from ffnkit.methods.common import check_statistics
+
+            check_statistics(method)
 
     def check_data(self) -> None:
         """Raises FfnkitError where options contradict each other, or name what is not there."""

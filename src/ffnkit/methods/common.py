@@ -166,9 +166,22 @@ def need_data(
     if not isinstance(data, StatisticsFile):
         check_batches(data)
     elif beyond is not None:
-        found = f"it needs {beyond}, and statistics hold sums over hidden neurons"
-        raise FfnkitError(f"method {name}", found, "Give batches, or --task / --text, in their place")
+        raise lacking(name, beyond)
     return data
+
+
+def check_statistics(method: Any) -> None:
+    """Raises FfnkitError where a method needs more of data than statistics of hidden neurons hold."""
+    for each in getattr(method, "methods", (method,)):
+        beyond = getattr(each, "beyond", "the data themselves")
+        if getattr(each, "needs_data", False) and beyond is not None:
+            raise lacking(each.name, beyond)
+
+
+def lacking(name: str, beyond: str) -> FfnkitError:
+    """The error of a method that statistics do not do for."""
+    found = f"it needs {beyond}, and statistics hold sums over hidden neurons"
+    return FfnkitError(f"method {name}", found, "Give batches, or --task / --text, in their place")
 
 
 def activity(

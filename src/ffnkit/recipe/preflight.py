@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ffnkit import methods
 from ffnkit.errors import FfnkitError
+from ffnkit.methods.common import check_statistics
 from ffnkit.recipe.learnt import check_learnt
 from ffnkit.recipe.searching import check_searcher
 from ffnkit.recipe.sources import (
@@ -56,6 +57,8 @@ def preflight(recipe: Recipe, say: Callable[[str], None] = lambda line: None) ->
                     method = method_of(arm, recipe.seeds[0])
                     method.chosen(empty)
                     with_score(method, source.task, None, None)  # says where the task has no such metric
+                    if recipe.calibration.statistics is not None:
+                        check_statistics(method)
                     check_learnt(arm.settings, method, empty)
                     if "heal" in recipe.stages:
                         recipe.heal.check_beside(method)

@@ -91,6 +91,11 @@ class StructuredPruning:
     paper: ClassVar[str] = "arXiv 2111.00160"
 
     @property
+    def beyond(self) -> str | None:
+        """What it needs of data that statistics do not hold."""
+        return "attention" if self.remove_heads and self.by == "activation" else None
+
+    @property
     def needs_data(self) -> bool:
         """Whether activations are measured."""
         return (bool(self.remove_heads) and self.by == "activation") or (
@@ -171,9 +176,7 @@ class StructuredPruning:
         if self.needs_data:
             heads = [t for t in targets if isinstance(t, Attention) and self.by == "activation"]
             ffns = [t for t in targets if isinstance(t, FFN) and self._by == "activation"]
-            rms = head_activity(
-                model, need_data(data, self.name, beyond="attention" if heads else None), heads, ffns, progress
-            )
+            rms = head_activity(model, need_data(data, self.name, beyond=self.beyond), heads, ffns, progress)
         found = []
         for number, target in enumerate(targets):
             draw = generator(self.seed, number)
