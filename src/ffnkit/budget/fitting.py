@@ -90,9 +90,7 @@ class FitTo:
         check(self)
         target = self.target
         counted = Target("flops", target.amount) if target.kind == "latency" else target
-        parts = [each for each in self.parts if target.kind in COUNTED.get(each, (target.kind,))]
-        if self.uniform:
-            parts = [each for each in parts if each in UNIFORM]
+        parts = self._saving(self.parts)
         if target.kind == "kv" and not target.count(model):
             writes = getattr(model, "can_generate", lambda: False)() and not attentions(model)
             what = "has no attention of a known layout" if writes else "keeps no keys and values"
@@ -100,11 +98,9 @@ class FitTo:
                 f"target {target}", f"{type(model).__name__} {what}", "Take params, flops, bytes or latency"
             )
         if not parts:
-            saving = [each for each in PARTS if target.kind in COUNTED.get(each, (target.kind,))]
-            saving = [each for each in saving if each in UNIFORM] if self.uniform else saving
             form = " in standard form" if self.uniform else ""
             what = f"{', '.join(self.parts)} cannot save any of it{form}" if self.parts else "no parts are given"
-            raise FfnkitError(f"target {target}", what, f"Give parts among {', '.join(saving)}")
+            raise FfnkitError(f"target {target}", what, f"Give parts among {', '.join(self._saving(PARTS))}")
         space = Space(model, counted, self.layers, parts, self.multiple)
         for ffn in space.found:
             ffn.check_plain(f"fitting {ffn.name}")
@@ -113,6 +109,12 @@ class FitTo:
             what = f"with {', '.join(parts)} of layers {self.layers} at least {least:,} of {space.whole:,} stay"
             raise FfnkitError(f"target {target}", what, "Give a larger one, more layers, or more parts")
         return space
+
+    def _saving(self, parts: Sequence[str]) -> list[str]:
+        """Those of the parts that can save something of the target, in the form that is wanted."""
+        kind = self.target.kind
+        counted = [each for each in parts if kind in COUNTED.get(each, (kind,))]
+        return [each for each in counted if each in UNIFORM] if self.uniform else counted
 
     def expects(self, model: nn.Module, tokens: int) -> tuple[list[Work], float]:
         """About what it takes on so many tokens: the work for each FFN, and the tokens that pass the model."""

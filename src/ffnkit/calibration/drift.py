@@ -20,6 +20,11 @@ ROWS = 256  # whose distributions are compared at a time
 BROKEN = 1e9  # further than anything else, and still a number that can be compared and added
 
 
+def comparable(loss: float) -> float:
+    """A loss as a number that can be compared: ``BROKEN`` where numbers overflowed."""
+    return loss if math.isfinite(loss) else BROKEN
+
+
 class Drift:
     """What a model gave on some batches, and how far it is from that now.
 
@@ -55,8 +60,7 @@ class Drift:
 
     def __call__(self) -> float:
         """How far the model is now from what it was; 0 where nothing changed, ``BROKEN`` where numbers overflow."""
-        found = next(iter(self.measure().values()))
-        return found if math.isfinite(found) else BROKEN
+        return comparable(next(iter(self.measure().values())))
 
     def measure(self) -> dict[str, float]:
         """ "KL" or "error" (see above), and "perplexity" where the batches have labels of texts."""

@@ -49,10 +49,9 @@ def calibrate(
 
     They hold what every method needs that narrows by hidden neurons (data-aware fusion, importance, structured pruning
     of neurons), at any width and under any budget: plans are equal to the bit to those made from the batches with
-    ``sequential=False``. With
-    ``refit`` behind a choice of whole neurons they are those of nine tenths of the tokens, which the sums are of. Not
-    for methods that measure other things (gradients, attention, features token by token) or a model that changes on the
-    way (``sequential``).
+    ``sequential=False``. With ``refit`` behind a choice of whole neurons they are those of nine tenths of the tokens,
+    which the sums are of. Not for methods that measure other things (gradients, attention, features token by token) or
+    a model that changes on the way (``sequential``).
 
     The model runs block by block, in eval mode; each block's statistics go to the disk before the next one's are
     taken. Memory beyond the model: one block's statistics, and its output for all batches.

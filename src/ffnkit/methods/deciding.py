@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from ffnkit.calibration.batches import Batch, kept
-from ffnkit.calibration.drift import BROKEN, Drift
+from ffnkit.calibration.drift import Drift, comparable
 from ffnkit.edits import Edit
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.calibrating import HELD, calibrate
@@ -110,8 +109,7 @@ def decide(
         tried.append({"given": {name: getattr(method, name) for name in wanted} | settings, **figures})
         if progress is not None:
             progress(len(tried), total, "settings")
-        found: float = next(iter(figures.values()))
-        return found if math.isfinite(found) else BROKEN
+        return comparable(next(iter(figures.values())))
 
     best: dict[str, Any] = {}
     least = lost(best)

@@ -149,7 +149,7 @@ class _Job:
     def _as_tuned(self, model: PreTrainedModel) -> PreTrainedModel:
         """The model in the form that the tuning leaves, its numbers yet to be read."""
         tuner = sources.tuner_of(self.recipe, self.unit.arm)
-        parts = tuner.name == "lora" and not self.arm.prune  # maybe: layers that shared an FFN
+        parts = tuner.name == "lora" and not self.arm.prune  # adapters may part layers that shared an FFN
         made = tuner.finish(tuner.prepare(model)) if tuner.stays or parts else model
         return made if tuner.stays else ffnkit.fold(made, keep=SAVING)
 

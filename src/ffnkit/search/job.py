@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ffnkit
-from ffnkit.calibration.drift import BROKEN
+from ffnkit.calibration.drift import comparable
 from ffnkit.errors import FfnkitError, WritingError
 from ffnkit.io.files import disk_errors, read_json, replacing
 from ffnkit.io.progress import phase
@@ -272,8 +271,7 @@ class Run:
                 sum(whole_loss(model, self.original, batch, kind).item() for batch in batches) / len(batches)
                 for batches in self.held.values()
             ]
-        mean = sum(found) / len(found)
-        return mean if math.isfinite(mean) else BROKEN
+        return comparable(sum(found) / len(found))
 
     @cached_property
     def held(self) -> dict[str, list[Any]]:
