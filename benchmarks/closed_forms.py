@@ -45,7 +45,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "random, refit": ("random", REFIT),
     "fusion": ("fusion", {"restarts": 1}),
     "fusion, refit": ("fusion", {"restarts": 1} | REFIT),
-    "calibrated-fusion, refine=0": ("calibrated-fusion", {"effort": "fast"}),
+    "calibrated-fusion, effort=fast": ("calibrated-fusion", {"effort": "fast"}),
     "calibrated-fusion": ("calibrated-fusion", {}),
 }
 

@@ -100,9 +100,9 @@ class ModeGpt(ClosedForm):
     Scores are diag(G (G + lambda I)^-1); the output layer is W G_:S (G_SS)^-1, by ``pull`` towards W_S.
 
     Source: MoDeGPT (arXiv 2408.09632), type I (Nystroem).
-    Differs: ``pull`` is 0 there. Its types II and III narrow the heads of query and key, and of value and output; no
-        config of transformers has heads of other widths than ``head_dim`` for these, from which rotary frequencies
-        follow, too. So attentions stay whole; the method ``heads`` removes whole heads.
+    Differs: ``pull`` is 0 there. Its types II and III narrow the heads of query and key, and of value and output; the
+        configs of LLaMA, OPT and their like have one ``head_dim`` for these, from which rotary frequencies follow, too
+        (DeepSeek's ``v_head_dim`` is of another attention). So attentions stay whole; ``heads`` removes whole heads.
     """
 
     ridge: Annotated[
@@ -129,7 +129,7 @@ class Surgeon(ClosedForm):
     :func:`ffnkit.ops.surgeon.surgeon`.
 
     Source: ZipLM (arXiv 2302.04089), SlimGPT (arXiv 2412.18110); optimal brain surgeon (Hassibi and Stork 1992).
-    Differs: SlimGPT's widths grow from layer to layer; here they are those asked for.
+    Differs: SlimGPT takes more from later layers (a logarithm of their number); here widths are those asked for.
     """
 
     ridge: Annotated[

@@ -33,7 +33,7 @@ class CalibratedMerging(Sharing):
        of all outputs (``ops.union``);
     2. the output layer is refitted to all members in closed form, strongly pulled towards the columns as they were:
        where one member's error changes what the next one gets, large weights that fit the clean inputs break the model;
-    3. ``refine`` steps of regression fit all weights, kept only where rows that were not fitted gain;
+    3. ``refine`` steps of regression fit all weights; the share is taken that is best on rows not fitted;
     4. each member keeps a factor for each hidden neuron and an output bias of its own (``extras``), and if asked for a
        difference of low rank (``extra_rank``).
 
