@@ -153,11 +153,27 @@ def footer(results: dict[str, Any], threads: int | None = None) -> list[str]:
     ]
 
 
+def commit() -> str:
+    """Of the source that measures: what its defaults were. "unknown" outside a repository."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    return "unknown"
+
+
 def write(out: Path, name: str, results: dict[str, Any], page_of: Callable[[dict[str, Any]], str]) -> None:
-    """Write NAME.json and NAME.md, and print the page, which is made once the load at the end is known."""
+    """Write NAME.json and NAME.md, and print the page, which is made once the load at the end is known.
+
+    New rows name the commit; those of before keep theirs.
+    """
     from ffnkit.io.files import write_text
 
     results["load"].append(load_average())
+    file = out / f"{name}.json"
+    before = json.loads(file.read_text())["rows"] if file.is_file() else []
+    for row in results["rows"]:
+        if row not in before:
+            row.setdefault("commit", commit())
     page = page_of(results)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / f"{name}.json", json.dumps(results, indent=2) + "\n")
