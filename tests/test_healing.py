@@ -323,7 +323,7 @@ def test_texts_are_learned_by_their_shares() -> None:
     sizes = {"a": 40, "b": 10}
     parts = [([{"input_ids": torch.full((1, size), ord(name))}] * 3, 0.5) for name, size in sizes.items()]
     order = module._Order(parts, seed=0)
-    seen = [order.next()["input_ids"] for _ in range(50)]
+    seen = [order.next()[0]["input_ids"] for _ in range(50)]
     spent = {name: sum(x.numel() for x in seen if int(x[0, 0]) == ord(name)) for name in sizes}
     assert abs(spent["a"] - spent["b"]) <= 40
 

@@ -99,3 +99,34 @@ def test_recipes_name_presets_that_are_there() -> None:
         if "preset:" in path.read_text() and path.parent.name != "papers":
             load_recipe(path)
     assert json.dumps(TrainSettings(preset="mlp-fusion-switch").model_dump())
+
+
+def test_a_plateau_is_that_of_the_metric(tmp_path: Path) -> None:
+    """torch takes less for better unless it is told otherwise: a rising accuracy would have lowered the rate."""
+    made = TrainSettings(schedule="reduce_lr_on_plateau", schedule_options={"patience": 0})
+    for metric, mode in (("accuracy", "max"), ("loss", "min"), ("perplexity", "min"), ("bleu", "max")):
+        assert training_arguments(made, metric, tmp_path, 0).lr_scheduler_kwargs == {"patience": 0, "mode": mode}
+    wrong = TrainSettings(schedule="reduce_lr_on_plateau", schedule_options={"mode": "min"})
+    assert training_arguments(wrong, "loss", tmp_path, 0)
+    with pytest.raises(FfnkitError, match="mode=min: of accuracy more is better"):
+        training_arguments(wrong, "accuracy", tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "fits"),
+    [
+        ("warmup_stable_decay", {}, False),
+        ("warmup_stable_decay", {"num_decay_steps": 5}, True),
+        ("cosine_with_min_lr", {}, False),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1}, True),
+        ("polynomial", {"foo": 1}, False),
+        ("polynomial", {"power": 2.0}, True),
+        ("inverse_sqrt", {"timescale": 10}, True),
+    ],
+)
+def test_options_of_schedules_are_tried_before_a_model_is(schedule: Any, options: Any, fits: bool) -> None:
+    if fits:
+        assert TrainSettings(schedule=schedule, schedule_options=options).schedule == schedule
+        return
+    with pytest.raises(ValueError, match=f"do not fit the schedule {schedule}"):
+        TrainSettings(schedule=schedule, schedule_options=options)

@@ -82,6 +82,11 @@ class After:
         built = describe.build(HealSettings, {"tokens": self.heal, **given}, "healing", "--heal-set", flags)
         return cast("HealSettings", built)
 
+    @property
+    def reads(self) -> bool:
+        """Whether data are read: to heal on, or to measure what it costs."""
+        return self.heal is not None or self.cost_tokens > 0
+
     def check(self, dry_run: bool, method: Any = None, calibration: Calibration | None = None) -> None:
         """Raises FfnkitError where options do not go together, or with the method, or a file cannot be read."""
         wanted = self.settings

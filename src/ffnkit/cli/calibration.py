@@ -36,10 +36,15 @@ class Calibration(CalibrationData):
         """The option that names the data."""
         return "--statistics" if self.statistics is not None else "--task" if self.task is not None else "--text"
 
-    def check(self, method: Any | None, budget: Budget | None = None) -> None:
-        """Raises FfnkitError where data are missing, given twice, or of no use to the method."""
+    def check(self, method: Any | None, budget: Budget | None = None, *, read: bool = False) -> None:
+        """Raises FfnkitError where data are missing, given twice, or of no use to the method.
+
+        Args:
+            read: whether healing or what is measured around the method reads them too.
+        """
         self.check_data()
-        needed, used = getattr(method, "needs_data", False), budget is not None and budget.measures
+        used = (budget is not None and budget.measures) or (read and self.statistics is None)
+        needed = getattr(method, "needs_data", False)
         if self.given and not needed and not used and not _scored(method):
             name = getattr(method, "name", "the saved plan")
             raise FfnkitError(self.named, f"{name} uses no data", "Leave it out")

@@ -152,7 +152,7 @@ def compress(
     else:
         pairs = [*(settings or []), *(limit.settings(method) if limit is not None else [])]
         chosen = choose_method(method, pairs, layers, seed, plan_in)
-    calibration.check(chosen, limit)
+    calibration.check(chosen, limit, read=not dry_run and after.reads)
     deciding.check(chosen, calibration)
     console.quieten()
     after.check(dry_run, chosen, calibration)
@@ -240,6 +240,8 @@ class Compression:
 
         place = options.pick_device(self.device)
         told = False
+        if self.after is not None and self.after.heal is not None and self.calibration is not None:
+            self.calibration.check_reads(empty_model(self.source), f"--heal {self.after.heal}: it learns from data")
         if self.method is not None:
             empty = empty_model(self.source)
             # layers and widths that do not fit, before weights are read

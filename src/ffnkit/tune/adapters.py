@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ffnkit.errors import FfnkitError
 from ffnkit.io.loading import open_errors
 from ffnkit.surgery.untie import UntiedFfn, untie
-from ffnkit.tune import lora, masks, zeros
+from ffnkit.tune import lora, masks, sparing, zeros
 from ffnkit.tune.lifecycle import preparing, undone
 
 
@@ -39,7 +39,7 @@ def load_adapter(
     state = _state(folder, asked)
     model = undone(model)
     with preparing(model) as preparation:
-        masks.set_aside(model, preparation)
+        masked = masks.set_aside(model, preparation)
         parted = _parted_where_needed(cast(PreTrainedModel, model), state)
         preparation.from_here()
         preparation.afterwards(partial(lora.settled, parted=parted, flags=None))
@@ -47,10 +47,11 @@ def load_adapter(
         names = list(dict.fromkeys(_module(key) for key in state))
         ties = lora.tied_places(model, [name for name in names if _has(model, name)])
         with open_errors(asked):
-            noted = zeros.note(model) if keep_zeros else {}
+            noted = zeros.note(model) if keep_zeros or masked else {}
             tuned = lora.adapted(model, lambda base: _opened(base, folder, trainable), ties, parted)
             _check_whole(tuned, state, asked)
-            zeros.hold(tuned, noted)
+            sparing.spare(tuned, noted if keep_zeros else sparing.of(noted, masked))
+            zeros.hold(tuned, noted if keep_zeros else {})
             return tuned
 
 

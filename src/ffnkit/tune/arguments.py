@@ -24,12 +24,26 @@ def chosen_metric(task: Any, settings: TrainSettings) -> str:
     return metric
 
 
+def _options(s: TrainSettings, metric: str) -> dict[str, Any]:
+    """The schedule's options; that which waits for a plateau is told in which direction the metric is better.
+
+    Raises FfnkitError for the other one.
+    """
+    options = dict(s.schedule_options)
+    if s.schedule == "reduce_lr_on_plateau":
+        mode = "max" if greater_is_better(metric) else "min"
+        if options.setdefault("mode", mode) != mode:
+            asked = f"schedule_options mode={options['mode']}"
+            raise FfnkitError(asked, f"of {metric} {'more' if mode == 'max' else 'less'} is better", "Leave it out")
+    return options
+
+
 def training_arguments(
     s: TrainSettings, metric: str, out_dir: str | Path, seed: int, name: str | None = None
 ) -> TrainingArguments:
     """The settings for transformers; ``name`` is what trackers call the run.
 
-    Raises FfnkitError for fp16 without a GPU and for what transformers refuses.
+    Raises FfnkitError for fp16 without a GPU, for a plateau that is none, and for what transformers refuses.
     """
     on_cpu = s.device == "cpu" or not torch.accelerator.is_available()
     if s.precision == "fp16" and on_cpu:
@@ -41,7 +55,7 @@ def training_arguments(
             output_dir=str(out_dir),
             learning_rate=s.learning_rate,
             lr_scheduler_type=s.schedule,
-            lr_scheduler_kwargs=dict(s.schedule_options),
+            lr_scheduler_kwargs=_options(s, metric),
             warmup_steps=s.warmup,
             weight_decay=s.weight_decay,
             adam_beta1=s.betas[0],

@@ -19,7 +19,7 @@ from ffnkit.model.targets import GROUPS, targets
 from ffnkit.model.trainable import head_modules, parts_of
 from ffnkit.surgery.beside_peft import ties_seen_to
 from ffnkit.surgery.untie import UntiedFfn, own_weights, plain_layer, retie, settle, untie
-from ffnkit.tune import masks, quantizing, zeros
+from ffnkit.tune import masks, quantizing, sparing, zeros
 from ffnkit.tune.ties import check_untied, own_modules, share_modules
 
 if TYPE_CHECKING:
@@ -56,13 +56,13 @@ def put_on(model: nn.Module, tuner: Lora, preparation: Preparation) -> nn.Module
         check_target(tuner.adapter_dir, "lora")
     before = ffns(model) if has_ffns(model) else []
     apart = any(ffn.tied and ffn.differing for ffn in before)  # folded, each gets weights of its own
-    masks.set_aside(model, preparation)
+    masked = masks.set_aside(model, preparation)
     share_modules(model)
     found = list(tuner.routers_of(model))
     heads = own_modules(model, head_modules(model)) if tuner.head else []
     still = has_ffns(model) and any(ffn.tied for ffn in ffns(model))
     parted = untie(cast(PreTrainedModel, model)) if tuner.tied == "each" and (still or not apart) else []
-    noted = zeros.note(model) if tuner.keep_zeros else None
+    noted = zeros.note(model) if tuner.keep_zeros or masked else {}
     flags = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     modules, parameters = targets(model, tuner.targets)
     separate = [f"{owner}.{site}" for each in parted for owner in each.owners for site in each.sites]
@@ -94,7 +94,8 @@ def put_on(model: nn.Module, tuner: Lora, preparation: Preparation) -> nn.Module
     tuned = adapted(model, lambda base: _with_adapters(base, config), ties, parted)
     if further := [part for part in tuner.modules_to_train if part != "head"]:  # that is a module of its own to peft
         _let_train(tuned, tuner, further)
-    if noted is not None:
+    sparing.spare(tuned, noted if tuner.keep_zeros else sparing.of(noted, masked))
+    if tuner.keep_zeros:
         zeros.hold(tuned, noted)
     return tuned
 

@@ -27,22 +27,27 @@ logger = logging.getLogger(__name__)
 _MASKS = "_ffnkit_masks"  # on a model that is tuned: the masks that were on it, as edits
 
 
-def set_aside(model: nn.Module, preparation: Preparation) -> None:
+def set_aside(model: nn.Module, preparation: Preparation) -> set[str]:
     """Fold factors and masks, in place, so that what adapts linears finds plain ones; thin pairs stay, as two linears.
 
     Folding stays when the tuner is undone, but for the masks: an adapter merged into a factor would be multiplied by
     it, and it makes no difference where the factor stands.
+
+    Returns:
+        The names of weights whose masks come on again.
     """
     if not any(is_reparametrized(module) and not isinstance(module, LowRank) for module in model.modules()):
-        return
+        return set()
     masks = list(masks_of(model))
+    named = {f"{name}.weight" for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, Masked)}
     fold(cast(PreTrainedModel, model), keep=(LowRank.kind,))
     preparation.from_here()
     if masks:
-        what = f"{len(masks)} masks come on again at the end, and what is trained at their zeros goes"
+        what = f"{len(masks)} masks come on again at the end, and nothing is learnt at their zeros"
         logger.warning("tuning %s: %s", type(model).__name__, what)
         object.__setattr__(model, _MASKS, masks)
         preparation.afterwards(partial(_mask, masks))
+    return named
 
 
 def put_back(model: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ffnkit.errors import FfnkitError
 from ffnkit.model.targets import targets
 from ffnkit.model.trainable import train_as_before, train_only
-from ffnkit.tune import masks
+from ffnkit.tune import masks, sparing, zeros
 
 if TYPE_CHECKING:
     from ffnkit.tune.kinds import MeProp
@@ -38,7 +38,7 @@ class _Cut(torch.autograd.Function):
 
 def put_on(model: nn.Module, tuner: MeProp, preparation: Preparation) -> nn.Module:
     """Let the linears' weights train, by the cut gradients; the cuts are taken away by :func:`take_off`."""
-    masks.set_aside(model, preparation)
+    masked = masks.set_aside(model, preparation)
     names, experts = targets(model, tuner.targets, tuner.layers)
     if experts or tuner.adapter_dir is not None or tuner.apart_dir is not None:
         what = f"{experts[0]} is one 3-D parameter" if experts else "it trains whole weights, which lie nowhere apart"
@@ -52,6 +52,8 @@ def put_on(model: nn.Module, tuner: MeProp, preparation: Preparation) -> nn.Modu
         chosen |= {id(linear.weight)}
         handles.append(linear.register_forward_hook(_cutting(tuner.density)))
     train_only(model, lambda parameter: id(parameter) in chosen)
+    if masked:
+        handles += sparing.spare_trained(model, sparing.of(zeros.note(model), masked))
     model.__dict__[_HOOKS] = handles
     return model
 

@@ -16,7 +16,7 @@ from ffnkit.model.trainable import remember
 from ffnkit.plans import Plan
 from ffnkit.surgery.apply import SAVING, apply, fold
 from ffnkit.surgery.planning import plan
-from ffnkit.tune import masks, zeros
+from ffnkit.tune import masks, sparing, zeros
 
 if TYPE_CHECKING:
     from ffnkit.tune.base import Updating
@@ -28,8 +28,8 @@ def put_on(model: nn.Module, tuner: Updating, preparation: Preparation) -> nn.Mo
     keep = preparation.keep
     found = tuner.routers_of(model)
     whole = cast(PreTrainedModel, model)
-    masks.set_aside(model, preparation)
-    noted = zeros.note(model) if tuner.keep_zeros else None
+    masked = masks.set_aside(model, preparation)
+    noted = zeros.note(model) if tuner.keep_zeros or masked else {}
     if keep is not None and processes.of_first(keep.is_file()):
         made = Plan.load(keep)
     else:
@@ -44,7 +44,8 @@ def put_on(model: nn.Module, tuner: Updating, preparation: Preparation) -> nn.Mo
             made = made if processes.is_first() else Plan.load(keep)  # rounding may choose other entries elsewhere
     remember(model)
     apply(whole, made)
-    if noted is not None:
+    sparing.spare(model, noted if tuner.keep_zeros else sparing.of(noted, masked))
+    if tuner.keep_zeros:
         zeros.hold(model, noted)
     for router in found.values():
         router.requires_grad_(tuner.routers == "trained")

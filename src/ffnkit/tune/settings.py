@@ -113,7 +113,20 @@ class TrainSettings(Checked):
     def _together(self) -> TrainSettings:
         if self.early_stopping is not None and not self.keep_best:
             raise ValueError("early_stopping needs keep_best, which names the checkpoint to stop at")
+        if self.schedule_options or self.schedule in ("cosine_with_min_lr", "warmup_stable_decay"):
+            self._check_schedule()
         return self
+
+    def _check_schedule(self) -> None:
+        """Raises ValueError for options that the schedule does not take, or lacks, before a model runs."""
+        import torch
+        from transformers.optimization import get_scheduler
+
+        options = dict(self.schedule_options)
+        try:
+            get_scheduler(self.schedule, torch.optim.SGD([torch.zeros(1, requires_grad=True)]), 0, 1, options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"schedule_options do not fit the schedule {self.schedule}: {error}") from None
 
     @model_serializer(mode="wrap")
     def _told(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

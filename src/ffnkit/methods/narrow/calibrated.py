@@ -107,8 +107,8 @@ class CalibratedFusion(Narrowing):
     effort: Annotated[
         Literal["fast", "default", "best"],
         Doc(
-            'values for what is not given: "fast" takes a third of the time or less, "best" three times as long (compress then '
-            "decides ridge and steps on held-out text)."
+            'values for what is not given: "fast" takes a third of the time or less, "best" three times as long '
+            "(compress then decides ridge and steps on held-out text)."
         ),
     ] = "default"
 

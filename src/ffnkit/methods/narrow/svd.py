@@ -38,7 +38,8 @@ class Svd(Narrowing):
     the data. A matrix whose inputs no token reached is truncated as it is.
 
     Source: MLP Fusion (arXiv 2307.08941), the baseline "SVD"; Eckart and Young 1936; of ``whiten``, SVD-LLM (arXiv
-        2403.07378), truncation-aware whitening. Differs: SVD-LLM then fine-tunes the thin matrices, one after the other.
+        2403.07378), truncation-aware whitening. Differs: SVD-LLM then fine-tunes the thin matrices, one
+        after the other.
     """
 
     width: Annotated[

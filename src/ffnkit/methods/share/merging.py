@@ -40,8 +40,9 @@ class Merging(Sharing):
     has groups of its own, of the same layer numbers.
 
     Source: Verma, Murray, Duh: Merging feed-forward sublayers (arXiv 2501.06126).
-    Differs: neurons are matched by their weights, the paper's by the outputs of up (``preset="paper"``); every window is searched, the last one too; padding does not count; the anchor counts once; each stack
-        has its own count of tokens.
+    Differs: neurons are matched by their weights, the paper's by the outputs of up (``preset="paper"``); every window
+        is searched, the last one too; padding does not count; the anchor counts once; each stack has its own count of
+        tokens.
     """
 
     groups: Annotated[

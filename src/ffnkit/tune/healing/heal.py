@@ -19,9 +19,13 @@ from torch import Tensor, nn
 from ffnkit.calibration.batches import Batch, kept
 from ffnkit.errors import FfnkitError
 from ffnkit.io.progress import counted, phase
+from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
+from ffnkit.nn.lowrank import LowRank
+from ffnkit.nn.masked import Masked
 from ffnkit.ops.masks import unpacked
 from ffnkit.ops.products import in_float32, is_widened
+from ffnkit.tasks.images.batches import tokens_each
 from ffnkit.tune import zeros
 from ffnkit.tune.answers import Kind, kind_of
 from ffnkit.tune.distil_trains import in_eval
@@ -37,6 +41,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
 WARMUP, FIRST = 0.05, 10  # share of the tokens until the rate is whole, and how many steps it takes at least
 LEAST = 0.05  # of the rate, at the end
+NOISE = 1e-7  # losses below are rounding of equal answers: there is nothing to gain or lose
 WORSE = 1.25  # times the loss before healing: a state that has lost its way, and is not on it under a large rate
 
 
@@ -122,8 +127,6 @@ def heal(
     settings = settings or HealSettings.model_validate({})
     if tokens is not None:
         settings = HealSettings.model_validate({**settings.model_dump(), "tokens": tokens})
-    if settings.trains == "lora":
-        _check_adapters(model)
     parts, decide = _parts(data, held)
     first = decide[next(iter(decide))][0]
     with in_eval(model), in_eval(original), in_float32(model, original):
@@ -131,14 +134,17 @@ def heal(
         model = undone(model)
         rate = settings.learning_rate or rate_of(model, original, settings.trains)
         noted = zeros.note(model)
-        folded = settings.trains == "lora" and any(ffn.special for ffn in ffns(model))
+        if settings.trains == "lora":
+            _check_adapters(model, noted)
+        folded = settings.trains == "lora" and any(_folds(ffn) for ffn in ffns(model))
         tuner = _tuner(settings)
         tuned = tuner.prepare(model)
         try:
             run = _Run(tuned, original, settings, kind, decide, noted, rate)
+            each = tokens_each(original.config) if hasattr(original, "config") else 1
             run.result.folded = folded
             with phase("healing") as step:
-                run.go(_Order(parts, seed), progress or step)
+                run.go(_Order(parts, seed, each), progress or step)
         finally:
             tuner.finish(tuned)
             zeros.restore(model, noted)
@@ -148,17 +154,28 @@ def heal(
 def _tuner(settings: HealSettings) -> Tuner:
     if settings.trains == "lora":
         return Lora.model_validate(
-            {"rank": settings.rank, "alpha": 2.0 * settings.rank, "head": False, "modules_to_train": ("norms",)}
+            {
+                **{"rank": settings.rank, "alpha": 2.0 * settings.rank, "head": False, "keep_zeros": True},
+                "modules_to_train": ("norms",),
+            }
         )
     return Full() if settings.trains == "all" else Ffn.model_validate({"head": False, "modules_to_train": ("norms",)})
 
 
-def _check_adapters(model: nn.Module) -> None:
+def _folds(ffn: FFN) -> bool:
+    """Whether adapters fold something of it: masks come on again, and thin pairs stay."""
+    return any(row["kind"] not in (Masked.kind, LowRank.kind) for row in ffn.special.values())
+
+
+def _check_adapters(model: nn.Module, noted: Mapping[str, Any]) -> None:
     apart = [ffn for ffn in ffns(model) if ffn.tied and ffn.differing]
     if apart:
         raise no_adapters(
             f"{apart[0].name} is shared by {len(apart[0].owners)} layers that keep something of their own"
         )
+    if experts := next((name for name, (_, shape) in noted.items() if len(shape) == 3), None):
+        what = f"weights of {experts} are zero, and adapters of experts in one parameter would fill them"
+        raise FfnkitError("healing with trains=lora", what, "Set trains to ffn")
 
 
 def rate_of(model: nn.Module, original: nn.Module, trains: str) -> float:
@@ -222,7 +239,7 @@ class _Run:
         due, waited, told = wanted / self.settings.checks, 0, []
         try:
             while result.tokens < wanted and waited < self.settings.patience:
-                batch = order.next()
+                batch, size = order.next()
                 here = result.tokens < local
                 if here and blocks is not None:
                     told.append(blocks.learn(batch))
@@ -231,7 +248,7 @@ class _Run:
                     loss = whole_loss(self.model, self.original, batch, self.kind, self.settings.states)
                     loss.backward()
                 self.masters.step(result.learning_rate * self._schedule(result.tokens / wanted))
-                result.tokens += size_of(batch)
+                result.tokens += size
                 result.steps += 1
                 what = "layer by layer" if here else "as a whole"
                 progress(min(result.tokens, wanted), wanted, what)
@@ -258,7 +275,7 @@ class _Run:
         """Measure this state, and keep it where it is the best so far; False where it is lost."""
         found = self._held()
         self.result.checks.append((self.result.tokens, found))
-        shares = [found[name] / max(before, 1e-12) for name, before in self.result.before.items()]
+        shares = [max(found[name], NOISE) / max(before, NOISE) for name, before in self.result.before.items()]
         score = sum(shares) / len(shares)
         if all(share <= 1.0 for share in shares) and score < self.least:  # what is NaN is no gain
             self.least, self.result.after, self.result.kept_at = score, found, self.result.tokens
@@ -281,16 +298,19 @@ class _Run:
 class _Order:
     """Batches of several texts in the order in which they are learned: each text by its share, a new draw a round."""
 
-    def __init__(self, parts: list[tuple[list[Batch], float]], seed: int) -> None:
+    def __init__(self, parts: list[tuple[list[Batch], float]], seed: int, each: int = 1) -> None:
+        self.each = each  # tokens of an image
         self.parts = [(batches, share) for batches, share in parts if batches and share > 0]
         self.spent = [0.0] * len(self.parts)
         self.rounds = [self._forever(batches, seed + number) for number, (batches, _) in enumerate(self.parts)]
 
-    def next(self) -> Batch:
+    def next(self) -> tuple[Batch, int]:
+        """A batch, and its tokens."""
         part = min(range(len(self.parts)), key=lambda n: self.spent[n] / self.parts[n][1])
         batch = next(self.rounds[part])
-        self.spent[part] += size_of(batch)
-        return batch
+        size = size_of(batch, self.each)
+        self.spent[part] += size
+        return batch, size
 
     @staticmethod
     def _forever(batches: list[Batch], seed: int) -> Iterator[Batch]:
@@ -300,14 +320,14 @@ class _Order:
                 yield batches[number]
 
 
-def size_of(batch: Batch) -> int:
-    """The tokens of a batch, padding left out; of images, rows."""
+def size_of(batch: Batch, each: int = 1) -> int:
+    """The tokens of a batch, padding left out; ``each`` is an image's."""
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
     if isinstance(mask, Tensor):
         return int(mask.ne(0).sum())
     if isinstance(ids, Tensor):
         return ids.numel()
-    return max(len(value) for value in batch.values() if isinstance(value, Tensor))
+    return each * max(len(value) for value in batch.values() if isinstance(value, Tensor))
 
 
 def _parts(
