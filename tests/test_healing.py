@@ -384,3 +384,26 @@ def test_command_line(small: tuple[Path, Path], tmp_path: Path) -> None:
         assert told in bad(*words, *wrong, "--out", tmp_path / "x"), wrong
     assert "--dry-run" in bad(*words, "--heal", "2k", "--dry-run")
     assert not (tmp_path / "x").exists()
+
+
+def test_data_of_healing_beside_a_method_that_reads_none(small: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, text = small
+    words = ("compress", folder, "--method", "random", "--set", "width=0.5", "--text", text, "--cost-tokens", 100)
+    out = ("--out", tmp_path / "out")
+    ran = good(*words, "--heal", "1k", *out, "--plan-out", tmp_path / "p.plan", "--json")
+    report = json.loads(ran.stdout)
+    assert set(report["healing"]["after"]) == {"in", "out"} and set(report["cost"]["stages"]["healed"]["places"]) == {
+        "in",
+        "out",
+    }
+    again = ("compress", folder, "--plan", tmp_path / "p.plan", "--text", text, "--cost-tokens", 100)
+    ran = good(*again, "--heal", "1k", "--out", tmp_path / "again", "--json")
+    assert set(json.loads(ran.stdout)["healing"]["after"]) == {"in", "out"}
+    assert "random uses no data" in bad(*words, "--dry-run")
+    assert "random uses no data" in bad(*words[:-1], 0, *out)
+
+
+def test_images_are_healed_by_a_task(tmp_path: Path) -> None:
+    FAMILIES["vit"].model().save_pretrained(tmp_path / "vit")
+    words = ("compress", tmp_path / "vit", "--method", "random", "--set", "width=0.5", "--out", tmp_path / "x")
+    assert "--heal 1k: it learns from data, no data are given" in bad(*words, "--heal", "1k")

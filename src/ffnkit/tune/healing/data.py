@@ -48,9 +48,9 @@ def healing_data(
         held = own.model_copy(update={"tokens": HELD, "batch_size": ROWS})
         decide = calibration_batches(model, tokenizer, held, task=task, rows=dev) if dev else []
         some = decide or calibration_batches(model, tokenizer, held, task=task, rows=rows)
-        each = tokens_each(model.config)
+        image = tokens_each(model.config)
         rows_read = sum(len(next(iter(batch.values()))) for batch in some)
-        size = sum(size_of(batch, each) for batch in some) / rows_read  # of a row
+        size = sum(size_of(batch, image) for batch in some) / rows_read  # of a row
         own = own.model_copy(update={"batch_size": settings.texts_a_step(size)})
         learned = calibration_batches(model, tokenizer, own, task=task, rows=rows, seed=seed)
         return [(learned, 1.0)], {task.name: decide} if decide else {}
