@@ -28,7 +28,7 @@ from ffnkit.budget.targets import Target, check_key_values, file_bytes, key_valu
 from ffnkit.calibration.blockwise import Blockwise
 from ffnkit.calibration.drift import BROKEN, Drift
 from ffnkit.calibration.latency import Spread
-from ffnkit.edits import DropLayer, ReplaceLinear, Rescale, Tie
+from ffnkit.edits import DropLayer, ReplaceLinear, ReplaceNeurons, Rescale, Tie
 from ffnkit.edits.order import check_normal
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.heads import left_out
@@ -804,3 +804,41 @@ def test_a_long_batch_is_timed_once_a_round(seconds: float, repeats: int, monkey
     model = FAMILIES["llama"].model()
     assert Speed(model, {"input_ids": torch.ones(1, 4, dtype=torch.long)}).ratio(()) == 1.0
     assert asked == [(1, 1)] * 2 + [(repeats, 0)] * 14
+
+
+def test_one_share_of_heads_competes_where_neurons_save_nothing() -> None:
+    model = FAMILIES["llama"].model()
+    method = fk.FitTo(kv=0.5, context=64, effort="fast")
+    told = fk.plan(model, method, data=batches("llama", model, 6)).report["target"]
+    assert any(each["how"].startswith("one share for all heads") for each in told["tried"])
+
+
+def test_windows_of_attentions_that_keep_their_heads_count_too() -> None:
+    """Layers with windows and without are told apart, though no heads of them may go."""
+    config = transformers.Olmo3Config(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, sliding_window=8, max_position_embeddings=64, pad_token_id=0,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    space = Space(transformers.Olmo3ForCausalLM(config), Target("kv", 0.7, 32), "all", ("layers",))
+    assert [each.saving for each in space.joints] == [1024, 4096, 1024, 4096]
+
+
+def test_of_a_time_what_comes_back_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rival of what was timed has its FLOPs alone in common with it: it is timed, or it is none."""
+    timed: list[Any] = []
+
+    def ratio(self: Any, edits: Any) -> float:
+        timed.append(sorted((edit.target, edit.width) for edit in edits if isinstance(edit, ReplaceNeurons)))
+        self.last = {"before": 1.0, "after": 0.9, "ratio": 0.9}
+        return 0.9
+
+    monkeypatch.setattr(Speed, "ratio", ratio)
+    model = FAMILIES["llama"].model()
+    plan = fk.plan(model, fk.FitTo(latency=0.9, parts=("neurons",), multiple=2), data=batches("llama", model, 6))
+    assert timed[-1] == sorted((edit.target, edit.width) for edit in plan.edits if isinstance(edit, ReplaceNeurons))
+
+
+def test_two_targets_are_one_too_many(tmp_path: Path) -> None:
+    words = ("compress", tmp_path, "--target", "params=0.8", "--target", "kv=0.5", "--out", tmp_path / "x")
+    assert "--target kv=0.5 is given too" in bad(*words)

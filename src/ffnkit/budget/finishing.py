@@ -49,14 +49,22 @@ class Finish:
 
     Args:
         method: how FFNs are fitted; None: in closed form alone. every: all candidates are fitted wholly, not just the
-            better one.
+            better one. keeps: whether a choice keeps what counts do not tell, a time.
     """
 
-    def __init__(self, search: Search, losses: Losses, method: CalibratedFusion | None, *, every: bool = False) -> None:
-        self.search, self.losses, self.method, self.every = search, losses, method, every
+    def __init__(
+        self,
+        search: Search,
+        losses: Losses,
+        method: CalibratedFusion | None,
+        *,
+        every: bool = False,
+        keeps: Callable[[Choice], bool] = lambda _: True,
+    ) -> None:
+        self.search, self.losses, self.method, self.every, self.keeps = search, losses, method, every, keeps
 
     def run(self, found: Tried) -> Assembled:
-        """The choice that was found, or its rival where that is better once it is fitted: one share for all FFNs."""
+        """The choice that was found, or its rival where that is better once it is fitted: one share for all."""
         start = Assembled(found, self.losses)
         if self.method is None:
             best = self._better(self._again(start), start)
@@ -77,10 +85,13 @@ class Finish:
     # --- steps
 
     def _rivals(self, found: Tried) -> list[Assembled]:
-        """One share for all FFNs beside another choice, and the best other choice beside one share."""
-        others = [each for each in self.search.tried if (each.label == ONE_SHARE) is not (found.label == ONE_SHARE)]
+        """One share for all beside another choice, and the best other choice beside one share."""
+        others = [each for each in self.search.tried if _even(each) is not _even(found)]
         near = [each for each in others if each.measured <= RIVAL * found.measured]
-        return [Assembled(min(near, key=lambda each: each.measured), self.losses)] if near else []
+        for each in sorted(near, key=lambda each: each.measured):
+            if self.keeps(each.choice):
+                return [Assembled(each, self.losses)]
+        return []
 
     def _again(self, start: Assembled) -> Assembled:
         """FFNs fitted in closed form, each on its own, to what they get without the layers and heads that went."""
@@ -116,6 +127,10 @@ class Finish:
 
     def _better(self, made: Assembled, start: Assembled) -> Assembled:
         return made if made.loss < start.loss else start
+
+
+def _even(tried: Tried) -> bool:
+    return tried.label.startswith(ONE_SHARE)
 
 
 TOLD: dict[Callable[..., Mended], str] = {

@@ -95,8 +95,8 @@ class Space:
         self.found = select(ffns(model), layers)
         self.whole = target.count(model)
         self.limit = target.limit(self.whole)
-        known = attentions(model)
-        self.attentions = [each for each in select(known, layers) if not _refused(each)] if known else []
+        self._known = attentions(model)
+        self.attentions = [each for each in select(self._known, layers) if not _refused(each)] if self._known else []
         self._every = [*(ffn.name for ffn in self.found), *(each.name for each in self.attentions)]
         self._saved: dict[Any, int] = {}
         self.blocks: dict[str, list[FFN]] = {}
@@ -198,7 +198,7 @@ class Space:
         inside = self.model.get_submodule(block).named_parameters()
         rows = tuple((path, tuple(p.shape), p.dtype) for path, p in inside)
         # layers may keep keys and values of windows of their own
-        windows = tuple(window(self.model, each) for each in self.attentions if each.name.startswith(f"{block}."))
+        windows = tuple(window(self.model, each) for each in self._known if each.name.startswith(f"{block}."))
         key = (kind, name.removeprefix(block), windows if self.target.kind == "kv" else (), rows)
         if key not in self._saved:
             self._saved[key] = self.whole - self.count(edits)

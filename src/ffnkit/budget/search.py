@@ -11,7 +11,7 @@ from ffnkit.ops.knapsack import cheapest
 AGAIN = 6  # joint moves that are measured beside those that were taken, a step, at most
 CANDIDATES = 8  # joint moves of the least loss for what they save that may be exchanged for others
 HOPELESS = 3.0  # times the least loss that is foreseen: more joint moves are not tried then
-ONE_SHARE = "one share for all FFNs"
+ONE_SHARE = "one share for all"
 TRIES = 8  # to keep the true count where the counts of single moves do not quite add up
 
 
@@ -63,10 +63,12 @@ class Search:
         Joint moves are taken one after the other, the one that loses least for what it saves, each measured beside
         those before it. What is missing then is filled by neurons and heads, by their foreseen losses. The most
         promising choices are assembled and measured, with their neighbours; so are narrowing alone, in one share for
-        all FFNs, and layers alone. What was measured corrects what is foreseen, for as many rounds as are asked for.
+        all FFNs (of heads, where neurons save nothing), and layers alone. What was measured corrects what is foreseen,
+        for as many rounds as are asked for.
         """
         path = self._path(self.joints)
-        self._try(ONE_SHARE, (), uniform=True)
+        kind = "FFNs" if any(each.kind == "neurons" for each in self.graded) else "heads"
+        self._try(f"{ONE_SHARE} {kind}", (), uniform=True)
         layers = [each for each in self.joints if each.kind == "layers"]
         ended = self._path(layers, to_the_end=True)
         for joint in ended[:0:-1]:
@@ -192,7 +194,8 @@ class Search:
         covered = {name for each in joint for name in each.covers}
         left = [each for each in self.graded if each.name not in covered]
         if uniform:
-            left = [each for each in left if each.kind == "neurons"]
+            kind = "neurons" if any(each.kind == "neurons" for each in left) else "heads"
+            left = [each for each in left if each.kind == kind]
         fixed = self.whole - sum(each.saving for each in joint) - sum(each.unit * each.whole for each in left)
         kept = _even(left, limit - fixed) if uniform else self._cheapest(left, limit - fixed)
         if uniform and kept is not None and not self.uniform:  # what one step of all would leave unused comes back

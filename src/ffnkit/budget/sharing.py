@@ -55,7 +55,7 @@ def shared_runs(space: Space, losses: Losses, data: Iterable[Batch], rate: float
             joint = space.add("sharing", run[0], run, tuple(_fitted(fitting, group, 0)))
             joint.alone = losses.together((joint,))
             best = min(best, found := joint.alone / max(joint.saving, 1e-12))
-            if found <= HOPELESS * rate:
+            if found <= HOPELESS * rate and joint.saving < space.whole - space.limit:  # else it keeps the target alone
                 grown.append(run)
         longer = [more for run in grown for row in rows if run[0] in row for more in _longer(run, list(row))]
         runs = [run for run in dict.fromkeys(longer) if run not in done and _bears(space, run)]

@@ -149,7 +149,7 @@ def check_key_values(model: Any, batch: Batch, asked: str) -> None:
         raise FfnkitError(asked, f"{type(model).__name__} keeps no keys and values ({why})", do) from error
     cache = getattr(found, "past_key_values", None)
     if cache is None or not _caching(model):
-        raise FfnkitError(asked, f"{type(model).__name__} keeps no keys and values: it does not write", do)
+        raise FfnkitError(asked, f"{type(model).__name__} keeps no keys and values where others do", do)
     held = sum(value.numel() * value.element_size() for value in _cached(cache))
     tokens = next((row[k].shape[1] for k in ("decoder_input_ids", "input_ids") if k in row), 0)
     # of a window transformers' cache keeps one token less from step to step: the next one joins them

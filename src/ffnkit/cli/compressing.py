@@ -67,8 +67,8 @@ def compress(
     multiple: Annotated[
         int | None, typer.Option("--multiple", min=1, help="With --budget, --target: a width's unit. \\[64 or 8]")
     ] = None,
-    target: Annotated[
-        str | None,
+    targeted: Annotated[
+        list[str] | None,
         typer.Option("--target", metavar="KIND=AMOUNT", help="params, flops, bytes, kv or latency that stay."),
     ] = None,
     context: Annotated[
@@ -128,6 +128,7 @@ def compress(
 
     Tune the result: ffnkit tune small ...
     """
+    target = targets.only(targeted)
     if out is None and not dry_run:
         raise FfnkitError("ffnkit compress", "neither --out nor --dry-run is given", "Add --out DIR to save the result")
     options.check_dtype(dtype)

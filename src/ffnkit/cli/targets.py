@@ -8,6 +8,14 @@ from ffnkit.cli import describe
 from ffnkit.errors import FfnkitError
 
 
+def only(given: list[str] | None) -> str | None:
+    """The one target. Raises FfnkitError for several."""
+    if given and len(given) > 1:
+        found = f"--target {given[1]} is given too, and one is met at a time"
+        raise FfnkitError(f"--target {given[0]}", found, "Give one; compress its result for the other")
+    return given[0] if given else None
+
+
 def fitting(
     target: str,
     context: int | None,

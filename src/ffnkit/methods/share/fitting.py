@@ -36,7 +36,9 @@ from ffnkit.plans import check_weights
 SELECTION = 0.3  # ridge of the choice, relative to the mean square of the activations
 BEFORE, ALONE = 1.0, 0.1  # of the output layer: a regression starts best from one that has hardly been fitted
 THIN = 1e-2  # and of a difference of low rank, which is fitted last
-CANDIDATES = 6144  # neurons among which a group's are chosen: their Gram matrix is of this size
+# Neurons among which a group's are chosen, whose Gram matrix is of this size: at most so many, and of narrow FFNs so
+# many times their width, or as many as cost next to nothing.
+CANDIDATES, TIMES, CHEAP = 6144, 4, 1024
 # Of how much a token counts to the norm that reads it. As it is, a token of massive values, which attention uses as a
 # sink, counts as nothing, and the model breaks without it; where all count alike, it is all that is fitted.
 POWER = 0.5
@@ -135,7 +137,8 @@ class Fitting:
         self, members: list[Member], act: Activation, width: int, ridge: float, extras: bool
     ) -> tuple[Neurons, list[Own]]:
         """Neurons chosen from the union, the output layer refitted; what members keep."""
-        most = max(CANDIDATES // len(members), -(-width // len(members)))
+        every = min(CANDIDATES, max(TIMES * width, CHEAP))
+        most = max(every // len(members), -(-width // len(members)))
         sizes = [_sizes(member, act) for member in members] if most < width else None
         candidates = union([member.neurons for member in members], most, sizes)
         moments = pooled(candidates, members, act)
