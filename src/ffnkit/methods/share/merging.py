@@ -19,7 +19,7 @@ from ffnkit.methods.common import Batch, generator, lifted, need_data
 from ffnkit.methods.share.fitting import Fitting
 from ffnkit.methods.share.grouping import Sharing
 from ffnkit.methods.share.refitting import Corrector, shared
-from ffnkit.methods.share.windows import Groups, Score, best, label, score_name, series
+from ffnkit.methods.share.windows import Groups, Score, best, check_score, label, score_name, series
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.ops.matching import Spread, assign, correlation, likeness, matched, spread
@@ -110,6 +110,10 @@ class Merging(Sharing):
         matches = self.match and self.take == "mean"
         return (self.features != "weights" and (matches or searches)) or self.correct != "none"
 
+    @property
+    def fits(self) -> bool:
+        return self.correct != "none"
+
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"score": score_name(self.score)}
 
@@ -124,6 +128,7 @@ class Merging(Sharing):
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         self.check()
+        check_score(self.score)
         started = time.perf_counter()
         candidates = self.chosen(model)
         held: Features | None = None
