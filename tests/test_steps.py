@@ -88,7 +88,8 @@ def test_weight_decay_leaves_factors_of_members_alone(tmp_path: Path) -> None:
     batches = [{"input_ids": torch.arange(8).view(2, 4) + seed} for seed in range(4)]
     fk.apply(model, fk.plan(model, fk.CalibratedMerging(layers="0-1", extra_rank=1, refine=0), data=batches))
     arguments = training_arguments(settings(weight_decay=0.5), "accuracy", tmp_path, 0)
-    names = Loop(model=model, args=arguments, train_dataset=rows(4, 0)).get_decay_parameter_names(model)
+    loop = Loop(model=model, args=arguments, train_dataset=rows(4, 0), eval_dataset=rows(4, 1))
+    names = loop.get_decay_parameter_names(model)
     own = [name for name, module in model.named_modules() if isinstance(module, Differing)]
     assert len(own) == 2
     for name in own:
