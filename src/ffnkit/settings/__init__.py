@@ -22,7 +22,7 @@ T = TypeVar("T")
 # Layers by expression ("last:8", "4-11"), or a list of these and of numbers; ffnkit.model.targets.select reads it. A
 # number alone is text too (see Setting._of_type): a union with int would take True.
 WhichLayers = str | Sequence[int | str]
-_WORDS = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}
+_WORDS: dict[Any, str] = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}
 _WORDS |= {type(None): "null", dict: "names with values", Mapping: "names with values", Callable: "a function"}
 
 

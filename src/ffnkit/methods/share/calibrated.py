@@ -18,7 +18,7 @@ from ffnkit.methods.common import Batch, need_data
 from ffnkit.methods.share.fitting import Fit, Fitting
 from ffnkit.methods.share.grouping import Sharing
 from ffnkit.methods.share.search import Search
-from ffnkit.methods.share.windows import Groups, Score, alike, check_score, label, score_name
+from ffnkit.methods.share.windows import Groups, Score, alike, computable, label, score_name
 from ffnkit.model.ffn import FFN
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc
@@ -130,7 +130,7 @@ class CalibratedMerging(Sharing):
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         started = time.perf_counter()
         self.check()
-        check_score(self.score)
+        score = computable(self.score)
         choices = self.chosen(model)
         found = list({ffn.name: ffn for groups in choices for group in groups for ffn in group}.values())
         fit, held = apart(need_data(data, self.name))
@@ -138,7 +138,7 @@ class CalibratedMerging(Sharing):
         groups = choices[0]
         told: dict[str, float] = {}
         if self.searches:
-            measure = Drift(model, held) if self.score is None else _lower(self.score, model)
+            measure = Drift(model, held) if score is None else _lower(score, model)
             search = Search(
                 model, measure, lambda group: self._fit(fitting, group, 0).edits(group, self.extras), progress
             )

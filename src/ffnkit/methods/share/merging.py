@@ -19,7 +19,7 @@ from ffnkit.methods.common import Batch, generator, lifted, need_data
 from ffnkit.methods.share.fitting import Fitting
 from ffnkit.methods.share.grouping import Sharing
 from ffnkit.methods.share.refitting import Corrector, shared
-from ffnkit.methods.share.windows import Groups, Score, best, check_score, label, score_name, series
+from ffnkit.methods.share.windows import Groups, Score, best, computable, label, score_name, series
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.ops.matching import Spread, assign, correlation, likeness, matched, spread
@@ -128,7 +128,7 @@ class Merging(Sharing):
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         self.check()
-        check_score(self.score)
+        score = computable(self.score)
         started = time.perf_counter()
         candidates = self.chosen(model)
         held: Features | None = None
@@ -144,7 +144,7 @@ class Merging(Sharing):
         if self.groups == "similar":
             candidates = [self._similar(model, held)]
         work = _Work(self, held, corrector, progress, {pair for groups in candidates for pair in self._pairs(groups)})
-        chosen, scores = best(model, candidates, self.score, lambda groups: work.edits(groups)[0], work.alike)
+        chosen, scores = best(model, candidates, score, lambda groups: work.edits(groups)[0], work.alike)
         edits, quantities = work.edits(chosen)
         report: dict[str, Any] = {"groups": [[ffn.name for ffn in group] for group in chosen], "layers": label(chosen)}
         if scores:

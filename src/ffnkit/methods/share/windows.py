@@ -68,17 +68,18 @@ def score_name(score: Score | None) -> str | None:
     return score if score is None or isinstance(score, str) else getattr(score, "__name__", type(score).__name__)
 
 
-def check_score(score: Score | None) -> None:
-    """Raises FfnkitError where a score is still the name of a metric."""
+def computable(score: Score | None) -> Callable[[nn.Module], float] | None:
+    """A score as a function. Raises FfnkitError where it is still the name of a metric."""
     if isinstance(score, str):
         do = "Give a function of the model, or a task: ffnkit.tune.scorer makes one"
         raise FfnkitError(f"score={score}", "the name of a metric alone cannot be computed", do)
+    return score
 
 
 def best(
     model: nn.Module,
     candidates: list[Groups],
-    score: Score | None,
+    score: Callable[[nn.Module], float] | None,
     edits: Callable[[Groups], list[Edit]],
     proxy: Callable[[Groups], float],
 ) -> tuple[Groups, dict[str, float]]:
