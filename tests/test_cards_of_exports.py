@@ -16,6 +16,7 @@ import ffnkit as fk
 from ffnkit.checkpoint.export import written_widths
 from ffnkit.cli import console, forms
 from ffnkit.cli.history import History
+from ffnkit.io.architectures import empty_model
 from ffnkit.model.finding import ffns
 
 
@@ -143,3 +144,13 @@ def test_widths_that_no_config_names_save_in_no_standard_form(name: str, layers:
     early, planned = said
     assert told and f"no config of {type(model).__name__} names the width" in early and early.endswith("form saves")
     assert "no width saves there" in planned
+
+
+@pytest.mark.parametrize("layers", ["all", "last:1"])
+def test_what_a_compact_source_saves_is_said_of_its_own_widths(layers: str, said: list[str], tmp_path: Path) -> None:
+    model, _ = narrowed("llama", "first:1")
+    fk.save(model, tmp_path)
+    source = empty_model(str(tmp_path))
+    method = fk.Fusion(width=0.5, restarts=1, layers=layers)
+    assert forms.warn_early(source, method.chosen(source)) == (layers != "all")
+    assert [line for line in said if "names the width" in line] == []

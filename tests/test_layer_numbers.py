@@ -353,3 +353,11 @@ def test_the_trial_takes_few_tokens_of_a_long_batch() -> None:
     try_out(model, plan.edits, batch)
     handle.remove()
     assert seen and all(shape[-1] == running.FEW and shape[0] <= 2 for shape in seen)
+
+
+@pytest.mark.parametrize("layers", ["1", "0-1", [2, 1]])
+def test_a_layer_that_shares_an_ffn_is_told_whose(layers: Any) -> None:
+    model = FAMILIES["llama"].model()
+    fk.apply(model, fk.plan(model, fk.Merging(layers="0-1")))
+    with pytest.raises(FfnkitError, match="layer 1 shares the FFN of layer 0"):
+        fk.plan(model, fk.Fusion(width=0.5, layers=layers))

@@ -14,6 +14,7 @@ import ffnkit as fk
 from ffnkit.calibration.drift import Drift, apart
 from ffnkit.calibration.reading import output_metric
 from ffnkit.errors import FfnkitError
+from ffnkit.methods import build
 from ffnkit.model.finding import ffns
 from ffnkit.ops import local, sharing
 from ffnkit.ops.matching import assign, likeness
@@ -31,6 +32,80 @@ def test_a_search_among_edited_ffns_is_refused_before_it_starts(method: Any, mon
     monkeypatch.setattr("ffnkit.methods.share.merging.Features", None)
     with pytest.raises(FfnkitError, match=r"edited already \(down is scaled\)"):
         fk.plan(model, method, data=data)
+
+
+def unlike(*widths: float) -> Any:
+    """A model whose first layers are narrower than the last."""
+    model = FAMILIES["llama"].model()
+    for layer, width in enumerate(widths):
+        fk.apply(model, fk.plan(model, build("magnitude", width=width, layers=str(layer))))
+    return model
+
+
+SEARCHES = [fk.Merging(window=2), fk.CalibratedMerging(window=2, refine=0), fk.CalibratedMerging(keep=2, refine=0)]
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_searches_offer_neighbours_of_one_shape_and_refuse_before_data_where_there_are_none(
+    method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = unlike(0.5)
+    data = [FAMILIES["llama"].inputs(model, seed=seed) for seed in range(4)]
+    assert fk.plan(model, method, data=data).report["layers"] == "1-2"
+    monkeypatch.setattr("ffnkit.methods.share.fitting.Features", None)  # nothing is measured
+    with pytest.raises(FfnkitError, match="of one shape"):
+        fk.plan(unlike(0.5, 0.75), method, data=data)
+    with pytest.raises(FfnkitError, match="of one shape"):
+        fk.plan(model, type(method)(keep=1), data=data)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [fk.CalibratedMerging(layers="0,2"), fk.CalibratedMerging(keep=1), fk.Merging(layers="0,2", correct="output")],
+)
+def test_what_is_fitted_to_members_is_refused_where_some_share_already(
+    method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = FAMILIES["llama"].model()
+    fk.apply(model, fk.plan(model, fk.Merging(layers="0-1")))
+    monkeypatch.setattr("ffnkit.methods.share.fitting.Features", None)  # nothing is measured
+    with pytest.raises(FfnkitError, match=r"shared already, with model.layers.1.mlp\. .* export") as caught:
+        fk.plan(model, method, data=[FAMILIES["llama"].inputs(model)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"groups": []}, "no group"),
+        ({"window": 2, "score": 3}, "a function"),
+        ({"window": 2, "score": "accuracy"}, "the name of a metric alone"),
+        ({"layers": "all", "extra_rank": 500}, "a rank of 16 at most"),
+        ({"layers": "0-1", "extra_rank": 14}, "keep 1,168 numbers of their own, and sharing saves 1,152"),
+        ({"keep": 2, "extra_rank": 14}, "keep 1,168 numbers of their own, and sharing saves 1,152"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_measured(
+    settings: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ffnkit.methods.share.fitting.Features", None)
+    monkeypatch.setattr("ffnkit.methods.share.merging.Features", None)
+    model = FAMILIES["llama"].model()
+    data = [FAMILIES["llama"].inputs(model)]
+    with pytest.raises(FfnkitError, match=words):
+        fk.plan(model, fk.CalibratedMerging(**settings), data=data)
+    if "extra_rank" not in settings:
+        with pytest.raises(FfnkitError, match=words):
+            fk.plan(model, fk.Merging(features="up", **settings), data=data)
+
+
+@pytest.mark.parametrize(("family", "left_out"), [("qwen2-moe", "experts"), ("siglip", "head")])
+def test_what_cannot_share_is_left_out_of_all_layers(family: str, left_out: str) -> None:
+    model = FAMILIES[family].model()
+    (groups,) = fk.Merging(layers="all").chosen(model)
+    assert groups and not any(left_out in ffn.name.split(".") for group in groups for ffn in group)
+    with pytest.raises(FfnkitError, match="a group of one"):
+        fk.Merging(layers="1" if family == "qwen2-moe" else "0").chosen(model)
 
 
 def members(bias: bool) -> list[Member]:

@@ -12,8 +12,9 @@ from families import FAMILIES
 from tolerance import assert_close
 from torch import Tensor
 
+import ffnkit as fk
 from ffnkit.analysis.similarity import similarity
-from ffnkit.calibration.features import attention_outputs
+from ffnkit.calibration.features import Features, attention_outputs
 from ffnkit.errors import FfnkitError
 from ffnkit.model.finding import ffns
 from ffnkit.ops.similarity import gram_cka, linear_cka, rbf_gram, unbiased_cka
@@ -199,3 +200,32 @@ def test_the_most_alike_neighbours_where_widths_differ() -> None:
 
     assert said([nan, nan, nan], [0.1, 0.7, 0.3]) == "b and c"
     assert said([nan, 0.2, 0.8], [0.9, 0.1, 0.1]) == said([0.8, 0.2, nan][::-1], [0.9, 0.1, 0.1]) == "c and d"
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("tokens", [20, 10000])
+def test_layers_that_share_an_ffn_are_compared_as_if_each_had_its_own(name: str, tokens: int) -> None:
+    model, alone = (FAMILIES[name].model() for _ in range(2))
+    data = [FAMILIES[name].inputs(model, seed=seed) for seed in range(4)]
+    for each in (model, alone):
+        ffns(each)[1].write(ffns(each)[0].raw())
+    fk.apply(model, fk.plan(model, fk.Merging(layers="0-1", take="anchor")))
+    assert ffns(model)[0].tied
+    found, wanted = (similarity(each, data, tokens=tokens) for each in (model, alone))
+    assert (found.layers, found.tokens) == (wanted.layers, wanted.tokens)
+    for key, matrix in wanted.matrices[""].items():
+        assert_close(torch.tensor(found.matrices[""][key]), torch.tensor(matrix), rel=1e-5, what=key)
+    merging = fk.Merging(layers="0,2", features="up", tokens=tokens)
+    first, second = (fk.plan(each, merging, data=data).quantities[ffns(model)[1].name] for each in (model, alone))
+    assert first == pytest.approx(second, rel=1e-5)
+
+
+def test_tokens_that_have_no_partners_are_refused_however_many_they_are() -> None:
+    model = FAMILIES["bert"].model()
+    first, second, *_ = ffns(model)
+    second.module.register_forward_hook(lambda module, args, output: module.again(args[0]))  # runs twice in a pass
+    second.module.again = second.module.forward
+    data = [FAMILIES["bert"].inputs(model, seed=seed) for seed in range(4)]
+    kinds = {each.name: ["output"] for each in (first, second)}
+    with pytest.raises(FfnkitError, match="tokens where other layers"):
+        Features(model, data, [first, second], kinds, 8)

@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 
 import ffnkit as fk
 from ffnkit.methods.update.coefficients import with_coefficients
+from ffnkit.nn.differing import Differing
 from ffnkit.tune.arguments import training_arguments
 from ffnkit.tune.loop import Loop
 
@@ -80,6 +81,19 @@ def test_weight_decay_leaves_factors_alone(tmp_path: Path) -> None:
     factors = {name for name in trained if name.endswith(("bias", "coefficients")) or "LayerNorm" in name}
     assert kept == factors and len([name for name in kept if name.endswith("coefficients")]) == 4
     assert {name.rpartition(".")[2] for name in trained - kept} >= {"up", "down", "values", "weight"}
+
+
+def test_weight_decay_leaves_factors_of_members_alone(tmp_path: Path) -> None:
+    model = bert()
+    batches = [{"input_ids": torch.arange(8).view(2, 4) + seed} for seed in range(4)]
+    fk.apply(model, fk.plan(model, fk.CalibratedMerging(layers="0-1", extra_rank=1, refine=0), data=batches))
+    arguments = training_arguments(settings(weight_decay=0.5), "accuracy", tmp_path, 0)
+    loop = Loop(model=model, args=arguments, train_dataset=rows(4, 0), eval_dataset=rows(4, 1))
+    names = loop.get_decay_parameter_names(model)
+    own = [name for name, module in model.named_modules() if isinstance(module, Differing)]
+    assert len(own) == 2
+    for name in own:
+        assert {n.rpartition(".")[2] for n in names if n.startswith(name)} == {"weight", "first", "second"}
 
 
 # Several processes ---------------------------------------------------------------------------------------------------

@@ -187,3 +187,21 @@ def test_what_a_target_takes_is_told_before() -> None:
     )
     assert fast.work is not None and default.work is not None and best.work is not None
     assert 0 < fast.work < default.work < best.work and fast.bytes > 0
+
+
+@pytest.mark.parametrize("parts", [("neurons", "attention"), ("neurons", "heads")])
+def test_attentions_of_layers_that_share_an_ffn_are_measured(parts: tuple[str, ...]) -> None:
+    model = lively()
+    rows = batches("llama", model, 8)
+    ffns(model)[1].write(ffns(model)[0].raw())
+    whole = losses_of(model, parts, rows).space
+    fk.apply(model, fk.plan(model, fk.Merging(layers="0-1", take="anchor")))
+    assert ffns(model)[0].tied
+    shared = losses_of(model, parts, rows).space
+    found, wanted = ({each.name: each.alone for each in space.joints} for space in (shared, whole))
+    assert found == pytest.approx(wanted, rel=1e-3)
+    found, wanted = ({e.name: e.costs for e in space.graded if e.kind == "heads"} for space in (shared, whole))
+    assert found.keys() == wanted.keys()
+    for name, costs in wanted.items():
+        assert found[name] == pytest.approx(costs, rel=1e-3)
+    fk.plan(model, fk.FitTo(params=0.9, parts=parts, effort="fast"), data=rows)

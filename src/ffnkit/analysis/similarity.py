@@ -13,10 +13,10 @@ from typing import Any
 from torch import nn
 
 from ffnkit.calibration.batches import Batch
-from ffnkit.calibration.features import Features
+from ffnkit.calibration.features import Features, layers_of
 from ffnkit.errors import FfnkitError
 from ffnkit.model.ffn import FFN
-from ffnkit.model.finding import ffns
+from ffnkit.model.finding import ffns, place
 from ffnkit.model.targets import select
 from ffnkit.ops.matching import assign, correlation, matched, spread
 from ffnkit.ops.similarity import (
@@ -139,17 +139,20 @@ def similarity(
     Raises:
         FfnkitError: mixtures of experts, a layer without attention, fewer than 4 tokens.
     """
-    found = select(ffns(model), layers)
+    chosen = select(ffns(model), layers)
+    found = [layer for ffn in chosen for layer in layers_of(ffn)]
+    place(found, model)
+    found.sort(key=lambda ffn: ffn.layer)  # those that share stand together up to here
     kinds = ["output", *(["attention"] if attention else []), *(["up"] if neurons else [])]
     paired = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and len({f.stack for f in found}) > 1
     if paired:
         kinds += ["texts", *(["attention texts"] if attention else [])]
     start = time.perf_counter()
-    held = Features(model, batches, found, {ffn.name: kinds for ffn in found}, tokens)
+    held = Features(model, batches, chosen, {ffn.name: kinds for ffn in chosen}, tokens)
     middle = time.perf_counter()
-    by_stack: dict[str, list[FFN]] = {}
+    by_stack: dict[str, list[FFN]] = {ffn.stack: [] for ffn in chosen}
     for ffn in found:
-        by_stack.setdefault(ffn.stack, []).append(ffn)
+        by_stack[ffn.stack].append(ffn)
     short = next((stack for stack in by_stack if held.tokens[stack] < 4), None)
     if short is not None:
         raise FfnkitError("comparing layers", f"{held.tokens[short]} tokens", "Give at least 4, better thousands")

@@ -166,16 +166,18 @@ class Losses:
             Blockwise(self.model, self.few, space.found) as probe,
         ):
             ending = Ending(probe, FEW)
+            own = {block_name(group[0].name) for group in runs.groups}
+            every = dict.fromkeys(block_name(each.name) for each in space.attentions)
+            for block in every:  # those in layers without an FFN of their own, while every layer still runs
+                if block not in own:
+                    self._leavings(block, graded, ending)
             for group in runs.groups:
                 seen = observing(group, 0)
                 runs.watch(group, seen.update, last=True)
                 self.nested |= {ffn.name: self._nested(ffn, seen) for ffn in group}
                 block = block_name(group[0].name)
                 self._narrowings([graded[ffn.name] for ffn in group if ffn.name in graded], ending, share)
-                for joint in space.joints:
-                    if joint.block == block:
-                        joint.alone = self._alone(joint, ending)
-                self._headings(block, graded, ending)
+                self._leavings(block, graded, ending)
                 runs.advance(group)
                 probe.advance(group)
                 self.tell(f"losses of {block or group[0].name}")
@@ -207,6 +209,13 @@ class Losses:
                 )
             each.costs = [float(curve[number]) * moved / max(errors, 1e-300) for number in each.options]
             each.costs[-1] = 0.0
+
+    def _leavings(self, block: str, graded: dict[str, Graded], ending: Ending) -> None:
+        """The losses of what goes as a whole, and of heads, in one block."""
+        for joint in self.space.joints:
+            if joint.block == block:
+                joint.alone = self._alone(joint, ending)
+        self._headings(block, graded, ending)
 
     def _alone(self, joint: Joint, ending: Ending) -> float:
         with shown(self.model, self.edits(Choice((joint,)))):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,7 +54,7 @@ class Joint:
     Attributes:
         name: of the layer, FFN or attention. kind: one of ``PARTS``. saving: of the target.
         block: the layer in which it begins. covers: the FFNs and attentions of which nothing can be chosen then.
-        edits: what does it. alone: the loss where nothing else goes.
+        edits: what does it. alone: the loss where nothing else goes; infinite until it is measured.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Joint:
     block: str
     covers: tuple[str, ...]
     edits: tuple[Edit, ...]
-    alone: float = 0.0
+    alone: float = math.inf
 
 
 @dataclass(frozen=True)

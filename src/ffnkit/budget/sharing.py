@@ -88,7 +88,7 @@ def _bears(space: Space, run: Run) -> bool:
         METHOD.fitting([group])
     except FfnkitError:
         return False
-    return not any(ffn.tied for ffn in group)
+    return True
 
 
 def _longer(run: Run, row: list[str]) -> list[Run]:

@@ -31,12 +31,21 @@ POOLED = {"texts": "output", "attention texts": "attention"}  # means over each 
 class Features:
     """Features (tokens, columns), float32, of FFNs by name and kind; row i is the same token for all FFNs of a stack.
 
+    Layers that share an FFN each have features of their own, under the names of its owners.
+
     Attributes:
         tokens: how many rows there are, by stack.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Iterable[Batch], found: list[FFN], kinds: dict[str, list[str]], most: int
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        found: list[FFN],
+        kinds: dict[str, list[str]],
+        most: int,
+        *,
+        aligned: bool = True,
     ) -> None:
         """Run the model over ``batches`` until each stack has ``most`` tokens; padding is left out.
 
@@ -45,12 +54,14 @@ class Features:
                 "gate" (their linears' outputs, (n, ff)), "hidden" (what down receives), "output" (n, d), "attention"
                 (what the self-attention of its layer adds, (n, d)); "texts" and "attention texts" are the means of
                 output and attention over the tokens of each text, (texts, d), the same texts in every stack.
+            aligned: FFNs of a stack that see other tokens than others are refused.
 
         Raises:
             FfnkitError: routed experts, FFNs that run several times in a pass, no batches.
         """
         self._held: dict[tuple[str, str], Rows] = defaultdict(partial(Rows, most))
-        self._count = {ffn.name: 0 for ffn in found}
+        places = [place for ffn in found for place in layers_of(ffn)]
+        self._count = {place.name: 0 for place in places}
         self._kinds, self._most = kinds, most
         for ffn in found:
             if ffn.experts or ffn.active < 1:
@@ -58,19 +69,25 @@ class Features:
                 raise FfnkitError(f"features of {ffn.name}", what, "Name layers without routed experts")
         self._attended: dict[str, Tensor] = {}
         self._texts = 0  # in the batch at hand
-        wanted = [ffn for ffn in found if {"attention", "attention texts"} & {*kinds[ffn.name]}]
+        attending = {ffn.name for ffn in found if {"attention", "attention texts"} & {*kinds[ffn.name]}}
+        wanted = [place for ffn in found if ffn.name in attending for place in layers_of(ffn)]
         batches = kept(batches) if wanted else batches
-        with self._attention(model, list(islice(batches, 1)) if wanted else [], wanted):
+        first = list(islice(batches, 1)) if wanted else []
+        self._at = {ffn.name: ffn.name for ffn in found}  # the place at which each FFN runs
+        with self._attention(model, first, wanted), self._placing(model, found):
             watch(model, self._until_full(batches), found, self._receive)
         self.tokens: dict[str, int] = {}
-        for ffn in found:
-            count = self.tokens.setdefault(ffn.stack, self._count[ffn.name])
+        given: dict[str, int] = {}
+        for place in places:
+            count = self._count[place.name]
+            other = given.setdefault(place.stack, count)
+            self.tokens.setdefault(place.stack, min(count, most))
             if count < 2:
-                raise FfnkitError(f"features of {ffn.name}", f"{count} tokens, too few to compare", "Give more data")
-            if self._count[ffn.name] != count:
-                what = f"{self._count[ffn.name]} tokens where other layers of its stack have {count}"
+                raise FfnkitError(f"features of {place.name}", f"{count} tokens, too few to compare", "Give more data")
+            if aligned and count != other:
+                what = f"{count} tokens where other layers of its stack have {other}"
                 do = "Name layers that run once in a pass, on the same tokens"
-                raise FfnkitError(f"features of {ffn.name}", what, do)
+                raise FfnkitError(f"features of {place.name}", what, do)
 
     def get(self, name: str, kind: str) -> Tensor:
         """(tokens, columns), float32, on the CPU."""
@@ -84,36 +101,54 @@ class Features:
             yield batch
 
     def _receive(self, ffn: FFN, acts: Activations) -> None:
-        rows = acts.kept()
+        rows, name = acts.kept(), self._at[ffn.name]
         for kind in self._kinds[ffn.name]:
             if kind in POOLED:
-                values = self._means(ffn, acts, self._whole(ffn, acts) if "attention" in kind else acts.output)
+                values = self._means(name, acts, self._whole(name, acts) if "attention" in kind else acts.output)
             else:
-                values = self._attention_of(ffn, acts) if kind == "attention" else _values(ffn, rows, kind)
-            self._held[ffn.name, kind].update(values)
-        self._count[ffn.name] = min(self._count[ffn.name] + len(rows.input), self._most)
+                values = self._attention_of(name, acts) if kind == "attention" else _values(ffn, rows, kind)
+            self._held[name, kind].update(values)
+        self._count[name] += len(rows.input)
 
-    def _means(self, ffn: FFN, acts: Activations, values: Tensor) -> Tensor:
+    def _means(self, name: str, acts: Activations, values: Tensor) -> Tensor:
         """The means over the tokens of each text that count, (texts, d)."""
         if len(values) % self._texts:
             what = f"it gets {len(values)} tokens of {self._texts} texts"
-            raise FfnkitError(f"features of {ffn.name}", what, "Compare layers of one stack only")
+            raise FfnkitError(f"features of {name}", what, "Compare layers of one stack only")
         counts = (torch.ones(len(values)) if acts.weights is None else acts.weights > 0).to(values)
         counts = counts.view(self._texts, -1, 1)
         sums = (values.view(self._texts, -1, values.shape[-1]) * counts).sum(dim=1)
         return sums / counts.sum(dim=1).clamp_min(1)
 
-    def _attention_of(self, ffn: FFN, acts: Activations) -> Tensor:
-        values = self._whole(ffn, acts)
+    def _attention_of(self, name: str, acts: Activations) -> Tensor:
+        values = self._whole(name, acts)
         return values if acts.weights is None else values[acts.weights > 0]
 
-    def _whole(self, ffn: FFN, acts: Activations) -> Tensor:
+    def _whole(self, name: str, acts: Activations) -> Tensor:
         """What the attention of the FFN's layer gave, padding too."""
-        values = self._attended[ffn.name]
+        values = self._attended[name]
         if len(values) != len(acts.input):
             what = f"it gives {len(values)} tokens where the FFN gets {len(acts.input)}"
-            raise FfnkitError(f"the attention before {ffn.name}", what, "Compare the FFNs only")
+            raise FfnkitError(f"the attention before {name}", what, "Compare the FFNs only")
         return values
+
+    @contextmanager
+    def _placing(self, model: nn.Module, found: list[FFN]) -> Iterator[None]:
+        """While the block runs, of FFNs that layers share the place at which each runs."""
+        handles = []
+
+        def enter(name: str, place: str, *_: Any) -> None:
+            self._at[name] = place
+
+        try:
+            for ffn in found:
+                for place in layers_of(ffn) if ffn.tied else ():
+                    module = model.get_submodule(block_name(place.name))
+                    handles.append(module.register_forward_pre_hook(partial(enter, ffn.name, place.name)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @contextmanager
     def _attention(self, model: nn.Module, first: list[Batch], found: list[FFN]) -> Iterator[None]:
@@ -130,6 +165,12 @@ class Features:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def layers_of(ffn: FFN) -> list[FFN]:
+    """The layers that share an FFN, as FFNs of their own; the FFN alone where its layers are not told apart."""
+    blocks = {block_name(name) for name in ffn.owners}
+    return ffn.apart() if len(blocks) == len(ffn.owners) and "" not in blocks else [ffn]
 
 
 def _values(ffn: FFN, acts: Activations, kind: str) -> Tensor:

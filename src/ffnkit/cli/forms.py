@@ -48,10 +48,10 @@ def warn_early(model: Any, chosen: Any) -> bool:
             kind of thing, of which nothing is said yet.
     """
     from ffnkit.checkpoint.sizes import FIXED
-    from ffnkit.model.config_keys import width_keys
     from ffnkit.model.config_values import Place, entry
     from ffnkit.model.ffn import FFN
     from ffnkit.model.finding import ffns
+    from ffnkit.surgery.description import width_keys
 
     if not isinstance(chosen, list) or not chosen or not all(isinstance(row, tuple) for row in chosen):
         return False

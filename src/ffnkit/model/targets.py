@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TypeVar
 
 from torch import Tensor, nn
 
 from ffnkit.errors import FfnkitError
 from ffnkit.model.attention import attention_linears, attentions
-from ffnkit.model.finding import Placed, ffns
+from ffnkit.model.finding import Placed, block_name, ffns
 from ffnkit.model.linear import check_editable, is_linear, linears, parameters, stored_weight
 from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.reparametrized import ReparametrizedLinear
@@ -44,7 +45,7 @@ def select(found: list[AnyPlaced], layers: WhichLayers) -> list[AnyPlaced]:
                 raise _no_layers(layers, by_stack, f"there is no stack '{head}'")
             stacks, named = [head], rest
         numbers = {(stack, n) for stack in stacks for n in _numbers(named, by_stack[stack])}
-        missing = _missing(named, [by_stack[stack] for stack in stacks])
+        missing = _missing(named, [by_stack[stack] for stack in stacks], _twins(found, stacks))
         if missing or not numbers:
             raise _no_layers(layers, by_stack, missing or f"'{part}' is not a layer expression")
         chosen |= numbers
@@ -70,7 +71,14 @@ def _numbers(expression: str, present: list[int]) -> set[int]:
     return {number for number in present if number in wanted}
 
 
-def _missing(expression: str, stacks: list[list[int]]) -> str:
+def _twins(found: Sequence[Placed], stacks: list[str]) -> dict[int, int]:
+    """Layers that have what they use from another one, and from which, by number."""
+    near = [each for each in found if each.stack in stacks]
+    shared = [(block_name(name), each.layer) for each in near for name in getattr(each, "tied", ())]
+    return {int(number): layer for block, layer in shared if (number := block.rpartition(".")[2])}
+
+
+def _missing(expression: str, stacks: list[list[int]], twins: dict[int, int]) -> str:
     """What an expression asks for that no stack has, or ""."""
     count = max(max(present) for present in stacks) + 1
     if match := re.fullmatch(rf"(?:last|first):({_NUMBER})", expression):
@@ -81,7 +89,8 @@ def _missing(expression: str, stacks: list[list[int]]) -> str:
             return f"the range '{expression}' runs backwards"
         for number in (low, high):
             if not any(number in present for present in stacks):
-                return f"layer {number} has no FFN"
+                there = f"shares the FFN of layer {twins[number]}" if number in twins else "has no FFN"
+                return f"layer {number} {there}"
     return ""
 
 

@@ -20,10 +20,10 @@ from ffnkit.settings.presets import filled
 MISSING = dataclasses.MISSING
 T = TypeVar("T")
 # Layers by expression ("last:8", "4-11"), or a list of these and of numbers; ffnkit.model.targets.select reads it. A
-# number alone is text too (see _fits): a union with int would take True.
+# number alone is text too (see Setting._of_type): a union with int would take True.
 WhichLayers = str | Sequence[int | str]
-_WORDS = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}
-_WORDS |= {type(None): "null", dict: "names with values", Mapping: "names with values"}
+_WORDS: dict[Any, str] = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}
+_WORDS |= {type(None): "null", dict: "names with values", Mapping: "names with values", Callable: "a function"}
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,9 @@ class Setting:
         return next(value for value in tried if value is not None and self.doc.holds(value))
 
     def _of_type(self, value: Any) -> bool:
+        layers = str in self.kinds and any(_listed(get_origin(kind)) for kind in self.kinds)
+        if layers and isinstance(value, int) and not isinstance(value, bool):
+            return True  # layers=4 is read as "4"
         return any(_fits(value, kind) for kind in self.kinds)
 
     @property
@@ -161,8 +164,6 @@ def _fits(value: Any, kind: Any) -> bool:
     plain = get_origin(kind) or kind
     if plain is Literal:
         return value in get_args(kind)
-    if plain is str and isinstance(value, int):
-        return not isinstance(value, bool)  # layers=4 is read as "4"
     return isinstance(value, plain) and not (plain is Sequence and isinstance(value, str))
 
 

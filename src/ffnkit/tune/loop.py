@@ -23,6 +23,7 @@ from ffnkit.io.loading import no_bars
 from ffnkit.io.progress import Step
 from ffnkit.model.trainable import parts_of
 from ffnkit.nn.adapter_layer import adapter_layers, full_tensor
+from ffnkit.nn.differing import Differing
 from ffnkit.ops.products import fast_products
 from ffnkit.surgery.compressed import compressed_parameters
 from ffnkit.tasks.running import IGNORED, is_seq2seq, logits_of, target_counts
@@ -127,6 +128,7 @@ class Loop(Trainer):
         """Without biases, norms and factors, which mean nothing at zero."""
         spared = {id(p) for p in parts_of(model, ("biases", "norms"))}
         spared |= {id(layer.coefficients) for layer in adapter_layers(model).values()}
+        spared |= {id(module.scale) for module in model.modules() if isinstance(module, Differing)}
         names = {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in spared}
         return [name for name in super().get_decay_parameter_names(model) if name not in names]
 

@@ -20,7 +20,7 @@ from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, need_data
 from ffnkit.methods.drop.gaps import Gap, ffns_alone, mean_outputs, whole_layers
 from ffnkit.methods.drop.standing import stand_ins
-from ffnkit.methods.share.windows import Groups, Score, best, label, score_name, series, windows
+from ffnkit.methods.share.windows import Groups, Score, best, computable, label, score_name, series, windows
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
 from ffnkit.model.targets import select
@@ -96,6 +96,7 @@ class _Drop:
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         started = time.perf_counter()
         choices = self.chosen(model)
+        score = computable(self.score)
         scores: list[float] = []
         searched = len(choices) > 1 and self.score is None
         batches = kept(need_data(data, self.name, beyond="hidden states")) if searched or self.refit else []
@@ -103,7 +104,7 @@ class _Drop:
             scores = _proxies(model, batches, choices, self.worth)
         places = {id(groups): number for number, groups in enumerate(choices)}
         chosen, tried = best(
-            model, choices, self.score, partial(self.edits, model), lambda groups: scores[places[id(groups)]]
+            model, choices, score, partial(self.edits, model), lambda groups: scores[places[id(groups)]]
         )
         report: dict[str, Any] = {"groups": [[ffn.name for ffn in group] for group in chosen], "layers": label(chosen)}
         if tried:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar
 
 from torch import nn
@@ -17,7 +18,7 @@ from ffnkit.methods.common import Batch, need_data
 from ffnkit.methods.share.fitting import Fit, Fitting
 from ffnkit.methods.share.grouping import Sharing
 from ffnkit.methods.share.search import Search
-from ffnkit.methods.share.windows import Score, label, score_name
+from ffnkit.methods.share.windows import Groups, Score, alike, computable, label, score_name
 from ffnkit.model.ffn import FFN
 from ffnkit.plans import Draft, Progress
 from ffnkit.settings import Doc
@@ -78,6 +79,10 @@ class CalibratedMerging(Sharing):
     paper: ClassVar[str] = ""
     needs_data: ClassVar[bool] = True
 
+    @property
+    def fits(self) -> bool:
+        return True
+
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"score": score_name(self.score)}
 
@@ -87,26 +92,61 @@ class CalibratedMerging(Sharing):
             what = "members are to have nothing of their own (extras=False)"
             raise FfnkitError(f"extra_rank={self.extra_rank}", what, "Leave extras on, or extra_rank out")
 
+    def windows(self, rows: Groups) -> list[Groups]:
+        """Where groups grow, one choice: the runs of neighbours of one shape, in which they do."""
+        if self.window is not None:
+            return super().windows(rows)
+        found = [_runs(row) for row in rows]
+        for row, runs in zip(rows, found, strict=True):
+            goes, most = self.length(len(row)) - 1, len(row) - len(runs)
+            if goes > most:
+                what = f"neighbours of one shape can save {most}"
+                do = f"Give keep={len(row) - most} or more, or groups of one shape"
+                raise FfnkitError(f"saving {goes} of {len(row)} FFNs", what, do if most else "Use a narrowing method")
+            for run in runs:
+                self._check_saves(run if goes == most else run[:2])  # the smallest group that may come of it
+        return [[run for runs in found for run in runs if len(run) > 1]]
+
+    def fitting(self, groups: Groups) -> Groups:
+        for group in super().fitting(groups):
+            self._check_saves(group)
+        return groups
+
+    def _check_saves(self, group: list[FFN]) -> None:
+        """Raises FfnkitError where what the members keep of their own is no less than what sharing saves."""
+        ffn = group[0]
+        if self.extra_rank > (most := min(ffn.d, ffn.width)):
+            what = f"output layers of {ffn.d} x {ffn.width} differ by a rank of {most} at most"
+            raise FfnkitError(f"extra_rank={self.extra_rank}", what, f"Give a rank far below {most}")
+        bias = ffn.raw().down_bias
+        each = ffn.width + self.extra_rank * (ffn.width + ffn.d) if self.extras else 0
+        kept = len(group) * each
+        saved = (len(group) - 1) * (ffn.own_parameters - (0 if bias is None or not self.extras else len(bias)))
+        if len(group) > 1 and kept >= saved:
+            what = f"its members would keep {kept:,} numbers of their own, and sharing saves {saved:,}"
+            do = "Give a lower extra_rank, or more layers a group" if self.extra_rank else "Share with extras=false"
+            raise FfnkitError(f"merging {', '.join(one.name for one in group)}", what, do)
+
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         started = time.perf_counter()
         self.check()
-        if isinstance(self.score, str):
-            do = "Give a function of the model, or a task: ffnkit.tune.scorer makes one"
-            raise FfnkitError(f"score={self.score}", "the name of a metric alone cannot be computed", do)
-        asked = [] if self.searches else self.chosen(model)[0]
-        rows = self.stacks(model) if self.searches else []
-        found = [ffn for group in asked or rows for ffn in group]
+        score = computable(self.score)
+        choices = self.chosen(model)
+        found = list({ffn.name: ffn for groups in choices for group in groups for ffn in group}.values())
         fit, held = apart(need_data(data, self.name))
         fitting = Fitting(model, found, fit, held, self.tokens)
-        groups = asked
+        groups = choices[0]
         told: dict[str, float] = {}
         if self.searches:
-            measure = Drift(model, held) if self.score is None else _lower(self.score, model)
+            measure = Drift(model, held) if score is None else _lower(score, model)
             search = Search(
                 model, measure, lambda group: self._fit(fitting, group, 0).edits(group, self.extras), progress
             )
-            groups, told = search.run(rows, [self.length(len(one)) for one in rows], self.window, self.tries)
-            self.fitting(groups)
+            if self.window is not None:
+                groups, told = search.best_of(choices, self.tries)
+            else:
+                rows = self.stacks(model)
+                groups, told = search.grown(rows, [self.length(len(row)) - 1 for row in rows], self.tries)
         edits: list[Edit] = []
         quantities: dict[str, dict[str, float]] = {}
         for number, group in enumerate(groups, 1):
@@ -125,6 +165,17 @@ class CalibratedMerging(Sharing):
         return fitting.of(
             group, refine=refine, ridge=self.ridge, extras=self.extras, rank=self.extra_rank, seed=self.seed
         )
+
+
+def _runs(row: list[FFN]) -> Groups:
+    """Neighbours of one shape together."""
+    found = [row[:1]]
+    for before, ffn in pairwise(row):
+        if alike((before, ffn)):
+            found[-1].append(ffn)
+        else:
+            found.append([ffn])
+    return found
 
 
 def _lower(score: Any, model: nn.Module) -> Any:

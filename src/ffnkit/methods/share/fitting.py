@@ -78,7 +78,7 @@ class Fitting:
     def __init__(self, model: nn.Module, found: list[FFN], fit: list[Batch], held: list[Batch], tokens: int) -> None:
         kinds = {ffn.name: ["input", "output"] for ffn in found}
         self.seen = [
-            (Features(model, batches, found, kinds, most), output_metric(model, found, batches))
+            (Features(model, batches, found, kinds, most, aligned=False), output_metric(model, found, batches))
             for batches, most in ((fit, tokens), (held, max(tokens // HELD, 2)))
         ]
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 from torch import nn
 
 from ffnkit.errors import FfnkitError
-from ffnkit.methods.share.windows import Groups, series, windows
+from ffnkit.methods.share.windows import Groups, alike, series, signature, windows
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.targets import select
@@ -38,6 +38,11 @@ class Sharing:
     name: ClassVar[str] = "sharing"
 
     @property
+    def fits(self) -> bool:
+        """Whether the shared FFN is fitted to what each of its members gives."""
+        return False
+
+    @property
     def searches(self) -> bool:
         """Whether several choices are compared."""
         return any(value is not None for value in (self.window, self.remove)) or (
@@ -55,32 +60,47 @@ class Sharing:
         if len(given) != 1:
             found = f"{', '.join(given) or 'nothing'} says which layers"
             raise FfnkitError(self.name, found, f"Give one: {WANTED}")
+        if self.groups is not None and not len(self.groups):
+            raise FfnkitError("groups=[]", "no group is given", f"Give one: {WANTED}")
 
     def chosen(self, model: nn.Module) -> list[Groups]:
         """The groups to choose among: a list of groups for each choice, one choice where nothing is searched.
 
         Raises:
             FfnkitError: layers that are not there, in two groups, or alone in theirs; windows that do not fit;
-                mixtures of experts; FFNs of unlike shape in one group.
+                mixtures of experts and nothing beside them; FFNs of unlike shape in one group.
         """
         self.check()
         if not self.searches:
             asked = [self.layers] if self.layers is not None else list(self.groups or ())
             found = ffns(model)
-            return [self.fitting([rows for one in asked for rows in series(select(found, one))])]
+            able = {ffn.name for row in _able(series(found)) for ffn in row}
+            groups: Groups = []
+            for one in asked:
+                rows = series(select(found, one))
+                groups += [row for row in rows if row[0].name in able] or rows
+            return [self.fitting(groups)]
         rows = self.stacks(model)
-        found_windows = windows(rows, [self.length(len(one)) for one in rows], least=2)
-        return [self.fitting(groups) for groups in found_windows]
+        return [self.fitting(groups) for groups in self.windows(rows)]
+
+    def windows(self, rows: Groups) -> list[Groups]:
+        """The windows of FFNs of one shape. Raises FfnkitError where there is none."""
+        lengths = [self.length(len(one)) for one in rows]
+        found = [groups for groups in windows(rows, lengths, least=2) if all(map(alike, groups))]
+        if not found:
+            what = "no such window holds FFNs of one shape alone"
+            raise FfnkitError(f"a window of {max(lengths)} layers", what, "Give a shorter one, or groups of one shape")
+        return found
 
     def stacks(self, model: nn.Module) -> Groups:
         """The FFNs of each stack that may share at all. Raises FfnkitError where there are no two in one."""
         found = series(ffns(model))
-        rows = [one for one in found if len(one) > 1 and not one[0].experts and one[0].active == 1]
+        rows = _able(found)
         if not rows:
             self.fitting(found)
             raise FfnkitError(self.name, "no two FFNs of the model lie in one stack", "Use a narrowing method")
         for ffn in (each for row in rows for each in row):
-            ffn.check_plain(f"merging {ffn.name}")
+            self._check_own(ffn)
         return rows
 
     def length(self, layers: int) -> int:
@@ -113,14 +133,21 @@ class Sharing:
                 if ffn.name in seen:
                     raise FfnkitError(f"merging {ffn.name}", "it is in two groups", "Name each layer once")
                 seen.add(ffn.name)
-                ffn.check_plain(f"merging {ffn.name}")
-                mine, first = (_signature(each) for each in (ffn, group[0]))
+                self._check_own(ffn)
+                mine, first = (signature(each) for each in (ffn, group[0]))
                 if mine != first:
                     what = f"{ffn.name} is {mine} and {group[0].name} is {first}"
                     raise FfnkitError(f"merging {names}", what, "Name layers whose FFNs have one shape")
         return groups
 
+    def _check_own(self, ffn: FFN) -> None:
+        ffn.check_plain(f"merging {ffn.name}")
+        if self.fits and ffn.tied:
+            what = f"it is shared already, with {', '.join(ffn.tied)}"
+            do = "Share all of them in one plan, or export the model first: each layer then has an FFN of its own"
+            raise FfnkitError(f"merging {ffn.name}", what, do)
 
-def _signature(ffn: FFN) -> str:
-    bias = "with" if ffn.raw().down_bias is not None else "without"
-    return f"{ffn.d} x {ffn.width}{' gated' if ffn.gated else ''} {bias} bias"
+
+def _able(rows: Groups) -> Groups:
+    """The series whose FFNs may share: two or more, and no routed experts."""
+    return [one for one in rows if len(one) > 1 and not one[0].experts and one[0].active == 1]

@@ -19,7 +19,7 @@ from ffnkit.methods.common import Batch, generator, lifted, need_data
 from ffnkit.methods.share.fitting import Fitting
 from ffnkit.methods.share.grouping import Sharing
 from ffnkit.methods.share.refitting import Corrector, shared
-from ffnkit.methods.share.windows import Groups, Score, best, label, score_name, series
+from ffnkit.methods.share.windows import Groups, Score, best, computable, label, score_name, series
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.ops.matching import Spread, assign, correlation, likeness, matched, spread
@@ -111,6 +111,10 @@ class Merging(Sharing):
         matches = self.match and self.take == "mean"
         return (self.features != "weights" and (matches or searches)) or self.correct != "none"
 
+    @property
+    def fits(self) -> bool:
+        return self.correct != "none"
+
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"score": score_name(self.score)}
 
@@ -125,6 +129,7 @@ class Merging(Sharing):
 
     def draft(self, model: nn.Module, data: Iterable[Batch] | None, progress: Progress | None) -> Draft:
         self.check()
+        score = computable(self.score)
         started = time.perf_counter()
         candidates = self.chosen(model)
         held: Features | None = None
@@ -140,7 +145,7 @@ class Merging(Sharing):
         if self.groups == "similar":
             candidates = [self._similar(model, held)]
         work = _Work(self, held, corrector, progress, {pair for groups in candidates for pair in self._pairs(groups)})
-        chosen, scores = best(model, candidates, self.score, lambda groups: work.edits(groups)[0], work.alike)
+        chosen, scores = best(model, candidates, score, lambda groups: work.edits(groups)[0], work.alike)
         edits, quantities = work.edits(chosen)
         report: dict[str, Any] = {"groups": [[ffn.name for ffn in group] for group in chosen], "layers": label(chosen)}
         if scores:

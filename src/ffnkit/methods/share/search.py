@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ffnkit.edits import Edit
-from ffnkit.methods.share.windows import Groups, label, windows
+from ffnkit.methods.share.windows import Groups, alike, label
 from ffnkit.model.ffn import FFN
 from ffnkit.ops.neurons import Neurons
 from ffnkit.plans import Progress
@@ -34,26 +34,21 @@ class Search:
         self.told: dict[str, float] = {}
         self._fitted: dict[tuple[str, ...], list[Edit]] = {}
 
-    def run(self, rows: Groups, lengths: list[int], window: int | None, tries: int) -> tuple[Groups, dict[str, float]]:
-        """The groups, and every choice that was measured.
+    def best_of(self, choices: list[Groups], tries: int) -> tuple[Groups, dict[str, float]]:
+        """The best of these choices, and every one that was measured.
 
         Args:
-            rows: the FFNs of each stack. lengths: of the window in each, which says how many FFNs are to go.
-            window: adjacent layers that are to be one group; None: groups grow one layer at a time.
-            tries: choices measured at a time; those come first whose members the model can best do without.
+            tries: choices measured at most; those come first whose members the model can best do without.
         """
-        if window is None:
-            return self._grown(rows, [length - 1 for length in lengths], tries), self.told
-        choices = windows(rows, lengths, least=2)
         if len(choices) > tries:
-            alone = self._alone([ffn for one in rows for ffn in one])
+            alone = self._alone([ffn for groups in choices for group in groups for ffn in group])
             choices = sorted(choices, key=lambda groups: sum(_rank(group, alone) for group in groups))[:tries]
         if len(choices) == 1:
             return choices[0], self.told
         return min(choices, key=self._of), self.told
 
-    def _grown(self, rows: Groups, remove: list[int], tries: int) -> Groups:
-        """Neighbours become one, one step after the other, until so many FFNs of each stack are gone.
+    def grown(self, rows: Groups, remove: list[int], tries: int) -> tuple[Groups, dict[str, float]]:
+        """Neighbours of one shape become one, one step after the other, until so many FFNs of each stack are gone.
 
         At each step every choice is measured beside those taken before, or the ``tries`` that promise most.
         """
@@ -61,7 +56,8 @@ class Search:
         state = [[[ffn] for ffn in one] for one in rows]
         left = list(remove)
         while any(left):
-            choices = [(s, i) for s, groups in enumerate(state) if left[s] for i in range(len(groups) - 1)]
+            pairs = [(s, i) for s, groups in enumerate(state) if left[s] for i in range(len(groups) - 1)]
+            choices = [(s, i) for s, i in pairs if alike(state[s][i] + state[s][i + 1])]
             choices.sort(key=lambda c: _rank(state[c[0]][c[1]] + state[c[0]][c[1] + 1], alone))
             best: tuple[float, int, int] | None = None
             for stack, i in choices[:tries]:
@@ -72,7 +68,7 @@ class Search:
             _, stack, i = best
             state = self._all_joined(state, stack, i)
             left[stack] -= 1
-        return [group for groups in state for group in groups if len(group) > 1]
+        return [group for groups in state for group in groups if len(group) > 1], self.told
 
     def _all_joined(self, state: list[Groups], stack: int, i: int) -> list[Groups]:
         own = state[stack]
@@ -100,7 +96,7 @@ class Search:
     def _alone(self, found: list[FFN]) -> dict[str, float]:
         """How far the model moves without each FFN: what it costs at most, about, to give it up."""
         result = {}
-        for ffn in found:
+        for ffn in {each.name: each for each in found}.values():
             own = ffn.raw()
             nothing = Neurons(**{name: torch.zeros_like(value) for name, value in own.tensors().items()})
             with ExitStack() as stack, torch.no_grad():

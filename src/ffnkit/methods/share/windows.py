@@ -52,15 +52,34 @@ def label(groups: Groups) -> str:
     return "; ".join(parts)
 
 
+def alike(group: Sequence[FFN]) -> bool:
+    """Whether FFNs are of one shape, so that one can stand for all."""
+    return len(set(map(signature, group))) == 1
+
+
+def signature(ffn: FFN) -> str:
+    """The shape of an FFN in words."""
+    bias = "with" if ffn.raw().down_bias is not None else "without"
+    return f"{ffn.d} x {ffn.width}{' gated' if ffn.gated else ''} {bias} bias"
+
+
 def score_name(score: Score | None) -> str | None:
     """What a plan's settings call a score."""
     return score if score is None or isinstance(score, str) else getattr(score, "__name__", type(score).__name__)
 
 
+def computable(score: Score | None) -> Callable[[nn.Module], float] | None:
+    """A score as a function. Raises FfnkitError where it is still the name of a metric."""
+    if isinstance(score, str):
+        do = "Give a function of the model, or a task: ffnkit.tune.scorer makes one"
+        raise FfnkitError(f"score={score}", "the name of a metric alone cannot be computed", do)
+    return score
+
+
 def best(
     model: nn.Module,
     candidates: list[Groups],
-    score: Score | None,
+    score: Callable[[nn.Module], float] | None,
     edits: Callable[[Groups], list[Edit]],
     proxy: Callable[[Groups], float],
 ) -> tuple[Groups, dict[str, float]]:
@@ -71,9 +90,6 @@ def best(
     """
     from ffnkit.surgery.temporary import temporarily
 
-    if isinstance(score, str):
-        do = "Give a function of the model, or a task: ffnkit.tune.scorer makes one"
-        raise FfnkitError(f"score={score}", "the name of a metric alone cannot be computed", do)
     if len(candidates) == 1:
         return candidates[0], {}
     scores = []
