@@ -345,4 +345,7 @@ def test_a_fault_of_our_own_is_a_traceback_and_a_request(monkeypatch: pytest.Mon
 def test_sparse_settings_still_build() -> None:
     """What is refused above is no more than that: numbers of either kind, words where they are settings."""
     assert build("fusion", width=3).width == 3 and build("fusion", width=0.5).width == 0.5
-    assert TrainSettings(steps=3, warmup=0, schedule_options={"num_cycles": 1}, packing=True).packing
+    assert (
+        TrainSettings(steps=3, warmup=0, schedule="cosine_with_restarts", schedule_options={"num_cycles": 1}).warmup
+        == 0
+    )

@@ -13,6 +13,7 @@ from test_healing import kl, pair, settings
 import ffnkit as fk
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.unstructured import Unstructured
+from ffnkit.tune import sparing
 from ffnkit.tune.base import Tuner
 from ffnkit.tune.healing import heal as module
 from ffnkit.tune.kinds import Dsee, Lora, MeProp, SparseGrad, SparseMask
@@ -41,6 +42,7 @@ def moved(tuner: Tuner, name: str, *, folded: bool = False) -> tuple[Any, Any, A
         labels = model(**inputs).logits.argmax(-1)
     given = [] if isinstance(tuner, Lora) else [[{**inputs, "labels": labels}]]
     tuned: Any = tuner.prepare(model, *given)
+    sparing.spare_noted(tuned)  # as what trains does, where updates will be merged
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in (p for p in tuned.parameters() if p.requires_grad):

@@ -43,7 +43,7 @@ def set_aside(model: nn.Module, preparation: Preparation) -> set[str]:
     fold(cast(PreTrainedModel, model), keep=(LowRank.kind,))
     preparation.from_here()
     if masks:
-        what = f"{len(masks)} masks come on again at the end, and nothing is learnt at their zeros"
+        what = f"{len(masks)} masks come on again at the end, and what is trained at their zeros goes"
         logger.warning("tuning %s: %s", type(model).__name__, what)
         object.__setattr__(model, _MASKS, masks)
         preparation.afterwards(partial(_mask, masks))

@@ -44,9 +44,11 @@ def put_on(model: nn.Module, tuner: Updating, preparation: Preparation) -> nn.Mo
             made = made if processes.is_first() else Plan.load(keep)  # rounding may choose other entries elsewhere
     remember(model)
     apply(whole, made)
-    sparing.spare(model, noted if tuner.keep_zeros else sparing.of(noted, masked))
     if tuner.keep_zeros:
+        sparing.spare(model, noted)
         zeros.hold(model, noted)
+    else:
+        sparing.spare_later(model, sparing.of(noted, masked))
     for router in found.values():
         router.requires_grad_(tuner.routers == "trained")
     return model
@@ -69,4 +71,5 @@ def take_off(model: nn.Module, tuner: Updating) -> nn.Module:
     noted = zeros.held(model)
     plain = fold(whole, masked=tuner.keep_zeros, keep=SAVING)
     zeros.restore(plain, noted)
+    sparing.spare_nothing(plain)
     return masks.put_back(plain)

@@ -19,6 +19,8 @@ from ffnkit.ops.masks import unpacked
 
 Places = dict[str, tuple[Tensor, torch.Size]]  # packed places of zeros and shapes, by parameter name (zeros.note)
 _BUFFER = "ffnkit_zeros"
+_HOOKS = "_ffnkit_spared"  # on a model: the hooks of :func:`spare`
+_LATER = "_ffnkit_sparable"  # on a model: places of which it is not known yet whether their zeros come back
 
 
 def of(places: Places, names: set[str]) -> Places:
@@ -37,6 +39,7 @@ def spare(model: nn.Module, places: Places) -> None:
     """
     base = cast(Any, model).get_base_model() if hasattr(model, "peft_config") else model
     done: set[int] = set()
+    handles = []
     for name, (bits, shape) in places.items():
         path, _, leaf = name.rpartition(".")
         layer = _at(base, path)
@@ -49,7 +52,28 @@ def spare(model: nn.Module, places: Places) -> None:
         if hook is _adapted:
             zero = oriented(unpacked(bits, shape), is_transposed(layer)).contiguous()
             layer.register_buffer(_BUFFER, zero.to(next(layer.parameters()).device), persistent=False)
-        layer.register_forward_hook(hook)
+        handles.append(layer.register_forward_hook(hook))
+    if handles and base is model:
+        object.__setattr__(model, _HOOKS, handles)
+
+
+def spare_later(model: nn.Module, places: Places) -> None:
+    """Note the places for :func:`spare_noted`: updates that stay on a model fill its zeros."""
+    if places:
+        object.__setattr__(model, _LATER, places)
+
+
+def spare_noted(model: nn.Module) -> None:
+    """The model's updates will be merged, and its zeros come back."""
+    if places := model.__dict__.pop(_LATER, None):
+        spare(model, places)
+
+
+def spare_nothing(model: nn.Module) -> None:
+    """Updates stay on the model, and say what they say."""
+    model.__dict__.pop(_LATER, None)
+    for handle in model.__dict__.pop(_HOOKS, ()):
+        handle.remove()
 
 
 def spare_trained(model: nn.Module, places: Places) -> list[Any]:

@@ -23,7 +23,7 @@ from ffnkit.surgery.compressed import compressed_parameters
 from ffnkit.tasks.encoding.packing import pack
 from ffnkit.tasks.running import encoded_rows, lengths
 from ffnkit.tasks.settings import GenerationSettings
-from ffnkit.tune import checkpoints, masks, tracking
+from ffnkit.tune import checkpoints, masks, sparing, tracking
 from ffnkit.tune.allocations import Allocations
 from ffnkit.tune.arguments import chosen_metric, training_arguments
 from ffnkit.tune.dropout import dropout_at
@@ -124,6 +124,8 @@ def train(
         seed_everything(seed)
         plain = body_size(model)
         tuned = model if go_on else _prepared(model, tuner, task, tokenizer, data, settings, seed, out_dir, progress)
+        if merge:
+            sparing.spare_noted(tuned)
         trained = counts_of(tuned, plain)
         if not trained.trainable:
             raise FfnkitError(f"tuner {tuner.name}", "no parameter of the model trains", "Choose another tuner")

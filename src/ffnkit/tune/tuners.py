@@ -125,13 +125,14 @@ def finish(model: nn.Module, tuner: str | Mapping[str, Any] | Tuner | None = Non
     from ffnkit.model.trainable import is_limited
 
     if not merge and is_adapted(model):
-        from ffnkit.tune import masks, planned
+        from ffnkit.tune import masks, planned, sparing
 
         if tuner is not None and isinstance(own := get(tuner), Updating):
             planned.save_updates(cast("PreTrainedModel", model), own)
         from ffnkit.tune.lifecycle import forget
 
         masks.taken(model)
+        sparing.spare_nothing(model)
         forget(model)
         return model
     if tuner is None:
