@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,9 @@ def paragraphs(count: int) -> list[str]:
     return [" ".join(words[int(n)] for n in torch.randint(200, (size,), generator=draw)) for size in sizes]
 
 
-@pytest.mark.parametrize("case", ["twice in one file", "in a second file", "within another text", "cut otherwise"])
+@pytest.mark.parametrize(
+    "case", ["twice in one file", "in a second file", "within another text", "cut otherwise", "wrapped"]
+)
 def test_what_is_fitted_is_in_no_other_part_wherever_it_stands_again(case: str) -> None:
     texts = paragraphs(60)
     files = {
@@ -264,12 +267,15 @@ def test_what_is_fitted_is_in_no_other_part_wherever_it_stands_again(case: str) 
         "in a second file": [texts[:40], texts[40:] + texts[:40]],
         "within another text": [texts, [f"{texts[n - 1]} and {texts[n]}" for n in range(59, 0, -2)]],
         "cut otherwise": [texts, ["x" * 700 + " " + " ".join(texts)]],
+        "wrapped": [texts, [textwrap.fill(text, 50) for text in reversed(texts)]],
     }[case]
     fit = [text for file in parts_of(files, "fit") for text in file]
     for part in ("decide", "report"):
-        found = [text for file in parts_of(files, part) for text in file]
+        found = [" ".join(text.split()) for file in parts_of(files, part) for text in file]
         assert found and shared(found, fit) < 0.1
-        alone = [text for file in files for text in texts_of(file, part)]  # the control: each file by itself
+        alone = [
+            " ".join(text.split()) for file in files for text in texts_of(file, part)
+        ]  # the control: each file by itself
         assert case == "twice in one file" or shared(alone, fit) > 0.3
 
 
@@ -350,6 +356,16 @@ def test_command_line(bert: Path, small: tuple[Path, Path], tmp_path: Path) -> N
     fitted = ("--text", text, "--cost-text", f"{text.parent}/./{text.name}", "--out", tmp_path / "f")
     told = bad("compress", folder, "--set", "width=0.5", "--cost-tokens", 200, *fitted)
     assert "--text names it too" in told and not (tmp_path / "f").exists()
+
+
+def test_a_copy_of_what_is_fitted_is_not_reported_on(small: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, _ = small
+    text, copied = tmp_path / "own.txt", tmp_path / "copied.txt"
+    text.write_text("\n\n".join(paragraphs(30)))
+    copied.write_text(textwrap.fill(texts_of([text.read_text()], "fit")[0][:8000], 50))
+    words = ("--set", "width=0.5", "--calibration-tokens", 300, "--cost-tokens", 200, "--text", text)
+    ran = good("compress", folder, *words, "--cost-text", copied, "--out", tmp_path / "g")
+    assert "what it costs is not measured" in ran.stderr and "all of it is fitted to" in ran.stderr
 
 
 def test_a_head_of_other_labels_is_not_judged(minilm_path: Path, data_dir: Path, tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ def parts_of(files: Sequence[Sequence[str]], part: Part) -> list[list[str]]:
 
     Pieces count characters over all texts of a file, so that parts are alike however long a text is; a text is cut
     where it reaches into another part, between words where there are some. Texts of a few lines are fitted whole. A
-    text that comes again, in whatever file, counts once, and what stands in the fit word for word is in no other part
-    (:func:`apart_from`).
+    text that comes again, in whatever file and however its lines are broken, counts once, and what stands in the fit
+    word for word is in no other part (:func:`apart_from`).
     """
     seen: set[str] = set()
     cuts = [_cut([text for text in texts if _is_new(text, seen)]) for texts in files]
@@ -36,12 +36,13 @@ def parts_of(files: Sequence[Sequence[str]], part: Part) -> list[list[str]]:
 
 
 def apart_from(texts: Sequence[str], fitted: Sequence[str]) -> list[str]:
-    """The texts of which less than ``SHARED`` stands in the fitted ones word for word, in runs of two ``RUN``."""
+    """The texts of which less than ``SHARED`` stands in the fitted ones word for word, in runs of two ``RUN``; where
+    lines are broken does not count."""
     if not texts:
         return []
-    whole = set(fitted)
-    step = max(RUN, sum(map(len, fitted)) // MOST)
-    runs = {hash(text[at : at + RUN]) for text in fitted for at in range(0, len(text) - RUN + 1, step)}
+    whole = set(map(_words, fitted))
+    step = max(RUN, sum(map(len, whole)) // MOST)
+    runs = {hash(text[at : at + RUN]) for text in whole for at in range(0, len(text) - RUN + 1, step)}
 
     def shared(text: str) -> float:
         at = found = 0
@@ -49,15 +50,20 @@ def apart_from(texts: Sequence[str], fitted: Sequence[str]) -> list[str]:
             known = hash(text[at : at + RUN]) in runs
             found += known * step
             at += RUN if known else 1
-        return found / len(text)
+        return found / max(len(text), 1)
 
-    return [text for text in texts if text not in whole and shared(text) < SHARED]
+    words = [(text, _words(text)) for text in texts]
+    return [text for text, plain in words if plain not in whole and shared(plain) < SHARED]
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _is_new(text: str, seen: set[str]) -> bool:
     """Whether a text has not come before; short ones, such as answers, may come again."""
-    new = len(text) < FEWEST or text not in seen
-    seen.add(text)
+    new = len(text) < FEWEST or _words(text) not in seen
+    seen.add(_words(text))
     return new
 
 

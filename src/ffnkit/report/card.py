@@ -299,7 +299,7 @@ def _figures(info: CardInfo) -> str:
 
 
 def _cost(data: Mapping[str, Any]) -> str:
-    said = "On text that nothing was fitted to. KL in nats a token."
+    said = "On text that this run fitted nothing to. KL in nats a token."
     return f"{Cost.from_dict(data).markdown()}\n\n{said}"
 
 

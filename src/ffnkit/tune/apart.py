@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.calibration import shipped
-from ffnkit.calibration.parts import Part
+from ffnkit.calibration.parts import Part, apart_from
+from ffnkit.errors import FfnkitError
 from ffnkit.tasks.running import IGNORED
 from ffnkit.tune.calibration import drawn_batches, own_texts
 from ffnkit.tune.calibration_text import read_calibration
@@ -47,7 +48,10 @@ def kept_apart(
     if other is None:
         places["out"] = shipped.texts(shipped.kinds(part))
     else:
-        places["out"] = read_calibration(str(other), settings.text_column, tokenizer)
+        fitted = [text for texts, _ in own_texts(tokenizer, settings) for text in texts]
+        places["out"] = apart_from(read_calibration(str(other), settings.text_column, tokenizer), fitted)
+        if not places["out"]:
+            raise FfnkitError(f"text {other}", "all of it is fitted to", "Name a text of another kind")
     size = settings.model_copy(update={"tokens": tokens, "batch_size": ROWS})
     found = {}
     for place, texts in places.items():
