@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import ffnkit as fk
 from ffnkit import methods
 from ffnkit.calibration.blockwise import Blockwise
-from ffnkit.calibration.features import passages
+from ffnkit.calibration.features import Features, passages
 from ffnkit.calibration.hooks import Activations, watch
 from ffnkit.calibration.padding import TokenMasks
 from ffnkit.errors import FfnkitError
@@ -328,7 +328,12 @@ def test_numbers_that_are_not_finite_are_refused_but_in_padding() -> None:
 
         return [module.register_forward_pre_hook(put) for module in (attention.linear("o"), ffn.linear("down"))]
 
+    def texts() -> Tensor:
+        return Features(model, [batch], [ffn], {ffn.name: ["texts"]}, 99).get(ffn.name, "texts")
+
+    means = texts()
     handles = spoil((1, 5))
+    assert torch.equal(texts(), means)
     for method, before in zip(asked, sound, strict=True):
         after = plan(model, method, [batch])
         assert after.description() == before.description()
