@@ -488,3 +488,10 @@ def test_an_expert_that_padding_alone_reaches_is_no_error() -> None:
         for data in ([batch([n]) for n in range(4)], [batch([0, 1, 2, 3])])
     )
     assert 0 < one["mean"] < 1 and 0 < all_["mean"] < 1
+
+
+def test_errors_of_padding_count_for_nothing() -> None:
+    total, mask = errors._Sum(), torch.tensor([1.0, 1.0, 0.0])
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [torch.nan, 1.0]])
+    total.add(rows + 1, rows, mask)
+    assert total.error() == pytest.approx((4 / 30) ** 0.5)

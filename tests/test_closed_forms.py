@@ -24,7 +24,7 @@ from ffnkit.model.linear import bare_weight
 from ffnkit.ops.apart import held_out
 from ffnkit.ops.neurons import Neurons
 from ffnkit.ops.refit import refit
-from ffnkit.ops.ridge import pulled
+from ffnkit.ops.ridge import factored, pulled
 from ffnkit.ops.subset import leverage
 from ffnkit.ops.surgeon import surgeon
 
@@ -178,6 +178,15 @@ def test_pulled_is_least_squares_and_bears_dependent_columns() -> None:
     found = pulled(twice.T @ twice / 40, y.T @ twice / 40, torch.zeros(5, 14, dtype=torch.float64), 0.0)
     best = torch.linalg.lstsq(some, y).solution
     assert_close(twice @ found.T, some @ best, rel=1e-5, what="outputs")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_sums_that_are_not_finite_are_refused(bad: float) -> None:
+    """A larger shift never helps: with one number of a matrix it went on for ever."""
+    gram = torch.eye(4)
+    gram[1, 1] = bad
+    with pytest.raises(FfnkitError, match="NaN or infinite in float32"):
+        factored(gram, 0.01)
 
 
 def one_at_a_time(gram: Tensor, down: Tensor, width: int, shift: float) -> tuple[list[int], Tensor]:

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 from methods import EVERY, REFUSED, case_of
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, SwitchTransformersConfig
 from transformers import SwitchTransformersForConditionalGeneration as Switch
 
 import ffnkit as fk
+from ffnkit.edits import FactorLinear, KeepOwn, ReplaceLinear, ReplaceNeurons, Rescale
 from ffnkit.errors import FfnkitError
 from ffnkit.methods.narrow import mmd
 from ffnkit.model.finding import ffns
@@ -158,3 +160,46 @@ def test_weights_that_no_gradient_reaches_are_no_obstacle(selection: Any, made: 
         optimizer.step()
         before = model.eval()(**data[0]).logits
         torch.testing.assert_close(fk.fold(model)(**data[0]).logits, before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "phi"])
+def test_one_token_gives_finite_numbers(family: str) -> None:
+    """No neuron varies then, so nothing that is missing can be laid to any."""
+    model = FAMILIES[family].model()
+    for ids in (torch.tensor([[5]]), torch.full((4, 25), 5)):
+        plan = fk.plan(model, fk.CalibratedFusion(width=0.5), data=[{"input_ids": ids}])
+        assert [where for edit in plan.edits for where in unsound(edit.tensors(), edit.target)] == []
+        for edit in (each for each in plan.edits if isinstance(each, ReplaceNeurons)):
+            old = next(ffn for ffn in ffns(model) if ffn.name == edit.target).raw()
+            assert edit.down.abs().max() < 3 * old.down.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_outputs_that_overflow_are_refused(family: str) -> None:
+    """The last FFN's come back in no later one: what it holds itself is finite."""
+    model = FAMILIES[family].model()
+    ffn = ffns(model)[-1]
+    ffn.raw().down.mul_(1e38)
+    ffn.raw().up.mul_(50)
+    data = case_of(family).data(model)
+    for method in (fk.CalibratedFusion(width=0.5), EVERY["modegpt"](), EVERY["importance"]()):
+        with pytest.raises(FfnkitError, match=f"{ffn.name} gives: it is NaN or infinite"):
+            fk.plan(model, method, data=data)
+
+
+def test_edits_hold_finite_numbers() -> None:
+    ffn = ffns(FAMILIES["gpt2"].model())[0]
+    old = ffn.raw()
+    bad = torch.full_like(old.down, torch.inf)
+    makes: list[Callable[[], Any]] = [
+        lambda: ReplaceNeurons.of(ffn.name, dataclasses.replace(old, down=bad)),
+        lambda: ReplaceLinear.of("linear", bad, None),
+        lambda: ReplaceLinear.of("linear", old.down, bad[0]),
+        lambda: FactorLinear.of(ffn.name, "down", old.down, bad),
+        lambda: Rescale.of("norm", bad[0]),
+        lambda: KeepOwn.of(ffn.name, "down", scale=bad[0]),
+    ]
+    for make in makes:
+        with pytest.raises(FfnkitError, match="would hold NaN or infinity"):
+            make()

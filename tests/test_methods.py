@@ -219,6 +219,28 @@ def test_streamed_moments_equal_those_of_all_tokens() -> None:
     assert not torch.equal(moments.second(), second)  # the control: the sums were given up
 
 
+@pytest.mark.parametrize("weighed", [False, True])
+def test_moments_tell_what_hardly_varies_from_what_does_not(weighed: bool) -> None:
+    """Of several calls, and merged: a constant has no variance, and a small one is what it is."""
+    draw = torch.Generator().manual_seed(0)
+    h = torch.cat(
+        [10 + 0.03 * torch.randn(8192, 20, generator=draw), torch.rand(20, generator=draw).expand(8192, 20)], 1
+    )
+    weights = torch.rand(8192, generator=draw) if weighed else torch.ones(8192)
+    halves = []
+    for rows, share in zip(h.split(4096), weights.split(4096), strict=True):
+        halves.append(Moments(40, h.device))
+        for some in torch.arange(4096).split(2048):
+            halves[-1].add(rows[some], share[some] if weighed else None)
+    halves[0].merge(Moments.of(halves[1].state_dict()))
+    share = (weights / weights.sum()).double()[:, None]
+    centred = h.double() - (share * h.double()).sum(0)
+    found = halves[0].centred()
+    assert not bool(found[20:].any()) and not bool(found[:, 20:].any())
+    assert_close(found[:20, :20].diagonal(), (share * centred.square()).sum(0)[:20], rel=1e-4)
+    assert_close(halves[0].second(), (share * h.double()).T @ h.double(), rel=1e-6)
+
+
 def test_moments_of_many_columns_are_symmetric_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     h = torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
     for panel in (1, 3, 512):

@@ -16,16 +16,20 @@ from family import redraw
 from test_layer_numbers import gemma3n
 from torch import Tensor, nn
 
+import ffnkit as fk
+from ffnkit import methods
 from ffnkit.calibration.blockwise import Blockwise
-from ffnkit.calibration.features import passages
+from ffnkit.calibration.features import Features, passages
 from ffnkit.calibration.hooks import Activations, watch
 from ffnkit.calibration.padding import TokenMasks
+from ffnkit.errors import FfnkitError
 from ffnkit.methods.drop.heads import head_activity
 from ffnkit.methods.drop.weights import column_norms, prunable
 from ffnkit.model.attention import attentions
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import block_name, ffns
 from ffnkit.ops.moments import Moments
+from ffnkit.plans import plan
 
 SPEECH = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40,
@@ -303,3 +307,41 @@ def test_a_mask_that_does_not_fit_is_said_once_and_all_tokens_count() -> None:
         watch(model, [batch, batch], ffns(model), sums.add)
     assert len([w for w in said if "padding counts" in str(w.message)]) == 1
     assert all(m.count == 28 for m in sums.by.values())
+
+
+@torch.no_grad()
+def test_numbers_that_are_not_finite_are_refused_but_in_padding() -> None:
+    """Of heads, their refit and neurons: a token that counts ends it in one line, padding changes nothing."""
+    model = _built("BertModel", ENCODER)
+    batch = {"input_ids": torch.cat([_ids(7), _ids(7, 1)]), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    batch["attention_mask"][1, 4:] = 0
+    attention, ffn = attentions(model)[-1], ffns(model)[-1]
+    heads = [fk.RemoveHeads(remove=1, **more) for more in ({"by": "activation"}, {"refit": True})]
+    asked = (*heads, methods.Importance(width=8))
+    sound = [plan(model, method, [batch]) for method in asked]
+
+    def spoil(place: tuple[int, int]) -> list[Any]:
+        def put(_: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
+            value = args[0].clone()
+            value[place] = torch.nan
+            return value
+
+        return [module.register_forward_pre_hook(put) for module in (attention.linear("o"), ffn.linear("down"))]
+
+    def texts() -> Tensor:
+        return Features(model, [batch], [ffn], {ffn.name: ["texts"]}, 99).get(ffn.name, "texts")
+
+    means = texts()
+    handles = spoil((1, 5))
+    assert torch.equal(texts(), means)
+    for method, before in zip(asked, sound, strict=True):
+        after = plan(model, method, [batch])
+        assert after.description() == before.description()
+        for mine, theirs in zip(after.edits, before.edits, strict=True):
+            assert all(torch.equal(value, theirs.tensors()[name]) for name, value in mine.tensors().items())
+    for handle in handles:
+        handle.remove()
+    spoil((1, 3))
+    for method in asked:
+        with pytest.raises(FfnkitError, match="it is NaN or infinite"):
+            plan(model, method, [batch])

@@ -116,7 +116,7 @@ class _Sum:
         expected = expected.double()
         gap, whole = (actual.double() - expected).square().sum(-1), expected.square().sum(-1)
         if weights is not None:
-            gap, whole = gap * weights.double(), whole * weights.double()
+            gap, whole = (torch.where(weights > 0, each * weights.double(), 0.0) for each in (gap, whole))
         self.gap += gap.sum().item()
         self.whole += whole.sum().item()
 

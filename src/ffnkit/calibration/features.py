@@ -115,9 +115,9 @@ class Features:
         if len(values) % self._texts:
             what = f"it gets {len(values)} tokens of {self._texts} texts"
             raise FfnkitError(f"features of {name}", what, "Compare layers of one stack only")
-        counts = (torch.ones(len(values)) if acts.weights is None else acts.weights > 0).to(values)
+        counts = values.new_ones(len(values)) if acts.weights is None else (acts.weights > 0).to(values)
         counts = counts.view(self._texts, -1, 1)
-        sums = (values.view(self._texts, -1, values.shape[-1]) * counts).sum(dim=1)
+        sums = values.view(self._texts, -1, values.shape[-1]).masked_fill(counts == 0, 0.0).sum(dim=1)
         return sums / counts.sum(dim=1).clamp_min(1)
 
     def _attention_of(self, name: str, acts: Activations) -> Tensor:

@@ -115,7 +115,9 @@ def hooked(found: list[FFN], receive: Receive, masks: TokenMasks) -> Iterator[No
     handles: list[Any] = []
 
     def checked(ffn: FFN, acts: Activations) -> None:
-        check_finite(f"what {ffn.name} gives", acts.hidden, lambda: acts.kept().hidden)
+        asked = f"what {ffn.name} gives"
+        check_finite(asked, acts.hidden, lambda: acts.kept().hidden)
+        check_finite(asked, acts.output, lambda: acts.kept().output)
         receive(ffn, acts)
 
     try:

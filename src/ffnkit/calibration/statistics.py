@@ -73,8 +73,9 @@ class NeuronSquares(_Sums):
     stored: ClassVar[str] = "neurons"
 
     def update(self, acts: Activations) -> None:
-        squares = acts.hidden.float().square()
-        weights = squares.new_ones(len(squares)) if acts.weights is None else acts.weights.float()
+        rows = acts.kept()
+        squares = rows.hidden.float().square()
+        weights = squares.new_ones(len(squares)) if rows.weights is None else rows.weights.float()
         self.add("squares", weights @ squares)
         self.add("count", weights.sum(dtype=torch.float64))
 
@@ -89,6 +90,8 @@ class ColumnSquares(_Sums):
     def update(self, given: tuple[Tensor, Tensor | None]) -> None:
         """Rows, and how much each counts (n,) or None."""
         x, weights = given
+        if weights is not None and not bool((counts := weights > 0).all()):
+            x, weights = x[counts], weights[counts]
         square = x.detach().float().square()
         self.add(
             "squares", square.sum(0, dtype=torch.float64) if weights is None else weights.double() @ square.double()

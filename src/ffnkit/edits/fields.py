@@ -18,6 +18,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from torch import Tensor
 
 from ffnkit.errors import FfnkitError
+from ffnkit.io.files import spooled
 
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -69,6 +70,16 @@ def read(cls: type[Any], values: Mapping[str, Any], asked: str) -> Any:
         raise FfnkitError(asked, f"its fields are {_listed(values)}", f"There are {_listed(fields)} ({odd[0]})")
     found = {name: checked(_adapter(kind, name), value, f"{asked}, field {name}") for name, value in values.items()}
     return cls(**found)
+
+
+def held(asked: str, **tensors: Tensor | None) -> dict[str, Any]:
+    """New weights as an edit holds them, large ones memory-mapped. Raises FfnkitError where they are not finite."""
+    for name, value in tensors.items():
+        # a sum is finite only if all terms are, and costs no further memory
+        if value is not None and not bool(torch.isfinite(value.sum())) and not bool(torch.isfinite(value).all()):
+            found = f"{name} would hold NaN or infinity in {str(value.dtype).removeprefix('torch.')}"
+            raise FfnkitError(asked, found, "Give other data, or load the model with dtype float32 or bfloat16")
+    return {name: None if value is None else spooled(value.detach()) for name, value in tensors.items()}
 
 
 def checked(adapter: TypeAdapter[Any], value: Any, asked: str) -> Any:

@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ffnkit.edits.base import Edit, Own, Quantities, Shape, Stage, Writer, notes
-from ffnkit.edits.fields import Site, Weights
+from ffnkit.edits.fields import Site, Weights, held
 from ffnkit.edits.slicing import check_ffn_untied
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import spooled
 from ffnkit.model.ffn import FFN
 from ffnkit.model.linear import check_editable, is_linear, is_transposed, stored_weight
 from ffnkit.nn.lowrank import LowRank
@@ -110,7 +109,7 @@ class FactorLinear(LinearEdit):
     @classmethod
     def of(cls, ffn: str, site: str, first: Tensor, second: Tensor) -> FactorLinear:
         """The edit that puts these two in the place of a linear."""
-        return cls(ffn, site=site, first=spooled(first), second=spooled(second))
+        return cls(ffn, site=site, **held(f"factors of {site} in {ffn}", first=first, second=second))
 
     @classmethod
     def blank(cls, ffn: FFN, site: str, row: dict[str, Any]) -> FactorLinear:
@@ -158,7 +157,7 @@ class ReplaceLinear(Edit):
     @classmethod
     def of(cls, linear: str, weight: Tensor, bias: Tensor | None) -> ReplaceLinear:
         """The edit that gives a linear these numbers."""
-        return cls(linear, weight=spooled(weight), bias=None if bias is None else spooled(bias))
+        return cls(linear, **held(f"new numbers of {linear}", weight=weight, bias=bias))
 
     @classmethod
     def lines(cls: type[Own], edits: Sequence[Own], quantities: Quantities) -> list[str]:

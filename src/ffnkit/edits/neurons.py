@@ -11,10 +11,9 @@ from typing import ClassVar
 import torch
 
 from ffnkit.edits.base import Edit, Own, Shape, Stage, Writer
-from ffnkit.edits.fields import Places, Size, Weights
+from ffnkit.edits.fields import Places, Size, Weights, held
 from ffnkit.edits.slicing import check_cuttable, check_ffn_untied, keep_neurons, keep_of_experts, unmask
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import spooled
 from ffnkit.ops.neurons import Neurons, average, balance, cluster_sizes, concatenate
 
 
@@ -179,8 +178,7 @@ class ReplaceNeurons(NeuronEdit):
     @classmethod
     def of(cls, ffn: str, neurons: Neurons) -> ReplaceNeurons:
         """The edit that gives an FFN these neurons."""
-        own = {name: spooled(value.detach()) for name, value in neurons.tensors().items()}
-        return cls(ffn, width=neurons.ff, **own)
+        return cls(ffn, width=neurons.ff, **held(f"new neurons of {ffn}", **neurons.tensors()))
 
     def neurons(self) -> Neurons:
         """The new ones."""

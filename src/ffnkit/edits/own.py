@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ffnkit.edits.base import Own, Shape, Stage, Writer
-from ffnkit.edits.fields import Weights
+from ffnkit.edits.fields import Weights, held
 from ffnkit.edits.linears import LinearEdit
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import spooled
 from ffnkit.model.ffn import FFN
 from ffnkit.nn.differing import Differing
 from ffnkit.nn.reparametrized import ReparametrizedLinear
@@ -41,7 +40,7 @@ class KeepOwn(LinearEdit):
     @classmethod
     def of(cls, ffn: str, site: str, **tensors: Tensor) -> KeepOwn:
         """The edit that leaves a linear these tensors."""
-        return cls(ffn, site=site, **{name: spooled(value.detach()) for name, value in tensors.items()})
+        return cls(ffn, site=site, **held(f"what {ffn} keeps of its own", **tensors))
 
     @classmethod
     def blank(cls, ffn: FFN, site: str, row: dict[str, Any]) -> KeepOwn:

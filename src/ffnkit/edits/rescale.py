@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ffnkit.edits.base import Edit, Quantities, Stage, Writer, notes
-from ffnkit.edits.fields import Count, Weights
+from ffnkit.edits.fields import Count, Weights, held
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import spooled
 from ffnkit.model.linear import check_editable, is_linear, is_transposed, stored_weight
 from ffnkit.nn.differing import Differing
 from ffnkit.nn.masked import Masked
@@ -45,8 +44,8 @@ class Rescale(Edit):
     @classmethod
     def of(cls, target: str, factor: Tensor, shift: Tensor | None = None, offset: int = 0) -> Rescale:
         """The edit that multiplies and shifts what stands there."""
-        own = None if shift is None else spooled(shift.detach().float())
-        return cls(target, factor=spooled(factor.detach().float()), shift=own, offset=offset)
+        shift = None if shift is None else shift.float()
+        return cls(target, offset=offset, **held(f"scaling {target}", factor=factor.float(), shift=shift))
 
     @property
     def repeats(self) -> bool:

@@ -13,8 +13,8 @@ DOUBLE_UP_TO = 6144  # columns; a float64 Gram matrix of more takes over 300 MB
 class Moments:
     """Weighted sums over tokens of h, |h| and h h^T.
 
-    Products of a batch are formed in float32 and summed in float64 (float32 for very wide FFNs, where the ridge of
-    every use is far above float32's rounding).
+    Products of a batch are formed in float32 around its mean, so that what varies little is not lost in their
+    rounding, and summed in float64 (float32 for very wide FFNs, where the ridge of every use is far above float32's).
 
     Args:
         width: columns of h.
@@ -31,12 +31,22 @@ class Moments:
         """Tokens h (n, width), each weighing ``weights`` (n,) or 1."""
         rows = h.detach().float()
         share = rows.new_ones(len(rows)) if weights is None else weights.to(rows)
-        weighed = rows if weights is None else rows * share[:, None]
-        self.count += float(share.sum(dtype=torch.float64))
-        self._sum += share @ rows
+        count = float(share.sum(dtype=torch.float64))
+        if count <= 0:
+            return
         self._absolute += share @ rows.abs()
+        centre = share @ rows / count
+        rows = rows - centre  # up to the rounding of the centre, which ``rest`` takes up
+        weighed = rows if weights is None else rows * share[:, None]
+        rest, exact = share @ rows, self._gram.dtype
+        total = rest.double() + count * centre.double()
+        self.count += count
+        self._sum += total
+        left, right = torch.stack((centre, rest)).to(exact), torch.stack((total, centre)).to(exact)
         for part in self._panels():
-            self._gram[part, : part.stop] += weighed[:, part].T @ rows[:, : part.stop]
+            gram = self._gram[part, : part.stop]
+            gram += weighed[:, part].T @ rows[:, : part.stop]
+            gram.addmm_(left[:, part].T, right[:, : part.stop])
 
     def mean(self) -> Tensor:
         """(width,), float64."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ffnkit.calibration.batches import check_finite
 from ffnkit.calibration.padding import TokenMasks
 from ffnkit.edits import Edit, ReplaceLinear
 from ffnkit.errors import FfnkitError
@@ -31,11 +32,11 @@ def watch_outputs(
 
     Args:
         receive: called with the attention, what its output linear gets (n, in) and gives (n, out), and how much each
-            token counts (n,), float32.
+            token counts (n,), float32; tokens that do not count are left out.
         beside: FFNs whose hidden neurons' rms (:func:`~ffnkit.methods.common.activity`) comes back.
 
     Raises:
-        FfnkitError: an attention never ran.
+        FfnkitError: an attention never ran, or a token that counts got no finite numbers.
     """
     masks = TokenMasks(model, {each.name: (each.stack, [each.name]) for each in found})
     ran: set[str] = set()
@@ -48,10 +49,16 @@ def watch_outputs(
             x = args[0].detach()
             mask = masks.of(attention.name, x)
             flat = x.reshape(-1, x.shape[-1])
+            given = output.detach().reshape(len(flat), -1)
             weights = torch.ones(len(flat), device=x.device) if mask is None else mask.float()
-            if bool(weights.any()):
-                ran.add(attention.name)
-            receive(attention, flat, output.detach().reshape(len(flat), -1), weights)
+            if not bool((counts := weights > 0).all()):
+                flat, given, weights = flat[counts], given[counts], weights[counts]
+            if not len(flat):
+                return
+            ran.add(attention.name)
+            for values in (flat, given):
+                check_finite(f"what {attention.name} gives", values)
+            receive(attention, flat, given, weights)
 
         return note
 
@@ -92,9 +99,8 @@ def refitted_outputs(
     columns = {a.name: a.columns()[a.members(stay[a.name])["q"]].flatten() for a in found}
     pairs: dict[str, Pairs] = {}
 
-    def note(attention: Attention, x: Tensor, y: Tensor, weights: Tensor) -> None:
-        name, counts = attention.name, weights > 0
-        x, y = x[counts], y[counts]
+    def note(attention: Attention, x: Tensor, y: Tensor, _: Tensor) -> None:
+        name = attention.name
         if name not in pairs:
             pairs[name] = Pairs(len(columns[name]), y.shape[1], x.device)
         pairs[name].add(x[:, columns[name].to(x.device)], y)

@@ -149,7 +149,10 @@ def problem_of(old: Neurons, seen: Part, gram: Tensor, kept: Tensor) -> Refit:
     mean, centre = seen.moments.mean(), None
     if old.down_bias is not None:
         centre = mean[kept], old.down_bias.double() + old.down.double() @ mean + seen.beyond.mean()
-    return Refit.of(gram, old.down, kept, seen.missing(centred=centre is not None), centre)
+    missing = seen.missing(centred=centre is not None)
+    if missing is not None:
+        missing[:, gram.diagonal() == 0] = 0.0  # what does not vary has nothing in common with what is missing
+    return Refit.of(gram, old.down, kept, missing, centre)
 
 
 def with_output(neurons: Neurons, problem: Refit, down: Tensor) -> Neurons:

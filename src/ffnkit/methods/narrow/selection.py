@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ffnkit.edits import Edit, SelectNeurons
+from ffnkit.errors import FfnkitError
 from ffnkit.methods.common import Batch, activity, each, generator, largest, lifted, need_data, norms
 from ffnkit.methods.expecting import Work, fused
 from ffnkit.methods.narrow.refitting import Refitting
@@ -114,7 +115,12 @@ def contribution(rms: Tensor, down: Tensor) -> Tensor:
 
 
 def _kept(ffn: FFN, width: int, scores: Tensor, quantities: dict[str, dict[str, float]]) -> SelectNeurons:
-    """The edit that keeps the largest scores, and the share of the scores' sum that goes."""
+    """The edit that keeps the largest scores, and the share of the scores' sum that goes.
+
+    Raises FfnkitError where scores are not finite: they rank nothing.
+    """
+    if not bool(torch.isfinite(scores).all()):
+        raise FfnkitError(f"scores of {ffn.name}", "not finite", "Repair the model's weights first")
     index = largest(scores, width)
     held = scores.cpu().gather(-1, index.long()).sum().item()
     total = scores.sum().item()
