@@ -174,9 +174,9 @@ class Mask(Edit):
         stored = oriented(mask, is_transposed(linear)).to(old.device)
         weight = writer.put(old, old.detach().masked_fill(~stored, 0.0), places)
         masked = [module for module in places if isinstance(module, Masked)]
-        for module in masked:
-            module.mask = module.mask & stored
-        for module in (each for each in places if not isinstance(each, AdapterLayer | Masked)):
+        for each in masked:
+            each.mask = each.mask & stored
+        for module in (place for place in places if not isinstance(place, AdapterLayer | Masked)):
             masked = masked or [Masked(cast(Any, module), mask)]  # one in all places, which the file holds once
             writer.replace(module, masked[0])
         assert stored_weight(writer.module(self.target)) is weight
