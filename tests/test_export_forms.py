@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import ffnkit as fk
 from ffnkit.checkpoint.sizes import best_form, standard_parameters
 from ffnkit.cli.executing import ignoring, with_hook
+from ffnkit.cli.forms import elsewhere
 from ffnkit.cli.program import app
 from ffnkit.io.architectures import load_any
 from ffnkit.methods import get
@@ -290,3 +291,17 @@ def test_a_quantized_model_is_exported_where_nothing_of_it_changes(bits: int, tm
         fk.export(same, tmp_path / "out", target="nemotron-nas")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert [type(m).__name__ for m in again.modules()] == [type(m).__name__ for m in same.modules()]
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_of_a_compact_folder_is_said_whether_plain_transformers_opens_it(tmp_path: Path, fold: bool) -> None:
+    """A factor that stands apart makes neither form smaller, and still only ffnkit opens the folder."""
+    model = FAMILIES["llama"].model()
+    fk.apply(model, fk.plan(model, fk.Fusion(width=0.5, restarts=1)))
+    model = fk.fold(model) if fold else model
+    fk.save(model, tmp_path)
+    described = "quantization_config" in json.loads((tmp_path / "config.json").read_text())
+    said = elsewhere("compact", tmp_path, model)
+    assert described is not fold and best_form(model) == "standard"
+    assert said.startswith("opens everywhere: ") is fold
+    assert (f"ffnkit export {tmp_path} --out DIR for tools without ffnkit" in said) is not fold

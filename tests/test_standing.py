@@ -196,6 +196,32 @@ def test_an_output_bias_gives_the_mean_of_the_ffn_that_went() -> None:
     assert not fk.plan(loud("bert"), FfnDrop(layers="1")).edits[0].down_bias.any()
 
 
+@torch.no_grad()
+def test_each_expert_gives_the_mean_of_its_tokens_weighed_as_they_are_routed() -> None:
+    model, seen = loud("gpt-oss").eval(), []
+    batches, ffn = data("gpt-oss", model), ffns(model)[1]
+    hook = ffn.module.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((*args, *kwargs.values())), with_kwargs=True
+    )
+    for batch in batches:
+        model(**batch)
+    hook.remove()
+    plan = fk.plan(model, FfnDrop(layers="1", refit=True), data=batches)
+    sums, counts = torch.zeros(ffn.experts, ffn.d), torch.zeros(ffn.experts, 1)
+    for values, batch in zip(seen, batches, strict=True):
+        tokens, index, weights = (value.flatten(0, -2) for value in values)
+        for row in batch["attention_mask"].flatten().nonzero().flatten().tolist():
+            for number, share in zip(index[row].tolist(), weights[row].tolist(), strict=True):
+                alone = torch.full((1, 1), number), torch.ones(1, 1)
+                sums[number] += share**2 * ffn.module(tokens[row][None], *alone)[0]
+                counts[number] += share**2
+    bias = plan.edits[0].down_bias
+    assert_close(bias, sums / counts.clamp_min(1e-30), rel=1e-4)
+    assert_differs(bias[0], bias[1])
+    fk.apply(model, plan)
+    assert torch.equal(ffn.module.down_proj_bias, bias)
+
+
 @pytest.mark.parametrize("method", [LayerDrop, FfnDrop])
 @pytest.mark.parametrize("refit", [False, True])
 def test_no_window_where_each_stack_has_one_ffn(method: Any, refit: bool) -> None:

@@ -27,14 +27,16 @@ def elsewhere(form: str, folder: Path | str, model: Any) -> str:
     """How the result is used without and with ffnkit, in one line."""
     from ffnkit.checkpoint.sizes import why_compact
     from ffnkit.io.architectures import is_own
+    from ffnkit.surgery.description import description
 
     name = type(model).__name__
     if form == "standard":
         first = "import ffnkit; " if is_own(model) else ""
         return f"standard, opens everywhere: {first}transformers.{name}.from_pretrained('{folder}')"
-    if form == "compact" and (held := why_compact(model)):
-        ways = f"ffnkit exec -- COMMAND, or ffnkit.load('{folder}')"
-        return f"compact, for {held}; elsewhere: {ways}; ffnkit export {folder} --out DIR for tools without ffnkit"
+    held = why_compact(model)
+    if form == "compact" and (held or description(model) is not None):
+        what, ways = f", for {held}" if held else "", f"ffnkit exec -- COMMAND, or ffnkit.load('{folder}')"
+        return f"compact{what}; elsewhere: {ways}; ffnkit export {folder} --out DIR for tools without ffnkit"
     if form == "compact":
         return f"opens everywhere: transformers.{name}.from_pretrained('{folder}')"
     return f"opens with ffnkit.load('{folder}'); ffnkit export {folder} --out DIR for tools without ffnkit"

@@ -143,7 +143,8 @@ class Mask(Edit):
             raise FfnkitError(asked, found, "Fold the model first (ffnkit.fold)" if edited else "Name linears")
         weight = stored_weight(linear)
         check_float(weight, self.target)
-        writer.check_untied(weight, writer.linears_of(weight), asked)
+        alike = [other for other in writer.linears_of(weight) if getattr(other, "bias", None) is linear.bias]
+        writer.check_untied(weight, alike, asked)
 
     def perform(self, writer: Writer) -> None:
         if self.site:
@@ -172,11 +173,10 @@ class Mask(Edit):
         places = writer.linears_of(old)
         stored = oriented(mask, is_transposed(linear)).to(old.device)
         weight = writer.put(old, old.detach().masked_fill(~stored, 0.0), places)
-        for module in places:
-            if isinstance(module, AdapterLayer):
-                continue
-            if isinstance(module, Masked):
-                module.mask = module.mask & stored
-            else:
-                writer.replace(module, Masked(cast(Any, module), mask))
+        masked = [module for module in places if isinstance(module, Masked)]
+        for each in masked:
+            each.mask = each.mask & stored
+        for module in (place for place in places if not isinstance(place, AdapterLayer | Masked)):
+            masked = masked or [Masked(cast(Any, module), mask)]  # one in all places, which the file holds once
+            writer.replace(module, masked[0])
         assert stored_weight(writer.module(self.target)) is weight

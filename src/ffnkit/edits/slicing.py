@@ -63,8 +63,15 @@ def slice_parameter(
 
 
 def check_ffn_untied(writer: Writer, ffn: FFN, asked: str) -> None:
-    """Raises FfnkitError where something else than the FFN, and those that share it, holds one of its weights."""
+    """Raises FfnkitError where something else than the FFN, and those that share it, holds one of its weights.
+
+    And where those that share it share no biases: one linear is to stand in all places.
+    """
     owners = [module for owner in ffn.owners.values() for module in owner.modules()]
+    for site in () if ffn.layout.experts else (site for site in ffn.sites if site not in ffn.differing):
+        if len({id(linear.bias) for linear in ffn.linears(site)}) > 1:
+            do = "Share the biases too, or leave this one out"
+            raise FfnkitError(asked, f"places that share its weights have biases of their own at '{site}'", do)
     for parameter in ffn.parameters():
         writer.check_untied(parameter, owners, asked)
 
@@ -106,13 +113,14 @@ def keep_of_experts(ffn: FFN, index: Tensor) -> None:
     Args:
         index: (E, width) int64.
     """
-    for owner in dict.fromkeys(ffn.owners.values()):
-        for _, buffer in parametrized_weights(owner):
-            mask, turned = getattr(owner, buffer), ffn.layout.transposed
-            down = buffer == buffer_name(Masked.kind, "down")
-            places = (index if down else rows_of(ffn, index)).to(mask.device)
-            axis = 1 if down == turned else 2
-            setattr(owner, buffer, mask.take_along_dim(places.unsqueeze(3 - axis), axis))
+    for _, buffer in parametrized_weights(ffn.module):
+        mask, turned = getattr(ffn.module, buffer), ffn.layout.transposed
+        down = buffer == buffer_name(Masked.kind, "down")
+        places = (index if down else rows_of(ffn, index)).to(mask.device)
+        axis = 1 if down == turned else 2
+        kept = mask.take_along_dim(places.unsqueeze(3 - axis), axis)
+        for owner in dict.fromkeys(ffn.owners.values()):
+            setattr(owner, buffer, kept)
 
 
 def unmask(writer: Writer, ffn: FFN) -> None:

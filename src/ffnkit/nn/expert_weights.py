@@ -50,11 +50,11 @@ def broadcast(factor: Tensor) -> Tensor:
 
 
 def parametrize_weight(owner: nn.Module, name: str, kind: str, site: str, factor: Tensor) -> None:
-    """Make ``owner.name`` read as the parameter times ``factor``, which becomes a buffer."""
+    """Make ``owner.name`` read as the parameter times ``factor``, which becomes a buffer: owners can share one."""
     parameter = owner._parameters[name]
     assert parameter is not None
     dtype = torch.bool if factor.dtype == torch.bool else parameter.dtype
-    own = factor.to(device=parameter.device, dtype=dtype, copy=True)
+    own = factor.to(device=parameter.device, dtype=dtype)
     base = type(owner).__bases__[0] if hasattr(type(owner), "ffnkit_served") else type(owner)
     pairs = (*parametrized_weights(owner), (name, buffer_name(kind, site)))
     owner.register_buffer(buffer_name(kind, site), own)

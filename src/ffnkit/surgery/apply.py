@@ -79,10 +79,16 @@ def check_edits(model: nn.Module, edits: tuple[Edit, ...], *, rehearsed: bool = 
 
 
 def share(model: PreTrainedModel, described: dict[str, object]) -> None:
-    """Make the FFNs one again which a compact checkpoint stores once, now that the weights are there."""
+    """Make the FFNs and edited linears one again which a compact checkpoint stores once, now that weights are there."""
     writer = ModelWriter(model, empty=True)
     for edit in description.ties_of(model, described):
         edit.perform(writer)
+    first: dict[tuple[int, int], nn.Module] = {}
+    for name in description.linears_for(model, described):
+        linear: Any = model.get_submodule(name)
+        held = first.setdefault((id(linear.stored), id(linear.bias)), linear)
+        if held is not linear:
+            writer.replace(linear, held)
 
 
 # --- folding ------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from ffnkit.model.finding import ffns
 from ffnkit.model.linear import walk
 from ffnkit.nn.adapter_layer import AdapterLayer
 from ffnkit.nn.reparametrized import ReparametrizedLinear
-from ffnkit.surgery.ties import declare_shared, declare_tied
+from ffnkit.surgery.ties import declare_shared, declare_tied, renew_tied
 
 Keys = dict[str, tuple[str, str] | None]
 IMPOSSIBLE_WIDTH = 1
@@ -301,7 +301,8 @@ def ties_of(model: PreTrainedModel, described: dict[str, Any]) -> Iterator[Edit]
 
 
 def declare(model: PreTrainedModel, described: dict[str, Any]) -> None:
-    """Declare the FFNs that will share their weights: the file holds each once."""
+    """Declare the FFNs that will share their weights: the file holds each once, as what the class itself shares."""
+    renew_tied(model)
     by_owner = {name: ffn for ffn in ffns(model) for name in ffn.owners}
     for _, names in rows_for(model, described):
         twins = [name for name in names[1:] if by_owner[name] is not by_owner[names[0]]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns, has_ffns
-from ffnkit.model.linear import is_transposed
-from ffnkit.nn.expert_weights import PREFIX
+from ffnkit.model.linear import is_transposed, walk
+from ffnkit.nn.expert_weights import PREFIX, parametrized_weights
+from ffnkit.nn.reparametrized import ReparametrizedLinear
 
 
 def declare_shared(model: PreTrainedModel) -> None:
@@ -52,13 +53,30 @@ def declare_tied(model: PreTrainedModel, ffn: FFN, twins: list[str]) -> None:
     own = [n for n in state if (n in exact or n.startswith(sites or PREFIX)) and not ffn.is_own(n)]
     pairs = {f"{twin}.{name}": f"{ffn.name}.{name}" for twin in twins for name in own}
     model._tied_weights_keys = {**(getattr(model, "_tied_weights_keys", None) or {}), **pairs}
-    # On loading only parameters can be tied; a twin's factor is missing then, and comes back with ``share_twins``.
-    buffers = {f"{twin}.{name}" for twin in twins for name in own if not isinstance(state[name], nn.Parameter)}
-    tied = {name: source for name, source in pairs.items() if name not in buffers}
+    # On loading only plain parameters can be tied; a twin's others are missing then, and come back with ``share``.
+    served = {name for name, _ in parametrized_weights(ffn.module)}
+    others = [name for name in own if name in served or not isinstance(state[name], nn.Parameter)]
+    _tie(model, pairs, {f"{twin}.{name}" for twin in twins for name in others})
+
+
+def _tie(model: PreTrainedModel, pairs: Mapping[str, str], missing: set[str]) -> None:
+    tied = {name: source for name, source in pairs.items() if name not in missing}
     model.all_tied_weights_keys = {**getattr(model, "all_tied_weights_keys", {}), **tied}
-    ignored = {re.escape(name) for name in buffers} | set(model._keys_to_ignore_on_load_missing or ())
+    ignored = {re.escape(name) for name in missing} | set(model._keys_to_ignore_on_load_missing or ())
     model._keys_to_ignore_on_load_missing = sorted(ignored) or None
     model._adjust_bias = _adjust_bias  # type: ignore[method-assign]
+
+
+def renew_tied(model: PreTrainedModel) -> None:
+    """Have transformers tie what a class shares by itself (Zamba) under the names that its rebuilt linears have."""
+    starts = tuple(f"{name}." for name, module in walk(model) if isinstance(module, ReparametrizedLinear))
+    if not starts or not any(name.startswith(starts) for name in model.all_tied_weights_keys):
+        return
+    state = model.state_dict(keep_vars=True)
+    model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if not k.startswith(starts)}
+    named = model.get_expanded_tied_weights_keys(all_submodels=True).items()
+    pairs = {name: source for name, source in named if name.startswith(starts) and name in state}
+    _tie(model, pairs, {name for name in pairs if not isinstance(state[name], nn.Parameter)})
 
 
 def withdraw_tied(model: PreTrainedModel, places: set[str]) -> None:
@@ -78,6 +96,6 @@ def _adjust_bias(tied: nn.Module, source: Any) -> None:
     That is the wrong one in layers whose weight lies as (in, out), or several numbers to a byte, and the bias would be
     lost without a word.
     """
-    weight: Any = tied.weight
-    if not is_transposed(tied) and weight.is_floating_point():
+    weight: Any = getattr(tied, "weight", None)  # experts hold parameters of other names
+    if weight is not None and not is_transposed(tied) and weight.is_floating_point():
         PreTrainedModel._adjust_bias(None, tied, source)  # type: ignore[arg-type]

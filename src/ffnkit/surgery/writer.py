@@ -22,7 +22,7 @@ from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import is_maskable, is_transposed, stored_weight, walk
 from ffnkit.nn.adapter_layer import adapter_layers
-from ffnkit.nn.expert_weights import parametrize_weight, parametrized_weights, remove_parametrizations
+from ffnkit.nn.expert_weights import buffer_name, parametrize_weight, parametrized_weights, remove_parametrizations
 from ffnkit.nn.grouped_experts import run_uneven_experts
 from ffnkit.nn.masked import Masked
 from ffnkit.nn.reparametrized import ReparametrizedLinear, update_features
@@ -119,7 +119,7 @@ class ModelWriter:
         resize(ffn, neurons)
 
     def attach(self, ffn: FFN, site: str, layer: type[ReparametrizedLinear], *tensors: Tensor) -> None:
-        """Put a reparametrized linear in the place of a plain one, in every owner.
+        """Put a reparametrized linear in the place of a plain one: the same in every owner, so that they go on sharing.
 
         Args:
             layer: its class, made of the plain linear and of the tensors. Experts in 3-D parameters bear those that
@@ -132,12 +132,15 @@ class ModelWriter:
                 ffn.linear(site)  # says why there is none
             if ffn.layout.transposed:  # factors as the parameters lie: (E, in, 1), or (E, in, out)
                 tensors = tuple(t[..., None] if t.ndim == 2 else t.mT.contiguous() for t in tensors)
+            factors = [t.clone() for t in tensors]
             for owner in dict.fromkeys(ffn.owners.values()):
-                parametrize_weight(owner, ffn.path(site), layer.kind, site, *tensors)
+                parametrize_weight(owner, ffn.path(site), layer.kind, site, *factors)
+                factors = [getattr(owner, buffer_name(layer.kind, site))]
             return
-        for linear in ffn.linears(site):
-            if not isinstance(linear, ReparametrizedLinear):
-                self.replace(linear, layer(linear, *(t.clone() for t in tensors)))
+        new: ReparametrizedLinear | None = None
+        for linear in [each for each in ffn.linears(site) if not isinstance(each, ReparametrizedLinear)]:
+            new = layer(linear, *(t.clone() for t in tensors)) if new is None or layer.own else new
+            self.replace(linear, new)
 
     def _zero(self, ffn: FFN, site: str, mask: Tensor) -> None:
         """Weights that a mask leaves out become zero."""

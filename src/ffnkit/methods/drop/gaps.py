@@ -102,16 +102,22 @@ def _bias_of(found: list[FFN], layer: str) -> str:
 
 
 def mean_outputs(model: nn.Module, batches: list[Batch], found: list[FFN]) -> dict[str, Tensor]:
-    """The mean output (d,) of each FFN with an output bias over the tokens that count, by its name; one pass."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    """The mean output (d,) of each FFN with an output bias over the tokens that count, by its name; one pass.
+
+    Of experts in 3-D parameters (E, d), where tokens count by their squared routing weight: the best bias of each. What
+    no token reached gives zeros.
+    """
     biased = [ffn for ffn in found if ffn.raw().down_bias is not None]
+    sums = {ffn.name: torch.zeros(max(ffn.experts, 1), ffn.d, dtype=torch.float64) for ffn in biased}
+    counts = {ffn.name: torch.zeros(max(ffn.experts, 1), 1, dtype=torch.float64) for ffn in biased}
 
     def add(ffn: FFN, acts: Activations) -> None:
-        rows = acts.kept().output
-        sums[ffn.name] = sums.get(ffn.name, torch.zeros(())) + rows.sum(0, dtype=torch.float64).cpu()
-        counts[ffn.name] = counts.get(ffn.name, 0) + len(rows)
+        rows, number = acts.counted(), acts.expert or 0
+        weighed = rows.output if rows.weights is None else rows.output * rows.weights[:, None]
+        sums[ffn.name][number] += weighed.sum(0, dtype=torch.float64).cpu()
+        counts[ffn.name][number] += len(weighed) if rows.weights is None else float(rows.weights.double().sum())
 
     if biased:
         watch(model, batches, biased, add)
-    return {name: total / max(counts[name], 1) for name, total in sums.items()}
+    means = {name: total / counts[name].clamp_min(1e-300) for name, total in sums.items()}
+    return {ffn.name: means[ffn.name] if ffn.layout.experts else means[ffn.name][0] for ffn in biased}
