@@ -21,7 +21,9 @@ from ffnkit.methods.narrow.refitting import Refitting
 from ffnkit.model.attention import attentions
 from ffnkit.model.finding import ffns
 from ffnkit.model.linear import bare_weight
+from ffnkit.ops import subset
 from ffnkit.ops.apart import held_out
+from ffnkit.ops.curves import output_curve
 from ffnkit.ops.neurons import Neurons
 from ffnkit.ops.refit import refit
 from ffnkit.ops.ridge import factored, pulled
@@ -219,6 +221,75 @@ def test_the_surgeon_takes_one_neuron_at_a_time() -> None:
     assert_close(fit, refit(gram, down, several, ridge)[0], rel=1e-8, what="taken off in blocks")
 
 
+def test_the_surgeon_takes_many_as_one_by_one() -> None:
+    """What is left of the output layer is brought up to date for some together; for a block's end too."""
+    draw = torch.Generator().manual_seed(0)
+    h, mixing, down = (torch.randn(*shape, generator=draw).double() for shape in ((400, 120), (120, 120), (9, 120)))
+    gram = (h @ mixing).T @ (h @ mixing) / 400
+    for width in (120 - subset.DELAY, 120 - 2 * subset.DELAY - 9, 119, 120):
+        kept, weight = surgeon(gram, down, width, 0.02)
+        wanted, fitted = one_at_a_time(gram, down, width, 0.02 * float(gram.diagonal().mean()))
+        assert kept.tolist() == wanted
+        assert_close(weight, fitted, rel=1e-9, what="output layer")
+    shift = 0.02 * gram.diagonal().mean()
+    for block in (5, subset.DELAY + 1):
+        kept, weight = surgeon(gram, down, 60, 0.02, block=block)
+        ridge = float(shift / gram[kept][:, kept].diagonal().mean())
+        assert_close(weight, refit(gram, down, kept, ridge)[0], rel=1e-8, what="taken off in blocks")
+
+
+def test_what_the_surgeon_is_expected_to_take_grows_with_what_goes() -> None:
+    ffn = ffns(FAMILIES["llama"].model())[0]
+    some, more, most = (methods.build("obs", width=1).work(ffn, width, 100).double for width in (ffn.width - 1, 8, 1))
+    assert 0 < some < more < most
+
+
+CHOICES = {
+    "obs": lambda gram, down, width: surgeon(gram, down, width, 0.01)[0],
+    "obs by blocks": lambda gram, down, width: surgeon(gram, down, width, 0.01, block=5)[0],
+    "greedy": lambda gram, down, width: subset.choose(gram, down, width, 0.01).order,
+    "loss": lambda gram, down, width: subset.ranked(gram, 0.01, down, 1.0)[:width],
+    "balanced": lambda gram, down, width: subset.ranked(gram, 0.01, down, 0.5)[:width],
+    "without each": lambda gram, down, width: leverage(gram, 0.01, down).topk(width).indices,
+    "leverage": lambda gram, down, width: leverage(gram, 0.01).topk(width).indices,
+    "curve": lambda gram, down, width: output_curve(gram, down, 0.01).order[:width],
+}
+
+
+@pytest.mark.parametrize("choice", list(CHOICES))
+def test_neurons_that_never_fire_go_first_whatever_their_columns(choice: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    h = torch.randn(2000, 64, generator=draw).relu().double() * torch.logspace(-1.5, 0.5, 64)
+    down, dead = torch.randn(32, 64, generator=draw).double(), torch.arange(0, 64, 4)
+    down[:, dead] *= 4
+    h[:, dead] = 0
+    gram = h.T @ h / len(h)
+    for width in (20, 48):
+        kept = CHOICES[choice](gram, down, width)
+        assert not torch.isin(kept, dead).any()
+    assert_close(h[:, kept] @ down[:, kept].T, h @ down.T, rel=1e-12, what="outputs")
+    more = [int(n) for n in CHOICES[choice](gram, down, 52) if n in dead]  # of those the largest columns stay
+    if choice != "leverage":
+        assert sorted(more) == sorted(dead[down[:, dead].square().sum(0).topk(4).indices].tolist())
+
+
+@pytest.mark.parametrize("method", ["obs", "modegpt", "calibrated-fusion"])
+def test_a_model_without_its_dead_neurons_is_as_it_was(method: str) -> None:
+    model = FAMILIES["opt"].model()
+    data = [FAMILIES["opt"].inputs(model, seed=seed) for seed in range(30)]
+    for ffn in ffns(model):
+        neurons = ffn.raw()
+        with torch.no_grad():
+            neurons.up_bias[::4] = -50.0  # type: ignore[index]
+            neurons.down[:, ::4] *= 4
+    more = {"refine": 0, "select": "loss"} if method == "calibrated-fusion" else {}
+    narrow = copy.deepcopy(model)
+    fk.apply(narrow, fk.plan(narrow, methods.build(method, width=0.75, **more), data=data))
+    new = FAMILIES["opt"].inputs(model, seed=99)
+    with torch.no_grad():
+        assert_close(narrow(**new).logits, model(**new).logits, rel=1e-4, what="logits")
+
+
 @pytest.mark.parametrize("name", ["bert", "llama", "mixtral"])
 @pytest.mark.parametrize("method", ["modegpt", "obs"])
 def test_closed_forms_of_a_model_are_those_of_the_formulas(method: str, name: str) -> None:
@@ -244,6 +315,20 @@ def test_closed_forms_of_a_model_are_those_of_the_formulas(method: str, name: st
         if new.down_bias is not None:
             whole = observed(model, data, fitted=True)[ffn, number][1][:, kept]
             assert_close((whole @ new.down.T + new.down_bias).mean(0), y.mean(0), rel=1e-3, what="mean output")
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("method", ["modegpt", "obs"])
+def test_few_tokens_a_neuron_are_told_once(method: str, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    model, data = given(name)
+    many = [FAMILIES[name].inputs(model, seed=seed) for seed in range(40)]
+    for batches, said in ((data[:1], 1), (many, 0)):
+        for source in (batches, fk.calibrate(model, batches)):
+            caplog.clear()
+            fk.plan(model, methods.build(method, width=0.75), data=source)
+            lines = [each.getMessage() for each in caplog.records if "noise" in each.getMessage()]
+            assert len(lines) == said, lines
+            assert all(line.startswith(f"{method}: ") and " for " in line for line in lines)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt-oss"])

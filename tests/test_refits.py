@@ -302,3 +302,20 @@ def test_tokens_count_by_the_root_of_what_the_norm_makes_of_them() -> None:
     assert_close(tokens, metric.sqrt(), rel=1e-5, what="tokens")
     whole, root = (float(each[0] / each.median()) for each in (metric, tokens))
     assert whole < 0.5 * root < 0.5  # the sink
+
+
+@pytest.mark.parametrize("name", ["bert", "mixtral"])
+@pytest.mark.parametrize("made", ["importance", "statistics", "fusion", "heads"])
+def test_where_too_few_tokens_decide_the_ridge_is_a_strong_one(made: str, name: str) -> None:
+    model, data = given(name)
+    settings: dict[str, Any] = {"remove": 1} if made == "heads" else {"width": 0.5}
+    method, seen = ("importance", fk.calibrate(model, data)) if made == "statistics" else (made, data)
+    mixed, strong, weak = (
+        [value for edit in plan.edits for value in edit.tensors().values()]
+        for plan in (
+            fk.plan(model, methods.build(method, refit=True, ridge=ridge, **settings), data=seen)
+            for ridge in (None, 1.0, 0.1)
+        )
+    )
+    assert mixed and all(map(torch.equal, mixed, strong))
+    assert not all(map(torch.equal, mixed, weak))  # the control

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ffnkit.ops.subset import least_needed
+
 PASSES = 256  # blocks in which neurons are taken at most; narrow FFNs take one at a time
 
 
@@ -42,6 +44,7 @@ def output_curve(gram: Tensor, down: Tensor, ridge: float) -> Curve:
     tiny = torch.finfo(gram.dtype).eps * diagonal.max().clamp_min(torch.finfo(gram.dtype).tiny)
     left = (gram @ weight.T).addcmul_(weight.T, shift)  # (ff, d): what each neuron could still explain
     total = (left * weight.T).sum(dtype=torch.float64)
+    most = least_needed(gram, down)
     factor = gram.new_empty(ff, ff)  # rows: columns of the Cholesky factor
     taken = torch.zeros(ff, dtype=torch.bool, device=gram.device)
     order = torch.empty(ff, dtype=torch.int64, device=gram.device)
@@ -49,8 +52,8 @@ def output_curve(gram: Tensor, down: Tensor, ridge: float) -> Curve:
     block = max(1, ff // PASSES)
     for start in range(0, ff, block):
         stop = min(start + block, ff)
-        scores = torch.linalg.vector_norm(left, dim=1).square_() / diagonal.clamp_min(tiny)
-        picked = scores.masked_fill_(taken, -1.0).topk(stop - start).indices
+        scores = torch.minimum(torch.linalg.vector_norm(left, dim=1).square_() / diagonal.clamp_min(tiny), most)
+        picked = scores.masked_fill_(taken, -torch.inf).topk(stop - start).indices
         taken[picked] = True
         order[start:stop] = picked
         columns = gram[picked]

@@ -18,7 +18,8 @@ from ffnkit.ops.moments import Moments
 from ffnkit.ops.ridge import pulled
 
 COLUMNS = 1024  # of a matrix that is widened to float64 at a time
-RIDGES = (0.1, 0.01, 1.0, 10.0)  # of the refits that are mixed; the first alone where too few tokens decide
+RIDGES = (0.1, 0.01, 1.0, 10.0)  # of the refits that are mixed
+UNDECIDED = 1.0  # in their place where nothing decides, mostly for want of tokens: less of it fits few tokens' noise
 
 
 def ridges_of(ridge: float | None) -> tuple[float, ...]:
@@ -93,9 +94,11 @@ class Refit:
         """D, (d, width), float64: what the fits under several ridges change, by the shares that carry over.
 
         Args:
-            ridges: the first alone counts where nothing decides. decide: tokens that no fit saw.
+            ridges: of several, ``UNDECIDED`` alone counts where nothing decides. decide: tokens that no fit saw.
             dimensions: what errors count by there (:func:`~ffnkit.ops.mixing.mixed`). beside: output layers to mix in.
         """
+        if decide is None and len(ridges) > 1:
+            return self.solve(UNDECIDED)
         down = self.solve(ridges[0])
         if decide is None or len(ridges) + len(beside) < 2:
             return down

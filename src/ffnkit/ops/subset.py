@@ -41,7 +41,7 @@ def choose(gram: Tensor, down: Tensor, width: int, ridge: float = 0.0) -> Chosen
     Adding i to S lowers the error by ||g_i W^T||^2 / g_ii, with g the Schur complement of G_SS in G. One column of a
     Cholesky factor a step: width x ff x (width / 2 + 2 d) multiplications and additions. Beyond 1024 neurons a few
     are taken at once. g W^T is brought up to date for ``DELAY`` neurons together; in between only the norms of its
-    rows are, which is one pass over it a step.
+    rows are, which is one pass over it a step. Neurons that never fire (0 on the diagonal of G) come last.
 
     Args:
         gram: (ff, ff) H^T H, float32 or float64. down: (d, ff). width: neurons to choose.
@@ -50,23 +50,24 @@ def choose(gram: Tensor, down: Tensor, width: int, ridge: float = 0.0) -> Chosen
     Source: orthogonal matching pursuit for many right sides (Tropp et al. 2006, simultaneous OMP); column subset
         selection.
     """
-    ff, d = gram.shape[0], down.shape[0]
+    ff = len(gram)
     shift = ridge * gram.diagonal().mean()
     diagonal = gram.diagonal() + shift
     tiny = torch.finfo(gram.dtype).eps * diagonal.max().clamp_min(torch.finfo(gram.dtype).tiny)
-    left = Left(gram, down.to(gram.dtype), shift)
+    weight = down.T.to(gram.dtype)
+    most = least_needed(gram, down)
     factor = gram.new_zeros(width, ff)  # rows: columns of the Cholesky factor
     taken = torch.zeros(ff, dtype=torch.bool, device=gram.device)
     order = torch.empty(width, dtype=torch.int64)
     remains = torch.empty(width + 1, dtype=torch.float64)
-    remains[0] = left.total
+    rows = (gram @ weight).addcmul_(weight, shift)  # (G + shift I) W^T: what each neuron could still add to the outputs
+    remains[0], whole = _energy(rows, weight, float(shift))
     at_once = max(1, width // AT_ONCE)
-    moved = gram.new_empty(DELAY + at_once, d)  # what the neurons since ``base`` take from the outputs
-    base = 0
+    left = Delayed(rows, factor, at_once)
     for start in range(0, width, at_once):
         stop = min(start + at_once, width)
-        gain = left.sizes / diagonal.clamp_min(tiny)
-        picked = gain.masked_fill_(taken, -1.0).topk(stop - start).indices
+        gain = torch.minimum(left.sizes / diagonal.clamp_min(tiny), most)
+        picked = gain.masked_fill_(taken, -torch.inf).topk(stop - start).indices
         taken[picked] = True
         for step, best in enumerate(picked.tolist(), start):
             order[step] = best
@@ -74,46 +75,76 @@ def choose(gram: Tensor, down: Tensor, width: int, ridge: float = 0.0) -> Chosen
             column = gram[best] - factor[:step, best] @ factor[:step]
             column[best] += shift
             factor[step] = column.div_(root)
-            moved[step - base] = (left.rows[best] - factor[base:step, best] @ moved[: step - base]) / root
+            left.move(best, step, root)
             diagonal -= column.square_()
-        fresh = moved[start - base : stop - base]
+        fresh = left.moved(start, stop)
         remains[start + 1 : stop + 1] = remains[start] - fresh.square().sum(1, dtype=torch.float64).cumsum(0).cpu()
-        if stop - base >= DELAY:
-            left.subtract(factor[base:stop], moved[: stop - base])
-            base = stop
-        elif stop < width:
-            left.shrink(factor[base:stop], moved[: stop - base], stop - start)
-    return Chosen(order, remains.clamp_min_(0), left.outputs)
+        left.advance(start, stop)
+    return Chosen(order, remains.clamp_min_(0), whole)
 
 
-class Left:
-    """What the neurons could still add to the outputs.
+def least_needed(gram: Tensor, down: Tensor) -> Tensor:
+    """What scores may be at most, (ff,): of neurons that never fire less than nothing, by their columns; else anything.
+
+    A score of such a neuron is of the ridge alone, which counts its column as if it gave something.
+    """
+    squares = down.to(gram.dtype).square().sum(0).clamp_min(torch.finfo(gram.dtype).tiny)
+    return torch.where(gram.diagonal() == 0, -1 / squares, torch.inf)
+
+
+def _energy(rows: Tensor, weight: Tensor, shift: float) -> tuple[float, float]:
+    """||H W^T||_F^2 of (G + shift I) W^T and W^T (ff, d): the ridge included, and without it."""
+    parts = zip(rows.split(COLUMNS), weight.split(COLUMNS), strict=True)
+    sums = [(float((a * b).sum(dtype=torch.float64)), float(b.square().sum(dtype=torch.float64))) for a, b in parts]
+    total = sum(total for total, _ in sums)
+    return total, max(total - shift * sum(square for _, square in sums), 0.0)
+
+
+class Delayed:
+    """Rows, one a neuron, from which the part of each chosen neuron is taken: of ``DELAY`` neurons together.
+
+    Args:
+        rows: (ff, d), changed in place. factor: (steps, ff), whose row of each step is there before :meth:`advance`.
+        at_once: steps between two calls of :meth:`advance`, at most.
 
     Attributes:
-        rows: (ff, d) (G + shift I) W^T, less what was subtracted. sizes: (ff,) squared norms of its present rows.
-        total: the squared norm of all outputs, ridge included; outputs: without it.
+        rows: less what was subtracted. sizes: (ff,) squared norms that the rows would have with all subtracted.
     """
 
-    def __init__(self, gram: Tensor, weight: Tensor, shift: Tensor) -> None:
-        self.rows = (gram @ weight.T).addcmul_(weight.T, shift)
-        parts = zip(self.rows.split(COLUMNS), weight.T.split(COLUMNS), strict=True)
-        sums = [(float((a * b).sum(dtype=torch.float64)), float(b.square().sum(dtype=torch.float64))) for a, b in parts]
-        self.total = sum(total for total, _ in sums)
-        self.outputs = max(self.total - float(shift) * sum(square for _, square in sums), 0.0)
+    def __init__(self, rows: Tensor, factor: Tensor, at_once: int) -> None:
+        self.rows, self._factor = rows, factor
+        self._moved = rows.new_empty(DELAY + at_once, rows.shape[1])
+        self._base = 0  # the first step that is not subtracted yet
         self._measure()
 
-    def subtract(self, factor: Tensor, moved: Tensor) -> None:
-        """Take off the product of factor (k, ff) and moved (k, d)."""
-        self.rows.addmm_(factor.T, moved, alpha=-1)
-        self._measure()
+    def move(self, number: int, step: int, root: Tensor) -> None:
+        """A step's neuron: its row as it is now, over ``root``, times the factor's row is to be taken off."""
+        held = self.moved(self._base, step)
+        own = self.rows[number] - self._factor[self._base : step, number] @ held
+        self._moved[step - self._base] = own / root
 
-    def shrink(self, factor: Tensor, moved: Tensor, last: int) -> None:
-        """Bring ``sizes`` up to date for the ``last`` of the neurons that are not subtracted yet."""
-        new, own, before = moved[-last:], factor[-last:], len(moved) - last
+    def moved(self, start: int, stop: int) -> Tensor:
+        """(stop - start, d), of the steps since the last :meth:`advance`."""
+        return self._moved[start - self._base : stop - self._base]
+
+    def advance(self, start: int, stop: int) -> None:
+        """Bring ``sizes`` up to date for the steps from ``start`` to ``stop``, and the rows where enough are held."""
+        if stop - self._base >= DELAY:
+            self.subtract(stop)
+            self._measure()
+            return
+        moved, factor = self.moved(self._base, stop), self._factor[self._base : stop]
+        before, new, own = start - self._base, self.moved(start, stop), self._factor[start:stop]
         inner = self.rows @ new.T  # (ff, last)
         inner.addmm_(factor[:before].T, moved[:before] @ new.T, alpha=-1)
         change = own.T @ (new @ new.T) - 2 * inner
         self.sizes.add_((change * own.T).sum(1)).clamp_min_(0)
+
+    def subtract(self, stop: int) -> Tensor:
+        """The rows with all up to step ``stop`` taken off."""
+        self.rows.addmm_(self._factor[self._base : stop].T, self.moved(self._base, stop), alpha=-1)
+        self._base = stop
+        return self.rows
 
     def _measure(self) -> None:
         self.sizes = torch.linalg.vector_norm(self.rows, dim=1).square_()
@@ -142,15 +173,17 @@ def leverage(gram: Tensor, ridge: float, down: Tensor | None = None) -> Tensor:
 
     Without ``down`` the scores are diag(G (G + lambda I)^-1), between 0 and 1: how much of a neuron the others do not
     give, whatever the output layer makes of it. With ``down`` (d, ff) they are ||w_i||^2 / ((G + lambda I)^-1)_ii: how
-    much the squared output error grows where this neuron alone goes and the output layer is refitted. lambda = ridge x
-    the mean diagonal of G.
+    much the squared output error grows where this neuron alone goes and the output layer is refitted; below 0 for
+    neurons that never fire (:func:`least_needed`). lambda = ridge x the mean diagonal of G.
 
     Source: MoDeGPT (arXiv 2408.09632), the FFN part; optimal brain surgeon (Hassibi and Stork 1992), OBC (arXiv
         2208.11580) with a whole column as the unit.
     """
     factor, shift = factored(gram, ridge)
     inverse = torch.cholesky_inverse(factor).diagonal()
-    return 1 - shift * inverse if down is None else down.to(gram.dtype).square().sum(0) / inverse
+    if down is None:
+        return 1 - shift * inverse
+    return torch.minimum(down.to(gram.dtype).square().sum(0) / inverse, least_needed(gram, down))
 
 
 def ranked(gram: Tensor, ridge: float, down: Tensor, share: float) -> Tensor:
@@ -163,8 +196,9 @@ def ranked(gram: Tensor, ridge: float, down: Tensor, share: float) -> Tensor:
     """
     factor, _ = factored(gram, ridge)
     alone = 1 / torch.cholesky_inverse(factor).diagonal()
-    lost = down.to(gram.dtype).square().sum(0) * alone
-    orders = [iter(torch.sort(scores, descending=True, stable=True).indices.tolist()) for scores in (lost, alone)]
+    lost, most = down.to(gram.dtype).square().sum(0) * alone, least_needed(gram, down)
+    scores = torch.minimum(torch.stack((lost, alone)), most)
+    orders = [iter(order) for order in torch.sort(scores, descending=True, stable=True).indices.tolist()]
     order: dict[int, int] = {}
     for place in range(1, len(alone) + 1):
         turn = orders[0 if ceil(share * place) > ceil(share * (place - 1)) else 1]

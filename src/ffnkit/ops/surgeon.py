@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ffnkit.ops.ridge import factored
+from ffnkit.ops.subset import Delayed, least_needed
 
 
 def surgeon(gram: Tensor, down: Tensor, width: int, ridge: float, block: int = 1) -> tuple[Tensor, Tensor]:
@@ -14,11 +15,10 @@ def surgeon(gram: Tensor, down: Tensor, width: int, ridge: float, block: int = 1
     With P = (G + lambda I)^-1 over the neurons that are left and w_i the columns of the output layer W, the one with
     the least ||w_i||^2 / P_ii goes; then ``W -= w_i P_i: / P_ii`` and ``P -= P_:i P_i: / P_ii``. So W is at any time
     the least-squares output layer of those left, pulled towards the old columns by lambda = ridge x the mean diagonal
-    of G.
+    of G. Neurons that never fire (0 on the diagonal of G) go first, whatever their columns.
 
     Args:
-        gram: (ff, ff) H^T H. down: (d, ff). block: neurons that go by the same scores, each still taken off exactly;
-            products with W are formed for a block at once.
+        gram: (ff, ff) H^T H. down: (d, ff). block: neurons that go by the same scores, each still taken off exactly.
 
     Returns:
         The neurons that stay, (width,) int64, ascending, and their output layer (d, width).
@@ -28,21 +28,23 @@ def surgeon(gram: Tensor, down: Tensor, width: int, ridge: float, block: int = 1
     """
     ff, tiny = len(gram), torch.finfo(gram.dtype).tiny
     inverse = torch.cholesky_inverse(factored(gram, ridge)[0])
-    rest = down.T.to(gram.dtype).contiguous().clone()  # (ff, d)
     diagonal = inverse.diagonal().clone()
-    columns = gram.new_zeros(ff - width, ff)  # P_:i / P_ii^(1/2) of each that went, as P was then
+    most = least_needed(gram, down)
+    gone = ff - width
+    columns = gram.new_zeros(gone, ff)  # P_:i / P_ii^(1/2) of each that went, as P was then
     left = torch.ones(ff, dtype=torch.bool, device=gram.device)
-    for start in range(0, ff - width, block):
-        stop = min(start + block, ff - width)
-        scores = rest.square().sum(1) / diagonal.clamp_min(tiny)
+    weight = down.T.to(gram.dtype, copy=True, memory_format=torch.contiguous_format)
+    rest = Delayed(weight, columns, min(block, gone))
+    for start in range(0, gone, block):
+        stop = min(start + block, gone)
+        scores = torch.minimum(rest.sizes / diagonal.clamp_min(tiny), most)
         picked = scores.masked_fill_(~left, torch.inf).topk(stop - start, largest=False).indices
         left[picked] = False
-        moved = rest.new_empty(stop - start, rest.shape[1])
         for step, number in enumerate(picked.tolist(), start):
             root = diagonal[number].clamp_min(tiny).sqrt()
             columns[step] = (inverse[number] - columns[:step, number] @ columns[:step]) / root
-            moved[step - start] = (rest[number] - columns[start:step, number] @ moved[: step - start]) / root
+            rest.move(number, step, root)
             diagonal -= columns[step].square()
-        rest.addmm_(columns[start:stop].T, moved, alpha=-1)
+        rest.advance(start, stop)
     kept = left.nonzero().squeeze(1)
-    return kept, rest[kept].T
+    return kept, rest.subtract(gone)[kept].T

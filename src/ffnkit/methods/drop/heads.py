@@ -65,7 +65,7 @@ class RemoveHeads:
         float | None,
         Doc(
             "of refit, towards the columns as they were, relative to the heads' mean square. None: several, mixed by "
-            "what tokens say that were not fitted.",
+            "what tokens say that were not fitted; 1 where those are too few.",
             at_least=0,
         ),
     ] = None

@@ -96,7 +96,7 @@ class CalibratedFusion(Narrowing):
         float | None,
         Doc(
             "of the refit, towards the old columns, relative to the mean square of the activations. None: several, "
-            "mixed by what tokens say that were not fitted.",
+            "mixed by what tokens say that were not fitted; 1 where those are too few.",
             at_least=0,
         ),
     ] = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -22,6 +23,10 @@ from ffnkit.ops.subset import leverage, outputs
 from ffnkit.ops.surgeon import surgeon
 from ffnkit.plans import Draft, Progress, check_weights
 from ffnkit.settings import Doc
+
+logger = logging.getLogger(__name__)
+
+ENOUGH = 2  # tokens a neuron that stays: with fewer, output layers pulled as weakly as these fit noise
 
 
 @dataclass(frozen=True)
@@ -56,15 +61,21 @@ class ClosedForm(Narrowing):
             ffn.check_plain(f"narrowing {name}")
             check_weights(ffn.raw(), name)
         seen = observing([ffn for ffn, _ in widths.values()], 0)
+        few: list[tuple[int, int, str]] = []  # tokens and neurons that stay, where tokens are few
 
         def show(blocks: Blockwise, group: list[FFN], last: bool) -> None:
             blocks.see(group, seen, last=last)
 
         def fit(ffn: FFN) -> Fitted:
             old, parts, errors = lifted(ffn.raw()), [], []
+            width = widths[ffn.name][1]
             for number in range(max(ffn.experts, 1)):
                 single = old.expert(number) if ffn.experts else old
-                part, error = self._fit(single, seen.parts.pop((ffn.name, number), None), widths[ffn.name][1])
+                known = seen.parts.pop((ffn.name, number), None)
+                if known is not None and known.held.offered < ENOUGH * width < ENOUGH * ffn.width:
+                    name = f"expert {number} of {ffn.name}" if ffn.experts else ffn.name
+                    few.append((known.held.offered, width, name))
+                part, error = self._fit(single, known, width)
                 parts.append(part)
                 errors.append(error)
             made = (concatenate(parts) if ffn.experts else parts[0]).to(ffn.raw().up.dtype)
@@ -73,6 +84,13 @@ class ClosedForm(Narrowing):
 
         found = [ffn for ffn, _ in widths.values()]
         done = block_by_block(model, batches, found, show, fit, progress, sequential=self.sequential)
+        if few:
+            tokens, width, name = min(few)
+            more = f", and {len(few) - 1} more" if few[1:] else ""
+            told = (
+                "%s: fewer than %d tokens for each neuron that stays; output layers fit noise then: %d for %d of %s%s"
+            )
+            logger.warning(told, self.name, ENOUGH, tokens, width, name, more)
         return drafted(found, done)
 
     def _fit(self, old: Neurons, seen: Part | None, width: int) -> tuple[Neurons, float]:
@@ -141,6 +159,13 @@ class Surgeon(ClosedForm):
     name: ClassVar[str] = "obs"
     summary: ClassVar[str] = "neurons go one at a time, the others take over (optimal brain surgeon: SlimGPT, ZipLM)"
     paper: ClassVar[str] = "arXiv 2412.18110"
+
+    def work(self, ffn: FFN, width: int, tokens: int) -> Work:
+        """The inverse, and each neuron that goes taken off it and off the output layer; nothing is refitted behind."""
+        plain = fused(ffn, width, tokens, greedy=False, refine=0, kept=0, ridges=0)
+        gone = ffn.width - width
+        steps = max(ffn.experts, 1) * gone * ffn.width * (gone / 2 + 2 * ffn.d)
+        return dataclasses.replace(plain, double=plain.double + steps)
 
     def closed(self, gram: Tensor, down: Tensor, width: int) -> tuple[Tensor, Tensor]:
         return surgeon(gram, down, width, self.ridge, self.block)

@@ -47,7 +47,7 @@ class Refitting(Narrowing):
         float | None,
         Doc(
             "of refit, towards the output layer as drafted, relative to the activations' mean square. None: several, "
-            "mixed by what tokens say that were not fitted.",
+            "mixed by what tokens say that were not fitted; 1 where those are too few.",
             at_least=0,
         ),
     ] = field(default=None, kw_only=True)
