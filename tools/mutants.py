@@ -472,8 +472,8 @@ MUTANTS: tuple[Mutant, ...] = (
     # masking, untying, checkpoint, hook
     M(
         "masks-add-up",
-        "module.mask = module.mask & stored",
-        "module.mask = module.mask | stored",
+        "each.mask = each.mask & stored",
+        "each.mask = each.mask | stored",
         "test_pruning.py",
         "mask or again or twice",
     ),
