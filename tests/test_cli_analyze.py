@@ -81,6 +81,24 @@ def test_methods_and_text(llama: Path, bert: Path, body: Path, notes: Path) -> N
     assert "no kernel: BertModel gives no logits" in report["notes"][0] and "ntk" not in report["rows"][0]
 
 
+def test_all_leaves_out_what_refuses_the_model_and_names_are_refused_before_anything_is_measured(
+    llama: Path,  # noqa: F811
+    bert: Path,  # noqa: F811
+    notes: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ffnkit import methods
+    from ffnkit.analysis import study
+
+    monkeypatch.setattr(methods, "compressing", lambda: ["flap", "magnitude"])
+    words = ("analyze", llama, "--width", 4, "--text", notes, "--tokenizer", bert, *QUICK[:4])
+    report = json.loads(good(*words, "-m", "all", "--json").stdout)
+    assert names(report) == ["magnitude"]
+    assert report["notes"][0].startswith("flap is left out: flap of model.layers.0.mlp: it has no output bias")
+    monkeypatch.setattr(study, "_Study", None)
+    assert "flap on LlamaForCausalLM: flap of model.layers.0.mlp" in bad(*words, "-m", "magnitude,flap")
+
+
 def test_a_drawn_head_is_said_and_is_the_same_each_time(body: Path, data: Path) -> None:
     words = ("analyze", body, "-m", "magnitude", "--width", 0.5, "--task", "sst2", "--data-dir", data, *QUICK[:4])
     first, again, other = (json.loads(good(*words, "--json", "--seed", seed).stdout) for seed in (0, 0, 1))
