@@ -244,7 +244,8 @@ def _accepted(
     Raises:
         FfnkitError: one refuses the model that is not optional, or all do and they are ``alone``.
     """
-    taken, notes = {}, []
+    taken: dict[str, Candidate] = {}
+    notes: list[str] = []
     for name, candidate in candidates.items():
         try:
             if (choose := getattr(candidate.what, "chosen", None)) is not None:
