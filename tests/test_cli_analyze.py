@@ -81,6 +81,66 @@ def test_methods_and_text(llama: Path, bert: Path, body: Path, notes: Path) -> N
     assert "no kernel: BertModel gives no logits" in report["notes"][0] and "ntk" not in report["rows"][0]
 
 
+@pytest.mark.parametrize(("rows", "length", "found"), [(5, None, 5), (7, 8, 7), (999, None, 25)])
+def test_rows_of_text_are_as_many_as_are_asked_for(
+    bert: Path,  # noqa: F811
+    notes: Path,
+    rows: int,
+    length: int | None,
+    found: int,
+) -> None:
+    words = ("analyze", bert, "-m", "magnitude", "--width", 0.5, "--text", notes, "--no-ntk", "--json", "--rows", rows)
+    report = json.loads(good(*words, *(("--max-length", length) if length else ())).stdout)
+    assert report["data"]["rows"] == found and report["conditions"]["tokens"][""] == found * 5
+
+
+@pytest.mark.parametrize("kind", ["column", "messages"])
+def test_text_is_read_as_compress_reads_it(
+    bert: Path,  # noqa: F811
+    llama: Path,  # noqa: F811
+    notes: Path,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    texts = notes.read_text().split("\n\n")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bert)
+    tokenizer.chat_template = "{% for each in messages %}{{ each.content }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chats")
+    more: tuple[object, ...] = ("--tokenizer", tmp_path / "chats")
+    if kind == "column":
+        file, more = tmp_path / "notes.csv", (*more, "--text-column", "body")
+        file.write_text("\n".join(["body", *texts]))
+    else:
+        file = tmp_path / "notes.jsonl"
+        chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": "fine"}] for text in texts]
+        file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    words = ("--text", file, *more, "--json")
+    report = json.loads(good("analyze", bert, *words, "-m", "magnitude", "--width", 0.5, "--no-ntk").stdout)
+    assert report["data"]["rows"] == 25
+    assert report["conditions"]["tokens"][""] == 25 * (5 + (kind == "messages"))
+    assert json.loads(good("analyze", bert, *words, "--similarity").stdout)["name"] == str(bert)
+    few = ("--batches", 2, "--fresh", 1, "--batch-size", 4, "--max-length", 8)
+    assert json.loads(good("analyze", llama, *words, "--energy", *few).stdout)["name"] == str(llama)
+
+
+def test_all_leaves_out_what_refuses_the_model_and_names_are_refused_before_anything_is_measured(
+    llama: Path,  # noqa: F811
+    bert: Path,  # noqa: F811
+    notes: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ffnkit import methods
+    from ffnkit.analysis import study
+
+    monkeypatch.setattr(methods, "compressing", lambda: ["flap", "magnitude"])
+    words = ("analyze", llama, "--width", 4, "--text", notes, "--tokenizer", bert, *QUICK[:4])
+    report = json.loads(good(*words, "-m", "all", "--json").stdout)
+    assert names(report) == ["magnitude"]
+    assert report["notes"][0].startswith("flap is left out: flap of model.layers.0.mlp: it has no output bias")
+    monkeypatch.setattr(study, "_Study", None)
+    assert "flap on LlamaForCausalLM: flap of model.layers.0.mlp" in bad(*words, "-m", "magnitude,flap")
+
+
 def test_a_drawn_head_is_said_and_is_the_same_each_time(body: Path, data: Path) -> None:
     words = ("analyze", body, "-m", "magnitude", "--width", 0.5, "--task", "sst2", "--data-dir", data, *QUICK[:4])
     first, again, other = (json.loads(good(*words, "--json", "--seed", seed).stdout) for seed in (0, 0, 1))
@@ -140,6 +200,7 @@ def test_settings_reach_the_methods_that_have_them() -> None:
         (["-m", "melting", "--width", 0.5, "--task", "sst2"], "no such method"),
         (["-m", "fusion", "--width", 0.5, "--set", "keep=3", "--task", "sst2"], "no such setting"),
         (["-m", "fusion", "--width", 0.5, "--task", "sst3"], "there is no such task"),
+        (["-m", "fusion", "--width", 0.5, "--task", "sst2", "--text-column", "body"], "there is no --text to read it"),
         (["-m", "fusion", "--width", 0.5, "--text", "nowhere.txt"], "there is no such file"),
         (["-m", "fusion", "--width", 0.5, "--task", "sst2", "--no-errors", "--no-ntk"], "nothing to do"),
         (["-m", "fusion", "--width", 0.5, "--task", "sst2", "--ntk-layers", "7"], "layer 7 has no FFN"),

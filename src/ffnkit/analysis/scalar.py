@@ -89,9 +89,14 @@ def singles(batches: Iterable[Batch], count: int, device: torch.device | str = "
     return found
 
 
+def rows_in(batch: Batch) -> int:
+    """The examples of a batch."""
+    return next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
+
+
 def _rows(batches: Iterable[Batch]) -> Iterator[dict[str, Any]]:
     for batch in checked(batches, "data"):
-        size = next(len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim)
+        size = rows_in(batch)
         for row in range(size):
             # clones, so that a row does not keep its whole batch
             yield {k: _row(v, row, size) for k, v in batch.items()}

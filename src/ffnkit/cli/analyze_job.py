@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.analysis.ntk import NtkSettings
+from ffnkit.analysis.scalar import rows_in
 from ffnkit.analysis.study import FOLDED, Candidate, analyze, labels
 from ffnkit.calibration.parts import apart_from
 from ffnkit.cli import console, describe
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import write_text
 from ffnkit.io.folders import staging
+from ffnkit.settings.calibration import TEXT_COLUMN
 from ffnkit.settings.presets import filled
 
 EVERYTHING = 1 << 62  # tokens: no limit but the rows
@@ -23,7 +25,7 @@ EVERYTHING = 1 << 62  # tokens: no limit but the rows
 def chosen_methods(
     names: str | None, width: str | None, layers: str | None, seed: int, pairs: list[str]
 ) -> dict[str, Candidate]:
-    """The methods of ``--methods``, each with the settings that it has; "all" are those that take a width.
+    """The methods of ``--methods``, each with its settings; "all" are those that take a width and the model.
 
     Raises:
         FfnkitError: an unknown method, a setting that none of them has, values that a method refuses.
@@ -34,7 +36,7 @@ def chosen_methods(
         return {}
     words = [word.strip() for word in names.split(",") if word.strip()]
     narrowing = [name for name in methods.compressing() if "width" in describe.fields(methods.get(name))]
-    words = [each for word in words for each in (narrowing if word == "all" else [word])]
+    every = [(each, word == "all") for word in words for each in (narrowing if word == "all" else [word])]
     given = describe.parse_settings(pairs)
     for key, value in (("width", width), ("layers", layers)):
         if value is not None and key in given:
@@ -43,7 +45,7 @@ def chosen_methods(
             given |= describe.parse_settings([f"{key}={value}"])
     given.setdefault("seed", seed)
     made, used = [], {"seed"}
-    for word in words:
+    for word, optional in every:
         name, _, mark = word.partition(":")
         if mark not in ("", FOLDED) or name not in methods.names():
             do = f"Choose among {', '.join(methods.compressing())}, or all; NAME:{FOLDED} multiplies factors in"
@@ -55,7 +57,7 @@ def chosen_methods(
         used |= own.keys()
         if "width" in known and "width" not in filled(kind, own):
             raise FfnkitError(f"--methods {name}", "no width is given", "Add --width 0.25")
-        made.append(Candidate(describe.build(kind, own, f"method {name}"), bool(mark)))
+        made.append(Candidate(describe.build(kind, own, f"method {name}"), bool(mark), optional))
     describe.check_known(given, used, "no method that is named")
     return dict(zip(labels(made), made, strict=True))
 
@@ -65,7 +67,9 @@ class Texts:
     """What methods calibrate on and what is measured on: two parts of one source, with no text in common.
 
     Attributes:
+        rows: most that are measured on: of the task, or pieces of the text.
         mix: beside a text, the share of the calibration that is ffnkit's text of many kinds; None for the usual one.
+        text_column: of the text, where the file is a table.
     """
 
     task: str | None
@@ -77,9 +81,10 @@ class Texts:
     tokenizer: str | None
     seed: int
     mix: float | None = None
+    text_column: str = TEXT_COLUMN
 
     def __post_init__(self) -> None:
-        if self.text is not None and not self.text.is_file():
+        if self.text is not None and not self.text.expanduser().is_file():
             raise FfnkitError(f"--text {self.text}", "there is no such file", "Name a text file")
         if self.task is not None:
             from ffnkit import tasks
@@ -101,6 +106,12 @@ class Texts:
             models.append(task.load_model(name, tokenizer=tokenizer) if task else load_any(name, dtype="float32"))
         return models, tokenizer
 
+    def read(self, tokenizer: Any) -> list[str]:
+        """The texts of the file, as ``compress`` reads it."""
+        from ffnkit.tune.calibration_text import read_calibration
+
+        return read_calibration(str(self.text), self.text_column, tokenizer)
+
     def batches(self, model: Any, tokenizer: Any) -> tuple[list[Any], list[Any]]:
         """Batches to calibrate on, and batches to measure on."""
         from ffnkit import tasks
@@ -118,15 +129,12 @@ class Texts:
                 for settings, rows in ((few, splits.train), (every, splits.report))
             )
             return first, second
-        from ffnkit.tasks.language_modelling.sets import read_texts
-
-        fitted, measured = halves(read_texts(Path(str(self.text)), "text"))
+        fitted, measured = halves(self.read(tokenizer))
         if self.mix is not None:
             few = few.model_copy(update={"mix": self.mix})
         calibration = mixed_batches(model, tokenizer, [(fitted, 1.0)], few, seed=self.seed)
         examples, collate = text_examples(measured, tokenizer, model, long)
-        rows = self.rows if self.max_length else max(self.rows * every.row_length // long, 1)
-        examples = [examples[i] for i in range(min(len(examples), rows))]
+        examples = [examples[i] for i in range(min(len(examples), self.rows))]
         every = every.model_copy(update={"batch_size": every.texts_a_pass(long)})
         return calibration, drawn_batches(examples, collate, every, seed=self.seed)
 
@@ -187,6 +195,7 @@ class AnalyzeJob:
             )
         found = type(found)(found.model, found.rows, found.conditions, (*notes, *found.notes))
         texts = {key: value for key, value in asdict(self.texts).items() if key != "data_dir"}
+        texts["rows"] = sum(map(rows_in, data))
         return found, {"name": self.model, "data": console.plain(texts), **console.plain(found.to_dict())}
 
 

@@ -9,14 +9,15 @@ import typer
 
 from ffnkit.cli import console, options
 from ffnkit.cli.application import app
-from ffnkit.cli.data_options import DATA, DataDir, Mix, TaskName, Tokenizer
+from ffnkit.cli.data_options import DATA, DataDir, Mix, TaskName, TextColumn, Tokenizer
 from ffnkit.cli.outputs import check_output
 from ffnkit.errors import FfnkitError
 from ffnkit.io import quickstart
-from ffnkit.settings.calibration import ROW_LENGTH, TEXT_LENGTH, TOKENS
+from ffnkit.settings.calibration import ROW_LENGTH, TEXT_COLUMN, TEXT_LENGTH, TOKENS
 
 NTK = "The kernel (NTK)"
 ENERGY = "Gradients (--energy)"
+ROWS, PIECES = 512, 128  # pieces are longer
 
 
 @app.command(rich_help_panel="Models")
@@ -44,12 +45,23 @@ def analyze(
     data_dir: DataDir = None,
     text: Annotated[
         Path | None,
-        typer.Option("--text", help="Its first half calibrates (see --mix), the other measures.", rich_help_panel=DATA),
+        typer.Option(
+            "--text",
+            help="txt, jsonl, csv ..., messages too. Its first half calibrates (see --mix), the other measures.",
+            rich_help_panel=DATA,
+        ),
     ] = None,
+    text_column: TextColumn = None,
     mix: Mix = None,
     rows: Annotated[
-        int, typer.Option("--rows", min=1, help="Most rows that are measured on.", rich_help_panel=DATA)
-    ] = 512,
+        int | None,
+        typer.Option(
+            "--rows",
+            min=1,
+            help=f"Most rows that are measured on. \\[default: {ROWS}; {PIECES} pieces of --text]",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     tokens: Annotated[
         int, typer.Option("--calibration-tokens", min=1, help="For methods that use data.", rich_help_panel=DATA)
     ] = TOKENS,
@@ -163,7 +175,11 @@ def analyze(
     if mix is not None and (text is None or similarity or energy):
         found = "nothing is calibrated on a text here"
         raise FfnkitError(f"--mix {mix:g}", found, "Leave it out, or give --methods and --text")
-    texts = (task, data_dir, text, rows, tokens, max_length, tokenizer, seed, 0.0 if similarity else mix)
+    if text_column is not None and text is None:
+        raise FfnkitError(f"--text-column {text_column}", "there is no --text to read it from", "Add --text FILE")
+    rows = rows or (ROWS if text is None else PIECES)
+    share = 0.0 if similarity else mix
+    texts = (task, data_dir, text, rows, tokens, max_length, tokenizer, seed, share, text_column or TEXT_COLUMN)
     if similarity:
         from ffnkit.cli.similarity_job import compare
 

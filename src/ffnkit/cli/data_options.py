@@ -35,7 +35,14 @@ Tokenizer = Annotated[
     typer.Option("--tokenizer", help="Model or folder of the tokenizer, if not MODEL.", rich_help_panel=DATA),
 ]
 
-
+TextColumn = Annotated[
+    str | None,
+    typer.Option(
+        "--text-column",
+        help=f"Its column, where a text is a table. \\[default: {TEXT_COLUMN}]",
+        rich_help_panel=DATA,
+    ),
+]
 Mix = Annotated[
     float | None,
     typer.Option(
@@ -63,14 +70,7 @@ class CalibrationData:
             rich_help_panel=DATA,
         ),
     ] = None
-    text_column: Annotated[
-        str | None,
-        typer.Option(
-            "--text-column",
-            help=f"Its column, where a text is a table. \\[default: {TEXT_COLUMN}]",
-            rich_help_panel=DATA,
-        ),
-    ] = None
+    text_column: TextColumn = None
     mix: Mix = None
     tokens: Annotated[
         int, typer.Option("--calibration-tokens", "--tokens", min=1, help="Of calibration data.", rich_help_panel=DATA)

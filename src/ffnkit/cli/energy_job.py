@@ -76,10 +76,7 @@ class EnergyJob:
             examples = task.encode(rows, tokenizer, max_length=length, model=model)
             collate = task.collator(tokenizer, model)
         else:
-            from ffnkit.tasks.language_modelling.sets import read_texts
-
-            texts = read_texts(Path(str(self.texts.text)), "text")
-            examples, collate = text_examples(texts, tokenizer, model, length)
+            examples, collate = text_examples(self.texts.read(tokenizer), tokenizer, model, length)
         drawn = first_batches(examples, collate, self.batch_size, wanted, seed=self.texts.seed)
         if len(drawn) < self.batches + self.fresh:
             found = f"the data make {len(drawn)} batches of {self.batch_size}"
