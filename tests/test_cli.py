@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -340,6 +341,13 @@ def test_outputs_that_must_not_be_written(bert: Path, tmp_path: Path) -> None:
     assert "not written by ffnkit" in bad(*words, mine)
     good(*words, mine, "--overwrite")
     assert (mine / "notes.txt").read_text() == "keep me" and (mine / "model.safetensors").exists()
+    theirs = tmp_path / "theirs"
+    shutil.copytree(bert, theirs)
+    for name in ("metrics.json", "results.json", "analysis.json", "recipe.yaml", "ffnkit.json", ".ffnkit-files.json"):
+        (theirs / name).write_text("{}")  # a name of ours makes nothing ours
+    good(*words, theirs / "compact")
+    assert "not written by ffnkit" in bad(*words, theirs)
+    assert (theirs / "model.safetensors").read_bytes() == (bert / "model.safetensors").read_bytes()
     assert "is read" in bad(*words, bert) and "is read" in bad(*words, bert.parent)
     good(*words, mine)  # an output of ffnkit by now
 

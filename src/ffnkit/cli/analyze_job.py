@@ -23,7 +23,7 @@ EVERYTHING = 1 << 62  # tokens: no limit but the rows
 def chosen_methods(
     names: str | None, width: str | None, layers: str | None, seed: int, pairs: list[str]
 ) -> dict[str, Candidate]:
-    """The methods of ``--methods``, each with the settings that it has; "all" are those that take a width.
+    """The methods of ``--methods``, each with the settings that it has; "all" are those that take a width and the model.
 
     Raises:
         FfnkitError: an unknown method, a setting that none of them has, values that a method refuses.
@@ -34,7 +34,7 @@ def chosen_methods(
         return {}
     words = [word.strip() for word in names.split(",") if word.strip()]
     narrowing = [name for name in methods.compressing() if "width" in describe.fields(methods.get(name))]
-    words = [each for word in words for each in (narrowing if word == "all" else [word])]
+    every = [(each, word == "all") for word in words for each in (narrowing if word == "all" else [word])]
     given = describe.parse_settings(pairs)
     for key, value in (("width", width), ("layers", layers)):
         if value is not None and key in given:
@@ -43,7 +43,7 @@ def chosen_methods(
             given |= describe.parse_settings([f"{key}={value}"])
     given.setdefault("seed", seed)
     made, used = [], {"seed"}
-    for word in words:
+    for word, optional in every:
         name, _, mark = word.partition(":")
         if mark not in ("", FOLDED) or name not in methods.names():
             do = f"Choose among {', '.join(methods.compressing())}, or all; NAME:{FOLDED} multiplies factors in"
@@ -55,7 +55,7 @@ def chosen_methods(
         used |= own.keys()
         if "width" in known and "width" not in filled(kind, own):
             raise FfnkitError(f"--methods {name}", "no width is given", "Add --width 0.25")
-        made.append(Candidate(describe.build(kind, own, f"method {name}"), bool(mark)))
+        made.append(Candidate(describe.build(kind, own, f"method {name}"), bool(mark), optional))
     describe.check_known(given, used, "no method that is named")
     return dict(zip(labels(made), made, strict=True))
 
