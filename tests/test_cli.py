@@ -352,6 +352,36 @@ def test_outputs_that_must_not_be_written(bert: Path, tmp_path: Path) -> None:
     good(*words, mine)  # an output of ffnkit by now
 
 
+def test_single_files_take_the_place_of_nothing_else(bert: Path, tmp_path: Path) -> None:
+    """Of inputs and of files of other kinds; those of their own kind are written anew, and empty ones filled."""
+    text, rows, empty = (tmp_path / name for name in ("z.txt", "x.jsonl", "empty"))
+    text.write_text("\n\n".join(["good fine great film"] * 90))
+    rows.write_text('{"text": "good", "label": 1}\n')
+    empty.touch()
+    shutil.copytree(bert, tmp_path / "model")
+    weights, config = tmp_path / "model" / "model.safetensors", tmp_path / "model" / "config.json"
+    before = {path: path.read_bytes() for path in (text, rows, weights, config)}
+    calibrate = ("calibrate", bert, "--text", text, "--mix", 0, "--tokens", 50, "--out")
+    plan = ("compress", bert, "-m", "magnitude", "-s", "width=0.5", "--dry-run", "--plan-out")
+    assert "this file is read" in bad(*calibrate, text)
+    for other in (rows, weights, config):
+        assert "there is a file that is no" in bad(*calibrate, other)
+        assert "there is a file that is no" in bad(*plan, other)
+    good(*calibrate, empty)
+    good(*calibrate, empty)
+    assert "no saved plan" in bad(*plan, empty)
+    merge = ("calibrate", bert, "--merge", empty, empty, "--out")
+    assert "there is a file that is no" in bad(*merge, weights) and "this file is read" in bad(*merge, empty)
+    good(*plan, tmp_path / "plan")
+    good(*plan, tmp_path / "plan")
+    again = ("compress", bert, "--plan", tmp_path / "plan", "--dry-run", "--plan-out")
+    assert "this file is read" in bad(*again, tmp_path / "plan")
+    measure = ("eval", bert, "--validation-file", rows, "--text-column", "text", "--label-column", "label")
+    assert "this file is read" in bad(*measure, "--predictions", rows)
+    assert "no file of predictions" in bad(*measure, "--predictions", text)
+    assert before == {path: path.read_bytes() for path in before}
+
+
 def test_a_full_disk_is_one_line(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -11,8 +11,8 @@ from ffnkit.cli import console, options
 from ffnkit.cli.application import app
 from ffnkit.cli.calibration import Calibration
 from ffnkit.cli.data_options import DATA, CalibrationData
+from ffnkit.cli.outputs import check_output_file
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import check_file
 
 PLAIN = CalibrationData()
 
@@ -61,7 +61,6 @@ def calibrate(
     the other.
     """
     options.check_dtype(dtype)
-    check_file(out)
     job = Calibration(**vars(data), seed=seed)
     named = files or []
     if merged:
@@ -71,6 +70,9 @@ def calibrate(
         raise FfnkitError(f"ffnkit calibrate {named[0]}", "a second argument is for --merge only", do)
     job.check_data()
     console.quieten()
+    from ffnkit.calibration.stored import is_statistics
+
+    check_output_file("--out", out, "file of ffnkit calibrate", is_statistics, [*named, *job.texts])
     report = _merge(model, named, out, dtype) if merged else _calibrate(model, job, out, layers, held, dtype, device)
     if as_json:
         console.print_json(report)
