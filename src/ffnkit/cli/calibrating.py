@@ -10,7 +10,7 @@ import typer
 from ffnkit.cli import console, options
 from ffnkit.cli.application import app
 from ffnkit.cli.calibration import Calibration
-from ffnkit.cli.data_options import DATA, CalibrationData
+from ffnkit.cli.data_options import DATA, CalibrationData, check_there
 from ffnkit.cli.outputs import check_output_file
 from ffnkit.errors import FfnkitError
 
@@ -87,8 +87,7 @@ def _check_merge(named: list[Path], job: Calibration) -> None:
     if len(named) < 2:
         raise FfnkitError("--merge", f"{len(named)} files are named", "Name two or more: --merge A B --out C")
     for file in named:
-        if not file.is_file():
-            raise FfnkitError(f"--merge {file}", "there is no such file", "Name files of ffnkit calibrate")
+        check_there(f"--merge {file}", file, "Name files of ffnkit calibrate")
     if vars(replace(PLAIN, data_dir=job.data_dir)) != {name: getattr(job, name) for name in vars(PLAIN)}:
         raise FfnkitError("--merge", "data are named too", "Leave them out: the files hold what is put together")
 
@@ -105,14 +104,13 @@ def _calibrate(
     held = HELD if held is None else held
     empty = empty_model(source)
     found = select(ffns(empty), layers)
-    if not job.given:
-        job.check_reads(empty, "ffnkit calibrate: it measures activations")
+    job.check_reads(empty, "ffnkit calibrate: it measures activations")
     place = options.pick_device(device)
     console.say(f"loading {source}")
     model = load_any(source, dtype=dtype).to(place)
     batches = job.batches(model, source)
     found = select(ffns(model), layers)
-    expected = expected_bytes(found, job.tokens, held)
+    expected = expected_bytes(found, job.settings.tokens, held)
     sums, inputs = (console.megabytes(expected[name]) for name in ("sums", "inputs"))
     console.say(f"writing about {console.megabytes(sum(expected.values()))}: {sums} of sums, {inputs} of inputs")
     with console.progress("calibrating") as step:
