@@ -37,12 +37,10 @@ class Candidate:
         what: a method or a plan.
         fold: whether factors are multiplied into the weights first, as ``fk.fold`` does: the function is the same,
             the kernel is not.
-        optional: whether it is left out, with a note, where it refuses the model.
     """
 
     what: Method | Plan
     fold: bool = False
-    optional: bool = False
 
     @property
     def label(self) -> str:
@@ -95,7 +93,6 @@ def analyze(
         raise FfnkitError("analyze", "no method and no second model is given", "Give methods=[...] or against=model")
     for candidate in candidates.values():
         _check_calibration(candidate.what, calibration)
-    candidates, left_out = _accepted(model, candidates, alone=not others)
     held = kept(data, "data")
     study = _Study(model, held, errors, NtkSettings() if ntk is True else ntk or None, progress)
     calibrated: Any = calibration
@@ -109,7 +106,7 @@ def analyze(
         study.add(name, temporary_plan(model, last[1], fold=candidate.fold), given)
     for name, other in others.items():
         study.add(name, Reference(model, other), {})
-    return Analysis(type(model).__name__, tuple(study.finish()), study.conditions(), (*left_out, *study.notes()))
+    return Analysis(type(model).__name__, tuple(study.finish()), study.conditions(), study.notes())
 
 
 class _Study:
@@ -234,27 +231,6 @@ def _check_calibration(what: Method | Plan, calibration: Any) -> None:
         name = getattr(what, "name", "a method")
         do = "Give batches of other texts: fk.analyze(..., data=test, calibration=train)"
         raise FfnkitError(f"analyze with {name}", "it measures activations, and no calibration is given", do)
-
-
-def _accepted(
-    model: nn.Module, candidates: dict[str, Candidate], *, alone: bool
-) -> tuple[dict[str, Candidate], tuple[str, ...]]:
-    """Those that take the model, asked before anything is measured, and a line for each that is left out.
-
-    Raises:
-        FfnkitError: one refuses the model that is not optional, or all do and they are ``alone``.
-    """
-    taken, notes = {}, []
-    for name, candidate in candidates.items():
-        try:
-            if (choose := getattr(candidate.what, "chosen", None)) is not None:
-                choose(model)
-            taken[name] = candidate
-        except FfnkitError as error:
-            if not candidate.optional or (alone and len(notes) == len(candidates) - 1):
-                raise error.within(f"{candidate.label} on {type(model).__name__}") from error
-            notes.append(f"{name} is left out: {error.asked}: {error.found}")
-    return taken, tuple(notes)
 
 
 def _planned(model: nn.Module, what: Method | Plan, calibration: Any, progress: Progress | None) -> Plan:

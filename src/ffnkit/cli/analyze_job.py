@@ -24,7 +24,7 @@ EVERYTHING = 1 << 62  # tokens: no limit but the rows
 def chosen_methods(
     names: str | None, width: str | None, layers: str | None, seed: int, pairs: list[str]
 ) -> dict[str, Candidate]:
-    """The methods of ``--methods``, each with the settings that it has; "all" are those that take a width and the model.
+    """The methods of ``--methods``, each with the settings that it has; "all" are those that take a width.
 
     Raises:
         FfnkitError: an unknown method, a setting that none of them has, values that a method refuses.
@@ -35,7 +35,7 @@ def chosen_methods(
         return {}
     words = [word.strip() for word in names.split(",") if word.strip()]
     narrowing = [name for name in methods.compressing() if "width" in describe.fields(methods.get(name))]
-    every = [(each, word == "all") for word in words for each in (narrowing if word == "all" else [word])]
+    words = [each for word in words for each in (narrowing if word == "all" else [word])]
     given = describe.parse_settings(pairs)
     for key, value in (("width", width), ("layers", layers)):
         if value is not None and key in given:
@@ -44,7 +44,7 @@ def chosen_methods(
             given |= describe.parse_settings([f"{key}={value}"])
     given.setdefault("seed", seed)
     made, used = [], {"seed"}
-    for word, optional in every:
+    for word in words:
         name, _, mark = word.partition(":")
         if mark not in ("", FOLDED) or name not in methods.names():
             do = f"Choose among {', '.join(methods.compressing())}, or all; NAME:{FOLDED} multiplies factors in"
@@ -56,7 +56,7 @@ def chosen_methods(
         used |= own.keys()
         if "width" in known and "width" not in filled(kind, own):
             raise FfnkitError(f"--methods {name}", "no width is given", "Add --width 0.25")
-        made.append(Candidate(describe.build(kind, own, f"method {name}"), bool(mark), optional))
+        made.append(Candidate(describe.build(kind, own, f"method {name}"), bool(mark)))
     describe.check_known(given, used, "no method that is named")
     return dict(zip(labels(made), made, strict=True))
 

@@ -5,22 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from ffnkit.cli.history import FILE as HISTORY
 from ffnkit.errors import FfnkitError
-from ffnkit.io import formats
+from ffnkit.io import formats, manifest
 from ffnkit.io.files import check_file, read_json
 from ffnkit.io.folders import check_target
-from ffnkit.io.manifest import FILE, has_card
-
-MARKERS = (
-    "ffnkit.json",
-    "results.json",
-    "metrics.json",
-    "analysis.json",
-    "similarity.json",
-    "energy.json",
-    "recipe.yaml",
-    FILE,
-)
 
 
 def check_output(out: Path, *, overwrite: bool = False, source: str | None = None, kind: str = "model") -> Path:
@@ -70,12 +59,10 @@ def check_output_file(
 
 
 def is_ffnkit_output(folder: Path) -> bool:
-    """Whether ffnkit wrote ``folder``: a compact checkpoint, a folder of them, or one with results of ffnkit."""
-    if any((folder / name).is_file() for name in MARKERS):
+    """Whether ffnkit wrote ``folder``, by what its files say: anyone may have a file of the name of one of ours."""
+    if manifest.read(folder) or "base_model" in (read_json(folder / HISTORY) or {}):
         return True
-    if any(is_ffnkit_output(folder / name) for name in ("compact", "standard") if (folder / name).is_dir()):
-        return True
-    return is_compact(folder) or has_card(folder)
+    return is_compact(folder) or manifest.has_card(folder)
 
 
 def is_compact(folder: Path) -> bool:
