@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -340,8 +341,45 @@ def test_outputs_that_must_not_be_written(bert: Path, tmp_path: Path) -> None:
     assert "not written by ffnkit" in bad(*words, mine)
     good(*words, mine, "--overwrite")
     assert (mine / "notes.txt").read_text() == "keep me" and (mine / "model.safetensors").exists()
+    theirs = tmp_path / "theirs"
+    shutil.copytree(bert, theirs)
+    for name in ("metrics.json", "results.json", "analysis.json", "recipe.yaml", "ffnkit.json", ".ffnkit-files.json"):
+        (theirs / name).write_text("{}")  # a name of ours makes nothing ours
+    good(*words, theirs / "compact")
+    assert "not written by ffnkit" in bad(*words, theirs)
+    assert (theirs / "model.safetensors").read_bytes() == (bert / "model.safetensors").read_bytes()
     assert "is read" in bad(*words, bert) and "is read" in bad(*words, bert.parent)
     good(*words, mine)  # an output of ffnkit by now
+
+
+def test_single_files_take_the_place_of_nothing_else(bert: Path, tmp_path: Path) -> None:
+    """Of inputs and of files of other kinds; those of their own kind are written anew, and empty ones filled."""
+    text, rows, empty = (tmp_path / name for name in ("z.txt", "x.jsonl", "empty"))
+    text.write_text("\n\n".join(["good fine great film"] * 90))
+    rows.write_text('{"text": "good", "label": 1}\n')
+    empty.touch()
+    shutil.copytree(bert, tmp_path / "model")
+    weights, config = tmp_path / "model" / "model.safetensors", tmp_path / "model" / "config.json"
+    before = {path: path.read_bytes() for path in (text, rows, weights, config)}
+    calibrate = ("calibrate", bert, "--text", text, "--mix", 0, "--tokens", 50, "--out")
+    plan = ("compress", bert, "-m", "magnitude", "-s", "width=0.5", "--dry-run", "--plan-out")
+    assert "this file is read" in bad(*calibrate, text)
+    for other in (rows, weights, config):
+        assert "there is a file that is no" in bad(*calibrate, other)
+        assert "there is a file that is no" in bad(*plan, other)
+    good(*calibrate, empty)
+    good(*calibrate, empty)
+    assert "no saved plan" in bad(*plan, empty)
+    merge = ("calibrate", bert, "--merge", empty, empty, "--out")
+    assert "there is a file that is no" in bad(*merge, weights) and "this file is read" in bad(*merge, empty)
+    good(*plan, tmp_path / "plan")
+    good(*plan, tmp_path / "plan")
+    again = ("compress", bert, "--plan", tmp_path / "plan", "--dry-run", "--plan-out")
+    assert "this file is read" in bad(*again, tmp_path / "plan")
+    measure = ("eval", bert, "--validation-file", rows, "--text-column", "text", "--label-column", "label")
+    assert "this file is read" in bad(*measure, "--predictions", rows)
+    assert "no file of predictions" in bad(*measure, "--predictions", text)
+    assert before == {path: path.read_bytes() for path in before}
 
 
 def test_a_full_disk_is_one_line(bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -837,6 +837,7 @@ def test_tune_and_eval_of_files(files: Path, saved: Any, tmp_path: Path) -> None
     assert len(written) == report["rows"]
     more = ("--predictions", tmp_path / "again.jsonl")
     again = ffnkit_command("eval", tmp_path / "out", *data, "--split", "report", *short, *more)
+    ffnkit_command("eval", tmp_path / "out", *data, "--split", "report", *short, *more)  # in its own place
     assert again["metrics"] == pytest.approx(report["metrics"], rel=1e-4)
     assert (tmp_path / "again.jsonl").read_text().splitlines() == written
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 from test_cli import bad, good, invoke
 from test_recipe_run import recipe_of, run, tiny
 
@@ -202,5 +204,14 @@ def test_a_full_disk_is_seen_behind_what_torch_says(tmp_path: Path) -> None:
             raise RuntimeError("unexpected pos 19520 vs 19408")
     with pytest.raises(RuntimeError, match="shapes"), disk_errors(tmp_path):
         raise RuntimeError("shapes differ")
+    for number in (errno.EFBIG, errno.EACCES, errno.EIO, errno.EROFS):  # as safetensors tells them
+        with pytest.raises(WritingError, match=os.strerror(number)), disk_errors(tmp_path):
+            raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+    with pytest.raises(WritingError, match="no space left on the disk"), disk_errors(tmp_path):
+        raise SafetensorError(f"Error while serializing: I/O error: full (os error {errno.EDQUOT})")
+    with pytest.raises(SafetensorError, match="os error 2"), disk_errors(tmp_path):  # of what is read
+        raise SafetensorError("No such file or directory (os error 2)")
+    with pytest.raises(FfnkitError, match="plan"), disk_errors(tmp_path):  # is one line already
+        raise FfnkitError("plan", "it cannot be read (os error 13)", "Make it again")
     error = WritingError("a", "b", "c")
     assert type(pickle.loads(pickle.dumps(error))) is WritingError is type(error.within("d"))

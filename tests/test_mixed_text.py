@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from families import FAMILIES
 from test_cli import WORDS, bad, bert, good, verbosity
 
 import ffnkit as fk
@@ -18,6 +19,29 @@ from ffnkit.tune import CalibrationSettings, calibration_batches
 
 _ = (bert, verbosity)  # fixtures
 UNKNOWN = 1  # what the text of many kinds is to a tokenizer of ten words
+
+
+def test_what_text_cannot_be_read_is_one_line(own: Path, bert: Path, tmp_path: Path) -> None:
+    """By a model of images, from a folder, beside statistics; one token a text is enough for a pass."""
+    images = tmp_path / "vit"
+    FAMILIES["vit"].model().save_pretrained(images)
+    text = ("--text", own, "--tokenizer", bert)
+    for words in (("calibrate", images), ("compress", images, "--set", "width=0.5")):
+        line = bad(*words, *text, "--out", tmp_path / "x")
+        assert "--text" in line and "does not read text" in line and "loading" not in line
+    model, tokenizer = FAMILIES["vit"].model(), transformers.AutoTokenizer.from_pretrained(bert)
+    with pytest.raises(FfnkitError, match="does not read text"):
+        calibration_batches(model, tokenizer, CalibrationSettings(text=str(own)))
+    narrow = ("compress", bert, "--set", "width=0.5", "--dry-run")
+    assert "it is a folder" in bad(*narrow, "--text", tmp_path)
+    good(*narrow, "--text", own, "--calibration-tokens", 1)
+    one = calibration_batches(fk.load(bert), tokenizer, CalibrationSettings(text=str(own), tokens=1))
+    assert len(one) == 2  # one of the text, one of the text of many kinds
+    statistics = tmp_path / "s.safetensors"
+    good("calibrate", bert, "--text", own, "--tokens", 50, "--out", statistics)
+    line = bad(*narrow, "--statistics", statistics, "--calibration-tokens", 100)
+    assert "--calibration-tokens is given too" in line
+    good(*narrow, "--statistics", statistics)
 
 
 def test_the_text_is_of_many_kinds() -> None:

@@ -23,6 +23,7 @@ from ffnkit.edits.slicing import check_cuttable
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import replacing
 from ffnkit.io.progress import phase
+from ffnkit.io.tensors import metadata
 from ffnkit.model.digests import Digests, digests, other_weights
 from ffnkit.model.ffn import FFN
 from ffnkit.model.finding import ffns
@@ -32,6 +33,11 @@ from ffnkit.ops.neurons import Neurons
 
 FORMAT = 1
 Progress = Callable[[int, int, str], None]
+
+
+def is_plan(path: Path) -> bool:
+    """Whether a file says that it is a saved plan, of this format or another."""
+    return "ffnkit_plan" in metadata(path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,9 +237,9 @@ class Plan:
                 else:
                     stored[key] = f"{number}.{name}"
                     tensors[f"{number}.{name}"] = value.detach().contiguous()
-        metadata = {"ffnkit_plan": json.dumps(self.description())} | ({"same": json.dumps(same)} if same else {})
+        told = {"ffnkit_plan": json.dumps(self.description())} | ({"same": json.dumps(same)} if same else {})
         with replacing(path) as new:
-            save_file(tensors, new, metadata=metadata)
+            save_file(tensors, new, metadata=told)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -243,14 +249,14 @@ class Plan:
             raise FfnkitError(asked, "it cannot be read (it is no regular file)", "Name a saved plan")
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if "ffnkit_plan" not in metadata:
+                head = file.metadata() or {}
+                if "ffnkit_plan" not in head:
                     raise FfnkitError(asked, "a safetensors file without a plan", "Name a saved plan")
-                data = json.loads(metadata["ffnkit_plan"])
+                data = json.loads(head["ffnkit_plan"])
                 if isinstance(data, dict) and data.get("format") != FORMAT:
                     raise FfnkitError(asked, f"format {str(data.get('format'))[:50]}", "Make the plan again")
                 told = checked(adapter(_Told), data, asked)
-                read = _Reader(file, checked(adapter(dict[str, str]), json.loads(metadata.get("same", "{}")), asked))
+                read = _Reader(file, checked(adapter(dict[str, str]), json.loads(head.get("same", "{}")), asked))
                 found = tuple(
                     build(e.kind, e.settings, {n: read(f"{number}.{n}") for n in e.tensors}, e.version)
                     for number, e in enumerate(told.edits)

@@ -20,7 +20,7 @@ from ffnkit.calibration.fingerprints import model_fingerprint
 from ffnkit.calibration.statistics import Accumulator, Statistics
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import replacing
-from ffnkit.io.tensors import TensorWriter
+from ffnkit.io.tensors import TensorWriter, metadata
 from ffnkit.model.ffn import FFN
 
 FORMAT = "ffnkit calibration 1"
@@ -28,6 +28,11 @@ PROBE = "probe"  # begins the names of the batches that lie in the file
 PROBED = 4096  # tokens that these hold, where there are so many: for metrics of errors, and for the model's end
 KEYS = 16  # tensors of one FFN or expert, at most
 NARROW = (torch.bfloat16, torch.float16)  # dtypes in which what a model of theirs gave is stored, where that is exact
+
+
+def is_statistics(path: Path) -> bool:
+    """Whether a file says that it holds statistics, of this version or another."""
+    return metadata(path).get("format", "").startswith("ffnkit calibration ")
 
 
 class Stored(Accumulator, Protocol):

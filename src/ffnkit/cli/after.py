@@ -12,6 +12,7 @@ import typer
 
 from ffnkit.cli import console, describe
 from ffnkit.cli.calibration import Calibration
+from ffnkit.cli.data_options import check_there
 from ffnkit.cli.history import History
 from ffnkit.errors import FfnkitError
 from ffnkit.io.progress import EVERY
@@ -92,8 +93,8 @@ class After:
         wanted = self.settings
         if wanted is not None:
             wanted.check_beside(method)
-        if self.cost_text is not None and not self.cost_text.is_file():
-            raise FfnkitError(f"--cost-text {self.cost_text}", "there is no such file", "Name a text file")
+        if self.cost_text is not None:
+            check_there(f"--cost-text {self.cost_text}", self.cost_text, "Name a text file")
         if self.cost_text is not None and not self.cost_tokens:
             raise FfnkitError(f"--cost-text {self.cost_text}", "--cost-tokens is 0", "Leave one of the two out")
         if self.cost_text is not None and calibration is not None:

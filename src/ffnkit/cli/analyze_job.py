@@ -13,6 +13,7 @@ from ffnkit.analysis.scalar import rows_in
 from ffnkit.analysis.study import FOLDED, Candidate, analyze, labels
 from ffnkit.calibration.parts import apart_from
 from ffnkit.cli import console, describe
+from ffnkit.cli.data_options import check_there
 from ffnkit.errors import FfnkitError
 from ffnkit.io.files import write_text
 from ffnkit.io.folders import staging
@@ -84,8 +85,8 @@ class Texts:
     text_column: str = TEXT_COLUMN
 
     def __post_init__(self) -> None:
-        if self.text is not None and not self.text.expanduser().is_file():
-            raise FfnkitError(f"--text {self.text}", "there is no such file", "Name a text file")
+        if self.text is not None:
+            check_there(f"--text {self.text}", self.text, "Name a text file")
         if self.task is not None:
             from ffnkit import tasks
 

@@ -10,9 +10,9 @@ import typer
 from ffnkit.cli import console, options
 from ffnkit.cli.application import app
 from ffnkit.cli.calibration import Calibration
-from ffnkit.cli.data_options import DATA, CalibrationData
+from ffnkit.cli.data_options import DATA, CalibrationData, check_there
+from ffnkit.cli.outputs import check_output_file
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import check_file
 
 PLAIN = CalibrationData()
 
@@ -61,7 +61,6 @@ def calibrate(
     the other.
     """
     options.check_dtype(dtype)
-    check_file(out)
     job = Calibration(**vars(data), seed=seed)
     named = files or []
     if merged:
@@ -71,6 +70,9 @@ def calibrate(
         raise FfnkitError(f"ffnkit calibrate {named[0]}", "a second argument is for --merge only", do)
     job.check_data()
     console.quieten()
+    from ffnkit.calibration.stored import is_statistics
+
+    check_output_file("--out", out, "file of ffnkit calibrate", is_statistics, [*named, *job.texts])
     report = _merge(model, named, out, dtype) if merged else _calibrate(model, job, out, layers, held, dtype, device)
     if as_json:
         console.print_json(report)
@@ -85,8 +87,7 @@ def _check_merge(named: list[Path], job: Calibration) -> None:
     if len(named) < 2:
         raise FfnkitError("--merge", f"{len(named)} files are named", "Name two or more: --merge A B --out C")
     for file in named:
-        if not file.is_file():
-            raise FfnkitError(f"--merge {file}", "there is no such file", "Name files of ffnkit calibrate")
+        check_there(f"--merge {file}", file, "Name files of ffnkit calibrate")
     if vars(replace(PLAIN, data_dir=job.data_dir)) != {name: getattr(job, name) for name in vars(PLAIN)}:
         raise FfnkitError("--merge", "data are named too", "Leave them out: the files hold what is put together")
 
@@ -103,14 +104,13 @@ def _calibrate(
     held = HELD if held is None else held
     empty = empty_model(source)
     found = select(ffns(empty), layers)
-    if not job.given:
-        job.check_reads(empty, "ffnkit calibrate: it measures activations")
+    job.check_reads(empty, "ffnkit calibrate: it measures activations")
     place = options.pick_device(device)
     console.say(f"loading {source}")
     model = load_any(source, dtype=dtype).to(place)
     batches = job.batches(model, source)
     found = select(ffns(model), layers)
-    expected = expected_bytes(found, job.tokens, held)
+    expected = expected_bytes(found, job.settings.tokens, held)
     sums, inputs = (console.megabytes(expected[name]) for name in ("sums", "inputs"))
     console.say(f"writing about {console.megabytes(sum(expected.values()))}: {sums} of sums, {inputs} of inputs")
     with console.progress("calibrating") as step:

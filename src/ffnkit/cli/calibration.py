@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ffnkit.cli.budgets import Budget
-from ffnkit.cli.data_options import CalibrationData
+from ffnkit.cli.data_options import CalibrationData, check_there
 from ffnkit.errors import FfnkitError
 from ffnkit.io.progress import phase
 
@@ -57,13 +57,13 @@ class Calibration(CalibrationData):
         """Raises FfnkitError where options contradict each other, or name what is not there."""
         text = (self.text or [""])[0]
         beside = {"--task": self.task, "--text": text, "--mix": self.mix, "--text-column": self.text_column}
+        beside |= {"--calibration-tokens": self.tokens}
         if self.statistics is not None:
             if other := next((name for name, value in beside.items() if value not in (None, "")), None):
                 found = f"{other} is given too, and the statistics are of the data that they were made from"
                 raise FfnkitError(f"--statistics {self.statistics}", found, "Give one of the two")
-            if not self.statistics.is_file():
-                do = "Make it with ffnkit calibrate MODEL --text FILE --out FILE"
-                raise FfnkitError(f"--statistics {self.statistics}", "there is no such file", do)
+            do = "Make it with ffnkit calibrate MODEL --text FILE --out FILE"
+            check_there(f"--statistics {self.statistics}", self.statistics, do)
         if self.task is not None and text:
             raise FfnkitError(f"--text {text}", f"--task {self.task} is given too", "Give one of the two")
         for option, value in (("--mix", self.mix), ("--text-column", self.text_column)):
@@ -72,8 +72,7 @@ class Calibration(CalibrationData):
                 do = "Add --text FILE, or leave it out"
                 raise FfnkitError(f"{option} {word}", f"there is no --text to {HOW[option]}", do)
         for file in self.texts:
-            if not Path(file).expanduser().is_file():
-                raise FfnkitError(f"--text {file}", "there is no such file", "Name a text file")
+            check_there(f"--text {file}", Path(file).expanduser(), "Name a text file")
         if self.task is not None:
             from ffnkit import tasks
 
@@ -89,16 +88,18 @@ class Calibration(CalibrationData):
         return dict(shares(self.text))
 
     def check_model(self, model: Any, method: Any) -> None:
-        """Raises FfnkitError where a method needs data, none are named, and the model does not read text."""
-        if getattr(method, "needs_data", False) and not self.given:
+        """Raises FfnkitError where a method needs data, no task is named, and the model does not read text."""
+        if getattr(method, "needs_data", False) and self.statistics is None:
             self.check_reads(model, f"--method {method.name}: it measures activations")
 
     def check_reads(self, model: Any, asked: str) -> None:
         """Raises FfnkitError where no task is named and the model does not read text."""
         if self.task is None and model.main_input_name != "input_ids":
+            found = f"{type(model).__name__} does not read text"
+            if self.text:
+                raise FfnkitError(f"--text {self.text[0]}", found, "Give --task NAME in its place")
             asked, _, what = asked.partition(": ")
-            found = f"{what}, no data are given, and {type(model).__name__} does not read text"
-            raise FfnkitError(asked, found, "Add --task NAME")
+            raise FfnkitError(asked, f"{what}, no data are given, and {found}", "Add --task NAME")
 
     def scored(self, method: Any, source: str) -> Any:
         """The method with its ``score``, where it names a metric of the task, on rows held out of train."""

@@ -18,9 +18,8 @@ from ffnkit.cli.deciding import Deciding, spread_lines
 from ffnkit.cli.expecting import expecting
 from ffnkit.cli.forms import Form
 from ffnkit.cli.history import History
-from ffnkit.cli.outputs import check_output
+from ffnkit.cli.outputs import check_output, check_output_file
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import check_file
 from ffnkit.io.folders import check_target, staging
 from ffnkit.io.placing import mapped, moved
 
@@ -136,8 +135,6 @@ def compress(
         check_output(out, overwrite=overwrite, source=model)
         for part in ("compact", "standard") if form == "both" else ():
             check_target(out / part)
-    if plan_out is not None:
-        check_file(plan_out)
     calibration = Calibration(**vars(data), seed=seed or 0, statistics=statistics)
     given_method = method
     if method is None and plan_in is None and calibration.given:
@@ -156,6 +153,11 @@ def compress(
     calibration.check(chosen, limit, read=not dry_run and after.reads)
     deciding.check(chosen, calibration)
     console.quieten()
+    if plan_out is not None:
+        from ffnkit.plans import is_plan
+
+        read = [plan_in, statistics, after.cost_text, *calibration.texts]
+        check_output_file("--plan-out", plan_out, "saved plan", is_plan, read)
     after.check(dry_run, chosen, calibration)
     if statistics is not None and getattr(chosen, "sequential", False) is None:
         console.say("statistics are of the model as it was: each layer is fitted on its own (sequential=false)")

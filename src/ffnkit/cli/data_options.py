@@ -55,6 +55,12 @@ Mix = Annotated[
 ]
 
 
+def check_there(asked: str, file: Path, do: str) -> None:
+    """Raises FfnkitError where there is no file."""
+    if not file.is_file():
+        raise FfnkitError(asked, "it is a folder" if file.is_dir() else "there is no such file", do)
+
+
 @dataclass(frozen=True)
 class CalibrationData:
     """What ``compress`` and ``calibrate`` are told of calibration data; its fields are the options."""
@@ -73,8 +79,15 @@ class CalibrationData:
     text_column: TextColumn = None
     mix: Mix = None
     tokens: Annotated[
-        int, typer.Option("--calibration-tokens", "--tokens", min=1, help="Of calibration data.", rich_help_panel=DATA)
-    ] = TOKENS
+        int | None,
+        typer.Option(
+            "--calibration-tokens",
+            "--tokens",
+            min=1,
+            help=f"Of calibration data. \\[default: {TOKENS}]",
+            rich_help_panel=DATA,
+        ),
+    ] = None
     tokenizer: Tokenizer = None
 
 

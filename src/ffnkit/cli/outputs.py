@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from ffnkit.cli.history import FILE as HISTORY
 from ffnkit.errors import FfnkitError
-from ffnkit.io import formats
-from ffnkit.io.files import read_json
+from ffnkit.io import formats, manifest
+from ffnkit.io.files import check_file, read_json
 from ffnkit.io.folders import check_target
-from ffnkit.io.manifest import FILE, has_card
-
-MARKERS = (
-    "ffnkit.json",
-    "results.json",
-    "metrics.json",
-    "analysis.json",
-    "similarity.json",
-    "energy.json",
-    "recipe.yaml",
-    FILE,
-)
 
 
 def check_output(out: Path, *, overwrite: bool = False, source: str | None = None, kind: str = "model") -> Path:
@@ -46,13 +36,33 @@ def check_output(out: Path, *, overwrite: bool = False, source: str | None = Non
     return check_target(out, kind)
 
 
+def check_output_file(
+    asked: str, out: Path, what: str, is_one: Callable[[Path], bool], read: Iterable[str | Path | None] = ()
+) -> None:
+    """See whether a file may be written to ``out``.
+
+    Args:
+        asked: the option. what: is written. is_one: whether a file is such a one, by what it says.
+        read: files that the command reads; None stands for none.
+
+    Raises:
+        FfnkitError: it cannot be written, or there is a file that is read, or one of another kind that is not empty.
+    """
+    check_file(out)
+    if not out.exists():
+        return
+    inputs = [Path(each).expanduser() for each in read if each is not None]
+    if any(each.exists() and out.samefile(each) for each in inputs):
+        raise FfnkitError(f"{asked} {out}", "this file is read", "Name another file")
+    if out.stat().st_size and not is_one(out):
+        raise FfnkitError(f"{asked} {out}", f"there is a file that is no {what}", "Name another file, or move it away")
+
+
 def is_ffnkit_output(folder: Path) -> bool:
-    """Whether ffnkit wrote ``folder``: a compact checkpoint, a folder of them, or one with results of ffnkit."""
-    if any((folder / name).is_file() for name in MARKERS):
+    """Whether ffnkit wrote ``folder``, by what its files say: anyone may have a file of the name of one of ours."""
+    if manifest.read(folder) or "base_model" in (read_json(folder / HISTORY) or {}):
         return True
-    if any(is_ffnkit_output(folder / name) for name in ("compact", "standard") if (folder / name).is_dir()):
-        return True
-    return is_compact(folder) or has_card(folder)
+    return is_compact(folder) or manifest.has_card(folder)
 
 
 def is_compact(folder: Path) -> bool:

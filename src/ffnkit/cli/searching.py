@@ -102,7 +102,7 @@ def recipe_of(
     given = {name: value for name, value in own.items() if value is not None}
     if twice := next((name for name in more if name in given), None):
         raise FfnkitError(f"--set {twice}={more[twice]}", f"--{twice} has a value too", "Give one of the two")
-    calibration: dict[str, Any] = {"tokens": data.tokens}
+    calibration: dict[str, Any] = {"tokens": data.tokens} if data.tokens is not None else {}
     calibration |= {"text": dict(data.texts)} if data.texts else {}
     calibration |= {"mix": data.mix} if data.mix is not None else {}
     calibration |= {"text_column": data.text_column} if data.text_column is not None else {}

@@ -11,10 +11,9 @@ import typer
 from ffnkit.cli import console, describe, harness_job, options
 from ffnkit.cli.application import app
 from ffnkit.cli.data_options import DATA, OPTIONS, Data
-from ffnkit.cli.outputs import check_output
+from ffnkit.cli.outputs import check_output, check_output_file
 from ffnkit.cli.training_options import FLAGS, TRAINING, Told, Training
 from ffnkit.errors import FfnkitError
-from ffnkit.io.files import check_file
 from ffnkit.io.placing import mapped
 
 RESULT = "Result"
@@ -238,9 +237,12 @@ def evaluate(
         if value:
             raise FfnkitError(f"{flag} {value[0]}", "there is no --lm-eval", "Add --lm-eval TASKS")
     split = split or ("all" if data.lone else "report")
-    if predictions is not None and split != "test":
-        check_file(predictions)
     console.quieten()
+    if predictions is not None and split != "test":
+        from ffnkit.tune.evaluation import is_predictions
+
+        read = [data.train, data.validation]
+        check_output_file("--predictions", predictions, "file of predictions", is_predictions, read)
     chosen = data.evaluated(model, split)
     place = options.pick_device(device)
     generation = generation_built(describe.parse_settings(data.generation_set or [], "--generation-set"))

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor, dtype
 
 # of writers in other languages; torch's tells of no reason
-_FULL = ("No space left", "os error 28", "PytorchStreamWriter failed writing", "basic_ios::clear: iostream error")
+_FULL = ("No space left", "PytorchStreamWriter failed writing", "basic_ios::clear: iostream error")
+_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_TOLD = re.compile(r"\(os error (\d+)\)")  # how writers in Rust end their texts
+_WRITING = (errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO, errno.EROFS)  # what these tell of writing, beside space
 
 
 @contextmanager
@@ -38,9 +42,7 @@ def space_errors(target: str | Path) -> Iterator[None]:
 def is_full(error: BaseException | None) -> bool:
     """Whether a full disk is behind an error: it, or one during whose handling it arose."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(words in str(error) for words in _FULL):
+        if _number(error) in _SPACE or any(words in str(error) for words in _FULL):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -52,14 +54,27 @@ def disk_errors(target: str | Path) -> Iterator[None]:
     with space_errors(target):
         try:
             yield
-        except OSError as error:
-            if error.errno in (None, errno.ENOSPC, errno.EDQUOT):
+        except FfnkitError:
+            raise
+        except Exception as error:
+            number, asked = _number(error), f"writing '{target}'"
+            system = error if isinstance(error, OSError) and error.errno is not None else OSError(number, "")
+            if number in _SPACE or (system is not error and number not in _WRITING):
                 raise
-            asked = f"writing '{target}'"
-            told = f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
-            if error.errno == errno.ENOENT:
+            told = (
+                f"{system.strerror}: {system.filename}" if system.filename else system.strerror or os.strerror(number)
+            )
+            if number == errno.ENOENT:
                 raise WritingError(asked, f"a part of it went away meanwhile ({told})", "Run the same again") from error
             raise WritingError(asked, told, "Name a place that can be written") from error
+
+
+def _number(error: BaseException) -> int:
+    """The system's number of an error, as it has it or as its text tells it; 0 where there is none."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    told = _TOLD.search(str(error))
+    return int(told[1]) if told else 0
 
 
 def resolved(path: str | Path) -> Path:

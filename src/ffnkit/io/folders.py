@@ -75,7 +75,7 @@ def staging(target: str | Path, kind: str = "model") -> Iterator[Path]:
     real = resolved(target)
     inside = real.is_dir() and bool(_bound(real))
     where = real if inside else real.parent
-    with disk_errors(target), made(where), workspace(where, "" if inside else real.name) as place:
+    with disk_errors(as_named(target)), made(where), workspace(where, "" if inside else real.name) as place:
         new = place / NEW
         new.mkdir()
         _targets[new] = target

@@ -16,6 +16,17 @@ NAMES = {  # of dtypes, in such a file
 }
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; nothing of files of another kind."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
+
+
 class TensorWriter:
     """Writes tensors behind room for their header, which is filled in the end.
 

@@ -83,7 +83,8 @@ def mixed_batches(
     parts += [(shipped.texts(kinds), mix)] if mix else []
     placed = []
     for number, (texts, share) in enumerate(parts):
-        if tokens := round(settings.tokens * share):
+        if share:
+            tokens = max(1, round(settings.tokens * share))
             examples, collate = text_examples(texts, tokenizer, model, settings.text_length)
             few = {"tokens": tokens, "batch_size": settings.texts_a_pass(settings.text_length)}
             found = drawn_batches(examples, collate, settings.model_copy(update=few), seed=seed)

@@ -64,6 +64,9 @@ def text_examples(texts: Sequence[str], tokenizer: Any, model: nn.Module, max_le
     if type(model).__name__ in CHOOSING.values():
         found = "it reads several choices a row, and text has none"
         raise FfnkitError(f"text for a {type(model).__name__}", found, "Give a task, or batches in Python")
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        found = "it does not read text"
+        raise FfnkitError(f"text for a {type(model).__name__}", found, "Give a task, or batches in Python")
     if writes(model):
         return _blocks(texts, tokenizer, model, max_length)
     length = min(max_length, int(tokenizer.model_max_length), positions(model))

@@ -78,6 +78,16 @@ def assess_all(model: nn.Module, tokenizer: Any, task: Any, splits: Splits[Any],
         return {name: assess(model, tokenizer, task, rows, **how) for name, rows in every.items()}
 
 
+def is_predictions(path: Path) -> bool:
+    """Whether a file begins with what :func:`write_predictions` writes."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = json.loads(file.readline())
+    except (OSError, ValueError):
+        return False
+    return isinstance(first, dict) and set(first) == {"prompt", "prediction", "references"}
+
+
 def write_predictions(path: str | Path, found: Evaluation, task: Any) -> None:
     """What a generation task wrote as JSON lines, in one piece. Raises FfnkitError where there is nothing."""
     from ffnkit.io.files import write_text
