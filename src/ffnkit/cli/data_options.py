@@ -57,6 +57,7 @@ Mix = Annotated[
 
 def check_there(asked: str, file: Path, do: str) -> None:
     """Raises FfnkitError where there is no file."""
+    file = file.expanduser()
     if not file.is_file():
         raise FfnkitError(asked, "it is a folder" if file.is_dir() else "there is no such file", do)
 
